@@ -1,0 +1,213 @@
+"""One client request on the wire: upstream calls out, one response back. The turn decides what.
+
+Promises: status and headers of upstream reach the client; a stream starts when upstream's does and
+each piece is sent as soon as the sieve lets it go; the end of a response is sent only after the turn
+is stored; a client that leaves cancels the upstream call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from proxy.api.passthrough import Send
+from proxy.conversation.effects import Complete, Refused, Said
+from proxy.conversation.sieve import Sieve
+from proxy.conversation.sse import Tee
+from proxy.conversation.turn import Answer
+from proxy.errors import ApiError
+from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
+
+_NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
+
+
+class Exchange:
+    """Performs `Complete` for one request and sends the response."""
+
+    def __init__(
+        self,
+        send: Send,
+        upstream: Upstream,
+        headers: list[Header],
+        stream: bool,
+        new_sieve: Callable[[], Sieve],
+        limit_bytes: int,
+    ) -> None:
+        self._send = send
+        self._upstream = upstream
+        self._headers = headers
+        self._stream = stream
+        self._new_sieve = new_sieve
+        self._limit_bytes = limit_bytes
+        self._sieve: Sieve | None = None
+        self._tee: Tee | None = None
+        self._reply_headers: list[Header] = []
+        self._body = b""  # the last whole response body
+        self._started = False
+
+    # -- Complete
+
+    async def complete(self, effect: Complete) -> Said | Refused:
+        """One upstream call. Raises ApiError before a status, UpstreamBroken in mid-answer."""
+        reply = await self._upstream.chat(effect.body, self._headers)
+        try:
+            if not self._started:
+                self._reply_headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
+            if reply.status >= 400:
+                return Refused(reply.status, await reply.read(self._limit_bytes))
+            if self._stream and _is_event_stream(reply):
+                if effect.through and self._sieve is None:
+                    return await self._through(reply)
+                return await self._sift(reply, effect.offer)
+            return self._whole(await reply.read(self._limit_bytes))
+        finally:
+            await reply.close()
+
+    def _whole(self, body: bytes) -> Said:
+        self._body = body
+        try:
+            response = msgspec.json.decode(body)
+            choices = response["choices"]
+            messages = [choice["message"] for choice in choices]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            return Said([], None, None)  # not a chat answer: it goes to the client as it is
+        reason = choices[0].get("finish_reason") if choices else None
+        return Said(messages, reason, response.get("usage"), response)
+
+    async def _through(self, reply: Reply) -> Said:
+        """A stream that needs no change; what was said is learned on the way."""
+        self._tee = tee = Tee()
+        await self._start(200 if not self._started else 0, reply)
+        async for data in reply.chunks():
+            ready = tee.feed(data)
+            if ready:
+                await self._write(ready)
+        return Said(tee.messages(), None, None)
+
+    async def _sift(self, reply: Reply, offer: bool) -> Said:
+        if self._sieve is None:
+            self._sieve = self._new_sieve()
+        sieve = self._sieve
+        sieve.begin_round(offer)
+        await self._start(200, reply)
+        chunks = reply.chunks().__aiter__()
+        pending: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(_next(chunks))
+                deadline = sieve.deadline_ms
+                wait = None if deadline is None else max(0.0, deadline - _now_ms()) / 1000
+                if wait is not None:
+                    await asyncio.wait((pending,), timeout=wait)
+                    if not pending.done():
+                        await self._write(b"".join(sieve.poll(_now_ms())))
+                        continue
+                data = await pending
+                pending = None
+                if not data:
+                    break
+                await self._write(b"".join(sieve.feed(data, _now_ms())))
+        finally:
+            if pending is not None:
+                pending.cancel()
+        ended, ready = sieve.end_round()
+        if ended.error is not None or not ended.complete:
+            await self._fail(ended.error)
+            raise UpstreamBroken("the upstream's stream ended before its answer did")
+        await self._write(b"".join(ready))
+        return Said([ended.message], ended.finish_reason, ended.usage, None, sieve.shown())
+
+    # -- the response
+
+    async def finish(self, answer: Answer, extra: list[Header]) -> None:
+        """Send the end of the response; the turn is stored by now."""
+        if answer.refused is not None:
+            await self._refuse(answer.refused)
+        elif self._started:
+            await self._end_stream(answer)
+        else:
+            body = self._body if answer.body is None else answer.body
+            headers = [*self._reply_headers, *extra, (b"content-length", b"%d" % len(body))]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": body})
+
+    async def _end_stream(self, answer: Answer) -> None:
+        if self._sieve is not None and self._tee is None:
+            last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
+        else:
+            assert self._tee is not None
+            last = self._tee.held
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _refuse(self, refused: Refused) -> None:
+        if self._started:  # a later round: the status is gone, so the stream says it
+            await self._fail(b"data: " + refused.body.replace(b"\n", b" ").strip() + b"\n\n")
+            raise UpstreamBroken(f"the upstream answered {refused.status} in a later round")
+        headers = [*self._reply_headers, (b"content-length", b"%d" % len(refused.body))]
+        start = {"type": "http.response.start", "status": refused.status, "headers": headers}
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": refused.body})
+
+    async def fail(self, error: ApiError) -> None:
+        """An error of ours, wherever the response stands."""
+        if self._started:
+            await self._fail(b"data: " + error.body() + b"\n\n")
+            raise UpstreamBroken(error.message)
+        body = error.body()
+        headers: list[Header] = [(b"content-type", b"application/json")]
+        headers += [(k.lower().encode(), v.encode("latin-1")) for k, v in error.headers.items()]
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self._send(
+            {"type": "http.response.start", "status": error.status, "headers": headers}
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+    @property
+    def started(self) -> bool:
+        return self._started
+
+    async def _fail(self, event: bytes | None) -> None:
+        if event:
+            await self._write(event)
+
+    async def _start(self, status: int, reply: Reply) -> None:
+        if self._started:
+            return
+        self._started = True
+        headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
+        await self._send(
+            {"type": "http.response.start", "status": reply.status or status, "headers": headers}
+        )
+
+    async def _write(self, data: bytes) -> None:
+        if data:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _next(chunks: Any) -> bytes:
+    async for data in chunks:
+        if data:
+            return bytes(data)
+    return b""
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1000
+
+
+def _is_event_stream(reply: Reply) -> bool:
+    kind = next((v for k, v in reply.headers if k == b"content-type"), b"text/event-stream")
+    return not kind.startswith(b"application/json")
+
+
+def error_event(error: dict[str, Any]) -> bytes:
+    """An SSE event with an error in OpenAI's shape."""
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+
+
+Scope = MutableMapping[str, Any]

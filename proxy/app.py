@@ -1,0 +1,93 @@
+"""The ASGI application: the chat path handled plainly, everything else behind it.
+
+Promises: /v1/chat/completions and /chat/completions go straight to their handler; every other path
+under /v1 passes through to the upstream verbatim; /health and /ready (FastAPI) answer for the
+process. One application per worker process; workers share the state directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from fastapi import FastAPI
+
+from proxy.api.chat import ChatApi, Observer
+from proxy.api.health import health_router
+from proxy.api.memory import Memory
+from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
+from proxy.config import Config, effective_config
+from proxy.errors import ApiError
+from proxy.upstream import UpstreamBroken, make_upstream
+
+log = logging.getLogger(__name__)
+
+_CHAT = frozenset({"/v1/chat/completions", "/chat/completions"})
+
+
+class App:
+    """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
+
+    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+        self.memory = Memory(config)
+        self._upstream = make_upstream(config)
+        self._chat = ChatApi(config, self._upstream, self.memory, observer)
+        self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
+        self._rest.include_router(health_router(self.memory.store.check))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] != "http":
+            await self._rest(scope, receive, send)
+        elif scope["path"] in _CHAT:
+            await self._guarded(self._chat, scope, receive, send)
+        elif scope["path"] == "/v1" or scope["path"].startswith("/v1/"):
+            await self._guarded(self._pass, scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await passthrough(scope, receive, send, self._upstream)
+
+    async def _guarded(self, handler: object, scope: Scope, receive: Receive, send: Send) -> None:
+        """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
+        started = False
+
+        async def noting(message: object) -> None:
+            nonlocal started
+            started = True
+            await send(message)  # type: ignore[arg-type]
+
+        try:
+            await handler(scope, receive, noting)  # type: ignore[operator]
+        except UpstreamBroken:
+            raise  # the connection has to break, or the client takes half an answer for a whole
+        except Exception:
+            log.exception("failed: %s %s", scope["method"], scope["path"])
+            if started:
+                raise
+            error = ApiError(500, "llm-pager failed to handle this request; its log says why.",
+                             "api_error", "internal_error")
+            await send_error(send, error)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self._upstream.close()
+                await self.memory.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+
+def create_app(config: Config, observer: Observer | None = None) -> App:
+    """The application for a configuration; `observer` is told of every answered turn."""
+    return App(config, observer)
+
+
+def app_from_env() -> App:
+    """The factory for worker processes: the effective configuration is in their environment."""
+    return create_app(effective_config(os.environ))

@@ -1,0 +1,225 @@
+"""The command line: `llm-pager serve | check | demo`.
+
+Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
+success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
+configuration or arguments. Nothing heavy is imported before a command needs it.
+"""
+
+import argparse
+import errno
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxy import __version__
+from proxy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+APP_FACTORY = "proxy.app:app_from_env"
+BACKLOG_CONNECTIONS = 2048
+# Clients keep idle connections for 5 to 60 s; closing first would race with their next request.
+KEEP_ALIVE_S = 75
+GRACEFUL_SHUTDOWN_S = 3
+
+
+class StartError(Exception):
+    """The machine does not let the server start; the message is one sentence."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "serve":
+            return serve(args)
+        if args.command == "check":
+            return check(args)
+        from proxy.demo import play
+
+        return int(play.main(args))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"llm-pager: {problem}", file=sys.stderr)
+        return 2
+    except StartError as error:
+        print(f"llm-pager: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `llm-pager check | head`: keep the interpreter's last flush quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llm-pager",
+        description="An OpenAI-compatible proxy that gives any chat application virtual memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"llm-pager {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve_ = commands.add_parser("serve", help="start the proxy")
+    _add_config(serve_)
+    serve_.add_argument("--host", help="address to listen on (server.host)")
+    serve_.add_argument("--port", type=int, help="TCP port, 0 for any free one (server.port)")
+    serve_.add_argument("--upstream", metavar="URL", help="where to send (upstream.base_url)")
+    serve_.add_argument("--workers", type=_at_least_1, default=1, metavar="N", help="processes (1)")
+
+    check_ = commands.add_parser("check", help="validate and print the effective configuration")
+    _add_config(check_)
+
+    demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
+    demo.add_argument("--fast", action="store_true", help="do not wait between turns")
+    demo.add_argument("--window", type=_at_least_1, metavar="TOKENS", help="the window's size")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="instead of ./config.yaml, which may be absent"
+    )
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+# ---------------------------------------------------------------- check
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints the effective configuration as YAML, secrets masked, with notes as comments."""
+    import yaml
+
+    from proxy.config import load_config
+
+    config = load_config(args.config, os.environ, {})
+    for note in config.notes():
+        print(f"# note: {note}")
+    print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+# ---------------------------------------------------------------- serve
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Runs the server until SIGTERM or SIGINT. Raises ConfigError or StartError before that."""
+    from proxy.config import EFFECTIVE_CONFIG_VARIABLE, load_config
+
+    flags = {
+        "server.host": args.host,
+        "server.port": args.port,
+        "upstream.base_url": args.upstream,
+    }
+    config = load_config(args.config, os.environ, flags)
+    _require_writable(config.tiers.l2.path)
+    listener = _listen(config.server.host, config.server.port)
+    # The only ways to a spawned worker are its arguments, which everybody can list, and its
+    # environment, which only its owner can read.
+    os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.to_json()
+    _announce(config, listener)
+    with listener:
+        return _run(listener, args.workers)
+
+
+def _require_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"\0")
+            probe.flush()
+    except OSError as error:
+        raise StartError(
+            f"The state directory {directory.absolute()} cannot be written: {error.strerror}; "
+            "set tiers.l2.path to one that can."
+        ) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket: from here on clients wait for the workers instead of being refused."""
+    where = f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"server.host {host} is no address of this machine: {error}.") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG_CONNECTIONS)
+        listener.set_inheritable(True)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            sentence = f"Port {port} on {host} is already in use; choose another with --port."
+        else:
+            sentence = f"Listening on {where} is refused: {error.strerror}."
+        raise StartError(sentence) from error
+    return listener
+
+
+def _announce(config: "Config", listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    shown = config.masked()["upstream"]
+    upstream = shown["base_url"] if config.upstream.provider == "openai" else shown["provider"]
+    listening = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(
+        f"llm-pager {__version__} on {listening}, upstream {upstream}; "
+        f"point a client at it: export OPENAI_BASE_URL={url}/v1",
+        flush=True,
+    )
+    for note in config.notes():
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _run(listener: socket.socket, workers: int) -> int:
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    settings = uvicorn.Config(
+        APP_FACTORY,
+        factory=True,
+        workers=workers,
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        backlog=BACKLOG_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+    )
+    if workers > 1:
+        supervisor = Multiprocess(settings, sockets=[listener])
+        supervisor.run()
+        failed = any(process.exitcode not in (0, None, -15) for process in supervisor.processes)
+        return 1 if failed else 0
+    # uvicorn stops gracefully, then hands the signal on: to us, and being asked to stop is success.
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(asked, lambda *_: sys.exit(0))
+    server = uvicorn.Server(settings)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Chooses how a request that needs paging reaches its pages. Pure.
+
+`tools`: the model may call the VM tools. `passive`: it may not (the client forbids or forces a tool,
+wants several choices or log probabilities, or uses what tools cannot go with), so pages are brought
+in before the call. The tools array stays the same in both wherever the API allows it, because it is
+part of the cached prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.limits import Limits
+from proxy.memory.models import VMMode
+from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES, get_vm_tools_as_dicts
+
+MAX_TOOLS = 128  # OpenAI's limit for one request
+TOOLS, PASSIVE = "tools", "passive"
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """`offer`: the model may call VM tools; `listed`: they are in the tools array.
+
+    `names` maps page_fault and search_pages to what they are called beside this client's tools.
+    """
+
+    name: str
+    listed: bool
+    names: Mapping[str, str]
+
+    @property
+    def offer(self) -> bool:
+        return self.name == TOOLS
+
+
+def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
+    """`fields` are the request's decoded top-level fields."""
+    tools = fields.get("tools") or []
+    names = vm_names(tools)
+    choice = fields.get("tool_choice")
+    without = (
+        limits.mode is VMMode.PASSIVE
+        or not limits.model_takes_tools
+        or any(fields.get(key) for key in ("functions", "function_call", "prediction"))
+        or fields.get("web_search_options") is not None
+        or (fields.get("n") or 1) != 1
+        or len(tools) + len(names) > MAX_TOOLS
+        or choice == "required"
+        or (bool(fields.get("logprobs")) and bool(tools) and choice in (None, "auto"))
+    )
+    if without:
+        return Channel(PASSIVE, False, names)
+    if choice in (None, "auto") and not fields.get("logprobs"):
+        return Channel(TOOLS, True, names)
+    return Channel(PASSIVE, True, names)
+
+
+def vm_names(tools: Any) -> dict[str, str]:
+    """The VM tools' names, prefixed until no tool of the client has them."""
+    taken = {_tool_name(tool) for tool in tools} if isinstance(tools, list) else set()
+    names: dict[str, str] = {}
+    for tool in (PAGE_FAULT, SEARCH_PAGES):
+        name = tool
+        while name in taken:
+            name = f"vm_{name}"
+        names[tool] = name
+    return names
+
+
+def _tool_name(tool: Any) -> Any:
+    if not isinstance(tool, dict):
+        return None
+    body = tool.get("function") or tool.get("custom")
+    return body.get("name") if isinstance(body, dict) else None
+
+
+def tools_array(client: bytes | None, channel: Channel) -> bytes | None:
+    """The upstream tools array: the client's own bytes, then the VM tools in fixed order."""
+    if not channel.listed:
+        return client
+    vm = msgspec.json.encode(get_vm_tools_as_dicts(names=channel.names))
+    inner = (client or b"").strip()
+    inner = inner[1:-1].strip() if inner.startswith(b"[") else b""
+    return b"[" + inner + b"," + vm[1:] if inner else vm

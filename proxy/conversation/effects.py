@@ -1,0 +1,76 @@
+"""What a turn asks of its shell, and what it is told. The turn yields one and is sent the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.conversation.tree import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Answered with the text of a page at a level, shown with its call or results; "" if unknown."""
+
+    position: int
+    part: int
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Answered with a list of `proxy.memory.pages.Hit`, best first, over positions 0..before-1 of this path only."""
+
+    query: str
+    limit: int
+    before: int
+    skip: Callable[[int, int], bool]  # (position, part) that the caller does not want
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Answered with `Said` or `Refused`. `body` is the upstream request.
+
+    `offer`: the model may call the VM tools; `through`: the answer goes to the client as it is.
+    """
+
+    body: bytes
+    offer: bool = False
+    through: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One upstream answer.
+
+    `messages` has one message per choice, VM calls included; empty when the answer cannot be
+    remembered. `response` is the decoded body of a non-streaming call; of a streamed one, `shown`
+    is what the client has received so far, over all rounds.
+    """
+
+    messages: list[dict[str, Any]]
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    response: dict[str, Any] | None = None
+    shown: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Upstream answered with an error status; nothing has reached the client yet."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Answered when durable. `joins` add a node id to the set under a key."""
+
+    puts: Sequence[tuple[bytes, bytes]]
+    joins: Sequence[tuple[bytes, bytes]]
+    records: Sequence[Record]
+
+
+Effect = Load | Search | Complete | Append

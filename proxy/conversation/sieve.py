@@ -1,0 +1,327 @@
+"""The stream sieve: several upstream rounds in, one stream for the client out. Pure; time is given.
+
+Promises: text leaves as it arrives, except the first few tokens of a round that may still turn out
+to be a preamble of a VM call (bounded in tokens and milliseconds), and all of a round's text under
+`response_format`. No VM call, VM result or inner finish reason ever leaves. The client sees one id,
+one `created`, one role delta, tool calls numbered from 0, one finish reason and one `[DONE]`; events
+that need no change leave as the bytes that came. The finish waits until the caller has stored the
+turn (`finish()`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.sse import DONE, Event, EventParser, MessageBuilder, decode_chunk
+
+_encode = msgspec.json.encode
+_IDENTITY = ("id", "created", "model", "system_fingerprint", "service_tier")
+Chunk = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Round:
+    """What one upstream round said."""
+
+    message: dict[str, Any]
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    complete: bool  # False: the stream ended before its finish reason
+    error: bytes | None = None  # a late error event, as received
+
+
+@dataclass(slots=True)
+class _Call:
+    """A tool call in the current round whose owner may not be known yet."""
+
+    owner: str | None = None  # None: unknown yet | "vm" | "client"
+    out: int = -1  # its index in the client's stream
+    queue: list[Any] | None = None
+
+
+class Sieve:
+    """One per streamed request. `count` gives a text's tokens."""
+
+    def __init__(
+        self,
+        vm_names: frozenset[str],
+        hold_tokens: int,
+        hold_ms: float,
+        hold_text: bool,
+        include_usage: bool,
+        count: Callable[[str], int],
+    ) -> None:
+        self._vm_names = vm_names
+        self._hold_tokens = hold_tokens
+        self._hold_ms = hold_ms
+        self._hold_text = hold_text
+        self._include_usage = include_usage
+        self._count = count
+        self._identity: Chunk | None = None
+        self._shown = MessageBuilder()  # what the client has been sent
+        self._role_sent = False
+        self._out_calls = 0
+        self._rounds = 0
+        self._finish: tuple[Event, Chunk] | None = None
+        self._usage_event: tuple[Event, Chunk] | None = None
+        self.begin_round(offer=False)
+        self._rounds = 0
+
+    # -- rounds
+
+    def begin_round(self, offer: bool) -> None:
+        """A new upstream stream; `offer`: the model may call VM tools in it."""
+        self._rounds += 1
+        self._offer = offer
+        self._parser = EventParser()
+        self._said = MessageBuilder()
+        self._calls: dict[int, _Call] = {}
+        self._held: list[tuple[Event, Chunk]] = []
+        self._held_tokens = 0
+        self._held_since: float | None = None
+        self._flowing = not offer and not self._hold_text
+        self._vm_called = False
+        self._done = False
+        self._usage: dict[str, Any] | None = None
+        self._error: bytes | None = None
+        self._finish = None
+        self._usage_event = None
+
+    def feed(self, data: bytes, now_ms: float) -> list[bytes]:
+        """Bytes from upstream in, events for the client out."""
+        out: list[bytes] = []
+        for event in self._parser.feed(data):
+            self._event(event, now_ms, out)
+        return out
+
+    def end_round(self) -> tuple[Round, list[bytes]]:
+        """The round's message, and what was held and turned out to be the client's."""
+        out: list[bytes] = []
+        for event in self._parser.close():
+            self._event(event, 0.0, out)
+        for index, call in self._calls.items():
+            if call.owner is None:
+                self._settle(index, call, out, self._template())
+        if not self._vm_called:
+            self._release(out)
+        self._held.clear()
+        said = self._said
+        complete = said.finish_reason is not None or self._done
+        ended = Round(said.build(), said.finish_reason, self._usage, complete, self._error)
+        return ended, out
+
+    @property
+    def deadline_ms(self) -> float | None:
+        """When held text must leave; the caller calls poll() then."""
+        if self._held_since is None or self._flowing or self._hold_text:
+            return None
+        return self._held_since + self._hold_ms
+
+    def poll(self, now_ms: float) -> list[bytes]:
+        out: list[bytes] = []
+        deadline = self.deadline_ms
+        if deadline is not None and now_ms >= deadline:
+            self._release(out)
+        return out
+
+    def shown(self) -> dict[str, Any]:
+        """The message as the client has received it: what it will echo in its next request."""
+        return self._shown.build()
+
+    def finish(self, finish_reason: str | None, usage: dict[str, Any] | None) -> list[bytes]:
+        """The end of the client's stream: finish reason, usage if it asked for it, [DONE]."""
+        out: list[bytes] = []
+        if not self._role_sent and self._identity is None and self._finish is None:
+            self._identity = {"object": "chat.completion.chunk"}
+        template = self._finish[1] if self._finish else self._template()
+        choice = {**_choice(template), "index": 0, "delta": {}, "finish_reason": finish_reason}
+        chunk = {**template, "choices": [choice]}
+        unchanged = self._finish is not None and not _has_delta(self._finish[1])
+        unchanged = unchanged and _choice(template).get("finish_reason") == finish_reason
+        self._emit(self._finish[0] if self._finish and unchanged else None, chunk, out)
+        if self._include_usage and usage is not None:
+            event, chunk = self._usage_event or (None, {**self._template(), "choices": []})
+            same = event is not None and chunk.get("usage") == usage
+            self._emit(event if same else None, {**chunk, "usage": usage}, out)
+        out.append(DONE)
+        return out
+
+    # -- events
+
+    def _event(self, event: Event, now_ms: float, out: list[bytes]) -> None:
+        if not event.data:
+            if self._rounds == 1:  # comments and keep-alives
+                out.append(event.raw)
+            return
+        if event.data == b"[DONE]":
+            self._done = True
+            return
+        chunk = decode_chunk(event.data)
+        if chunk is None or (chunk.get("error") and not chunk.get("choices")):
+            self._error = event.raw
+            return
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self._usage = usage
+        if not chunk.get("choices"):
+            if isinstance(usage, dict):
+                self._usage_event = event, chunk
+            elif self._rounds == 1:  # Azure's prompt filter results
+                self._emit(event, chunk, out)
+            return
+        self._choice_event(event, chunk, now_ms, out)
+
+    def _choice_event(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
+        choice = _choice(chunk)
+        delta = choice.get("delta") or {}
+        calls = delta.get("tool_calls")
+        self._said.add({k: v for k, v in delta.items() if k != "tool_calls"})
+        if choice.get("finish_reason"):
+            self._said.finish_reason = choice["finish_reason"]
+            self._finish = event, chunk
+            if not _has_delta(chunk):
+                return
+            chunk = _with_choice(chunk, {**choice, "finish_reason": None})
+            event = Event(b"", b"")
+        if calls:
+            if any(v for k, v in delta.items() if k not in ("tool_calls", "role")):
+                rest = {k: v for k, v in delta.items() if k != "tool_calls"}
+                self._text(Event(b"", b""), _with_delta(chunk, rest), now_ms, out)
+            self._call_event(event, chunk, calls, out)
+        else:
+            self._text(event, chunk, now_ms, out)
+
+    def _text(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
+        if self._flowing:
+            self._emit(event if event.raw else None, chunk, out)
+            return
+        if self._vm_called:
+            return  # text after a VM call belongs to the inner round
+        if not _has_delta(chunk):  # the role alone tells nothing: let the client see life
+            self._emit(event if event.raw else None, chunk, out)
+            return
+        self._held.append((event, chunk))
+        text = "".join(v for k, v in _delta(chunk).items() if isinstance(v, str) and k != "role")
+        if text:
+            if self._held_since is None:
+                self._held_since = now_ms
+            self._held_tokens += self._count(text)
+            if self._held_tokens > self._hold_tokens and not self._hold_text:
+                self._release(out)
+
+    def _call_event(self, event: Event, chunk: Chunk, calls: list[Any], out: list[bytes]) -> None:
+        plain = event.raw and len(calls) == 1 and not any(
+            v for k, v in _delta(chunk).items() if k not in ("tool_calls", "role", "content")
+        )
+        for delta in calls:
+            index = self._said.add_call(delta)
+            call = self._calls.setdefault(index, _Call(queue=[]))
+            if call.owner is None:
+                call.owner = self._owner(index)
+                if call.owner is None:
+                    assert call.queue is not None
+                    call.queue.append(delta)
+                    continue
+                if call.owner == "client":
+                    self._open_client_call(call, chunk, out)
+                else:
+                    self._vm_called = True
+                    self._held.clear()
+            if call.owner == "client":
+                self._send_call(event if plain else None, chunk, call, delta, out)
+
+    def _owner(self, index: int) -> str | None:
+        call = self._said.call(index)
+        if "custom" in call:
+            return "client"
+        name = (call.get("function") or {}).get("name")
+        if not name:
+            return None
+        if name in self._vm_names:
+            return "vm"
+        return None if any(vm.startswith(name) for vm in self._vm_names) else "client"
+
+    def _open_client_call(self, call: _Call, chunk: Chunk, out: list[bytes]) -> None:
+        if not self._vm_called:
+            self._release(out)
+        call.out = self._out_calls
+        self._out_calls += 1
+        for earlier in call.queue or ():
+            self._send_call(None, chunk, call, earlier, out)
+        call.queue = None
+
+    def _settle(self, index: int, call: _Call, out: list[bytes], chunk: Chunk) -> None:
+        """The round is over and the name stayed open: it is what it is."""
+        name = (self._said.call(index).get("function") or {}).get("name")
+        call.owner = "vm" if name in self._vm_names else "client"
+        if call.owner == "client":
+            self._open_client_call(call, chunk, out)
+        else:
+            self._vm_called = True
+
+    def _send_call(
+        self, event: Event | None, chunk: Chunk, call: _Call, delta: Chunk, out: list[bytes]
+    ) -> None:
+        if event is not None and delta.get("index") != call.out:
+            event = None
+        calls = [{**delta, "index": call.out}]
+        keep = {k: v for k, v in _delta(chunk).items() if k in ("role", "content") and not v}
+        role = {} if self._role_sent else {"role": "assistant"}
+        self._emit(event, _with_delta(chunk, {**role, **keep, "tool_calls": calls}), out)
+
+    # -- output
+
+    def _release(self, out: list[bytes]) -> None:
+        self._flowing = True
+        held, self._held = self._held, []
+        self._held_since = None
+        for event, chunk in held:
+            self._emit(event if event.raw else None, chunk, out)
+
+    def _template(self) -> Chunk:
+        identity = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": ""}
+        return {**identity, **(self._identity or {}), "choices": []}
+
+    def _emit(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
+        """Send a chunk: `event`'s own bytes when nothing has to change, else re-encoded."""
+        if self._identity is None:
+            self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
+        delta = _delta(chunk)
+        if self._role_sent and delta.get("role"):
+            delta = {k: v for k, v in delta.items() if k != "role"}
+            if not any(delta.values()):
+                return
+            chunk, event = _with_delta(chunk, delta), None
+        self._role_sent = self._role_sent or bool(delta.get("role"))
+        self._shown.add(delta)
+        fixed = {k: self._identity[k] for k in _IDENTITY if k in self._identity}
+        if event is not None and all(chunk.get(k) == v for k, v in fixed.items() if k in chunk):
+            out.append(event.raw)
+            return
+        chunk = {**chunk, **{k: v for k, v in fixed.items() if k in chunk}}
+        out.append(b"data: " + _encode(chunk) + b"\n\n")
+
+
+def _choice(chunk: Chunk) -> Chunk:
+    choices = chunk.get("choices")
+    return choices[0] if choices else {}
+
+
+def _delta(chunk: Chunk) -> Chunk:
+    return _choice(chunk).get("delta") or {}
+
+
+def _has_delta(chunk: Chunk) -> bool:
+    return any(v for k, v in _delta(chunk).items() if k != "role")
+
+
+def _with_choice(chunk: Chunk, choice: Chunk) -> Chunk:
+    return {**chunk, "choices": [choice]}
+
+
+def _with_delta(chunk: Chunk, delta: Chunk) -> Chunk:
+    return _with_choice(chunk, {**_choice(chunk), "delta": delta})

@@ -1,0 +1,201 @@
+"""Identity: a conversation is recognised by its content, like a commit by its hash.
+
+Promises: the same history finds the same node, on any replica; an edited, regenerated or forked
+history shares only its ancestors; two tenants share nothing, whatever they say. Stored identities
+are keyed BLAKE2b, so nobody can aim at another's node without the installation's secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.canonical import canonical
+
+ID_BYTES = 16
+
+
+class Node(msgspec.Struct):
+    """One message on a path. `id` names the whole history up to it; `content` only itself."""
+
+    id: bytes
+    content: bytes
+    role: str
+    raw: bytes  # the message's JSON; the client's own bytes whenever the client sends it
+    tokens: int = -1  # -1: not counted yet
+
+
+class Anchor(msgspec.Struct):
+    """A system or developer message in mid-conversation: it stands before `position`."""
+
+    position: int
+    raw: bytes
+
+
+class Record(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one answered turn adds to the tree; stored under the id of its last node, immutable.
+
+    A record ends with an assistant message; `parent` is the id of the record before it (b"" for
+    the first), `first` the position of its first message along the path.
+    """
+
+    parent: bytes
+    first: int
+    ids: list[bytes]
+    contents: list[bytes]
+    roles: list[str]
+    raws: list[bytes]
+    tokens: list[int]
+    turn: int
+    echo: bytes = b""  # the previous answer in the client's own bytes, where they differ
+    base: bytes = b""  # the record after which this turn's window and table were continued
+    window: bytes = b""  # the window's change since `base` (see window.py); empty: never evicted
+    mutations: bytes = b""  # this turn's part of the mutation log
+    substitute: list[bytes] = []
+
+    @property
+    def id(self) -> bytes:
+        return self.ids[-1]
+
+    @property
+    def end(self) -> int:
+        """The position after its last message."""
+        return self.first + len(self.ids)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+encode_record = _encoder.encode
+
+
+def decode_record(data: bytes) -> Record:
+    return _decoder.decode(data)
+
+
+GetRecord = Callable[[bytes], Record | None]
+
+
+class Identity:
+    """Hashes contents, nodes and tenants with the installation's secret (32 bytes)."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = secret
+
+    def _hash(self, *parts: bytes) -> bytes:
+        h = blake2b(digest_size=ID_BYTES, key=self._key)
+        for part in parts:
+            h.update(len(part).to_bytes(8, "big"))
+            h.update(part)
+        return h.digest()
+
+    def tenant(self, api_key: str, user: str) -> bytes:
+        """The tenant of a presented API key and the request's user. The key itself is not kept."""
+        return self._hash(b"tenant", api_key.encode(), user.encode())
+
+    def root(self, tenant: bytes) -> bytes:
+        return self._hash(b"root", tenant)
+
+    def session(self, tenant: bytes, session_id: str) -> bytes:
+        """The storage key of an explicit session's head, inside its tenant."""
+        return b"s" + self._hash(b"session", tenant, session_id.encode())
+
+    def pair(self, tenant: bytes, before: bytes, answer: bytes) -> bytes:
+        """The storage key under which nodes with this answer after this message are found."""
+        return b"p" + self._hash(b"pair", tenant, before, answer)
+
+    def content(self, message: dict[str, Any]) -> bytes:
+        return self._hash(b"message", canonical(message))
+
+    def child(self, parent: bytes, content: bytes) -> bytes:
+        return blake2b(parent + content, digest_size=ID_BYTES, key=self._key).digest()
+
+    def extend(
+        self, tenant: bytes, path: list[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]
+    ) -> list[Node]:
+        """The path with (raw, decoded) messages chained on; `path` itself is not changed."""
+        nodes = list(path)
+        parent = nodes[-1].id if nodes else self.root(tenant)
+        for raw, message in messages:
+            content = self.content(message)
+            parent = self.child(parent, content)
+            nodes.append(Node(parent, content, str(message.get("role")), raw))
+        return nodes
+
+    def rechain(self, path: list[Node], nodes: Sequence[Node]) -> list[Node]:
+        """`nodes`' messages as descendants of `path`: the same contents with other ids."""
+        out = list(path)
+        for node in nodes:
+            parent = out[-1].id
+            child = self.child(parent, node.content)
+            out.append(Node(child, node.content, node.role, node.raw, node.tokens))
+        return out
+
+
+def record_key(node_id: bytes) -> bytes:
+    return b"n" + node_id
+
+
+def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
+    """The record of the deepest answered node on the path, or None for a path never seen.
+
+    A node is stored with all of its ancestors, so "is stored" is monotone along the path: the last
+    answer is nearly always the one, else a binary search finds it.
+    """
+    answers = [i for i, node in enumerate(path) if node.role == "assistant"]
+    if not answers:
+        return None
+    found = get(path[answers[-1]].id)
+    if found is not None or get(path[answers[0]].id) is None:
+        return found
+    low, high = 0, len(answers) - 1  # answers[low] is stored, answers[high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if get(path[answers[middle]].id) is None:
+            high = middle
+        else:
+            low = middle
+    return get(path[answers[low]].id)
+
+
+def load_path(head: Record, get: GetRecord) -> list[Node]:
+    """All nodes from the root to the head's last message, each with the bytes last seen of it."""
+    records = [head]
+    while records[-1].parent:
+        parent = get(records[-1].parent)
+        if parent is None:  # written in one commit with or after its parent, so: a damaged store
+            raise LookupError(f"the record before position {records[-1].first} is missing")
+        records.append(parent)
+    nodes: list[Node] = []
+    for record in reversed(records):
+        if record.echo and nodes:
+            nodes[-1].raw = record.echo
+        for fields in zip(
+            record.ids, record.contents, record.roles, record.raws, record.tokens, strict=True
+        ):
+            nodes.append(Node(*fields))
+    return nodes
+
+
+def overlap(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
+    """(start, length): where along `path` the client's `nodes` begin, and for how many they agree.
+
+    The longest agreement that starts with the client's first message; (0, 0) if there is none. Of
+    equal ones the latest counts. Linear in the path but for repeated messages.
+    """
+    best = (0, 0)
+    if not nodes:
+        return best
+    first = nodes[0].content
+    for start in range(len(path) - 1, -1, -1):
+        if path[start].content != first:
+            continue
+        length = 1
+        limit = min(len(path) - start, len(nodes))
+        while length < limit and path[start + length].content == nodes[length].content:
+            length += 1
+        if length > best[1]:
+            best = (start, length)
+    return best

@@ -1,0 +1,133 @@
+"""The window: a log of upstream messages in epochs. Pure.
+
+Promises: within an epoch the log only grows at its end, so a request's messages begin with the exact
+bytes of the one before; the log is stored as changes per answered turn and comes back byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.tree import GetRecord, Record
+
+# What an entry of the log is.
+NATIVE = 0  # a client's message, in its own role
+SYSTEM = 1  # a client's system message from the middle of the conversation
+VM = 2  # a message of the fault loop: the model's VM calls, or a result
+MIXED = 3  # the model's own message with both VM calls and the client's, in place of its echo
+
+
+class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):
+    """One upstream message as it was sent; `position` is its place on the path (-1: none)."""
+
+    raw: bytes
+    tokens: int
+    position: int = -1
+    kind: int = NATIVE
+
+
+class Window(msgspec.Struct, array_like=True, frozen=True):
+    """The log after some turn. Positions before `covered` are in it or evicted; those from
+    `native_from` on are native without a gap."""
+
+    epoch: int
+    developer: str
+    developer_tokens: int
+    native_from: int
+    covered: int
+    entries: tuple[Entry, ...]
+    tokens: int  # developer message and entries together
+
+    def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
+        new = tuple(entries)
+        return Window(
+            self.epoch,
+            self.developer,
+            self.developer_tokens,
+            self.native_from,
+            self.covered if covered is None else covered,
+            self.entries + new,
+            self.tokens + sum(entry.tokens for entry in new),
+        )
+
+
+class _Change(msgspec.Struct, array_like=True, omit_defaults=True):
+    covered: int
+    entries: tuple[Entry, ...] = ()
+    snapshot: Window | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Change).decode
+_json = msgspec.json.encode
+
+
+def encode_change(before: Window | None, after: Window) -> bytes:
+    """What a turn stores: the entries added, or the whole window when a new epoch began in it."""
+    if before is None or before.epoch != after.epoch:
+        return _encode(_Change(after.covered, snapshot=after))
+    return _encode(_Change(after.covered, after.entries[len(before.entries) :]))
+
+
+def restore(record: Record, get: GetRecord) -> Window | None:
+    """The window after the record's turn; None for a conversation that was never evicted from."""
+    changes: list[_Change] = []
+    at: Record | None = record
+    while at is not None and at.window:
+        change = _decode(at.window)
+        if change.snapshot is not None:
+            window = change.snapshot
+            for later in reversed(changes):
+                window = window.append(later.entries, later.covered)
+            return window
+        changes.append(change)
+        at = get(at.base)
+    if changes:
+        raise LookupError("the beginning of an epoch's window is missing from storage")
+    return None
+
+
+def render(system: Sequence[bytes], window: Window, role: str, vm_as_text: bool) -> bytes:
+    """The messages array of an upstream request.
+
+    `role` is developer or system; `vm_as_text` is for a request that must go without the VM tools.
+    """
+    raws = [*system]
+    if window.developer:
+        raws.append(_json({"role": role, "content": window.developer}))
+    if vm_as_text and any(entry.kind in (VM, MIXED) for entry in window.entries):
+        raws.extend(_as_text(window.entries))
+    else:
+        raws.extend(entry.raw for entry in window.entries)
+    return b"[" + b",".join(raws) + b"]"
+
+
+def _as_text(entries: Sequence[Entry]) -> list[bytes]:
+    """The log without VM calls: each exchange becomes one user message with the pages it brought."""
+    out: list[bytes] = []
+    at = 0
+    while at < len(entries):
+        if entries[at].kind not in (VM, MIXED):
+            out.append(entries[at].raw)
+            at += 1
+            continue
+        run = [entries[at]]
+        while at + len(run) < len(entries) and entries[at + len(run)].kind == VM:
+            run.append(entries[at + len(run)])
+        at += len(run)
+        messages = [msgspec.json.decode(entry.raw) for entry in run]
+        out.append(_json({"role": "user", "content": _results_text(messages)}))
+        if run[0].kind == MIXED:
+            answered = {m.get("tool_call_id") for m in messages if m["role"] == "tool"}
+            calls = [c for c in messages[0]["tool_calls"] if c.get("id") not in answered]
+            out.append(_json({**messages[0], "tool_calls": calls}))
+    return out
+
+
+def _results_text(messages: Sequence[dict[str, Any]]) -> str:
+    """Results are JSON with every `<` escaped, so they cannot close the tags around them."""
+    lines = [f"T (memory): {m['content']}" for m in messages if m["role"] == "tool"]
+    return "\n".join(["<VM:CONTEXT>", *lines, "</VM:CONTEXT>"])

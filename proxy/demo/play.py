@@ -1,0 +1,216 @@
+"""`llm-pager demo`: a long conversation through the real server, with nothing but this machine.
+
+Promises: the proxy is the one that `serve` starts, on a free port of 127.0.0.1, with its state in
+a temporary directory; every turn is a real HTTP request with the whole history, streamed. Exit
+status 0 when at least 80% of the recall questions were answered, 1 otherwise, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from rich.console import Console
+from rich.live import Live
+
+from proxy.config import Config, effective_reserve
+from proxy.conversation.report import TurnReport
+from proxy.demo.ledger import Ledger
+from proxy.demo.screen import Recall, View, layout, print_summary
+from proxy.errors import ConfigError
+from proxy.tokens import get_counter
+from proxy.upstream import Upstream
+from proxy.upstream.demo import MODEL, listening
+from proxy.upstream.openai import OpenAIUpstream
+
+DEFAULT_WINDOW_TOKENS = 4000
+MIN_WINDOW_TOKENS = 2000
+REQUIRED_RECALL = 0.8
+TURN_PAUSE_S = 0.12  # on a terminal: the whole show takes about 75 s
+EPOCH_PAUSE_S = 0.5
+RECALL_PAUSE_S = 1.1
+_START_S = 20.0
+_REPORT_WAIT_S = 0.2
+_RESPONSE_LIMIT_BYTES = 1_000_000
+_SYSTEM = "You are a friend who listens well. Answer from what you have been told, briefly."
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on; the message is one sentence."""
+
+
+def conversation() -> list[dict[str, str]]:
+    """The turns: `user`, and on a recall question `expect`, a part of the right answer."""
+    text = resources.files("proxy.demo").joinpath("conversation.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def demo_config(window_tokens: int, state: Path) -> Config:
+    """The server's settings: defaults, but for a window that is small enough to watch."""
+    if window_tokens < MIN_WINDOW_TOKENS:
+        raise ConfigError(
+            f"--window {window_tokens} is too small to show anything; give at least {MIN_WINDOW_TOKENS}."
+        )
+    share = window_tokens // 16
+    return Config.from_json(
+        json.dumps(
+            {
+                "upstream": {"provider": "demo"},
+                "tiers": {
+                    "l0": {"tokens": window_tokens, "reserve_tokens": window_tokens // 10},
+                    "l2": {"path": str(state)},
+                },
+                "prefetch": {"max_tokens": share},
+                "manifest": {"max_tokens": 2 * share},
+            }
+        )
+    )
+
+
+class _Server(uvicorn.Server):
+    """A server inside our event loop: Ctrl-C is for the demo, which stops it in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: Any) -> AsyncIterator[str]:
+    """The base URL of the app, served over HTTP until the block ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        settings = uvicorn.Config(
+            app, http="httptools", ws="none", lifespan="on", log_level="warning", access_log=False,
+            timeout_graceful_shutdown=3,
+        )  # fmt: skip
+        server = _Server(settings)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            async with asyncio.timeout(_START_S):
+                while not server.started:
+                    if task.done():
+                        raise DemoFailed("the server did not start; its reason is above")
+                    await asyncio.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            await task
+
+
+async def _ask(client: Upstream, messages: list[dict[str, Any]]) -> str:
+    """The assistant's text for a history, read from a stream as an application reads it."""
+    body = json.dumps({"model": MODEL, "messages": messages, "stream": True}).encode()
+    headers = [(b"content-type", b"application/json"), (b"authorization", b"Bearer demo")]
+    reply = await client.chat(body, headers)
+    data = await reply.read(_RESPONSE_LIMIT_BYTES)
+    if reply.status != 200:
+        raise DemoFailed(f"the server answered {reply.status}: {data.decode(errors='replace')[:300]}")
+    text: list[str] = []
+    events = [e for e in data.split(b"\n\n") if e.startswith(b"data: ")]
+    if not events or events[-1] != b"data: [DONE]":
+        raise DemoFailed("a stream ended without [DONE]")
+    for event in events[:-1]:
+        for choice in json.loads(event[6:])["choices"]:
+            text.append(choice["delta"].get("content") or "")
+    return "".join(text)
+
+
+class Show:
+    """Plays the conversation and keeps the view up to date."""
+
+    def __init__(self, turns: list[dict[str, str]], view: View, pace: bool) -> None:
+        self.turns, self.view, self.pace = turns, view, pace
+        self._reported = asyncio.Event()
+
+    def observe(self, report: TurnReport) -> None:
+        self.view.observe(report)
+        self._reported.set()
+
+    async def play(self, client: Upstream) -> None:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": _SYSTEM}]
+        for number, turn in enumerate(self.turns, 1):
+            self.view.turn, self.view.said = number, turn["user"]
+            messages.append({"role": "user", "content": turn["user"]})
+            self._reported.clear()
+            answer = await _ask(client, messages)
+            with contextlib.suppress(TimeoutError):  # the report may come just after the answer
+                await asyncio.wait_for(self._reported.wait(), _REPORT_WAIT_S)
+            self.view.ledger.turn(messages, turn.get("expect"))
+            messages.append({"role": "assistant", "content": answer})
+            await self._after(number, turn, answer)
+
+    async def _after(self, number: int, turn: dict[str, str], answer: str) -> None:
+        report = self.view.report
+        pause_s = EPOCH_PAUSE_S if report and report.new_epoch else TURN_PAUSE_S
+        if "expect" in turn:
+            how = "from the window"
+            if report and (report.searches or report.faults):
+                how = f"after {len(report.searches)} searches and {len(report.faults)} faults"
+            found = turn["expect"] in answer
+            self.view.recalled(Recall(number, turn["user"], answer, turn["expect"], found, how))
+            pause_s = RECALL_PAUSE_S
+        if self.pace:
+            await asyncio.sleep(pause_s)
+
+
+async def _run(window_tokens: int, pace: bool, console: Console) -> View:
+    from proxy.app import create_app
+
+    turns = conversation()
+    with tempfile.TemporaryDirectory(prefix="llm-pager-demo-") as state:
+        config = demo_config(window_tokens, Path(state))
+        l0 = config.tiers.l0
+        budget_tokens = window_tokens - effective_reserve(window_tokens, l0.reserve_tokens, None)
+        ledger = Ledger(get_counter(MODEL), budget_tokens)
+        view = View(
+            len(turns), window_tokens, l0.eviction_threshold, ledger, plain=not console.is_terminal
+        )
+        show = Show(turns, view, pace)
+        app = create_app(config, observer=show.observe)
+        with listening(ledger.upstream_request):
+            async with _serving(app) as base_url:
+                pointed = Config.from_json(json.dumps({"upstream": {"base_url": base_url}}))
+                client = OpenAIUpstream(pointed)
+                try:
+                    await _watch(show, client, console)
+                finally:
+                    await client.close()
+    return view
+
+
+async def _watch(show: Show, client: Upstream, console: Console) -> None:
+    if not console.is_terminal:
+        await show.play(client)
+        return
+
+    def screen() -> Any:
+        return layout(show.view, console.size.height)
+
+    with Live(get_renderable=screen, console=console, screen=True, refresh_per_second=12):
+        await show.play(client)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the demo. `args.fast`: no pauses; `args.window`: tokens, None for 4,000."""
+    console = Console() if sys.stdout.isatty() else Console(color_system=None, width=120)
+    window_tokens = args.window or DEFAULT_WINDOW_TOKENS
+    try:
+        view = asyncio.run(_run(window_tokens, console.is_terminal and not args.fast, console))
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    except DemoFailed as error:
+        print(f"llm-pager: {error}", file=sys.stderr)
+        return 1
+    print_summary(view, console)
+    return 0 if view.found >= REQUIRED_RECALL * len(view.recalls) else 1

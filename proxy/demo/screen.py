@@ -1,0 +1,254 @@
+"""What the demo shows: a live layout on a terminal, plain lines anywhere else.
+
+Promises: plain output has no control characters; both show the same facts, which come from the
+proxy's own `TurnReport`s and from the ledger.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.layout import Layout
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from proxy.upstream.demo_cache import RULE
+
+if TYPE_CHECKING:
+    from proxy.conversation.report import TurnReport
+    from proxy.demo.ledger import Ledger
+
+_SHOWN_EVENTS = 200
+_SHOWN_ANSWERS = 50
+_STYLES = {
+    "epoch": "bold magenta", "evict": "red", "prefetch": "cyan", "search": "yellow",
+    "fault": "bold yellow", "error": "bold red",
+}  # fmt: skip
+
+
+@dataclass
+class Recall:
+    """One recall question and how it ended."""
+
+    turn: int
+    question: str
+    answer: str
+    expect: str
+    found: bool
+    how: str  # from the window | after a search | after page faults
+
+
+@dataclass
+class View:
+    """Everything that is on show."""
+
+    turns: int
+    window_tokens: int
+    high_watermark: float
+    ledger: Ledger
+    plain: bool
+    turn: int = 0
+    said: str = ""
+    report: TurnReport | None = None
+    epochs: int = 0
+    evicted: int = 0
+    prefetched: int = 0
+    faults: int = 0
+    searches: int = 0
+    recalls: list[Recall] = field(default_factory=list)
+    events: deque[tuple[int, str, str]] = field(default_factory=lambda: deque(maxlen=_SHOWN_EVENTS))
+
+    def event(self, kind: str, text: str) -> None:
+        self.events.append((self.turn, kind, text))
+        if self.plain:
+            print(f"turn {self.turn:3}  {kind:8}  {text}", flush=True)
+
+    def observe(self, report: TurnReport) -> None:
+        """Takes in one turn's report."""
+        self.report = report
+        if report.new_epoch:
+            self.epochs += 1
+            self.event("epoch", f"{report.epoch} begins: {in_window(report)}; {gauge_text(report)}")
+        if report.evicted_pages:
+            self.evicted += len(report.evicted_pages)
+            self.event("evict", f"{len(report.evicted_pages)} pages out: {ranges(report.evicted_pages)}")
+        if report.prefetched_pages:
+            self.prefetched += len(report.prefetched_pages)
+            if not self.plain or report.searches or report.faults:
+                self.event("prefetch", f"before the call: {ranges(report.prefetched_pages)}")
+        for search in report.searches:
+            self.searches += 1
+            self.event("search", f"“{search.query}” found {', '.join(search.results[:6]) or 'nothing'}")
+        for fault in report.faults:
+            self.faults += 1
+            if fault.error:
+                self.event("error", f"{fault.page_id}: {fault.error}")
+            else:
+                self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {fault.tokens} tokens")
+
+    def recalled(self, recall: Recall) -> None:
+        self.recalls.append(recall)
+        if self.plain:
+            mark = "✓" if recall.found else "✗"
+            print(f"turn {recall.turn:3}  {mark} recall  {recall.question}", flush=True)
+            print(f"                    {recall.answer}  [{recall.how}]", flush=True)
+
+    @property
+    def found(self) -> int:
+        return sum(r.found for r in self.recalls)
+
+
+def ranges(page_ids: list[str]) -> str:
+    """`msg_0001-0012, msg_0015`: page ids with runs of whole messages folded."""
+    runs: list[list[str]] = []
+    for page_id in page_ids:
+        if runs and _number(page_id) is not None and _number(page_id) == (_number(runs[-1][-1]) or -9) + 1:
+            runs[-1].append(page_id)
+        else:
+            runs.append([page_id])
+    shown = [r[0] if len(r) == 1 else f"{r[0]}–{r[-1].removeprefix('msg_')}" for r in runs]
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return ", ".join(shown[:8]) + more
+
+
+def _number(page_id: str) -> int | None:
+    match = re.fullmatch(r"msg_(\d+)", page_id)
+    return int(match[1]) if match else None
+
+
+def in_window(report: TurnReport) -> str:
+    native = ranges(report.native_pages) or "none"
+    return f"native {native}, {len(report.context_pages)} older pages as context"
+
+
+def gauge_text(report: TurnReport) -> str:
+    return f"{report.used_tokens:,} of {report.budget_tokens:,} tokens"
+
+
+def _gauge(used: int, budget: int, high: float, width: int = 44) -> Text:
+    filled = min(width, round(width * used / budget)) if budget else 0
+    mark = min(width - 1, round(width * high))
+    bar = Text()
+    for i in range(width):
+        full = i < filled
+        colour = "red" if full and i >= mark else "green" if full else "bright_black"
+        bar.append("┃" if i == mark else "█" if full else "░", "bold white" if i == mark else colour)
+    return bar
+
+
+def _window_panel(view: View) -> Panel:
+    r = view.report
+    if r is None:
+        return Panel("waiting for the first turn", title="the model's window")
+    lines = [
+        Text.assemble(_gauge(r.used_tokens, r.budget_tokens or view.window_tokens, view.high_watermark)),
+        Text(f"{gauge_text(r)} (┃ {view.high_watermark:.0%}: a new epoch begins)", "bold"),
+        Text.assemble(("native   ", "bold green"), ranges(r.native_pages) or "–"),
+        Text.assemble(("context  ", "bold blue"), ranges(r.context_pages) or "–"),
+        Text.assemble(("brought  ", "bold cyan"), ranges(r.prefetched_pages) or "–"),
+        Text(
+            f"epoch {r.epoch} · channel {r.channel} · evicted {view.evicted} · prefetched {view.prefetched}"
+            f" · searches {view.searches} · faults {view.faults}",
+            "dim",
+        ),
+    ]
+    return Panel(Group(*lines), title="the model's window", border_style="green")
+
+
+def _event_panel(view: View, rows: int) -> Panel:
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for turn, kind, what in list(view.events)[-rows:]:
+        text.append(f"{turn:4} ", "dim")
+        text.append(f"{kind:9}", _STYLES.get(kind, ""))
+        text.append(what + "\n")
+    return Panel(text, title="paging", border_style="yellow")
+
+
+def _recall_panel(view: View, rows: int) -> Panel:
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for r in view.recalls[-_SHOWN_ANSWERS:][-max(1, rows // 2) :]:
+        text.append("✓ " if r.found else "✗ ", "bold green" if r.found else "bold red")
+        text.append(f"{r.question}\n", "bold")
+        before, fact, after = _around(r.answer, r.expect)
+        text.append(f"  {before}", "dim")
+        text.append(fact, "green")
+        text.append(f"{after}\n", "dim")
+    return Panel(text, title=f"recall {view.found}/{len(view.recalls)}", border_style="cyan")
+
+
+def _around(answer: str, expect: str, lead_chars: int = 24) -> tuple[str, str, str]:
+    """An answer cut so that the expected fact shows in a narrow column."""
+    answer = " ".join(answer.split())
+    before, fact, after = answer.partition(expect)
+    if fact and len(before) > lead_chars:
+        before = "… " + before[-lead_chars:].partition(" ")[2]
+    return before, fact, after
+
+
+def bill_table(view: View) -> Table:
+    """The three accounts; `billed` counts a cached prefix token as a tenth."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("largest prompt", "input tokens", "cached", "billed", "recall"):
+        table.add_column(name, justify="right", no_wrap=True)
+    ledger = view.ledger
+    for a in ledger.accounts:
+        recalled = view.found if a is ledger.ours else a.recalled
+        table.add_row(
+            a.name,
+            f"{a.largest_tokens:,}",
+            f"{a.prompt_tokens:,}",
+            f"{a.hit_rate:.0%}",
+            f"{a.billed_tokens:,.0f}",
+            f"{recalled}/{len(view.recalls)}",
+            style="bold green" if a is ledger.ours else "",
+        )
+    return table
+
+
+def layout(view: View, height: int) -> Layout:
+    """The whole screen for a terminal of `height` lines."""
+    root = Layout()
+    body = max(6, height - 3 - 8 - 9)
+    title = Text.assemble(
+        ("llm-pager demo ", "bold"),
+        f"turn {view.turn}/{view.turns} · window {view.window_tokens:,} tokens · epochs {view.epochs}   ",
+        (view.said, "italic dim"),
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+    root.split_column(
+        Layout(Panel(title), size=3),
+        Layout(_window_panel(view), size=8),
+        Layout(name="body"),
+        Layout(Panel(Group(bill_table(view), Text(RULE, "dim")), title="input bill"), size=7),
+    )
+    rows = max(2, body)
+    root["body"].split_row(Layout(_event_panel(view, rows)), Layout(_recall_panel(view, rows)))
+    return root
+
+
+def print_summary(view: View, console: Console) -> None:
+    """The end: what happened, the bill, and the recall."""
+    console.print()
+    console.print(
+        f"{view.turn} turns through a window of {view.window_tokens:,} tokens: {view.epochs} epochs, "
+        f"{view.evicted} pages evicted, {view.prefetched} prefetched, {view.searches} searches, "
+        f"{view.faults} page faults",
+        highlight=False,
+    )
+    console.print(bill_table(view))
+    console.print(RULE, style="dim", highlight=False)
+    ours = view.ledger.ours.billed_tokens
+    if ours:
+        rest = ", ".join(f"{a.billed_tokens / ours:.1f} times less than the {a.name}" for a in view.ledger.accounts[1:])
+        console.print(f"input billed: {rest}", highlight=False)
+    for r in view.recalls:
+        if not r.found:
+            console.print(f"✗ turn {r.turn}: {r.question} -> {r.answer}", highlight=False, markup=False)
+    console.print(f"recall {view.found}/{len(view.recalls)}", style="bold", highlight=False)

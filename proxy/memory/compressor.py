@@ -1,0 +1,203 @@
+"""Lower levels of text: fewer tokens, in the page's own words.
+
+Promises: deterministic; level 0 is the text itself, never shortened; a higher level is at most
+`max_tokens` and at most its level's own limit; linear in the text, and only the short result is
+tokenised. Extractive: sentences are ranked by the frequency of their terms, with a bonus for what
+is costly to lose (numbers, names, identifiers, decisions).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+
+from proxy.memory.models import CompressionLevel
+
+ABSTRACT_TOKENS = 48
+REFERENCE_TOKENS = 12
+_REDUCED_SHARE = 3  # level 1 keeps about a third
+_SMALL_CHARS = 160  # a text this short is its own level 1
+_ABSTRACT_CHARS = 190
+_CHARS_PER_TOKEN = 4
+
+_LONGEST_PIECE_CHARS = 320  # text without sentences or lines is ranked in runs of this length
+
+_PIECE_END = re.compile(r"[.!?][\"')*]*\s+|\n\s*|[。！？]\s*")
+_WORD = re.compile(r"\w{3,}|\d+")
+_TERM = re.compile(r"\w{2,}")
+# What a conversation decided, was told to keep, or asked.
+_DECISION = frozenset(
+    """
+    decide decided decision agree agreed must never always prefer prefers because important remember
+    deadline conclude concluded conclusion should will what when where which who why how
+    """.split()
+)
+_STOP = frozenset(
+    """
+    the and for are but not you all any can had her was one our out has him his how its may new
+    now old see two way who did get let put say she too use that with have this will your from
+    they know want been good much some time very when come here just like long make many more only
+    over such take than them well were what would there their about which could other these those
+    into then also because really think going yeah sure thanks thank great hey hello please okay
+    should being does doing don didn isn wasn aren won let's it's i'm that's
+    """.split()
+)
+
+
+def compress_text(
+    text: str,
+    level: CompressionLevel | int,
+    max_tokens: int | None,
+    count: Callable[[str], int],
+) -> str:
+    """`text` at `level`: 0 itself, 1 about a third, 2 key points (<= 48 tokens), 3 topic tags (<=
+    12 tokens).
+
+    `max_tokens` is a further limit on levels 1 to 3 (None: only the level's own).
+    """
+    if level == CompressionLevel.FULL:
+        return text
+    if level == CompressionLevel.REDUCED:
+        budget_chars = max(_SMALL_CHARS, len(text) // _REDUCED_SHARE)
+        limit = max_tokens
+    elif level == CompressionLevel.ABSTRACT:
+        budget_chars = min(_ABSTRACT_CHARS, max(_SMALL_CHARS // 2, len(text) // 6))
+        limit = ABSTRACT_TOKENS if max_tokens is None else min(ABSTRACT_TOKENS, max_tokens)
+    else:
+        cap = REFERENCE_TOKENS if max_tokens is None else min(REFERENCE_TOKENS, max_tokens)
+        return clip(_tags(text, cap), cap, count)
+    if limit is not None:
+        budget_chars = min(budget_chars, limit * _CHARS_PER_TOKEN)
+    slack_chars = budget_chars // 5 if level == CompressionLevel.REDUCED else 0
+    short = _select(text, budget_chars, slack_chars)
+    return short if limit is None else clip(short, limit, count)
+
+
+def clip(text: str, max_tokens: int, count: Callable[[str], int]) -> str:
+    """The longest start of `text`, cut at a word where there is one, that is surely within
+    `max_tokens`.
+    """
+    if max_tokens <= 0:
+        return ""
+    text = text[: max_tokens * 16]  # no counter is asked about a megabyte to keep a line
+    while text and len(text.encode("utf-8", "surrogatepass")) > max_tokens:
+        tokens = count(text)
+        if tokens <= max_tokens:
+            return text
+        length = min(len(text) - 1, int(len(text) * max_tokens / tokens * 0.95))
+        space = text.rfind(" ", length // 2, length + 1)
+        text = text[: space if space > 0 else length].rstrip(" ,")
+    return text
+
+
+def hint(text: str, max_words: int = 10) -> str:
+    """One line that says what a page is about: its start without greeting, whitespace folded, "…"
+    if cut.
+    """
+    words = text[:600].split()
+    skip = 0
+    # "Sure!", "Hey Mel!" and the like say nothing; a short exclamation in front of more is passed
+    # over.
+    for index, word in enumerate(words[:4]):
+        if word[-1] == "!" and len(words) > index + 4:
+            skip = index + 1
+    chosen = [word[:32] for word in words[skip : skip + max_words]]
+    line = " ".join(chosen)[: max_words * 9]
+    cut = len(words) - skip > max_words or len(text) > 600
+    return f"{line}…" if cut and line else line
+
+
+def _select(text: str, budget_chars: int, slack_chars: int) -> str:
+    """The best ranked pieces that fit in `budget_chars`, in their original order.
+
+    The last one taken may overrun by `slack_chars`: a good sentence beats the filler that fits.
+    """
+    if len(text) <= budget_chars:
+        return text.strip()
+    spans = _pieces(text)
+    words = [_WORD.findall(text[start:end]) for start, end in spans]
+    frequency = Counter(word for group in words for word in group)
+    ranked: list[tuple[float, int]] = []
+    for index, (_, end) in enumerate(spans):
+        if words[index]:
+            score = _score(words[index], frequency)
+            if (
+                text[end - 1] in ":*#"
+            ):  # a heading or the opening of a list: little without its rest
+                score *= 0.6
+            ranked.append((-(score + 0.4 if index == 0 else score), index))
+    ranked.sort()
+    left, chosen = budget_chars, []
+    for rank, index in ranked:
+        length = spans[index][1] - spans[index][0]
+        if left < 16 or rank > 0.5 * ranked[0][0]:  # what is left is filler beside the best
+            break
+        if length < left + slack_chars:
+            chosen.append(index)
+            left -= length + 1
+    if not chosen:
+        start = spans[ranked[0][1]][0] if ranked else 0
+        return text[start : start + budget_chars].strip()
+    chosen.sort()
+    return _join(text, [spans[index] for index in chosen])
+
+
+def _pieces(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each sentence, line or bounded run, without the whitespace after it."""
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for match in (*_PIECE_END.finditer(text), None):
+        stop = len(text) if match is None else match.end()
+        while stop - start > _LONGEST_PIECE_CHARS:
+            space = text.rfind(" ", start + _LONGEST_PIECE_CHARS // 2, start + _LONGEST_PIECE_CHARS)
+            middle = space + 1 if space > 0 else start + _LONGEST_PIECE_CHARS
+            spans.append((start, middle))
+            start = middle
+        end = start + len(text[start:stop].rstrip())
+        if end > start:
+            spans.append((start, end))
+        start = stop
+    return spans
+
+
+def _score(words: list[str], frequency: Counter[str]) -> float:
+    """Term weight per square root of length, so that neither long nor tiny pieces win by size."""
+    weight = 0.0
+    for word in dict.fromkeys(words):
+        if word.islower():
+            if word not in _STOP:
+                weight += frequency[word]
+                if not word.isalpha():  # snake_case, utf8
+                    weight += 1.5
+        else:  # a number, a name, CamelCase, a CONSTANT
+            weight += frequency[word] + 1.0
+    if not _DECISION.isdisjoint(words):
+        weight += 2.0
+    return weight / math.sqrt(6.0 + len(words))
+
+
+def _join(text: str, spans: list[tuple[int, int]]) -> str:
+    """Pieces side by side; a line's end stays a line's end."""
+    out: list[str] = []
+    for start, end in spans:
+        out.append(text[start:end].strip())
+        out.append("\n" if text[end : end + 1] == "\n" else " ")
+    return "".join(out[:-1])
+
+
+def _tags(text: str, max_tokens: int) -> str:
+    """The most telling terms, in order of appearance, as "a, b, c"."""
+    frequency = Counter(_TERM.findall(text[:8000]))
+    worth: dict[str, tuple[float, int, str]] = {}
+    for index, (term, times) in enumerate(frequency.items()):
+        key = term.lower()
+        if key in _STOP or key in _DECISION or (len(key) < 3 and key.isalpha()):
+            continue
+        seen, at, shown = worth.get(key, (0.0, index, term[:24]))
+        bonus = (len(term) > 5) + (not term.islower()) + (not term.isalpha())
+        worth[key] = (max(seen, bonus) + times, at, shown)
+    best = sorted(worth.values(), key=lambda row: (-row[0], row[1]))[: max(1, max_tokens // 3)]
+    best.sort(key=lambda row: row[1])
+    return ", ".join(shown for _, _, shown in best) or hint(text, 4)

@@ -1,0 +1,38 @@
+"""How many leave the window: its capacity and watermarks. (Who leaves is `eviction_policy`'s to
+say.)
+
+Promises: the working set is a view of the page table and holds no state of its own here; watermarks
+are whole tokens with 0 <= low <= high <= room.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class WorkingSetConfig(BaseModel):
+    """Capacity of L0 in tokens, and when and how far it is emptied (fractions of the room)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_l0_tokens: int = Field(default=128_000, gt=0)
+    reserved_tokens: int = Field(default=4_000, ge=0)
+    eviction_threshold: float = Field(default=0.90, gt=0.0, le=1.0)
+    target_utilization: float = Field(default=0.50, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _target_below_threshold(self) -> WorkingSetConfig:
+        if self.target_utilization > self.eviction_threshold:
+            raise ValueError("target_utilization must not be above eviction_threshold")
+        return self
+
+
+def watermarks(room_tokens: int, config: WorkingSetConfig) -> tuple[int, int]:
+    """(high, low) in tokens for a window with `room_tokens` of room (L0 less reserve less its fixed
+    part).
+
+    Above high a new epoch begins; it is rebuilt down to low. No room gives (0, 0).
+    """
+    room = max(0, room_tokens)
+    high = int(room * config.eviction_threshold)
+    return high, min(high, int(room * config.target_utilization))

@@ -1,0 +1,66 @@
+"""Tier L1: decoded records, windows and folded page tables in RAM. Only a cache.
+
+Promises: least recently used things go first, bounded in tokens; losing any of it at any moment
+changes no later prompt, only the time until it is there again (invariant 9).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+BYTES_PER_TOKEN = 4  # how bytes in RAM are charged against tiers.l1.tokens
+
+_Key = tuple[str, bytes]
+
+
+class Cache:
+    """Values by kind and id, each with a weight in tokens."""
+
+    def __init__(self, limit_tokens: int) -> None:
+        self._limit = limit_tokens
+        self._values: OrderedDict[_Key, tuple[Any, int]] = OrderedDict()
+        self.tokens = 0
+        self.hits = 0
+        self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, kind: str, key: bytes) -> Any:
+        """The value, or None."""
+        found = self._values.get((kind, key))
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._values.move_to_end((kind, key))
+        return found[0]
+
+    def take(self, kind: str, key: bytes) -> Any:
+        """The value, which leaves the cache: for what its user is going to change."""
+        found = self._values.pop((kind, key), None)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self.tokens -= found[1]
+        return found[0]
+
+    def put(self, kind: str, key: bytes, value: Any, size_bytes: int) -> None:
+        """Keep a value; one larger than the whole limit is not kept."""
+        old = self._values.pop((kind, key), None)
+        if old is not None:
+            self.tokens -= old[1]
+        weight = size_bytes // BYTES_PER_TOKEN + 1
+        if weight > self._limit:
+            return
+        self._values[kind, key] = value, weight
+        self.tokens += weight
+        while self.tokens > self._limit:
+            _, (_, weight) = self._values.popitem(last=False)
+            self.tokens -= weight
+
+    def clear(self) -> None:
+        self._values.clear()
+        self.tokens = 0

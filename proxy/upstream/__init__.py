@@ -1,0 +1,132 @@
+"""The upstream: who answers. Everything in this package speaks OpenAI wire bytes.
+
+Promises to its callers:
+
+* a reply, whatever its status, is returned as a `Reply`; nothing is raised for a 4xx or a 5xx;
+* a failure before a status raises `ApiError` (502 `upstream_unreachable`, 504 `upstream_timeout`);
+* a failure after it raises `UpstreamBroken` from the body;
+* closing a reply, or cancelling the task that waits for it, cancels the call upstream at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+__all__ = [
+    "BytesReply",
+    "Header",
+    "Reply",
+    "Upstream",
+    "UpstreamBroken",
+    "join_chunks",
+    "make_upstream",
+]
+
+Header = tuple[bytes, bytes]
+"""One header as on the wire, its name in lower case."""
+
+
+class UpstreamBroken(Exception):
+    """The upstream failed after its status was read: the body is incomplete. `str()` says how."""
+
+
+class Reply(Protocol):
+    """An answer whose status and headers are known and whose body may still be arriving.
+
+    `headers` carry lower-case names; hop-by-hop headers are gone. On a chat reply content-length
+    and content-encoding are gone too (the body is what `chunks` yields, decoded); on a forwarded
+    reply they are kept, and the body is the raw bytes that they describe.
+    """
+
+    status: int
+    headers: list[Header]
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body, once, as it arrives. Raises `UpstreamBroken`."""
+        ...
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body. Raises `UpstreamBroken`, also when it is longer than `limit_bytes`."""
+        ...
+
+    async def close(self) -> None:
+        """Give the body up: the upstream call is cancelled at once. Harmless when repeated."""
+        ...
+
+
+class Upstream(Protocol):
+    """One configured provider. One per process, used from one event loop."""
+
+    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+        """POST `body` to {base_url}/chat/completions; `headers` are the client's own."""
+        ...
+
+    async def forward(
+        self,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: Sequence[Header],
+        body: AsyncIterator[bytes] | None,
+    ) -> Reply:
+        """Any other call. `path` is what follows /v1 as on the wire (percent-encoded)."""
+        ...
+
+    async def close(self) -> None:
+        """Close every connection."""
+        ...
+
+
+async def join_chunks(chunks: AsyncGenerator[bytes, None], limit_bytes: int) -> bytes:
+    """The whole of `chunks`, or `UpstreamBroken` when it is longer than `limit_bytes`."""
+    parts: list[bytes] = []
+    size_bytes = 0
+    async for chunk in chunks:
+        size_bytes += len(chunk)
+        if size_bytes > limit_bytes:
+            await chunks.aclose()
+            raise UpstreamBroken(f"the upstream's answer is longer than {limit_bytes} bytes")
+        parts.append(chunk)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class BytesReply:
+    """A reply whose body is already here (errors of other providers, built-in answers)."""
+
+    def __init__(self, status: int, headers: Iterable[Header], body: bytes) -> None:
+        self.status = status
+        self.headers = list(headers)
+        self._body = body
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        if self._body:
+            yield self._body
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._chunks()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return await join_chunks(self._chunks(), limit_bytes)
+
+    async def close(self) -> None:
+        """Nothing is running."""
+
+
+def make_upstream(config: Config) -> Upstream:
+    """The upstream that `config.upstream.provider` names; heavy libraries load on first use."""
+    provider = config.upstream.provider
+    if provider == "litellm":
+        from proxy.upstream.litellm import LitellmUpstream
+
+        return LitellmUpstream(config)
+    if provider == "demo":
+        from proxy.upstream.demo import DemoUpstream
+
+        return DemoUpstream(config)
+    from proxy.upstream.openai import OpenAIUpstream
+
+    return OpenAIUpstream(config)

@@ -1,0 +1,304 @@
+"""Providers that do not speak OpenAI's protocol, through litellm, turned back into wire bytes.
+
+Promises: litellm is imported at the first call, in a thread, and never asks the network for its
+price table; nothing is retried and no parameter is dropped here; an error of the provider keeps
+its status; an error in the middle of a stream is its last event. A client cannot use litellm's own
+settings (another `api_base`, credentials, files) through the body: such a field is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from proxy.errors import ApiError
+from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+_DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
+_JSON_HEADERS: Final[list[Header]] = [(b"content-type", b"application/json")]
+_SSE_HEADERS: Final[list[Header]] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+]
+_CHAIN_LIMIT: Final = 16  # exceptions looked at behind one error
+_ERROR_HEADERS: Final = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id")
+# litellm reads these from the call like settings: where to connect, as whom, which file holds the key.
+_SETTING_NAMES: Final = frozenset(
+    (
+        "api_base",
+        "api_key",
+        "api_version",
+        "base_url",
+        "default_headers",
+        "deployment_id",
+        "extra_body",
+        "extra_headers",
+        "extra_query",
+        "model_list",
+        "organization",
+        "timeout",
+    )
+)
+_SETTING_PREFIXES: Final = (
+    "_",
+    "aws_",
+    "azure_",
+    "databricks_",
+    "gcs_",
+    "litellm_",
+    "oci_",
+    "s3_",
+    "sagemaker_",
+    "snowflake_",
+    "vertex_",
+    "watsonx_",
+)
+_OPENAI_NAMES: Final = frozenset(("metadata",))
+
+
+class _Library:
+    """litellm itself, imported once per process off the loop (it takes seconds)."""
+
+    def __init__(self) -> None:
+        os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+        module: Any = importlib.import_module("litellm")
+        module.telemetry = False
+        module.suppress_debug_info = True
+        module.drop_params = False
+        types: Any = importlib.import_module("litellm.types.utils")
+        self.acompletion: Any = module.acompletion
+        # Which of litellm's errors a failed connection becomes differs by provider; the cause in
+        # its chain does not.
+        self.transport_error: type[Exception] = importlib.import_module("httpx").TransportError
+        self.timeout_error: type[Exception] = module.Timeout
+        self._settings = (frozenset(types.all_litellm_params) | _SETTING_NAMES) - _OPENAI_NAMES
+
+    def is_setting(self, field: str) -> bool:
+        """True for a body field that litellm would take as its own setting."""
+        return field in self._settings or field.startswith(_SETTING_PREFIXES)
+
+
+class LitellmUpstream:
+    """`Upstream` over `litellm.acompletion`."""
+
+    def __init__(self, config: Config) -> None:
+        upstream = config.upstream
+        base_url = str(upstream.base_url).rstrip("/")
+        self._api_base = None if base_url == _DEFAULT_BASE_URL else base_url
+        secret = getattr(upstream.api_key, "get_secret_value", None)
+        self._api_key: str | None = secret() if secret is not None else upstream.api_key
+        self._timeout_s = float(upstream.timeout_s)
+        self._models = [name for name in config.models if not set(name) & set("*?[")]
+        self._loading: asyncio.Future[_Library] | None = None
+
+    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+        library = await self._library()
+        fields = _decode(body)
+        for field in fields:
+            if library.is_setting(field):
+                raise ApiError(
+                    400,
+                    f"The field {field!r} is a setting of this proxy's provider library;"
+                    " a request cannot set it. Remove it.",
+                    code="unsupported_parameter",
+                    param=field,
+                )
+        streaming = bool(fields.get("stream"))
+        settings = {
+            "stream": streaming,
+            "num_retries": 0,
+            "max_retries": 0,
+            "timeout": self._timeout_s,
+            "api_key": self._api_key or _bearer(headers),
+            "api_base": self._api_base,
+            # Without it, any request with tools imports litellm's MCP gateway, which needs a
+            # package that litellm does not depend on, and lets a client's tool reach into it.
+            "_skip_mcp_handler": True,
+        }
+        fields.update((name, value) for name, value in settings.items() if value is not None)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                result = await library.acompletion(**fields)
+        except Exception as error:  # noqa: BLE001 - reported to the client below
+            return self._refusal(library, error)
+        if streaming:
+            return StreamReply(result)
+        return BytesReply(
+            200, _JSON_HEADERS, _json_bytes(_complete(result.model_dump(exclude_none=True)))
+        )
+
+    async def forward(
+        self,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: Sequence[Header],
+        body: AsyncIterator[bytes] | None,
+    ) -> Reply:
+        if method == "GET" and path.rstrip("/") == "/models":
+            data = [
+                {"id": name, "object": "model", "created": 0, "owned_by": "llm-pager"}
+                for name in self._models
+            ]
+            return BytesReply(200, _JSON_HEADERS, _json_bytes({"object": "list", "data": data}))
+        raise ApiError(
+            404,
+            f"{method} /v1{path} is not available: with upstream.provider 'litellm' this proxy"
+            " serves only POST /v1/chat/completions and GET /v1/models.",
+            code="not_found",
+        )
+
+    async def close(self) -> None:
+        """Open replies are closed by their readers; litellm keeps its own connections."""
+
+    async def _library(self) -> _Library:
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(asyncio.to_thread(_Library))
+        # Shielded: the first client may leave, the import goes on for the next one.
+        return await asyncio.shield(self._loading)
+
+    def _refusal(self, library: _Library, error: Exception) -> Reply:
+        if isinstance(error, TimeoutError | library.timeout_error):
+            raise ApiError(
+                504,
+                f"The provider did not answer within {self._timeout_s:g} s: {error}",
+                type="api_error",
+                code="upstream_timeout",
+            ) from error
+        status = getattr(error, "status_code", None)
+        if not isinstance(status, int) or _caused_by(error, library.transport_error):
+            raise ApiError(
+                502,
+                f"The provider could not be reached: {error}",
+                type="api_error",
+                code="upstream_unreachable",
+            ) from error
+        headers = list(_JSON_HEADERS)
+        for name in _ERROR_HEADERS:
+            if value := _provider_header(error, name):
+                headers.append((name.encode(), value.encode("latin-1", "replace")))
+        return BytesReply(status, headers, _json_bytes({"error": _error_object(error)}))
+
+
+class StreamReply:
+    """A running litellm stream as server-sent events."""
+
+    def __init__(self, stream: Any) -> None:
+        self.status = 200
+        self.headers: list[Header] = list(_SSE_HEADERS)
+        self._stream = stream
+        self._pending: asyncio.Future[Any] | None = None
+        self._closed = False
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                self._pending = asyncio.ensure_future(anext(self._stream))
+                try:
+                    chunk = await self._pending
+                except StopAsyncIteration:
+                    break
+                except asyncio.CancelledError:
+                    if self._closed:  # close() from another task, not our own cancellation
+                        raise UpstreamBroken("closed") from None
+                    raise
+                except Exception as error:  # noqa: BLE001 - it becomes the last event
+                    yield b"data: " + _json_bytes({"error": _error_object(error)}) + b"\n\n"
+                    return
+                event = _complete(chunk.model_dump(exclude_none=True, exclude_unset=True))
+                yield b"data: " + _json_bytes(event) + b"\n\n"
+            yield b"data: [DONE]\n\n"
+        finally:
+            await self.close()
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._events()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return await join_chunks(self._events(), limit_bytes)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._pending is not None and not self._pending.done():
+            self._pending.cancel()
+            # The stream cannot be closed while its reader is inside it.
+            await asyncio.wait((self._pending,))
+        await self._stream.aclose()
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, f"The request body is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The request body must be a JSON object.")
+    for name in ("model", "messages"):
+        if name not in fields:
+            raise ApiError(400, f"Missing required parameter: '{name}'.", param=name)
+    return cast("dict[str, Any]", fields)
+
+
+def _bearer(headers: Sequence[Header]) -> str | None:
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            return value[7:].strip().decode("latin-1") or None
+    return None
+
+
+def _complete(payload: dict[str, Any]) -> dict[str, Any]:
+    """Put back the two keys that OpenAI always sends, as null, and `exclude_none` removed."""
+    for choice in payload.get("choices") or ():
+        choice.setdefault("finish_reason", None)
+        message = choice.get("message")
+        if message is not None:
+            message.setdefault("content", None)
+    return payload
+
+
+def _caused_by(error: Exception, kind: type[Exception]) -> bool:
+    cause: BaseException | None = error
+    for _ in range(_CHAIN_LIMIT):
+        if cause is None or isinstance(cause, kind):
+            break
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(cause, kind)
+
+
+def _provider_header(error: Exception, name: str) -> str | None:
+    """litellm puts the provider's headers in one of two places."""
+    for headers in (
+        getattr(error, "litellm_response_headers", None),
+        getattr(getattr(error, "response", None), "headers", None),
+    ):
+        if headers and (value := headers.get(name)):
+            return str(value)
+    return None
+
+
+def _error_object(error: Exception) -> Mapping[str, Any]:
+    status = getattr(error, "status_code", None)
+    kind = getattr(error, "type", None)
+    if not isinstance(kind, str):
+        client_fault = isinstance(status, int) and 400 <= status < 500 and status != 429
+        kind = "invalid_request_error" if client_fault else "api_error"
+    code = getattr(error, "code", None)
+    return {
+        "message": str(getattr(error, "message", None) or error),
+        "type": kind,
+        "param": getattr(error, "param", None),
+        "code": code if code is None else str(code),
+    }
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str).encode()

@@ -1,0 +1,320 @@
+"""Verbatim HTTP to any OpenAI-compatible server, over one pool of kept-alive connections.
+
+Promises: bytes, unknown headers and unknown fields survive both ways; body bytes are handed on as
+they arrive; redirects are not followed; a status of any kind is a reply, never an exception.
+A pooled connection that the upstream had closed meanwhile is replaced once, by a fresh one; a POST
+on a fresh connection is never repeated, because it may have been paid for.
+
+`chat()` is the hot path: it adds one header filter to what a bare `session.post` costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
+
+import aiohttp
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.connector import Connection
+from aiohttp.payload import BytesPayload
+from yarl import URL
+
+from proxy.errors import ApiError
+from proxy.upstream import Header, Reply, UpstreamBroken, join_chunks
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+# RFC 9110 7.6.1 and its forerunners: these speak about one connection, not about the message.
+_HOP_BY_HOP: Final = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+_CHAT_REPLY_DROPS: Final = _HOP_BY_HOP | {b"content-length", b"content-encoding"}
+# `expect` was answered by our own server before the body was read.
+_FORWARD_DROPS: Final = _HOP_BY_HOP | {b"host", b"expect"}
+_CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b"accept-encoding"}
+# What aiohttp would add of its own when the client did not send it.
+_AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", b"content-type"))
+# Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
+_HEADER_LIMIT_BYTES: Final = 65_536
+_READ_BUFFER_BYTES: Final = 262_144
+# A transport takes this much without waiting, so aiohttp's read timeout runs at once; a larger
+# request could wait for ever to be written and gets a bound of its own (3 us of CPU).
+_UNBUFFERED_BYTES: Final = 32_768
+_KEEPALIVE_S: Final = 60.0
+
+_reused: ContextVar[bool] = ContextVar("_reused", default=False)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A pool that tells the task that asked whether its connection has served before."""
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[aiohttp.tracing.Trace],
+        timeout: aiohttp.ClientTimeout,
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        state = vars(connection.protocol)
+        _reused.set("llm_pager_served" in state)
+        state["llm_pager_served"] = True
+        return connection
+
+
+class _Body(BytesPayload):
+    """Request bytes. aiohttp warns above 1 MB for callers who could stream; ours is in RAM."""
+
+    def __init__(self, value: bytes) -> None:
+        super().__init__(b"")
+        self._value = value
+        self._size = len(value)
+
+    async def write_with_length(
+        self, writer: AbstractStreamWriter, content_length: int | None
+    ) -> None:
+        # aiohttp joins the request head with the first write: not with a copy of megabytes.
+        value = self._value
+        if len(value) <= _UNBUFFERED_BYTES:
+            await writer.write(value)
+            return
+        view = memoryview(value)
+        await writer.write(view[:_UNBUFFERED_BYTES])
+        await writer.write(view[_UNBUFFERED_BYTES:])
+
+
+class HttpReply:
+    """A `Reply` over one connection; reading its end gives the connection back to the pool."""
+
+    __slots__ = ("_response", "headers", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes]) -> None:
+        self.status = response.status
+        self._response = response
+        self.headers: list[Header] = [
+            (name, value)
+            for raw_name, value in response.raw_headers
+            if (name := raw_name.lower()) not in drops
+        ]
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        response = self._response
+        read = response.content.readany
+        try:
+            while chunk := await read():
+                yield chunk
+        except TimeoutError as error:
+            raise UpstreamBroken("timeout") from error
+        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
+            raise UpstreamBroken(f"the upstream's answer broke off: {error!r}") from error
+        finally:
+            # Does nothing after the end; before it, the upstream sees the disconnect now.
+            response.close()
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._chunks()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return await join_chunks(self._chunks(), limit_bytes)
+
+    async def close(self) -> None:
+        self._response.close()
+
+
+class OpenAIUpstream:
+    """`Upstream` over HTTP. The session is made lazily, on the loop of the first call."""
+
+    def __init__(self, config: Config) -> None:
+        upstream = config.upstream
+        self._base_url = str(upstream.base_url).rstrip("/")
+        self._chat_url = URL(self._base_url + "/chat/completions", encoded=True)
+        self._authorization = _authorization(upstream.api_key)
+        self._timeout_s = float(upstream.timeout_s)
+        self._connect_timeout_s = float(upstream.connect_timeout_s)
+        self._max_connections = int(upstream.max_connections)
+        self._pooled: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
+
+    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+        pairs = self._headers(headers, _CHAT_DROPS)
+        pairs.append(("Accept-Encoding", "identity"))
+        skip = _missing_auto_headers(headers, chat=True)
+        try:
+            if len(body) <= _UNBUFFERED_BYTES:
+                response = await self._request(
+                    "POST", self._chat_url, pairs, skip, _Body(body), True
+                )
+            else:
+                async with asyncio.timeout(self._timeout_s):
+                    response = await self._request(
+                        "POST", self._chat_url, pairs, skip, _Body(body), True
+                    )
+        except TimeoutError as error:
+            raise self._timed_out() from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._unreachable(error) from error
+        return HttpReply(response, _CHAT_REPLY_DROPS)
+
+    async def forward(
+        self,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: Sequence[Header],
+        body: AsyncIterator[bytes] | None,
+    ) -> Reply:
+        # A path must not run into the host name: "/v1@evil" is not a way to another host.
+        target = self._base_url + (path if path.startswith("/") or not path else "/" + path)
+        if query:
+            target += "?" + query.decode("latin-1")
+        pairs = self._headers(headers, _FORWARD_DROPS)
+        try:
+            url = URL(target.replace("#", "%23"), encoded=True)
+            response = await self._request(
+                method, url, pairs, _missing_auto_headers(headers, chat=False), body, False
+            )
+        except TimeoutError as error:
+            raise self._timed_out() from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise self._unreachable(error) from error
+        return HttpReply(response, _HOP_BY_HOP)
+
+    async def close(self) -> None:
+        for session in (self._pooled, self._fresh):
+            if session is not None:
+                await session.close()
+        self._pooled = self._fresh = None
+
+    async def _request(
+        self,
+        method: str,
+        url: URL,
+        pairs: list[tuple[str, str]],
+        skip: tuple[str, ...] | None,
+        body: _Body | AsyncIterator[bytes] | None,
+        decode: bool,
+    ) -> aiohttp.ClientResponse:
+        session = self._pooled
+        if session is None:
+            session = self._pooled = self._open(force_close=False)
+        _reused.set(False)
+        try:
+            return await session.request(
+                method,
+                url,
+                headers=pairs,
+                data=body,
+                allow_redirects=False,
+                skip_auto_headers=skip,
+                auto_decompress=decode,
+            )
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            if not _reused.get() or not _repeatable(error, body):
+                raise
+        fresh = self._fresh
+        if fresh is None:
+            fresh = self._fresh = self._open(force_close=True)
+        return await fresh.request(
+            method,
+            url,
+            headers=pairs,
+            data=body,
+            allow_redirects=False,
+            skip_auto_headers=skip,
+            auto_decompress=decode,
+        )
+
+    def _open(self, *, force_close: bool) -> aiohttp.ClientSession:
+        connector = (
+            _Connector(limit=self._max_connections, force_close=True)
+            if force_close
+            else _Connector(limit=self._max_connections, keepalive_timeout=_KEEPALIVE_S)
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),  # one client's cookies are not another's
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(
+                total=None,  # a long answer is fine as long as bytes keep coming
+                connect=self._timeout_s,  # includes the wait for a free connection
+                sock_connect=self._connect_timeout_s,
+                sock_read=self._timeout_s,
+            ),
+            read_bufsize=_READ_BUFFER_BYTES,
+            max_line_size=_HEADER_LIMIT_BYTES,
+            max_field_size=_HEADER_LIMIT_BYTES,
+        )
+
+    def _headers(self, headers: Sequence[Header], drops: frozenset[bytes]) -> list[tuple[str, str]]:
+        authorization = self._authorization
+        if authorization is not None:
+            drops = drops | {b"authorization"}
+        pairs = [
+            (name.decode("latin-1"), _text(value)) for name, value in headers if name not in drops
+        ]
+        if authorization is not None:
+            pairs.append(("Authorization", authorization))
+        return pairs
+
+    def _timed_out(self) -> ApiError:
+        return ApiError(
+            504,
+            f"The upstream {self._base_url} did not answer within {self._timeout_s:g} s"
+            f" (connecting: {self._connect_timeout_s:g} s).",
+            type="api_error",
+            code="upstream_timeout",
+        )
+
+    def _unreachable(self, error: Exception) -> ApiError:
+        return ApiError(
+            502,
+            f"The upstream {self._base_url} could not be reached: {error}",
+            type="api_error",
+            code="upstream_unreachable",
+        )
+
+
+def _text(value: bytes) -> str:
+    """A header value such that aiohttp, which writes UTF-8, puts the same bytes on the wire."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _authorization(api_key: object) -> str | None:
+    if api_key is None:
+        return None
+    secret = getattr(api_key, "get_secret_value", None)
+    return f"Bearer {secret() if secret is not None else api_key}"
+
+
+def _missing_auto_headers(headers: Sequence[Header], *, chat: bool) -> tuple[str, ...] | None:
+    """Headers that aiohttp must not invent; None (its fast path) when the client sent them all."""
+    present = {name for name, _ in headers}
+    if chat:
+        present.add(b"accept-encoding")
+    if present >= _AUTO_HEADERS:
+        return None
+    return tuple(sorted(name.decode() for name in _AUTO_HEADERS - present))
+
+
+def _repeatable(error: aiohttp.ClientError, body: _Body | AsyncIterator[bytes] | None) -> bool:
+    """True when nothing of an answer was read and the body can be sent a second time."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return False
+    if isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str):
+        return False  # the message is a half-read response
+    return body is None or isinstance(body, _Body)

@@ -1,0 +1,209 @@
+"""The page index as its callers see it: what is found, in which order, and what never matters."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.search.fts import Doc, Hit, PageIndex
+
+
+def build(*texts: str, role: str = "user", name: str = "") -> PageIndex:
+    index = PageIndex()
+    index.extend(Doc(i, 0, role, name, text) for i, text in enumerate(texts))
+    return index
+
+
+def positions(hits: list[Hit]) -> list[int]:
+    return [hit.position for hit in hits]
+
+
+FILLER = [f"filler number {n} about nothing" for n in range(20)]
+
+
+def test_finds_by_stem_and_ignores_stop_words() -> None:
+    index = build("I was running in the park", "the and of what did you do", *FILLER)
+    assert positions(index.search("What did you do when you ran or runs?", 1)) == [0]
+    assert index.search("what runs", 1)[0].coverage == 1.0
+
+
+def test_only_stop_words_still_search_but_cover_nothing() -> None:
+    hits = build("The Who", "Queen", *FILLER).search("the who", 1)
+    assert positions(hits) == [0] and hits[0].coverage == 0.0
+
+
+def test_a_neighbours_word_counts_but_never_more_than_the_pages_own() -> None:
+    index = build(
+        *FILLER[:10], "Where did you buy the guitar?", "At a shop in Lisbon", *FILLER[10:]
+    )
+    hits = index.search("Where was the guitar bought?", 5)
+    assert positions(hits)[0] == 10 and 11 in positions(hits)[:3]
+    assert hits[0].score > hits[1].score
+    assert next(hit for hit in hits if hit.position == 11).coverage == 0.0
+
+
+def test_a_speaker_named_in_the_question_is_preferred() -> None:
+    index = PageIndex()
+    for i in range(30):
+        name = "Caroline" if i % 2 else "Melanie"
+        text = "I adopted a dog" if i in (7, 14) else f"chat {i}"
+        index.extend([Doc(i, 0, "user", name, text)])
+    assert positions(index.search("Which dog did Melanie adopt?", 1)) == [14]
+    assert positions(index.search("Which dog did Caroline's family adopt?", 1)) == [7]
+    assert positions(index.search("caroline", 15))[0] % 2 == 1
+
+
+def test_users_words_are_preferred_where_replies_are_much_longer() -> None:
+    index = PageIndex()
+    for i in range(0, 20, 2):
+        topic = "my budget is 500 euros" if i == 10 else f"question {i}"
+        index.extend([Doc(i, 0, "user", "", topic)])
+        reply = "Your budget and euros: budget euros budget. " if i == 4 else "Lorem ipsum dolor. "
+        index.extend([Doc(i + 1, 0, "assistant", "", reply * 20)])
+    assert positions(index.search("budget in euros", 1)) == [10]
+
+
+def test_ties_are_fully_ordered_newest_first_then_part() -> None:
+    index = PageIndex()
+    same = [Doc(p, part, "user", "", "zebra") for p in (3, 5) for part in (1, 2, 3)]
+    index.extend(same)
+    hits = index.search("zebra", 10)
+    assert [(hit.position, hit.part) for hit in hits] == [
+        (5, 1), (5, 2), (5, 3), (3, 1), (3, 2), (3, 3)
+    ]  # fmt: skip
+    assert len({hit.score for hit in hits}) == 1
+
+
+def test_skip_filters_before_the_limit() -> None:
+    index = build(*["zebra crossing"] * 300)
+    hits = index.search("zebra", 10, skip=lambda position, part: position >= 5)
+    assert positions(hits) == [4, 3, 2, 1, 0]
+    assert index.search("zebra", 10, skip=lambda position, part: True) == []
+
+
+def test_coverage_is_the_share_of_rare_content() -> None:
+    index = build("pottery class on monday", "pottery", *FILLER)
+    assert index.search("pottery monday", 1)[0].coverage == 1.0
+    assert 0 < index.search("pottery monday spaceship", 1)[0].coverage < 0.8
+    for small_talk in ("Thanks, that sounds great!", "ok", "Hello, how are you today?"):
+        assert all(h.coverage == 0.0 for h in index.search(small_talk, 5))
+
+
+def test_invariant_6_another_index_never_influences_scores() -> None:
+    texts = ["the red kite flies", "a blue kite", *FILLER]
+    alone = build(*texts).search("red kite", 10)
+    others = [build(*["red red kite"] * 50, name="Kite"), build("red", role="assistant")]
+    beside = build(*texts)
+    for other in others:
+        other.search("red kite", 10)
+    assert beside.search("red kite", 10) == alone
+    for other in others:
+        other.extend([Doc(1000, 0, "user", "Red", "red kite")])
+        other.close()
+    assert beside.search("red kite", 10) == alone
+
+
+def test_truncate_forgets_the_branch() -> None:
+    index = build(*FILLER, "the secret word is xylophone")
+    index.truncate(20)
+    assert len(index) == 20 and index.search("xylophone", 5) == []
+    index.truncate(99)
+    assert len(index) == 20
+
+
+def test_out_of_order_pages_are_refused_whole() -> None:
+    index = build("a1", "b1")
+    with pytest.raises(ValueError, match="comes after"):
+        index.extend([Doc(5, 0, "user", "", "fine"), Doc(4, 0, "user", "", "late")])
+    assert len(index) == 2 and index.search("fine", 1) == []
+
+
+WORDS = st.sampled_from(["kite", "red", "blue", "Anna", "Bob", "the", "running", "ran", "x"])
+PAGE = st.tuples(
+    st.sampled_from(["user", "assistant", "tool"]),
+    st.sampled_from(["", "Anna", "Bob"]),
+    st.lists(WORDS, max_size=12).map(" ".join),
+    st.integers(0, 2),  # parts
+)
+STEP = st.one_of(st.lists(PAGE, max_size=8), st.integers(0, 30))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(STEP, max_size=10), st.lists(WORDS, min_size=1, max_size=4).map(" ".join))
+def test_any_history_of_calls_equals_a_fresh_index(
+    steps: list[list[tuple[str, str, str, int]] | int], query: str
+) -> None:
+    lived, docs, position = PageIndex(), [], 0
+    for step in steps:
+        if isinstance(step, int):
+            lived.truncate(step)
+            docs = [doc for doc in docs if doc.position < step]
+            position = min(position, step)
+            continue
+        new = []
+        for role, name, text, parts in step:
+            for part in range(1, parts + 1) if parts else (0,):
+                new.append(Doc(position, part, role, name, text))
+            position += 1
+        lived.extend(new)
+        docs += new
+    fresh = PageIndex()
+    fresh.extend(docs)
+    assert len(lived) == len(fresh) == len(docs)
+    assert lived.search(query, 100) == fresh.search(query, 100)
+    lived.close()
+    fresh.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(), st.text())
+def test_any_text_is_a_page_and_a_query(page: str, query: str) -> None:
+    index = build(page, query, "kite")
+    for hit in index.search(query, 5):
+        assert 0 <= hit.coverage <= 1 and hit.score > 0
+    assert positions(index.search(query + " kite", 5))
+    index.close()
+
+
+@pytest.mark.parametrize(
+    "query",
+    ['"', '""', "kite AND", "NOT", "kite OR (", "text: kite", "kite*", "^kite", "NEAR(kite, 2)",
+     "kite\x00 'x", "\ud83d", "🪁", "'; DROP TABLE pages; --", "-", "{kite}: +", "k" * 100_000],
+)  # fmt: skip
+def test_fts5_syntax_and_odd_characters_are_plain_text(query: str) -> None:
+    index = build("kite \ud83d 🪁 flying", "other", *FILLER)
+    index.search(query, 5)
+    assert positions(index.search(query + " kite", 1)) == [0]
+
+
+def test_nothing_asked_nothing_found() -> None:
+    index = build("a page", "another")
+    assert index.search("", 5) == index.search(" \n", 5) == index.search("?!", 5) == []
+    assert index.search("page", 0) == PageIndex().search("page", 5) == []
+
+
+def test_scripts_without_spaces_are_searchable() -> None:
+    index = build("我昨天买了一把吉他", "今天天气很好", "ギターを買った", *FILLER)
+    assert positions(index.search("吉他", 1)) == [0]
+    assert positions(index.search("CAFÉ", 1)) == []
+
+
+def test_large_index_and_long_query_stay_bounded() -> None:
+    rng = random.Random(7)
+    words = [f"w{int(rng.paretovariate(0.7))}" for _ in range(60_000)]
+    index = PageIndex()
+    index.extend(Doc(i, 0, "user", "", " ".join(words[i * 6 : i * 6 + 60])) for i in range(9_900))
+    queries = ["w1", "w1 w2 w3 w50", " ".join(words[:5000]), "w9 " * 30_000]
+    for query in queries:
+        best = min(_seconds(index, query) for _ in range(3))
+        assert best < 0.05, (query[:20], best)  # measured: 2 to 6 ms; the rest is for slow machines
+
+
+def _seconds(index: PageIndex, query: str) -> float:
+    start = time.process_time()
+    assert index.search(query, 10)
+    return time.process_time() - start

@@ -1,0 +1,355 @@
+"""The disk store under kills, crowds, full disks and bad paths: real processes and directories."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from proxy.storage.l2 import JOIN_KEEP, DiskStore, StorageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(code: str, *args: object) -> subprocess.Popen[str]:
+    """A child running `code` with the repository on its path; stdout is a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def id16(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def split16(joined: bytes | None) -> list[bytes]:
+    joined = joined or b""
+    return [joined[at : at + 16] for at in range(0, len(joined), 16)]
+
+
+@pytest.fixture
+async def store(tmp_path: Path):
+    opened = DiskStore(tmp_path / "l2", queue_records=100)
+    yield opened
+    await opened.close()
+
+
+async def test_puts_replace_and_unknown_keys_are_none(store: DiskStore) -> None:
+    await store.commit([(b"a", b"1"), (b"b", b"\x00\xff"), (b"a", b"2")])
+    assert (store.get(b"a"), store.get(b"b"), store.get(b"c")) == (b"2", b"\x00\xff", None)
+    await store.commit([(b"a", b"")])
+    assert store.get(b"a") == b""
+    await store.commit([])
+
+
+async def test_large_values_stay_in_the_transaction(store: DiskStore, tmp_path: Path) -> None:
+    large = os.urandom(3 << 20)
+    await store.commit([(b"large", b"x" * (2 << 20))])
+    await store.commit([(b"large", large)])
+    assert store.get(b"large") == large
+    assert not list((tmp_path / "l2").rglob("*.val"))
+
+
+async def test_joins_keep_order_without_doubles_and_the_newest(store: DiskStore) -> None:
+    await store.commit([], [(b"k", id16(n)) for n in (1, 2, 1, 3)])
+    await store.commit([], [(b"k", id16(2)), (b"other", id16(9))])
+    assert split16(store.get(b"k")) == [id16(1), id16(2), id16(3)]
+    assert split16(store.get(b"other")) == [id16(9)]
+    await store.commit([], [(b"k", id16(n)) for n in range(100, 140)])
+    assert split16(store.get(b"k")) == [id16(n) for n in range(140 - JOIN_KEEP, 140)]
+    with pytest.raises(ValueError, match="16 bytes"):
+        await store.commit([], [(b"k", b"short")])
+
+
+async def test_get_from_other_threads(store: DiskStore) -> None:
+    await store.commit([(b"a", b"1")])
+    assert (
+        await asyncio.gather(*[asyncio.to_thread(store.get, b"a") for _ in range(8)]) == [b"1"] * 8
+    )
+
+
+async def test_a_bad_commit_fails_alone(store: DiskStore) -> None:
+    good = [store.commit([(b"g%d" % n, b"v")]) for n in range(5)]
+    bad = store.commit([(b"half", b"v"), (b"bad", "text")])  # type: ignore[list-item]
+    results = await asyncio.gather(
+        *good, bad, *[store.commit([(b"z", b"v")])], return_exceptions=True
+    )
+    assert isinstance(results[5], StorageError) and "values are bytes" in str(results[5])
+    assert [r for r in results if r is not None] == [results[5]]
+    assert store.get(b"half") is None
+    assert store.get(b"g4") == b"v" and store.get(b"z") == b"v"
+
+
+async def test_commit_waits_when_the_queue_is_full(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "l2", queue_records=10)
+    lock = sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    commits = [
+        asyncio.create_task(store.commit([(b"%d.%d" % (n, i), b"v") for i in range(4)]))
+        for n in range(20)
+    ]
+    over = asyncio.create_task(store.commit([(b"over%d" % i, b"v") for i in range(50)]))
+    await asyncio.sleep(0.05)
+    assert store._inflight_records <= 10 and len(store._waiting) == 19
+    assert not any(task.done() for task in commits)
+    lock.execute("COMMIT")
+    lock.close()
+    await asyncio.gather(*commits, over)
+    assert all(store.get(b"%d.3" % n) == b"v" for n in range(20)) and store.get(b"over49") == b"v"
+    assert store._inflight_records in (0, 50)  # released when the writer comes round
+    await store.close()
+
+
+async def test_a_lock_that_never_opens_is_an_error(
+    store: DiskStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.storage.l2.LOCK_WAIT_S", 0.1)
+    lock = sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageError, match="other processes held its lock"):
+        await store.commit([(b"a", b"1")])
+    assert store.get(b"a") is None
+    lock.execute("COMMIT")
+    lock.close()
+    await store.commit([(b"a", b"1")])
+    assert store.get(b"a") == b"1"
+
+
+async def test_close_drains_and_refuses_what_comes_after(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "l2", queue_records=7)
+    commits = [asyncio.create_task(store.commit([(b"%d" % n, b"v")])) for n in range(200)]
+    await asyncio.sleep(0)
+    await store.close()
+    await asyncio.gather(*commits)
+    await store.close()
+    for call in (
+        store.commit([(b"x", b"v")]),
+        asyncio.to_thread(store.get, b"1"),
+        asyncio.to_thread(store.secret, "s"),
+    ):
+        with pytest.raises(StorageError, match="closed"):
+            await call
+    again = DiskStore(tmp_path / "l2", queue_records=7)
+    assert all(again.get(b"%d" % n) == b"v" for n in range(200))
+    await again.close()
+
+
+async def test_a_cancelled_commit_does_not_stop_the_writer(store: DiskStore) -> None:
+    task = asyncio.create_task(store.commit([(b"c1", b"v"), (b"c2", b"v")]))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await store.commit([(b"after", b"v")])
+    assert (store.get(b"c1") is None) == (store.get(b"c2") is None)
+    assert store.get(b"after") == b"v"
+
+
+async def test_one_store_serves_several_event_loops(store: DiskStore) -> None:
+    def other_loop(n: int) -> None:
+        asyncio.run(store.commit([(b"loop%d" % n, b"v")]))
+
+    await asyncio.gather(*[asyncio.to_thread(other_loop, n) for n in range(4)])
+    assert all(store.get(b"loop%d" % n) == b"v" for n in range(4))
+
+
+COMMIT_AND_PRINT = """
+    import asyncio, sys
+    from pathlib import Path
+    from proxy.storage.l2 import DiskStore
+    async def worker(store, w):
+        n = 0
+        while True:
+            key = b"%d:%d" % (w, n)
+            await store.commit([(key, b"a" * 300), (key + b"'", b"b" * 300)],
+                               [(key, bytes(16)), (b"j" + key, bytes(16))])
+            print(w, n, flush=True)
+            n += 1
+    async def main():
+        store = DiskStore(Path(sys.argv[1]), 1000)
+        await asyncio.gather(*[worker(store, w) for w in range(8)])
+    asyncio.run(main())
+"""
+
+
+async def test_invariant_5_what_was_committed_survives_sigkill(tmp_path: Path) -> None:
+    child = start(COMMIT_AND_PRINT.replace("(key, bytes(16)), ", ""), tmp_path / "l2")
+    assert child.stdout is not None
+    printed = [child.stdout.readline() for _ in range(400)]
+    child.send_signal(signal.SIGKILL)
+    printed += child.stdout.readlines()
+    child.wait()
+    store = DiskStore(tmp_path / "l2", 10)
+    told = [tuple(map(int, line.split())) for line in printed if line.endswith("\n")]
+    assert len(told) >= 400
+    for w, n in told:
+        key = b"%d:%d" % (w, n)
+        assert store.get(key) == b"a" * 300 and store.get(key + b"'") == b"b" * 300
+        assert store.get(b"j" + key) == bytes(16)
+    # Commits that nobody was told about are there whole or not at all.
+    for w in range(8):
+        for n in range(max(m for v, m in told if v == w), max(m for v, m in told if v == w) + 3):
+            key = b"%d:%d" % (w, n)
+            assert len({store.get(k) is None for k in (key, key + b"'", b"j" + key)}) == 1
+    await store.close()
+
+
+async def test_a_process_killed_in_a_transaction_leaves_nothing_and_no_lock(
+    tmp_path: Path,
+) -> None:
+    child = start(
+        """
+        import sys
+        from pathlib import Path
+        from proxy.storage.l2 import DiskStore
+        store = DiskStore(Path(sys.argv[1]), 10)
+        with store._cache.transact():
+            store._cache.set(b"half", b"x" * 2_000_000)
+            print("inside", flush=True)
+            sys.stdin.read()
+            import time; time.sleep(60)
+        """,
+        tmp_path / "l2",
+    )
+    assert child.stdout is not None and child.stdout.readline() == "inside\n"
+    child.kill()
+    child.wait()
+    store = DiskStore(tmp_path / "l2", 10)
+    assert store.get(b"half") is None
+    await asyncio.wait_for(store.commit([(b"half", b"whole")]), 5)
+    assert store.get(b"half") == b"whole"
+    await store.close()
+
+
+async def test_three_processes_write_together(tmp_path: Path) -> None:
+    children = [
+        start(
+            """
+            import asyncio, sys
+            from pathlib import Path
+            from proxy.storage.l2 import DiskStore
+            me = int(sys.argv[2])
+            async def main():
+                store = DiskStore(Path(sys.argv[1]), 100)
+                secret = store.secret("tenant")
+                for n in range(60):
+                    mine = (me * 1000 + n).to_bytes(16, "big")
+                    await store.commit([(mine, bytes([me]) * 500)],
+                                       [(b"set%d" % (n % 10), mine), (b"all", mine)])
+                await store.close()
+                print(secret.hex())
+            asyncio.run(main())
+            """,
+            tmp_path / "l2",
+            me,
+        )
+        for me in range(3)
+    ]
+    outputs = [child.communicate(timeout=60)[0].strip() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0]
+    store = DiskStore(tmp_path / "l2", 10)
+    assert set(outputs) == {store.secret("tenant").hex()} and len(outputs[0]) == 64
+    assert store.secret("other") != store.secret("tenant")
+    for me in range(3):
+        assert all(store.get(id16(me * 1000 + n)) == bytes([me]) * 500 for n in range(60))
+    for s in range(10):  # 18 joins in each: none lost to another process
+        expected = {id16(me * 1000 + n) for me in range(3) for n in range(s, 60, 10)}
+        joined = split16(store.get(b"set%d" % s))
+        assert len(joined) == 18 and set(joined) == expected
+    assert len(split16(store.get(b"all"))) == JOIN_KEEP
+    await store.close()
+
+
+def test_a_path_that_is_no_directory_is_one_clear_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/llm-pager")):
+        with pytest.raises(StorageError, match=r"tiers\.l2\.path") as caught:
+            DiskStore(path, 10)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_directory_with_a_foreign_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(StorageError, match="not a database"):
+        DiskStore(tmp_path, 10)
+
+
+async def test_a_full_or_readonly_disk_fails_the_commit_and_can_recover(tmp_path: Path) -> None:
+    # A limit on file sizes stands in for the full disk: it works for root as well.
+    child = start(
+        """
+        import asyncio, resource, signal, sys
+        from pathlib import Path
+        from proxy.storage.l2 import DiskStore, StorageError
+        async def main():
+            store = DiskStore(Path(sys.argv[1]), 100)
+            await store.commit([(b"before", b"1")])
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+            for name in (b"big", b"big2"):
+                try:
+                    await store.commit([(name, b"x" * 5_000_000)])
+                except StorageError as error:
+                    print(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            await store.commit([(b"after", b"1")])
+            print(store.get(b"before"), store.get(b"big"), store.get(b"after"))
+            await store.close()
+        asyncio.run(main())
+        """,
+        tmp_path / "l2",
+    )
+    lines = child.communicate(timeout=60)[0].splitlines()
+    assert child.returncode == 0 and len(lines) == 3
+    assert all(line.startswith(f"Cannot write to {tmp_path / 'l2'}: ") for line in lines[:2])
+    assert lines[2] == "b'1' None b'1'"
+
+
+async def test_check_fails_when_the_directory_has_gone(store: DiskStore, tmp_path: Path) -> None:
+    await store.check()
+    (tmp_path / "l2").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="gone or not writable"):
+        await store.check()
+
+
+async def test_the_directory_is_private(store: DiskStore, tmp_path: Path) -> None:
+    assert (tmp_path / "l2").stat().st_mode & 0o077 == 0
+
+
+def test_a_directory_that_may_only_be_read_is_refused() -> None:
+    child = start(
+        """
+        import asyncio, os, shutil, tempfile
+        from pathlib import Path
+        from proxy.storage.l2 import DiskStore, StorageError
+        path = Path(tempfile.mkdtemp())
+        asyncio.run(DiskStore(path, 10).close())
+        os.chmod(path / "cache.db", 0o444)
+        os.chmod(path, 0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)  # root may write everywhere: be nobody
+        try:
+            DiskStore(path, 10)
+        except StorageError as error:
+            print(error)
+        if root:
+            os.seteuid(0)
+        os.chmod(path, 0o755)
+        shutil.rmtree(path)
+        """
+    )
+    out = child.communicate(timeout=60)[0].strip()
+    assert out.startswith("Cannot use ") and "readonly" in out and "\n" not in out

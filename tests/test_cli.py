@@ -1,0 +1,232 @@
+"""The command line, as real processes: what it prints, its exit status, how it starts and stops."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proxy import __version__
+from proxy.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A stand-in for proxy.app, so that these tests see the command line and nothing else.
+APP = """
+import json, os
+from proxy.config import effective_config
+
+def factory():
+    config = effective_config(os.environ)
+    if config.server.host == "localhost":
+        from proxy.errors import ConfigError
+        raise ConfigError("The app refuses this.")
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            while True:
+                event = (await receive())["type"]
+                await send({"type": event + ".complete"})
+                if event == "lifespan.shutdown":
+                    return
+        body = json.dumps({"pid": os.getpid(), "key": config.upstream.api_key}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+"""
+WITH_STAND_IN = "import sys, proxy.cli as c; c.APP_FACTORY = 'stand_in:factory'; sys.exit(c.main())"
+
+
+def environ(directory: Path, **extra: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LLM_PAGER_")}
+    return {**clean, "PYTHONPATH": f"{ROOT}{os.pathsep}{directory}", **extra}
+
+
+def run(
+    directory: Path, *args: str, code: str | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    program = ["-c", code] if code else ["-m", "proxy"]
+    return subprocess.run(
+        [sys.executable, *program, *args],
+        cwd=directory,
+        env=environ(directory, **extra),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+# ---------------------------------------------------------------- check and arguments
+
+
+def test_version() -> None:
+    done = run(ROOT, "--version")
+    assert (done.returncode, done.stdout) == (0, f"llm-pager {__version__}\n")
+
+
+@pytest.mark.parametrize("args", [[], ["nonsense"], ["serve", "--workers", "0"], ["check", "x"]])
+def test_wrong_arguments_are_status_2(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    code = "import sys, proxy.cli; print(sorted(set(sys.modules) & {'pydantic','yaml','uvicorn'}))"
+    assert run(ROOT, code=code).stdout == "[]\n"
+
+
+def test_check_prints_the_effective_configuration_masked(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tiers: {l0: {tokens: 4000}}\n")
+    extra = {"LLM_PAGER_UPSTREAM__API_KEY": "sk-SECRET", "LLM_PAGER_SERVER__PORT": "9000"}
+    done = run(tmp_path, "check", **extra)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "SECRET" not in done.stdout
+    assert "# note: tiers.l0.reserve_tokens: 4096 is more than a quarter" in done.stdout
+    shown = yaml.safe_load(done.stdout)
+    assert shown["server"]["port"] == 9000
+    assert shown["upstream"]["api_key"] == "***"
+    assert list(shown)[:4] == ["server", "upstream", "memory", "tiers"]
+
+
+def test_what_check_prints_can_be_used_as_a_file(tmp_path: Path) -> None:
+    printed = run(tmp_path, "check").stdout
+    (tmp_path / "other.yaml").write_text(printed)
+    assert run(tmp_path, "check", "--config", "other.yaml").stdout == printed
+
+
+def test_check_tells_every_problem_on_stderr(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("server: {prot: 1}\nmemory: {mode: lax}\n")
+    done = run(tmp_path, "check", "--config", "bad.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("llm-pager: ") for line in lines)
+    assert "did you mean port?" in done.stderr and "strict, relaxed, passive" in done.stderr
+
+
+# ---------------------------------------------------------------- serve
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(directory: Path, *args: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    (directory / "stand_in.py").write_text(APP)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_STAND_IN, "serve", *args],
+        cwd=directory,
+        env=environ(directory, **extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def ask(port: int) -> tuple[dict[str, object], list[str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/")
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return answer, [name.lower() for name, _ in response.getheaders()]
+
+
+def test_serve_refuses_a_bad_configuration(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve", "--port", "70000", "--upstream", "nonsense")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2
+    assert "server.port: 70000 is not allowed" in done.stderr
+    assert "upstream.base_url: 'nonsense' is not allowed" in done.stderr
+    assert "(set by the command line)" in done.stderr
+
+
+def test_serve_refuses_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(tmp_path, "serve", "--port", str(port))
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = f"Port {port} on 127.0.0.1 is already in use; choose another with --port."
+    assert done.stderr == f"llm-pager: {expected}\n"
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_serve_refuses_a_host_that_is_not_here(tmp_path: Path, host: str) -> None:
+    done = run(tmp_path, "serve", "--port", "0", "--host", host)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and host in done.stderr
+
+
+def test_serve_refuses_a_state_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    done = run(tmp_path, "serve", "--port", "0")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "set tiers.l2.path to one that can" in done.stderr
+
+
+def test_serve_tells_what_the_app_refuses(tmp_path: Path) -> None:
+    (tmp_path / "stand_in.py").write_text(APP)
+    done = run(tmp_path, "serve", "--port", "0", "--host", "localhost", code=WITH_STAND_IN)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "llm-pager: The app refuses this.")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_serve_announces_answers_and_stops(
+    tmp_path: Path, workers: int, stop: signal.Signals
+) -> None:
+    port = free_port()
+    args = ["--port", str(port), "--workers", str(workers), "--upstream", "http://u:pw@up/v1"]
+    with serving(tmp_path, *args, LLM_PAGER_UPSTREAM__API_KEY="sk-SECRET") as (process, line):
+        assert line == (
+            f"llm-pager {__version__} on 127.0.0.1:{port}, upstream http://***@up/v1; "
+            f"point a client at it: export OPENAI_BASE_URL=http://127.0.0.1:{port}/v1\n"
+        )
+        answer, headers = ask(port)  # at once: the port listens before the line is printed
+        assert answer["key"] == "sk-SECRET"
+        assert "server" not in headers and "date" not in headers
+        assert (answer["pid"] == process.pid) == (workers == 1)
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors and "SECRET" not in errors
+        with pytest.raises(ConnectionRefusedError):
+            ask(port)
+        assert not alive(int(str(answer["pid"])))
+
+
+def test_port_0_listens_where_it_says(tmp_path: Path) -> None:
+    with serving(tmp_path, "--port", "0") as (_, line):
+        port = re.search(r"OPENAI_BASE_URL=http://127\.0\.0\.1:(\d+)/v1", line)
+        assert port is not None and ask(int(port[1]))[0]["key"] is None
+
+
+def alive(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True
