@@ -230,8 +230,8 @@ class ManifestConfig(Section):
 
 
 class SearchConfig(Section):
-    max_results: AtLeast1 = 10
-    snippet_tokens: AtLeast1 = 64
+    max_results: AtLeast1 = 20
+    snippet_tokens: AtLeast1 = 128
     index_pages: AtLeast1 = 200_000
 
 

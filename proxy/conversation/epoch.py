@@ -77,7 +77,6 @@ class Epoch:
 
     window: Window
     mutations: list[PageMutation]
-    context_pages: list[str]
 
 
 def begin_epoch(request: EpochRequest) -> Epoch:
@@ -95,10 +94,10 @@ def begin_epoch(request: EpochRequest) -> Epoch:
         native = low - frame - manifest - int(context * shrink)
         budget = Budget(native, int(context * shrink), _line_cost(request))
         planned = plan(request.table, groups, budget, request.policy, request.turn)
-        window, context_pages = _assemble(request, planned, cuts, int(manifest * shrink))
+        window = _assemble(request, planned, cuts, int(manifest * shrink))
         if window.tokens <= request.room_tokens:
             mutations = planned.mutations + _evict_cut(request, cuts)
-            return Epoch(window, mutations, context_pages)
+            return Epoch(window, mutations)
     raise context_length_exceeded(request.limits, request.limits.budget_tokens - request.room_tokens
                                   + window.tokens)
 
@@ -200,13 +199,13 @@ def _evict_cut(request: EpochRequest, cuts: Mapping[int, Entry]) -> list[PageMut
 
 def _assemble(
     request: EpochRequest, planned: Plan, cuts: Mapping[int, Entry], manifest_tokens: int
-) -> tuple[Window, list[str]]:
+) -> Window:
     path = request.pages.path
     native_from = len(path)
     for group in reversed(planned.native):
         if group.last == native_from:
             native_from = group.first
-    lines, shown = _context_lines(request, planned)
+    lines = _context_lines(request, planned)
     resident = {p for g in planned.native for p in range(g.first, g.last)} - set(cuts)
     resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
     manifest = _manifest(request, native_from, resident, set(cuts), manifest_tokens)
@@ -218,7 +217,7 @@ def _assemble(
                 entries.extend(anchored(request.anchors, position, request.counter))
             entries.extend(_native(request, position, cuts))
     entries.extend(request.tail)
-    window = Window(
+    return Window(
         request.epoch,
         developer,
         tokens,
@@ -227,7 +226,6 @@ def _assemble(
         tuple(entries),
         tokens + sum(entry.tokens for entry in entries),
     )
-    return window, shown
 
 
 def anchored(
@@ -264,14 +262,13 @@ def _native(request: EpochRequest, position: int, cuts: Mapping[int, Entry]) -> 
     return native_entries(request.pages, position, request.substitutes, request.counter)
 
 
-def _context_lines(request: EpochRequest, planned: Plan) -> tuple[list[str], list[str]]:
-    lines, ids = [], []
-    for group, level in planned.context:
-        for wanted in group.pages:
-            for position, part in request.pages.locate(wanted):
-                lines.append(request.pages.line(position, part, level))
-                ids.append(page_id(position, part))
-    return lines, ids
+def _context_lines(request: EpochRequest, planned: Plan) -> list[str]:
+    return [
+        request.pages.line(position, part, level)
+        for group, level in planned.context
+        for wanted in group.pages
+        for position, part in request.pages.locate(wanted)
+    ]
 
 
 def _line_cost(request: EpochRequest) -> Callable[[tuple[str, ...], CompressionLevel], int]:

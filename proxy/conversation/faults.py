@@ -137,12 +137,18 @@ class FaultServer:
                 return text, shown, count
         return "", level, 0
 
-    def _map(self, ids: list[str], level: CompressionLevel, tokens: int) -> None:
+    def _map(
+        self,
+        ids: list[str],
+        level: CompressionLevel,
+        tokens: int,
+        op: MutationType = MutationType.FAULT_IN,
+    ) -> None:
         for i in ids:
             if self._table.lookup(i) is not None:
                 self._apply(
                     PageMutation(
-                        MutationType.FAULT_IN,
+                        op,
                         i,
                         self._turn,
                         level,
@@ -180,6 +186,10 @@ class FaultServer:
             result = search_result(entries, before)
         self._search_tokens += self._counter.text(result)
         self.searches.append(SearchReport(args.query, [entry.page_id for entry in entries]))
+        for entry in entries:
+            if entry.complete:  # the model has all of it now: the next search looks further
+                tokens = self._counter.text(entry.hint)
+                self._map([entry.page_id], CompressionLevel.FULL, tokens, MutationType.MAP)
         return result
 
     def _loaded(self, position: int, part: int) -> bool:

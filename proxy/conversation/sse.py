@@ -118,8 +118,8 @@ class MessageBuilder:
 
 
 def _merge(into: dict[str, Any], key: str, value: Any) -> None:
-    old = into.get(key)
-    if isinstance(old, (str, list)) and isinstance(value, type(old)):
+    old: Any = into.get(key)
+    if type(old) is type(value) and type(old) in (str, list):
         into[key] = old + value
     elif isinstance(old, dict) and isinstance(value, dict):
         for inner, piece in value.items():

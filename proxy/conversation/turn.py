@@ -41,6 +41,7 @@ from proxy.conversation.tree import Anchor, Identity, Node, Record
 from proxy.conversation.window import NATIVE, SYSTEM, VM, Entry, Window, encode_change, render
 from proxy.memory.context_packer import context_block
 from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.models import (
     CompressionLevel,
     MutationType,
@@ -49,9 +50,9 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.mutation_log import encode as encode_mutations
-from proxy.memory.page_table import PageTable
+from proxy.memory.page_table import DEFAULT_IMPORTANCE, PageTable
 from proxy.memory.pages import Hit, message_text, page_id
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
+from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES, get_vm_tools_as_dicts
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY, TokenCounter
 
@@ -59,6 +60,9 @@ _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may hav
 _PREFETCH_SHARE = 8  # prefetched pages take at most 1/8 of the room
 _PASSIVE_SHARE = 3  # where the model cannot fault: 1/3
 _MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to bring a page in
+_LENGTH_POWER = 0.4  # measured on LoCoMo and BEAM (tests/bench/recall_memory.py)
+_CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
+_FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _RESULT_SHARE = 3  # one VM result takes at most 1/3 of the room
 _json = msgspec.json.encode
 
@@ -176,7 +180,9 @@ class Turn:
         self._names = {name: tool for tool, name in self._channel.names.items()}
         self._report.channel = self._channel.name
         tools = tools_array(self._tools_raw(), self._channel)
-        added = self._counter.text(tools.decode()) if tools and self._channel.listed else 0
+        added = 0
+        if self._channel.listed:
+            added = self._counter.tools(get_vm_tools_as_dicts(names=self._channel.names))
         self._room = self._limits.budget_tokens - self._in.fixed_tokens - PER_REPLY - added
         self._tools = tools
         self._open()
@@ -217,17 +223,23 @@ class Turn:
             self._begin_epoch(before.epoch + 1)
 
     def _register(self, first: int, last: int) -> None:
+        """Enter new pages in the table; standing instructions are pinned."""
         for position in range(first, last):
             tier = StorageTier.L0 if position >= self._in.floor else StorageTier.L2
-            ids = self.pages.ids(position)
-            tokens = self.pages.tokens(position)
+            ids, tokens = self.pages.ids(position), self.pages.tokens(position)
+            role, text = self.path[position].role, self.pages.parts(position)[0]
+            weight = importance_of(role, text)
+            modality = self.pages.modality(position)
             for i in ids:
                 self._apply(
                     PageMutation(
                         MutationType.CREATE, i, self.turn, None, tier, tokens // len(ids),
-                        modality=self.pages.modality(position),
+                        importance=None if weight == DEFAULT_IMPORTANCE else weight,
+                        modality=modality,
                     )
                 )
+            if is_standing(role, text, tokens):
+                self._apply(PageMutation(MutationType.PIN, ids[0], self.turn))
 
     def _anchors_moved(self, before: Window) -> bool:
         """The client's system messages inside the window are not what the window has."""
@@ -270,7 +282,6 @@ class Turn:
         self.window = epoch.window.append(trailing)
         report = self._report
         report.new_epoch = True
-        report.context_pages = epoch.context_pages
         report.evicted_pages += [
             m.page_id for m in epoch.mutations if m.op is MutationType.EVICT
         ]
@@ -286,6 +297,8 @@ class Turn:
         if self.path[-1].role != "user":
             return 0
         if self._channel.offer:
+            if not asks_back(message_text(self.pages.message(len(self.path) - 1))):
+                return 0
             return min(self._limits.prefetch_tokens, self._room // _PREFETCH_SHARE)
         wanted = self._limits.prefetch_tokens + self._limits.fault_tokens
         return min(wanted, self._room // _PASSIVE_SHARE)
@@ -296,14 +309,13 @@ class Turn:
         room = self._prefetch_room()
         if entry is None or room == 0 or self._limits.prefetch_pages == 0:
             return
-        if self._channel.offer and not asks_back(message_text(self.pages.message(len(self.path) - 1))):
-            return
         assert self.window is not None
         room = min(room, self._room - self.window.tokens)
         most = self._limits.prefetch_pages * (1 if self._channel.offer else 4)
         last = len(self.path) - 1
         query = message_text(self.pages.message(last))
-        hits: list[Hit] = yield Search(query, most * 2, last, self._resident)
+        hits: list[Hit] = yield Search(query, most * 4, last, self._resident)
+        hits.sort(key=self._density, reverse=True)
         chosen: list[tuple[int, int, str]] = []
         for hit in hits:
             if len(chosen) == most or hit.evidence < _MIN_EVIDENCE:
@@ -320,6 +332,12 @@ class Turn:
             block = context_block(line for _, _, line in sorted(chosen))
             self._replace_newest(entry, block)
             self._report.prefetched_pages = [page_id(p, part) for p, part, _ in sorted(chosen)]
+
+    def _density(self, hit: Hit) -> tuple[float, int]:
+        """Value for its tokens: long pages have every word somewhere."""
+        parts = len(self.pages.ids(hit.position)) if hit.part else 1
+        tokens = self.pages.tokens(hit.position) / parts
+        return hit.score / tokens**_LENGTH_POWER, hit.position
 
     def _resident(self, position: int, part: int) -> bool:
         found = self.table.lookup(page_id(position, part))
@@ -358,13 +376,13 @@ class Turn:
             if not vm:
                 yield self._append(self._shown(said, client), ())
                 break
+            if stop and not client:  # it was told not to; what it said has to do
+                yield self._append(self._shown(said, client), ())
+                break
             exchange = yield from self._serve(said.messages[0], vm)
             if client:
                 raws = [entry.raw for entry in exchange]
                 yield self._append(self._shown(said, client), raws)
-                break
-            if stop:
-                yield self._append(self._shown(said, client), ())
                 break
             self._extend(exchange)
         return self._answer(said)
@@ -375,7 +393,8 @@ class Turn:
     def _stop(self) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
         those, so there the VM calls get an error instead until the last round."""
-        return self._server.exhausted and not self._in.decoded.get("tools")
+        spent = self._server.exhausted and not self._in.decoded.get("tools")
+        return spent or self._result_room() <= 0
 
     def _request(self, stop: bool) -> bytes:
         """The upstream body of one round; begins an epoch first when the log outgrew the room."""
@@ -410,21 +429,38 @@ class Turn:
         self, message: dict[str, Any], calls: Sequence[dict[str, Any]]
     ) -> Generator[Effect, Any, list[Entry]]:
         """The exchange of one round: the model's message as it made it, and the VM results."""
-        for index, call in enumerate(calls):
+        served = calls[:_CALLS_PER_ROUND]
+        for index, call in enumerate(served):
             if not call.get("id"):  # some servers give none
                 call["id"] = f"call_vm_{self.turn}_{len(self._responses)}_{index}"
-        said = as_input(message)
+        dropped = calls[_CALLS_PER_ROUND:]
+        kept = [call for call in message["tool_calls"] if call not in dropped]
+        said = as_input({**message, "tool_calls": kept})
         exchange = [Entry(_json(said), self._counter.message(said), -1, VM)]
-        for call in calls:
+        for call in served:
             body = call.get("function") or {}
             tool = PAGE_FAULT if self._names[body["name"]] == PAGE_FAULT else SEARCH_PAGES
             arguments = body.get("arguments")
             text = arguments if isinstance(arguments, str) else _json(arguments).decode()
-            room = self._room // _RESULT_SHARE
+            room = self._result_room() - sum(entry.tokens for entry in exchange)
             result = yield from self._server.serve(tool, text, room)
             reply = {"role": "tool", "tool_call_id": call["id"], "content": result}
             exchange.append(Entry(_json(reply), self._counter.message(reply), -1, VM))
         return exchange
+
+    def _result_room(self) -> int:
+        """Tokens that one VM result may take: what an epoch could make free, less a little."""
+        assert self.window is not None
+        last = len(self.path) - 1
+        first = last
+        while first > 0 and self.path[first].role == "tool":
+            first -= 1
+        user = max((i for i, node in enumerate(self.path) if node.role == "user"), default=last)
+        stays = sum(
+            e.tokens for e in self.window.entries if e.position >= first or e.position == user
+        )
+        stays += sum(entry.tokens for entry in self._tail) + _FRAME_TOKENS
+        return min(self._room // _RESULT_SHARE, self._room - stays)
 
     def _extend(self, exchange: Sequence[Entry]) -> None:
         assert self.window is not None
@@ -476,9 +512,11 @@ class Turn:
         window = self.window
         if window is not None:
             report.epoch = window.epoch
-            report.native_pages = [
-                i for e in window.entries if e.kind == NATIVE and e.position >= 0
-                for i in self.pages.ids(e.position)
+            native = [e.position for e in window.entries if e.kind == NATIVE]
+            report.native_pages = [i for p in native for i in self.pages.ids(p)]
+            shown = set(native)
+            report.context_pages = [
+                e.page_id for e in self.table.resident() if e.position not in shown
             ]
         usage = said.usage
         if len(self._responses) > 1:
@@ -512,8 +550,8 @@ class Turn:
 
 _QUESTION = re.compile(r"[?？؟]")
 _RECALL = re.compile(
-    r"\b(?:remember|remind|recall|recap|summar\w+|earlier|before|previous\w*|last time|again|already"
-    r"|mention\w*|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b",
+    r"\b(?:remember|remind|recall|recap|summar\w+|earlier|previously|last time|mention\w*"
+    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b",
     re.IGNORECASE,
 )
 

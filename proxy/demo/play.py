@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import sys
 import tempfile
@@ -61,7 +62,6 @@ def demo_config(window_tokens: int, state: Path) -> Config:
         raise ConfigError(
             f"--window {window_tokens} is too small to show anything; give at least {MIN_WINDOW_TOKENS}."
         )
-    share = window_tokens // 16
     return Config.from_json(
         json.dumps(
             {
@@ -70,8 +70,9 @@ def demo_config(window_tokens: int, state: Path) -> Config:
                     "l0": {"tokens": window_tokens, "reserve_tokens": window_tokens // 10},
                     "l2": {"path": str(state)},
                 },
-                "prefetch": {"max_tokens": share},
-                "manifest": {"max_tokens": 2 * share},
+                "prefetch": {"max_tokens": window_tokens // 32},
+                "manifest": {"max_tokens": window_tokens // 8},
+                "models": {MODEL: {"window_tokens": window_tokens, "tools": True}},
             }
         )
     )
@@ -204,6 +205,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the demo. `args.fast`: no pauses; `args.window`: tokens, None for 4,000."""
     console = Console() if sys.stdout.isatty() else Console(color_system=None, width=120)
     window_tokens = args.window or DEFAULT_WINDOW_TOKENS
+    logging.getLogger("proxy.tokens").setLevel(logging.ERROR)  # no table has the demo's model
     try:
         view = asyncio.run(_run(window_tokens, console.is_terminal and not args.fast, console))
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ _AROUND = 2  # sentences on each side of the best one that count as the same pas
 MAX_FAULTS_PER_TURN = 3
 MAX_CALLS_PER_ROUND = 2
 MAX_SEARCHES_PER_TURN = 2
-SEARCH_LIMIT = 10
+SEARCH_LIMIT = 20
 UNKNOWN = "I do not know: nothing that I can see tells me."
 _ANSWER_PREFIX = "You told me: "
 _NOTED_PREFIX = "Noted: "
@@ -201,8 +201,9 @@ def _next_calls(request: dict[str, Any], question: str, best: Best | None) -> li
         weights = _weights(terms, seen)
         leads = [p for p in seen if not p.full and p.page_id and p.page_id not in faulted]
         worth = {
-            p.page_id: _coverage(weights, stems(p.text), frozenset()) + 1 / (1 + rank)
-            for rank, p in enumerate(leads)
+            p.page_id: _coverage(weights, stems(p.text), frozenset())
+            + (0.0 if p.rank is None else 1 / (1 + p.rank))
+            for p in leads
         }
         leads.sort(key=lambda p: -worth[p.page_id])
         room = min(MAX_FAULTS_PER_TURN - len(faulted), MAX_CALLS_PER_ROUND)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _BLOCK = re.compile(r"<VM:(?P<tag>[A-Z_]+)>(?P<body>.*?)</VM:(?P=tag)>", re.DOTALL)
@@ -29,6 +29,7 @@ class Passage:
     full: bool
     before: str = ""
     after: str = ""
+    rank: int | None = None  # place among the results of a search, 0 for the best
 
 
 def text_of(content: object) -> str:
@@ -113,10 +114,10 @@ def _result_passages(result: dict[str, Any]) -> Iterator[Passage]:
         content = page.get("content")
         text = content.get("text") if isinstance(content, dict) else content
         yield Passage(str(page.get("page_id")), str(text or ""), "user", not page.get("level"))
-    for hit in result.get("results") or []:
+    for rank, hit in enumerate(result.get("results") or []):
         if isinstance(hit, dict):
-            text = str(hit.get("hint") or "")
-            yield Passage(str(hit.get("page_id")), text, "user", hit.get("complete") is True)
+            text, full = str(hit.get("hint") or ""), hit.get("complete") is True
+            yield Passage(str(hit.get("page_id")), text, "user", full, rank=rank)
 
 
 def passages(request: dict[str, Any]) -> list[Passage]:
@@ -141,15 +142,18 @@ def _with_neighbours(native: list[Passage]) -> Iterator[Passage]:
     for i, p in enumerate(native):
         before = native[i - 1].text if i else ""
         after = native[i + 1].text if i + 1 < len(native) else ""
-        yield Passage(p.page_id, p.text, p.role, p.full, before, after)
+        yield replace(p, before=before, after=after)
 
 
 def _with_paged_neighbours(found: list[Passage]) -> list[Passage]:
     best: dict[str, Passage] = {}
     for p in found:
         key = p.page_id or p.text
-        if key not in best or (p.full and not best[key].full):
+        known = best.get(key)
+        if known is None or (p.full and not known.full):
             best[key] = p
+        elif not known.full and known.rank is None and p.rank is not None:
+            best[key] = replace(known, rank=p.rank)  # a reduced page that a search names again
     by_number: dict[int, str] = {}
     for p in best.values():
         if match := _PART.match(p.page_id or ""):
@@ -160,7 +164,7 @@ def _with_paged_neighbours(found: list[Passage]) -> list[Passage]:
         match = _PART.match(p.page_id or "")
         number = int(match["number"]) if match else -9
         before, after = by_number.get(number - 1, ""), by_number.get(number + 1, "")
-        linked.append(Passage(p.page_id, p.text, p.role, p.full, before, after))
+        linked.append(replace(p, before=before, after=after))
     return linked
 
 

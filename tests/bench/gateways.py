@@ -66,7 +66,7 @@ class Process:
 
     def __init__(self, name: str, port: int, command: list[str], env: dict[str, str]) -> None:
         self.name, self.port = name, port
-        self._log = tempfile.NamedTemporaryFile(prefix=f"bench-{name}-", suffix=".log")
+        self._log = tempfile.NamedTemporaryFile(prefix=f"bench-{name}-", suffix=".log")  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
             command,
             cwd=REPO,

@@ -92,7 +92,7 @@ class _Connection(asyncio.Protocol):
             await self.upstream.handle(self, request)
         except asyncio.CancelledError:
             return  # the client left: `disconnected` says so
-        except Exception as e:  # a mistake in a test's own `respond`: show it, on both ends
+        except Exception as e:  # noqa: BLE001 (a test's own `respond` failed: show it on both ends)
             self.upstream.failures.append(e)
             await self.send(request, error(500, f"the test's upstream raised {e!r}"))
         self.current, self.task = None, None

@@ -54,7 +54,8 @@ FLOOR = 0.80
 class DataSet:
     name: str
     window_tokens: int
-    every: int  # one question in so many is asked, unless FULL
+    every: int  # one question in so many is asked, unless FULL; the same rate for all sets
+    turns_per_epoch: int  # at least; BEAM's turns are ten times longer in a window four times larger
 
     @property
     def budget_tokens(self) -> int:
@@ -64,7 +65,7 @@ class DataSet:
         return load_locomo() if self.name == "locomo" else load_beam()
 
 
-DATA_SETS = (DataSet("locomo", 4000, 3), DataSet("beam", 16000, 2))
+DATA_SETS = (DataSet("locomo", 4000, 3, 4), DataSet("beam", 16000, 3, 2))
 
 
 @dataclass
@@ -266,7 +267,7 @@ async def measure(data: DataSet) -> Results:
     return results
 
 
-_MEASURED: dict[str, Results] = {}
+_MEASURED: dict[str, Results | Exception] = {}
 
 
 @pytest.fixture(params=DATA_SETS, ids=lambda d: d.name)
@@ -278,8 +279,14 @@ def measured(data: DataSet) -> Results:
     """The replay of a data set, made once per run."""
     data.conversations()  # skips here when the data is absent
     if data.name not in _MEASURED:
-        _MEASURED[data.name] = asyncio.run(measure(data))
-    return _MEASURED[data.name]
+        try:
+            _MEASURED[data.name] = asyncio.run(measure(data))
+        except Exception as e:  # noqa: BLE001 (kept: a second try must not hide a first failure)
+            _MEASURED[data.name] = e
+    found = _MEASURED[data.name]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def shown(problems: list[str]) -> str:
@@ -303,7 +310,7 @@ def test_requests_of_an_epoch_share_their_prefix(results: Results) -> None:
 def test_epochs_are_few(results: Results) -> None:
     for conversation, turns in results.turns_of.items():
         assert results.epochs[conversation] >= 1, f"{conversation} was never paged"
-        assert results.epochs[conversation] <= turns / 4, (
+        assert results.epochs[conversation] <= turns / results.data.turns_per_epoch, (
             f"{conversation}: {results.epochs[conversation]} epochs in {turns} turns"
         )
 

@@ -1,0 +1,40 @@
+"""What a user's message is worth keeping for: standing instructions and preferences outlive their turn.
+
+Promises: deterministic, a few regular expressions, English; a miss only costs a fault later. A
+standing instruction ("Always cite sources", "From now on answer in French") rules every later
+answer and shares no word with the questions that it rules, so no search would find it in time.
+"""
+
+from __future__ import annotations
+
+import re
+
+from proxy.memory.page_table import DEFAULT_IMPORTANCE
+
+PREFERENCE_IMPORTANCE = 0.9
+PIN_TOKENS = 128  # a longer message is not pinned as a whole
+_READ_CHARS = 4000
+
+_STANDING = re.compile(
+    r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
+    r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
+    r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b",
+    re.IGNORECASE,
+)
+_PREFERENCE = re.compile(
+    r"\bi(?:'d| would)? (?:much )?(?:prefer|rather|favou?r)\b|\bmy (?:preference|favou?rite)\b"
+    r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b",
+    re.IGNORECASE,
+)
+
+
+def is_standing(role: str, text: str, tokens: int) -> bool:
+    """A short message of the user's that gives an instruction for all later answers."""
+    return role == "user" and tokens <= PIN_TOKENS and bool(_STANDING.search(text))
+
+
+def importance_of(role: str, text: str) -> float:
+    """0..1 for a new page."""
+    if role == "user" and _PREFERENCE.search(text[:_READ_CHARS]):
+        return PREFERENCE_IMPORTANCE
+    return DEFAULT_IMPORTANCE
