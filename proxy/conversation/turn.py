@@ -512,11 +512,10 @@ class Turn:
         window = self.window
         if window is not None:
             report.epoch = window.epoch
-            native = [e.position for e in window.entries if e.kind == NATIVE]
-            report.native_pages = [i for p in native for i in self.pages.ids(p)]
-            shown = set(native)
+            native = {e.position for e in window.entries if e.kind == NATIVE}
+            report.native_pages = [i for p in sorted(native) for i in self.pages.ids(p)]
             report.context_pages = [
-                e.page_id for e in self.table.resident() if e.position not in shown
+                e.page_id for e in self.table.resident() if e.position not in native
             ]
         usage = said.usage
         if len(self._responses) > 1:
