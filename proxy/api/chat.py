@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -181,8 +182,8 @@ class ChatApi:
         if found.record is not None:
             window, table = await memory.state_after(found.record)
         counter = get_counter(model, self._config.model_override(model).tokenizer)
-        fits = tokens_upper_bound(body) <= limits.budget_tokens and found.start == 0
-        surely = window is None and fits
+        surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
+        surely = surely and tokens_upper_bound(body) <= limits.budget_tokens
         tools = split.fields.get("tools")
         fixed = 0
         if not surely:
@@ -193,6 +194,7 @@ class ChatApi:
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
             found.floor, found.anchors, found.record, window, table, limits, counter,
             memory.identity, tenant, session_key, self._policy, memory.substitutes, fixed, surely,
+            self._observer is not None,
         )
 
     def _learned(self, model: str) -> tuple[tuple[str, object], ...]:
@@ -408,8 +410,8 @@ _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the even
 
 
 async def _count(path: list[Node], counter: TokenCounter) -> None:
-    """Give every node its tokens, once in its life."""
-    new = [node for node in path if node.tokens < 0]
+    """Give the new nodes at the end of the path their tokens, once in their life."""
+    new = list(takewhile(lambda node: node.tokens < 0, reversed(path)))
     if sum(len(node.raw) for node in new) > _COUNT_AT_ONCE_BYTES:
         await asyncio.to_thread(_count_all, new, counter)
 

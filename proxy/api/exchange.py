@@ -8,9 +8,8 @@ is stored; a client that leaves cancels the upstream call.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,6 +22,7 @@ from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
+_QUOTED_BYTES = 2_000  # of an error page
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
 
 
@@ -146,7 +146,7 @@ class Exchange:
 
     async def _refuse(self, refused: Refused) -> None:
         if self._started:  # a later round: the status is gone, so the stream says it
-            await self._fail(b"data: " + refused.body.replace(b"\n", b" ").strip() + b"\n\n")
+            await self._fail(error_event(refused))
             raise UpstreamBroken(f"the upstream answered {refused.status} in a later round")
         headers = [*self._reply_headers, (b"content-length", b"%d" % len(refused.body))]
         start = {"type": "http.response.start", "status": refused.status, "headers": headers}
@@ -205,9 +205,17 @@ def _is_event_stream(reply: Reply) -> bool:
     return not kind.startswith(b"application/json")
 
 
-def error_event(error: dict[str, Any]) -> bytes:
-    """An SSE event with an error in OpenAI's shape."""
-    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
-
-
-Scope = MutableMapping[str, Any]
+def error_event(refused: Refused) -> bytes:
+    """A refusal as one SSE event that clients raise: in OpenAI's shape, whatever upstream sent."""
+    try:
+        body = msgspec.json.decode(refused.body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        body = None
+    if not (isinstance(body, dict) and body.get("error")):
+        text = refused.body[:_QUOTED_BYTES].decode("utf-8", "replace").strip()
+        message = f"The upstream answered {refused.status}: {text}" if text else (
+            f"The upstream answered {refused.status} without a body."
+        )
+        error = ApiError(refused.status, message, "api_error", "upstream_error")
+        return b"data: " + error.body() + b"\n\n"
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -26,7 +26,7 @@ from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
-_TABLE_ENTRY_BYTES = 400
+_TABLE_ENTRY_BYTES = 100
 _NODE_BYTES = 200
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ import msgspec
 from proxy.conversation.limits import Limits
 from proxy.memory.models import VMMode
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES, get_vm_tools_as_dicts
+from proxy.tokens import TokenCounter
 
 MAX_TOOLS = 128  # OpenAI's limit for one request
 TOOLS, PASSIVE = "tools", "passive"
@@ -83,7 +85,23 @@ def tools_array(client: bytes | None, channel: Channel) -> bytes | None:
     """The upstream tools array: the client's own bytes, then the VM tools in fixed order."""
     if not channel.listed:
         return client
-    vm = msgspec.json.encode(get_vm_tools_as_dicts(names=channel.names))
+    vm = _vm_array(*channel.names.values())
     inner = (client or b"").strip()
     inner = inner[1:-1].strip() if inner.startswith(b"[") else b""
     return b"[" + inner + b"," + vm[1:] if inner else vm
+
+
+def vm_tools_tokens(channel: Channel, counter: TokenCounter) -> int:
+    """What listing the VM tools costs."""
+    return _vm_tokens(counter, *channel.names.values()) if channel.listed else 0
+
+
+@lru_cache(maxsize=64)
+def _vm_array(page_fault: str, search_pages: str) -> bytes:
+    names = {PAGE_FAULT: page_fault, SEARCH_PAGES: search_pages}
+    return msgspec.json.encode(get_vm_tools_as_dicts(names=names))
+
+
+@lru_cache(maxsize=64)
+def _vm_tokens(counter: TokenCounter, page_fault: str, search_pages: str) -> int:
+    return counter.tools(msgspec.json.decode(_vm_array(page_fault, search_pages)))

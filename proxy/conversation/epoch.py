@@ -27,7 +27,6 @@ from proxy.memory.manifest import (
     ManifestPolicies,
 )
 from proxy.memory.models import (
-    CompressionLevel,
     MutationType,
     PageMutation,
     StorageTier,
@@ -61,7 +60,6 @@ class EpochRequest:
     anchors: Sequence[Anchor]
     substitutes: Callable[[bytes], Sequence[bytes]]
     names: Mapping[str, str]  # what the VM tools are called in this conversation
-    session: str
     mode: VMMode
     turn: int
     epoch: int
@@ -92,7 +90,7 @@ def begin_epoch(request: EpochRequest) -> Epoch:
     frame = _developer(request, "", "")[1] + tail_tokens
     for shrink in (1.0, 0.5, 0.0):
         native = low - frame - manifest - int(context * shrink)
-        budget = Budget(native, int(context * shrink), _line_cost(request))
+        budget = Budget(native, int(context * shrink))
         planned = plan(request.table, groups, budget, request.policy, request.turn)
         window = _assemble(request, planned, cuts, int(manifest * shrink))
         if window.tokens <= request.room_tokens:
@@ -121,7 +119,7 @@ def context_length_exceeded(limits: Limits, tokens: int) -> ApiError:
 def _groups(request: EpochRequest) -> list[Group]:
     """Groups with a page in L0, oldest first; those before the floor can only be context lines."""
     pages, path = request.pages, request.pages.path
-    last_user = max((i for i, node in enumerate(path) if node.role == "user"), default=-1)
+    last_user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
     starts: list[tuple[int, int]] = []
     seen = -1
     for entry in request.table.resident():
@@ -271,23 +269,6 @@ def _context_lines(request: EpochRequest, planned: Plan) -> list[str]:
     ]
 
 
-def _line_cost(request: EpochRequest) -> Callable[[tuple[str, ...], CompressionLevel], int]:
-    prices: dict[tuple[tuple[str, ...], CompressionLevel], int] = {}
-
-    def cost(ids: tuple[str, ...], level: CompressionLevel) -> int:
-        found = prices.get((ids, level))
-        if found is None:
-            lines = [
-                request.pages.line(position, part, level)
-                for wanted in ids
-                for position, part in request.pages.locate(wanted)
-            ]
-            found = prices[ids, level] = request.counter.text("\n".join(lines)) + 1
-        return found
-
-    return cost
-
-
 def _developer(request: EpochRequest, manifest: str, context: str) -> tuple[str, int]:
     text = build_vm_developer_message(
         request.mode, manifest, context, "", request.limits.faults_per_turn, request.names
@@ -301,9 +282,8 @@ def _manifest(
     """The pages outside the window: the ones faulted before, then the nearest, then segments."""
     if max_tokens < MIN_MANIFEST_TOKENS or request.mode is VMMode.PASSIVE:
         return ""
-    builder = ManifestBuilder(
-        request.session, ManifestPolicies(max_faults_per_turn=request.limits.faults_per_turn)
-    )
+    policies = ManifestPolicies(max_faults_per_turn=request.limits.faults_per_turn)
+    builder = ManifestBuilder(policies=policies)
     outside = sorted(cut, reverse=True)
     position = native_from - 1
     limit = min(_MANIFEST_ENTRIES, max_tokens // 16)

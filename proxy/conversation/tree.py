@@ -144,12 +144,15 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
     A node is stored with all of its ancestors, so "is stored" is monotone along the path: the last
     answer is nearly always the one, else a binary search finds it.
     """
-    answers = [i for i, node in enumerate(path) if node.role == "assistant"]
-    if not answers:
+    last = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "assistant"), None)
+    if last is None:
         return None
-    found = get(path[answers[-1]].id)
-    if found is not None or get(path[answers[0]].id) is None:
+    found = get(path[last].id)
+    if found is not None:
         return found
+    answers = [i for i, node in enumerate(path) if node.role == "assistant"]
+    if get(path[answers[0]].id) is None:
+        return None
     low, high = 0, len(answers) - 1  # answers[low] is stored, answers[high] is not
     while high - low > 1:
         middle = (low + high) // 2

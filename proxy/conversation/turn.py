@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import Fields
-from proxy.conversation.channel import choose_channel, tools_array
+from proxy.conversation.channel import choose_channel, tools_array, vm_tools_tokens
 from proxy.conversation.commit import append_effect, new_records
 from proxy.conversation.compose import (
     as_input,
@@ -52,7 +52,7 @@ from proxy.memory.models import (
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import DEFAULT_IMPORTANCE, PageTable
 from proxy.memory.pages import Hit, message_text, page_id
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES, get_vm_tools_as_dicts
+from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY, TokenCounter
 
@@ -97,6 +97,7 @@ class TurnInput:
     substitutes: Callable[[bytes], Sequence[bytes]]
     fixed_tokens: int  # system messages and the client's tools
     surely_fits: bool = False  # so short that nothing had to be counted
+    observed: bool = True  # somebody reads the report's page lists
 
 
 @dataclass(slots=True)
@@ -180,9 +181,7 @@ class Turn:
         self._names = {name: tool for tool, name in self._channel.names.items()}
         self._report.channel = self._channel.name
         tools = tools_array(self._tools_raw(), self._channel)
-        added = 0
-        if self._channel.listed:
-            added = self._counter.tools(get_vm_tools_as_dicts(names=self._channel.names))
+        added = vm_tools_tokens(self._channel, self._counter)
         self._room = self._limits.budget_tokens - self._in.fixed_tokens - PER_REPLY - added
         self._tools = tools
         self._open()
@@ -266,7 +265,6 @@ class Turn:
                 self._in.anchors,
                 self._in.substitutes,
                 self._channel.names,
-                f"conv_{self.path[0].id.hex()[:8]}",
                 VMMode.PASSIVE if not self._channel.listed else self._limits.mode,
                 self.turn,
                 number,
@@ -455,7 +453,7 @@ class Turn:
         first = last
         while first > 0 and self.path[first].role == "tool":
             first -= 1
-        user = max((i for i, node in enumerate(self.path) if node.role == "user"), default=last)
+        user = next((i for i in range(last, -1, -1) if self.path[i].role == "user"), last)
         stays = sum(
             e.tokens for e in self.window.entries if e.position >= first or e.position == user
         )
@@ -510,7 +508,7 @@ class Turn:
         report.rounds = len(self._responses)
         report.faults, report.searches = self._server.faults, self._server.searches
         window = self.window
-        if window is not None:
+        if window is not None and self._in.observed:
             report.epoch = window.epoch
             native = {e.position for e in window.entries if e.kind == NATIVE}
             report.native_pages = [i for p in sorted(native) for i in self.pages.ids(p)]

@@ -8,17 +8,19 @@ compressed before they are evicted, and nothing but their place and level change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from proxy.memory.compressor import ABSTRACT_TOKENS
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.models import CompressionLevel, MutationType, PageMutation, StorageTier
 from proxy.memory.page_table import PageTable
 
 # Context lines are tried at these levels; a reference (level 3) is what the manifest already has.
-_UPGRADES = (CompressionLevel.REDUCED, CompressionLevel.FULL)
+_LEVELS = (CompressionLevel.ABSTRACT, CompressionLevel.REDUCED, CompressionLevel.FULL)
+_LINE_TOKENS = 14  # prefix, page id and quotes of a line
 
-_MISSES = 8  # after so many groups that did not fit the rest is not priced: there may be thousands
+_MISSES = 8  # after so many groups that did not fit the rest is not tried: there may be thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Tokens for native messages and for <VM:CONTEXT> lines; `cost(pages, level)` prices the lines."""
+    """Tokens for native messages and for <VM:CONTEXT> lines."""
 
     native_tokens: int
     context_tokens: int
-    cost: Callable[[tuple[str, ...], CompressionLevel], int]
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ def plan(
         level = levels.get(group.first)
         cost = None  # a native page costs its size
         if level is not None and group.first not in kept:
-            cost = budget.cost(group.pages, level) // len(group.pages)
+            cost = _price(table, group, level) // len(group.pages)
         for page_id in group.pages:
             result.mutations.extend(_change(table, page_id, level, cost, turn))
     return result
@@ -106,26 +107,39 @@ def _context(
     ranked = sorted(groups, key=lambda group: (-value(group), -group.first))
     left = budget.context_tokens
     chosen: dict[int, tuple[Group, CompressionLevel, int]] = {}
-    misses = 0
-    for group in ranked:
-        if misses == _MISSES:
-            break
-        cost = budget.cost(group.pages, CompressionLevel.ABSTRACT)
-        if cost <= left:
-            left -= cost
-            chosen[group.first] = group, CompressionLevel.ABSTRACT, cost
-        else:
-            misses += 1
-    for level in _UPGRADES:
+    for level in _LEVELS:
+        misses = 0
         for group in ranked:
-            if group.first not in chosen or left <= 0:
+            if misses == _MISSES or left <= 0:
+                break
+            known = chosen.get(group.first)
+            if known is None and level is not _LEVELS[0]:
                 continue
-            cost = budget.cost(group.pages, level)
-            extra = cost - chosen[group.first][2]
+            cost = _price(table, group, level)
+            extra = cost - (known[2] if known else 0)
             if extra <= left:
                 left -= extra
                 chosen[group.first] = group, level, cost
+            else:
+                misses += 1
     return [(group, level) for group, level, _ in chosen.values()]
+
+
+def _price(table: PageTable, group: Group, level: CompressionLevel) -> int:
+    """What the group's lines cost at a level, from the pages' sizes alone: texts are compressed only
+    once they are chosen. On the high side; the window that comes of it is counted exactly."""
+    total = 0
+    for page_id in group.pages:
+        entry = table.lookup(page_id)
+        size = entry.size_tokens if entry else 0
+        if level is CompressionLevel.ABSTRACT:
+            size = min(size, ABSTRACT_TOKENS)
+        elif level is CompressionLevel.REDUCED:
+            size = min(size, max(ABSTRACT_TOKENS, size * 9 // 20))
+        else:
+            size += size // 10  # JSON quoting
+        total += size + _LINE_TOKENS
+    return total
 
 
 def _change(

@@ -37,10 +37,10 @@ from typing import NamedTuple
 from proxy.memory.pages import Doc, Hit
 
 QUERY_CHARS = 4000  # a longer query is read at its beginning and at its end
-QUERY_TERMS = 32  # the rarest terms that are looked up
-CANDIDATE_TERMS = 64  # distinct terms whose rarity is asked, from both ends of the query
-POSTINGS = 4000  # occurrences read for one query, rarest terms first
-SPREAD_POSTINGS = 1500  # occurrences that also count for their neighbours
+QUERY_TERMS = 10  # the rarest terms that are looked up
+CANDIDATE_TERMS = 24  # distinct terms whose rarity is asked, from both ends of the query
+POSTINGS = 800  # occurrences read for one query, rarest terms first
+SPREAD_POSTINGS = 400  # occurrences that also count for their neighbours
 
 K1, B = 1.2, 0.75  # BM25
 NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
@@ -198,11 +198,13 @@ class PageIndex:
 
     def _lookup(self, terms: Sequence[str]) -> list[_Term]:
         """The rarest terms, ordered by rarity; one that is nowhere counts for coverage only."""
-        found = []
-        for text in _both_ends(terms, CANDIDATE_TERMS):
-            row = self._db.execute("SELECT doc, cnt FROM vocabulary WHERE term = ?", (text,))
-            docs, occurrences = row.fetchone() or (0, 0)
-            found.append(_Term(text, docs, occurrences))
+        asked = _both_ends(terms, CANDIDATE_TERMS)
+        marks = ",".join("?" * len(asked))
+        rows = self._db.execute(
+            f"SELECT term, doc, cnt FROM vocabulary WHERE term IN ({marks})", asked
+        )
+        known = {text: _Term(text, docs, occurrences) for text, docs, occurrences in rows}
+        found = [known.get(text) or _Term(text, 0, 0) for text in asked]
         found.sort(key=lambda term: (term.docs, term.text))
         absent = [term for term in found if not term.docs]
         return absent + found[len(absent) :][:QUERY_TERMS]

@@ -1,7 +1,8 @@
 """Tier L1: decoded records, windows and folded page tables in RAM. Only a cache.
 
-Promises: least recently used things go first, bounded in tokens; losing any of it at any moment
-changes no later prompt, only the time until it is there again (invariant 9).
+Promises: least recently used things go first, bounded in tokens (or by the largest single value,
+where that is more); losing any of it at any moment changes no later prompt, only the time until it
+is there again (invariant 9).
 """
 
 from __future__ import annotations
@@ -48,16 +49,14 @@ class Cache:
         return found[0]
 
     def put(self, kind: str, key: bytes, value: Any, size_bytes: int) -> None:
-        """Keep a value; one larger than the whole limit is not kept."""
+        """Keep a value; the newest is kept even when it alone is larger than the limit."""
         old = self._values.pop((kind, key), None)
         if old is not None:
             self.tokens -= old[1]
         weight = size_bytes // BYTES_PER_TOKEN + 1
-        if weight > self._limit:
-            return
         self._values[kind, key] = value, weight
         self.tokens += weight
-        while self.tokens > self._limit:
+        while self.tokens > self._limit and len(self._values) > 1:
             _, (_, weight) = self._values.popitem(last=False)
             self.tokens -= weight
 

@@ -8,26 +8,13 @@ repetition.
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
-WORDS = """
-the of and to a in that it is was for on with as his he be at by this had not are but from or have
-an they which one you were her all she there would their we him been has when who will more no if
-out so said what up its about into than them can only other new some could time these two may then
-do first any my now such like our over man me even most made after also did many before must through
-back years where much your way well down should because each just those people how too little state
-good very make world still own see men work long get here between both life being under never day
-same another know while last might us great old year off come since against go came right used take
-three kitchen garden report invoice budget meeting project deadline travel train ticket hotel flight
-weather winter summer spring doctor school teacher student lesson paper letter window door table
-bridge river mountain valley forest market price order basket bread coffee dinner breakfast recipe
-software server database network signal battery engine bicycle camera picture music guitar concert
-museum history science question answer number street corner village island harbour captain sailor
-measure balance account payment contract lawyer office manager engineer painter writer journal
-chapter sentence language grammar dictionary translation memory attention morning evening holiday
-birthday present neighbour family daughter brother cousin friend partner colleague customer visitor
-remember forget promise decide explain describe compare prepare deliver repair replace collect count
-quickly slowly carefully finally rarely often perhaps almost exactly clearly simply together outside
-""".split()
+CONVERSATION = Path(__file__).parents[2] / "proxy" / "demo" / "conversation.jsonl"
+# Every word of a real conversation as often as it stands there: common words are common and most
+# words are rare, as in any text; a short word list would make every word common.
+WORDS = re.findall(r"[a-z]{2,}", CONVERSATION.read_text(encoding="utf-8").lower())
 NAMES = "Ada Bruno Chiara Dmitri Elena Farid Greta Hugo Ines Jonas Keiko Lars Mira Nadia".split()
 
 

@@ -1,0 +1,369 @@
+"""Plays turns of the conversation core as dialogues: dicts for storage, a function for the model.
+
+`Player.ask` takes what a client would send, places it as proxy/api does, performs the turn's effects
+and returns every upstream body. `forget` drops all that is only cached; `restart` leaves a player
+with nothing but the stored bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.body import message_ends, read_body
+from proxy.conversation.channel import vm_names
+from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
+from proxy.conversation.history import HistoryCache, Known
+from proxy.conversation.identify import Library, Place, chain, place
+from proxy.conversation.limits import Limits
+from proxy.conversation.sieve import Sieve
+from proxy.conversation.tree import (
+    ID_BYTES,
+    Identity,
+    Node,
+    Record,
+    decode_record,
+    load_path,
+    record_key,
+)
+from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.window import Window, restore
+from proxy.memory import ImportanceWeightedLRU, PageTable, VMMode, WorkingSetConfig
+from proxy.memory.mutation_log import decode as decode_mutations
+from proxy.search.paths import PathIndexes
+from proxy.tokens import TokenCounter, get_counter
+
+Message = dict[str, Any]
+Model = Callable[[Message], "Message | Refused"]  # the decoded upstream request -> its answer
+SECRET = bytes(range(32))
+
+
+def limits_of(budget_tokens: int, **changes: Any) -> Limits:
+    """Limits with a budget for whole requests; everything else as in the default configuration."""
+    values: dict[str, Any] = {
+        "working_set": WorkingSetConfig(max_l0_tokens=budget_tokens + 100, reserved_tokens=100),
+        "window_tokens": 128_000,
+        "window_known": True,
+        "mode": VMMode.RELAXED,
+        "model_takes_tools": True,
+        "developer_role": "developer",
+        "faults_per_turn": 3,
+        "fault_tokens": 8192,
+        "max_rounds": 8,
+        "prefetch_pages": 5,
+        "prefetch_tokens": 1024,
+        "manifest_tokens": 1024,
+        "page_tokens": 1024,
+        "search_results": 10,
+        "snippet_tokens": 64,
+    }
+    return Limits(**{**values, **changes})
+
+
+@dataclass
+class Played:
+    """One turn: the upstream bodies with the window's epoch at each, and what the client got."""
+
+    answer: Answer
+    place: Place
+    turn: Turn
+    bodies: list[bytes] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    replies: list[Any] = field(default_factory=list)
+    stream: bytes = b""
+    message: Message | None = None  # the answer as the client received it
+
+    @property
+    def requests(self) -> list[Message]:
+        return [json.loads(body) for body in self.bodies]
+
+    def messages_bytes(self) -> list[bytes]:
+        return [messages_bytes(body) for body in self.bodies]
+
+
+def messages_bytes(body: bytes) -> bytes:
+    """The messages array of a request body as it was written."""
+    return bytes(msgspec.json.decode(body, type=dict[str, msgspec.Raw])["messages"])
+
+
+class Player:
+    """An installation: its storage, its caches, its limits."""
+
+    def __init__(self, limits: Limits, reattach: bool = True) -> None:
+        self.limits = limits
+        self.reattach = reattach
+        self.values: dict[bytes, bytes] = {}
+        self.identity = Identity(SECRET)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything that is only cached."""
+        self._records: dict[bytes, Record] = {}
+        self._states: dict[bytes, tuple[Window, PageTable]] = {}
+        self.histories = HistoryCache(1 << 24)
+        self.indexes = PathIndexes(20_000)
+
+    # -- storage
+
+    def get_record(self, node_id: bytes) -> Record | None:
+        found = self._records.get(node_id)
+        if found is None and (data := self.values.get(record_key(node_id))) is not None:
+            found = self._records[node_id] = decode_record(data)
+        return found
+
+    def _substitutes(self, node_id: bytes) -> Sequence[bytes]:
+        record = self.get_record(node_id)
+        return record.substitute if record is not None else ()
+
+    def _load_path(self, head: Record) -> list[Node]:
+        return load_path(head, self.get_record)
+
+    def _state_after(self, record: Record) -> tuple[Window | None, PageTable | None]:
+        if not record.window:
+            return None, None
+        if (kept := self._states.pop(record.id, None)) is not None:
+            return kept
+        logs, at = [], record
+        while at is not None:
+            logs.append(at.mutations)
+            at = self.get_record(at.base) if at.base else None  # type: ignore[assignment]
+        table = PageTable()
+        for log in reversed(logs):
+            table.replay(decode_mutations(msgspec.msgpack.decode(log)))
+        return restore(record, self.get_record), table
+
+    def _append(self, effect: Append) -> None:
+        known = {record_key(r.id) for r in effect.records if record_key(r.id) in self.values}
+        for key, value in effect.puts:
+            if key not in known:
+                self.values[key] = value
+        for key, node_id in effect.joins:
+            old = self.values.get(key, b"")
+            ids = [old[i : i + ID_BYTES] for i in range(0, len(old), ID_BYTES)]
+            if node_id not in ids:
+                self.values[key] = b"".join([*ids, node_id][-32:])
+        for record in effect.records:
+            if record_key(record.id) not in known:
+                self._records[record.id] = record
+
+    # -- a turn
+
+    def place(
+        self, body: bytes, key: str = "key", session: str | None = None
+    ) -> tuple[Any, Place, bytes, bytes | None]:
+        scope = self.identity.tenant(key, session or "")
+        split = read_body(body, scope, self.histories)
+        user = json.loads(split.fields["user"]) if "user" in split.fields else ""
+        tenant = self.identity.tenant(key, user)
+        session_key = self.identity.session(tenant, session) if session else None
+        nodes, anchors = chain(split, self.identity, tenant)
+        library = Library(self.get_record, self._load_path, self.values.get)
+        found = place(nodes, anchors, self.identity, tenant, library, session_key, self.reattach)
+        if found.start == 0 and found.floor == 0 and session_key is None:
+            self._remember(split, scope, tenant, found)
+        return split, found, tenant, session_key
+
+    def _remember(self, split: Any, scope: bytes, tenant: bytes, found: Place) -> None:
+        if split.history is None:
+            return
+        known, shared = split.known, split.shared
+        ends = known.ends[:shared] if known else []
+        counts = known.counts[:shared] if known else []
+        raws = [raw for raw, _ in split.new]
+        ends = ends + message_ends(split.history, raws, ends[-1] if ends else 0)
+        nodes = counts[-1] if counts else 0
+        for _, message in split.new:
+            nodes += message.get("role") not in ("system", "developer")
+            counts.append(nodes)
+        new = Known(split.history, ends, counts, found.path, found.anchors, tenant)
+        self.histories.add(scope, new, known)
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        model: Model,
+        *,
+        key: str = "key",
+        session: str | None = None,
+        body: bytes | None = None,
+        break_off: bool = False,
+        **extra: Any,
+    ) -> Played:
+        """One request from the client's bytes to the answer. `extra` are the body's other fields."""
+        if body is None:
+            body = json.dumps({"model": "gpt-4o", "messages": list(messages), **extra}).encode()
+        split, found, tenant, session_key = self.place(body, key, session)
+        decoded = {name: json.loads(bytes(raw)) for name, raw in split.fields.items()}
+        window, table = self._state_after(found.record) if found.record else (None, None)
+        counter = get_counter(decoded["model"])
+        fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
+        fixed += counter.tools(decoded.get("tools") or ())
+        given = TurnInput(
+            body, split.fields, split.order, decoded, split.system, found.path, found.start,
+            found.floor, found.anchors, found.record, window, table, self.limits, counter,
+            self.identity, tenant, session_key, ImportanceWeightedLRU(), self._substitutes, fixed,
+        )
+        turn = Turn(given)
+        played = Played(None, found, turn)  # type: ignore[arg-type]
+        self._perform(turn, given, played, model)
+        return played
+
+    def _perform(self, turn: Turn, given: TurnInput, played: Played, model: Model) -> None:
+        shell = _Shell(given, model, bool(given.decoded.get("stream")))
+        dialogue = turn.run()
+        reply: Any = None
+        try:
+            while True:
+                effect = dialogue.send(reply)
+                played.effects.append(effect)
+                if isinstance(effect, Complete):
+                    played.bodies.append(effect.body)
+                    played.epochs.append(turn.window.epoch if turn.window else 0)
+                    reply = shell.complete(effect)
+                elif isinstance(effect, Append):
+                    reply = self._append(effect)
+                elif isinstance(effect, Search):
+                    ids = [node.id for node in given.path[: effect.before]]
+                    reply = ids and self.indexes.search(
+                        ids, turn.pages.pages, effect.query, effect.limit, effect.skip
+                    )
+                else:
+                    assert isinstance(effect, Load)
+                    reply = turn.pages.text(effect.position, effect.part, effect.level)
+                played.replies.append(reply)
+        except StopIteration as end:
+            played.answer = end.value
+        played.message, played.stream = shell.received(played.answer)
+        record = turn.record
+        if record is not None and turn.window is not None:
+            if self.get_record(record.id) is record:  # stored by this turn, not by an equal one
+                self._states[record.id] = turn.window, turn.table
+
+
+class _Shell:
+    """Performs `Complete`: whole answers, or streams through the sieve."""
+
+    def __init__(self, given: TurnInput, model: Model, stream: bool) -> None:
+        self._model = model
+        self._stream = stream
+        self._whole: dict[str, Any] | None = None
+        self._out: list[bytes] = []
+        self._through = False
+        self._last: Message | None = None
+        names = frozenset(vm_names(given.decoded.get("tools")).values())
+        self._sieve = Sieve(names, 8, 500.0, False, True, given.counter.text)
+
+    def complete(self, effect: Complete) -> Said | Refused:
+        request = json.loads(effect.body)
+        said = self._model(request)
+        if isinstance(said, Refused):
+            return said
+        message = json.loads(json.dumps(said))
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        usage = {"prompt_tokens": len(effect.body) // 4, "completion_tokens": 7, "total_tokens": 0}
+        if self._stream and not effect.through:
+            self._sieve.begin_round(effect.offer)
+            for chunk in sse_of(message, reason):
+                self._out += self._sieve.feed(chunk, 0.0)
+            ended, ready = self._sieve.end_round()
+            self._out += ready
+            return Said([ended.message], ended.finish_reason, usage, None, self._sieve.shown())
+        self._last = message
+        self._whole = {
+            "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o",
+            "choices": [{"index": 0, "message": message, "finish_reason": reason}], "usage": usage,
+        }
+        return Said([message], reason, usage, self._whole)
+
+    def received(self, answer: Answer) -> tuple[Message | None, bytes]:
+        if answer.refused is not None:
+            return None, b""
+        if self._stream and self._last is None:
+            self._out += self._sieve.finish(answer.finish_reason, answer.usage)
+            return self._sieve.shown(), b"".join(self._out)
+        if answer.body is not None:
+            return json.loads(answer.body)["choices"][0]["message"], b""
+        return self._last, b""
+
+
+def sse_of(message: Message, reason: str) -> list[bytes]:
+    """A message as OpenAI streams it."""
+    deltas: list[Message] = [{"role": "assistant", "content": ""}]
+    text = message.get("content") or ""
+    deltas += [{"content": text[i : i + 9]} for i in range(0, len(text), 9)]
+    for index, call in enumerate(message.get("tool_calls") or ()):
+        body = call["function"]
+        deltas.append({"tool_calls": [{**call, "index": index, "function": {**body, "arguments": ""}}]})
+        deltas.append({"tool_calls": [{"index": index, "function": {"arguments": body["arguments"]}}]})
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o"}
+    chunks = [{**head, "choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
+    chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    return [b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks] + [b"data: [DONE]\n\n"]
+
+
+# -- what a model says
+
+
+def says(text: str) -> Message:
+    return {"role": "assistant", "content": text, "refusal": None}
+
+
+def call(name: str, arguments: Any, call_id: str) -> Message:
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def calls(*tool_calls: Message, text: str | None = None) -> Message:
+    return {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
+
+
+def script(*answers: Message | Refused) -> Model:
+    """A model that says these in turn, and the last one for ever."""
+    left = list(answers)
+
+    def model(_: Message) -> Message | Refused:
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return model
+
+
+# -- what any upstream would check
+
+
+def count_tokens(request: Message, counter: TokenCounter | None = None) -> int:
+    """A whole request's tokens by OpenAI's published rules, written down independently."""
+    text = (counter or get_counter("gpt-4o")).text
+    total = 3
+    for message in request["messages"]:
+        total += 4
+        content = message.get("content")
+        if isinstance(content, str):
+            total += text(content)
+        for part in content if isinstance(content, list) else ():
+            total += text(part["text"]) if part["type"] == "text" else 1445
+        for one in message.get("tool_calls") or ():
+            total += 3 + text(one["function"]["name"]) + text(one["function"]["arguments"])
+        if message.get("name"):
+            total += 1 + text(message["name"])
+    for tool in request.get("tools") or ():
+        total += 4 + text(json.dumps(tool["function"], separators=(",", ":")))
+    return total
+
+
+def check_pairs(request: Message) -> None:
+    """Every call has its result directly after it, once; no result stands alone."""
+    waiting: list[str] = []
+    for message in request["messages"]:
+        if message["role"] == "tool":
+            assert message["tool_call_id"] in waiting, f"orphaned result {message}"
+            waiting.remove(message["tool_call_id"])
+            continue
+        assert not waiting, f"calls without results: {waiting} before {message}"
+        waiting = [one["id"] for one in message.get("tool_calls") or ()]
+        assert len(waiting) == len(set(waiting)), f"ids twice: {waiting}"
+    assert not waiting, f"calls without results: {waiting}"
