@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import health_router
@@ -34,6 +35,7 @@ class App:
         self._chat = ChatApi(config, self._upstream, self.memory, observer)
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
         self._rest.include_router(health_router(self.memory.store.check))
+        self._rest.add_exception_handler(HTTPException, _refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -81,6 +83,20 @@ class App:
                 await self.memory.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+
+async def _refused(request: Request, failure: Exception) -> Response:
+    """A path or a method that nothing serves, in OpenAI's error shape."""
+    assert isinstance(failure, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if failure.status_code == 404:
+        error = ApiError(404, f"Unknown request URL: {where}.", code="unknown_url")
+    elif failure.status_code == 405:
+        error = ApiError(405, f"Not allowed: {where}.", code="method_not_allowed")
+    else:
+        error = ApiError(failure.status_code, str(failure.detail))
+    headers = {**(failure.headers or {}), "content-type": "application/json"}
+    return Response(error.body(), error.status, headers)
 
 
 def create_app(config: Config, observer: Observer | None = None) -> App:

@@ -116,14 +116,18 @@ class ChatApi:
         memory = self._memory
         key, session = self._caller(headers)
         scope = memory.identity.tenant(key, session or "")
-        split = read_body(body, scope, memory.histories)
-        decoded = Decoded(split.fields)
-        _validate(decoded)
+        try:
+            split = read_body(body, scope, memory.histories)
+            decoded = Decoded(split.fields)
+            _validate(decoded)
+        except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at
+            raise ApiError(400, f"The JSON body of the request is not valid UTF-8: {error}.",
+                           code="invalid_json") from None
         session = session or _metadata_session(decoded)
         user = decoded.get("safety_identifier") or decoded.get("user") or ""
         tenant = memory.identity.tenant(key, str(user))
         session_key = memory.identity.session(tenant, session) if session else None
-        if split.known is not None and split.known.tenant != tenant:
+        while split.known is not None and split.known.tenant != tenant:  # there may be several
             memory.histories.forget(split.known)
             split = read_body(body, scope, memory.histories)
         nodes, anchors = chain(split, memory.identity, tenant)
@@ -265,13 +269,14 @@ class ChatApi:
     async def _run(self, turn: Turn, given: TurnInput, exchange: Exchange) -> Answer:
         dialogue = turn.run()
         reply: Any = None
+        stored: frozenset[bytes] = frozenset()
         try:
             while True:
                 effect = dialogue.send(reply)
                 if isinstance(effect, Complete):
                     reply = await exchange.complete(effect)
                 elif isinstance(effect, Append):
-                    await self._memory.append(effect)
+                    stored = await self._memory.append(effect)
                     reply = None
                 elif isinstance(effect, Search):
                     reply = await self._memory.search(effect, given.path, turn.pages)
@@ -281,7 +286,7 @@ class ChatApi:
             answer: Answer = end.value
         finally:
             dialogue.close()
-        if turn.record is not None and turn.window is not None:
+        if turn.record is not None and turn.window is not None and turn.record.id in stored:
             self._memory.keep_state(turn.record, turn.window, turn.table)
         if answer.learned:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
@@ -355,11 +360,12 @@ async def _fail(exchange: Exchange | None, send: Send, error: ApiError) -> None:
 def _validate(decoded: Mapping[str, Any]) -> None:
     """What we rely on ourselves; everything else is upstream's to judge."""
     model = decoded.get("model")
-    if not isinstance(model, str) or not model:
-        problem = "you must provide a model parameter" if model is None else (
-            "Invalid type for 'model': expected a string."
-        )
-        raise ApiError(400, problem, param="model", code="invalid_type")
+    if not model:
+        raise ApiError(400, "you must provide a model parameter", param="model",
+                       code="missing_required_parameter")
+    if not isinstance(model, str):
+        raise ApiError(400, "Invalid type for 'model': expected a string.", param="model",
+                       code="invalid_type")
     expected: tuple[tuple[str, type, str], ...] = (
         ("stream", bool, "a boolean"),
         ("n", int, "an integer"),

@@ -28,6 +28,8 @@ _fields = msgspec.json.Decoder(Fields).decode
 _messages = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _object = msgspec.json.Decoder(dict[str, Any]).decode
 
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 RawMessage = tuple[bytes, dict[str, Any]]  # as written, and decoded
 
 
@@ -94,8 +96,11 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         end = _object_end(body, start)
         if end is None:
             return None
-        if not _is_system(body[start:end]):
-            return _Head(array, system, start)
+        try:
+            if not _is_system(body[start:end]):
+                return _Head(array, system, start)
+        except _MALFORMED:
+            return None
         system.append((start, end))
         comma = _skip(body, end)
         if body[comma : comma + 1] != b",":
@@ -136,14 +141,19 @@ def _read_tail(body: bytes, head: _Head, known: Known, shared: int) -> Body | No
     at = _skip(body, head.history + known.ends[shared - 1])
     if body[at : at + 1] == b",":
         at += 1
+        if not body.startswith(b"{", _skip(body, at)):
+            return None
     elif body[at : at + 1] != b"]":
         return None
     try:
         before = _fields(body[: head.array - 1] + b"0}")
         after = _fields(b'{"' + _REST.encode() + b'":[' + body[at:])
-        raws = [bytes(raw) for raw in _messages(after.pop(_REST))]
+        rest = bytes(after.pop(_REST))
+        if not body.startswith(rest[1:], at):
+            return None  # the client has a field of that name
+        raws = [bytes(raw) for raw in _messages(rest)]
         new = [(raw, _object(raw)) for raw in raws]
-    except msgspec.DecodeError:
+    except _MALFORMED:
         return None
     order = [*before, *after]
     del before["messages"]
@@ -172,9 +182,11 @@ def _read_all(body: bytes, head: _Head | None) -> Body:
     try:
         raws = [bytes(raw) for raw in _messages(array)]
         messages = [(raw, _object(raw)) for raw in raws]
-    except msgspec.DecodeError:
+    except msgspec.ValidationError:
         raise ApiError(400, "Invalid type for 'messages': expected an array of objects.",
                        param="messages", code="invalid_type") from None
+    except _MALFORMED as error:
+        raise _not_json(error) from None
     if not messages:
         raise ApiError(400, "Invalid 'messages': empty array. Expected an array with minimum length"
                        " 1, but got an empty array instead.", param="messages", code="empty_array")
@@ -196,13 +208,17 @@ def _decode_fields(body: bytes) -> Fields:
         return _fields(body)
     except msgspec.ValidationError:
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_type") from None
-    except msgspec.DecodeError as error:
-        raise ApiError(400, "We could not parse the JSON body of your request. (HINT: This likely"
-                       f" means you aren't using your HTTP library correctly: {error}.)",
-                       code="invalid_json") from None
-    except UnicodeDecodeError:
-        raise ApiError(400, "The JSON body of the request is not valid UTF-8.",
-                       code="invalid_json") from None
+    except _MALFORMED as error:
+        raise _not_json(error) from None
+
+
+def _not_json(error: Exception) -> ApiError:
+    if isinstance(error, UnicodeDecodeError):
+        return ApiError(400, "The JSON body of the request is not valid UTF-8.", code="invalid_json")
+    hint = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return ApiError(400, "We could not parse the JSON body of your request. (HINT: This likely"
+                    f" means you aren't using your HTTP library correctly: {hint}.)",
+                    code="invalid_json")
 
 
 def message_ends(history: bytes, raws: list[bytes], start: int = 0) -> list[int]:

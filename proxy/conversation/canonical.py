@@ -28,6 +28,9 @@ def canonical(message: dict[str, Any]) -> bytes:
         refusal = message.get("refusal")
         if not content and isinstance(refusal, str):
             content = [refusal.strip()]
+        audio = message.get("audio")
+        if isinstance(audio, dict) and audio.get("id"):
+            content.append({"audio": audio["id"]})
         calls = message.get("tool_calls") or ()
         said: list[Any] = [role, content]
         if isinstance(calls, list) and calls:
@@ -75,6 +78,6 @@ def _function(function: Any) -> Any:
     if isinstance(arguments, str):
         try:
             arguments = msgspec.json.decode(arguments)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
             pass  # cut or malformed arguments are compared as they are
     return [function.get("name"), arguments]

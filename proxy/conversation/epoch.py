@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.conversation.cut import cut_message, fair_shares
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages, groups_of
+from proxy.conversation.pathpages import RESULT_ROLES, PathPages, group_start, groups_of
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import MIXED, NATIVE, SYSTEM, VM, Entry, Window
 from proxy.errors import ApiError
@@ -42,6 +42,8 @@ from proxy.tokens import PER_MESSAGE, TokenCounter
 _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
 _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
+_MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
+_LOAD_TOKENS = 480  # beside a loaded page: the frame that turn.py keeps free and the result's JSON
 _MANIFEST_ENTRIES = 64  # priced at most; the rest is one line per segment
 _SEGMENTS = 6
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
@@ -64,7 +66,7 @@ class EpochRequest:
     turn: int
     epoch: int
     floor: int
-    room_tokens: int
+    room_tokens: int  # for everything but the client's system messages and the tools
     newest: Entry | None = None  # the newest message as this turn already sent it
     tail: tuple[Entry, ...] = ()  # this turn's VM exchange so far
 
@@ -84,7 +86,7 @@ def begin_epoch(request: EpochRequest) -> Epoch:
     groups = _groups(request)
     limit = int(request.room_tokens * _MANDATORY_SHARE) - tail_tokens
     mandatory = sum(group.tokens for group in groups if group.mandatory)
-    cuts = _cut_mandatory(request, groups, limit) if mandatory > limit else {}
+    cuts = _cut_mandatory(request, groups, min(limit, _loadable(request))) if mandatory > limit else {}
     manifest = int(min(request.limits.manifest_tokens, low * _MANIFEST_SHARE))
     context = int(low * _CONTEXT_SHARE)
     frame = _developer(request, "", "")[1] + tail_tokens
@@ -93,11 +95,22 @@ def begin_epoch(request: EpochRequest) -> Epoch:
         budget = Budget(native, int(context * shrink))
         planned = plan(request.table, groups, budget, request.policy, request.turn)
         window = _assemble(request, planned, cuts, int(manifest * shrink))
-        if window.tokens <= request.room_tokens:
+        over = window.tokens - _system_tokens(window) - request.room_tokens
+        if over <= 0:
             mutations = planned.mutations + _evict_cut(request, cuts)
             return Epoch(window, mutations)
-    raise context_length_exceeded(request.limits, request.limits.budget_tokens - request.room_tokens
-                                  + window.tokens)
+    raise context_length_exceeded(request.limits, request.limits.budget_tokens + over)
+
+
+def _system_tokens(window: Window) -> int:
+    """Those of the system messages in the log: the room is without them."""
+    return sum(entry.tokens for entry in window.entries if entry.kind == SYSTEM)
+
+
+def _loadable(request: EpochRequest) -> int:
+    """What cut messages may take so that one of their parts can still be loaded beside them."""
+    room, page = request.room_tokens, request.limits.page_tokens
+    return max(int(room * _MIN_CUT_SHARE), room - page - _LOAD_TOKENS)
 
 
 def context_length_exceeded(limits: Limits, tokens: int) -> ApiError:
@@ -127,9 +140,7 @@ def _groups(request: EpochRequest) -> list[Group]:
             break
         if entry.position <= seen or entry.position < 0:
             continue
-        first = entry.position
-        while first > 0 and path[first].role == "tool":
-            first -= 1
+        first = group_start(path, entry.position)
         starts.extend(groups_of(path, first, _group_end(request, first)))
         seen = starts[-1][1] - 1
     starts.extend(groups_of(path, request.floor, len(path)))
@@ -151,7 +162,7 @@ def _groups(request: EpochRequest) -> list[Group]:
 def _group_end(request: EpochRequest, first: int) -> int:
     path = request.pages.path
     end = first + 1
-    while end < min(request.floor, len(path)) and path[end].role == "tool":
+    while end < min(request.floor, len(path)) and path[end].role in RESULT_ROLES:
         end += 1
     return end
 
@@ -161,6 +172,9 @@ def _native_tokens(request: EpochRequest, first: int, last: int, last_user: int)
     if first < request.floor and not first <= last_user < last:
         return _NEVER
     total = sum(pages.tokens(position) for position in range(first, last))
+    if last - first > 1:  # a call with results may have been a mixed one
+        kept = native_entries(pages, first, request.substitutes, request.counter)
+        total += sum(entry.tokens for entry in kept) - pages.tokens(first)
     if request.newest is not None and last == len(pages.path):
         total += request.newest.tokens - pages.tokens(last - 1)
     return total
@@ -169,10 +183,20 @@ def _native_tokens(request: EpochRequest, first: int, last: int, last_user: int)
 def _cut_mandatory(
     request: EpochRequest, groups: Sequence[Group], limit: int
 ) -> dict[int, Entry]:
-    """The newest groups' messages cut so that together they stay within `limit` tokens."""
+    """The newest groups' messages cut so that together they stay within `limit` tokens.
+
+    A mixed call is reduced to the client's part of it first.
+    """
     positions = [p for g in groups if g.mandatory for p in range(g.first, g.last)]
+    if request.newest is not None:  # cut before, in this turn
+        positions = [p for p in positions if p != len(request.pages.path) - 1]
+        limit -= request.newest.tokens
     sizes = [request.pages.tokens(p) for p in positions]
-    cuts: dict[int, Entry] = {}
+    cuts = {
+        p: Entry(request.pages.path[p].raw, size, p)
+        for p, size in zip(positions, sizes, strict=True)
+        if request.pages.path[p].role == "assistant"
+    }
     for position, size, share in zip(positions, sizes, fair_shares(sizes, limit), strict=True):
         if share < size:
             ids = request.pages.ids(position)
@@ -186,10 +210,14 @@ def _evict_cut(request: EpochRequest, cuts: Mapping[int, Entry]) -> list[PageMut
     """A cut message is not in the window: its pages can be faulted in."""
     return [
         PageMutation(MutationType.EVICT, i, request.turn, tier=StorageTier.L2)
-        for position in cuts
+        for position in _shortened(request, cuts)
         for i in request.pages.ids(position)
         if (entry := request.table.lookup(i)) and entry.tier is StorageTier.L0
     ]
+
+
+def _shortened(request: EpochRequest, cuts: Mapping[int, Entry]) -> set[int]:
+    return {p for p, entry in cuts.items() if entry.raw != request.pages.path[p].raw}
 
 
 # -- the bytes
@@ -204,9 +232,11 @@ def _assemble(
         if group.last == native_from:
             native_from = group.first
     lines = _context_lines(request, planned)
-    resident = {p for g in planned.native for p in range(g.first, g.last)} - set(cuts)
+    resident = {p for g in planned.native for p in range(g.first, g.last)}
+    cut = _shortened(request, cuts)
+    resident -= cut
     resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
-    manifest = _manifest(request, native_from, resident, set(cuts), manifest_tokens)
+    manifest = _manifest(request, native_from, resident, cut, manifest_tokens)
     developer, tokens = _developer(request, manifest, "\n".join(lines))
     entries: list[Entry] = []
     for group in planned.native:
@@ -214,6 +244,7 @@ def _assemble(
             if position >= native_from:
                 entries.extend(anchored(request.anchors, position, request.counter))
             entries.extend(_native(request, position, cuts))
+    entries.extend(anchored(request.anchors, len(path), request.counter))
     entries.extend(request.tail)
     return Window(
         request.epoch,

@@ -167,6 +167,7 @@ class FaultServer:
             self.searches.append(SearchReport("", []))
             return error_result(args)
         before = len(self._pages.path) - 1
+        before += any(self._outside(i) for i in self._pages.ids(before))  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(args.query, wide, before, self._loaded)
@@ -197,6 +198,10 @@ class FaultServer:
         return bool(
             entry and entry.tier is StorageTier.L0 and entry.level is CompressionLevel.FULL
         )
+
+    def _outside(self, wanted: str) -> bool:
+        entry = self._table.lookup(wanted)
+        return bool(entry and entry.tier is not StorageTier.L0)
 
     def _entry(self, hit: Hit, modality: str) -> SearchResultEntry:
         """`hint` is the whole text when it is short (`complete`), else its most telling sentences."""

@@ -56,6 +56,8 @@ def chain(body: Body, identity: Identity, tenant: bytes) -> tuple[list[Node], li
     if body.known is not None:
         count = body.known.counts[body.shared - 1]
         path = body.known.path[:count]
+        if body.known.tenant != tenant:  # another user behind the same key began alike
+            path = identity.rechain([], path, identity.root(tenant))
         anchors = body.known.anchors[: body.shared - count]
     new: list[tuple[bytes, dict[str, Any]]] = []
     for raw, message in body.new:

@@ -19,6 +19,8 @@ from proxy.memory.models import CompressionLevel, Modality
 from proxy.memory.pages import Doc, message_text, modality_of, page_id, parse_page_id, split_text
 from proxy.tokens import TokenCounter
 
+RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
+
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
@@ -148,8 +150,15 @@ def groups_of(path: Sequence[Node], first: int, last: int) -> list[tuple[int, in
     at = first
     while at < last:
         end = at + 1
-        while end < last and path[end].role in ("tool", "function"):
+        while end < last and path[end].role in RESULT_ROLES:
             end += 1
         groups.append((at, end))
         at = end
     return groups
+
+
+def group_start(path: Sequence[Node], position: int) -> int:
+    """Where the group of the message at `position` begins."""
+    while position > 0 and path[position].role in RESULT_ROLES:
+        position -= 1
+    return position

@@ -135,15 +135,14 @@ class Sieve:
     def finish(self, finish_reason: str | None, usage: dict[str, Any] | None) -> list[bytes]:
         """The end of the client's stream: finish reason, usage if it asked for it, [DONE]."""
         out: list[bytes] = []
-        if not self._role_sent and self._identity is None and self._finish is None:
-            self._identity = {"object": "chat.completion.chunk"}
         template = self._finish[1] if self._finish else self._template()
-        choice = {**_choice(template), "index": 0, "delta": {}, "finish_reason": finish_reason}
+        delta = {} if self._role_sent else {"role": "assistant"}
+        choice = {**_choice(template), "index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = {**template, "choices": [choice]}
-        unchanged = self._finish is not None and not _has_delta(self._finish[1])
+        unchanged = self._finish is not None and _delta(self._finish[1]) == delta
         unchanged = unchanged and _choice(template).get("finish_reason") == finish_reason
         self._emit(self._finish[0] if self._finish and unchanged else None, chunk, out)
-        if self._include_usage and usage is not None:
+        if usage is not None and (self._include_usage or self._usage_event):
             event, chunk = self._usage_event or (None, {**self._template(), "choices": []})
             same = event is not None and chunk.get("usage") == usage
             self._emit(event if same else None, {**chunk, "usage": usage}, out)
@@ -170,9 +169,11 @@ class Sieve:
         if not chunk.get("choices"):
             if isinstance(usage, dict):
                 self._usage_event = event, chunk
-            elif self._rounds == 1:  # Azure's prompt filter results
-                self._emit(event, chunk, out)
+            elif self._rounds == 1:  # Azure's prompt filter results, with an empty id
+                out.append(event.raw)
             return
+        if self._identity is None:
+            self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
         self._choice_event(event, chunk, now_ms, out)
 
     def _choice_event(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
@@ -215,7 +216,7 @@ class Sieve:
 
     def _call_event(self, event: Event, chunk: Chunk, calls: list[Any], out: list[bytes]) -> None:
         plain = event.raw and len(calls) == 1 and not any(
-            v for k, v in _delta(chunk).items() if k not in ("tool_calls", "role", "content")
+            v for k, v in _delta(chunk).items() if k not in ("tool_calls", "role")
         )
         for delta in calls:
             index = self._said.add_call(delta)
@@ -266,8 +267,8 @@ class Sieve:
     def _send_call(
         self, event: Event | None, chunk: Chunk, call: _Call, delta: Chunk, out: list[bytes]
     ) -> None:
-        if event is not None and delta.get("index") != call.out:
-            event = None
+        if delta.get("index") != call.out or bool(_delta(chunk).get("role")) is self._role_sent:
+            event = None  # it needs another number, or the one role that a stream has
         calls = [{**delta, "index": call.out}]
         keep = {k: v for k, v in _delta(chunk).items() if k in ("role", "content") and not v}
         role = {} if self._role_sent else {"role": "assistant"}
@@ -284,12 +285,11 @@ class Sieve:
 
     def _template(self) -> Chunk:
         identity = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": ""}
-        return {**identity, **(self._identity or {}), "choices": []}
+        choice = {"index": 0, "delta": {}, "finish_reason": None}
+        return {**identity, **(self._identity or {}), "choices": [choice]}
 
     def _emit(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
         """Send a chunk: `event`'s own bytes when nothing has to change, else re-encoded."""
-        if self._identity is None:
-            self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
         delta = _delta(chunk)
         if self._role_sent and delta.get("role"):
             delta = {k: v for k, v in delta.items() if k != "role"}
@@ -298,7 +298,8 @@ class Sieve:
             chunk, event = _with_delta(chunk, delta), None
         self._role_sent = self._role_sent or bool(delta.get("role"))
         self._shown.add(delta)
-        fixed = {k: self._identity[k] for k in _IDENTITY if k in self._identity}
+        identity = self._identity or {}
+        fixed = {k: identity[k] for k in _IDENTITY if k in identity}
         if event is not None and all(chunk.get(k) == v for k, v in fixed.items() if k in chunk):
             out.append(event.raw)
             return

@@ -47,7 +47,7 @@ class EventParser:
 
 
 def _data(raw: bytes) -> bytes:
-    if raw.startswith(b"data: ") and raw.count(b"\n") <= 2 and b"\r" not in raw:
+    if raw.startswith(b"data: ") and raw.find(b"\n", 0, -2) < 0 and b"\r" not in raw:
         return raw[6:].rstrip(b"\n")  # the common case: one line
     lines = [line[5:] for line in _LINE.split(raw) if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line.startswith(b" ") else line for line in lines)
@@ -86,7 +86,13 @@ class MessageBuilder:
         index = call.get("index")
         if isinstance(index, int):
             return index
-        opens = self._last < 0 or (call.get("id") and call["id"] != self._calls[self._last].get("id"))
+        if self._last < 0:
+            return 0
+        last = self._calls[self._last]
+        if call.get("id"):
+            opens = call["id"] != last.get("id")
+        else:  # neither id nor index: a second name is a second call
+            opens = bool(_name(call)) and bool(_name(last))
         return self._last + 1 if opens else self._last
 
     def add_call(self, delta: dict[str, Any]) -> int:
@@ -117,6 +123,11 @@ class MessageBuilder:
         return {**self.message, "tool_calls": calls}
 
 
+def _name(call: dict[str, Any]) -> Any:
+    body = call.get("function") or call.get("custom")
+    return body.get("name") if isinstance(body, dict) else None
+
+
 def _merge(into: dict[str, Any], key: str, value: Any) -> None:
     old: Any = into.get(key)
     if type(old) is type(value) and type(old) in (str, list):
@@ -135,7 +146,7 @@ class Tee:
     it is over. feed() returns what may go to the client now; `held` is the rest.
     """
 
-    _MARK = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+    _MARK = re.compile(rb"[\r\n]data: ?\[DONE\]")
 
     def __init__(self) -> None:
         self.held = b""

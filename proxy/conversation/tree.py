@@ -124,13 +124,16 @@ class Identity:
             nodes.append(Node(parent, content, str(message.get("role")), raw))
         return nodes
 
-    def rechain(self, path: list[Node], nodes: Sequence[Node]) -> list[Node]:
-        """`nodes`' messages as descendants of `path`: the same contents with other ids."""
+    def rechain(
+        self, path: list[Node], nodes: Sequence[Node], root: bytes = b""
+    ) -> list[Node]:
+        """`nodes`' messages as descendants of `path` (or of `root`, when that is empty): the same
+        contents with other ids."""
         out = list(path)
+        parent = out[-1].id if out else root
         for node in nodes:
-            parent = out[-1].id
-            child = self.child(parent, node.content)
-            out.append(Node(child, node.content, node.role, node.raw, node.tokens))
+            parent = self.child(parent, node.content)
+            out.append(Node(parent, node.content, node.role, node.raw, node.tokens))
         return out
 
 

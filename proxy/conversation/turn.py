@@ -35,7 +35,7 @@ from proxy.conversation.epoch import (
 )
 from proxy.conversation.faults import FaultServer
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pathpages import PathPages, group_start
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor, Identity, Node, Record
 from proxy.conversation.window import NATIVE, SYSTEM, VM, Entry, Window, encode_change, render
@@ -62,6 +62,7 @@ _PASSIVE_SHARE = 3  # where the model cannot fault: 1/3
 _MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to bring a page in
 _LENGTH_POWER = 0.4  # measured on LoCoMo and BEAM (tests/bench/recall_memory.py)
 _CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
+_ERROR_TOKENS = 64  # a VM result that says no
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _RESULT_SHARE = 3  # one VM result takes at most 1/3 of the room
 _json = msgspec.json.encode
@@ -150,9 +151,11 @@ class Turn:
         self._report.used_tokens = total
         return True
 
-    def _anchor_tokens(self) -> int:
+    def _anchor_tokens(self, before: int | None = None) -> int:
+        """Tokens of the mid-conversation system messages that stand before a position."""
         decode = msgspec.json.decode
-        return sum(self._counter.message(decode(a.raw)) for a in self._in.anchors)
+        anchors = [a for a in self._in.anchors if before is None or a.position < before]
+        return sum(self._counter.message(decode(a.raw)) for a in anchors)
 
     def _native_body(self) -> bytes:
         """All of a session's history for a client that sent only its new messages."""
@@ -182,7 +185,7 @@ class Turn:
         self._report.channel = self._channel.name
         tools = tools_array(self._tools_raw(), self._channel)
         added = vm_tools_tokens(self._channel, self._counter)
-        self._room = self._limits.budget_tokens - self._in.fixed_tokens - PER_REPLY - added
+        self._whole_room = self._limits.budget_tokens - self._in.fixed_tokens - PER_REPLY - added
         self._tools = tools
         self._open()
         yield from self._prefetch()
@@ -190,6 +193,12 @@ class Turn:
             self.pages, self.table, self._counter, self._limits, self.turn, self._apply
         )
         return (yield from self._rounds())
+
+    @property
+    def _room(self) -> int:
+        """Tokens for the window: what system messages before it and the tools leave of the budget."""
+        assert self.window is not None
+        return self._whole_room - self._anchor_tokens(self.window.native_from)
 
     def _tools_raw(self) -> bytes | None:
         raw = self._in.fields.get("tools")
@@ -208,17 +217,17 @@ class Turn:
             self._begin_epoch(1)
             return
         entries: list[Entry] = []
-        placed = {entry.position for entry in before.entries if entry.kind == SYSTEM}
+        placed = [e.raw for e in before.entries if (e.kind, e.position) == (SYSTEM, before.covered)]
         for position in range(before.covered, end + 1):
-            if position not in placed:
-                entries.extend(anchored(self._in.anchors, position, self._counter))
+            system = anchored(self._in.anchors, position, self._counter)
+            entries.extend(system[len(placed) :] if position == before.covered else system)
             if position < end:
                 entries.extend(
                     native_entries(self.pages, position, self._in.substitutes, self._counter)
                 )
         self.window = before.append(entries, end)
         high, _ = watermarks(self._room, self._limits.working_set)
-        if self.window.tokens + self._prefetch_room() > high or self._anchors_moved(before):
+        if self.window.tokens + self._prefetch_room() > high or self._anchors_moved(before, placed):
             self._begin_epoch(before.epoch + 1)
 
     def _register(self, first: int, last: int) -> None:
@@ -240,18 +249,22 @@ class Turn:
             if is_standing(role, text, tokens):
                 self._apply(PageMutation(MutationType.PIN, ids[0], self.turn))
 
-    def _anchors_moved(self, before: Window) -> bool:
-        """The client's system messages inside the window are not what the window has."""
-        first = max(before.native_from, self._in.start)
-        sent = [e.raw for e in before.entries if e.kind == SYSTEM and e.position >= first]
-        now = [a.raw for a in self._in.anchors if first <= a.position < before.covered]
-        return sent[: len(now)] != now or len(sent) > len(now) + 1
+    def _anchors_moved(self, before: Window, last: Sequence[bytes]) -> bool:
+        """The client's system messages inside the window are not what the window has.
+
+        `last` stood behind the newest message. A client that always has one there moves it along:
+        the old one may stay for a turn.
+        """
+        first, covered = max(before.native_from, self._in.start), before.covered
+        sent = [e.raw for e in before.entries if e.kind == SYSTEM and first <= e.position < covered]
+        now = [a.raw for a in self._in.anchors if first <= a.position < covered]
+        here = [a.raw for a in self._in.anchors if a.position == covered]
+        return sent != now or (bool(here) and here[: len(last)] != list(last))
 
     def _begin_epoch(self, number: int) -> None:
-        if self._room <= 0:
-            raise context_length_exceeded(
-                self._limits, self._limits.budget_tokens - self._room
-            )
+        room = self._whole_room - self._anchor_tokens()
+        if room <= 0:
+            raise context_length_exceeded(self._limits, self._limits.budget_tokens - room)
         end = len(self.path)
         newest = self._newest_entry() if self._tail else None
         before = self._in.window
@@ -268,16 +281,17 @@ class Turn:
                 VMMode.PASSIVE if not self._channel.listed else self._limits.mode,
                 self.turn,
                 number,
-                min(max(self._in.floor, before.native_from if before else 0), end - 1),
-                self._room,
+                group_start(
+                    self.path, min(max(self._in.floor, before.native_from if before else 0), end - 1)
+                ),
+                room,
                 newest,
                 tuple(self._tail),
             )
         )
         for mutation in epoch.mutations:
             self._apply(mutation)
-        trailing = anchored(self._in.anchors, end, self._counter) if not self._tail else []
-        self.window = epoch.window.append(trailing)
+        self.window = epoch.window
         report = self._report
         report.new_epoch = True
         report.evicted_pages += [
@@ -360,8 +374,10 @@ class Turn:
 
     def _rounds(self) -> Generator[Effect, Any, Answer]:
         said: Any = None
+        full = False
         for number in range(self._limits.max_rounds):
-            stop = number == self._limits.max_rounds - 1 or self._stop()
+            last = full or number == self._limits.max_rounds - 1
+            stop = (last and number > 0) or self._stop(number)
             body = self._request(stop)
             offer = self._channel.offer and not stop
             said = yield Complete(body, offer, through=self._many())
@@ -374,9 +390,11 @@ class Turn:
             if not vm:
                 yield self._append(self._shown(said, client), ())
                 break
-            if stop and not client:  # it was told not to; what it said has to do
+            if (stop or last) and not client:  # it was told not to; what it said has to do
                 yield self._append(self._shown(said, client), ())
                 break
+            if not client and (full := not self._takes(said.messages[0], vm)):
+                continue  # it is asked once more, without tools
             exchange = yield from self._serve(said.messages[0], vm)
             if client:
                 raws = [entry.raw for entry in exchange]
@@ -388,11 +406,19 @@ class Turn:
     def _many(self) -> bool:
         return int(self._in.decoded.get("n") or 1) > 1
 
-    def _stop(self) -> bool:
+    def _stop(self, number: int) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
         those, so there the VM calls get an error instead until the last round."""
-        spent = self._server.exhausted and not self._in.decoded.get("tools")
-        return spent or self._result_room() <= 0
+        full = self._result_room() <= 0
+        if self._in.decoded.get("tools"):
+            return full and number > 0
+        return full or self._server.exhausted
+
+    def _takes(self, message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> bool:
+        """The window could take these calls with at least an error for each."""
+        said = as_input({**message, "tool_calls": list(calls[:_CALLS_PER_ROUND])})
+        errors = _ERROR_TOKENS * len(calls[:_CALLS_PER_ROUND])
+        return self._counter.message(said) + errors <= self._left()
 
     def _request(self, stop: bool) -> bytes:
         """The upstream body of one round; begins an epoch first when the log outgrew the room."""
@@ -409,7 +435,7 @@ class Turn:
         if self._channel.listed:
             changed["tools"] = self._tools
             forced = self._in.decoded.get("tool_choice") not in (None, "auto")
-            if stop or (not self._channel.offer and not forced):
+            if not forced and (stop or not self._channel.offer):
                 changed["tool_choice"] = b'"none"'
         return request_body(self._in.fields, self._in.order, messages, changed)
 
@@ -428,12 +454,15 @@ class Turn:
     ) -> Generator[Effect, Any, list[Entry]]:
         """The exchange of one round: the model's message as it made it, and the VM results."""
         served = calls[:_CALLS_PER_ROUND]
+        dropped = {id(call) for call in calls[_CALLS_PER_ROUND:]}
+        kept = [call for call in message["tool_calls"] if id(call) not in dropped]
+        ids = [call.get("id") for call in kept]
         for index, call in enumerate(served):
-            if not call.get("id"):  # some servers give none
+            if not call.get("id") or ids.count(call["id"]) > 1:  # some servers give none, or one
                 call["id"] = f"call_vm_{self.turn}_{len(self._responses)}_{index}"
-        dropped = calls[_CALLS_PER_ROUND:]
-        kept = [call for call in message["tool_calls"] if call not in dropped]
         said = as_input({**message, "tool_calls": kept})
+        if self._counter.message(said) > self._result_room():
+            said = {**said, "content": None, "tool_calls": [_without_arguments(c) for c in kept]}
         exchange = [Entry(_json(said), self._counter.message(said), -1, VM)]
         for call in served:
             body = call.get("function") or {}
@@ -447,18 +476,20 @@ class Turn:
         return exchange
 
     def _result_room(self) -> int:
-        """Tokens that one VM result may take: what an epoch could make free, less a little."""
+        """Tokens that one VM result may take."""
+        return min(self._room // _RESULT_SHARE, self._left())
+
+    def _left(self) -> int:
+        """Tokens that an epoch could make free for this turn's exchange, less a little."""
         assert self.window is not None
         last = len(self.path) - 1
-        first = last
-        while first > 0 and self.path[first].role == "tool":
-            first -= 1
+        first = group_start(self.path, last)
         user = next((i for i in range(last, -1, -1) if self.path[i].role == "user"), last)
         stays = sum(
             e.tokens for e in self.window.entries if e.position >= first or e.position == user
         )
         stays += sum(entry.tokens for entry in self._tail) + _FRAME_TOKENS
-        return min(self._room // _RESULT_SHARE, self._room - stays)
+        return self._room - stays
 
     def _extend(self, exchange: Sequence[Entry]) -> None:
         assert self.window is not None
@@ -543,6 +574,12 @@ class Turn:
         total = self._in.fixed_tokens + PER_REPLY + self._anchor_tokens()
         total += sum(self.pages.tokens(p) for p in range(self._in.start, len(self.path)))
         return total < self._limits.window_tokens
+
+
+def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call too long to stay in the window; its result still says what came of it."""
+    body = call.get("function")
+    return {**call, "function": {**body, "arguments": "{}"}} if isinstance(body, dict) else call
 
 
 _QUESTION = re.compile(r"[?？؟]")

@@ -83,13 +83,14 @@ def plan(
 def _native(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
     left = budget_tokens - sum(group.tokens for group in groups if group.mandatory)
     native: list[Group] = []
-    contiguous = True
+    edge = groups[-1].last if groups else 0  # where the run of newest messages begins so far
     for group in reversed(groups):
         if not group.mandatory:
-            contiguous = contiguous and group.tokens <= left
-            if not contiguous:
+            if group.last != edge or group.tokens > left:
                 continue
             left -= group.tokens
+        if group.last == edge:
+            edge = group.first
         native.append(group)
     native.reverse()
     return native

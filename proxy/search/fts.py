@@ -21,11 +21,9 @@ widely on both LoCoMo and BEAM (tests/bench/recall_memory.py):
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 import math
-import re
 import sqlite3
 import threading
 from bisect import bisect_left
@@ -35,11 +33,19 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from proxy.memory.pages import Doc, Hit
+from proxy.search.terms import (
+    TOKENIZER,
+    clean,
+    connect,
+    small_talk_terms,
+    stop_terms,
+    tokenizer,
+)
 
 QUERY_CHARS = 4000  # a longer query is read at its beginning and at its end
 QUERY_TERMS = 10  # the rarest terms that are looked up
 CANDIDATE_TERMS = 24  # distinct terms whose rarity is asked, from both ends of the query
-POSTINGS = 800  # occurrences read for one query, rarest terms first
+POSTINGS = 800  # pages with a term that are read for one query, rarest terms first
 SPREAD_POSTINGS = 400  # occurrences that also count for their neighbours
 
 K1, B = 1.2, 0.75  # BM25
@@ -49,31 +55,10 @@ REPLY_DISCOUNT = 2.0
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
 LONG_REPLY_NEIGHBOURS = 0.5  # share of the neighbours' weight that remains then
 
-_TOKENIZER = "porter unicode61"
-# unicode61 makes one token of a run of these scripts, which have no spaces: index each by itself.
-_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af])")
-_STOP_WORDS = (
-    "a about after again all also am an and any are as at be been before being but by can could "
-    "d did do does doing don down during each few for from further had has have having he her "
-    "here hers him his how i if in into is it its itself just ll m may me might more most must "
-    "my no nor not now of off on once only or other our out over own re s same shall she should "
-    "so some such t than that the their theirs them then there these they this those through to "
-    "too under until up ve very was we were what when where whether which while who whom whose "
-    "why will with would you your yours hello hey hi ok okay please thank thanks yeah yes"
-)
-
-# Words that rank pages but are no reason to bring one in: they do not count as evidence.
-_SMALL_TALK = (
-    "ahead amazing awesome bye congrats continue cool exciting fun glad good great haha happy hear "
-    "interesting know later like lol love lovely morning nice night oh really right see soon sorry "
-    "sound sounds sure talk think today tomorrow tonight well wonderful wow"
-)
-
 
 class _Term(NamedTuple):
     text: str
     docs: int
-    occurrences: int
 
 
 class PageIndex:
@@ -81,10 +66,9 @@ class PageIndex:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._db = _connect()
-        self._db.execute(f"CREATE VIRTUAL TABLE pages USING fts5(text, tokenize='{_TOKENIZER}')")
+        self._db = connect()
+        self._db.execute(f"CREATE VIRTUAL TABLE pages USING fts5(text, tokenize='{TOKENIZER}')")
         self._db.execute("CREATE VIRTUAL TABLE occurrence USING fts5vocab('pages', 'instance')")
-        self._db.execute("CREATE VIRTUAL TABLE vocabulary USING fts5vocab('pages', 'row')")
         self._keys: list[tuple[int, int]] = []  # row -> (position, part); the row is FTS5's rowid
         self._chars: list[int] = []
         self._roles: list[str] = []
@@ -95,6 +79,7 @@ class PageIndex:
         self._total_chars = 0
         self._role_chars: Counter[str] = Counter()
         self._role_messages: Counter[str] = Counter()
+        self._frequency: Counter[str] = Counter()  # term -> pages that have it
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -115,9 +100,14 @@ class PageIndex:
                     raise ValueError(f"page {key} comes after {last}")
                 last = key
             first = len(self._keys)
-            rows = ((first + i, _indexable(doc)) for i, doc in enumerate(new))
+            texts = [_indexable(doc) for doc in new]
             with _transaction(self._db):
-                self._db.executemany("INSERT INTO pages(rowid, text) VALUES (?, ?)", rows)
+                self._db.executemany(
+                    "INSERT INTO pages(rowid, text) VALUES (?, ?)", enumerate(texts, first)
+                )
+            tokenizer().prepare(texts)
+            for text in texts:
+                self._frequency.update(tokenizer().terms(text))
             for doc in new:
                 self._keys.append((doc.position, doc.part))
                 self._chars.append(len(doc.text))
@@ -131,6 +121,9 @@ class PageIndex:
             first = bisect_left(self._keys, (position,))
             if first == len(self._keys):
                 return
+            gone = self._db.execute("SELECT text FROM pages WHERE rowid >= ?", (first,))
+            for (text,) in gone.fetchall():
+                self._frequency.subtract(tokenizer().terms(text))
             with _transaction(self._db):
                 self._db.execute("DELETE FROM pages WHERE rowid >= ?", (first,))
             self._count(first, -1)
@@ -144,8 +137,8 @@ class PageIndex:
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            asked = _tokenizer().terms(_excerpt(query))
-            content = [term for term in asked if term not in _stop_terms()]
+            asked = tokenizer().terms(_excerpt(query))
+            content = [term for term in asked if term not in stop_terms()]
             named = self._named(content)
             plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
             terms = self._lookup(plain or content or asked)
@@ -153,7 +146,7 @@ class PageIndex:
             own = {term.text: self._postings(term) for term in read if term.docs}
             scores = self._weigh(self._score(own), named)
             best = self._best(scores, limit, skip)
-            idle = _stop_terms() | _small_talk_terms()
+            idle = stop_terms() | small_talk_terms()
             rarity = {t.text: self._rarity(t.docs) for t in read if t.text not in idle}
             unique = self._rarity(1)
             return [
@@ -171,8 +164,8 @@ class PageIndex:
             self._role_messages[role] += sign * (self._keys[row][1] <= 1)
             if name:
                 if name not in self._name_terms:
-                    words = _tokenizer().terms(_excerpt(name))
-                    self._name_terms[name] = frozenset(words) - _stop_terms()
+                    words = tokenizer().terms(_excerpt(name))
+                    self._name_terms[name] = frozenset(words) - stop_terms()
                 self._speakers[name] += sign
                 if not self._speakers[name]:
                     del self._speakers[name], self._name_terms[name]
@@ -198,13 +191,9 @@ class PageIndex:
 
     def _lookup(self, terms: Sequence[str]) -> list[_Term]:
         """The rarest terms, ordered by rarity; one that is nowhere counts for coverage only."""
-        asked = _both_ends(terms, CANDIDATE_TERMS)
-        marks = ",".join("?" * len(asked))
-        rows = self._db.execute(
-            f"SELECT term, doc, cnt FROM vocabulary WHERE term IN ({marks})", asked
-        )
-        known = {text: _Term(text, docs, occurrences) for text, docs, occurrences in rows}
-        found = [known.get(text) or _Term(text, 0, 0) for text in asked]
+        found = [
+            _Term(text, self._frequency[text]) for text in _both_ends(terms, CANDIDATE_TERMS)
+        ]
         found.sort(key=lambda term: (term.docs, term.text))
         absent = [term for term in found if not term.docs]
         return absent + found[len(absent) :][:QUERY_TERMS]
@@ -214,17 +203,17 @@ class PageIndex:
         chosen: list[_Term] = []
         spent = 0
         for term in terms:
-            if spent and spent + term.occurrences > POSTINGS:
+            if spent and spent + term.docs > POSTINGS:
                 break
-            spent += term.occurrences
+            spent += term.docs
             chosen.append(term)
         return chosen
 
     def _postings(self, term: _Term) -> dict[int, float]:
         """Row -> what the term is worth there. Of a term over the limit, the newest part only."""
         first = 0
-        if term.occurrences > POSTINGS:
-            first = len(self._keys) - len(self._keys) * POSTINGS // term.occurrences
+        if term.docs > POSTINGS:
+            first = len(self._keys) - len(self._keys) * POSTINGS // term.docs
         rows = self._db.execute(
             "SELECT doc FROM occurrence WHERE term = ? AND doc >= ?", (term.text, first)
         )
@@ -306,63 +295,14 @@ def _both_ends(terms: Sequence[str], limit: int) -> Sequence[str]:
 
 
 def _indexable(doc: Doc) -> str:
-    return _clean(f"{doc.name}: {doc.text}" if doc.name else doc.text)
-
-
-def _clean(text: str) -> str:
-    """Text that SQLite takes (JSON may carry lone surrogates), unspaced scripts spaced."""
-    if text.isascii():
-        return text
-    return _UNSPACED.sub(r" \1 ", text.encode("utf-8", "replace").decode())
+    return clean(f"{doc.name}: {doc.text}" if doc.name else doc.text)
 
 
 def _excerpt(text: str) -> str:
     if len(text) <= QUERY_CHARS:
-        return _clean(text)
+        return clean(text)
     half = QUERY_CHARS // 2
-    return _clean(f"{text[:half]} {text[-half:]}")
-
-
-def _connect() -> sqlite3.Connection:
-    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY"):
-        db.execute(f"PRAGMA {pragma}")
-    return db
-
-
-class _Tokenizer:
-    """The index's own tokenizer, applied to a text: a contentless table read back and emptied."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._db = _connect()
-        self._db.execute(
-            f"CREATE VIRTUAL TABLE line USING fts5(text, content='', tokenize='{_TOKENIZER}')"
-        )
-        self._db.execute("CREATE VIRTUAL TABLE token USING fts5vocab('line', 'instance')")
-
-    def terms(self, text: str) -> list[str]:
-        """The distinct terms of a cleaned text, in the order of their first occurrence."""
-        with self._lock:
-            self._db.execute("INSERT INTO line(rowid, text) VALUES (1, ?)", (text,))
-            found = self._db.execute("SELECT offset, term FROM token").fetchall()
-            self._db.execute("INSERT INTO line(line) VALUES ('delete-all')")
-        return list(dict.fromkeys(term for _, term in sorted(found)))
-
-
-@functools.cache
-def _tokenizer() -> _Tokenizer:
-    return _Tokenizer()
-
-
-@functools.cache
-def _stop_terms() -> frozenset[str]:
-    return frozenset(_tokenizer().terms(_STOP_WORDS))
-
-
-@functools.cache
-def _small_talk_terms() -> frozenset[str]:
-    return frozenset(_tokenizer().terms(_SMALL_TALK))
+    return clean(f"{text[:half]} {text[-half:]}")
 
 
 @contextmanager

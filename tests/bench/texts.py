@@ -19,7 +19,11 @@ NAMES = "Ada Bruno Chiara Dmitri Elena Farid Greta Hugo Ines Jonas Keiko Lars Mi
 
 
 class Texts:
-    """A source of sentences; `seed` names the series."""
+    """A source of sentences; `seed` names the series.
+
+    One sentence in ten is a question, so that 4 of 10 messages of 400 characters ask something: 27 %
+    do in LoCoMo, 60 % in BEAM.
+    """
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
@@ -33,7 +37,7 @@ class Texts:
                 words.insert(r.randrange(len(words)), r.choice(NAMES))
             if r.random() < 0.3:
                 words.append(str(r.randint(2, 9999)))
-            sentence = " ".join(words).capitalize() + r.choice([".", ".", ".", "!", "?"])
+            sentence = " ".join(words).capitalize() + r.choices(".!?", (17, 1, 2))[0]
             out.append(sentence)
             size += len(sentence) + 1
         return " ".join(out)

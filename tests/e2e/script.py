@@ -63,17 +63,28 @@ class Script:
         self.rounds: dict[str, Sequence[Round]] = {}
         self.calls: dict[str, list[Recorded]] = {}
         self.upstream = RecordingUpstream(self._respond)
+        self.on_call: Callable[[Recorded], object] | None = None  # before each answer
+        self.on_plan: Callable[[], object] | None = None  # before each turn
 
     def _respond(self, request: Message, index: int) -> Answer:
         recorded = self.upstream.calls[index]
         tag = recorded.header(TAG) or ""
         made = self.calls.setdefault(tag, [])
         made.append(recorded)
+        if self.on_call is not None:
+            self.on_call(recorded)
         rounds = self.rounds.get(tag, ())
         if len(made) > len(rounds):
             return answer(request, message_of(f"Answer to {tag}."))
         said = rounds[len(made) - 1]
         return said(request) if callable(said) else answer(request, said)
+
+    def plan(self, tag: str, *rounds: Round) -> None:
+        """What the model says in the next turn with this tag."""
+        self.rounds[tag] = rounds
+        self.calls.pop(tag, None)
+        if self.on_plan is not None:
+            self.on_plan()
 
     def bodies(self, tag: str) -> list[bytes]:
         """The upstream request bodies of one turn."""
@@ -181,7 +192,7 @@ async def talk(chat: Chat, script: Script, name: str, turns: int, marks: list[st
     for turn in range(turns):
         said, answered = f"{name}u{turn}q", f"{name}a{turn}q"
         tag = f"{name}/{turn}"
-        script.rounds[tag] = [message_of(f"Noted {answered}. {filler(answered, 60)}")]
+        script.plan(tag, message_of(f"Noted {answered}. {filler(answered, 60)}"))
         await chat.say(f"Note {said}. {filler(said, 60)}", tag, stream=turn % 2 == 1)
         marks += [said, answered]
 
@@ -203,14 +214,20 @@ def ids(first: int, last: int) -> list[str]:
     return [f"msg_{i:04d}" for i in range(first, last + 1)]
 
 
-def probe(script: Script, tag: str, pages: int, words: Sequence[str]) -> None:
-    """The model searches for every word and faults every page, a few calls a round."""
-    rounds: list[Round] = [
-        search(*words[i : i + 8], prefix=f"s{i}") for i in range(0, len(words), 8)
-    ]
+async def ransack(script: Script, chat: Chat, name: str, pages: int, words: Sequence[str]) -> str:
+    """The model searches for every word and faults every page, a few in a turn, each turn a fork of
+    the chat; what it was shown in all of them."""
     every = ids(1, pages)
-    rounds += [fault(*every[i : i + 6], prefix=f"f{i}") for i in range(0, pages, 6)]
-    script.rounds[tag] = [*rounds, message_of(f"Probed {tag}.")]
+    looks = [search(*words[i : i + 8]) for i in range(0, len(words), 8)]
+    looks += [fault(*every[i : i + 3]) for i in range(0, pages, 3)]
+    made: list[Recorded] = []
+    for i, look in enumerate(looks):
+        tag = f"{name}/ransack/{i}"
+        script.plan(tag, look)
+        await chat.fork().say("Look everywhere.", tag)
+        assert len(script.calls[tag]) == 2, f"{tag}: the memory tools were not on offer"
+        made += script.calls[tag]
+    return shown_to_model(made)
 
 
 def shown_to_model(requests: Sequence[Recorded]) -> str:

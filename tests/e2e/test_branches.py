@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import pytest_asyncio
 from openai import AsyncOpenAI
 
 from tests.e2e.harness import ServerProcess, message_of
@@ -20,27 +21,33 @@ from tests.e2e.script import (
     complete,
     filler,
     paged_config,
-    probe,
+    ransack,
     search,
     shown_to_model,
     talk,
 )
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 TRUNK_TURNS = 12
-PAGES = 60  # more than any conversation here has
+PAGES = 48  # more than any conversation here has
 
 
 class Stand:
-    """A server with its upstream; clients of any key."""
+    """A server with its upstream; clients of keys that no other test has."""
+
+    _made = 0
 
     def __init__(self, script: Script, server: ServerProcess) -> None:
         self.script, self.server = script, server
         self._clients: dict[str, AsyncOpenAI] = {}
+        Stand._made += 1
+        self._prefix = f"test{Stand._made}"
 
     def client(self, key: str) -> AsyncOpenAI:
         if key not in self._clients:
             self._clients[key] = AsyncOpenAI(
-                api_key=key, base_url=self.server.base_url, max_retries=0, timeout=20
+                api_key=f"{self._prefix}-{key}", base_url=self.server.base_url, max_retries=0, timeout=20
             )
         return self._clients[key]
 
@@ -49,15 +56,22 @@ class Stand:
             await client.close()
 
 
-@pytest.fixture
-async def stand() -> AsyncIterator[Stand]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[tuple[Script, ServerProcess]]:
     script = Script()
     async with script.upstream:
         with ServerProcess(paged_config(script.upstream)) as server:
-            stand = Stand(script, server)
-            yield stand
-            await stand.close()
-    script.check()
+            yield script, server
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stand(shared: tuple[Script, ServerProcess]) -> AsyncIterator[Stand]:
+    stand = Stand(*shared)
+    stand.script.rounds.clear()
+    stand.script.calls.clear()
+    yield stand
+    await stand.close()
+    stand.script.check()
 
 
 def seen(stand: Stand, prefix: str) -> str:
@@ -65,16 +79,6 @@ def seen(stand: Stand, prefix: str) -> str:
     calls = [c for tag, made in stand.script.calls.items() if tag.startswith(prefix) for c in made]
     assert calls, prefix
     return shown_to_model(calls)
-
-
-async def ransack(stand: Stand, chat: Chat, name: str, words: Sequence[str]) -> str:
-    """One more turn in which the model looks for `words` and for every page; what it was shown."""
-    tag = f"{name}/ransack"
-    probe(stand.script, tag, PAGES, words)
-    await chat.fork().say("Look everywhere.", tag)
-    made = stand.script.calls[tag]
-    assert len(made) == len(stand.script.rounds[tag]), "the model was not asked for every round"
-    return shown_to_model(made)
 
 
 def assert_apart(text: str, own: Sequence[str], foreign: Sequence[str]) -> None:
@@ -85,21 +89,22 @@ def assert_apart(text: str, own: Sequence[str], foreign: Sequence[str]) -> None:
 
 async def test_invariant_6_forks_share_their_trunk_and_nothing_else(stand: Stand) -> None:
     """Two branches, turn about, from the middle of a paged conversation."""
+    script = stand.script
     trunk, left, right = [list[str]() for _ in range(3)]
     base = Chat(stand.client("k"))
-    await talk(base, stand.script, "trunk", TRUNK_TURNS, trunk)
+    await talk(base, script, "trunk", TRUNK_TURNS, trunk)
     fork = 1 + 2 * 8  # after eight turns; what the trunk says later is foreign to both branches
     one, other = base.fork(fork), base.fork(fork)
     common, after = trunk[:16], trunk[16:]
     for turn in range(6):
-        await talk(one, stand.script, f"left{turn}x", 1, left)
-        await talk(other, stand.script, f"right{turn}x", 1, right)
+        await talk(one, script, f"left{turn}x", 1, left)
+        await talk(other, script, f"right{turn}x", 1, right)
     for name, chat, own, foreign in (
         ("left", one, left, [*right, *after]),
         ("right", other, right, [*left, *after]),
         ("trunk", base, after, [*left, *right]),
     ):
-        assert_apart(await ransack(stand, chat, name, foreign), [*common, *own], foreign)
+        assert_apart(await ransack(script, chat, name, PAGES, foreign), [*common, *own], foreign)
         assert not (leaked := [m for m in foreign if m in seen(stand, name)]), leaked
 
 
@@ -110,8 +115,8 @@ async def test_invariant_6_a_regenerated_answer_is_forgotten_by_the_one_that_rep
     marks: list[str] = []
     chat = Chat(stand.client("k"))
     await talk(chat, script, "first", TRUNK_TURNS, marks)
-    script.rounds["old"] = [search("amber"), message_of("The old answer says rejectedmark.")]
-    script.rounds["new"] = [message_of("The new answer says acceptedmark.")]
+    script.plan("old", search("amber"), message_of("The old answer says rejectedmark."))
+    script.plan("new", message_of("The new answer says acceptedmark."))
     again = chat.fork()
     await chat.say("Say something.", "old")
     await again.say("Say something.", "new", stream=True)
@@ -120,10 +125,10 @@ async def test_invariant_6_a_regenerated_answer_is_forgotten_by_the_one_that_rep
         await talk(chat, script, f"old{turn}x", 1, old)
         await talk(again, script, f"new{turn}x", 1, new)
     foreign = ["rejectedmark", *old]
-    text = await ransack(stand, again, "new", foreign)
+    text = await ransack(script, again, "new", PAGES, foreign)
     assert_apart(text, [*marks, "acceptedmark", *new], foreign)
     assert not (leaked := [m for m in foreign if m in seen(stand, "new")]), leaked
-    text = await ransack(stand, chat, "old", ["acceptedmark", *new])
+    text = await ransack(script, chat, "old", PAGES, ["acceptedmark", *new])
     assert_apart(text, [*marks, "rejectedmark", *old], ["acceptedmark", *new])
 
 
@@ -140,10 +145,10 @@ async def test_invariant_6_an_edited_message_leaves_nothing_of_what_it_said(stan
     changed[position]["content"] = f"My address is correctmark. {filler('c', 30)}"
     edit = Chat(stand.client("k"), changed)
     await talk(edit, script, "edit", 3, edited)
-    text = await ransack(stand, edit, "edit", ["regretmark", "address"])
+    text = await ransack(script, edit, "edit", PAGES, ["regretmark", "address"])
     assert_apart(text, [*before, "correctmark", *after, *edited], ["regretmark"])
     assert "regretmark" not in seen(stand, "edit")
-    text = await ransack(stand, chat, "after", ["correctmark", *edited])
+    text = await ransack(script, chat, "after", PAGES, ["correctmark", *edited])
     assert_apart(text, ["regretmark", *after], ["correctmark", *edited])
 
 
@@ -164,7 +169,7 @@ async def test_invariant_6_tenants_with_one_opening_do_not_meet(stand: Stand, by
             *(talk(c, script, f"{n}{turn}x", 1, marks[n]) for n, c in chats.items())
         )
     for name, foreign in (("ann", marks["ben"]), ("ben", marks["ann"])):
-        text = await ransack(stand, chats[name], name, foreign)
+        text = await ransack(script, chats[name], name, PAGES, foreign)
         assert_apart(text, [*opening, *marks[name]], foreign)
         assert not (leaked := [m for m in foreign if m in seen(stand, name)]), leaked
 
@@ -184,7 +189,7 @@ async def test_invariant_6_the_same_history_of_another_user_has_a_window_of_its_
     await talk(ann, script, "opening", TRUNK_TURNS, marks)
     branch = ann.fork(7)
     await branch.say("Another branch.", "branch/0")
-    script.rounds["ann/secret"] = [search("annsearched"), message_of("The same answer.")]
+    script.plan("ann/secret", search("annsearched"), message_of("The same answer."))
     await ann.say("The same question.", "ann/secret")
     await branch.say("Another branch, longer.", "branch/1")
     assert len(script.calls["ann/secret"]) == 2
@@ -204,12 +209,11 @@ async def test_invariant_6_a_session_of_another_key_or_user_is_not_there(stand: 
     owner = Chat(stand.client("owner"), keep=1, headers=session)
     marks: list[str] = []
     await talk(owner, script, "owner", TRUNK_TURNS, marks)
-    got = await ransack(stand, owner, "owner", marks[:4])
+    got = await ransack(script, owner, "owner", PAGES, marks[:4])
     assert_apart(got, marks, [])  # the owner's client sends one message and still finds all
     question = [SYSTEM, {"role": "user", "content": f"What do you know of {marks[0]}?"}]
     for key, fields in (("thief", {}), ("owner", {"user": "thief"})):
         tag = f"thief/{key}"
-        probe(script, tag, PAGES, marks)
         await complete(stand.client(key), question, tag, headers=session, **fields)
         (request,) = script.calls[tag]  # nothing is paged, so no memory tools are on offer
         assert request.json == {"model": "gpt-4o", "messages": question, **fields}

@@ -572,9 +572,9 @@ async def test_invariant_1_a_model_that_refuses_the_developer_role(server: Serve
         assert upstream.calls[1].body == response.request.content
         more = [*LONG, message_of("understood"), {"role": "user", "content": "and depot 3?"}]
         assert (await client.post(CHAT, json=body(more, model=model))).status_code == 200
-    assert [m["role"] for m in upstream.calls[0].json["messages"]][0] == "developer"
+    assert upstream.calls[0].json["messages"][0]["role"] == "developer"
     assert_paged(upstream.calls[2])
-    assert [m["role"] for m in upstream.calls[2].json["messages"]][0] == "system"
+    assert upstream.calls[2].json["messages"][0]["role"] == "system"
 
 
 async def test_invariant_1_what_was_learned_survives_a_restart() -> None:

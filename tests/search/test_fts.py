@@ -28,12 +28,12 @@ FILLER = [f"filler number {n} about nothing" for n in range(20)]
 def test_finds_by_stem_and_ignores_stop_words() -> None:
     index = build("I was running in the park", "the and of what did you do", *FILLER)
     assert positions(index.search("What did you do when you ran or runs?", 1)) == [0]
-    assert index.search("what runs", 1)[0].coverage == 1.0
+    assert index.search("what runs", 1)[0].evidence > 0.9
 
 
 def test_only_stop_words_still_search_but_cover_nothing() -> None:
     hits = build("The Who", "Queen", *FILLER).search("the who", 1)
-    assert positions(hits) == [0] and hits[0].coverage == 0.0
+    assert positions(hits) == [0] and hits[0].evidence == 0.0
 
 
 def test_a_neighbours_word_counts_but_never_more_than_the_pages_own() -> None:
@@ -43,7 +43,7 @@ def test_a_neighbours_word_counts_but_never_more_than_the_pages_own() -> None:
     hits = index.search("Where was the guitar bought?", 5)
     assert positions(hits)[0] == 10 and 11 in positions(hits)[:3]
     assert hits[0].score > hits[1].score
-    assert next(hit for hit in hits if hit.position == 11).coverage == 0.0
+    assert next(hit for hit in hits if hit.position == 11).evidence == 0.0
 
 
 def test_a_speaker_named_in_the_question_is_preferred() -> None:
@@ -85,12 +85,13 @@ def test_skip_filters_before_the_limit() -> None:
     assert index.search("zebra", 10, skip=lambda position, part: True) == []
 
 
-def test_coverage_is_the_share_of_rare_content() -> None:
+def test_evidence_is_the_rarity_that_a_page_has_itself() -> None:
     index = build("pottery class on monday", "pottery", *FILLER)
-    assert index.search("pottery monday", 1)[0].coverage == 1.0
-    assert 0 < index.search("pottery monday spaceship", 1)[0].coverage < 0.8
+    both, one = index.search("pottery monday", 2)
+    assert both.evidence > 1.0 > one.evidence > 0
+    assert index.search("pottery monday spaceship", 1)[0].evidence == both.evidence
     for small_talk in ("Thanks, that sounds great!", "ok", "Hello, how are you today?"):
-        assert all(h.coverage == 0.0 for h in index.search(small_talk, 5))
+        assert all(h.evidence == 0.0 for h in index.search(small_talk, 5))
 
 
 def test_invariant_6_another_index_never_influences_scores() -> None:
@@ -164,7 +165,7 @@ def test_any_history_of_calls_equals_a_fresh_index(
 def test_any_text_is_a_page_and_a_query(page: str, query: str) -> None:
     index = build(page, query, "kite")
     for hit in index.search(query, 5):
-        assert 0 <= hit.coverage <= 1 and hit.score > 0
+        assert hit.evidence >= 0 and hit.score > 0
     assert positions(index.search(query + " kite", 5))
     index.close()
 

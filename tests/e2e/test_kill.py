@@ -1,0 +1,301 @@
+"""Figure 4: SIGKILL and restart, or everything in RAM dropped, and the next upstream request is the
+one that an undisturbed server sends, byte for byte (invariants 5, 7 and 9).
+
+One story is told to two servers, each with a directory, an installation secret and an upstream of
+its own; only one of them is disturbed. The story has a client's tool, faults, a search, a mixed
+call and an epoch that begins in the middle of a turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from proxy.app import App, create_app
+from tests.e2e.harness import (
+    Hang,
+    Recorded,
+    ServerProcess,
+    Stream,
+    call,
+    in_process_server,
+    message_of,
+    sse_chunks,
+)
+from tests.e2e.script import (
+    LOOKUP,
+    SYSTEM,
+    Chat,
+    Script,
+    developer,
+    fault,
+    filler,
+    ids,
+    paged_config,
+    ransack,
+    search,
+    talk,
+)
+
+MIXED = message_of(
+    None, [call("call_m1", "page_fault", {"page_id": "msg_0005"}), call("call_m2", "lookup", {"word": "m"})]
+)
+
+
+@dataclass
+class Teller:
+    """The client and the model of one server; `disturb(point)` is called at each named point."""
+
+    script: Script
+    chat: Chat
+    disturb: Callable[[str], Awaitable[None]]
+    marks: list[str] = field(default_factory=list)
+
+    async def story(self) -> None:
+        """Every step ends with an answer that the client has read to its end."""
+        script, chat = self.script, self.chat
+        await self.turns("short", 3)
+        script.plan("tool", message_of(None, [call("call_1", "lookup", {"word": "toolword"})]))
+        got = await chat.say("Use your tool: askedmark.", "tool", stream=True)
+        assert got.calls[0]["id"] == "call_1"
+        await self.disturb("a client's tool call is open, nothing was evicted")
+        script.plan("tool/result", message_of("The tool said resultmark, so answermark."))
+        await chat.result("call_1", f"resultmark {filler('r', 30)}", "tool/result")
+        self.marks += ["askedmark", "resultmark", "answermark"]
+        await self.turns("long", 9)
+        assert developer(script.calls["long/8"][0]), "the story is too short to be paged"
+        await self.disturb("an epoch has begun")
+        await self.turns("between", 1)
+        script.plan("faults", fault("msg_0002", "msg_0007"), message_of("Faulted, faultmark."))
+        await chat.say("What was it?", "faults", stream=True)
+        self.marks.append("faultmark")
+        await self.disturb("pages were faulted in")
+        script.plan("mixed", MIXED)
+        got = await chat.say("Do both.", "mixed")
+        assert [c["id"] for c in got.calls] == ["call_m2"]
+        await self.disturb("a client's call of a mixed message is open")
+        script.plan("mixed/result", search("short", "tool"), message_of("Both done, mixedmark."))
+        await chat.result("call_m2", "The word m.", "mixed/result", stream=True)
+        self.marks.append("mixedmark")
+        await self.epoch_within_a_turn()
+        await self.disturb("an epoch began within a turn")
+        await self.turns("late", 3)
+
+    async def turns(self, name: str, count: int) -> None:
+        await talk(self.chat, self.script, name, count, self.marks)
+
+    async def epoch_within_a_turn(self) -> None:
+        script = self.script
+        pages = ids(1, 12)
+        rounds = [fault(*pages[i : i + 3], prefix=f"e{i}") for i in range(0, 12, 3)]
+        script.plan("epoch", *rounds, message_of("Read them all, epochmark."))
+        await self.chat.say("Read everything again.", "epoch", stream=True)
+        made = [developer(recorded) for recorded in script.calls["epoch"]]
+        assert len(made) > 2 and made[0] != made[-1], "no epoch began within the turn"
+        self.marks.append("epochmark")
+
+
+@contextlib.asynccontextmanager
+async def scripted(**sections: Any) -> AsyncIterator[tuple[Script, dict[str, Any]]]:
+    script = Script()
+    async with script.upstream:
+        yield script, paged_config(script.upstream, **sections)
+    script.check()
+
+
+@contextlib.asynccontextmanager
+async def client_of(base_url: str) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(api_key="k", base_url=base_url, max_retries=0, timeout=20) as client:
+        yield client
+
+
+def chat_of(client: AsyncOpenAI) -> Chat:
+    return Chat(client, [SYSTEM], tools=[LOOKUP])
+
+
+async def nothing(point: str) -> None:
+    """The undisturbed server."""
+
+
+def assert_same(disturbed: Script, quiet: Script, *, but: tuple[str, ...] = ()) -> None:
+    """Every turn that both were told went upstream with the same bytes, round by round."""
+    tags = [tag for tag in quiet.calls if tag not in but]
+    assert tags
+    for tag in tags:
+        one, other = disturbed.bodies(tag), quiet.bodies(tag)
+        assert len(one) == len(other), f"{tag}: {len(one)} rounds, undisturbed {len(other)}"
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert a == b, f"{tag}, round {number}: {difference(a, b)}"
+
+
+def difference(a: bytes, b: bytes) -> str:
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"at byte {at}: {a[at - 60 : at + 60]!r} is not {b[at - 60 : at + 60]!r}"
+
+
+async def test_invariants_5_and_7_sigkill_between_turns_changes_nothing() -> None:
+    points: list[str] = []
+    async with scripted() as (one, config_one), scripted() as (two, config_two):
+        with ServerProcess(config_one) as server, ServerProcess(config_two) as quiet:
+
+            async def kill(point: str) -> None:
+                points.append(point)
+                server.kill()
+                await asyncio.to_thread(server.restart)
+
+            async with client_of(server.base_url) as a, client_of(quiet.base_url) as b:
+                told = Teller(one, chat_of(a), kill)
+                other = Teller(two, chat_of(b), nothing)
+                await asyncio.gather(told.story(), other.story())
+                await kill("the end")
+                assert told.chat.messages == other.chat.messages
+                found = [await reread(teller) for teller in (told, other)]
+    assert len(points) == 6
+    assert_same(one, two)
+    missing = [mark for mark in told.marks if mark not in found[0]]
+    assert not missing, f"answered turns are missing after SIGKILL: {missing}"
+
+
+async def reread(teller: Teller) -> str:
+    """All pages, read by a client that sends its last four messages only: the rest is the server's."""
+    chat = teller.chat.fork()
+    chat.keep = 4
+    assert teller.marks[0] not in str(chat.messages[-4:])
+    return await ransack(teller.script, chat, "reread", len(chat.messages), teller.marks)
+
+
+HALF = "This is halfsaid and goes on for a while, so that the hold is over and more of it. " * 3
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["bypass", "paged"])
+async def test_invariant_5_sigkill_in_a_stream_remembers_nothing_of_it(paged: bool) -> None:
+    """The client saw half an answer; when paged, a fault was served before it."""
+    async with scripted() as (one, config_one), scripted() as (two, config_two):
+        with ServerProcess(config_one) as server, ServerProcess(config_two) as quiet:
+            async with client_of(server.base_url) as a, client_of(quiet.base_url) as b:
+                tellers = [Teller(one, chat_of(a), nothing), Teller(two, chat_of(b), nothing)]
+                turns = 14 if paged else 2
+                await asyncio.gather(*(t.turns("before", turns) for t in tellers))
+                await cut_by_sigkill(one, tellers[0].chat, server, paged)
+                await asyncio.gather(*(same_again(t) for t in tellers))
+                found = await reread(tellers[0]) if paged else ""
+    assert_same(one, two)
+    assert bool(developer(one.calls["again"][0])) is paged
+    for tag in ("again", "after/0", "after/1"):
+        assert b"halfsaid" not in b"".join(one.bodies(tag))
+    assert "halfsaid" not in found
+    assert not paged or all(mark in found for mark in tellers[0].marks)
+
+
+async def cut_by_sigkill(script: Script, chat: Chat, server: ServerProcess, paged: bool) -> None:
+    """A turn whose stream never ends: the server is killed when the client has read some of it."""
+
+    def half(request: dict[str, Any]) -> Stream:
+        return Stream([*sse_chunks(request, message_of(HALF))[:-4], Hang()])
+
+    script.plan("cut", *([fault("msg_0002")] if paged else []), half)
+    history = [*chat.messages, {"role": "user", "content": "Tell me."}]
+    stream = await chat.client.chat.completions.create(
+        model="gpt-4o", messages=history, stream=True, extra_headers={"x-turn-tag": "cut"},  # type: ignore[arg-type]
+        **chat.fields,
+    )
+    text = ""
+    with pytest.raises((openai.APIError, OSError, Exception)) as broken:
+        async for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            if "halfsaid" in text and server._process is not None:
+                server.kill()
+    assert not isinstance(broken.value, AssertionError)
+    assert "halfsaid" in text
+    assert len(script.calls["cut"]) == (2 if paged else 1)
+    await asyncio.to_thread(server.restart)
+
+
+async def same_again(teller: Teller) -> None:
+    """The client asks again and goes on."""
+    teller.script.plan("again", message_of("A whole answer, wholemark."))
+    await teller.chat.say("Tell me.", "again", stream=True)
+    teller.marks.append("wholemark")
+    await teller.turns("after", 2)
+
+
+# -- everything in RAM is a cache
+
+
+@contextlib.contextmanager
+def app_server(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, App]]:
+    """A server in this process, with its application in hand."""
+    made: list[App] = []
+
+    def keep(*args: Any, **fields: Any) -> App:
+        made.append(create_app(*args, **fields))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("proxy.app.create_app", keep)
+        with in_process_server(config) as base_url:
+            yield base_url, made[0]
+
+
+@pytest.mark.parametrize("moment", ["between turns", "between rounds"])
+async def test_invariant_9_dropping_all_of_l1_changes_no_prompt(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with an L1 of one token, where nearly everything is always gone."""
+    tiny = {"l0": {"tokens": 4000, "reserve_tokens": 1000}, "l1": {"tokens": 1}}
+    sections = {"tiers": tiny} if moment == "between rounds" else {}
+    dropped = 0
+    async with scripted(**sections) as (one, config_one), scripted() as (two, config_two):
+        with (
+            app_server(config_one, monkeypatch) as (url, app),
+            app_server(config_two, monkeypatch) as (quiet_url, _),
+        ):
+
+            def forget(*_: Recorded) -> None:
+                nonlocal dropped
+                dropped += 1
+                app.memory.forget()
+
+            if moment == "between rounds":  # the server waits for its upstream
+                one.on_call = forget
+            else:
+                one.on_plan = forget
+            async with client_of(url) as a, client_of(quiet_url) as b:
+                await Teller(one, chat_of(a), nothing).story()
+                await Teller(two, chat_of(b), nothing).story()
+    assert dropped > 20
+    assert_same(one, two)
+
+
+async def test_invariant_9_a_turn_told_twice_is_remembered_as_it_was_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that lost the answer asks again; the model looks elsewhere and says the same. What
+    RAM holds after the second time has to be what storage holds."""
+    async with scripted() as (one, config_one), scripted() as (two, config_two):
+        with (
+            app_server(config_one, monkeypatch) as (url, app),
+            app_server(config_two, monkeypatch) as (quiet_url, _),
+        ):
+            async with client_of(url) as a, client_of(quiet_url) as b:
+                for script, client, forget in ((one, a, app.memory.forget), (two, b, None)):
+                    teller = Teller(script, chat_of(client), nothing)
+                    await teller.turns("before", 14)
+                    twin = teller.chat.fork()
+                    script.plan("first", fault("msg_0002"), message_of("The same answer."))
+                    script.plan("second", fault("msg_0004"), message_of("The same answer."))
+                    await teller.chat.say("The question.", "first")
+                    await twin.say("The question.", "second")
+                    assert twin.messages == teller.chat.messages
+                    if forget is not None:
+                        forget()
+                    await teller.turns("after", 3)
+    assert developer(one.calls["after/0"][0])
+    assert_same(one, two)
