@@ -19,6 +19,7 @@ from proxy.api.memory import Memory
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
+from proxy.runtime import tune
 from proxy.upstream import UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ class App:
             await self._lifespan(receive, send)
         elif scope["type"] != "http":
             await self._rest(scope, receive, send)
-        elif scope["path"] in _CHAT:
+        elif scope["path"] in _CHAT and scope["method"] != "OPTIONS":  # a browser's preflight passes
             await self._guarded(self._chat, scope, receive, send)
-        elif scope["path"] == "/v1" or scope["path"].startswith("/v1/"):
+        elif scope["path"] in _CHAT or (scope["path"] + "/").startswith("/v1/"):
             await self._guarded(self._pass, scope, receive, send)
         else:
             await self._rest(scope, receive, send)
@@ -106,4 +107,6 @@ def create_app(config: Config, observer: Observer | None = None) -> App:
 
 def app_from_env() -> App:
     """The factory for worker processes: the effective configuration is in their environment."""
-    return create_app(effective_config(os.environ))
+    app = create_app(effective_config(os.environ))
+    tune()
+    return app

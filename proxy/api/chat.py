@@ -21,8 +21,9 @@ from proxy.api.memory import Memory
 from proxy.api.passthrough import Receive, Scope, Send, send_error
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, Fields, message_ends, read_body
+from proxy.conversation.channel import vm_names
 from proxy.conversation.effects import Append, Complete, Load, Search
-from proxy.conversation.history import Known
+from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.report import TurnReport
@@ -40,6 +41,8 @@ from proxy.upstream import Header, Upstream, UpstreamBroken
 log = logging.getLogger(__name__)
 
 Observer = Callable[[TurnReport], None]
+_NO_HISTORIES = HistoryCache(0)
+_CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -127,10 +130,12 @@ class ChatApi:
         user = decoded.get("safety_identifier") or decoded.get("user") or ""
         tenant = memory.identity.tenant(key, str(user))
         session_key = memory.identity.session(tenant, session) if session else None
-        while split.known is not None and split.known.tenant != tenant:  # there may be several
-            memory.histories.forget(split.known)
-            split = read_body(body, scope, memory.histories)
-        nodes, anchors = chain(split, memory.identity, tenant)
+        if split.known is not None and split.known.tenant != tenant:  # another user of this key
+            split = read_body(body, scope, _NO_HISTORIES)
+        if len(split.new) > _CHAIN_AT_ONCE:
+            nodes, anchors = await asyncio.to_thread(chain, split, memory.identity, tenant)
+        else:
+            nodes, anchors = chain(split, memory.identity, tenant)
         if not nodes:  # only system messages: nothing to remember them by but themselves
             nodes, anchors = _only_system(split, memory, tenant)
             split = split._replace(system=[], history=None)
@@ -138,7 +143,7 @@ class ChatApi:
             nodes, anchors, memory.identity, tenant, memory.library, session_key,
             self._config.sessions.reattach,
         )
-        if found.start == 0 and found.floor == 0 and session_key is None:
+        if found.start == 0 and found.floor == 0:
             self._remember(split, scope, tenant, found)
         return await self._input(body, split, decoded, tenant, session_key, found)
 
@@ -249,7 +254,7 @@ class ChatApi:
             options = decoded.get("stream_options") or {}
             formatted = (decoded.get("response_format") or {}).get("type", "text") != "text"
             return Sieve(
-                turn_names(given),
+                frozenset(vm_names(decoded.get("tools")).values()),
                 config.hold_tokens,
                 config.hold_ms,
                 formatted,
@@ -430,13 +435,6 @@ def _count_all(nodes: list[Node], counter: TokenCounter) -> None:
 def _fixed_tokens(system: tuple[bytes, ...], tools: bytes, counter: TokenCounter) -> int:
     total = sum(counter.message(msgspec.json.decode(raw)) for raw in system)
     return total + (counter.tools(msgspec.json.decode(tools) or ()) if tools else 0)
-
-
-def turn_names(given: TurnInput) -> frozenset[str]:
-    """The VM tools' names in this conversation."""
-    from proxy.conversation.channel import vm_names
-
-    return frozenset(vm_names(given.decoded.get("tools")).values())
 
 
 def _own_headers(answer: Answer) -> list[Header]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
@@ -73,11 +72,12 @@ class Exchange:
         try:
             response = msgspec.json.decode(body)
             choices = response["choices"]
-            messages = [choice["message"] for choice in choices]
-        except (msgspec.DecodeError, KeyError, TypeError):
+            messages = [{**choice["message"]} for choice in choices]
+            usage = response.get("usage")
+        except (ValueError, KeyError, TypeError, AttributeError):
             return Said([], None, None)  # not a chat answer: it goes to the client as it is
         reason = choices[0].get("finish_reason") if choices else None
-        return Said(messages, reason, response.get("usage"), response)
+        return Said(messages, reason, usage if isinstance(usage, dict) else None, response)
 
     async def _through(self, reply: Reply) -> Said:
         """A stream that needs no change; what was said is learned on the way."""
@@ -96,31 +96,28 @@ class Exchange:
         sieve.begin_round(offer)
         await self._start(200, reply)
         chunks = reply.chunks().__aiter__()
-        pending: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                pending = pending or asyncio.ensure_future(_next(chunks))
-                deadline = sieve.deadline_ms
-                wait = None if deadline is None else max(0.0, deadline - _now_ms()) / 1000
-                if wait is not None:
-                    await asyncio.wait((pending,), timeout=wait)
-                    if not pending.done():
-                        await self._write(b"".join(sieve.poll(_now_ms())))
-                        continue
-                data = await pending
-                pending = None
-                if not data:
-                    break
-                await self._write(b"".join(sieve.feed(data, _now_ms())))
-        finally:
-            if pending is not None:
-                pending.cancel()
+        while data := await self._next(chunks, sieve):
+            await self._write(b"".join(sieve.feed(data, _now_ms())))
         ended, ready = sieve.end_round()
         if ended.error is not None or not ended.complete:
             await self._fail(ended.error)
             raise UpstreamBroken("the upstream's stream ended before its answer did")
         await self._write(b"".join(ready))
         return Said([ended.message], ended.finish_reason, ended.usage, None, sieve.shown())
+
+    async def _next(self, chunks: AsyncIterator[bytes], sieve: Sieve) -> bytes:
+        """The next bytes, b"" at the end. Held text leaves at its deadline, whatever comes or not."""
+        if sieve.deadline_ms is None:
+            return await _read_some(chunks)
+        pending = asyncio.ensure_future(_read_some(chunks))
+        try:
+            while not pending.done() and (deadline := sieve.deadline_ms) is not None:
+                await asyncio.wait((pending,), timeout=max(0.0, deadline - _now_ms()) / 1000)
+                if not pending.done():
+                    await self._write(b"".join(sieve.poll(_now_ms())))
+            return await pending
+        finally:
+            pending.cancel()
 
     # -- the response
 
@@ -189,10 +186,10 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-async def _next(chunks: Any) -> bytes:
+async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
     async for data in chunks:
         if data:
-            return bytes(data)
+            return data
     return b""
 
 
@@ -209,7 +206,7 @@ def error_event(refused: Refused) -> bytes:
     """A refusal as one SSE event that clients raise: in OpenAI's shape, whatever upstream sent."""
     try:
         body = msgspec.json.decode(refused.body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except ValueError:  # not JSON, or not UTF-8
         body = None
     if not (isinstance(body, dict) and body.get("error")):
         text = refused.body[:_QUOTED_BYTES].decode("utf-8", "replace").strip()

@@ -18,7 +18,7 @@ from proxy.conversation.canonical import canonical
 ID_BYTES = 16
 
 
-class Node(msgspec.Struct):
+class Node(msgspec.Struct, gc=False):
     """One message on a path. `id` names the whole history up to it; `content` only itself."""
 
     id: bytes
@@ -28,14 +28,14 @@ class Node(msgspec.Struct):
     tokens: int = -1  # -1: not counted yet
 
 
-class Anchor(msgspec.Struct):
+class Anchor(msgspec.Struct, gc=False):
     """A system or developer message in mid-conversation: it stands before `position`."""
 
     position: int
     raw: bytes
 
 
-class Record(msgspec.Struct, array_like=True, omit_defaults=True):
+class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one answered turn adds to the tree; stored under the id of its last node, immutable.
 
     A record ends with an assistant message; `parent` is the id of the record before it (b"" for

@@ -20,7 +20,7 @@ VM = 2  # a message of the fault loop: the model's VM calls, or a result
 MIXED = 3  # the model's own message with both VM calls and the client's, in place of its echo
 
 
-class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):
+class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
     """One upstream message as it was sent; `position` is its place on the path (-1: none)."""
 
     raw: bytes
@@ -29,7 +29,7 @@ class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):
     kind: int = NATIVE
 
 
-class Window(msgspec.Struct, array_like=True, frozen=True):
+class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The log after some turn. Positions before `covered` are in it or evicted; those from
     `native_from` on are native without a gap."""
 

@@ -158,7 +158,7 @@ class Player:
     ) -> tuple[Any, Place, bytes, bytes | None]:
         scope = self.identity.tenant(key, session or "")
         split = read_body(body, scope, self.histories)
-        user = json.loads(split.fields["user"]) if "user" in split.fields else ""
+        user = json.loads(bytes(split.fields["user"])) if "user" in split.fields else ""
         tenant = self.identity.tenant(key, user)
         session_key = self.identity.session(tenant, session) if session else None
         nodes, anchors = chain(split, self.identity, tenant)
@@ -240,9 +240,9 @@ class Player:
             played.answer = end.value
         played.message, played.stream = shell.received(played.answer)
         record = turn.record
-        if record is not None and turn.window is not None:
-            if self.get_record(record.id) is record:  # stored by this turn, not by an equal one
-                self._states[record.id] = turn.window, turn.table
+        # An equal answer may have been stored before: then that turn's state is the one that counts.
+        if record and turn.window and self.get_record(record.id) is record:
+            self._states[record.id] = turn.window, turn.table
 
 
 class _Shell:
@@ -330,6 +330,11 @@ def script(*answers: Message | Refused) -> Model:
         return left.pop(0) if len(left) > 1 else left[0]
 
     return model
+
+
+def tool_messages(request: Message) -> list[Message]:
+    """The results in a request."""
+    return [message for message in request["messages"] if message["role"] == "tool"]
 
 
 # -- what any upstream would check

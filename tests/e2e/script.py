@@ -8,14 +8,28 @@ official client gives it back.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
 
-from tests.e2e.harness import Answer, Recorded, RecordingUpstream, answer, call, message_of
+from tests.e2e.harness import (
+    Answer,
+    Recorded,
+    RecordingUpstream,
+    ServerProcess,
+    answer,
+    call,
+    message_of,
+)
 
 MODEL = "gpt-4o"
 TAG = "x-turn-tag"
@@ -152,7 +166,8 @@ def _add_call(calls: dict[int, Message], delta: Any) -> None:
 
 
 class Chat:
-    """A client with its own history. `keep`: how many of its last messages it sends (None: all)."""
+    """A client with its own history. `keep`: how many of its last messages it sends beside its
+    system message (None: all)."""
 
     def __init__(
         self, client: AsyncOpenAI, messages: Sequence[Message] = (SYSTEM,), *,
@@ -178,7 +193,10 @@ class Chat:
     async def send(self, message: Message, tag: str, *, stream: bool = False) -> Got:
         """Send the history with one more message; both it and the answer stay in the history."""
         history = [*self.messages, message]
-        sent = history if self.keep is None else history[-self.keep :]
+        sent = history
+        if self.keep is not None:
+            leading = 1 if history[0]["role"] == "system" else 0
+            sent = history[:leading] + history[leading:][-self.keep :]
         got = await complete(
             self.client, sent, tag, stream=stream, headers=self.headers, **self.fields
         )
@@ -244,3 +262,38 @@ def developer(recorded: Recorded) -> str | None:
     """The message with the rules: it changes with the epoch and only then."""
     texts = [m["content"] for m in recorded.json["messages"] if m["role"] in ("system", "developer")]
     return next((t for t in texts if isinstance(t, str) and "<VM:RULES>" in t), None)
+
+
+class Workers:
+    """The worker processes of a server, each reachable by itself."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.server = server
+
+    def pids(self) -> list[int]:
+        """Worker processes in the order of their start, without multiprocessing's own helper."""
+        pid = self.server.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+    @contextlib.asynccontextmanager
+    async def client(self, which: int, key: str = "k") -> AsyncIterator[AsyncOpenAI]:
+        """A client with one new connection, which the worker `which` has accepted: the others are
+        stopped while it is made, and it is kept alive for the request that follows."""
+        others = [pid for i, pid in enumerate(self.pids()) if i != which]
+        only = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+        async with httpx.AsyncClient(limits=only, timeout=20) as http:
+            for pid in others:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                for pid in others:
+                    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                        await asyncio.sleep(0)  # the signal is sent; it takes effect at once
+                root = self.server.base_url.removesuffix("/v1")
+                assert (await http.get(f"{root}/health")).status_code == 200
+            finally:
+                for pid in others:
+                    os.kill(pid, signal.SIGCONT)
+            yield AsyncOpenAI(
+                api_key=key, base_url=self.server.base_url, http_client=http, max_retries=0
+            )

@@ -11,6 +11,7 @@ import asyncio
 import json
 import resource
 import shutil
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,7 +122,7 @@ async def test_connection_refused(
 async def test_the_sdk_raises_when_the_upstream_is_down(server: ServerProcess) -> None:
     async with talker(server.base_url) as client:
         with pytest.raises(openai.InternalServerError) as caught:
-            await client.chat.completions.create(model=MODEL, messages=SHORT)  # type: ignore[arg-type]
+            await client.chat.completions.create(model=MODEL, messages=SHORT)
     assert caught.value.status_code == 502
     assert caught.value.code == "upstream_unreachable"
 
@@ -145,7 +146,6 @@ async def test_an_upstream_that_never_answers(
 
 async def test_an_upstream_that_does_not_take_the_connection() -> None:
     """A backlog that is full: the kernel does not answer the SYN, so connecting takes for ever."""
-    import socket
 
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -216,7 +216,7 @@ async def test_the_sdk_raises_rate_limits_with_their_headers(
     async with scripted(error(429, "slow down", code="rate", headers=HEADERS), port=PORT):
         async with talker(server.base_url) as client:
             with pytest.raises(openai.RateLimitError) as caught:
-                await client.chat.completions.create(  # type: ignore[call-overload]
+                await client.chat.completions.create(
                     model=MODEL, messages=LONG, stream=stream
                 )
     assert caught.value.response.headers["retry-after"] == "7"
@@ -229,8 +229,9 @@ async def test_a_clients_own_retry_succeeds_and_is_the_same_request(server: Serv
     async with scripted(slow, message_of("fine"), port=PORT) as upstream:
         async with openai.AsyncOpenAI(
             base_url=server.base_url, api_key=new_key(), max_retries=1
-        ) as client:
-            done = await client.chat.completions.create(model=MODEL, messages=LONG)  # type: ignore[arg-type]
+        ) as sdk:
+            client: Any = sdk
+            done = await client.chat.completions.create(model=MODEL, messages=LONG)
     assert done.choices[0].message.content == "fine"
     assert upstream.calls[0].body == upstream.calls[1].body
 
@@ -286,7 +287,7 @@ async def test_an_error_in_a_later_round_of_a_stream_is_raised_by_the_sdk(
 ) -> None:
     async with scripted(search("depot 0"), reply, port=PORT):
         async with talker(server.base_url) as client:
-            stream = await client.chat.completions.create(  # type: ignore[call-overload]
+            stream = await client.chat.completions.create(
                 model=MODEL, messages=LONG, stream=True
             )
             with pytest.raises(openai.APIError) as caught:
@@ -303,7 +304,7 @@ async def test_an_error_event_in_mid_stream_is_raised_by_the_sdk(server: ServerP
 
     for messages in (SHORT, LONG):
         async with scripted(late, port=PORT), talker(server.base_url) as client:
-            stream = await client.chat.completions.create(  # type: ignore[call-overload]
+            stream = await client.chat.completions.create(
                 model=MODEL, messages=messages, stream=True
             )
             with pytest.raises(openai.APIError, match="overloaded"):
@@ -393,7 +394,7 @@ async def test_a_broken_answer_breaks_and_is_not_remembered(
 async def test_the_sdk_sees_a_stream_that_breaks(server: ServerProcess) -> None:
     for messages in (SHORT, LONG):
         async with scripted(broken_stream, port=PORT), talker(server.base_url) as client:
-            stream = await client.chat.completions.create(  # type: ignore[call-overload]
+            stream = await client.chat.completions.create(
                 model=MODEL, messages=messages, stream=True
             )
             with pytest.raises((openai.APIError, httpx.RemoteProtocolError, httpx.ReadError)):
@@ -595,7 +596,7 @@ async def test_invariant_1_when_the_unchanged_request_fails_too_its_refusal_coun
 ) -> None:
     """Nothing is learned from it: the next request has its tools."""
     no = error(400, "tools are wrong", code="first")
-    steps = [no, error(400, "you are wrong", code="second"), message_of("fine")]
+    steps: list[Step] = [no, error(400, "you are wrong", code="second"), message_of("fine")]
     async with scripted(*steps, port=PORT) as upstream, raw(server.base_url) as client:
         response = await client.post(CHAT, json=body(LONG))
         assert response.status_code == 400

@@ -11,16 +11,18 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from tests.e2e.harness import (
+    RecordingUpstream,
     ServerProcess,
+    answer,
     call,
     check_openai_rules,
     count_request_tokens,
     count_text,
+    error,
     free_port,
     in_process_server,
     message_of,
@@ -95,7 +97,7 @@ async def test_a_message_larger_than_the_window_is_paged_in_parts(
     page = f"msg_{position:04d}.4"
     async with scripted(fault(page), message_of("Found it."), port=PORT) as upstream:
         async with talker(server.base_url) as client:
-            done = await client.chat.completions.create(  # type: ignore[call-overload]
+            done = await client.chat.completions.create(
                 model=MODEL, messages=messages, **tools
             )
     assert done.choices[0].message.content == "Found it."
@@ -116,7 +118,7 @@ async def test_every_part_of_a_large_message_can_be_loaded(server: ServerProcess
         for part in range(1, 200):
             steps = [fault(f"msg_0001.{part}"), message_of(f"part {part}")]
             async with scripted(*steps, port=PORT) as upstream:
-                await client.chat.completions.create(model=MODEL, messages=messages)  # type: ignore[arg-type]
+                await client.chat.completions.create(model=MODEL, messages=messages)
             result = results_of(upstream.calls[1])[0]
             if "page" not in result:
                 assert "no page" in result["error"]
@@ -144,7 +146,7 @@ async def test_system_messages_that_exceed_the_window(server: ServerProcess) -> 
     messages = [{"role": "system", "content": HUGE}, *history(2), {"role": "user", "content": "hi"}]
     async with scripted(port=PORT), talker(server.base_url) as client:
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.create(model=MODEL, messages=messages)  # type: ignore[arg-type]
+            await client.chat.completions.create(model=MODEL, messages=messages)
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == "messages"
     assert caught.value.type == "invalid_request_error"
@@ -265,16 +267,12 @@ async def test_what_is_upstreams_to_judge_reaches_upstream(server: ServerProcess
     """Whatever stands in a message or a field, it is answered by upstream and not by a failure of ours."""
 
     def judge(request: dict[str, Any]) -> Any:
-        from tests.e2e.harness import error
-
         return error(400, "; ".join(check_openai_rules(request)) or "odd", code="upstream_said")
 
     async with raw(server.base_url) as client:
         requests = [body([*history(pairs), *odd]) for odd in ODD.values()]
         requests += [body([*history(pairs), HELLO], **fields) for fields in ODD_FIELDS]
         for sent in requests:
-            from tests.e2e.harness import RecordingUpstream
-
             upstream = RecordingUpstream(lambda request, _: judge(request), enforce_rules=False)
             upstream.port = PORT
             async with upstream:
@@ -349,7 +347,7 @@ async def test_an_invalid_session_id(server: ServerProcess, session: str) -> Non
     async with scripted(port=PORT), raw(server.base_url) as client:
         if session.strip():
             response = await client.post(
-                CHAT, json=body([HELLO]), headers={"x-session-id": session.encode()}  # type: ignore[dict-item]
+                CHAT, json=body([HELLO]), headers={b"x-session-id": session.encode()}
             )
             assert assert_error(response, 400, "invalid_session_id")["param"] == "x-session-id"
         response = await client.post(CHAT, json=body([HELLO], metadata={"session_id": session}))
@@ -374,8 +372,6 @@ class Loop:
 
     async def run(self, limits: dict[str, Any], stream: bool, **fields: Any) -> tuple[Any, str]:
         """(the upstream's calls, the client's text)."""
-        from tests.e2e.harness import RecordingUpstream, answer
-
         upstream = RecordingUpstream(lambda request, i: answer(request, self.message(i)))
         async with upstream:
             with in_process_server(config(upstream, faults=limits)) as base_url:
@@ -574,7 +570,7 @@ MILD: list[tuple[str, str]] = [
     ("page_fault", '{"page_id": "msg_0001", "target_level": "FULL", "why": "because"}'),
     ("search_pages", '{"query": "depot\\" OR * NEAR(", "limit": 9999}'),
     ("search_pages", '{"query": "\\u0000\\ud800 depot", "limit": -3}'),
-    ("search_pages", json.dumps({"query": "depot " * 20_000})),
+    ("search_pages", json.dumps({"query": "depot " * 60})),
 ]
 
 
@@ -583,7 +579,7 @@ async def test_wild_arguments_get_results_that_the_model_can_use(server: ServerP
         for name, arguments, says in WILD:
             wild = message_of(None, [call("call_w", name, arguments)])
             async with scripted(wild, message_of("I see."), port=PORT) as upstream:
-                done = await client.chat.completions.create(model=MODEL, messages=ask())  # type: ignore[arg-type]
+                done = await client.chat.completions.create(model=MODEL, messages=ask())
             assert done.choices[0].message.content == "I see."
             assert says in results_of(upstream.calls[1])[0]["error"], (name, arguments)
             assert_paged(upstream.calls[1])
@@ -591,7 +587,7 @@ async def test_wild_arguments_get_results_that_the_model_can_use(server: ServerP
             mild = message_of(None, [call("call_w", name, arguments)])
             async with scripted(mild, message_of("I see."), port=PORT) as upstream:
                 async with talker(server.base_url) as other:
-                    await other.chat.completions.create(model=MODEL, messages=ask())  # type: ignore[arg-type]
+                    await other.chat.completions.create(model=MODEL, messages=ask())
             result = results_of(upstream.calls[1])[0]
             assert "page" in result or result["results"], (name, arguments, result)
             assert count_request_tokens(upstream.calls[1].json) <= BUDGET_TOKENS
@@ -609,4 +605,3 @@ async def test_a_page_asked_for_twice_is_given_once(server: ServerProcess) -> No
 def test_the_texts_are_as_large_as_these_tests_need() -> None:
     assert count_text(HUGE) > 3 * L0_TOKENS
     assert len(json.dumps(body([{"role": "user", "content": HUGE}]))) < BODY_LIMIT_BYTES
-    assert isinstance(httpx.__version__, str)

@@ -1,0 +1,338 @@
+"""The chat handler, as the ASGI server calls it: bodies, callers, sessions, limits, a client that left.
+
+Promises: the upstream is a scripted object, the store is a real one in a temporary directory; no
+socket is opened here (tests/e2e does that).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.api.chat import ChatApi
+from proxy.api.memory import Memory
+from proxy.config import Config, load_config
+from proxy.conversation.report import TurnReport
+from proxy.errors import ApiError
+from proxy.storage.l2 import StorageError
+from proxy.upstream import BytesReply, Header, Reply
+
+HELLO = [{"role": "user", "content": "hello"}]
+JSON = [(b"content-type", b"application/json")]
+
+
+def answered(text: str = "hi") -> BytesReply:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    body = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    return BytesReply(200, JSON, json.dumps(body).encode())
+
+
+class Scripted:
+    """An upstream: keeps what it was sent, gives the next of `replies` (or raises it)."""
+
+    def __init__(self, *replies: Reply | Exception) -> None:
+        self.replies = list(replies)
+        self.bodies: list[bytes] = []
+        self.headers: list[Sequence[Header]] = []
+        self.cancelled = asyncio.Event()
+        self.arrived = asyncio.Event()
+
+    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+        self.bodies.append(body)
+        self.headers.append(headers)
+        self.arrived.set()
+        if not self.replies:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+        reply = self.replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    async def forward(self, *_: Any) -> Reply:
+        raise AssertionError("chat only")
+
+    async def close(self) -> None:
+        pass
+
+
+class Client:
+    """One handler and the ways to call it."""
+
+    def __init__(self, config: Config, upstream: Scripted) -> None:
+        self.memory = Memory(config)
+        self.reports: list[TurnReport] = []
+        self.upstream = upstream
+        self.api = ChatApi(config, upstream, self.memory, self.reports.append)
+
+    async def send(
+        self, pieces: Sequence[bytes], headers: Sequence[Header] = (), method: str = "POST",
+        leave: asyncio.Event | None = None,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body); status 0: nothing was sent. `leave` set: the client is gone."""
+        incoming = [
+            {"type": "http.request", "body": p, "more_body": i < len(pieces) - 1}
+            for i, p in enumerate(pieces)
+        ]
+        status, got, out = 0, dict[str, str](), b""
+
+        async def receive() -> dict[str, Any]:
+            if incoming:
+                return incoming.pop(0)
+            await (leave or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            nonlocal status, out
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                got.update({k.decode(): v.decode() for k, v in message["headers"]})
+            else:
+                out += message.get("body", b"")
+
+        scope = {"type": "http", "method": method, "path": "/v1/chat/completions", "headers": headers}
+        await self.api(scope, receive, send)
+        return status, got, out
+
+    async def ask(self, request: Any, *headers: Header, **more: Any) -> tuple[int, dict[str, Any]]:
+        content = request if isinstance(request, bytes) else json.dumps(request).encode()
+        status, _, out = await self.send([content], headers, **more)
+        return status, json.loads(out)
+
+
+@asynccontextmanager
+async def client(path: Path, *replies: Reply | Exception, **sections: Any) -> AsyncIterator[Client]:
+    flags: dict[str, object] = {"tiers.l2.path": str(path / "data")}
+    for section, values in sections.items():
+        flags.update({f"{section}.{name}": value for name, value in values.items()})
+    found = Client(load_config(None, {}, flags), Scripted(*replies))
+    try:
+        yield found
+    finally:
+        await found.memory.close()
+
+
+def body(messages: Sequence[Any] = HELLO, **fields: Any) -> dict[str, Any]:
+    return {"model": "gpt-4o", "messages": list(messages), **fields}
+
+
+async def test_a_short_request_and_its_answer_are_untouched(tmp_path: Path) -> None:
+    reply = answered()
+    async with client(tmp_path, reply) as one:
+        sent = b'{ "model":"gpt-4o",\n "messages" : [{"content":"h\\u00e9","role":"user"}], "x-new": 1.0 }'
+        status, headers, out = await one.send([sent], [(b"authorization", b"Bearer k"), (b"x-a", b"b")])
+        assert one.upstream.bodies == [sent]
+        assert (b"x-a", b"b") in one.upstream.headers[0]
+        assert status == 200
+        assert out == await answered().read(1000)
+        assert headers["content-length"] == str(len(out))
+        assert [report.channel for report in one.reports] == ["bypass"]
+
+
+async def test_a_body_in_pieces_is_one_body(tmp_path: Path) -> None:
+    whole = json.dumps(body()).encode()
+    async with client(tmp_path, answered()) as one:
+        status, _, _ = await one.send([whole[:7], b"", whole[7:]])
+        assert status == 200
+        assert one.upstream.bodies == [whole]
+
+
+async def test_the_body_limit_counts_bytes_with_and_without_a_length(tmp_path: Path) -> None:
+    async with client(tmp_path, answered(), server={"body_limit_bytes": 2000}) as one:
+        for pieces, headers in (
+            ([b"{}"], [(b"content-length", b"2001")]),
+            ([b"x" * 1500, b"x" * 501], []),
+        ):
+            status, _, out = await one.send(pieces, headers)
+            assert status == 413
+            assert json.loads(out)["error"]["code"] == "request_too_large"
+        assert one.upstream.bodies == []
+        whole = json.dumps(body()).encode()
+        exact = whole[:-1] + b" " * (2000 - len(whole)) + b"}"
+        assert (await one.send([exact[:1500], exact[1500:]]))[0] == 200
+
+
+async def test_a_client_that_leaves_while_it_sends_costs_nothing(tmp_path: Path) -> None:
+    leave = asyncio.Event()
+    leave.set()
+    async with client(tmp_path) as one:
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        messages = [
+            {"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            pass  # uvicorn drops what is sent to nobody
+
+        await one.api(scope, receive, send)
+        assert one.upstream.bodies == []
+
+
+async def test_a_client_that_leaves_cancels_the_upstream_call(tmp_path: Path) -> None:
+    leave = asyncio.Event()
+    async with client(tmp_path) as one:
+        task = asyncio.create_task(one.send([json.dumps(body()).encode()], leave=leave))
+        await asyncio.wait_for(one.upstream.arrived.wait(), 5)
+        leave.set()
+        status, _, out = await asyncio.wait_for(task, 5)
+        assert one.upstream.cancelled.is_set()
+        assert (status, out) == (0, b"")
+        assert one.reports == []
+
+
+async def test_a_server_that_stops_cancels_the_upstream_call(tmp_path: Path) -> None:
+    async with client(tmp_path) as one:
+        task = asyncio.create_task(one.send([json.dumps(body()).encode()]))
+        await asyncio.wait_for(one.upstream.arrived.wait(), 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert one.upstream.cancelled.is_set()
+
+
+async def test_an_upstream_failure_before_a_status_is_its_error(tmp_path: Path) -> None:
+    failure = ApiError(502, "no route", "api_error", "upstream_unreachable", headers={"Retry-After": "3"})
+    async with client(tmp_path, failure) as one:
+        status, headers, out = await one.send([json.dumps(body()).encode()])
+        assert status == 502
+        assert headers["retry-after"] == "3"
+        assert json.loads(out)["error"]["code"] == "upstream_unreachable"
+
+
+async def test_a_failing_commit_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: Any) -> None:
+        raise StorageError("The disk is full.")
+
+    async with client(tmp_path, answered("lost")) as one:
+        monkeypatch.setattr(one.memory.store, "commit", fails)
+        status, found = await one.ask(body())
+        assert status == 503
+        assert found["error"]["code"] == "storage_unavailable"
+        assert found["error"]["message"] == "The disk is full."
+        assert one.reports == []
+
+
+# ---------------------------------------------------------------- who is asking
+
+
+async def answered_in_session(
+    path: Path, first: Sequence[Header], second: Sequence[Header], *fields: dict[str, Any]
+) -> bool:
+    """A turn, then only a new message: did the second request carry the first?"""
+    one_fields, two_fields = fields or ({}, {})
+    async with client(path, answered(), answered()) as one:
+        assert (await one.ask(body(**one_fields), *first))[0] == 200
+        assert (await one.ask(body([{"role": "user", "content": "more"}], **two_fields), *second))[0] == 200
+        sent = json.loads(one.upstream.bodies[1])["messages"]
+        return [m["content"] for m in sent] == ["hello", "hi", "more"]
+
+
+KEY, OTHER = (b"authorization", b"Bearer a"), (b"authorization", b"Bearer b")
+SESSION = (b"x-session-id", b"s.1:a@b/c+d=e-f_")
+
+
+async def test_a_session_continues_with_new_messages_only(tmp_path: Path) -> None:
+    assert await answered_in_session(tmp_path, [KEY, SESSION], [KEY, SESSION])
+
+
+async def test_a_session_in_metadata_is_the_same_session(tmp_path: Path) -> None:
+    fields = {"metadata": {"session_id": SESSION[1].decode()}}
+    assert await answered_in_session(tmp_path, [KEY, SESSION], [KEY], {}, fields)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([KEY, SESSION], [KEY]),
+        ([KEY, SESSION], [KEY, (b"x-session-id", b"s2")]),
+        ([KEY, SESSION], [OTHER, SESSION]),
+        ([KEY, SESSION], [SESSION]),
+        ([(b"api-key", b"a"), SESSION], [(b"api-key", b"b"), SESSION]),
+        ([(b"x-api-key", b"a"), SESSION], [(b"x-api-key", b"b"), SESSION]),
+    ],
+)
+async def test_invariant_6_another_session_or_key_sees_nothing(
+    tmp_path: Path, first: list[Header], second: list[Header]
+) -> None:
+    assert not await answered_in_session(tmp_path, first, second)
+
+
+@pytest.mark.parametrize("name", ["user", "safety_identifier"])
+async def test_invariant_6_another_user_of_the_same_key_sees_nothing(tmp_path: Path, name: str) -> None:
+    both = [KEY, SESSION]
+    assert not await answered_in_session(tmp_path, both, both, {name: "ann"}, {name: "bob"})
+
+
+@pytest.mark.parametrize("name", ["user", "safety_identifier"])
+async def test_the_same_user_goes_on(tmp_path: Path, name: str) -> None:
+    both = [KEY, SESSION]
+    assert await answered_in_session(tmp_path, both, both, {name: "ann"}, {name: "ann"})
+
+
+async def test_the_key_is_nowhere_in_the_state_directory(tmp_path: Path) -> None:
+    secret = b"sk-very-secret-0123456789"
+    async with client(tmp_path, answered()) as one:
+        assert (await one.ask(body(), (b"authorization", b"Bearer " + secret)))[0] == 200
+    files = [f for f in (tmp_path / "data").rglob("*") if f.is_file()]
+    assert files
+    assert all(secret not in f.read_bytes() for f in files)
+
+
+async def test_only_system_messages_are_a_conversation_too(tmp_path: Path) -> None:
+    system = [{"role": "system", "content": "Write a poem."}]
+    async with client(tmp_path, answered(), answered()) as one:
+        for _ in range(2):
+            assert (await one.ask(body(system)))[0] == 200
+        assert one.upstream.bodies == [json.dumps(body(system)).encode()] * 2
+
+
+# ---------------------------------------------------------------- model and limits
+
+
+async def test_a_known_model_has_its_own_window(tmp_path: Path) -> None:
+    async with client(tmp_path, answered(), answered()) as one:
+        await one.ask(body())
+        await one.ask(body(model="local-unknown"))
+        known, unknown = (report.budget_tokens for report in one.reports)
+        assert known > 100_000
+        assert unknown == 32_000 - 4096
+
+
+async def test_max_tokens_raises_the_reserve_up_to_half(tmp_path: Path) -> None:
+    async with client(tmp_path, *(answered() for _ in range(4)), tiers={"l0.tokens": 20_000}) as one:
+        for name, value in (("n", 1), ("max_tokens", 6000), ("max_completion_tokens", 7000), ("max_tokens", 10**9)):
+            await one.ask({**body(), name: value})
+        assert [r.budget_tokens for r in one.reports] == [20_000 - 4096, 14_000, 13_000, 10_000]
+
+
+async def test_a_wrong_session_name_says_where_it_stood(tmp_path: Path) -> None:
+    async with client(tmp_path) as one:
+        status, found = await one.ask(body(), (b"x-session-id", b"a b"))
+        assert (status, found["error"]["param"]) == (400, "x-session-id")
+        status, found = await one.ask(body(metadata={"session_id": {"a": 1}}))
+        assert (status, found["error"]["param"]) == (400, "metadata.session_id")
+        assert one.upstream.bodies == []
+
+
+async def test_text_that_is_not_utf8_is_refused_at_every_turn(tmp_path: Path) -> None:
+    """Also where the head of the body is known already and only its tail is parsed."""
+    good = body([*HELLO, {"role": "assistant", "content": "hi"}])
+    async with client(tmp_path, answered(), answered()) as one:
+        assert (await one.ask(body()))[0] == 200
+        bad = json.dumps(good).encode()[:-2] + b', {"role": "user", "content": "\xff"}]}'
+        status, found = await one.ask(bad)
+        assert (status, found["error"]["code"]) == (400, "invalid_json")
+        assert (await one.ask(body()))[0] == 200

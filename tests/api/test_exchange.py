@@ -1,0 +1,278 @@
+"""One request on the wire: what of upstream's answer reaches the client, piece by piece.
+
+Promises: the upstream's reply is under the test's control and every message to the client is looked
+at; the only clock is `hold_ms`, and what waits for it would wait for ever without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from proxy.api.exchange import Exchange, error_event
+from proxy.conversation.effects import Complete, Refused, Said
+from proxy.conversation.report import TurnReport
+from proxy.conversation.sieve import Sieve
+from proxy.conversation.turn import Answer
+from proxy.errors import ApiError
+from proxy.upstream import Header, UpstreamBroken, join_chunks
+
+SSE = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"r1")]
+JSON = [(b"content-type", b"application/json"), (b"content-length", b"999"), (b"x-request-id", b"r1")]
+DONE = b"data: [DONE]\n\n"
+WAIT_S = 5
+
+
+class Reply:
+    """Chunks; an Event among them is waited for, an exception is raised."""
+
+    def __init__(
+        self, *steps: bytes | asyncio.Event | Exception, status: int = 200, headers: Any = SSE
+    ) -> None:
+        self.status = status
+        self.headers: list[Header] = list(headers)
+        self.steps = steps
+        self.closed = False
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for step in self.steps:
+            if isinstance(step, bytes):
+                yield step
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                await step.wait()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return await join_chunks(self.chunks(), limit_bytes)  # type: ignore[arg-type]
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Setup:
+    """An exchange over scripted replies, and all that the client was sent."""
+
+    def __init__(self, *replies: Any, stream: bool = True, hold_ms: float = 60_000) -> None:
+        self.replies = list(replies)
+        self.bodies: list[bytes] = []
+        self.sent: list[dict[str, Any]] = []
+        self.grew = asyncio.Condition()
+
+        def sieve() -> Sieve:
+            names = frozenset({"page_fault"})
+            return Sieve(names, 24, hold_ms, False, False, lambda text: len(text.split()))
+
+        self.exchange = Exchange(self._send, self, [], stream, sieve, 10_000)  # type: ignore[arg-type]
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+        async with self.grew:
+            self.grew.notify_all()
+
+    async def chat(self, body: bytes, headers: Sequence[Header]) -> Any:
+        self.bodies.append(body)
+        return self.replies[len(self.bodies) - 1]
+
+    async def seen(self, text: bytes) -> None:
+        """Wait until the client has been sent `text`."""
+        async with self.grew:
+            await asyncio.wait_for(self.grew.wait_for(lambda: text in self.body), WAIT_S)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(m.get("body", b"") for m in self.sent)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        starts = [m for m in self.sent if m["type"] == "http.response.start"]
+        assert len(starts) == 1
+        return starts[0]
+
+    @property
+    def ended(self) -> bool:
+        bodies = [m for m in self.sent if m["type"] == "http.response.body"]
+        return bool(bodies) and not bodies[-1].get("more_body", False)
+
+
+def event(content: str | None = None, finish: str | None = None, **delta: Any) -> bytes:
+    if content is not None:
+        delta["content"] = content
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def vm_call() -> bytes:
+    function = {"name": "page_fault", "arguments": '{"page_id": "msg_0001"}'}
+    return event(tool_calls=[{"index": 0, "id": "v", "type": "function", "function": function}])
+
+
+def answer(**fields: Any) -> Answer:
+    return Answer(TurnReport("m", "tools", 1), **fields)
+
+
+async def test_a_stream_without_paging_is_the_upstreams_bytes() -> None:
+    odd = b": ping\n\ndata: {\"choices\": []}\r\n\r\nda"
+    setup = Setup(Reply(event("a"), odd, b"ta: [DO", b"NE]\n\n"))
+    said = await setup.exchange.complete(Complete(b"{}", through=True))
+    assert isinstance(said, Said)
+    assert not setup.ended
+    assert b"[DONE]" not in setup.body  # the end waits until the turn is stored
+    await setup.exchange.finish(answer(), [])
+    assert setup.body == event("a") + odd + b"ta: [DONE]\n\n"
+    assert setup.ended
+
+
+async def test_each_piece_leaves_before_the_next_one_comes() -> None:
+    go_on = asyncio.Event()
+    setup = Setup(Reply(event("one"), go_on, event("two", "stop"), DONE))
+    task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", through=True)))
+    await setup.seen(b"one")
+    go_on.set()
+    said = await asyncio.wait_for(task, WAIT_S)
+    assert isinstance(said, Said)
+    assert said.messages == [{"role": "assistant", "content": "onetwo"}]
+
+
+async def test_a_held_preamble_leaves_when_its_time_is_over() -> None:
+    go_on = asyncio.Event()
+    reply = Reply(event("wait", role="assistant"), go_on, event(None, "stop"), DONE)
+    setup = Setup(reply, hold_ms=30)
+    task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", offer=True)))
+    await setup.seen(b"wait")
+    go_on.set()
+    assert isinstance(await asyncio.wait_for(task, WAIT_S), Said)
+
+
+async def test_two_rounds_look_like_one_answer() -> None:
+    first = Reply(event("let me look", role="assistant"), vm_call(), event(None, "tool_calls"), DONE)
+    second = Reply(event("here", role="assistant"), event(None, "stop"), DONE, headers=[])
+    setup = Setup(first, second)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    said = await setup.exchange.complete(Complete(b"2", offer=True))
+    assert isinstance(said, Said)
+    assert first.closed and second.closed
+    assert said.shown == {"role": "assistant", "content": "here"}
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    assert dict(setup.start["headers"]) == dict(SSE)
+    assert b"look" not in setup.body and b"page_fault" not in setup.body
+    assert setup.body.count(b"[DONE]") == setup.body.count(b'"stop"') == setup.body.count(b'"role"') == 1
+
+
+@pytest.mark.parametrize("through", [True, False])
+async def test_a_broken_stream_is_raised_and_closed(through: bool) -> None:
+    reply = Reply(event("half"), UpstreamBroken("cut"))
+    setup = Setup(reply)
+    with pytest.raises(UpstreamBroken):
+        await setup.exchange.complete(Complete(b"{}", through=through))
+    assert reply.closed
+    assert not setup.ended
+
+
+async def test_a_sifted_stream_without_an_end_is_broken() -> None:
+    setup = Setup(Reply(event("half")))
+    with pytest.raises(UpstreamBroken, match="ended before its answer did"):
+        await setup.exchange.complete(Complete(b"{}"))
+    assert not setup.ended
+
+
+async def test_a_cancelled_stream_closes_its_reply() -> None:
+    reply = Reply(event("one"), asyncio.Event())
+    setup = Setup(reply)
+    task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}")))
+    await setup.seen(b"one")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert reply.closed
+
+
+async def test_a_whole_answer_has_upstreams_headers_and_our_length() -> None:
+    body = b'{"choices": [{"message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}]}'
+    setup = Setup(Reply(body[:9], body[9:], headers=JSON), stream=False)
+    said = await setup.exchange.complete(Complete(b"{}"))
+    assert isinstance(said, Said)
+    assert said.messages == [{"role": "assistant", "content": "x"}]
+    assert setup.sent == []  # nothing before the turn is stored
+    await setup.exchange.finish(answer(), [(b"x-own", b"1")])
+    headers = dict(setup.start["headers"])
+    assert headers[b"content-length"] == str(len(body)).encode()
+    assert headers[b"x-request-id"] == b"r1"
+    assert headers[b"x-own"] == b"1"
+    assert setup.body == body
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"[]", b"{}", b'{"choices": 5}', b'{"choices": [{}]}', b"\xff", b"null", b'{"choices": [5]}',
+             b'{"choices": [{"message": "text"}]}', b'{"choices": [{"message": null}]}',
+             b'{"choices": [{"message": {"content": "\xff"}}]}']
+)
+async def test_a_success_that_is_no_chat_answer_is_kept_as_it_is(body: bytes) -> None:
+    setup = Setup(Reply(body, headers=JSON), stream=False)
+    assert await setup.exchange.complete(Complete(b"{}")) == Said([], None, None)
+    await setup.exchange.finish(answer(), [])
+    assert setup.body == body
+
+
+async def test_an_answer_over_the_limit_is_broken() -> None:
+    setup = Setup(Reply(b"x" * 6000, b"x" * 6000, headers=JSON), stream=False)
+    with pytest.raises(UpstreamBroken, match="longer than 10000 bytes"):
+        await setup.exchange.complete(Complete(b"{}"))
+
+
+async def test_a_refusal_keeps_status_headers_and_body() -> None:
+    setup = Setup(Reply(b"no", status=429, headers=[*JSON, (b"retry-after", b"7")]))
+    refused = await setup.exchange.complete(Complete(b"{}"))
+    assert refused == Refused(429, b"no")
+    assert isinstance(refused, Refused)
+    await setup.exchange.finish(answer(refused=refused), [])
+    assert setup.start["status"] == 429
+    headers = dict(setup.start["headers"])
+    assert (headers[b"retry-after"], headers[b"content-length"]) == (b"7", b"2")
+    assert setup.body == b"no"
+
+
+async def test_a_refusal_after_the_start_is_an_event_and_a_break() -> None:
+    setup = Setup(
+        Reply(event("", role="assistant"), vm_call(), event(None, "tool_calls"), DONE),
+        Reply(b'{"error":\r\n{"message": "slow"}}', status=429, headers=JSON),
+    )
+    await setup.exchange.complete(Complete(b"{}", offer=True))
+    refused = await setup.exchange.complete(Complete(b"{}", offer=True))
+    assert isinstance(refused, Refused)
+    with pytest.raises(UpstreamBroken, match="429"):
+        await setup.exchange.finish(answer(refused=refused), [])
+    assert setup.body.endswith(b'data: {"error":{"message":"slow"}}\n\n')
+    assert not setup.ended
+
+
+async def test_our_own_error_before_and_after_the_start() -> None:
+    error = ApiError(503, "full", "api_error", "storage_unavailable", headers={"Retry-After": "1"})
+    before = Setup()
+    await before.exchange.fail(error)
+    assert before.start["status"] == 503
+    assert dict(before.start["headers"])[b"retry-after"] == b"1"
+    assert before.body == error.body()
+    after = Setup(Reply(event("a"), DONE))
+    await after.exchange.complete(Complete(b"{}", through=True))
+    with pytest.raises(UpstreamBroken):
+        await after.exchange.fail(error)
+    assert after.body == event("a") + b"data: " + error.body() + b"\n\n"
+    assert not after.ended
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>\r\n\r\n</html>", b"[1]", b'{"error": null}', b"\xff\n\nx"])
+def test_an_error_event_is_one_line_with_an_error(body: bytes) -> None:
+    raw = error_event(Refused(502, body))
+    assert raw.startswith(b"data: ") and raw.endswith(b"\n\n")
+    assert raw.count(b"\n") == 2 and b"\r" not in raw
+    assert "502" in json.loads(raw[6:])["error"]["message"]
+
+
+def test_an_error_event_of_a_long_page_is_bounded() -> None:
+    assert len(error_event(Refused(500, b"x" * 1_000_000))) < 5_000

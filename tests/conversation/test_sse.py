@@ -1,0 +1,122 @@
+"""Server-sent events: every byte comes back once, and deltas assemble to the message."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.sse import EventParser, MessageBuilder, Tee, decode_chunk
+
+many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+lines = st.lists(
+    st.sampled_from(["data: {}", "data:x", ": ping", "event: a", "data: [DONE]", "id: 1", "data: "]),
+    min_size=1, max_size=3,
+)
+streams = st.lists(st.tuples(lines, st.sampled_from(["\n", "\r\n", "\r"])), max_size=6)
+
+
+def bytes_of(stream: list[tuple[list[str], str]]) -> bytes:
+    return "".join(end.join([*block, ""]) + end for block, end in stream).encode()
+
+
+@many
+@given(streams, st.lists(st.integers(0, 200), max_size=6), st.booleans())
+def test_every_byte_comes_back_once_wherever_it_is_cut(
+    stream: list[tuple[list[str], str]], cuts: list[int], open_end: bool
+) -> None:
+    data = bytes_of(stream) + (b"data: last" if open_end else b"")
+    whole = EventParser()
+    expected = [*whole.feed(data), *whole.close()]
+    parser, events, at = EventParser(), [], 0
+    for cut in [*sorted(cuts), len(data)]:
+        events += parser.feed(data[at:cut])
+        at = max(at, cut)
+    events += parser.close()
+    assert b"".join(e.raw for e in events) == data
+    if b"\r" not in data.replace(b"\r\n", b""):  # lone CRs may be read either way while they arrive
+        assert events == expected
+        wanted = ["\n".join(ln[5:].removeprefix(" ") for ln in block if ln.startswith("data:"))
+                  for block, _ in stream] + ["last"] * open_end
+        assert [e.data.decode() for e in events] == wanted
+
+
+def test_a_last_event_without_its_blank_line_is_read_line_by_line() -> None:
+    parser = EventParser()
+    parser.feed(b"data: a\nevent: x")
+    assert parser.close()[0].data == b"a"
+
+
+def test_deltas_assemble_to_the_message_with_unknown_fields() -> None:
+    builder = MessageBuilder()
+    for delta in [
+        {"role": "assistant", "content": ""}, {"content": "He"}, {"content": "llo", "x": {"a": "1"}},
+        {"reasoning_content": "hm"}, {"x": {"a": "2", "b": [1]}}, {"x": {"b": [2]}}, {"y": None},
+    ]:
+        builder.add(delta)
+    assert builder.build() == {
+        "role": "assistant", "content": "Hello", "x": {"a": "12", "b": [1, 2]},
+        "reasoning_content": "hm", "y": None,
+    }
+
+
+@many
+@given(st.lists(st.tuples(st.sampled_from(["f", "g"]), st.text("ab", max_size=6)), min_size=1, max_size=4),
+       st.sampled_from(["index", "id", "name"]))
+def test_calls_assemble_with_an_index_an_id_or_a_name_alone(
+    wanted: list[tuple[str, str]], known_by: str
+) -> None:
+    builder = MessageBuilder()
+    for i, (name, arguments) in enumerate(wanted):
+        where: dict[str, Any] = {"index": i} if known_by == "index" else {}
+        ident = {} if known_by == "name" else {"id": f"c{i}"}
+        builder.add_call({**where, **ident, "function": {"name": name, "arguments": ""}})
+        for piece in arguments:
+            builder.add_call({**where, "function": {"arguments": piece}})
+    built = builder.build()["tool_calls"]
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in built] == wanted
+    assert all(c["type"] == "function" for c in built)
+
+
+def test_a_chunk_is_a_json_object_or_nothing() -> None:
+    assert decode_chunk(b'{"a":1}') == {"a": 1}
+    assert [decode_chunk(d) for d in (b"", b"[]", b"{", b'"\xff"')] == [None] * 4
+
+
+def stream_of(text: str, ending: str = "\n\n") -> bytes:
+    chunks = [{"choices": [{"index": 0, "delta": {"content": c}, "finish_reason": None}]} for c in text]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    return "".join(f"data: {json.dumps(c)}{ending}" for c in chunks).encode()
+
+
+@many
+@given(st.text(max_size=5), st.lists(st.integers(0, 600), max_size=5), st.sampled_from(["\n\n", "\r\n\r\n"]))
+def test_invariant_02_a_tee_lets_every_byte_through_and_holds_the_end(
+    text: str, cuts: list[int], ending: str
+) -> None:
+    data = stream_of(text, ending) + f"data: [DONE]{ending}".encode()
+    tee, out, at = Tee(), b"", 0
+    for cut in [*sorted(cuts), len(data)]:
+        out += tee.feed(data[at:cut])
+        at = max(at, cut)
+    assert out + tee.held == data
+    assert tee.held and b"[DONE]" not in out
+    assert tee.messages()[0].get("content") == (text or None)
+
+
+def test_a_tee_is_not_fooled_by_done_in_a_text() -> None:
+    inner = b'data: {"choices":[{"delta":{"content":"data: [DONE]"}}]}\n\n'
+    for cut in range(len(inner)):
+        tee = Tee()
+        assert tee.feed(inner[:cut]) + tee.feed(inner[cut:]) == inner
+        assert tee.feed(b"x") == b"x"
+
+
+def test_a_stream_that_breaks_or_fails_is_not_remembered() -> None:
+    for data in (stream_of("abc")[:-40], b'data: {"error":{}}\n\n', b"data: nonsense\n\n", b""):
+        tee = Tee()
+        tee.feed(data)
+        assert tee.messages() == []

@@ -1,0 +1,514 @@
+"""Whole turns, played as dialogues: the invariants over random conversations, and single stories."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.effects import Append, Complete, Load, Refused
+from proxy.conversation.turn import asks_back, learn
+from proxy.errors import ApiError
+from proxy.memory import StorageTier, VMMode, message_text
+from tests.conversation.player import (
+    Message,
+    Played,
+    Player,
+    call,
+    calls,
+    check_pairs,
+    count_tokens,
+    limits_of,
+    says,
+    script,
+    tool_messages,
+)
+from tests.conversation.scenario import Run, Scenario, play, scenarios, text_of, tools_of
+
+few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+
+_NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][\w]*")
+
+
+def grown(player: Player, turns: int, words: int = 60, **extra: Any) -> list[Message]:
+    """A plain conversation of so many answered turns."""
+    messages: list[Message] = []
+    for i in range(turns):
+        rng = random.Random(i)
+        messages.append({"role": "user", "content": text_of(rng, words, f"user{i}x")})
+        answer = says(text_of(rng, words, f"answer{i}x"))
+        player.ask(messages, script(answer), **extra)
+        messages.append({"role": "assistant", "content": answer["content"]})
+    return messages
+
+
+# -- over random conversations
+
+
+@few
+@given(scenarios())
+def test_invariant_03_no_request_exceeds_the_budget(scenario: Scenario) -> None:
+    for played in play(scenario).played:
+        for request in played.requests:
+            assert count_tokens(request) <= scenario.budget
+
+
+@few
+@given(scenarios(habit="mixed", tools=3))
+def test_invariant_08_no_call_and_no_result_is_orphaned(scenario: Scenario) -> None:
+    for played in play(scenario).played:
+        for request in played.requests:
+            check_pairs(request)
+
+
+@few
+@given(scenarios(habit="stubborn", mode=VMMode.RELAXED))
+def test_invariant_10_a_model_that_only_calls_us_is_brought_to_an_end(scenario: Scenario) -> None:
+    limits = scenario.limits()
+    for played in play(scenario).played:
+        assert len(played.bodies) <= limits.max_rounds
+        assert played.message is not None and "content" in played.message
+        served = [fault for fault in played.answer.report.faults if fault.error is None]
+        assert sum(fault.tokens for fault in served) <= limits.fault_tokens
+        for request in played.requests:
+            check_pairs(request)
+            assert count_tokens(request) <= scenario.budget
+
+
+@few
+@given(scenarios(), st.integers(0, 2**16))
+def test_invariant_09_dropping_the_caches_changes_no_request(scenario: Scenario, coin: int) -> None:
+    warm = play(scenario)
+    rng = random.Random(coin)
+    cold = play(scenario, before_turn=lambda p, _: p.forget() if rng.random() < 0.5 else None)
+    assert cold.bodies == warm.bodies
+
+
+@few
+@given(scenarios(turns=10))
+def test_invariant_07_a_restart_or_another_replica_continues_byte_for_byte(
+    scenario: Scenario,
+) -> None:
+    one = Player(scenario.limits())
+    first = play(scenario, one)
+
+    def on_another_replica(player: Player, _: int) -> None:
+        stored = dict(player.values)
+        player.__init__(scenario.limits())  # type: ignore[misc]
+        player.values = stored
+
+    assert play(scenario, before_turn=on_another_replica).bodies == first.bodies
+
+
+@few
+@given(scenarios())
+def test_within_an_epoch_the_messages_only_grow_at_their_end(scenario: Scenario) -> None:
+    ends: dict[bytes, tuple[int, bytes]] = {}
+    for played in play(scenario).played:
+        record = played.place.record
+        before = ends.get(record.id) if record else None
+        listed = b'"search_pages"' in played.bodies[0].split(b'"tools"')[-1]
+        for epoch, messages in zip(played.epochs, played.messages_bytes(), strict=True):
+            if epoch and before and before[0] == epoch and listed:
+                assert messages.startswith(before[1][:-1])
+            before = (epoch, messages) if listed else None
+        if played.turn.record is not None and before is not None:
+            ends.setdefault(played.turn.record.id, before)  # an equal answer is stored once
+
+
+@few
+@given(scenarios())
+def test_invariant_06_no_effect_has_text_of_another_branch(scenario: Scenario) -> None:
+    run = play(scenario)
+    lineage: dict[bytes, set[str]] = {}
+    for played, history in zip(run.played, run.histories, strict=True):
+        own = set(_NAMES.findall(json.dumps(history)))
+        for reply in played.replies:  # what the model itself says in this turn
+            own.update(_NAMES.findall(str(getattr(reply, "messages", ""))))
+        if played.place.record is not None:
+            own |= lineage[played.place.record.id]
+        for effect, reply in zip(played.effects, played.replies, strict=False):
+            text = str(reply) if isinstance(effect, Load) else ""
+            if isinstance(effect, Complete):
+                text = effect.body.decode()
+            if isinstance(effect, Append):
+                text = str([record.raws + record.substitute for record in effect.records])
+            assert set(_NAMES.findall(text)) <= own
+        if played.turn.record is not None:
+            lineage.setdefault(played.turn.record.id, own)
+
+
+@few
+@given(scenarios(turns=8))
+def test_invariant_06_tenants_with_the_same_words_do_not_meet(scenario: Scenario) -> None:
+    """Four users behind one key say the same, one after the other."""
+    alone = play(scenario)
+    player = Player(scenario.limits())
+    for user in ("a", "b", "c"):
+        _as_user(player, user)
+        play(scenario, player)
+    _as_user(player, None)
+    assert play(scenario, player).bodies == alone.bodies
+    ids = {record_id for record_id in player.values if record_id[:1] == b"n"}
+    assert len(ids) == 4 * len({p.turn.record.id for p in alone.played if p.turn.record})
+
+
+def _as_user(player: Player, user: str | None) -> None:
+    ask = Player.ask
+
+    def as_user(*args: Any, **extra: Any) -> Played:
+        played = ask(player, *args, **extra, **({"user": user} if user else {}))
+        played.bodies = [b.replace(b', "user": "%s"' % (user or "").encode(), b"") for b in played.bodies]
+        return played
+
+    player.ask = as_user  # type: ignore[method-assign]
+
+
+@few
+@given(scenarios(habit="any"))
+def test_the_client_never_sees_a_memory_call(scenario: Scenario) -> None:
+    names = {tool["function"]["name"] for tool in tools_of(scenario.tools)}
+    for played in play(scenario).played:
+        assert played.message is not None
+        assert {c["function"]["name"] for c in played.message.get("tool_calls") or ()} <= names
+        assert b"search_pages" not in played.stream
+        assert played.stream.count(b"[DONE]") <= 1
+
+
+# -- invariant 1
+
+
+def test_invariant_01_a_refused_changed_request_is_sent_once_more_unchanged() -> None:
+    player = Player(limits_of(1500))
+    messages = grown(player, 12)
+    messages.append({"role": "user", "content": "and now?"})
+    body = json.dumps({"model": "gpt-4o", "messages": messages, "odd": [1]}).encode()
+    refusal = Refused(400, b'{"error":{"message":"tools are not supported"}}')
+    played = player.ask([], script(refusal, says("fine")), body=body)
+    assert len(played.bodies) == 2 and played.bodies[0] != body and played.bodies[1] == body
+    assert played.message is not None and played.message["content"] == "fine"
+    assert played.answer.learned == {"tools": False}
+    messages += [{"role": "assistant", "content": "fine"}, {"role": "user", "content": "go on"}]
+    assert player.ask(messages, script(says("ok"))).message == says("ok")
+
+
+@pytest.mark.parametrize(
+    ("status", "window", "tries"), [(400, 1600, 1), (429, 128_000, 1), (500, 128_000, 1), (422, 128_000, 2)]
+)
+def test_invariant_01_only_a_repairable_refusal_that_would_fit_is_tried_again(
+    status: int, window: int, tries: int
+) -> None:
+    player = Player(limits_of(1500, window_tokens=window))
+    messages = [*grown(player, 12), {"role": "user", "content": "and now?"}]
+    stored = dict(player.values)
+    played = player.ask(messages, script(Refused(status, b"no")))
+    assert len(played.bodies) == tries
+    assert played.answer.refused == Refused(status, b"no")
+    assert player.values == stored  # nothing of a refused turn is remembered
+
+
+def test_invariant_01_a_refusal_in_a_later_round_is_handed_on() -> None:
+    player = Player(limits_of(1500))
+    messages = [*grown(player, 12), {"role": "user", "content": "and now?"}]
+    fault = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"))
+    played = player.ask(messages, script(fault, Refused(400, b"no")))
+    assert played.answer.refused == Refused(400, b"no") and len(played.bodies) == 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7, 0.9])
+def test_invariant_01_the_clients_own_tools_are_never_forbidden_before_the_last_round(
+    share: float,
+) -> None:
+    """However full the window is, the first round leaves the client's choice alone."""
+    player = Player(limits_of(1500, faults_per_turn=0))
+    messages = grown(player, 12, tools=tools_of(1))
+    text = text_of(random.Random(1), int(share * 1500 / 1.6), "user99x")
+    messages.append({"role": "user", "content": text})
+    lookup = calls(call("lookup", {"word": "a"}, "c1"))
+    played = player.ask(messages, script(lookup), tools=tools_of(1))
+    assert "tool_choice" not in played.requests[0]
+    assert played.message is not None and played.message["tool_calls"] == lookup["tool_calls"]
+    forced = {"type": "function", "function": {"name": "lookup"}}
+    played = player.ask(messages, script(lookup), tools=tools_of(1), tool_choice=forced)
+    assert [r["tool_choice"] for r in played.requests] == [forced]
+
+
+# -- invariant 2
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=40)},
+            optional={"x": st.none() | st.integers()},
+        ),
+        min_size=1, max_size=6,
+    ).filter(lambda messages: any(m["role"] != "system" for m in messages)),
+    st.integers(0, 3), st.booleans(),
+)
+def test_invariant_02_what_fits_goes_up_with_the_very_same_bytes(
+    messages: list[Message], indent: int, twice: bool
+) -> None:
+    player = Player(limits_of(20_000))
+    body = json.dumps({"n": 1, "messages": messages, "odd": {"b": 1, "a": None}, "model": "gpt-4o"},
+                      indent=indent or None, ensure_ascii=bool(indent % 2)).encode()
+    for _ in range(1 + twice):
+        played = player.ask([], script(says("ok")), body=body)
+        assert played.bodies == [body]
+        effect = played.effects[0]
+        assert isinstance(effect, Complete) and effect.through and not effect.offer
+        assert played.answer.body is None  # the answer goes down as it came
+
+
+# -- invariant 4
+
+
+def test_invariant_04_every_page_that_was_evicted_can_be_had_whole() -> None:
+    player = Player(limits_of(3000, page_tokens=200, faults_per_turn=99))
+    messages = grown(player, 20)
+    messages[4]["content"] = "\n\n".join(text_of(random.Random(i), 90, f"part{i}x") for i in range(6))
+    for i in range(4, len(messages), 2):  # the same story again, with one long message in it
+        player.ask(messages[: i + 1], script({**messages[i + 1]}))
+    messages.append({"role": "user", "content": "and now?"})
+    table = player.ask(messages, script(says("so"))).turn.table
+    outside = [e for e in table if e.tier is not StorageTier.L0 or e.level]
+    assert len(outside) > 20 and {e.part for e in outside} >= {0, 1, 2}
+    found: dict[int, str] = {}
+    for entry in outside:
+        fault = calls(call("page_fault", {"page_id": entry.page_id}, "c1"))
+        played = player.ask(messages, script(fault, says("there it is")))
+        page = json.loads(tool_messages(played.requests[-1])[-1]["content"])["page"]
+        assert page["level"] == 0 and page["page_id"] == entry.page_id
+        found[entry.position] = found.get(entry.position, "") + page["content"]["text"]
+    for position, text in found.items():
+        assert text == messages[position]["content"]
+
+
+# -- invariant 5
+
+
+@pytest.mark.parametrize("turns", [1, 12])
+def test_invariant_05_a_turn_ends_only_after_all_of_it_is_appended(turns: int) -> None:
+    player = Player(limits_of(1500))
+    messages = [*grown(player, turns), {"role": "user", "content": "and now?"}]
+    played = player.ask(messages, script(says("here it is")))
+    assert isinstance(played.effects[-1], Append)
+    player.forget()
+    record = played.turn.record
+    assert record is not None
+    stored = player.get_record(record.id)
+    assert stored is not None and json.loads(stored.raws[-1])["content"] == "here it is"
+    path = player._load_path(stored)
+    assert [json.loads(n.raw)["content"] for n in path[:-1]] == [m["content"] for m in messages]
+
+
+# -- mixed calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mixed_call_comes_back_whole_however_much_later(stream: bool) -> None:
+    player = Player(limits_of(2500))
+    tools = tools_of(1)
+    messages = [*grown(player, 20, tools=tools), {"role": "user", "content": "and now?"}]
+    both = calls(call("page_fault", {"page_id": "msg_0001"}, "v1"), call("lookup", {"w": 1}, "c1"))
+    played = player.ask(messages, script(both), tools=tools, stream=stream)
+    assert played.message is not None and len(played.bodies) == 1
+    assert [c["id"] for c in played.message["tool_calls"]] == ["c1"]
+    messages.append({"role": "assistant", "tool_calls": [call("lookup", {"w": 1}, "c1")]})
+    messages.append({"role": "tool", "tool_call_id": "c1", "content": "seven"})
+    player.forget()
+    played = player.ask(messages, script(says("seven")), tools=tools)
+    request = played.requests[0]
+    check_pairs(request)
+    ids = [c["id"] for m in request["messages"] for c in m.get("tool_calls") or ()]
+    assert ids == ["v1", "c1"]
+    page = next(m for m in tool_messages(request) if m["tool_call_id"] == "v1")
+    assert "user0x" in page["content"]
+
+
+def test_a_mixed_call_too_large_for_the_window_is_reduced_to_the_clients_part() -> None:
+    player = Player(limits_of(1300, page_tokens=64))
+    tools = tools_of(1)
+    messages = [*grown(player, 20, words=100, tools=tools), {"role": "user", "content": "and now?"}]
+    faults = [call("page_fault", {"page_id": f"msg_{i:04d}"}, f"v{i}") for i in (1, 3, 5)]
+    played = player.ask(messages, script(calls(*faults, call("lookup", {}, "c1"))), tools=tools)
+    assert played.message is not None
+    messages += [{"role": "assistant", "content": None, "tool_calls": played.message["tool_calls"]},
+                 {"role": "tool", "tool_call_id": "c1", "content": text_of(random.Random(3), 900, "r")}]
+    request = player.ask(messages, script(says("so")), tools=tools).requests[0]
+    check_pairs(request)
+    assert count_tokens(request) <= 1300
+    assert [m["tool_call_id"] for m in tool_messages(request)][-1] == "c1"
+
+
+def test_equal_ids_in_one_round_are_told_apart() -> None:
+    player = Player(limits_of(2500))
+    messages = [*grown(player, 20), {"role": "user", "content": "and now?"}]
+    same = calls(*(call("page_fault", {"page_id": "msg_0001"}, "same") for _ in range(50)))
+    played = player.ask(messages, script(same, says("so")))
+    request = played.requests[-1]
+    check_pairs(request)
+    assert len(tool_messages(request)) == 8
+
+
+def test_a_round_that_the_window_cannot_take_is_not_kept() -> None:
+    player = Player(limits_of(1300))
+    messages = [*grown(player, 14), {"role": "user", "content": "and now?"}]
+    chatty = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"), text="well " * 900)
+    played = player.ask(messages, script(chatty, chatty))
+    assert len(played.bodies) == 2 and played.requests[1]["tool_choice"] == "none"
+    assert count_tokens(played.requests[1]) <= 1300
+    assert played.message is not None and "tool_calls" not in played.message
+
+
+# -- system messages
+
+
+def test_system_messages_in_mid_conversation_stay_where_they_are_and_count() -> None:
+    player = Player(limits_of(1500))
+    messages = grown(player, 6)
+    for i in (2, 5, 8):
+        note = {"role": "system", "content": text_of(random.Random(i), 30, f"note{i}x")}
+        messages.insert(i, note)
+    for i in range(6):
+        messages.append({"role": "user", "content": text_of(random.Random(90 + i), 60, f"late{i}x")})
+        played = player.ask(messages, script(says("yes")))
+        for request in played.requests:
+            assert count_tokens(request) <= 1500
+            text = json.dumps(request["messages"])
+            assert [text.count(f"note{i}x") for i in (2, 5, 8)] == [1, 1, 1]
+        messages.append({"role": "assistant", "content": "yes"})
+
+
+def test_a_system_message_that_the_client_took_back_is_gone() -> None:
+    player = Player(limits_of(1500))
+    messages = grown(player, 14)
+    messages.append({"role": "system", "content": "note1x"})
+    for i in range(3):
+        messages.append({"role": "user", "content": f"say more {i}"})
+        player.ask(messages, script(says(f"yes {i}")))
+        messages.append({"role": "assistant", "content": f"yes {i}"})
+    kept = [m for m in messages if m["role"] != "system"]
+    kept.append({"role": "user", "content": "and now"})
+    assert b"note1x" not in player.ask(kept, script(says("yes"))).bodies[0]
+
+
+def test_a_second_system_message_behind_the_first_is_seen_at_once() -> None:
+    player = Player(limits_of(1500))
+    messages = [*grown(player, 14), {"role": "user", "content": "one"}]
+    messages.append({"role": "system", "content": "note1x"})
+    player.ask(messages, script(says("yes")))
+    messages += [{"role": "system", "content": "note2x"}, {"role": "assistant", "content": "yes"},
+                 {"role": "user", "content": "two"}]
+    body = player.ask(messages, script(says("yes"))).bodies[0]
+    assert b"note1x" in body and b"note2x" in body
+
+
+def test_a_system_message_behind_the_newest_survives_an_epoch_in_mid_turn() -> None:
+    player = Player(limits_of(1300, page_tokens=200))
+    messages = [*grown(player, 30, words=30), {"role": "user", "content": "one"}]
+    messages.append({"role": "system", "content": "note1x"})
+    rounds = [
+        calls(*(call("page_fault", {"page_id": f"msg_{i:04d}"}, f"c{i}") for i in (n, n + 1)))
+        for n in (1, 3, 5)
+    ]
+    played = player.ask(messages, script(*rounds, says("yes")))
+    assert len(set(played.epochs)) > 1
+    for request in played.requests:
+        assert json.dumps(request["messages"]).count("note1x") == 1
+        check_pairs(request)
+
+
+# -- who sends only a part
+
+
+def test_a_trimmed_history_that_begins_inside_a_tool_group_is_made_whole() -> None:
+    player = Player(limits_of(1500))
+    tools = tools_of(1)
+    messages = grown(player, 12, tools=tools)
+    messages.append({"role": "user", "content": "look it up"})
+    player.ask(messages, script(calls(call("lookup", {}, "c1"))), tools=tools)
+    messages.append(calls(call("lookup", {}, "c1")))
+    messages.append({"role": "tool", "tool_call_id": "c1", "content": "seven"})
+    player.ask(messages, script(says("seven it is")), tools=tools)
+    messages += [says("seven it is"), {"role": "user", "content": "and twice that?"}]
+    played = player.ask(messages[-3:], script(says("fourteen")), tools=tools)
+    assert played.place.start == len(messages) - 3
+    check_pairs(played.requests[0])
+
+
+def test_a_session_gets_only_the_new_messages_and_the_model_all_of_them() -> None:
+    player = Player(limits_of(20_000))
+    first = player.ask([{"role": "user", "content": "my name is Ada"}], script(says("hi")), session="s")
+    assert first.place.start == 0
+    second = player.ask([{"role": "user", "content": "who am I?"}], script(says("Ada")), session="s")
+    assert [m["content"] for m in second.requests[0]["messages"]] == ["my name is Ada", "hi", "who am I?"]
+    other = player.ask([{"role": "user", "content": "who am I?"}], script(says("?")), session="t")
+    assert len(other.requests[0]["messages"]) == 1
+
+
+# -- too much
+
+
+def test_a_message_larger_than_the_window_is_shown_by_its_ends() -> None:
+    player = Player(limits_of(1500, page_tokens=200))
+    text = "BEGIN " + " ".join(text_of(random.Random(i), 100, f"part{i}x") for i in range(40)) + " END"
+    fault = calls(call("page_fault", {"page_id": "msg_0001.20"}, "c1"))
+    played = player.ask([{"role": "user", "content": text}], script(fault, says("so")))
+    request = played.requests[-1]
+    shown = next(m["content"] for m in request["messages"] if m["role"] == "user")
+    assert "BEGIN" in shown and shown.endswith("END") and "msg_0001.1 to msg_0001." in shown
+    page = json.loads(tool_messages(request)[-1]["content"])["page"]
+    assert page["level"] == 0 and page["content"]["text"] in text
+    assert all(count_tokens(r) <= 1500 for r in played.requests)
+
+
+def test_system_messages_that_alone_exceed_the_window_are_refused() -> None:
+    player = Player(limits_of(1500))
+    messages = [{"role": "system", "content": "word " * 2000}, {"role": "user", "content": "hi"}]
+    with pytest.raises(ApiError) as caught:
+        player.ask(messages, script(says("?")))
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+# -- small parts
+
+
+def test_asks_back_and_learn() -> None:
+    assert asks_back("Where was it?") and asks_back("Please summarize") and asks_back("we agreed on it")
+    assert not asks_back("Write a poem about rain.")
+    limits = limits_of(1500)
+    assert learn(b"Unsupported role: developer", limits) == {"developer_role": "system"}
+    assert learn(b"FUNCTION calling is off", limits) == {"tools": False}
+    assert learn(b"\xff", limits) == {}
+
+
+def test_the_report_says_what_happened() -> None:
+    player = Player(limits_of(1500))
+    messages = [*grown(player, 14), {"role": "user", "content": "and now?"}]
+    played = player.ask(messages, script(
+        calls(call("page_fault", {"page_id": "msg_0001"}, "a"), call("page_fault", {"page_id": "x"}, "b"),
+              call("search_pages", {"query": "answer3x"}, "c")), says("so")))
+    report = played.answer.report
+    assert (report.channel, report.rounds, report.budget_tokens) == ("tools", 2, 1500)
+    assert [(f.page_id, f.error is None) for f in report.faults] == [("msg_0001", True), ("x", False)]
+    assert report.searches[0].results[0] == "msg_0008"
+    assert report.used_tokens <= 1500 and "msg_0001" in report.context_pages
+    assert played.answer.usage is not None and played.answer.usage["vm"]["rounds"] == 2
+    assert played.answer.usage["vm"]["faults"] == 1
+
+
+def test_text_of_pages_is_what_the_message_says(run: Run | None = None) -> None:
+    run = run or play(Scenario(3, 2000, ("say", "list", "big", "say", "say"), "client", tools=1))
+    for played in run.played:
+        pages = played.turn.pages
+        for position in range(len(played.place.path)):
+            message = msgspec.json.decode(played.place.path[position].raw)
+            assert "".join(pages.parts(position)) == message_text(message)

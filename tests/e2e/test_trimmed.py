@@ -1,0 +1,208 @@
+"""Figure 6: clients that send only the end of their history.
+
+What they dropped is found by search_pages and loaded by page_fault; an overlap that could be two
+conversations is nobody's; a session's client of new messages has its history back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+
+from tests.e2e.harness import Recorded, ServerProcess, message_of
+from tests.e2e.script import (
+    SYSTEM,
+    Chat,
+    Script,
+    complete,
+    developer,
+    fault,
+    filler,
+    paged_config,
+    ransack,
+    search,
+    shown_to_model,
+    talk,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KEEP = 6
+TURNS = 12
+SESSIONS: dict[str, dict[str, Any]] = {
+    "no session": {},
+    "header": {"headers": {"x-session-id": "a-session"}},
+    "metadata": {"metadata": {"session_id": "a-session"}},
+}
+
+
+class Stand:
+    """A server, its upstream, and a client with a key that no other test has."""
+
+    _made = 0
+
+    def __init__(self, script: Script, server: ServerProcess) -> None:
+        Stand._made += 1
+        self.script = script
+        self.client = AsyncOpenAI(
+            api_key=f"key{Stand._made}", base_url=server.base_url, max_retries=0, timeout=20
+        )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[tuple[Script, ServerProcess]]:
+    script = Script()
+    async with script.upstream:
+        with ServerProcess(paged_config(script.upstream)) as server:
+            yield script, server
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stand(shared: tuple[Script, ServerProcess]) -> AsyncIterator[Stand]:
+    stand = Stand(*shared)
+    stand.script.rounds.clear()
+    stand.script.calls.clear()
+    yield stand
+    await stand.client.close()
+    stand.script.check()
+
+
+def result_of(recorded: Recorded) -> dict[str, Any]:
+    """What the newest memory call brought."""
+    message = recorded.json["messages"][-1]
+    assert message["role"] == "tool"
+    found: dict[str, Any] = json.loads(message["content"])
+    return found
+
+
+@pytest.mark.parametrize("when", ["always", "late"])
+@pytest.mark.parametrize("session", SESSIONS)
+async def test_what_a_trimming_client_dropped_is_found_and_loaded(
+    stand: Stand, session: str, when: str
+) -> None:
+    """`always`: it never sends more than six messages; `late`: its whole history before."""
+    script, marks = stand.script, list[str]()
+    chat = Chat(stand.client, keep=KEEP if when == "always" else None, **SESSIONS[session])
+    await talk(chat, script, "talk", TURNS, marks)
+    chat.keep = KEEP
+    script.plan("search", search("talka1q"))
+    await chat.fork().say("Look for it.", "search", stream=True)
+    first, second = script.calls["search"]
+    assert "talka1q" not in shown_to_model([first])
+    page = result_of(second)["results"][0]["page_id"]
+    assert page == "msg_0004"
+    script.plan("fault", fault(page))
+    await chat.fork().say("Load it.", "fault")
+    assert "talka1q" in result_of(script.calls["fault"][1])["page"]["content"]["text"]
+    text = await ransack(script, chat, "all", 2 * TURNS + 1, marks)
+    assert not (missing := [mark for mark in marks if mark not in text]), missing
+
+
+async def test_an_ambiguous_overlap_matches_nothing(stand: Stand) -> None:
+    """Two conversations that begin differently and end alike: the end could be of either."""
+    script = stand.script
+    chats = [Chat(stand.client), Chat(stand.client)]
+    marks: dict[str, list[str]] = {"red": [], "blue": []}
+    for name, chat in zip(marks, chats, strict=True):
+        await talk(chat, script, name, 4, marks[name])
+        await talk(chat, script, "same", 4, [])
+    assert chats[0].messages[-8:] == chats[1].messages[-8:]
+    trimmed = chats[0].fork()
+    trimmed.keep = KEEP
+    await trimmed.say("Which one am I?", "ambiguous")
+    (recorded,) = script.calls["ambiguous"]
+    assert recorded.json == {"model": "gpt-4o", "messages": [SYSTEM, *trimmed.messages[-7:-1]]}
+    await trimmed.say("And now?", "later")  # it goes on as a conversation of its own
+    text = shown_to_model(script.calls["later"])
+    assert not [mark for mark in marks["red"] + marks["blue"] if mark in text]
+
+
+async def test_a_unique_overlap_of_the_same_words_matches(stand: Stand) -> None:
+    """The control of the test above: with one such conversation the end is enough."""
+    script, marks = stand.script, list[str]()
+    chat = Chat(stand.client)
+    await talk(chat, script, "red", 4, marks)
+    await talk(chat, script, "same", 4, [])
+    chat.keep = KEEP
+    await chat.say("Which one am I?", "unique")
+    assert developer(script.calls["unique"][0]), "the older messages are not on offer"
+
+
+async def test_a_session_says_which_of_two_it_is(stand: Stand) -> None:
+    script = stand.script
+    marks: dict[str, list[str]] = {"red": [], "blue": []}
+    for name, own in marks.items():
+        chat = Chat(stand.client, headers={"x-session-id": name})
+        await talk(chat, script, name, 4, own)
+        await talk(chat, script, "same", 4, [])
+    for name, other in (("red", "blue"), ("blue", "red")):
+        chat = Chat(stand.client, chat.messages, keep=KEEP, headers={"x-session-id": name})
+        text = await ransack(script, chat, name, 20, marks[other])
+        assert all(mark in text for mark in marks[name][:-2])
+        assert not [mark for mark in marks[other] if mark in text]
+
+
+async def test_one_message_is_no_overlap(stand: Stand) -> None:
+    """An answer alone ("OK.") could be anybody's."""
+    script = stand.script
+    chat = Chat(stand.client)
+    await talk(chat, script, "talk", 4, [])
+    chat.keep = 2
+    await chat.say("Go on.", "short")
+    (recorded,) = script.calls["short"]
+    assert recorded.json == {"model": "gpt-4o", "messages": [SYSTEM, *chat.messages[-3:-1]]}
+
+
+@pytest.mark.parametrize("session", ["header", "metadata"])
+async def test_a_session_of_new_messages_has_its_history(stand: Stand, session: str) -> None:
+    """Natively while it fits, as a client that sends everything would have it, and then paged."""
+    script, marks = stand.script, list[str]()
+    fields = SESSIONS[session]
+    chat = Chat(stand.client, keep=1, **fields)
+    native = 0
+    for turn in range(TURNS):
+        await talk(chat, script, f"turn{turn}x", 1, marks)
+        (recorded,) = script.calls[f"turn{turn}x/0"]
+        if developer(recorded) is None:
+            assert recorded.json["messages"] == chat.messages[:-1]
+            native += 1
+    assert 5 < native < TURNS, "the history has to outgrow the window"
+    assert [m["content"] for m in recorded.json["messages"]][-1] == chat.messages[-2]["content"]
+    text = await ransack(script, chat, "all", 2 * TURNS + 1, marks)
+    assert not (missing := [mark for mark in marks if mark not in text]), missing
+
+
+async def test_a_session_and_a_whole_history_have_the_same_window(stand: Stand) -> None:
+    """Who sends everything and who sends the new message only are told the same."""
+    script = stand.script
+    whole = Chat(stand.client, user="whole")
+    parts = Chat(stand.client, user="parts", keep=1, headers={"x-session-id": "parts"})
+    for turn in range(TURNS + 4):
+        for name, chat in (("whole", whole), ("parts", parts)):
+            tag = f"{name}/{turn}"
+            looks = [fault("msg_0003")] if turn == TURNS + 1 else []
+            said = message_of(f"Noted {turn}. {filler(str(turn), 60)}")
+            script.plan(tag, *looks, said)
+            await chat.say(f"Note {turn}. {filler(f'u{turn}', 60)}", tag, stream=turn % 2 == 0)
+        for one, other in zip(script.calls[f"whole/{turn}"], script.calls[f"parts/{turn}"], strict=True):
+            assert one.json["messages"] == other.json["messages"], f"turn {turn}"
+    assert developer(one)
+
+
+async def test_a_wrong_session_id_is_refused(stand: Stand) -> None:
+    """It is untrusted: charset and length are checked before anything is looked up."""
+    from openai import BadRequestError
+
+    for wrong in ("with space", "x" * 129, "semi;colon"):
+        with pytest.raises(BadRequestError) as refused:
+            await complete(
+                stand.client, [SYSTEM, {"role": "user", "content": "hi"}], "wrong",
+                headers={"x-session-id": wrong},
+            )
+        assert refused.value.code == "invalid_session_id"
+    assert not stand.script.calls
