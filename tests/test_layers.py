@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors"},  # the app is named to uvicorn as a string
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE},
+    "app": {*BELOW_APP, *BASE, "runtime"},
     "api": {*BELOW_APP, *BASE},
     "conversation": {"memory", "tokens", "errors"},
     "memory": set(),
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "config_sources"},
     "config_sources": {"config", "errors"},
     "errors": set(),
+    "runtime": set(),
 }
 
 # Third-party library -> the units that import it. A library that is not here is not used.

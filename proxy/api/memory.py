@@ -113,13 +113,15 @@ class Memory:
 
         What is already stored stays as it is: others may have built on it.
         """
-        known = {record_key(r.id) for r in effect.records if self.get_record(r.id) is not None}
-        await self.store.commit([p for p in effect.puts if p[0] not in known], effect.joins)
-        for record in effect.records:
-            if record_key(record.id) not in known:
-                size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
-                self.cache.put("record", record.id, record, size)
-        return frozenset(r.id for r in effect.records if record_key(r.id) not in known)
+        keys = {record_key(record.id) for record in effect.records}
+        adds = [put for put in effect.puts if put[0] in keys]
+        puts = [put for put in effect.puts if put[0] not in keys]
+        known = await self.store.commit(puts, effect.joins, adds)
+        new = [record for record in effect.records if record_key(record.id) not in known]
+        for record in new:
+            size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
+            self.cache.put("record", record.id, record, size)
+        return frozenset(record.id for record in new)
 
     def keep_state(self, record: Record, window: Window, table: PageTable) -> None:
         """Remember the state after a stored turn, so that the next one need not fold it."""

@@ -29,10 +29,12 @@ def cut_message(
 ) -> dict[str, Any]:
     """The message with its longest text cut to about `max_tokens` in all; the notice names `ids`.
 
-    Unchanged when there is no text to cut.
+    Unchanged when it fits, or when there is no text to cut.
     """
     content = message.get("content")
     over = counter.message(message) - max_tokens
+    if over <= 0:
+        return message
     if isinstance(content, str):
         return {**message, "content": _cut(content, over, ids, counter)}
     if not isinstance(content, list):

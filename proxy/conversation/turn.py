@@ -8,7 +8,6 @@ tests play it as a dialogue.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from proxy.conversation.compose import (
     total_usage,
     with_context,
 )
-from proxy.conversation.effects import Complete, Effect, Refused, Said, Search
+from proxy.conversation.effects import Complete, Effect, Refused, Said
 from proxy.conversation.epoch import (
     EpochRequest,
     anchored,
@@ -36,6 +35,7 @@ from proxy.conversation.epoch import (
 from proxy.conversation.faults import FaultServer
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages, group_start
+from proxy.conversation.prefetch import Prefetch
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor, Identity, Node, Record
 from proxy.conversation.window import NATIVE, SYSTEM, VM, Entry, Window, encode_change, render
@@ -43,7 +43,6 @@ from proxy.memory.context_packer import context_block
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.models import (
-    CompressionLevel,
     MutationType,
     PageMutation,
     StorageTier,
@@ -51,16 +50,12 @@ from proxy.memory.models import (
 )
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import DEFAULT_IMPORTANCE, PageTable
-from proxy.memory.pages import Hit, message_text, page_id
+from proxy.memory.pages import page_id
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY, TokenCounter
 
 _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may have caused
-_PREFETCH_SHARE = 8  # prefetched pages take at most 1/8 of the room
-_PASSIVE_SHARE = 3  # where the model cannot fault: 1/3
-_MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to bring a page in
-_LENGTH_POWER = 0.4  # measured on LoCoMo and BEAM (tests/bench/recall_memory.py)
 _CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
 _ERROR_TOKENS = 64  # a VM result that says no
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
@@ -227,7 +222,7 @@ class Turn:
                 )
         self.window = before.append(entries, end)
         high, _ = watermarks(self._room, self._limits.working_set)
-        if self.window.tokens + self._prefetch_room() > high or self._anchors_moved(before, placed):
+        if self.window.tokens + self._prefetcher().reserve() > high or self._anchors_moved(before, placed):
             self._begin_epoch(before.epoch + 1)
 
     def _register(self, first: int, last: int) -> None:
@@ -305,61 +300,28 @@ class Turn:
 
     # -- pages brought in before the call
 
-    def _prefetch_room(self) -> int:
-        if self.path[-1].role != "user":
-            return 0
-        if self._channel.offer:
-            if not asks_back(message_text(self.pages.message(len(self.path) - 1))):
-                return 0
-            return min(self._limits.prefetch_tokens, self._room // _PREFETCH_SHARE)
-        wanted = self._limits.prefetch_tokens + self._limits.fault_tokens
-        return min(wanted, self._room // _PASSIVE_SHARE)
+    def _prefetcher(self) -> Prefetch:
+        offer = self._channel.offer
+        return Prefetch(self.pages, self.table, self._counter, self._limits, offer, self._room)
 
     def _prefetch(self) -> Generator[Effect, Any, None]:
         """Pages that the newest user message is about go in front of its own text."""
         entry = self._newest_entry()
-        room = self._prefetch_room()
-        if entry is None or room == 0 or self._limits.prefetch_pages == 0:
+        if entry is None:
             return
         assert self.window is not None
-        room = min(room, self._room - self.window.tokens)
-        most = self._limits.prefetch_pages * (1 if self._channel.offer else 4)
-        last = len(self.path) - 1
-        query = message_text(self.pages.message(last))
-        hits: list[Hit] = yield Search(query, most * 4, last, self._resident)
-        hits.sort(key=self._density, reverse=True)
-        chosen: list[tuple[int, int, str]] = []
-        for hit in hits:
-            if len(chosen) == most or hit.evidence < _MIN_EVIDENCE:
-                continue
-            for level in (CompressionLevel.FULL, CompressionLevel.REDUCED):
-                line = self.pages.line(hit.position, hit.part, level)
-                tokens = self._counter.text(line) + 1
-                if tokens <= room - 16:
-                    room -= tokens
-                    chosen.append((hit.position, hit.part, line))
-                    self._map(page_id(hit.position, hit.part), level, tokens)
-                    break
+        chosen = yield from self._prefetcher().choose(self._room - self.window.tokens)
+        for page in chosen:
+            i = page_id(page.position, page.part)
+            self._report.prefetched_pages.append(i)
+            if self.table.lookup(i) is not None:
+                self._apply(
+                    PageMutation(
+                        MutationType.MAP, i, self.turn, page.level, StorageTier.L0, page.tokens
+                    )
+                )
         if chosen:
-            block = context_block(line for _, _, line in sorted(chosen))
-            self._replace_newest(entry, block)
-            self._report.prefetched_pages = [page_id(p, part) for p, part, _ in sorted(chosen)]
-
-    def _density(self, hit: Hit) -> tuple[float, int]:
-        """Value for its tokens: long pages have every word somewhere."""
-        parts = len(self.pages.ids(hit.position)) if hit.part else 1
-        tokens = self.pages.tokens(hit.position) / parts
-        return hit.score / tokens**_LENGTH_POWER, hit.position
-
-    def _resident(self, position: int, part: int) -> bool:
-        found = self.table.lookup(page_id(position, part))
-        return bool(found and found.tier is StorageTier.L0 and not found.level)
-
-    def _map(self, i: str, level: CompressionLevel, tokens: int) -> None:
-        if self.table.lookup(i) is not None:
-            self._apply(
-                PageMutation(MutationType.MAP, i, self.turn, level, StorageTier.L0, tokens)
-            )
+            self._replace_newest(entry, context_block(page.line for page in chosen))
 
     def _replace_newest(self, entry: Entry, block: str) -> None:
         assert self.window is not None
@@ -462,7 +424,9 @@ class Turn:
                 call["id"] = f"call_vm_{self.turn}_{len(self._responses)}_{index}"
         said = as_input({**message, "tool_calls": kept})
         if self._counter.message(said) > self._result_room():
-            said = {**said, "content": None, "tool_calls": [_without_arguments(c) for c in kept]}
+            ours = {id(call) for call in served}
+            short = [_without_arguments(c) if id(c) in ours else c for c in kept]
+            said = {**said, "content": None, "tool_calls": short}
         exchange = [Entry(_json(said), self._counter.message(said), -1, VM)]
         for call in served:
             body = call.get("function") or {}
@@ -580,22 +544,6 @@ def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """A call too long to stay in the window; its result still says what came of it."""
     body = call.get("function")
     return {**call, "function": {**body, "arguments": "{}"}} if isinstance(body, dict) else call
-
-
-_QUESTION = re.compile(r"[?？؟]")
-_RECALL = re.compile(
-    r"\b(?:remember|remind|recall|recap|summar\w+|earlier|previously|last time|mention\w*"
-    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b",
-    re.IGNORECASE,
-)
-
-
-def asks_back(text: str) -> bool:
-    """A question, or words that point back: what the conversation already holds may be wanted.
-
-    A statement is not worth the tokens, and a model that wants more can still fault.
-    """
-    return bool(_QUESTION.search(text) or _RECALL.search(text))
 
 
 def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def compress_text(
         limit = ABSTRACT_TOKENS if max_tokens is None else min(ABSTRACT_TOKENS, max_tokens)
     else:
         cap = REFERENCE_TOKENS if max_tokens is None else min(REFERENCE_TOKENS, max_tokens)
-        return clip(_tags(text, cap), cap, count)
+        tags = _tags(text, cap)
+        return clip(tags if len(tags) <= len(text) else text.strip(), cap, count)
     if limit is not None:
         budget_chars = min(budget_chars, limit * _CHARS_PER_TOKEN)
     slack_chars = budget_chars // 5 if level == CompressionLevel.REDUCED else 0

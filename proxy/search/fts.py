@@ -37,7 +37,7 @@ from proxy.search.terms import (
     TOKENIZER,
     clean,
     connect,
-    small_talk_terms,
+    idle_terms,
     stop_terms,
     tokenizer,
 )
@@ -146,8 +146,7 @@ class PageIndex:
             own = {term.text: self._postings(term) for term in read if term.docs}
             scores = self._weigh(self._score(own), named)
             best = self._best(scores, limit, skip)
-            idle = stop_terms() | small_talk_terms()
-            rarity = {t.text: self._rarity(t.docs) for t in read if t.text not in idle}
+            rarity = {t.text: self._rarity(t.docs) for t in read if t.text not in idle_terms()}
             unique = self._rarity(1)
             return [
                 Hit(*self._keys[row], score, _evidence(row, own, rarity) / unique)

@@ -113,5 +113,6 @@ def stop_terms() -> frozenset[str]:
 
 
 @functools.cache
-def small_talk_terms() -> frozenset[str]:
-    return frozenset(tokenizer().terms(_SMALL_TALK))
+def idle_terms() -> frozenset[str]:
+    """Terms that are no reason to bring a page in: stop words and small talk."""
+    return stop_terms() | frozenset(tokenizer().terms(_SMALL_TALK))

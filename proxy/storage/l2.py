@@ -75,12 +75,14 @@ class _Job(NamedTuple):
 
     puts: Sequence[tuple[_Key, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
+    adds: Sequence[tuple[bytes, bytes]]
     loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[None]
+    future: asyncio.Future[frozenset[bytes]]
+    present: set[bytes]  # keys of `adds` that were there before
 
     @property
     def records(self) -> int:
-        return len(self.puts) + len(self.joins)
+        return len(self.puts) + len(self.joins) + len(self.adds)
 
 
 class DiskStore:
@@ -138,11 +140,15 @@ class DiskStore:
 
     # ---------------------------------------------------------------- writing
     async def commit(
-        self, puts: Sequence[tuple[bytes, bytes]], joins: Sequence[tuple[bytes, bytes]] = ()
-    ) -> None:
+        self,
+        puts: Sequence[tuple[bytes, bytes]],
+        joins: Sequence[tuple[bytes, bytes]] = (),
+        adds: Sequence[tuple[bytes, bytes]] = (),
+    ) -> frozenset[bytes]:
         """Store all of it or nothing; durable against SIGKILL on return.
 
-        puts: insert or replace. joins: append a 16-byte value to the ordered set under the key; a
+        puts: insert or replace. adds: insert what is not there; what is there stays, and its keys
+        are returned. joins: append a 16-byte value to the ordered set under the key; a
         value already there keeps its place; the newest 32 stay. Read the set with `get`: the
         values one after another, oldest first. Raises StorageError. A commit cancelled while it
         waits is withdrawn if the writer has not taken it yet, and is stored whole otherwise.
@@ -150,13 +156,13 @@ class DiskStore:
         for _, value in joins:
             if len(value) != JOIN_VALUE_BYTES:
                 raise ValueError(f"a joined value is {JOIN_VALUE_BYTES} bytes, not {len(value)}")
-        await self._submit(puts, joins)
+        return await self._submit(puts, joins, adds)
 
     async def check(self) -> None:
         """Raises StorageError unless a record can be committed to the directory right now."""
         if not os.access(self._path / _DATABASE, os.W_OK) or not os.access(self._path, os.W_OK):
             raise StorageError(f"The storage directory {self._path} is gone or not writable.")
-        await self._submit(((_PROBE_KEY, b"1"),), ())
+        await self._submit(((_PROBE_KEY, b"1"),))
 
     async def close(self) -> None:
         """Finish what was handed in, then release the directory. Safe to call twice."""
@@ -167,12 +173,15 @@ class DiskStore:
         self._cache.close()
 
     async def _submit(
-        self, puts: Sequence[tuple[_Key, bytes]], joins: Sequence[tuple[bytes, bytes]]
-    ) -> None:
+        self,
+        puts: Sequence[tuple[_Key, bytes]],
+        joins: Sequence[tuple[bytes, bytes]] = (),
+        adds: Sequence[tuple[bytes, bytes]] = (),
+    ) -> frozenset[bytes]:
         loop = asyncio.get_running_loop()
-        job = _Job(puts, joins, loop, loop.create_future())
+        job = _Job(puts, joins, adds, loop, loop.create_future(), set())
         if not job.records:
-            return
+            return frozenset()
         with self._wake:
             if self._closed:
                 raise StorageError(_CLOSED)
@@ -180,7 +189,7 @@ class DiskStore:
                 self._waiting.append(job)
             else:
                 self._admit(job)
-        await job.future
+        return await job.future
 
     # The three below are called with the lock held.
     def _has_room(self, job: _Job) -> bool:
@@ -232,8 +241,12 @@ class DiskStore:
         try:
             with _Transaction(self._cache, time.monotonic() + LOCK_WAIT_S):
                 for job in batch:
-                    for key, value in job.puts:
-                        self._cache.set(key, value)
+                    job.present.clear()  # it may be tried again
+                    for key, value in job.adds:
+                        if not self._cache.add(key, value):
+                            job.present.add(key)
+                    for name, value in job.puts:
+                        self._cache.set(name, value)
                     for key, value in job.joins:
                         self._join(key, value)
         except Exception as error:  # noqa: BLE001 - whoever awaits the commit gets it
@@ -336,6 +349,6 @@ def _resolve(answers: list[tuple[_Job, StorageError | None]]) -> None:
         if job.future.done():
             continue
         if error is None:
-            job.future.set_result(None)
+            job.future.set_result(frozenset(job.present))
         else:
             job.future.set_exception(error)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
-from proxy.conversation.turn import asks_back, learn
+from proxy.conversation.turn import learn
 from proxy.errors import ApiError
 from proxy.memory import StorageTier, VMMode, message_text
 from tests.conversation.player import (
@@ -481,9 +481,7 @@ def test_system_messages_that_alone_exceed_the_window_are_refused() -> None:
 # -- small parts
 
 
-def test_asks_back_and_learn() -> None:
-    assert asks_back("Where was it?") and asks_back("Please summarize") and asks_back("we agreed on it")
-    assert not asks_back("Write a poem about rain.")
+def test_what_a_refusal_says_of_the_model() -> None:
     limits = limits_of(1500)
     assert learn(b"Unsupported role: developer", limits) == {"developer_role": "system"}
     assert learn(b"FUNCTION calling is off", limits) == {"tools": False}

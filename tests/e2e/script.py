@@ -282,7 +282,7 @@ class Workers:
         stopped while it is made, and it is kept alive for the request that follows."""
         others = [pid for i, pid in enumerate(self.pids()) if i != which]
         only = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        async with httpx.AsyncClient(limits=only, timeout=20) as http:
+        async with httpx.AsyncClient(limits=only, timeout=20, verify=False) as http:
             for pid in others:
                 os.kill(pid, signal.SIGSTOP)
             try:

@@ -315,7 +315,7 @@ async def test_a_body_just_within_the_limit_is_served(server: ServerProcess) -> 
         assert_paged(upstream.calls[0])
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
 async def test_a_wrong_method(server: ServerProcess, method: str) -> None:
     async with scripted(port=PORT), raw(server.base_url) as client:
         for path in (CHAT, "/chat/completions"):
@@ -324,6 +324,14 @@ async def test_a_wrong_method(server: ServerProcess, method: str) -> None:
             assert response.headers["allow"] == "POST"
             if method != "HEAD":
                 assert_error(response, 405, "method_not_allowed")
+
+
+async def test_a_browsers_preflight_is_upstreams_to_answer(server: ServerProcess) -> None:
+    async with scripted(port=PORT) as upstream, raw(server.base_url) as client:
+        assert (await client.options(CHAT, headers={"origin": "http://a"})).status_code == 200
+    assert [(o.method, o.target, o.header("origin")) for o in upstream.others] == [
+        ("OPTIONS", CHAT, "http://a")
+    ]
 
 
 async def test_a_wrong_method_on_health(server: ServerProcess) -> None:

@@ -86,7 +86,7 @@ async def test_a_bad_commit_fails_alone(store: DiskStore) -> None:
         *good, bad, *[store.commit([(b"z", b"v")])], return_exceptions=True
     )
     assert isinstance(results[5], StorageError) and "values are bytes" in str(results[5])
-    assert [r for r in results if r is not None] == [results[5]]
+    assert [r for r in results if r != frozenset()] == [results[5]]
     assert store.get(b"half") is None
     assert store.get(b"g4") == b"v" and store.get(b"z") == b"v"
 
@@ -353,3 +353,13 @@ def test_a_directory_that_may_only_be_read_is_refused() -> None:
     )
     out = child.communicate(timeout=60)[0].strip()
     assert out.startswith("Cannot use ") and "readonly" in out and "\n" not in out
+
+
+async def test_adds_keep_what_is_there_and_say_so(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, 100)
+    try:
+        assert await store.commit([], adds=[(b"a", b"1"), (b"b", b"1")]) == frozenset()
+        assert await store.commit([(b"c", b"1")], adds=[(b"a", b"2"), (b"d", b"2")]) == {b"a"}
+        assert [store.get(k) for k in (b"a", b"b", b"c", b"d")] == [b"1", b"1", b"1", b"2"]
+    finally:
+        await store.close()

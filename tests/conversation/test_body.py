@@ -1,0 +1,205 @@
+"""Reading a body with a warm cache gives what reading it with an empty one gives."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.body import Body, message_ends, read_body
+from proxy.conversation.history import HistoryCache, Known
+from proxy.errors import ApiError
+
+many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+SCOPE = b"scope"
+Message = dict[str, Any]
+
+values = st.none() | st.booleans() | st.integers() | st.text('ab"\\{}[],: \u00e9\u2028😀', max_size=12)
+contents = st.text('ab"\\{}[],: \u00e9\n', max_size=30) | st.lists(
+    st.fixed_dictionaries({"type": st.just("text"), "text": values}), max_size=2
+)
+
+
+def message(roles: list[str]) -> st.SearchStrategy[Message]:
+    return st.fixed_dictionaries(
+        {"role": st.sampled_from(roles), "content": contents},
+        optional={"name": st.text(max_size=3), "x": st.dictionaries(st.text(max_size=3), values, max_size=2)},
+    )
+
+
+@st.composite
+def rendered(draw: st.DrawFn, value: Any) -> str:
+    """JSON of a message in any spelling: key order, whitespace, escapes."""
+    if isinstance(value, dict) and draw(st.booleans()):
+        value = dict(draw(st.permutations(list(value.items()))))
+    text = json.dumps(value, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
+    if draw(st.integers(0, 5)) == 0:
+        text = text.replace('"role"', '"r\\u006fle"').replace('"system"', '"syst\\u0065m"')
+    return text
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[bytes]:
+    """Bodies of one conversation as it goes on, is edited, and is sometimes malformed."""
+    system = draw(st.lists(message(["system", "developer"]), max_size=2))
+    history = [json.dumps({"role": "user", "content": "long enough to be looked for " * 4})]
+    bodies: list[bytes] = []
+    gap = draw(st.sampled_from([", ", ",", " ,\n\t"]))
+    opening = draw(st.sampled_from(["", " \n"]))
+    for _ in range(draw(st.integers(1, 5))):
+        if draw(st.integers(0, 3)) == 0:  # edited
+            del history[draw(st.integers(1, len(history))) :]
+        roles = ["user", "assistant", "user", "assistant", "tool", "system"]
+        history += [draw(rendered(draw(message(roles)))) for _ in range(draw(st.integers(0, 3)))]
+        if draw(st.integers(0, 3)) == 0:  # the date in it changes
+            system = draw(st.lists(message(["system"]), max_size=2))
+        head = [json.dumps(m) for m in system]
+        array = "[" + opening + gap.join([*head, *history])
+        fields = [f"{json.dumps(k)}: {json.dumps(draw(values | st.just([{}])))}" for k in draw(
+            st.lists(st.sampled_from(["model", "n", "messages\\", "the rest of messages", "é"]), max_size=3)
+        )]
+        fields.insert(draw(st.integers(0, len(fields))), f'"messages":{array}]')
+        body = "{" + draw(st.sampled_from(["", "\n "])) + gap.join(fields) + "}" + draw(
+            st.sampled_from(["", " \n"])
+        )
+        bodies.append(draw(damaged(body)).encode())
+    return bodies
+
+
+@st.composite
+def damaged(draw: st.DrawFn, body: str) -> str:
+    how = draw(st.integers(0, 11))
+    if how == 0:
+        return body + draw(st.sampled_from(["}", "x", ",", "{}"]))
+    if how == 1:
+        return body[: draw(st.integers(0, len(body)))]
+    if how == 2:  # a doubled key, in front or behind
+        second = draw(st.sampled_from(['"messages": [{"role": "user"}]', '"messag\\u0065s": [{}]', '"model": 2']))
+        before = draw(st.booleans())
+        return body.replace("{", "{" + second + ",", 1) if before else body.rstrip()[:-1] + "," + second + "}"
+    if how == 3:
+        at = draw(st.integers(0, len(body)))
+        return body[:at] + draw(st.sampled_from([",", "}", "]", "\\", '"', "{", "0"])) + body[at:]
+    if how == 4:
+        at = body.rfind("]")
+        return body[:at] + "," + body[at:]
+    return body
+
+
+def outcome(body: bytes, cache: HistoryCache) -> Any:
+    try:
+        split = read_body(body, SCOPE, cache)
+    except ApiError as error:
+        assert error.status == 400 and json.loads(error.body())["error"]["message"]
+        return error.code, error.param
+    raws = known_raws(split) + [raw for raw, _ in split.new]
+    assert all(json.loads(raw) == decoded for raw, decoded in split.new)
+    return {k: bytes(v) for k, v in split.fields.items()}, split.order, split.system, raws
+
+
+def known_raws(split: Body) -> list[bytes]:
+    if split.known is None:
+        return []
+    ends = [0, *split.known.ends]
+    cut = [split.known.history[a:b] for a, b in pairwise(ends)]
+    return [raw.lstrip(b" \t\r\n,") for raw in cut[: split.shared]]
+
+
+def remember(split: Body, cache: HistoryCache) -> None:
+    if split.history is None:
+        return
+    known, shared = split.known, split.shared
+    ends = known.ends[:shared] if known else []
+    ends = ends + message_ends(split.history, [r for r, _ in split.new], ends[-1] if ends else 0)
+    cache.add(SCOPE, Known(split.history, ends, list(range(1, len(ends) + 1)), [], [], b"t"), known)
+
+
+@many
+@given(conversations())
+def test_a_warm_cache_reads_what_an_empty_one_reads(bodies: list[bytes]) -> None:
+    cache = HistoryCache(1 << 20)
+    for body in bodies:
+        assert outcome(body, cache) == outcome(body, HistoryCache(1 << 20))
+        try:
+            remember(read_body(body, SCOPE, cache), cache)
+        except ApiError:
+            pass  # refused both ways, and remembered in none
+
+
+@many
+@given(conversations())
+def test_what_is_read_is_what_json_says(bodies: list[bytes]) -> None:
+    for body in bodies:
+        try:
+            value = json.loads(body)
+            split = read_body(body, SCOPE, HistoryCache(0))
+        except (ValueError, ApiError):
+            continue
+        assert [json.loads(r) for r in split.system] + [m for _, m in split.new] == value["messages"]
+        assert split.order == list(value)
+        assert {k: json.loads(bytes(v)) for k, v in split.fields.items()} == {
+            k: v for k, v in value.items() if k != "messages"
+        }
+        if split.history is not None:
+            assert json.loads(b"[" + split.history + b"]") == [m for _, m in split.new]
+
+
+def test_the_second_body_of_a_conversation_is_recognised_by_its_bytes() -> None:
+    cache = HistoryCache(1 << 20)
+    messages = [{"role": "system", "content": "x"}] + [
+        {"role": "user", "content": f"message {i} " * 9} for i in range(9)
+    ]
+    remember(read_body(json.dumps({"messages": messages}).encode(), SCOPE, cache), cache)
+    messages[0]["content"] = "another date"
+    messages.append({"role": "user", "content": "new"})
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    split = read_body(body, SCOPE, cache)
+    assert split.shared == 9 and [m["content"] for _, m in split.new] == ["new"]
+    assert read_body(body, b"another tenant", cache).known is None
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_json"),
+        (b"{", "invalid_json"),
+        (b"[]", "invalid_type"),
+        (b"{}", "missing_required_parameter"),
+        (b'{"messages": 1}', "invalid_type"),
+        (b'{"messages": null}', "invalid_type"),
+        (b'{"messages": []}', "empty_array"),
+        (b'{"messages": [1]}', "invalid_type"),
+        (b'{"messages": [{"role": "user"},]}', "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "invalid_json"),
+        (b'{"messages": [{"role": "system" "content": 1}]}', "invalid_json"),
+        (b'{"messages": [{"role": "system", "content": "\xff"}, {"role": "user"}]}', "invalid_json"),
+        (b'{"a": ' + b"[" * 100_000, "invalid_json"),
+        (b'{"messages": [{"role":"user","content":' + b"[" * 5000 + b"]" * 5000 + b"}]}", "invalid_json"),
+    ],
+)
+def test_invariant_01_what_is_no_chat_request_gets_one_sentence_and_400(body: bytes, code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        read_body(body, SCOPE, HistoryCache(0))
+    assert (caught.value.status, caught.value.code) == (400, code)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "]}", ",]}", ", ]}", "]", "}", "]}x", "]},", ',{"role":"user"}]}', ',{"role":"user"},]}',
+        ',{"role":"user"}', ",1]}", '],"messages":[{}]}', '],"the rest of messages":[{}]}',
+        '],"model":2}', '],"n":NaN}', ',{"role":"user","content":"\\ud800"}]}', "",
+    ],
+)
+def test_whatever_follows_the_known_messages_is_read_as_without_a_cache(tail: str) -> None:
+    cache = HistoryCache(1 << 20)
+    opening = '{"model":1,"messages":[' + json.dumps({"role": "user", "content": "hello " * 20})
+    remember(read_body((opening + "]}").encode(), SCOPE, cache), cache)
+    body = (opening + tail).encode()
+    assert cache.find(SCOPE, body, 23) is not None
+    assert outcome(body, cache) == outcome(body, HistoryCache(0))

@@ -1,0 +1,125 @@
+"""The rebuild of a window: it fits, the newest is in it, and what is outside is said to be."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.epoch import Epoch, EpochRequest, begin_epoch
+from proxy.conversation.tree import Anchor
+from proxy.conversation.window import NATIVE
+from proxy.errors import ApiError
+from proxy.memory import (
+    ImportanceWeightedLRU,
+    MutationType,
+    PageTable,
+    StorageTier,
+    VMMode,
+)
+from proxy.tokens import get_counter
+from tests.conversation.player import Message, call, calls, check_pairs, limits_of
+from tests.conversation.scenario import text_of
+from tests.conversation.test_pathpages import pages_of
+
+COUNTER = get_counter("gpt-4o")
+many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+def request(messages: list[Message], room: int, **changes: Any) -> EpochRequest:
+    pages = pages_of(messages, 200)
+    table = PageTable()
+    for position in range(len(messages)):
+        for i in pages.ids(position):
+            table.register_id(i, pages.tokens(position), position, tier=StorageTier.L0)
+    values: dict[str, Any] = {
+        "pages": pages, "table": table, "policy": ImportanceWeightedLRU(), "counter": COUNTER,
+        "limits": limits_of(room), "anchors": [], "substitutes": lambda _: (), "names": {},
+        "mode": VMMode.RELAXED, "turn": 9, "epoch": 2, "floor": 0, "room_tokens": room,
+    }
+    return EpochRequest(**{**values, **changes})
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Message]:
+    rng = random.Random(draw(st.integers(0, 9999)))
+    messages: list[Message] = []
+    for i in range(draw(st.integers(0, 12))):
+        words = rng.choice((3, 40, 200, 900))
+        messages.append({"role": "user", "content": text_of(rng, words, f"user{i}x")})
+        if rng.random() < 0.3:
+            messages.append(calls(call("look", {"w": i}, f"c{i}")))
+            messages.append({"role": "tool", "tool_call_id": f"c{i}", "content": text_of(rng, words, "r")})
+        messages.append({"role": "assistant", "content": text_of(rng, words, f"answer{i}x")})
+    return [*messages, {"role": "user", "content": text_of(rng, draw(st.integers(1, 3000)), "last")}]
+
+
+@many
+@given(histories(), st.integers(700, 8000), st.integers(0, 20))
+def test_invariant_03_a_new_window_fits_its_room_and_has_the_newest(
+    messages: list[Message], room: int, floor: int
+) -> None:
+    asked = request(messages, room)
+    asked.floor = min(floor, len(messages) - 1)
+    while messages[asked.floor]["role"] == "tool":
+        asked.floor -= 1
+    epoch = begin_epoch(asked)
+    window = epoch.window
+    assert window.tokens <= room and window.covered == len(messages)
+    natives = [json.loads(e.raw) for e in window.entries]
+    check_pairs({"messages": natives})
+    assert natives[-1]["role"] == "user" and natives[-1]["content"].startswith("last")
+    positions = [e.position for e in window.entries if e.kind == NATIVE]
+    assert positions == sorted(positions) and positions[-1] == len(messages) - 1
+    assert [p for p in positions if p >= window.native_from] == list(range(window.native_from, len(messages)))
+    assert window.native_from >= asked.floor
+    assert begin_epoch(asked) == epoch  # nothing was applied, nothing changed
+
+
+@many
+@given(histories(), st.integers(900, 4000))
+def test_the_manifest_counts_what_is_outside(messages: list[Message], room: int) -> None:
+    asked = request(messages, room)
+    epoch = begin_epoch(asked)
+    for mutation in epoch.mutations:
+        asked.table.apply(mutation)
+    outside = {e.position for e in asked.table if e.tier is not StorageTier.L0}
+    found = re.search(r"<VM:MANIFEST_JSON>\n(.*)\n</VM", epoch.window.developer)
+    if found is None:
+        return
+    manifest = json.loads(found.group(1))
+    assert manifest.get("total_available", 0) >= len(outside)
+    named = {int(p["page_id"][4:8]) - 1 for p in manifest.get("available_pages", [])}
+    assert named <= outside
+
+
+def cut_epoch() -> tuple[EpochRequest, Epoch]:
+    messages = [{"role": "user", "content": text_of(random.Random(1), 4000, "big")}]
+    asked = request(messages, 1200)
+    return asked, begin_epoch(asked)
+
+
+def test_invariant_04_a_cut_messages_pages_are_outside_the_window() -> None:
+    asked, epoch = cut_epoch()
+    evicted = [m.page_id for m in epoch.mutations if m.op is MutationType.EVICT]
+    assert evicted == list(asked.pages.ids(0)) and len(evicted) > 1
+    assert "msg_0001.1" in epoch.window.developer
+
+
+def test_system_messages_come_before_what_they_stood_before_and_behind_the_newest() -> None:
+    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                               {"role": "user", "content": "c"}]
+    anchors = [Anchor(p, json.dumps({"role": "system", "content": f"n{p}"}).encode()) for p in (1, 3)]
+    window = begin_epoch(request(messages, 2000, anchors=anchors)).window
+    assert [json.loads(e.raw)["content"] for e in window.entries] == ["a", "n1", "b", "c", "n3"]
+
+
+def test_what_cannot_fit_is_refused_in_openais_words() -> None:
+    with pytest.raises(ApiError) as caught:
+        begin_epoch(request([{"role": "user", "content": "hi"}], 60))
+    assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"

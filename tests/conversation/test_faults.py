@@ -1,0 +1,115 @@
+"""Answers to the model's own calls, within the turn's limits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.effects import Load
+from proxy.conversation.faults import FaultServer
+from proxy.conversation.pathpages import PathPages
+from proxy.memory import CompressionLevel, PageTable, StorageTier
+from proxy.memory.pages import Hit
+from proxy.tokens import get_counter
+from tests.conversation.player import limits_of
+from tests.conversation.test_pathpages import pages_of
+
+COUNTER = get_counter("gpt-4o")
+TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
+
+
+class Setting:
+    def __init__(self, **changes: Any) -> None:
+        self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
+        self.table = PageTable()
+        for position in range(len(TEXTS)):
+            for i in self.pages.ids(position):
+                self.table.register_id(i, self.pages.tokens(position), 1)
+        limits = limits_of(2000, **changes)
+        self.server = FaultServer(self.pages, self.table, COUNTER, limits, 2, self.table.apply)
+        self.hits: list[Hit] = []
+
+    def ask(self, tool: str, arguments: Any, room: int = 2000) -> dict[str, Any]:
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        dialogue = self.server.serve(tool, text, room)
+        reply: Any = None
+        try:
+            while True:
+                effect = dialogue.send(reply)
+                if isinstance(effect, Load):
+                    reply = self.pages.text(effect.position, effect.part, effect.level)
+                else:
+                    reply = [h for h in self.hits if not effect.skip(h.position, h.part)]
+        except StopIteration as end:
+            result: dict[str, Any] = json.loads(end.value)
+            return result
+
+    def fault(self, page: str, level: int = 0, room: int = 2000) -> dict[str, Any]:
+        return self.ask("page_fault", {"page_id": page, "target_level": level}, room)
+
+
+def test_a_page_is_given_whole_and_is_in_the_window_from_then_on() -> None:
+    it = Setting()
+    page = it.fault("msg_0002")["page"]
+    assert page["content"]["text"] == TEXTS[1] and page["level"] == 0
+    entry = it.table.lookup("msg_0002")
+    assert entry is not None and entry.tier is StorageTier.L0 and entry.fault_count == 1
+    assert "already loaded" in it.fault("msg_0002")["error"]
+    assert [f.error is None for f in it.server.faults] == [True, True] and it.server.faults[1].tokens == 0
+
+
+def test_a_cut_messages_own_id_gives_all_its_parts() -> None:
+    it = Setting()
+    assert it.fault("msg_0003")["page"]["content"]["text"] == TEXTS[2]
+    parts = [it.table.lookup(i) for i in it.pages.ids(2)]
+    assert len(parts) > 1 and all(e and e.tier is StorageTier.L0 for e in parts)
+
+
+def test_what_does_not_fit_comes_at_the_next_level_that_does() -> None:
+    it = Setting()
+    page = it.fault("msg_0003", room=150)["page"]
+    assert page["level"] > 0 and COUNTER.text(page["content"]["text"]) <= 150
+    assert "does not fit" in Setting().fault("msg_0003", room=0)["error"]
+
+
+def test_limits_and_unknown_pages_get_a_sentence() -> None:
+    it = Setting(faults_per_turn=1)
+    assert "msg_0001 to msg_0005" in it.fault("msg_0099")["error"]
+    assert "page" in it.fault("msg_0001") and it.server.exhausted
+    assert "limit of 1" in it.fault("msg_0002")["error"]
+    assert "JSON" in it.ask("page_fault", "{")["error"] and "query" in it.ask("search_pages", "{}")["error"]
+
+
+def test_a_search_gives_short_pages_whole_and_only_once() -> None:
+    it = Setting(snippet_tokens=20)
+    it.hits = [Hit(0, 0, 2.0), Hit(2, 1, 1.0)]
+    first = it.ask("search_pages", {"query": "x"})["results"]
+    assert [(r["page_id"], r.get("complete", False)) for r in first] == [("msg_0001", True), ("msg_0003.1", False)]
+    entry = it.table.lookup("msg_0001")
+    assert entry is not None and entry.level is CompressionLevel.FULL and entry.tier is StorageTier.L0
+    again = it.ask("search_pages", {"query": "x"})["results"]
+    assert [r["page_id"] for r in again] == ["msg_0003.1"]
+    assert it.ask("search_pages", {"query": "x", "modality": "image"}).get("results", []) == []
+    assert it.server.searches[0].results == ["msg_0001", "msg_0003.1"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.sampled_from(["fault", "search"]), st.integers(1, 6), st.integers(0, 3),
+                          st.integers(-50, 900)), max_size=12), st.integers(0, 600))
+def test_invariant_10_a_turn_loads_no_more_than_its_tokens(
+    asked: list[tuple[str, int, int, int]], limit: int
+) -> None:
+    it = Setting(faults_per_turn=5, fault_tokens=limit)
+    it.hits = [Hit(p, 0, 1.0) for p in (0, 1, 4)]
+    for kind, page, level, room in asked:
+        before = sum(f.tokens for f in it.server.faults)
+        if kind == "fault":
+            it.fault(f"msg_{page:04d}", level, room)
+            assert sum(f.tokens for f in it.server.faults) - before <= max(room, 0)
+        else:
+            it.ask("search_pages", {"query": "x"}, room)
+    assert sum(f.tokens for f in it.server.faults) <= limit
+    assert sum(f.error is None and f.tokens > 0 for f in it.server.faults) <= 5

@@ -1,0 +1,75 @@
+"""A path as pages: whole, stable, and never a result without its call."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.pathpages import PathPages, group_start, groups_of
+from proxy.conversation.tree import Identity, Node
+from proxy.memory import message_text, page_id
+from proxy.tokens import get_counter
+from tests.conversation.player import SECRET, call, calls
+
+COUNTER = get_counter("gpt-4o")
+
+
+def pages_of(messages: list[dict[str, Any]], page_tokens: int = 64) -> PathPages:
+    raws = [(json.dumps(m).encode(), m) for m in messages]
+    return PathPages(Identity(SECRET).extend(b"t", [], raws), COUNTER, page_tokens)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.text(max_size=40).flatmap(lambda t: st.integers(0, 40).map(lambda n: t * n)),
+                min_size=1, max_size=4), st.integers(8, 100))
+def test_invariant_04_the_parts_of_a_message_are_the_message(texts: list[str], page_tokens: int) -> None:
+    pages = pages_of([{"role": "user", "content": text} for text in texts], page_tokens)
+    for position, text in enumerate(texts):
+        ids = pages.ids(position)
+        assert "".join(pages.parts(position)) == text
+        places = [place for i in ids for place in pages.locate(i)]
+        assert places == pages.locate(page_id(position))
+        assert "".join(pages.text(p, part, 0) for p, part in places) == text
+    docs = list(pages.pages(0, len(texts)))
+    assert [d for d in docs if d.position == 0] == list(pages.pages(0, 1))
+    assert "".join(d.text for d in docs) == "".join(texts)
+    assert [page_id(d.position, d.part) for d in docs] == [i for p in range(len(texts)) for i in pages.ids(p)]
+
+
+def test_what_is_no_page_of_the_path_is_nowhere() -> None:
+    pages = pages_of([{"role": "user", "content": "a"}])
+    for wanted in ("msg_0002", "msg_0001.2", "msg_0000", "summary_seg_01", "", "x"):
+        assert pages.locate(wanted) == []
+    assert pages.locate("msg_0001.1") == [(0, 0)]
+
+
+def test_invariant_08_a_result_is_shown_with_its_call_and_a_call_with_its_results() -> None:
+    pages = pages_of([
+        calls(call("look", {"w": 1}, "a"), call("find", {"q": 2}, "b")),
+        {"role": "tool", "tool_call_id": "a", "content": "seven"},
+        {"role": "tool", "tool_call_id": "b", "content": "eight"},
+        {"role": "tool", "tool_call_id": "zz", "content": "alone"},
+    ])
+    assert pages.text(0, 0, 0) == 'look({"w": 1})\nfind({"q": 2})\n-> seven\n-> eight\n-> alone'
+    assert pages.text(2, 0, 0) == 'find({"q": 2}) -> eight'
+    assert pages.text(3, 0, 0) == "alone"
+    assert message_text(pages.message(2)) == "eight"
+    assert pages.line(1, 0, 1).startswith("T (msg_0002, level 1): ")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(["user", "assistant", "tool", "function"]), max_size=12), st.data())
+def test_invariant_08_groups_tile_the_path_and_never_begin_with_a_result(
+    roles: list[str], data: st.DataObject
+) -> None:
+    path = [Node(b"", b"", role, b"{}") for role in ["user", *roles]]
+    groups = groups_of(path, 0, len(path))
+    assert [p for first, last in groups for p in range(first, last)] == list(range(len(path)))
+    for first, last in groups:
+        assert path[first].role not in ("tool", "function")
+        assert all(node.role in ("tool", "function") for node in path[first + 1 : last])
+        at = data.draw(st.integers(first, last - 1))
+        assert group_start(path, at) == first

@@ -1,0 +1,82 @@
+"""The log of an epoch: stored as changes, restored byte for byte, rendered with or without tools."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.conversation.tree import Record
+from proxy.conversation.window import (
+    MIXED,
+    NATIVE,
+    VM,
+    Entry,
+    Window,
+    encode_change,
+    render,
+    restore,
+)
+from tests.conversation.player import call, check_pairs
+
+EMPTY = Window(1, "rules", 3, 0, 0, (), 3)
+entries = st.lists(
+    st.builds(Entry, st.binary(max_size=8), st.integers(0, 99), st.integers(-1, 9), st.integers(0, 3)),
+    max_size=4,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.booleans(), entries), min_size=1, max_size=8))
+def test_invariant_07_a_window_comes_back_from_its_changes(turns: list[tuple[bool, list[Entry]]]) -> None:
+    store: dict[bytes, Record] = {}
+    before: Window | None = None
+    for number, (new_epoch, added) in enumerate(turns):
+        if before is None or new_epoch:
+            window = Window(number + 1, f"rules {number}", 5, 0, 0, tuple(added), 5)
+        else:
+            window = before.append(added, number)
+            assert window.entries[: len(before.entries)] == before.entries
+        record = Record(b"", 0, [bytes([number])], [b""], ["assistant"], [b""], [0], number)
+        record.window = encode_change(before, window)
+        record.base = bytes([number - 1]) if before else b""
+        store[record.id] = record
+        before = window
+        assert restore(record, store.get) == window
+    assert restore(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
+
+
+def test_a_missing_beginning_is_an_error() -> None:
+    record = Record(b"", 0, [b"b"], [b""], ["assistant"], [b""], [0], 2)
+    record.base, record.window = b"a", encode_change(EMPTY, EMPTY.append([]))
+    with pytest.raises(LookupError):
+        restore(record, {}.get)
+
+
+def native(message: dict[str, object], kind: int = NATIVE) -> Entry:
+    return Entry(json.dumps(message).encode(), 1, 0, kind)
+
+
+def test_without_tools_an_exchange_becomes_the_pages_that_it_brought() -> None:
+    mixed = {"role": "assistant", "tool_calls": [call("page_fault", {}, "v2"), call("look", {}, "c1")]}
+    window = EMPTY.append([
+        native({"role": "user", "content": "a"}),
+        native({"role": "assistant", "tool_calls": [call("page_fault", {}, "v1")]}, VM),
+        native({"role": "tool", "tool_call_id": "v1", "content": "page one"}, VM),
+        native({"role": "assistant", "content": "b"}),
+        native(mixed, MIXED),
+        native({"role": "tool", "tool_call_id": "v2", "content": "page two"}, VM),
+        native({"role": "tool", "tool_call_id": "c1", "content": "seven"}),
+    ])
+    plain = json.loads(render([b'{"role":"system"}'], window, "developer", False))
+    assert plain[0] == {"role": "system"} and plain[1] == {"role": "developer", "content": "rules"}
+    check_pairs({"messages": plain})
+    shown = json.loads(render([], window, "system", True))
+    check_pairs({"messages": shown})
+    assert [m["role"] for m in shown] == ["system", "user", "user", "assistant", "user", "assistant", "tool"]
+    assert "page one" in shown[2]["content"] and "page two" in shown[4]["content"]
+    assert [c["id"] for c in shown[5]["tool_calls"]] == ["c1"]
+    bare = EMPTY.append([native({"role": "user", "content": "a"})])
+    assert render([], bare, "system", True) == render([], bare, "system", False)

@@ -1,0 +1,87 @@
+"""The indexes of many paths give what an index of one path alone gives."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.memory.pages import Doc, Hit
+from proxy.search.fts import PageIndex
+from proxy.search.paths import PathIndexes
+
+WORDS = "harbour violin ledger comet walnut glacier tram orchid copper lantern".split()
+Path = tuple[int, ...]
+
+
+def ids_of(path: Path) -> list[bytes]:
+    """An id names all before it."""
+    return [repr(path[: i + 1]).encode() for i in range(len(path))]
+
+
+def doc(path: Path, position: int) -> Doc:
+    rng = random.Random(path[position])
+    return Doc(position, 0, "user", "", " ".join(rng.choices(WORDS, k=6)) + f" n{path[position]}")
+
+
+def alone(path: Path, query: str) -> list[Hit]:
+    index = PageIndex()
+    index.extend(doc(path, i) for i in range(len(path)))
+    hits = index.search(query, 5, lambda p, part: False)
+    index.close()
+    return hits
+
+
+def search(indexes: PathIndexes, path: Path, query: str) -> list[Hit]:
+    def docs(first: int, last: int) -> list[Doc]:
+        return [doc(path, i) for i in range(first, last)]
+
+    return indexes.search(ids_of(path), docs, query, 5, lambda p, part: False)
+
+
+paths = st.lists(st.integers(0, 2), min_size=1, max_size=24).map(tuple)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(paths, st.sampled_from(WORDS)), min_size=1, max_size=8), st.integers(1, 60))
+def test_invariant_06_no_branch_finds_or_feels_another(asked: list[tuple[Path, str]], limit: int) -> None:
+    indexes = PathIndexes(limit)
+    for number, (path, word) in enumerate(asked):
+        assert 0 <= indexes.missing(ids_of(path)) <= len(path)
+        assert search(indexes, path, word) == alone(path, word)
+        assert indexes.missing(ids_of(path)) == 0
+        if number == 3:
+            indexes.clear()
+    assert indexes.search([], lambda a, b: [], "x", 5, lambda p, part: False) == []
+
+
+def test_invariant_10_the_pages_kept_are_bounded() -> None:
+    indexes = PathIndexes(50)
+    for root in range(20):
+        path = tuple([root] * 20)
+        search(indexes, path, "violin")
+        kept = sum(len(b.index) for branches in indexes._roots.values() for b in branches)
+        assert kept == indexes._pages <= 60
+    assert indexes.missing(ids_of(tuple([19] * 20))) == 0
+    assert indexes.missing(ids_of(tuple([0] * 20))) == 20
+
+
+def test_many_threads_on_branches_of_one_conversation() -> None:
+    indexes = PathIndexes(10_000)
+    wrong: list[Path] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(15):
+            path = tuple(rng.choices(range(3), k=rng.randint(1, 20)))
+            if search(indexes, path, "comet") != alone(path, "comet"):
+                wrong.append(path)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

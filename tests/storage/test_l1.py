@@ -1,0 +1,46 @@
+"""L1: least recently used first, never more than its tokens."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["put", "get", "take", "clear"]), st.integers(0, 5), st.integers(0, 400)),
+             max_size=40),
+    st.integers(1, 200),
+)
+def test_invariant_10_its_tokens_are_bounded_and_its_values_are_what_was_put(
+    steps: list[tuple[str, int, int]], limit: int
+) -> None:
+    cache = Cache(limit)
+    model: dict[bytes, tuple[int, int]] = {}  # in order of use
+    for op, n, size in steps:
+        key = bytes([n])
+        if op == "clear":
+            cache.clear()
+            model.clear()
+        elif op == "put":
+            model.pop(key, None)
+            cache.put("k", key, (n, size), size)
+            model[key] = (n, size)
+            while sum(s // BYTES_PER_TOKEN + 1 for _, s in model.values()) > limit and len(model) > 1:
+                del model[next(iter(model))]
+        else:
+            assert (cache.get if op == "get" else cache.take)("k", key) == model.get(key)
+            if (found := model.pop(key, None)) is not None and op == "get":
+                model[key] = found
+        assert cache.get("another kind", key) is None
+        assert len(cache) == len(model) and (cache.tokens <= limit or len(cache) == 1)
+        assert cache.tokens == sum(s // BYTES_PER_TOKEN + 1 for _, s in model.values())
+
+
+def test_hits_and_misses_are_counted() -> None:
+    cache = Cache(10)
+    cache.put("k", b"a", 1, 4)
+    assert cache.get("k", b"a") == 1 and cache.take("k", b"a") == 1 and cache.take("k", b"a") is None
+    assert (cache.hits, cache.misses) == (2, 1)
