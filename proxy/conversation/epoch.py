@@ -317,7 +317,7 @@ def _manifest(
     builder = ManifestBuilder(policies=policies)
     outside = sorted(cut, reverse=True)
     position = native_from - 1
-    limit = min(_MANIFEST_ENTRIES, max_tokens // 16)
+    limit = min(_MANIFEST_ENTRIES, max_tokens // 24)  # no entry is shorter
     while position >= 0 and len(outside) < limit:
         if position not in resident:
             outside.append(position)

@@ -8,6 +8,7 @@ call without its results (invariant 8).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -20,6 +21,8 @@ from proxy.memory.pages import Doc, message_text, modality_of, page_id, parse_pa
 from proxy.tokens import TokenCounter
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
+
+_KEPT_TEXTS = 2048  # compressed pages remembered: the same pages are shown epoch after epoch
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -99,7 +102,7 @@ class PathPages:
             text = self._call_of(position) + text
         if part in (0, len(parts)):
             text += self._results_of(position)
-        return compress_text(text, level, None, self._counter.text)
+        return _at_level(text, int(level), self._counter)
 
     def line(self, position: int, part: int, level: CompressionLevel | int) -> str:
         """The page as a line of <VM:CONTEXT>."""
@@ -137,6 +140,11 @@ class PathPages:
     @property
     def _count(self) -> Callable[[str], int]:
         return self._counter.text
+
+
+@lru_cache(maxsize=_KEPT_TEXTS)
+def _at_level(text: str, level: int, counter: TokenCounter) -> str:
+    return compress_text(text, level, None, counter.text)
 
 
 def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:

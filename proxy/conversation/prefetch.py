@@ -95,11 +95,15 @@ class Prefetch:
         return bool(found and found.tier is StorageTier.L0 and not found.level)
 
 
-_QUESTION = re.compile(r"[?？؟]")
+_QUESTION_MARKS = ("?", "？", "؟")
+_RECALL_STEMS = (  # looked for first: a pattern with alternatives costs more than all of them
+    "remember", "remind", "recall", "recap", "summar", "earlier", "previously", "last time",
+    "mention", "discuss", "we said", "we talked", "we agreed", "we decided", "i said", "you said",
+    "i told", "you told", "go back to",
+)  # fmt: skip
 _RECALL = re.compile(
     r"\b(?:remember|remind|recall|recap|summar\w+|earlier|previously|last time|mention\w*"
-    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b",
-    re.IGNORECASE,
+    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b"
 )
 
 
@@ -108,4 +112,7 @@ def asks_back(text: str) -> bool:
 
     A statement is not worth the tokens, and a model that wants more can still fault.
     """
-    return bool(_QUESTION.search(text) or _RECALL.search(text))
+    if any(mark in text for mark in _QUESTION_MARKS):
+        return True
+    low = text.lower()
+    return any(stem in low for stem in _RECALL_STEMS) and bool(_RECALL.search(low))

@@ -15,26 +15,36 @@ PREFERENCE_IMPORTANCE = 0.9
 PIN_TOKENS = 128  # a longer message is not pinned as a whole
 _READ_CHARS = 4000
 
+# Looked for before the patterns, which cost more than all of these.
+_STANDING_WORDS = (
+    "always", "never", "from now on", "going forward", "future", "whenever", "every time",
+    "each time", "remember", "keep in mind", "ever",
+)  # fmt: skip
+_PREFERENCE_WORDS = ("prefer", "rather", "favo", "preference", "allergic", "call me", "my name")
+
 _STANDING = re.compile(
     r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
     r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
-    r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b",
-    re.IGNORECASE,
+    r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b"
 )
 _PREFERENCE = re.compile(
     r"\bi(?:'d| would)? (?:much )?(?:prefer|rather|favou?r)\b|\bmy (?:preference|favou?rite)\b"
-    r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b",
-    re.IGNORECASE,
+    r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b"
 )
 
 
 def is_standing(role: str, text: str, tokens: int) -> bool:
     """A short message of the user's that gives an instruction for all later answers."""
-    return role == "user" and tokens <= PIN_TOKENS and bool(_STANDING.search(text))
+    if role != "user" or tokens > PIN_TOKENS:
+        return False
+    low = text.lower()
+    return any(word in low for word in _STANDING_WORDS) and bool(_STANDING.search(low))
 
 
 def importance_of(role: str, text: str) -> float:
     """0..1 for a new page."""
-    if role == "user" and _PREFERENCE.search(text[:_READ_CHARS]):
-        return PREFERENCE_IMPORTANCE
+    if role == "user":
+        low = text[:_READ_CHARS].lower()
+        if any(word in low for word in _PREFERENCE_WORDS) and _PREFERENCE.search(low):
+            return PREFERENCE_IMPORTANCE
     return DEFAULT_IMPORTANCE
