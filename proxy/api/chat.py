@@ -21,7 +21,6 @@ from proxy.api.memory import Memory
 from proxy.api.passthrough import Receive, Scope, Send, send_error
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, Fields, message_ends, read_body
-from proxy.conversation.channel import vm_names
 from proxy.conversation.effects import Append, Complete, Load, Search
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
@@ -90,8 +89,9 @@ class ChatApi:
         exchange: Exchange | None = None
         try:
             given = await self._place(headers, body)
-            exchange = self._exchange(given, headers, send)
-            answer = await self._run(Turn(given), given, exchange)
+            turn = Turn(given)
+            exchange = self._exchange(turn, given, headers, send)
+            answer = await self._run(turn, given, exchange)
             await exchange.finish(answer, _own_headers(answer))
             if self._observer is not None and answer.refused is None:
                 self._observer(answer.report)
@@ -246,15 +246,17 @@ class ChatApi:
 
     # -- the turn's effects
 
-    def _exchange(self, given: TurnInput, headers: list[Header], send: Send) -> Exchange:
+    def _exchange(
+        self, turn: Turn, given: TurnInput, headers: list[Header], send: Send
+    ) -> Exchange:
         decoded = given.decoded
         config = self._config.stream
 
-        def new_sieve() -> Sieve:
+        def new_sieve() -> Sieve:  # asked for at the first `Complete`: the turn's channel is known
             options = decoded.get("stream_options") or {}
             formatted = (decoded.get("response_format") or {}).get("type", "text") != "text"
             return Sieve(
-                frozenset(vm_names(decoded.get("tools")).values()),
+                turn.vm_names,
                 config.hold_tokens,
                 config.hold_ms,
                 formatted,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import msgspec
 
 from proxy.api.passthrough import Send
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.sse import Tee
+from proxy.conversation.sse import DONE, Tee, as_event
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
@@ -63,7 +64,8 @@ class Exchange:
                 if effect.through and self._sieve is None:
                     return await self._through(reply)
                 return await self._sift(reply, effect.offer)
-            return self._whole(await reply.read(self._limit_bytes))
+            body = await reply.read(self._limit_bytes)
+            return await self._rejoin(body, effect.offer) if self._started else self._whole(body)
         finally:
             await reply.close()
 
@@ -98,6 +100,21 @@ class Exchange:
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):
             await self._write(b"".join(sieve.feed(data, _now_ms())))
+        return await self._end_round(sieve)
+
+    async def _rejoin(self, body: bytes, offer: bool) -> Said:
+        """A whole answer after a round that was streamed: the client goes on reading its stream."""
+        said = self._whole(body)
+        if said.response is None or not said.messages or self._sieve is None:
+            await self._write(error_event(Refused(200, body)))
+            raise UpstreamBroken("the upstream's later round is no chat answer")
+        self._sieve.begin_round(offer)
+        event = as_event(said.response)
+        await self._write(b"".join(self._sieve.feed(event + DONE, _now_ms())))
+        # Usage goes by itself: every whole answer has one, and the client may not have asked for it.
+        return replace(await self._end_round(self._sieve), usage=said.usage)
+
+    async def _end_round(self, sieve: Sieve) -> Said:
         ended, ready = sieve.end_round()
         if ended.error is not None or not ended.complete:
             await self._fail(ended.error)

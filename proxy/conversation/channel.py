@@ -39,6 +39,11 @@ class Channel:
     def offer(self) -> bool:
         return self.name == TOOLS
 
+    @property
+    def listed_names(self) -> frozenset[str]:
+        """Whose calls are the VM's: none when the VM tools are not listed."""
+        return frozenset(self.names.values()) if self.listed else frozenset()
+
 
 def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     """`fields` are the request's decoded top-level fields."""

@@ -43,7 +43,7 @@ _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
 _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
-_LOAD_TOKENS = 480  # beside a loaded page: the frame that turn.py keeps free and the result's JSON
+_LOAD_TOKENS = 480  # beside a loaded page: the frame that paging.py keeps free and the result's JSON
 _MANIFEST_ENTRIES = 64  # priced at most; the rest is one line per segment
 _SEGMENTS = 6
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
@@ -154,6 +154,7 @@ def _groups(request: EpochRequest) -> list[Group]:
             _native_tokens(request, first, last, last_user),
             tuple(i for position in range(first, last) for i in pages.ids(position)),
             mandatory=last == len(path) or first <= last_user < last,
+            answer=last - first == 1 and path[first].role == "assistant",
         )
         for first, last in starts
     ]

@@ -62,6 +62,18 @@ def decode_chunk(data: bytes) -> dict[str, Any] | None:
     return chunk if isinstance(chunk, dict) else None
 
 
+def as_event(response: dict[str, Any]) -> bytes:
+    """The first choice of a whole response as one event of a stream, without its usage."""
+    choice = dict(response["choices"][0])
+    delta = {k: v for k, v in choice.pop("message").items() if v is not None and v != []}
+    if "tool_calls" in delta:
+        delta["tool_calls"] = [{**call, "index": i} for i, call in enumerate(delta["tool_calls"])]
+    chunk = {k: v for k, v in response.items() if k != "usage"}
+    chunk["object"] = "chat.completion.chunk"
+    chunk["choices"] = [{"index": 0, **choice, "delta": delta}]
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
 class MessageBuilder:
     """Assembles one choice's deltas."""
 

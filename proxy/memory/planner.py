@@ -27,7 +27,8 @@ _MISSES = 8  # after so many groups that did not fit the rest is not tried: ther
 class Group:
     """Messages that go together: positions first..last-1 along the path.
 
-    `tokens` is their cost as native messages; `mandatory` groups stay native whatever they cost.
+    `tokens` is their cost as native messages; `mandatory` groups stay native whatever they cost;
+    `answer`: it is a plain answer, which says little without the question before it.
     """
 
     first: int
@@ -35,6 +36,7 @@ class Group:
     tokens: int
     pages: tuple[str, ...]
     mandatory: bool = False
+    answer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ def _native(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
             edge = group.first
         native.append(group)
     native.reverse()
+    if len(native) > 1 and native[0].answer and not native[0].mandatory:
+        del native[0]  # the window begins with a question, as some providers demand
     return native
 
 

@@ -164,6 +164,62 @@ async def test_two_rounds_look_like_one_answer() -> None:
     assert setup.body.count(b"[DONE]") == setup.body.count(b'"stop"') == setup.body.count(b'"role"') == 1
 
 
+def whole(finish: str | None = "stop", **message: Any) -> Reply:
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    response = {"id": "other", "object": "chat.completion", "created": 2, "model": "m"}
+    body = json.dumps({**response, "choices": [choice], "usage": usage}).encode()
+    return Reply(body, headers=JSON)
+
+
+def chunks_in(body: bytes) -> list[dict[str, Any]]:
+    return [json.loads(e[6:]) for e in body.split(b"\n\n") if e.startswith(b"data: {")]
+
+
+async def streamed_then(last: Reply) -> tuple[Setup, Said]:
+    """A streamed round with a VM call, then `last`, to the end of the response."""
+    first = Reply(event("", role="assistant"), vm_call(), event(None, "tool_calls"), DONE)
+    setup = Setup(first, last)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    said = await setup.exchange.complete(Complete(b"2", offer=True))
+    assert isinstance(said, Said)
+    await setup.exchange.finish(answer(finish_reason=said.finish_reason, usage=said.usage), [])
+    return setup, said
+
+
+@pytest.mark.parametrize("finish", ["stop", None])
+async def test_a_whole_answer_after_a_streamed_round_goes_on_as_its_stream(finish: str | None) -> None:
+    setup, said = await streamed_then(whole(finish, content="here", refusal=None))
+    assert said.response is None
+    assert said.messages == [{"role": "assistant", "content": "here"}] == [said.shown]
+    assert said.usage == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    chunks = chunks_in(setup.body)
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert "".join(d.get("content") or "" for d in deltas) == "here"
+    assert [d["role"] for d in deltas if "role" in d] == ["assistant"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == finish
+    assert {(c["id"], c["created"], c["object"]) for c in chunks} == {("c", 1, "chat.completion.chunk")}
+    assert b"usage" not in setup.body  # the client did not ask for it
+    assert setup.body.endswith(DONE) and setup.ended
+
+
+async def test_a_whole_answers_calls_after_a_streamed_round_are_numbered() -> None:
+    body = {"arguments": "{}"}
+    names = ("read", "page_fault", "write")
+    made = [{"id": n, "type": "function", "function": {"name": n, **body}} for n in names]
+    setup, said = await streamed_then(whole("tool_calls", content=None, tool_calls=made))
+    assert said.messages[0]["tool_calls"] == made
+    deltas = [c["choices"][0]["delta"] for c in chunks_in(setup.body)]
+    calls = [call for d in deltas for call in d.get("tool_calls") or ()]
+    assert [(c["index"], c["id"]) for c in calls] == [(0, "read"), (1, "write")]
+    assert b"page_fault" not in setup.body
+
+
+async def test_a_later_round_that_is_no_chat_answer_is_an_event_and_a_break() -> None:
+    with pytest.raises(UpstreamBroken, match="no chat answer"):
+        await streamed_then(Reply(b'{"error": {"message": "slow"}}', headers=JSON))
+
+
 @pytest.mark.parametrize("through", [True, False])
 async def test_a_broken_stream_is_raised_and_closed(through: bool) -> None:
     reply = Reply(event("half"), UpstreamBroken("cut"))

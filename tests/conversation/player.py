@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import message_ends, read_body
-from proxy.conversation.channel import vm_names
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
@@ -214,7 +213,7 @@ class Player:
         return played
 
     def _perform(self, turn: Turn, given: TurnInput, played: Played, model: Model) -> None:
-        shell = _Shell(given, model, bool(given.decoded.get("stream")))
+        shell = _Shell(turn, given, model, bool(given.decoded.get("stream")))
         dialogue = turn.run()
         reply: Any = None
         try:
@@ -248,15 +247,22 @@ class Player:
 class _Shell:
     """Performs `Complete`: whole answers, or streams through the sieve."""
 
-    def __init__(self, given: TurnInput, model: Model, stream: bool) -> None:
+    def __init__(self, turn: Turn, given: TurnInput, model: Model, stream: bool) -> None:
+        self._turn = turn
+        self._count = given.counter.text
         self._model = model
         self._stream = stream
         self._whole: dict[str, Any] | None = None
         self._out: list[bytes] = []
         self._through = False
         self._last: Message | None = None
-        names = frozenset(vm_names(given.decoded.get("tools")).values())
-        self._sieve = Sieve(names, 8, 500.0, False, True, given.counter.text)
+        self._lazy: Sieve | None = None
+
+    @property
+    def _sieve(self) -> Sieve:
+        if self._lazy is None:
+            self._lazy = Sieve(self._turn.vm_names, 8, 500.0, False, True, self._count)
+        return self._lazy
 
     def complete(self, effect: Complete) -> Said | Refused:
         request = json.loads(effect.body)

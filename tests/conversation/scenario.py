@@ -25,6 +25,7 @@ from tests.conversation.player import (
     calls,
     limits_of,
     says,
+    script,
 )
 
 WORDS = """harbour violin ledger comet walnut glacier tram orchid copper lantern meadow quartz
@@ -227,3 +228,15 @@ class _Client:
             return calls(*wanted, text=text) if wanted else answer
 
         return model
+
+
+def grown(player: Player, turns: int, words: int = 60, **extra: Any) -> list[Message]:
+    """A plain conversation of so many answered turns."""
+    messages: list[Message] = []
+    for i in range(turns):
+        rng = random.Random(i)
+        messages.append({"role": "user", "content": text_of(rng, words, f"user{i}x")})
+        answer = says(text_of(rng, words, f"answer{i}x"))
+        player.ask(messages, script(answer), **extra)
+        messages.append({"role": "assistant", "content": answer["content"]})
+    return messages

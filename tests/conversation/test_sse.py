@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.conversation.sse import EventParser, MessageBuilder, Tee, decode_chunk
+from proxy.conversation.sse import EventParser, MessageBuilder, Tee, as_event, decode_chunk
 
 many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -120,3 +120,20 @@ def test_a_stream_that_breaks_or_fails_is_not_remembered() -> None:
         tee = Tee()
         tee.feed(data)
         assert tee.messages() == []
+
+
+def test_a_whole_response_as_an_event_says_the_same() -> None:
+    function = {"name": "f", "arguments": "{}"}
+    message = {
+        "role": "assistant", "content": "x", "refusal": None, "annotations": [], "odd": {"a": 1},
+        "tool_calls": [{"id": i, "type": "function", "function": function} for i in ("a", "b")],
+    }
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    response = {"id": "c", "object": "chat.completion", "choices": [choice], "usage": {"total_tokens": 1}}
+    tee = Tee()
+    event = as_event(response)
+    tee.feed(event)
+    kept = {k: v for k, v in message.items() if k not in ("refusal", "annotations")}
+    assert tee.messages() == [kept]
+    assert b"usage" not in event and b'"chat.completion.chunk"' in event
+    assert choice["message"] is message  # the response is as it was

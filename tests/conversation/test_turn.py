@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
-from proxy.conversation.turn import learn
 from proxy.errors import ApiError
 from proxy.memory import StorageTier, VMMode, message_text
 from tests.conversation.player import (
@@ -29,23 +28,11 @@ from tests.conversation.player import (
     script,
     tool_messages,
 )
-from tests.conversation.scenario import Run, Scenario, play, scenarios, text_of, tools_of
+from tests.conversation.scenario import Run, Scenario, grown, play, scenarios, text_of, tools_of
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][\w]*")
-
-
-def grown(player: Player, turns: int, words: int = 60, **extra: Any) -> list[Message]:
-    """A plain conversation of so many answered turns."""
-    messages: list[Message] = []
-    for i in range(turns):
-        rng = random.Random(i)
-        messages.append({"role": "user", "content": text_of(rng, words, f"user{i}x")})
-        answer = says(text_of(rng, words, f"answer{i}x"))
-        player.ask(messages, script(answer), **extra)
-        messages.append({"role": "assistant", "content": answer["content"]})
-    return messages
 
 
 # -- over random conversations
@@ -198,21 +185,6 @@ def test_invariant_01_a_refused_changed_request_is_sent_once_more_unchanged() ->
     assert player.ask(messages, script(says("ok"))).message == says("ok")
 
 
-@pytest.mark.parametrize(
-    ("status", "window", "tries"), [(400, 1600, 1), (429, 128_000, 1), (500, 128_000, 1), (422, 128_000, 2)]
-)
-def test_invariant_01_only_a_repairable_refusal_that_would_fit_is_tried_again(
-    status: int, window: int, tries: int
-) -> None:
-    player = Player(limits_of(1500, window_tokens=window))
-    messages = [*grown(player, 12), {"role": "user", "content": "and now?"}]
-    stored = dict(player.values)
-    played = player.ask(messages, script(Refused(status, b"no")))
-    assert len(played.bodies) == tries
-    assert played.answer.refused == Refused(status, b"no")
-    assert player.values == stored  # nothing of a refused turn is remembered
-
-
 def test_invariant_01_a_refusal_in_a_later_round_is_handed_on() -> None:
     player = Player(limits_of(1500))
     messages = [*grown(player, 12), {"role": "user", "content": "and now?"}]
@@ -348,84 +320,6 @@ def test_a_mixed_call_too_large_for_the_window_is_reduced_to_the_clients_part() 
     assert [m["tool_call_id"] for m in tool_messages(request)][-1] == "c1"
 
 
-def test_equal_ids_in_one_round_are_told_apart() -> None:
-    player = Player(limits_of(2500))
-    messages = [*grown(player, 20), {"role": "user", "content": "and now?"}]
-    same = calls(*(call("page_fault", {"page_id": "msg_0001"}, "same") for _ in range(50)))
-    played = player.ask(messages, script(same, says("so")))
-    request = played.requests[-1]
-    check_pairs(request)
-    assert len(tool_messages(request)) == 8
-
-
-def test_a_round_that_the_window_cannot_take_is_not_kept() -> None:
-    player = Player(limits_of(1300))
-    messages = [*grown(player, 14), {"role": "user", "content": "and now?"}]
-    chatty = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"), text="well " * 900)
-    played = player.ask(messages, script(chatty, chatty))
-    assert len(played.bodies) == 2 and played.requests[1]["tool_choice"] == "none"
-    assert count_tokens(played.requests[1]) <= 1300
-    assert played.message is not None and "tool_calls" not in played.message
-
-
-# -- system messages
-
-
-def test_system_messages_in_mid_conversation_stay_where_they_are_and_count() -> None:
-    player = Player(limits_of(1500))
-    messages = grown(player, 6)
-    for i in (2, 5, 8):
-        note = {"role": "system", "content": text_of(random.Random(i), 30, f"note{i}x")}
-        messages.insert(i, note)
-    for i in range(6):
-        messages.append({"role": "user", "content": text_of(random.Random(90 + i), 60, f"late{i}x")})
-        played = player.ask(messages, script(says("yes")))
-        for request in played.requests:
-            assert count_tokens(request) <= 1500
-            text = json.dumps(request["messages"])
-            assert [text.count(f"note{i}x") for i in (2, 5, 8)] == [1, 1, 1]
-        messages.append({"role": "assistant", "content": "yes"})
-
-
-def test_a_system_message_that_the_client_took_back_is_gone() -> None:
-    player = Player(limits_of(1500))
-    messages = grown(player, 14)
-    messages.append({"role": "system", "content": "note1x"})
-    for i in range(3):
-        messages.append({"role": "user", "content": f"say more {i}"})
-        player.ask(messages, script(says(f"yes {i}")))
-        messages.append({"role": "assistant", "content": f"yes {i}"})
-    kept = [m for m in messages if m["role"] != "system"]
-    kept.append({"role": "user", "content": "and now"})
-    assert b"note1x" not in player.ask(kept, script(says("yes"))).bodies[0]
-
-
-def test_a_second_system_message_behind_the_first_is_seen_at_once() -> None:
-    player = Player(limits_of(1500))
-    messages = [*grown(player, 14), {"role": "user", "content": "one"}]
-    messages.append({"role": "system", "content": "note1x"})
-    player.ask(messages, script(says("yes")))
-    messages += [{"role": "system", "content": "note2x"}, {"role": "assistant", "content": "yes"},
-                 {"role": "user", "content": "two"}]
-    body = player.ask(messages, script(says("yes"))).bodies[0]
-    assert b"note1x" in body and b"note2x" in body
-
-
-def test_a_system_message_behind_the_newest_survives_an_epoch_in_mid_turn() -> None:
-    player = Player(limits_of(1300, page_tokens=200))
-    messages = [*grown(player, 30, words=30), {"role": "user", "content": "one"}]
-    messages.append({"role": "system", "content": "note1x"})
-    rounds = [
-        calls(*(call("page_fault", {"page_id": f"msg_{i:04d}"}, f"c{i}") for i in (n, n + 1)))
-        for n in (1, 3, 5)
-    ]
-    played = player.ask(messages, script(*rounds, says("yes")))
-    assert len(set(played.epochs)) > 1
-    for request in played.requests:
-        assert json.dumps(request["messages"]).count("note1x") == 1
-        check_pairs(request)
-
-
 # -- who sends only a part
 
 
@@ -479,13 +373,6 @@ def test_system_messages_that_alone_exceed_the_window_are_refused() -> None:
 
 
 # -- small parts
-
-
-def test_what_a_refusal_says_of_the_model() -> None:
-    limits = limits_of(1500)
-    assert learn(b"Unsupported role: developer", limits) == {"developer_role": "system"}
-    assert learn(b"FUNCTION calling is off", limits) == {"tools": False}
-    assert learn(b"\xff", limits) == {}
 
 
 def test_the_report_says_what_happened() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
+from proxy.conversation.sse import MessageBuilder
 from tests.e2e.harness import (
     Response,
     ServerProcess,
@@ -372,6 +373,26 @@ async def test_mode_passive_never_offers_tools() -> None:
         assert not any(name in texts_of(request) for name in VM_NAMES)  # the rules name no tool
         assert "<VM:MANIFEST_JSON>" not in texts_of(request)
         assert brought_in(request)
+
+
+@WHOLE_AND_STREAM
+async def test_a_call_of_vm_tools_that_are_not_listed_is_the_clients(stream: bool) -> None:
+    """The model makes it up; the client is told what was said, as it would be without the proxy."""
+    settings = config(PORT, memory={"mode": "passive"})
+    made = call("call_1", "page_fault", {"page_id": "msg_0001"})
+    with in_process_server(settings) as base_url:
+        async with scripted(message_of(None, [made]), port=PORT), raw(base_url) as client:
+            response = await client.post(CHAT, json=body(ask(QUESTION), stream=stream))
+    assert response.status_code == 200
+    if not stream:
+        assert message_in(response.text)["tool_calls"] == [made]
+        return
+    chunks = chunks_in(response.text)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    built = MessageBuilder()
+    for chunk in chunks:
+        built.add(chunk["choices"][0]["delta"])
+    assert built.build()["tool_calls"] == [made]
 
 
 async def test_mode_strict_tells_the_model_to_cite_and_not_to_guess() -> None:

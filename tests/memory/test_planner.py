@@ -44,7 +44,7 @@ class Case:
         """The groups with a page in L0: what a caller hands in."""
         resident = {entry.position for entry in self.table.resident()}
         return [
-            Group(a, b, tokens, tuple(page_id(p) for p in range(a, b)), must)
+            Group(a, b, tokens, tuple(page_id(p) for p in range(a, b)), must, a % 3 == 1)
             for a, b, tokens, must in self.shape
             if must or resident & set(range(a, b))
         ]
@@ -141,3 +141,13 @@ def test_invariant_10_thousands_of_groups_are_not_all_priced(monkeypatch: pytest
     monkeypatch.setattr("proxy.memory.planner._price", counted)
     case.plan(50, 300)
     assert 0 < len(priced) < 100
+
+
+def test_the_window_does_not_begin_with_an_answer_without_its_question() -> None:
+    table = PageTable()
+    groups = []
+    for n in range(4):
+        table.register_id(page_id(n), 100, 1, tier=StorageTier.L0)
+        groups.append(Group(n, n + 1, 100, (page_id(n),), n == 3, answer=n == 1))
+    made = plan(table, groups, Budget(300, 0), POLICY, 2)  # room for the last three
+    assert [group.first for group in made.native] == [2, 3]
