@@ -1,0 +1,119 @@
+"""A chat request as it comes: its bytes, its top-level fields, and what is wrong with them.
+
+Promises: a body over the limit is not read to its end; whatever we rely on ourselves is checked and
+refused in OpenAI's error shape, everything else is left to the upstream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from proxy.api.passthrough import Receive, Scope
+from proxy.conversation.body import Fields
+from proxy.errors import ApiError
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+class Decoded(Mapping[str, Any]):
+    """The request's top-level fields, each decoded when it is asked for."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self._values: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            self._values[name] = msgspec.json.decode(self._fields[name])
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The whole body; ApiError 413 as soon as it is known to be larger."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
+            raise _too_large(limit_bytes)
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise ApiError(415, "Send the request body without content-encoding.",
+                           code="unsupported_content_encoding")
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "The client left while it sent the body.")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit_bytes:
+            raise _too_large(limit_bytes)
+        parts.append(part)
+        if not message.get("more_body"):
+            return bytes(part) if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The request body is larger than {limit_bytes} bytes (server.body_limit_bytes).",
+        code="request_too_large",
+    )
+
+
+def validate(decoded: Mapping[str, Any]) -> None:
+    """What we rely on ourselves; everything else is upstream's to judge."""
+    model = decoded.get("model")
+    if not model:
+        raise ApiError(400, "you must provide a model parameter", param="model",
+                       code="missing_required_parameter")
+    if not isinstance(model, str):
+        raise ApiError(400, "Invalid type for 'model': expected a string.", param="model",
+                       code="invalid_type")
+    expected: tuple[tuple[str, type, str], ...] = (
+        ("stream", bool, "a boolean"),
+        ("n", int, "an integer"),
+        ("tools", list, "an array"),
+        ("metadata", dict, "an object"),
+        ("stream_options", dict, "an object"),
+        ("response_format", dict, "an object"),
+    )
+    for name, kind, words in expected:
+        value = decoded.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ApiError(
+                400, f"Invalid type for '{name}': expected {words}.", param=name, code="invalid_type"
+            )
+
+
+def checked_session(value: str, where: str) -> str:
+    """A session id, or ApiError 400: it is untrusted input."""
+    if not _SESSION_ID.fullmatch(value):
+        raise ApiError(
+            400,
+            f"The session id in {where} must be 1 to 128 letters, digits or ._:@/+=- .",
+            param=where,
+            code="invalid_session_id",
+        )
+    return value
+
+
+def metadata_session(decoded: Mapping[str, Any]) -> str | None:
+    """The session that the body names."""
+    value = (decoded.get("metadata") or {}).get("session_id")
+    if value is None:
+        return None
+    return checked_session(str(value), "metadata.session_id")
+
+
+def max_tokens(decoded: Mapping[str, Any]) -> int | None:
+    """What the client lets the answer have, in tokens."""
+    value = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
+    return value if isinstance(value, int) else None
