@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.tokens import (
@@ -20,9 +20,10 @@ from proxy.tokens import (
     model_card,
     tokens_upper_bound,
 )
+from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
-many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+many = examples(100)
 
 
 @many

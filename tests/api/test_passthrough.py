@@ -18,6 +18,7 @@ from proxy.api.health import health_router
 from proxy.api.passthrough import Receive, Scope, Send, passthrough
 from proxy.config import load_config
 from proxy.upstream import make_upstream
+from tests.waiting import happens
 
 
 class Backend:
@@ -182,9 +183,9 @@ async def test_events_arrive_before_the_next_is_sent() -> None:
 async def test_a_client_that_leaves_cancels_the_upstream_call() -> None:
     async with chain() as (client, base, backend):
         response = await client.get(base + "/v1/sse")
-        await backend.streaming.wait()
+        assert await happens(backend.streaming, 5)
         response.close()
-        await asyncio.wait_for(backend.client_gone.wait(), 5)
+        assert await happens(backend.client_gone, 5)
 
 
 async def test_a_client_that_leaves_while_uploading_cancels_the_upstream_call() -> None:
@@ -195,9 +196,9 @@ async def test_a_client_that_leaves_while_uploading_cancels_the_upstream_call() 
             await asyncio.sleep(60)
 
         task = asyncio.create_task(client.post(base + "/v1/upload", data=pieces()))
-        await asyncio.wait_for(backend.got_piece.wait(), 5)
+        assert await happens(backend.got_piece, 5)
         task.cancel()
-        await asyncio.wait_for(backend.client_gone.wait(), 5)
+        assert await happens(backend.client_gone, 5)
 
 
 async def test_a_break_upstream_is_a_break_for_the_client() -> None:

@@ -7,14 +7,15 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.body import Body, message_ends, read_body
 from proxy.conversation.history import HistoryCache, Known
 from proxy.errors import ApiError
+from tests.examples import examples
 
-many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+many = examples(100)
 SCOPE = b"scope"
 Message = dict[str, Any]
 

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.canonical import canonical
+from tests.examples import examples
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -29,7 +30,7 @@ def a_call(arguments: str, **more: Any) -> dict[str, Any]:
     return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}, **more}
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@examples(100)
 @given(st.dictionaries(keys, anything | st.lists(st.dictionaries(keys, anything), max_size=2)))
 def test_invariant_01_no_message_raises(message: dict[str, Any]) -> None:
     assert canonical(message) == canonical(json.loads(json.dumps(message)))

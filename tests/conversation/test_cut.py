@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.cut import cut_message, fair_shares
 from proxy.tokens import get_counter
+from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
-many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+many = examples(100)
 
 
 @many

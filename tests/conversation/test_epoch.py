@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.epoch import Epoch, EpochRequest, begin_epoch
@@ -26,9 +26,10 @@ from proxy.tokens import get_counter
 from tests.conversation.player import Message, call, calls, check_pairs, limits_of
 from tests.conversation.scenario import text_of
 from tests.conversation.test_pathpages import pages_of
+from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
-many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+many = examples(40)
 
 
 def request(messages: list[Message], room: int, **changes: Any) -> EpochRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Load
@@ -16,6 +16,7 @@ from proxy.memory.pages import Hit
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_pathpages import pages_of
+from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
 TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
@@ -96,7 +97,7 @@ def test_a_search_gives_short_pages_whole_and_only_once() -> None:
     assert it.server.searches[0].results == ["msg_0001", "msg_0003.1"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@examples(60)
 @given(st.lists(st.tuples(st.sampled_from(["fault", "search"]), st.integers(1, 6), st.integers(0, 3),
                           st.integers(-50, 900)), max_size=12), st.integers(0, 600))
 def test_invariant_10_a_turn_loads_no_more_than_its_tokens(

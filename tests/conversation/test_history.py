@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.history import HistoryCache, Known
+from tests.examples import examples
 
-many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+many = examples(100)
 
 
 def known(messages: list[bytes]) -> Known:

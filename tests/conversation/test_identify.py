@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conversation.player import Message, Player, limits_of, says, script
+from tests.examples import examples
 
-many = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+many = examples(60)
 U, A = "user", "assistant"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.pathpages import PathPages, group_start, groups_of
@@ -13,6 +13,7 @@ from proxy.conversation.tree import Identity, Node
 from proxy.memory import message_text, page_id
 from proxy.tokens import get_counter
 from tests.conversation.player import SECRET, call, calls
+from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
 
@@ -22,7 +23,7 @@ def pages_of(messages: list[dict[str, Any]], page_tokens: int = 64) -> PathPages
     return PathPages(Identity(SECRET).extend(b"t", [], raws), COUNTER, page_tokens)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@examples(60)
 @given(st.lists(st.text(max_size=40).flatmap(lambda t: st.integers(0, 40).map(lambda n: t * n)),
                 min_size=1, max_size=4), st.integers(8, 100))
 def test_invariant_04_the_parts_of_a_message_are_the_message(texts: list[str], page_tokens: int) -> None:
@@ -60,7 +61,7 @@ def test_invariant_08_a_result_is_shown_with_its_call_and_a_call_with_its_result
     assert pages.line(1, 0, 1).startswith("T (msg_0002, level 1): ")
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@examples(100)
 @given(st.lists(st.sampled_from(["user", "assistant", "tool", "function"]), max_size=12), st.data())
 def test_invariant_08_groups_tile_the_path_and_never_begin_with_a_result(
     roles: list[str], data: st.DataObject

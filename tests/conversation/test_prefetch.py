@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Search
@@ -14,6 +14,7 @@ from proxy.memory.pages import Hit
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_pathpages import pages_of
+from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
 
@@ -61,7 +62,7 @@ def test_what_is_in_the_window_whole_is_not_brought_again() -> None:
     assert [c.position for c in choose(it, HITS)] == [1, 2]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@examples(60)
 @given(st.integers(0, 4000), st.integers(-10, 400), st.booleans(), st.integers(0, 300))
 def test_invariant_03_the_block_fits_its_room(room: int, left: int, offer: bool, most: int) -> None:
     it = prefetch("which door?", offer, room, prefetch_tokens=most, fault_tokens=100)

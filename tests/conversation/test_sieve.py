@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.sse import EventParser, MessageBuilder, decode_chunk
+from tests.examples import examples
 
-many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+many = examples(100)
 VM = frozenset({"page_fault", "search_pages"})
 Delta = dict[str, Any]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.sse import EventParser, MessageBuilder, Tee, as_event, decode_chunk
+from tests.examples import examples
 
-many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+many = examples(100)
 
 lines = st.lists(
     st.sampled_from(["data: {}", "data:x", ": ping", "event: a", "data: [DONE]", "id: 1", "data: "]),

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.commit import append_effect, new_records
@@ -22,8 +22,9 @@ from proxy.conversation.tree import (
     record_key,
 )
 from tests.conversation.player import SECRET
+from tests.examples import examples
 
-many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+many = examples(100)
 IDENTITY = Identity(SECRET)
 TENANT = IDENTITY.tenant("key", "")
 turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.sampled_from("abc")), max_size=12)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
@@ -29,8 +29,9 @@ from tests.conversation.player import (
     tool_messages,
 )
 from tests.conversation.scenario import Run, Scenario, grown, play, scenarios, text_of, tools_of
+from tests.examples import examples
 
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+few = examples(25)
 
 _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][\w]*")
 
@@ -214,7 +215,7 @@ def test_invariant_01_the_clients_own_tools_are_never_forbidden_before_the_last_
 # -- invariant 2
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@examples(40)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.tree import Record
@@ -20,6 +20,7 @@ from proxy.conversation.window import (
     restore,
 )
 from tests.conversation.player import call, check_pairs
+from tests.examples import examples
 
 EMPTY = Window(1, "rules", 3, 0, 0, (), 3)
 entries = st.lists(
@@ -28,7 +29,7 @@ entries = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@examples(100)
 @given(st.lists(st.tuples(st.booleans(), entries), min_size=1, max_size=8))
 def test_invariant_07_a_window_comes_back_from_its_changes(turns: list[tuple[bool, list[Entry]]]) -> None:
     store: dict[bytes, Record] = {}

@@ -28,6 +28,7 @@ from tests.e2e.processes import (
     ServerProcess,
     free_port,
     in_process_server,
+    together,
     wait_for_health,
 )
 from tests.e2e.recording import (
@@ -68,6 +69,7 @@ __all__ = [
     "message_of",
     "messages_span",
     "sse_chunks",
+    "together",
     "tools_of",
     "wait_for_health",
 ]

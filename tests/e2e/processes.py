@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ class ServerProcess:
         if kind is not None:
             print(f"--- log of llm-pager serve ---\n{self.log[-6000:]}", file=sys.stderr)
         self._dir.cleanup()
+
+
+@contextlib.contextmanager
+def together(*servers: ServerProcess) -> Iterator[tuple[ServerProcess, ...]]:
+    """Several servers, which start at the same time: most of a start is Python's imports."""
+    with contextlib.ExitStack() as running, ThreadPoolExecutor(len(servers)) as pool:
+        for entered in [pool.submit(running.enter_context, server) for server in servers]:
+            entered.result()
+        yield servers
 
 
 def wait_for_health(

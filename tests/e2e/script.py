@@ -264,6 +264,30 @@ def developer(recorded: Recorded) -> str | None:
     return next((t for t in texts if isinstance(t, str) and "<VM:RULES>" in t), None)
 
 
+class Stand:
+    """A server with its upstream, and clients whose keys no other test has."""
+
+    _made = 0
+
+    def __init__(self, script: Script, server: ServerProcess) -> None:
+        self.script, self.server = script, server
+        self._clients: dict[str, AsyncOpenAI] = {}
+        Stand._made += 1
+        self._prefix = f"test{Stand._made}"
+
+    def client(self, key: str = "k") -> AsyncOpenAI:
+        """The test's client with this key: the same one each time."""
+        if key not in self._clients:
+            self._clients[key] = AsyncOpenAI(
+                api_key=f"{self._prefix}-{key}", base_url=self.server.base_url, max_retries=0, timeout=20
+            )
+        return self._clients[key]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+
+
 class Workers:
     """The worker processes of a server, each reachable by itself."""
 

@@ -167,3 +167,29 @@ def assert_no_vm(text: str) -> None:
     """Nothing of the machinery is in what the client got."""
     for word in (*VM_NAMES, "<VM:", "total_available", "promoted_to_working_set"):
         assert word not in text, f"{word} reached the client"
+
+
+def assert_error(response: httpx.Response, status: int, code: str | None) -> dict[str, Any]:
+    """OpenAI's error shape with this status and code."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    whole = response.json()
+    assert set(whole) == {"error"}
+    assert set(whole["error"]) == {"message", "type", "param", "code"}
+    assert whole["error"]["message"]
+    assert whole["error"]["code"] == code
+    found: dict[str, Any] = whole["error"]
+    return found
+
+
+async def read_stream(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[str, bool]:
+    """What came of a streamed answer, and whether it ended as HTTP wants it to."""
+    got = b""
+    try:
+        async with client.stream("POST", CHAT, json=request) as response:
+            assert response.status_code == 200
+            async for data in response.aiter_raw():
+                got += data
+    except (httpx.RemoteProtocolError, httpx.ReadError):
+        return got.decode(), False
+    return got.decode(), True

@@ -7,20 +7,17 @@ same probe finds the branch's own evicted marks, so a probe that finds nothing w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
-import pytest_asyncio
-from openai import AsyncOpenAI
 
-from tests.e2e.harness import ServerProcess, message_of
+from tests.e2e.harness import message_of
 from tests.e2e.script import (
     SYSTEM,
     Chat,
-    Script,
+    Stand,
     complete,
     filler,
-    paged_config,
     ransack,
     search,
     shown_to_model,
@@ -31,47 +28,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TRUNK_TURNS = 12
 PAGES = 48  # more than any conversation here has
-
-
-class Stand:
-    """A server with its upstream; clients of keys that no other test has."""
-
-    _made = 0
-
-    def __init__(self, script: Script, server: ServerProcess) -> None:
-        self.script, self.server = script, server
-        self._clients: dict[str, AsyncOpenAI] = {}
-        Stand._made += 1
-        self._prefix = f"test{Stand._made}"
-
-    def client(self, key: str) -> AsyncOpenAI:
-        if key not in self._clients:
-            self._clients[key] = AsyncOpenAI(
-                api_key=f"{self._prefix}-{key}", base_url=self.server.base_url, max_retries=0, timeout=20
-            )
-        return self._clients[key]
-
-    async def close(self) -> None:
-        for client in self._clients.values():
-            await client.close()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared() -> AsyncIterator[tuple[Script, ServerProcess]]:
-    script = Script()
-    async with script.upstream:
-        with ServerProcess(paged_config(script.upstream)) as server:
-            yield script, server
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def stand(shared: tuple[Script, ServerProcess]) -> AsyncIterator[Stand]:
-    stand = Stand(*shared)
-    stand.script.rounds.clear()
-    stand.script.calls.clear()
-    yield stand
-    await stand.close()
-    stand.script.check()
 
 
 def seen(stand: Stand, prefix: str) -> str:

@@ -45,6 +45,7 @@ from tests.e2e.talk import (
     names_of,
     new_key,
     raw,
+    read_stream,
     results_of,
     scripted,
     search,
@@ -52,7 +53,6 @@ from tests.e2e.talk import (
     texts_of,
     tool,
 )
-from tests.e2e.test_failures import read_stream
 
 PORT = free_port()
 READ = tool("read_file", path={"type": "string"})

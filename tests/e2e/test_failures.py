@@ -39,6 +39,7 @@ from tests.e2e.talk import (
     MODEL,
     Step,
     ask,
+    assert_error,
     assert_no_vm,
     assert_paged,
     body,
@@ -47,11 +48,13 @@ from tests.e2e.talk import (
     names_of,
     new_key,
     raw,
+    read_stream,
     scripted,
     search,
     talker,
     texts_of,
 )
+from tests.waiting import happens
 
 PORT = free_port()  # each test starts its own upstream on it
 TIMEOUT_S = 0.4
@@ -85,19 +88,6 @@ def hasty() -> Iterator[ServerProcess]:
     }
     with ServerProcess(config(PORT, upstream=upstream)) as process:
         yield process
-
-
-def assert_error(response: httpx.Response, status: int, code: str | None) -> dict[str, Any]:
-    """OpenAI's error shape with this status and code."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"].startswith("application/json")
-    whole = response.json()
-    assert set(whole) == {"error"}
-    assert set(whole["error"]) == {"message", "type", "param", "code"}
-    assert whole["error"]["message"]
-    assert whole["error"]["code"] == code
-    found: dict[str, Any] = whole["error"]
-    return found
 
 
 def pieces(request: dict[str, Any], text: str, upto: int, *end: Any) -> Stream:
@@ -237,25 +227,16 @@ async def test_a_clients_own_retry_succeeds_and_is_the_same_request(server: Serv
 
 
 @BOTH
-async def test_an_html_error_page_comes_through(
-    server: ServerProcess, messages: list[dict[str, Any]]
+@pytest.mark.parametrize("status", [502, 200])
+async def test_a_page_that_is_no_chat_answer_comes_through(
+    server: ServerProcess, messages: list[dict[str, Any]], status: int
 ) -> None:
-    page = Response(b"<html>\n<h1>Bad gateway</h1>\n</html>", 502, ((b"content-type", b"text/html"),))
+    html = b"<html>\n<h1>Bad gateway</h1>\n</html>" if status == 502 else b"<html>log in first</html>"
+    page = Response(html, status, ((b"content-type", b"text/html"),))
     async with scripted(page, port=PORT), raw(server.base_url) as client:
         response = await client.post(CHAT, json=body(messages))
-    assert response.status_code == 502
+    assert (response.status_code, response.content) == (status, html)
     assert response.headers["content-type"] == "text/html"
-    assert response.content == page.body
-
-
-@BOTH
-async def test_a_success_that_is_no_chat_answer_comes_through(
-    server: ServerProcess, messages: list[dict[str, Any]]
-) -> None:
-    page = Response(b"<html>log in first</html>", 200, ((b"content-type", b"text/html"),))
-    async with scripted(page, port=PORT), raw(server.base_url) as client:
-        response = await client.post(CHAT, json=body(messages))
-    assert (response.status_code, response.content) == (200, page.body)
 
 
 @pytest.mark.parametrize("status", [429, 500])
@@ -313,19 +294,6 @@ async def test_an_error_event_in_mid_stream_is_raised_by_the_sdk(server: ServerP
 
 
 # ---------------------------------------------------------------- breaking in the middle
-
-
-async def read_stream(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[str, bool]:
-    """What came of a streamed answer, and whether it ended as HTTP wants it to."""
-    got = b""
-    try:
-        async with client.stream("POST", CHAT, json=request) as response:
-            assert response.status_code == 200
-            async for data in response.aiter_raw():
-                got += data
-    except (httpx.RemoteProtocolError, httpx.ReadError):
-        return got.decode(), False
-    return got.decode(), True
 
 
 def broken_stream(request: dict[str, Any]) -> Stream:
@@ -405,10 +373,9 @@ async def test_the_sdk_sees_a_stream_that_breaks(server: ServerProcess) -> None:
 # ---------------------------------------------------------------- the client leaves
 
 
-async def left(call: Recorded) -> None:
-    """The upstream call was cancelled, within a second."""
-    await asyncio.wait_for(call.disconnected.wait(), 1)
-    assert not call.finished.is_set()
+async def left(call: Recorded) -> bool:
+    """Whether the upstream call was cancelled, within a second, and before its answer's end."""
+    return await happens(call.disconnected, 1) and not call.finished.is_set()
 
 
 @STREAMED
@@ -423,7 +390,7 @@ async def test_a_client_that_leaves_before_the_answer_cancels_the_call(
             await upstream.wait_for_calls(1)
             task.cancel()
             await asyncio.wait((task,))
-        await left(upstream.calls[0])
+        assert await left(upstream.calls[0])
         for who in (key, new_key()):  # the one that left, and one that never did
             async with raw(server.base_url, who) as client:
                 response = await client.post(CHAT, json=body(messages, stream=stream))
@@ -448,11 +415,12 @@ async def test_a_client_that_leaves_in_mid_stream_cancels_the_call(
     async with scripted(*before, stays, message_of("now"), message_of("now"), port=PORT) as upstream:
         async with raw(server.base_url, key) as client:
             async with client.stream("POST", CHAT, json=body(messages, stream=True)) as response:
-                async for line in response.aiter_lines():
+                lines = response.aiter_lines()  # kept: a dropped iterator closes the connection
+                async for line in lines:
                     if "word" in line:
                         break
-                await asyncio.wait_for(reached.wait(), 5)
-        await left(upstream.calls[last])
+                assert await happens(reached, 5)
+        assert await left(upstream.calls[last])
         for who in (key, new_key()):
             async with raw(server.base_url, who) as client:
                 again = await client.post(CHAT, json=body(messages, stream=True))
@@ -469,7 +437,7 @@ async def test_a_client_that_leaves_while_a_later_round_waits_cancels_it(
             await upstream.wait_for_calls(2)
             task.cancel()
             await asyncio.wait((task,))
-        await left(upstream.calls[1])
+        assert await left(upstream.calls[1])
 
 
 # ---------------------------------------------------------------- the disk

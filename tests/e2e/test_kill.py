@@ -27,6 +27,7 @@ from tests.e2e.harness import (
     in_process_server,
     message_of,
     sse_chunks,
+    together,
 )
 from tests.e2e.script import MODEL, TAG, Chat, Script, developer, fault, paged_config
 from tests.e2e.story import Teller, assert_same, chat_of, nothing, reread
@@ -49,7 +50,7 @@ async def client_of(base_url: str) -> AsyncIterator[AsyncOpenAI]:
 async def test_invariants_5_and_7_sigkill_between_turns_changes_nothing() -> None:
     points: list[str] = []
     async with scripted() as (one, config_one), scripted() as (two, config_two):
-        with ServerProcess(config_one) as server, ServerProcess(config_two) as quiet:
+        with together(ServerProcess(config_one), ServerProcess(config_two)) as (server, quiet):
 
             async def kill(point: str) -> None:
                 points.append(point)
@@ -81,7 +82,7 @@ async def test_invariant_5_sigkill_in_a_stream_remembers_nothing_of_it(
     """The client saw half an answer, or upstream has just sent the last of it, so that the turn may
     or may not be stored; when paged, a fault was served before it."""
     async with scripted() as (one, config_one), scripted() as (two, config_two):
-        with ServerProcess(config_one) as server, ServerProcess(config_two) as quiet:
+        with together(ServerProcess(config_one), ServerProcess(config_two)) as (server, quiet):
             async with client_of(server.base_url) as a, client_of(quiet.base_url) as b:
                 tellers = [Teller(one, chat_of(a), nothing), Teller(two, chat_of(b), nothing)]
                 turns = 14 if paged else 2

@@ -34,6 +34,7 @@ from tests.e2e.talk import (
     MODEL,
     Step,
     ask,
+    assert_error,
     assert_no_vm,
     assert_paged,
     body,
@@ -43,6 +44,7 @@ from tests.e2e.talk import (
     history,
     new_key,
     raw,
+    read_stream,
     results_of,
     scripted,
     search,
@@ -50,7 +52,6 @@ from tests.e2e.talk import (
     texts_of,
     tool,
 )
-from tests.e2e.test_failures import assert_error, read_stream
 
 PORT = free_port()
 BODY_LIMIT_BYTES = 300_000

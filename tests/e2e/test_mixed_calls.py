@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from tests.e2e.harness import ServerProcess, call, message_of, messages_span
+from tests.e2e.harness import ServerProcess, call, message_of, messages_span, together
 from tests.e2e.script import (
     LOOKUP,
     SYSTEM,
@@ -177,10 +177,10 @@ async def test_the_result_comes_after_a_restart_or_to_another_worker() -> None:
     alone."""
     one, two = Script(), Script()
     async with one.upstream, two.upstream:
-        with (
-            ServerProcess(paged_config(one.upstream, tiers=TIERS), workers=2) as server,
-            ServerProcess(paged_config(two.upstream, tiers=TIERS)) as quiet,
-        ):
+        with together(
+            ServerProcess(paged_config(one.upstream, tiers=TIERS), workers=2),
+            ServerProcess(paged_config(two.upstream, tiers=TIERS)),
+        ) as (server, quiet):
             workers = Workers(server)
             async with AsyncOpenAI(api_key="k", base_url=quiet.base_url) as client:
                 chat = await paged(client, two)

@@ -7,23 +7,19 @@ conversations is nobody's; a session's client of new messages has its history ba
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from openai import AsyncOpenAI
 
-from tests.e2e.harness import Recorded, ServerProcess, message_of
+from tests.e2e.harness import Recorded, message_of
 from tests.e2e.script import (
     SYSTEM,
     Chat,
-    Script,
+    Stand,
     complete,
     developer,
     fault,
     filler,
-    paged_config,
     ransack,
     search,
     shown_to_model,
@@ -41,37 +37,6 @@ SESSIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Stand:
-    """A server, its upstream, and a client with a key that no other test has."""
-
-    _made = 0
-
-    def __init__(self, script: Script, server: ServerProcess) -> None:
-        Stand._made += 1
-        self.script = script
-        self.client = AsyncOpenAI(
-            api_key=f"key{Stand._made}", base_url=server.base_url, max_retries=0, timeout=20
-        )
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared() -> AsyncIterator[tuple[Script, ServerProcess]]:
-    script = Script()
-    async with script.upstream:
-        with ServerProcess(paged_config(script.upstream)) as server:
-            yield script, server
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def stand(shared: tuple[Script, ServerProcess]) -> AsyncIterator[Stand]:
-    stand = Stand(*shared)
-    stand.script.rounds.clear()
-    stand.script.calls.clear()
-    yield stand
-    await stand.client.close()
-    stand.script.check()
-
-
 def result_of(recorded: Recorded) -> dict[str, Any]:
     """What the newest memory call brought."""
     message = recorded.json["messages"][-1]
@@ -87,7 +52,7 @@ async def test_what_a_trimming_client_dropped_is_found_and_loaded(
 ) -> None:
     """`always`: it never sends more than six messages; `late`: its whole history before."""
     script, marks = stand.script, list[str]()
-    chat = Chat(stand.client, keep=KEEP if when == "always" else None, **SESSIONS[session])
+    chat = Chat(stand.client(), keep=KEEP if when == "always" else None, **SESSIONS[session])
     await talk(chat, script, "talk", TURNS, marks)
     chat.keep = KEEP
     script.plan("search", search("talka1q"))
@@ -106,7 +71,7 @@ async def test_what_a_trimming_client_dropped_is_found_and_loaded(
 async def test_an_ambiguous_overlap_matches_nothing(stand: Stand) -> None:
     """Two conversations that begin differently and end alike: the end could be of either."""
     script = stand.script
-    chats = [Chat(stand.client), Chat(stand.client)]
+    chats = [Chat(stand.client()), Chat(stand.client())]
     marks: dict[str, list[str]] = {"red": [], "blue": []}
     for name, chat in zip(marks, chats, strict=True):
         await talk(chat, script, name, 4, marks[name])
@@ -125,7 +90,7 @@ async def test_an_ambiguous_overlap_matches_nothing(stand: Stand) -> None:
 async def test_a_unique_overlap_of_the_same_words_matches(stand: Stand) -> None:
     """The control of the test above: with one such conversation the end is enough."""
     script, marks = stand.script, list[str]()
-    chat = Chat(stand.client)
+    chat = Chat(stand.client())
     await talk(chat, script, "red", 4, marks)
     await talk(chat, script, "same", 4, [])
     chat.keep = KEEP
@@ -137,11 +102,11 @@ async def test_a_session_says_which_of_two_it_is(stand: Stand) -> None:
     script = stand.script
     marks: dict[str, list[str]] = {"red": [], "blue": []}
     for name, own in marks.items():
-        chat = Chat(stand.client, headers={"x-session-id": name})
+        chat = Chat(stand.client(), headers={"x-session-id": name})
         await talk(chat, script, name, 4, own)
         await talk(chat, script, "same", 4, [])
     for name, other in (("red", "blue"), ("blue", "red")):
-        chat = Chat(stand.client, chat.messages, keep=KEEP, headers={"x-session-id": name})
+        chat = Chat(stand.client(), chat.messages, keep=KEEP, headers={"x-session-id": name})
         text = await ransack(script, chat, name, 20, marks[other])
         assert all(mark in text for mark in marks[name][:-2])
         assert not [mark for mark in marks[other] if mark in text]
@@ -150,7 +115,7 @@ async def test_a_session_says_which_of_two_it_is(stand: Stand) -> None:
 async def test_one_message_is_no_overlap(stand: Stand) -> None:
     """An answer alone ("OK.") could be anybody's."""
     script = stand.script
-    chat = Chat(stand.client)
+    chat = Chat(stand.client())
     await talk(chat, script, "talk", 4, [])
     chat.keep = 2
     await chat.say("Go on.", "short")
@@ -163,7 +128,7 @@ async def test_a_session_of_new_messages_has_its_history(stand: Stand, session: 
     """Natively while it fits, as a client that sends everything would have it, and then paged."""
     script, marks = stand.script, list[str]()
     fields = SESSIONS[session]
-    chat = Chat(stand.client, keep=1, **fields)
+    chat = Chat(stand.client(), keep=1, **fields)
     native = 0
     for turn in range(TURNS):
         await talk(chat, script, f"turn{turn}x", 1, marks)
@@ -180,8 +145,8 @@ async def test_a_session_of_new_messages_has_its_history(stand: Stand, session: 
 async def test_a_session_and_a_whole_history_have_the_same_window(stand: Stand) -> None:
     """Who sends everything and who sends the new message only are told the same."""
     script = stand.script
-    whole = Chat(stand.client, user="whole")
-    parts = Chat(stand.client, user="parts", keep=1, headers={"x-session-id": "parts"})
+    whole = Chat(stand.client(), user="whole")
+    parts = Chat(stand.client(), user="parts", keep=1, headers={"x-session-id": "parts"})
     for turn in range(TURNS + 4):
         for name, chat in (("whole", whole), ("parts", parts)):
             tag = f"{name}/{turn}"
@@ -201,7 +166,7 @@ async def test_a_wrong_session_id_is_refused(stand: Stand) -> None:
     for wrong in ("with space", "x" * 129, "semi;colon"):
         with pytest.raises(BadRequestError) as refused:
             await complete(
-                stand.client, [SYSTEM, {"role": "user", "content": "hi"}], "wrong",
+                stand.client(), [SYSTEM, {"role": "user", "content": "hi"}], "wrong",
                 headers={"x-session-id": wrong},
             )
         assert refused.value.code == "invalid_session_id"

@@ -12,7 +12,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from tests.e2e.harness import ServerProcess
+from tests.e2e.harness import ServerProcess, together
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, Got, Message, Script, Workers, paged_config, talk
 from tests.e2e.story import Teller, assert_same, nothing, reread
 
@@ -39,10 +39,10 @@ async def test_invariant_7_turns_on_changing_workers_send_what_one_worker_sends(
     """The whole story; a trimming client, a session that sends its new messages only, and a fork."""
     one, two = Script(), Script()
     async with one.upstream, two.upstream:
-        with (
-            ServerProcess(paged_config(one.upstream), workers=2) as server,
-            ServerProcess(paged_config(two.upstream)) as quiet,
-        ):
+        with together(
+            ServerProcess(paged_config(one.upstream), workers=2),
+            ServerProcess(paged_config(two.upstream)),
+        ) as (server, quiet):
             workers = Workers(server)
             assert len(workers.pids()) == 2
             async with AsyncOpenAI(api_key="k", base_url=quiet.base_url, max_retries=0) as client:

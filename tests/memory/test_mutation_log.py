@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from proxy.memory import (
     Actor,
@@ -39,6 +39,7 @@ def test_get_context_at_turn_says_what_was_in_the_window() -> None:
     assert log.get_levels_at_turn(5)[0] == ("msg_0001", CompressionLevel.REDUCED)
 
 
+@settings(max_examples=50, deadline=None)
 @given(histories())
 def test_invariant_09_the_log_alone_gives_table_and_contexts(history: list[PageMutation]) -> None:
     """Everything in RAM can be dropped: the stored form rebuilds the same table."""

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from proxy.memory import (
     CompressionLevel,
@@ -101,6 +101,7 @@ def test_errors_change_nothing() -> None:
     assert log.replay() == table
 
 
+@settings(max_examples=50, deadline=None)
 @given(histories())
 def test_invariant_07_the_table_is_a_fold_of_its_log(history: list[PageMutation]) -> None:
     log = MutationLogLite()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory import (
@@ -16,8 +16,9 @@ from proxy.memory import (
     page_id,
 )
 from proxy.memory.planner import Budget, Group, Plan, _price, plan
+from tests.examples import examples
 
-many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+many = examples(100)
 POLICY = ImportanceWeightedLRU()
 
 

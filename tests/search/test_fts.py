@@ -133,7 +133,7 @@ PAGE = st.tuples(
 STEP = st.one_of(st.lists(PAGE, max_size=8), st.integers(0, 30))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(STEP, max_size=10), st.lists(WORDS, min_size=1, max_size=4).map(" ".join))
 def test_any_history_of_calls_equals_a_fresh_index(
     steps: list[list[tuple[str, str, str, int]] | int], query: str
@@ -160,7 +160,7 @@ def test_any_history_of_calls_equals_a_fresh_index(
     fresh.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(), st.text())
 def test_any_text_is_a_page_and_a_query(page: str, query: str) -> None:
     index = build(page, query, "kite")

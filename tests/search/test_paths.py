@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory.pages import Doc, Hit
 from proxy.search.fts import PageIndex
 from proxy.search.paths import PathIndexes
+from tests.examples import examples
 
 WORDS = "harbour violin ledger comet walnut glacier tram orchid copper lantern".split()
 Path = tuple[int, ...]
@@ -44,7 +45,7 @@ def search(indexes: PathIndexes, path: Path, query: str) -> list[Hit]:
 paths = st.lists(st.integers(0, 2), min_size=1, max_size=24).map(tuple)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@examples(40)
 @given(st.lists(st.tuples(paths, st.sampled_from(WORDS)), min_size=1, max_size=8), st.integers(1, 60))
 def test_invariant_06_no_branch_finds_or_feels_another(asked: list[tuple[Path, str]], limit: int) -> None:
     indexes = PathIndexes(limit)

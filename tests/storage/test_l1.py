@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
+from tests.examples import examples
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@examples(100)
 @given(
     st.lists(st.tuples(st.sampled_from(["put", "get", "take", "clear"]), st.integers(0, 5), st.integers(0, 400)),
              max_size=40),

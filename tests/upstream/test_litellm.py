@@ -14,6 +14,7 @@ from aiohttp import web
 from proxy.config import load_config
 from proxy.errors import ApiError
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
+from tests.waiting import happens
 
 LIMIT = 1 << 20
 TOOL_CALL = {
@@ -169,9 +170,11 @@ async def test_a_provider_of_another_protocol_is_turned_into_openais() -> None:
 async def test_cancelling_before_the_answer_reaches_the_provider() -> None:
     async with providing() as (upstream, provider):
         task = asyncio.create_task(upstream.chat(request("silent"), CLIENT_KEY))
-        await asyncio.wait_for(provider.asked.wait(), 10)
+        assert await happens(provider.asked, 10)
         task.cancel()
-        await asyncio.wait_for(provider.client_gone.wait(), 5)
+        assert await happens(provider.client_gone, 5)
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_the_configured_key_wins() -> None:
@@ -231,7 +234,7 @@ async def test_close_cancels_the_providers_call(reading: bool) -> None:
                 await waiting
         else:
             await reply.close()
-        await asyncio.wait_for(provider.client_gone.wait(), 5)
+        assert await happens(provider.client_gone, 5)
 
 
 @pytest.mark.parametrize("stream", [False, True])
