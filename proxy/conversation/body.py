@@ -16,11 +16,13 @@ import msgspec
 from proxy.conversation.history import HistoryCache, Known
 from proxy.errors import ApiError
 
-_TOKEN = re.compile(rb'[\[\]{}]|"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Possessive: a string is read once, whatever is in it. One that is cut off matches up to the end.
+_TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
+_OPEN_ARRAY = ord("[")
 _HEAD_LIMIT_BYTES = 1 << 20  # a head larger than this is left to the full parse
 
 Fields = dict[str, msgspec.Raw]
@@ -71,18 +73,20 @@ def _locate(body: bytes) -> _Head | None:
     if body[:1] != b"{":
         return None
     depth, key = 0, b""
-    for match in _TOKEN.finditer(body, 0, min(len(body), _HEAD_LIMIT_BYTES)):
-        token = match.group()
-        if token in b"{[":
+    for match in _TOKEN.finditer(body):
+        start = match.start()
+        if start > _HEAD_LIMIT_BYTES:
+            return None
+        if body[start] in b"{[":
             depth += 1
-            if depth == 2 and token == b"[" and key == b'"messages"':
+            if depth == 2 and body[start] == _OPEN_ARRAY and key == b'"messages"':
                 return _skip_system(body, match.end())
-        elif token in b"}]":
+        elif body[start] in b"}]":
             depth -= 1
         elif depth == 1:
-            after = _SKIP.match(body, match.end())
-            if after and body[after.end() : after.end() + 1] == b":":
-                key = token
+            after = _skip(body, match.end())
+            if body[after : after + 1] == b":":
+                key = match.group()
     return None
 
 
@@ -116,10 +120,10 @@ def _skip(body: bytes, at: int) -> int:
 def _object_end(body: bytes, start: int) -> int | None:
     depth = 0
     for match in _TOKEN.finditer(body, start):
-        token = match.group()
-        if token in b"{[":
+        first = body[match.start()]  # not the token: it may be megabytes
+        if first in b"{[":
             depth += 1
-        elif token in b"}]":
+        elif first in b"}]":
             depth -= 1
             if depth == 0:
                 return match.end()

@@ -1,8 +1,8 @@
 """Finds a request's place in the tree: which path it is on, and what of it the client sent.
 
 Promises: a full history is placed by its content alone; a trimmed one gets its ancestors back only
-when the overlap is at least two consecutive messages, one of them an answer, and matches exactly
-one path; a session's new messages continue its head. Everything stays inside the tenant, and what
+when the overlap is at least two consecutive messages, one of them an answer, says more than a
+greeting, and matches exactly one path; a session's new messages continue its head. Everything stays inside the tenant, and what
 is ambiguous matches nothing (invariant 6). Pure: storage is handed in as functions.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from proxy.conversation.body import Body
 from proxy.conversation.tree import (
@@ -23,7 +25,10 @@ from proxy.conversation.tree import (
     deepest_record,
     overlap,
 )
+from proxy.memory.pages import message_text
 
+_TELLING_MESSAGES = 4  # an overlap of fewer messages must have
+_TELLING_CHARS = 64  # so much text to count as proof
 _CANDIDATES = 32  # paths that a trimmed history is compared with; as many as storage keeps
 
 LoadPath = Callable[[Record], list[Node]]
@@ -102,6 +107,8 @@ def _in_session(
     """The request as the continuation of its session; None: a history of its own."""
     path = library.load_path(head)
     start, length = overlap(path, nodes)
+    if length and start == 0:
+        return None  # it begins as the session began: said again from the start, not new
     answered = any(node.role == "assistant" for node in nodes[:length])
     if length and (start + length == len(path) or (length >= 2 and answered)):
         return _join(path, start, length, nodes, anchors, identity, library)
@@ -155,11 +162,19 @@ def _reattach(
         return None
     longest = max(length for length, _ in best)
     matches = [record for length, record in best if length == longest]
-    if len(matches) != 1:
+    if len(matches) != 1 or not _telling(nodes[:longest]):
         return None
     path = library.load_path(matches[0])
     start = len(path) - (answer + 1)
     return _join(path, start, answer + 1, nodes, anchors, identity, library)
+
+
+def _telling(nodes: Sequence[Node]) -> bool:
+    """More than a greeting and its answer, which any conversation may begin with."""
+    if len(nodes) >= _TELLING_MESSAGES:
+        return True
+    texts = (message_text(msgspec.json.decode(node.raw)) for node in nodes)
+    return sum(map(len, texts)) >= _TELLING_CHARS
 
 
 def _ends_with(record: Record, nodes: Sequence[Node], get: GetRecord) -> bool:

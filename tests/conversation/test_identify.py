@@ -40,9 +40,14 @@ def player() -> Player:
     return Player(limits_of(20_000))
 
 
+def telling(text: str) -> str:
+    """Long enough to be recognised by two messages."""
+    return f"{text}: words that only this one conversation has in it"
+
+
 def test_a_trimmed_history_gets_its_ancestors_back() -> None:
     it = player()
-    messages = [*keep(it, "a", "b", "c", "d", "e", "f"), {"role": U, "content": "g"}]
+    messages = [*keep(it, *map(telling, "abcdef")), {"role": U, "content": "g"}]
     for first in range(1, 5):
         found = it.place(json.dumps({"model": "gpt-4o", "messages": messages[first:]}).encode())[1]
         assert len(found.path) == 7 and found.start == found.floor == first
@@ -94,7 +99,7 @@ def test_a_session_takes_new_messages_overlaps_and_whole_histories() -> None:
     assert placed(it, [messages[-1], new], session="s") == whole
     assert placed(it, [*messages[-2:], new], session="s") == whole
     assert placed(it, [*messages, new], session="s") == whole
-    assert placed(it, [{"role": U, "content": "a"}], session="s") == ["a", "b", "c", "d", "a"]
+    assert placed(it, [{"role": U, "content": "a"}], session="s") == ["a"]  # said again: a retry
     assert placed(it, [new], session="other") == ["e"]
     assert placed(it, [new], session="s", user="other") == ["e"]
     stranger = told("x", "y", "z")
@@ -138,9 +143,16 @@ def test_invariant_06_a_path_is_one_that_the_tenant_said(
         assert placed(it, messages) == path
 
 
+def test_invariant_06_a_greeting_is_no_proof_of_identity() -> None:
+    it = player()
+    keep(it, "My number is 4711", "Noted.", "hi", "Hello! How can I help you today?")
+    opening = ["hi", "Hello! How can I help you today?", "What is my number?"]
+    assert placed(it, told(*opening)) == opening
+
+
 def test_mid_conversation_system_messages_keep_their_place() -> None:
     it = player()
-    messages = keep(it, "a", "b", "c", "d")
+    messages = keep(it, "a", "b", telling("c"), telling("d"))
     messages[2:2] = [{"role": "developer", "content": "n1"}, {"role": "system", "content": "n2"}]
     for _ in range(2):  # cold, then by bytes
         body = json.dumps({"model": "gpt-4o", "messages": messages}).encode()
