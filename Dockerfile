@@ -15,6 +15,9 @@ COPY --from=build /opt/llm-pager /opt/llm-pager
 
 # Settings are variables, so that arguments given to `docker run` add to them.
 # The working directory holds no config.yaml: mount one at /etc/llm-pager/config.yaml to use it.
+# The variables below beat a mounted config.yaml: server.host, server.port and tiers.l2.path have no
+# effect in it. Change the port with -e LLM_PAGER_SERVER__PORT=9000 (and -p 9000:9000), not with
+# --port: the health check reads the variable.
 ENV PATH=/opt/llm-pager/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     LLM_PAGER_SERVER__HOST=0.0.0.0 \
@@ -23,6 +26,7 @@ ENV PATH=/opt/llm-pager/bin:$PATH \
 
 WORKDIR /etc/llm-pager
 USER 10001:10001
+# A named volume takes over the owner of /data; a bind mount on it must be writable by uid 10001.
 VOLUME ["/data"]
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \

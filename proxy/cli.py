@@ -6,6 +6,7 @@ configuration or arguments. Nothing heavy is imported before a command needs it.
 """
 
 import argparse
+import asyncio
 import errno
 import os
 import signal
@@ -124,6 +125,7 @@ def serve(args: argparse.Namespace) -> int:
     }
     config = load_config(args.config, os.environ, flags)
     _require_writable(config.tiers.l2.path)
+    _require_a_sound_store(config)
     listener = _listen(config.server.host, config.server.port)
     # The only ways to a spawned worker are its arguments, which everybody can list, and its
     # environment, which only its owner can read.
@@ -134,6 +136,10 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _require_writable(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise StartError(
+            f"{directory.absolute()} is not a directory; set tiers.l2.path to one that can be written."
+        )
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
@@ -144,6 +150,17 @@ def _require_writable(directory: Path) -> None:
             f"The state directory {directory.absolute()} cannot be written: {error.strerror}; "
             "set tiers.l2.path to one that can."
         ) from error
+
+
+def _require_a_sound_store(config: "Config") -> None:
+    """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
+    from proxy.storage.l2 import DiskStore, StorageError
+
+    try:
+        store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
+        asyncio.run(store.close())
+    except StorageError as error:
+        raise StartError(str(error)) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -28,7 +28,6 @@ from proxy.errors import ConfigError
 
 MASK = "***"
 EFFECTIVE_CONFIG_VARIABLE = "LLM_PAGER_EFFECTIVE_CONFIG"
-UNKNOWN_MODEL_WINDOW_TOKENS = 32_000
 
 _SECRET_KEYS = frozenset({"api_key"})
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "api-key"})
@@ -368,7 +367,7 @@ def _notes(config: Config) -> Iterable[str]:
     l0 = config.tiers.l0
     if isinstance(l0.tokens, int):
         reserve = effective_reserve(l0.tokens, l0.reserve_tokens, None)
-        if reserve < l0.reserve_tokens:
+        if "reserve_tokens" in l0.model_fields_set and reserve < l0.reserve_tokens:
             yield (
                 f"tiers.l0.reserve_tokens: {l0.reserve_tokens} is more than a quarter of the "
                 f"{l0.tokens}-token window, so {reserve} tokens are reserved for the answer."
@@ -378,11 +377,6 @@ def _notes(config: Config) -> Iterable[str]:
                 f"pages.max_tokens: a page of {config.pages.max_tokens} tokens takes more than "
                 f"half of the {l0.tokens}-token window; smaller pages will be found more often."
             )
-    else:
-        yield (
-            "tiers.l0.tokens: auto takes each model's input window from litellm's table, "
-            f"and {UNKNOWN_MODEL_WINDOW_TOKENS} tokens for a model that is not in it."
-        )
     for tier, section in (("l3", config.tiers.l3), ("l4", config.tiers.l4)):
         if section.url is not None:
             yield f"tiers.{tier}.url: this version keeps everything in L2, so nothing is sent there."

@@ -31,7 +31,7 @@ class Upstream:
         self.closed = False
         self.failure: Exception | None = None
 
-    async def chat(self, body: bytes, headers: Any) -> BytesReply:
+    async def chat(self, body: bytes, headers: Any, query: bytes = b"") -> BytesReply:
         self.asked.append("chat")
         if self.failure:
             raise self.failure

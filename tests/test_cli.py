@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -88,7 +89,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_check_prints_the_effective_configuration_masked(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("tiers: {l0: {tokens: 4000}}\n")
+    (tmp_path / "config.yaml").write_text("tiers: {l0: {tokens: 4000, reserve_tokens: 4096}}\n")
     extra = {"LLM_PAGER_UPSTREAM__API_KEY": "sk-SECRET", "LLM_PAGER_SERVER__PORT": "9000"}
     done = run(tmp_path, "check", **extra)
     assert (done.returncode, done.stderr) == (0, "")
@@ -177,10 +178,28 @@ def test_serve_refuses_a_host_that_is_not_here(tmp_path: Path, host: str) -> Non
 
 
 def test_serve_refuses_a_state_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text("a file")
-    done = run(tmp_path, "serve", "--port", "0")
+    (tmp_path / "file").write_text("a file")
+    done = run(tmp_path, "serve", "--port", "0", LLM_PAGER_TIERS__L2__PATH="file/data")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "set tiers.l2.path to one that can" in done.stderr
+
+
+def test_serve_refuses_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve", "--port", "0", LLM_PAGER_TIERS__L2__PATH="/etc/hostname")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "llm-pager: /etc/hostname is not a directory; set tiers.l2.path to one that can be written.\n"
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_refuses_a_damaged_store(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cache.db").write_bytes(random.Random(1).randbytes(8192))
+    done = run(tmp_path, "serve", "--port", "0", "--workers", workers)  # ends: no crash loop
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1 and "is not a database" in done.stderr
+    assert done.stderr.startswith("llm-pager: Cannot use data as the storage directory")
 
 
 def test_serve_tells_what_the_app_refuses(tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_effective_reserve(l0: int, configured: int, asked: int | None, reserve:
 
 def test_notes_tell_what_is_capped_or_unused() -> None:
     text = """
-tiers: {l0: {tokens: 1000}, l3: {url: s3://b}}
+tiers: {l0: {tokens: 1000, reserve_tokens: 4096}, l3: {url: s3://b}}
 upstream: {provider: demo, base_url: http://h/v1}
 """
     notes = "\n".join(load(text).notes())
@@ -375,6 +375,11 @@ upstream: {provider: demo, base_url: http://h/v1}
     assert "pages.max_tokens: a page of 1024 tokens takes more than half" in notes
     assert "tiers.l3.url: this version keeps everything in L2" in notes
     assert "upstream.base_url: not used with provider demo" in notes
+
+
+@pytest.mark.parametrize("text", ["", "tiers: {l0: {tokens: auto}}", "tiers: {l0: {tokens: 3000}}"])
+def test_what_nobody_set_needs_no_note(text: str) -> None:
+    assert load(text).notes() == []
 
 
 # ---------------------------------------------------------------- errors

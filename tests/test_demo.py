@@ -1,9 +1,15 @@
 """`llm-pager demo`: its conversation is sound, its accounts are right, and the whole show runs."""
 
+import asyncio
 import importlib.util
+import os
+import pty
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +17,8 @@ import pytest
 
 from proxy.conversation.report import FaultReport, SearchReport, TurnReport
 from proxy.demo.ledger import Ledger
-from proxy.demo.play import conversation, demo_config
-from proxy.demo.screen import Recall, View, layout, ranges
+from proxy.demo.play import _serving, conversation, demo_config
+from proxy.demo.screen import Recall, View, counted, layout, print_summary, ranges
 from proxy.errors import ConfigError
 from proxy.tokens import get_counter
 
@@ -92,6 +98,136 @@ def test_the_screen_shows_what_happened(capsys: pytest.CaptureFixture[str]) -> N
     assert "keel bolts" in capsys.readouterr().out
 
 
+def shown_at_80_by_24(view: View) -> str:
+    from rich.console import Console
+
+    console = Console(width=80, height=24, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(layout(view, 24), height=24)
+    return capture.get()
+
+
+def test_everything_fits_on_80_by_24() -> None:
+    ledger = Ledger(get_counter("demo"), 3000)
+    for account in ledger.accounts:
+        account.prompt_tokens, account.billed_tokens, account.largest_tokens = 3_242_729, 684_388, 26_828
+    view = View(234, 4000, 0.9, ledger, plain=False, turn=200)
+    view.evicted, view.prefetched, view.searches, view.faults = 904, 69, 29, 8
+    pages = [f"msg_{n:04}" for n in range(1, 200, 3)]
+    view.observe(TurnReport("demo", "tools", 200, 45, True, 3600, 1800, pages, pages, pages[:2]))
+    shown = shown_at_80_by_24(view)
+    assert "epoch 45 · tools · out 906 · in 69 · found 29 · faults 8 " in shown
+    for text in ("sliding window", "at a tenth ", "2 pages out", "90%", "epoch 45   "):
+        assert text in shown, shown
+    assert max(map(len, shown.splitlines())) <= 80 and len(shown.splitlines()) == 24
+
+
+def test_the_newest_events_are_the_ones_on_a_small_screen() -> None:
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False)
+    for number in range(9):
+        view.event("fault", f"number {number}")
+    shown = shown_at_80_by_24(view)
+    assert "number 8" in shown and "number 5" in shown and "number 4" not in shown
+
+
+def test_a_bypassed_turn_says_so() -> None:
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False, turn=1)
+    view.observe(TurnReport("demo", "bypass", 1, budget_tokens=3600, used_tokens=1800))
+    shown = shown_at_80_by_24(view)
+    assert "1,800 of 3,600 tokens (the whole history fits: sent untouched)" in shown
+    assert "everything fits: requests pass" in shown and "untouched  " in shown  # it may wrap
+    assert "90%" not in shown and "┃" not in shown
+
+
+def test_header_log_and_summary_show_the_epochs_own_number(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=True, turn=1)
+    report = TurnReport("demo", "tools", 1, 3, True, 3600, 1800)  # one turn began three
+    report.evicted_pages, report.searches = ["msg_0001"], [SearchReport("keel", [])]
+    view.observe(report)
+    assert "epoch     3 begins" in (log := capsys.readouterr().out) and "1 page out" in log
+    assert "epoch 3   " in shown_at_80_by_24(view)
+    view.evicted = 1178
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        print_summary(view, console)
+    assert "1 turn through a window of 4,000 tokens: 3 epochs, 1,178 evictions, " in capture.get()
+    assert "0 prefetched, 1 search, 0 page faults" in capture.get()
+
+
+def test_counted() -> None:
+    assert (counted(1, "search", "searches"), counted(2, "search", "searches")) == ("1 search", "2 searches")
+    assert (counted(0, "page"), counted(1178, "page")) == ("0 pages", "1,178 pages")
+
+
+async def test_the_demos_server_sends_without_delay() -> None:
+    """asyncio sets TCP_NODELAY on connections of a listener that names its protocol."""
+    seen: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (event := (await receive())["type"]) != "lifespan.shutdown":
+                await send({"type": event + ".complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        transport = receive.__self__.transport
+        connection = transport.get_extra_info("socket")
+        seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with _serving(app) as url:
+        port = int(url.split(":")[2].split("/")[0])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        await reader.read()
+        writer.close()
+    assert seen and seen[0] != 0
+
+
+def test_the_reader_of_the_output_may_leave(tmp_path: Path) -> None:
+    run = subprocess.run(
+        ["bash", "-c", '"$0" -m proxy.cli demo --fast | head -2; exit "${PIPESTATUS[0]}"', sys.executable],
+        cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr, len(run.stdout.splitlines())) == (1, "", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_restores_the_terminal_and_removes_the_state(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "proxy.cli", "demo"],
+        cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path), "TERM": "xterm"},
+        stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    output, asked = b"", False
+    deadline = time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            try:
+                chunk = os.read(ours, 65_536)
+            except OSError:  # Linux: the other side is closed
+                break
+            output += chunk
+            if not asked and re.search(rb"turn [3-9]/", output):
+                assert list(tmp_path.glob("llm-pager-demo-*"))
+                process.send_signal(signal.SIGTERM)
+                asked = True
+        assert asked and process.wait(timeout=20) == 143, output[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert output.rindex(b"\x1b[?1049l") > output.rindex(b"\x1b[?1049h")  # the main screen again
+    assert output.rindex(b"\x1b[?25h") > output.rindex(b"\x1b[?25l")  # with its cursor
+    assert b"stopped" in output and b"Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(importlib.util.find_spec("proxy.app") is None, reason="proxy/app.py is not there")
 def test_the_whole_demo_runs_without_a_terminal() -> None:
     run = subprocess.run(
@@ -102,5 +238,6 @@ def test_the_whole_demo_runs_without_a_terminal() -> None:
     assert "\x1b" not in run.stdout
     found, asked = map(int, re.findall(r"^recall (\d+)/(\d+)", run.stdout, re.M)[-1])
     assert found >= 0.9 * asked
-    assert int(re.search(r"(\d+) epochs", run.stdout)[1]) >= 3  # type: ignore[index]
+    epochs = int(re.search(r"(\d+) epochs", run.stdout)[1])  # type: ignore[index]
+    assert epochs == int(re.findall(r"epoch +(\d+) begins", run.stdout)[-1]) >= 3
     assert "full history" in run.stdout and "sliding window" in run.stdout

@@ -24,7 +24,7 @@ BASE = {"config", "errors", "tokens"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"config", "demo", "errors"},  # the app is named to uvicorn as a string
+    "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "runtime"},
     "api": {*BELOW_APP, *BASE},

@@ -56,7 +56,7 @@ class ChatApi:
         except ApiError as error:
             await send_error(send, error)
             return
-        work = asyncio.ensure_future(self._serve(scope["headers"], body, send))
+        work = asyncio.ensure_future(self._serve(scope, body, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -68,12 +68,12 @@ class ChatApi:
         if not work.cancelled() and (failure := work.exception()) is not None:
             raise failure
 
-    async def _serve(self, headers: list[Header], body: bytes, send: Send) -> None:
+    async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
         exchange: Exchange | None = None
         try:
-            given = await self._placing.place(headers, body)
+            given = await self._placing.place(scope["headers"], body)
             turn = Turn(given)
-            exchange = self._exchange(turn, given, headers, send)
+            exchange = self._exchange(turn, given, scope, send)
             answer = await self._run(turn, given, exchange)
             await exchange.finish(answer, _own_headers(answer))
             if self._observer is not None and answer.refused is None:
@@ -99,7 +99,7 @@ class ChatApi:
     # -- the turn's effects
 
     def _exchange(
-        self, turn: Turn, given: TurnInput, headers: list[Header], send: Send
+        self, turn: Turn, given: TurnInput, scope: Scope, send: Send
     ) -> Exchange:
         decoded = given.decoded
         config = self._config.stream
@@ -119,7 +119,8 @@ class ChatApi:
         return Exchange(
             send,
             self._upstream,
-            headers,
+            scope["headers"],
+            scope.get("query_string", b""),
             bool(decoded.get("stream")),
             new_sieve,
             self._config.server.body_limit_bytes,
@@ -149,7 +150,7 @@ class ChatApi:
             self._memory.keep_state(turn.record, turn.window, turn.table)
         if answer.learned:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
-            await self._memory.learn(given.decoded["model"], answer.learned)
+            await self._memory.learn(given.scope, given.decoded["model"], answer.learned)
         return answer
 
 

@@ -34,6 +34,7 @@ class Exchange:
         send: Send,
         upstream: Upstream,
         headers: list[Header],
+        query: bytes,
         stream: bool,
         new_sieve: Callable[[], Sieve],
         limit_bytes: int,
@@ -41,6 +42,7 @@ class Exchange:
         self._send = send
         self._upstream = upstream
         self._headers = headers
+        self._query = query
         self._stream = stream
         self._new_sieve = new_sieve
         self._limit_bytes = limit_bytes
@@ -48,16 +50,18 @@ class Exchange:
         self._tee: Tee | None = None
         self._reply_headers: list[Header] = []
         self._body = b""  # the last whole response body
+        self._status = 200
         self._started = False
 
     # -- Complete
 
     async def complete(self, effect: Complete) -> Said | Refused:
         """One upstream call. Raises ApiError before a status, UpstreamBroken in mid-answer."""
-        reply = await self._upstream.chat(effect.body, self._headers)
+        reply = await self._upstream.chat(effect.body, self._headers, self._query)
         try:
             if not self._started:
                 self._reply_headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
+            self._status = reply.status
             if reply.status >= 400:
                 return Refused(reply.status, await reply.read(self._limit_bytes))
             if self._stream and _is_event_stream(reply):
@@ -84,7 +88,7 @@ class Exchange:
     async def _through(self, reply: Reply) -> Said:
         """A stream that needs no change; what was said is learned on the way."""
         self._tee = tee = Tee()
-        await self._start(200 if not self._started else 0, reply)
+        await self._start(reply)
         async for data in reply.chunks():
             ready = tee.feed(data)
             if ready:
@@ -96,7 +100,7 @@ class Exchange:
             self._sieve = self._new_sieve()
         sieve = self._sieve
         sieve.begin_round(offer)
-        await self._start(200, reply)
+        await self._start(reply)
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):
             await self._write(b"".join(sieve.feed(data, _now_ms())))
@@ -147,7 +151,7 @@ class Exchange:
         else:
             body = self._body if answer.body is None else answer.body
             headers = [*self._reply_headers, *extra, (b"content-length", b"%d" % len(body))]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
             await self._send({"type": "http.response.body", "body": body})
 
     async def _end_stream(self, answer: Answer) -> None:
@@ -189,13 +193,13 @@ class Exchange:
         if event:
             await self._write(event)
 
-    async def _start(self, status: int, reply: Reply) -> None:
+    async def _start(self, reply: Reply) -> None:
         if self._started:
             return
         self._started = True
         headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
         await self._send(
-            {"type": "http.response.start", "status": reply.status or status, "headers": headers}
+            {"type": "http.response.start", "status": reply.status, "headers": headers}
         )
 
     async def _write(self, data: bytes) -> None:

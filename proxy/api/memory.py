@@ -131,10 +131,11 @@ class Memory:
 
     # -- what is known of models
 
-    def learned(self, model: str) -> dict[str, object]:
-        data = self.store.get(b"m" + model.encode())
+    def learned(self, scope: bytes, model: str) -> dict[str, object]:
+        """What the upstream behind this key said of a model; one key's refusals bind no other."""
+        data = self.store.get(b"m" + scope + model.encode())
         return msgspec.msgpack.decode(data) if data else {}
 
-    async def learn(self, model: str, facts: dict[str, object]) -> None:
-        merged = {**self.learned(model), **facts}
-        await self.store.commit([(b"m" + model.encode(), msgspec.msgpack.encode(merged))])
+    async def learn(self, scope: bytes, model: str, facts: dict[str, object]) -> None:
+        merged = {**self.learned(scope, model), **facts}
+        await self.store.commit([(b"m" + scope + model.encode(), msgspec.msgpack.encode(merged))])

@@ -28,6 +28,7 @@ from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import TokenCounter, get_counter, model_card, tokens_upper_bound
 from proxy.upstream import Header
 
+_COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
 _NO_HISTORIES = HistoryCache(0)
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
@@ -48,7 +49,7 @@ class Placing:
         """Find a request's place. Raises ApiError 400 for what cannot be a chat request."""
         memory = self._memory
         key, session = self._caller(headers)
-        scope = memory.identity.tenant(key, session or "")
+        scope = memory.identity.tenant(key, "")
         try:
             split = read_body(body, scope, memory.histories)
             decoded = Decoded(split.fields)
@@ -75,7 +76,7 @@ class Placing:
         )
         if found.start == 0 and found.floor == 0:
             self._remember(split, scope, tenant, found)
-        return await self._input(body, split, decoded, tenant, session_key, found)
+        return await self._input(body, split, decoded, scope, tenant, session_key, found)
 
     def _caller(self, headers: list[Header]) -> tuple[str, str | None]:
         """The presented key and the explicit session, if any."""
@@ -110,34 +111,34 @@ class Placing:
         body: bytes,
         split: Body,
         decoded: Decoded,
+        scope: bytes,
         tenant: bytes,
         session_key: bytes | None,
         found: Place,
     ) -> TurnInput:
         memory = self._memory
         model = decoded["model"]
-        limits = self._limits(model, max_tokens(decoded), self._learned(model))
+        limits = self._limits(model, max_tokens(decoded), self._learned(scope, model))
         window, table = None, None
         if found.record is not None:
             window, table = await memory.state_after(found.record)
         counter = get_counter(model, self._config.model_override(model).tokenizer)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body) <= limits.budget_tokens
-        tools = split.fields.get("tools")
         fixed = 0
         if not surely:
-            raw_tools = bytes(tools) if tools is not None else b""
-            fixed = self._fixed_tokens(tuple(split.system), raw_tools, counter)
+            raws = tuple(bytes(split.fields[name]) for name in _COUNTED if name in split.fields)
+            fixed = self._fixed_tokens(tuple(split.system), raws, counter)
             await _count(found.path, counter)
         return TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
             found.floor, found.anchors, found.record, window, table, limits, counter,
             memory.identity, tenant, session_key, self._policy, memory.substitutes, fixed, surely,
-            self._observed,
+            self._observed, scope,
         )
 
-    def _learned(self, model: str) -> tuple[tuple[str, object], ...]:
-        return tuple(sorted(self._memory.learned(model).items()))
+    def _learned(self, scope: bytes, model: str) -> tuple[tuple[str, object], ...]:
+        return tuple(sorted(self._memory.learned(scope, model).items()))
 
     def _make_limits(
         self, model: str, max_tokens: int | None, learned: tuple[tuple[str, object], ...]
@@ -194,6 +195,12 @@ def _count_all(nodes: list[Node], counter: TokenCounter) -> None:
         node.tokens = counter.message(msgspec.json.decode(node.raw))
 
 
-def _fixed_tokens(system: tuple[bytes, ...], tools: bytes, counter: TokenCounter) -> int:
+def _fixed_tokens(
+    system: tuple[bytes, ...], fields: tuple[bytes, ...], counter: TokenCounter
+) -> int:
+    """Tokens of what every request of the conversation carries beside its history."""
     total = sum(counter.message(msgspec.json.decode(raw)) for raw in system)
-    return total + (counter.tools(msgspec.json.decode(tools) or ()) if tools else 0)
+    for raw in fields:
+        value = msgspec.json.decode(raw)
+        total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
+    return total

@@ -130,7 +130,7 @@ class TurnWindow:
         return sent != now or (bool(here) and here[: len(last)] != list(last))
 
     def _begin_epoch(self, number: int) -> None:
-        room = self.whole_room_tokens - anchor_tokens(self.anchors, self.counter)
+        room = self.room_for_messages
         if room <= 0:
             raise context_length_exceeded(self.limits, self.limits.budget_tokens - room)
         path, before = self.pages.path, self.before
@@ -198,6 +198,11 @@ class TurnWindow:
         )
 
     # -- room
+
+    @property
+    def room_for_messages(self) -> int:
+        """Tokens for the window when all of the client's system messages are in front of it."""
+        return self.whole_room_tokens - anchor_tokens(self.anchors, self.counter)
 
     @property
     def room(self) -> int:

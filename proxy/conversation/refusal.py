@@ -6,11 +6,20 @@ the unchanged request would fit the model (invariant 1).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
 
+_READ_CHARS = 4000
+_REFUSES = r"(?:not (?:support|allow|accept|permit|implement|available|enabled)|n't (?:support|allow|accept)" \
+    r"|requires --|unsupported|unknown|unrecogni[sz]ed|invalid|unexpected|no support)"
+_NO_TOOLS = re.compile(
+    rf"{_REFUSES}[^.]{{0,60}}\b(?:tools?|functions?|function[ _]calling|tool[ _]choice)\b(?!\[)"
+    rf"|\b(?:tools?|functions?|function[ _]calling|tool[ _]choice)\b(?!\[)[^.]{{0,60}}{_REFUSES}"
+)
+_NO_DEVELOPER = re.compile(rf"developer[^.]{{0,80}}{_REFUSES}|{_REFUSES}[^.]{{0,80}}developer")
 _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may have caused
 
 
@@ -25,10 +34,11 @@ def unchanged_fits(tokens: int, limits: Limits) -> bool:
 
 
 def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
-    """What a refusal of our request says about the model (only true if the unchanged one passes)."""
-    text = refusal.decode("utf-8", "replace").lower()
-    if "developer" in text and limits.developer_role == "developer":
+    """What a refusal of our request says about the model (only true if the unchanged one passes).
+
+    Only a sentence that says what the model does not take counts, not any that names a tool.
+    """
+    text = refusal.decode("utf-8", "replace").lower()[:_READ_CHARS]
+    if limits.developer_role == "developer" and _NO_DEVELOPER.search(text):
         return {"developer_role": "system"}
-    if "tool" in text or "function" in text:
-        return {"tools": False}
-    return {}
+    return {"tools": False} if _NO_TOOLS.search(text) else {}

@@ -117,7 +117,7 @@ class Sieve:
     @property
     def deadline_ms(self) -> float | None:
         """When held text must leave; the caller calls poll() then."""
-        if self._held_since is None or self._flowing or self._hold_text:
+        if self._held_since is None or self._flowing or self._hold_text or self._vm_called:
             return None
         return self._held_since + self._hold_ms
 
@@ -207,9 +207,9 @@ class Sieve:
             return
         self._held.append((event, chunk))
         text = "".join(v for k, v in _delta(chunk).items() if isinstance(v, str) and k != "role")
+        if self._held_since is None:  # whatever it is: audio has a deadline too
+            self._held_since = now_ms
         if text:
-            if self._held_since is None:
-                self._held_since = now_ms
             self._held_tokens += self._count(text)
             if self._held_tokens > self._hold_tokens and not self._hold_text:
                 self._release(out)
@@ -239,11 +239,14 @@ class Sieve:
         call = self._said.call(index)
         if "custom" in call:
             return "client"
-        name = (call.get("function") or {}).get("name")
+        body = call.get("function") or {}
+        name = body.get("name")
         if not name:
             return None
         if name in self._vm_names:
             return "vm"
+        if body.get("arguments"):
+            return "client"  # the name is whole, even if one of ours begins with it
         return None if any(vm.startswith(name) for vm in self._vm_names) else "client"
 
     def _open_client_call(self, call: _Call, chunk: Chunk, out: list[bytes]) -> None:

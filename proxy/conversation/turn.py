@@ -27,11 +27,13 @@ from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor, Identity, Node, Record
 from proxy.conversation.vmcalls import VMCalls, split_calls
 from proxy.conversation.window import Window, encode_change
+from proxy.errors import ApiError
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import PageTable
 from proxy.tokens import PER_REPLY, TokenCounter
 
+_LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _json = msgspec.json.encode
 
 
@@ -63,9 +65,10 @@ class TurnInput:
     session_key: bytes | None
     policy: EvictionPolicy
     substitutes: Callable[[bytes], Sequence[bytes]]
-    fixed_tokens: int  # system messages and the client's tools
+    fixed_tokens: int  # system messages, the client's tools and schemas
     surely_fits: bool = False  # so short that nothing had to be counted
     observed: bool = True  # somebody reads the report's page lists
+    scope: bytes = b""  # of the API key alone: what is learned of a model holds for it
 
 
 @dataclass(slots=True)
@@ -110,13 +113,16 @@ class Turn:
     def run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
         if given.window is None and given.floor == 0 and (given.surely_fits or self._fits()):
-            whole = given.start == 0
-            body = given.body if whole else self._native_body()
-            return (yield from self._pass_through(body, None))
+            return (yield from self._pass_through(self._unchanged_body(), None))
         channel = self._channel = choose_channel(given.decoded, self._limits)
         self._report.channel = channel.name
         paging = self._turn_window(channel)
-        paging.open()
+        try:
+            paging.open()
+        except ApiError:
+            if paging.room_for_messages < _LEAST_ROOM_TOKENS:
+                raise  # system messages and tools alone exceed the window
+            return (yield from self._unpaged(None))  # media, say, by our rule: upstream may know better
         self._paging = paging
         yield from paging.prefetch()
         return (yield from self._rounds(paging, VMCalls(paging)))
@@ -185,7 +191,7 @@ class Turn:
             body = self._request(paging, stop)
             said = yield Complete(body, channel.offer and not stop, through=self._many())
             if isinstance(said, Refused):
-                return (yield from self._refused(said, first=number == 0))
+                return (yield from self._refused(said))
             self._responses.append(said)
             if not said.messages:
                 break
@@ -278,18 +284,31 @@ class Turn:
             body = response_body(said.response, first, shown, reason, usage)
         return Answer(report, reason, usage, body)
 
-    def _refused(self, refused: Refused, first: bool) -> Generator[Effect, Any, Answer]:
+    def _refused(self, refused: Refused) -> Generator[Effect, Any, Answer]:
         """Invariant 1: what our changes may have broken is tried once more without them."""
-        if not (first and repairable(refused) and unchanged_fits(self._unchanged(), self._limits)):
+        told = any((said.shown or {}).get("content") for said in self._responses)
+        fits = unchanged_fits(self._unchanged(), self._limits)
+        if told or not (repairable(refused) and fits):
             return Answer(self._report, refused=refused)
+        return (yield from self._unpaged(learn(refused.body, self._limits)))
+
+    def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:
+        """The whole conversation as the client means it, after paging was begun."""
         self._channel = self._paging = None
-        return (yield from self._pass_through(self._in.body, learn(refused.body, self._limits)))
+        self._report.channel = "bypass"
+        return (yield from self._pass_through(self._unchanged_body(), learned))
+
+    def _unchanged_body(self) -> bytes:
+        """The client's bytes; for a session's new messages, with the history that they follow."""
+        alone = self._in.start > 0 and self._in.floor == 0
+        return self._native_body() if alone else self._in.body
 
     def _unchanged(self) -> int:
-        """Tokens of the client's own request."""
+        """Tokens of the unchanged request."""
+        first = self._in.start if self._in.floor else 0
         total = self._in.fixed_tokens + PER_REPLY
         total += anchor_tokens(self._in.anchors, self._in.counter)
-        return total + sum(self.pages.tokens(p) for p in range(self._in.start, len(self.path)))
+        return total + sum(self.pages.tokens(p) for p in range(first, len(self.path)))
 
 
 def _shown(said: Said, client: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

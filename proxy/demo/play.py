@@ -2,7 +2,8 @@
 
 Promises: the proxy is the one that `serve` starts, on a free port of 127.0.0.1, with its state in
 a temporary directory; every turn is a real HTTP request with the whole history, streamed. Exit
-status 0 when at least 80% of the recall questions were answered, 1 otherwise, 130 after Ctrl-C.
+status 0 when at least 80% of the recall questions were answered, 1 otherwise (also when nobody reads
+its output any more), 130 after Ctrl-C, 143 after SIGTERM; the temporary directory is gone by then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import socket
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from rich.live import Live
 from proxy.config import Config, effective_reserve
 from proxy.conversation.report import TurnReport
 from proxy.demo.ledger import Ledger
-from proxy.demo.screen import Recall, View, layout, print_summary
+from proxy.demo.screen import Recall, View, counted, layout, print_summary
 from proxy.errors import ConfigError
 from proxy.tokens import get_counter
 from proxy.upstream import Upstream
@@ -89,7 +91,10 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def _serving(app: Any) -> AsyncIterator[str]:
     """The base URL of the app, served over HTTP until the block ends."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # asyncio sets TCP_NODELAY only where the protocol is named; without it every streamed turn waits
+    # for a delayed ACK.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         settings = uvicorn.Config(
             app, http="httptools", ws="none", lifespan="on", log_level="warning", access_log=False,
             timeout_graceful_shutdown=3,
@@ -140,6 +145,8 @@ class Show:
     async def play(self, client: Upstream) -> None:
         messages: list[dict[str, Any]] = [{"role": "system", "content": _SYSTEM}]
         for number, turn in enumerate(self.turns, 1):
+            if self.view.unread:
+                return
             self.view.turn, self.view.said = number, turn["user"]
             messages.append({"role": "user", "content": turn["user"]})
             self._reported.clear()
@@ -156,7 +163,8 @@ class Show:
         if "expect" in turn:
             how = "from the window"
             if report and (report.searches or report.faults):
-                how = f"after {len(report.searches)} searches and {len(report.faults)} faults"
+                searches = counted(len(report.searches), "search", "searches")
+                how = f"after {searches} and {counted(len(report.faults), 'fault')}"
             found = turn["expect"] in answer
             self.view.recalled(Recall(number, turn["user"], answer, turn["expect"], found, how))
             pause_s = RECALL_PAUSE_S
@@ -164,7 +172,21 @@ class Show:
             await asyncio.sleep(pause_s)
 
 
+def _end_on_sigterm() -> None:
+    """SIGTERM cancels the current task, as Ctrl-C does: the blocks that it is in clean up."""
+    task = asyncio.current_task()
+    if task is None or sys.platform == "win32":
+        return
+
+    def end() -> None:
+        if not task.cancelling():  # a second one must not interrupt the cleaning up
+            task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
+
+
 async def _run(window_tokens: int, pace: bool, console: Console) -> View:
+    _end_on_sigterm()
     from proxy.app import create_app
 
     turns = conversation()
@@ -211,8 +233,13 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
+    except asyncio.CancelledError:
+        console.print("stopped")
+        return 128 + signal.SIGTERM
     except DemoFailed as error:
         print(f"llm-pager: {error}", file=sys.stderr)
         return 1
+    if view.unread:
+        raise BrokenPipeError  # the command line knows how to leave quietly
     print_summary(view, console)
     return 0 if view.found >= REQUIRED_RECALL * len(view.recalls) else 1

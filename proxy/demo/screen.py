@@ -1,7 +1,7 @@
 """What the demo shows: a live layout on a terminal, plain lines anywhere else.
 
 Promises: plain output has no control characters; both show the same facts, which come from the
-proxy's own `TurnReport`s and from the ledger.
+proxy's own `TurnReport`s and from the ledger. A terminal of 80 by 24 is large enough.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from proxy.upstream.demo_cache import RULE
+from proxy.upstream.demo_cache import MIN_PREFIX_TOKENS, RULE, STEP_TOKENS
 
 if TYPE_CHECKING:
     from proxy.conversation.report import TurnReport
     from proxy.demo.ledger import Ledger
 
+# RULE for a panel of 76 columns.
+_SHORT_RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of {STEP_TOKENS}, at a tenth"
 _SHOWN_EVENTS = 200
 _SHOWN_ANSWERS = 50
 _STYLES = {
@@ -40,7 +42,7 @@ class Recall:
     answer: str
     expect: str
     found: bool
-    how: str  # from the window | after a search | after page faults
+    how: str  # from the window | after 1 search and 2 faults
 
 
 @dataclass
@@ -55,28 +57,37 @@ class View:
     turn: int = 0
     said: str = ""
     report: TurnReport | None = None
-    epochs: int = 0
+    epochs: int = 0  # the newest epoch's number: one turn may begin several
     evicted: int = 0
     prefetched: int = 0
     faults: int = 0
     searches: int = 0
     recalls: list[Recall] = field(default_factory=list)
     events: deque[tuple[int, str, str]] = field(default_factory=lambda: deque(maxlen=_SHOWN_EVENTS))
+    unread: bool = False  # the reader of our plain output has gone (`| head`): the show may end
 
     def event(self, kind: str, text: str) -> None:
         self.events.append((self.turn, kind, text))
-        if self.plain:
-            print(f"turn {self.turn:3}  {kind:8}  {text}", flush=True)
+        self._say(f"turn {self.turn:3}  {kind:8}  {text}")
+
+    def _say(self, line: str) -> None:
+        # Called from inside the server's turn, which a closed pipe must not fail: it is remembered.
+        if not self.plain or self.unread:
+            return
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            self.unread = True
 
     def observe(self, report: TurnReport) -> None:
         """Takes in one turn's report."""
         self.report = report
         if report.new_epoch:
-            self.epochs += 1
+            self.epochs = report.epoch
             self.event("epoch", f"{report.epoch} begins: {in_window(report)}; {gauge_text(report)}")
         if report.evicted_pages:
             self.evicted += len(report.evicted_pages)
-            self.event("evict", f"{len(report.evicted_pages)} pages out: {ranges(report.evicted_pages)}")
+            self.event("evict", f"{counted(len(report.evicted_pages), 'page')} out: {ranges(report.evicted_pages)}")
         if report.prefetched_pages:
             self.prefetched += len(report.prefetched_pages)
             if not self.plain or report.searches or report.faults:
@@ -89,18 +100,22 @@ class View:
             if fault.error:
                 self.event("error", f"{fault.page_id}: {fault.error}")
             else:
-                self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {fault.tokens} tokens")
+                self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {counted(fault.tokens, 'token')}")
 
     def recalled(self, recall: Recall) -> None:
         self.recalls.append(recall)
-        if self.plain:
-            mark = "✓" if recall.found else "✗"
-            print(f"turn {recall.turn:3}  {mark} recall  {recall.question}", flush=True)
-            print(f"                    {recall.answer}  [{recall.how}]", flush=True)
+        mark = "✓" if recall.found else "✗"
+        self._say(f"turn {recall.turn:3}  {mark} recall  {recall.question}")
+        self._say(f"                    {recall.answer}  [{recall.how}]")
 
     @property
     def found(self) -> int:
         return sum(r.found for r in self.recalls)
+
+
+def counted(number: int, one: str, more: str = "") -> str:
+    """`1 page`, `1,178 pages`; `more` is the plural when it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def ranges(page_ids: list[str]) -> str:
@@ -123,16 +138,17 @@ def _number(page_id: str) -> int | None:
 
 def in_window(report: TurnReport) -> str:
     native = ranges(report.native_pages) or "none"
-    return f"native {native}, {len(report.context_pages)} older pages as context"
+    return f"native {native}, {counted(len(report.context_pages), 'older page')} as context"
 
 
 def gauge_text(report: TurnReport) -> str:
     return f"{report.used_tokens:,} of {report.budget_tokens:,} tokens"
 
 
-def _gauge(used: int, budget: int, high: float, width: int = 44) -> Text:
+def _gauge(used: int, budget: int, high: float | None, width: int = 44) -> Text:
+    """A bar with a mark at the share `high`; None: nothing happens at any mark."""
     filled = min(width, round(width * used / budget)) if budget else 0
-    mark = min(width - 1, round(width * high))
+    mark = width if high is None else min(width - 1, round(width * high))
     bar = Text()
     for i in range(width):
         full = i < filled
@@ -145,23 +161,31 @@ def _window_panel(view: View) -> Panel:
     r = view.report
     if r is None:
         return Panel("waiting for the first turn", title="the model's window")
+    if r.channel == "bypass":
+        high, remark = None, "the whole history fits: sent untouched"
+    else:
+        high, remark = view.high_watermark, f"┃ {view.high_watermark:.0%}: a new epoch begins"
     lines = [
-        Text.assemble(_gauge(r.used_tokens, r.budget_tokens or view.window_tokens, view.high_watermark)),
-        Text(f"{gauge_text(r)} (┃ {view.high_watermark:.0%}: a new epoch begins)", "bold"),
+        _gauge(r.used_tokens, r.budget_tokens or view.window_tokens, high),
+        Text(f"{gauge_text(r)} ({remark})", "bold"),
         Text.assemble(("native   ", "bold green"), ranges(r.native_pages) or "–"),
         Text.assemble(("context  ", "bold blue"), ranges(r.context_pages) or "–"),
         Text.assemble(("brought  ", "bold cyan"), ranges(r.prefetched_pages) or "–"),
         Text(
-            f"epoch {r.epoch} · channel {r.channel} · evicted {view.evicted} · prefetched {view.prefetched}"
-            f" · searches {view.searches} · faults {view.faults}",
+            f"epoch {r.epoch} · {r.channel} · out {view.evicted:,} · in {view.prefetched:,}"
+            f" · found {view.searches:,} · faults {view.faults:,}",
             "dim",
         ),
     ]
+    for line in lines:  # a wrapped one would push the last out of the panel
+        line.no_wrap, line.overflow = True, "ellipsis"
     return Panel(Group(*lines), title="the model's window", border_style="green")
 
 
 def _event_panel(view: View, rows: int) -> Panel:
     text = Text(no_wrap=True, overflow="ellipsis")
+    if not view.events:
+        text = Text("everything fits: requests pass untouched", "dim")
     for turn, kind, what in list(view.events)[-rows:]:
         text.append(f"{turn:4} ", "dim")
         text.append(f"{kind:9}", _STYLES.get(kind, ""))
@@ -193,7 +217,7 @@ def _around(answer: str, expect: str, lead_chars: int = 24) -> tuple[str, str, s
 def bill_table(view: View) -> Table:
     """The three accounts; `billed` counts a cached prefix token as a tenth."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("largest prompt", "input tokens", "cached", "billed", "recall"):
         table.add_column(name, justify="right", no_wrap=True)
     ledger = view.ledger
@@ -214,10 +238,10 @@ def bill_table(view: View) -> Table:
 def layout(view: View, height: int) -> Layout:
     """The whole screen for a terminal of `height` lines."""
     root = Layout()
-    body = max(6, height - 3 - 8 - 9)
+    rows = max(2, height - 3 - 8 - 7 - 2)  # what the other panels and this one's frame leave
     title = Text.assemble(
         ("llm-pager demo ", "bold"),
-        f"turn {view.turn}/{view.turns} · window {view.window_tokens:,} tokens · epochs {view.epochs}   ",
+        f"turn {view.turn}/{view.turns} · window {view.window_tokens:,} tokens · epoch {view.epochs}   ",
         (view.said, "italic dim"),
         no_wrap=True,
         overflow="ellipsis",
@@ -226,9 +250,8 @@ def layout(view: View, height: int) -> Layout:
         Layout(Panel(title), size=3),
         Layout(_window_panel(view), size=8),
         Layout(name="body"),
-        Layout(Panel(Group(bill_table(view), Text(RULE, "dim")), title="input bill"), size=7),
+        Layout(Panel(Group(bill_table(view), Text(_SHORT_RULE, "dim")), title="input bill"), size=7),
     )
-    rows = max(2, body)
     root["body"].split_row(Layout(_event_panel(view, rows)), Layout(_recall_panel(view, rows)))
     return root
 
@@ -237,9 +260,10 @@ def print_summary(view: View, console: Console) -> None:
     """The end: what happened, the bill, and the recall."""
     console.print()
     console.print(
-        f"{view.turn} turns through a window of {view.window_tokens:,} tokens: {view.epochs} epochs, "
-        f"{view.evicted} pages evicted, {view.prefetched} prefetched, {view.searches} searches, "
-        f"{view.faults} page faults",
+        f"{counted(view.turn, 'turn')} through a window of {view.window_tokens:,} tokens: "
+        f"{counted(view.epochs, 'epoch')}, {counted(view.evicted, 'eviction')}, "
+        f"{view.prefetched:,} prefetched, {counted(view.searches, 'search', 'searches')}, "
+        f"{counted(view.faults, 'page fault')}",
         highlight=False,
     )
     console.print(bill_table(view))

@@ -14,6 +14,7 @@ from proxy.memory.pages import Doc, Hit
 from proxy.search.fts import PageIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
+_INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its own has its price
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
 
 DocsOf = Callable[[int, int], Iterable[Doc]]
@@ -26,6 +27,11 @@ class _Branch:
         self.index = PageIndex()
         self.ids: list[bytes] = []
         self.lock = threading.Lock()
+
+    @property
+    def weight(self) -> int:
+        """What it counts against the limit, in pages."""
+        return len(self.index) + _INDEX_PAGES
 
 
 class PathIndexes:
@@ -90,8 +96,9 @@ class PathIndexes:
                 branches.remove(best)
             else:
                 if len(branches) == _BRANCHES:
-                    self._pages -= len(branches.pop(0).index)
+                    self._pages -= branches.pop(0).weight
                 best = _Branch()
+                self._pages += best.weight
             branches.append(best)
             return best
 
@@ -100,7 +107,7 @@ class PathIndexes:
             self._pages += grown
             while self._pages > self._limit and len(self._roots) > 1:
                 _, branches = self._roots.popitem(last=False)
-                self._pages -= sum(len(branch.index) for branch in branches)
+                self._pages -= sum(branch.weight for branch in branches)
 
 
 def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:

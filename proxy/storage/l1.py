@@ -7,6 +7,7 @@ is there again (invariant 9).
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -24,42 +25,45 @@ class Cache:
         self.tokens = 0
         self.hits = 0
         self.misses = 0
+        self._lock = threading.Lock()  # a large fold reads records from another thread
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, kind: str, key: bytes) -> Any:
         """The value, or None."""
-        found = self._values.get((kind, key))
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._values.move_to_end((kind, key))
-        return found[0]
+        with self._lock:
+            found = self._values.get((kind, key))
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._values.move_to_end((kind, key))
+            return found[0]
 
     def take(self, kind: str, key: bytes) -> Any:
         """The value, which leaves the cache: for what its user is going to change."""
-        found = self._values.pop((kind, key), None)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self.tokens -= found[1]
-        return found[0]
+        with self._lock:
+            found = self._values.pop((kind, key), None)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self.tokens -= found[1]
+            return found[0]
 
     def put(self, kind: str, key: bytes, value: Any, size_bytes: int) -> None:
         """Keep a value; the newest is kept even when it alone is larger than the limit."""
-        old = self._values.pop((kind, key), None)
-        if old is not None:
-            self.tokens -= old[1]
         weight = size_bytes // BYTES_PER_TOKEN + 1
-        self._values[kind, key] = value, weight
-        self.tokens += weight
-        while self.tokens > self._limit and len(self._values) > 1:
-            _, (_, weight) = self._values.popitem(last=False)
-            self.tokens -= weight
+        with self._lock:
+            old = self._values.pop((kind, key), None)
+            self._values[kind, key] = value, weight
+            self.tokens += weight - (old[1] if old is not None else 0)
+            while self.tokens > self._limit and len(self._values) > 1:
+                _, (_, oldest) = self._values.popitem(last=False)
+                self.tokens -= oldest
 
     def clear(self) -> None:
-        self._values.clear()
-        self.tokens = 0
+        with self._lock:
+            self._values.clear()
+            self.tokens = 0

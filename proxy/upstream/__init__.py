@@ -61,8 +61,8 @@ class Reply(Protocol):
 class Upstream(Protocol):
     """One configured provider. One per process, used from one event loop."""
 
-    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
-        """POST `body` to {base_url}/chat/completions; `headers` are the client's own."""
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+        """POST `body` to {base_url}/chat/completions; `headers` and `query` are the client's own."""
         ...
 
     async def forward(

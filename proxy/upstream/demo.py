@@ -77,7 +77,7 @@ class DemoUpstream:
         self._cache = PromptCache(self._counter)
         self._pause_s = pause_s
 
-    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
         """Answers one chat completion. A body that is no chat request gets OpenAI's 400."""
         try:
             request = _checked(body)

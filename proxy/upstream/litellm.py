@@ -98,7 +98,7 @@ class LitellmUpstream:
         self._models = [name for name in config.models if not set(name) & set("*?[")]
         self._loading: asyncio.Future[_Library] | None = None
 
-    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
         library = await self._library()
         fields = _decode(body)
         for field in fields:

@@ -147,19 +147,22 @@ class OpenAIUpstream:
         self._pooled: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
         pairs = self._headers(headers, _CHAT_DROPS)
         pairs.append(("Accept-Encoding", "identity"))
         skip = _missing_auto_headers(headers, chat=True)
+        url = self._chat_url
+        if query:  # Azure's api-version
+            url = URL(f"{url}?{query.decode('latin-1')}", encoded=True)
         try:
             if len(body) <= _UNBUFFERED_BYTES:
                 response = await self._request(
-                    "POST", self._chat_url, pairs, skip, _Body(body), True
+                    "POST", url, pairs, skip, _Body(body), True
                 )
             else:
                 async with asyncio.timeout(self._timeout_s):
                     response = await self._request(
-                        "POST", self._chat_url, pairs, skip, _Body(body), True
+                        "POST", url, pairs, skip, _Body(body), True
                     )
         except TimeoutError as error:
             raise self._timed_out() from error

@@ -44,7 +44,7 @@ class Scripted:
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
 
-    async def chat(self, body: bytes, headers: Sequence[Header]) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
         self.bodies.append(body)
         self.headers.append(headers)
         self.arrived.set()

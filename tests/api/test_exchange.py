@@ -67,14 +67,14 @@ class Setup:
             names = frozenset({"page_fault"})
             return Sieve(names, 24, hold_ms, False, False, lambda text: len(text.split()))
 
-        self.exchange = Exchange(self._send, self, [], stream, sieve, 10_000)  # type: ignore[arg-type]
+        self.exchange = Exchange(self._send, self, [], b"", stream, sieve, 10_000)  # type: ignore[arg-type]
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
         async with self.grew:
             self.grew.notify_all()
 
-    async def chat(self, body: bytes, headers: Sequence[Header]) -> Any:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Any:
         self.bodies.append(body)
         return self.replies[len(self.bodies) - 1]
 

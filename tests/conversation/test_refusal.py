@@ -28,5 +28,11 @@ def test_invariant_01_only_a_repairable_refusal_that_would_fit_is_tried_again(
 def test_what_a_refusal_says_of_the_model() -> None:
     limits = limits_of(1500)
     assert learn(b"Unsupported role: developer", limits) == {"developer_role": "system"}
-    assert learn(b"FUNCTION calling is off", limits) == {"tools": False}
+    for refusal in (
+        b"FUNCTION calling is not supported by this model",
+        b'{"error":{"message":"registry/x does not support tools"}}',
+        b'"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+    ):
+        assert learn(refusal, limits) == {"tools": False}, refusal
+    assert learn(b"Your prompt was flagged: 'tool abuse'", limits) == {}
     assert learn(b"\xff", limits) == {}

@@ -186,12 +186,14 @@ def test_invariant_01_a_refused_changed_request_is_sent_once_more_unchanged() ->
     assert player.ask(messages, script(says("ok"))).message == says("ok")
 
 
-def test_invariant_01_a_refusal_in_a_later_round_is_handed_on() -> None:
+def test_invariant_01_a_refusal_in_a_later_round_is_tried_unchanged_too() -> None:
     player = Player(limits_of(1500))
     messages = [*grown(player, 12), {"role": "user", "content": "and now?"}]
     fault = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"))
     played = player.ask(messages, script(fault, Refused(400, b"no")))
-    assert played.answer.refused == Refused(400, b"no") and len(played.bodies) == 2
+    assert played.answer.refused == Refused(400, b"no") and len(played.bodies) == 3
+    played = player.ask(messages, script(fault, Refused(400, b"no"), says("yes")))
+    assert played.answer.refused is None and played.requests[-1]["messages"] == messages
 
 
 @pytest.mark.parametrize("share", [0.1, 0.7, 0.9])
@@ -332,8 +334,9 @@ def test_a_trimmed_history_that_begins_inside_a_tool_group_is_made_whole() -> No
     player.ask(messages, script(calls(call("lookup", {}, "c1"))), tools=tools)
     messages.append(calls(call("lookup", {}, "c1")))
     messages.append({"role": "tool", "tool_call_id": "c1", "content": "seven"})
-    player.ask(messages, script(says("seven it is")), tools=tools)
-    messages += [says("seven it is"), {"role": "user", "content": "and twice that?"}]
+    found = "seven it is, as the lookup says, and there is nothing else to be found about it"
+    player.ask(messages, script(says(found)), tools=tools)
+    messages += [says(found), {"role": "user", "content": "and twice that?"}]
     played = player.ask(messages[-3:], script(says("fourteen")), tools=tools)
     assert played.place.start == len(messages) - 3
     check_pairs(played.requests[0])
