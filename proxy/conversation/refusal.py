@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
+
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
 
@@ -38,7 +40,16 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
 
     Only a sentence that says what the model does not take counts, not any that names a tool.
     """
-    text = refusal.decode("utf-8", "replace").lower()[:_READ_CHARS]
+    text = _sentence(refusal).lower()[:_READ_CHARS]
     if limits.developer_role == "developer" and _NO_DEVELOPER.search(text):
         return {"developer_role": "system"}
     return {"tools": False} if _NO_TOOLS.search(text) else {}
+
+
+def _sentence(refusal: bytes) -> str:
+    """The error's own words: its type ("invalid_request_error") says nothing."""
+    try:
+        error = msgspec.json.decode(refusal)["error"]
+        return f"{error['message']} {error.get('param') or ''}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return refusal.decode("utf-8", "replace")

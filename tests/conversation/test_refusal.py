@@ -34,5 +34,8 @@ def test_what_a_refusal_says_of_the_model() -> None:
         b'"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
     ):
         assert learn(refusal, limits) == {"tools": False}, refusal
-    assert learn(b"Your prompt was flagged: 'tool abuse'", limits) == {}
+    flagged = b"Your prompt was flagged: 'tool abuse'"
+    assert learn(flagged, limits) == {}
+    error = b'{"error": {"message": "%s", "type": "invalid_request_error"}}' % flagged
+    assert learn(error, limits) == {}
     assert learn(b"\xff", limits) == {}

@@ -497,7 +497,7 @@ async def test_ready_says_why_when_the_state_directory_is_gone() -> None:
 def test_a_state_directory_that_cannot_be_used_is_said_at_start() -> None:
     server = ServerProcess(config(PORT))
     (server.dir / "data").write_text("not a directory")
-    with pytest.raises(RuntimeError, match="The state directory .*data cannot be written"):
+    with pytest.raises(RuntimeError, match="data is not a directory"):
         server.start()
 
 
@@ -547,16 +547,26 @@ async def test_invariant_1_a_model_that_refuses_the_developer_role(server: Serve
 
 
 async def test_invariant_1_what_was_learned_survives_a_restart() -> None:
-    model, picky = "local-old", without('"tools"', says="this model takes no function calls")
+    model, picky = "local-old", without('"tools"', says="this model does not support function calls")
     with ServerProcess(config(PORT)) as server:
         async with scripted(picky, picky, picky, port=PORT) as upstream:
-            async with raw(server.base_url) as client:
+            async with raw(server.base_url, "sk-the-same") as client:
                 assert (await client.post(CHAT, json=body(LONG, model=model))).status_code == 200
             server.kill()
             server.restart()
-            async with raw(server.base_url) as client:
+            async with raw(server.base_url, "sk-the-same") as client:
                 assert (await client.post(CHAT, json=body(LONG, model=model))).status_code == 200
         assert_paged(upstream.calls[2], tools=False)
+
+
+async def test_what_one_key_was_refused_binds_no_other(server: ServerProcess) -> None:
+    model, picky = "local-older", without('"tools"', says="this model does not support function calls")
+    steps: list[Step] = [picky, picky, message_of("fine")]
+    async with scripted(*steps, port=PORT) as upstream:
+        for key in ("sk-one", "sk-two"):
+            async with raw(server.base_url, key) as client:
+                assert (await client.post(CHAT, json=body(LONG, model=model))).status_code == 200
+    assert "tools" in upstream.calls[2].json
 
 
 async def test_invariant_1_when_the_unchanged_request_fails_too_its_refusal_counts(
