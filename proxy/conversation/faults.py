@@ -43,6 +43,7 @@ _LEVELS = (
     CompressionLevel.ABSTRACT,
     CompressionLevel.REFERENCE,
 )
+_SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
 _RESULT_OVERHEAD = 72  # the JSON around a page's text
 
 
@@ -172,7 +173,7 @@ class FaultServer:
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(args.query, wide, before, self._loaded)
         left = self._limits.fault_tokens - self.policy.tokens_used - self._search_tokens
-        room = min(left, room_tokens)
+        room = min(left, int(room_tokens * _SEARCH_SHARE))
         entries: list[SearchResultEntry] = []
         for hit in hits:
             modality = self._pages.modality(hit.position)
