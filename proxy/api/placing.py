@@ -79,15 +79,20 @@ class Placing:
         return await self._input(body, split, decoded, scope, tenant, session_key, found)
 
     def _caller(self, headers: list[Header]) -> tuple[str, str | None]:
-        """The presented key and the explicit session, if any."""
-        key, session = "", None
+        """The presented credentials and the explicit session, if any.
+
+        All credential headers count together: upstream checks one of them, and one that it does not
+        check must not choose whose history is seen.
+        """
+        presented: list[str] = []
+        session: str | None = None
         names = self._config.sessions.headers
         for name, value in headers:
             if name in (b"authorization", b"api-key", b"x-api-key"):
-                key = key or value.decode("latin-1")
+                presented.append(f"{name.decode()}: {value.decode('latin-1')}")
             elif name.decode("latin-1") in names and session is None:
                 session = checked_session(value.decode("latin-1"), name.decode("latin-1"))
-        return key, session
+        return "\n".join(sorted(presented)), session
 
     def _remember(self, split: Body, scope: bytes, tenant: bytes, found: Place) -> None:
         """Keep the history's bytes, so that the next body is recognised by them."""

@@ -262,6 +262,8 @@ async def test_a_session_in_metadata_is_the_same_session(tmp_path: Path) -> None
         ([KEY, SESSION], [SESSION]),
         ([(b"api-key", b"a"), SESSION], [(b"api-key", b"b"), SESSION]),
         ([(b"x-api-key", b"a"), SESSION], [(b"x-api-key", b"b"), SESSION]),
+        # upstream checks Authorization: an unchecked header beside it must not open another's door
+        ([(b"x-api-key", b"a"), SESSION], [(b"x-api-key", b"a"), OTHER, SESSION]),
     ],
 )
 async def test_invariant_6_another_session_or_key_sees_nothing(
