@@ -13,10 +13,13 @@ import os
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import health_router
 from proxy.api.memory import Memory
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
+from proxy.api.stats import Stats
+from proxy.api.vm import vm_router
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.runtime import tune
@@ -33,9 +36,16 @@ class App:
     def __init__(self, config: Config, observer: Observer | None = None) -> None:
         self.memory = Memory(config)
         self._upstream = make_upstream(config)
-        self._chat = ChatApi(config, self._upstream, self.memory, observer)
+        self._archive = Archive(config, self.memory, self._upstream)
+        self._stats = Stats(self.memory, self._archive.writer)
+        self._chat = ChatApi(
+            config, self._upstream, self.memory, self._archive, self._stats, observer
+        )
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
         self._rest.include_router(health_router(self.memory.store.check))
+        self._rest.include_router(
+            vm_router(self._stats, self.memory, self._archive, config.sessions.headers)
+        )
         self._rest.add_exception_handler(HTTPException, _refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,6 +90,7 @@ class App:
             if message["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
             else:
+                await self._archive.close()
                 await self._upstream.close()
                 await self.memory.close()
                 await send({"type": "lifespan.shutdown.complete"})

@@ -84,6 +84,9 @@ Seconds = Annotated[float, _seconds()]
 Share = Annotated[float, _share()]
 Flag = Annotated[bool, Field(description="true or false")]
 Text = Annotated[str, Field(min_length=1, description="a text that is not empty")]
+OptionalText = Annotated[
+    str | None, Field(min_length=1, description="null or a text that is not empty")
+]
 BaseUrl = Annotated[
     str,
     AfterValidator(_url),
@@ -134,9 +137,7 @@ class UpstreamConfig(Section):
         Literal["openai", "litellm", "demo"], _one_of("openai", "litellm", "demo")
     ] = "openai"
     base_url: BaseUrl = "https://api.openai.com/v1"
-    api_key: Annotated[
-        str | None, Field(min_length=1, description="null or a text that is not empty")
-    ] = None
+    api_key: OptionalText = None
     timeout_s: Seconds = 600.0
     connect_timeout_s: Seconds = 10.0
     max_connections: AtLeast1 = 1000
@@ -228,6 +229,19 @@ class ManifestConfig(Section):
     max_tokens: AtLeast1 = 1024
 
 
+class SegmentsConfig(Section):
+    max_messages: AtLeast1 = 512
+    summary_tokens: AtLeast0 = 160
+    max_claims: AtLeast0 = 128
+
+
+class CompressionConfig(Section):
+    model: OptionalText = None
+    transcription_model: OptionalText = None
+    max_jobs: AtLeast1 = 2
+    queue_jobs: AtLeast1 = 64
+
+
 class SearchConfig(Section):
     max_results: AtLeast1 = 20
     snippet_tokens: AtLeast1 = 128
@@ -279,6 +293,8 @@ class Config(Section):
     faults: FaultsConfig = FaultsConfig()
     prefetch: PrefetchConfig = PrefetchConfig()
     manifest: ManifestConfig = ManifestConfig()
+    segments: SegmentsConfig = SegmentsConfig()
+    compression: CompressionConfig = CompressionConfig()
     search: SearchConfig = SearchConfig()
     stream: StreamConfig = StreamConfig()
     sessions: SessionsConfig = SessionsConfig()
@@ -377,8 +393,7 @@ def _notes(config: Config) -> Iterable[str]:
                 f"pages.max_tokens: a page of {config.pages.max_tokens} tokens takes more than "
                 f"half of the {l0.tokens}-token window; smaller pages will be found more often."
             )
-    for tier, section in (("l3", config.tiers.l3), ("l4", config.tiers.l4)):
-        if section.url is not None:
-            yield f"tiers.{tier}.url: this version keeps everything in L2, so nothing is sent there."
+    if config.tiers.l4.url is not None:
+        yield "tiers.l4.url: this version keeps no cold archive, so nothing is sent there."
     if config.upstream.provider != "openai" and config.upstream.base_url != UpstreamConfig().base_url:
         yield f"upstream.base_url: not used with provider {config.upstream.provider}."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 
 # mallopt's parameters, from malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -21,6 +22,7 @@ _YOUNG_OBJECTS, _MIDDLE, _OLD = 20_000, 20, 100
 
 def tune() -> None:
     """Apply them to this process; without glibc only the collector's."""
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # a broken file is the client's, not ours
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, _MIDDLE, _OLD)

@@ -11,15 +11,18 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from proxy.api.archive import Archive
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory
 from proxy.api.passthrough import Receive, Scope, Send, send_error
 from proxy.api.placing import Placing
 from proxy.api.request import read_bytes
+from proxy.api.stats import Stats
 from proxy.config import Config
 from proxy.conversation.effects import Append, Complete, Load, Search
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
+from proxy.conversation.state import State
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.errors import ApiError
 from proxy.storage.l2 import StorageError
@@ -34,11 +37,19 @@ class ChatApi:
     """The handler; one per process."""
 
     def __init__(
-        self, config: Config, upstream: Upstream, memory: Memory, observer: Observer | None
+        self,
+        config: Config,
+        upstream: Upstream,
+        memory: Memory,
+        archive: Archive,
+        stats: Stats,
+        observer: Observer | None,
     ) -> None:
         self._config = config
         self._upstream = upstream
         self._memory = memory
+        self._archive = archive
+        self._stats = stats
         self._observer = observer
         self._placing = Placing(config, memory, observer is not None)
 
@@ -76,8 +87,11 @@ class ChatApi:
             exchange = self._exchange(turn, given, scope, send)
             answer = await self._run(turn, given, exchange)
             await exchange.finish(answer, _own_headers(answer))
-            if self._observer is not None and answer.refused is None:
-                self._observer(answer.report)
+            if answer.refused is None:
+                self._stats.told(answer.report)
+                if self._observer is not None:
+                    self._observer(answer.report)
+                self._archive.after(turn, given, scope["headers"])
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -141,13 +155,14 @@ class ChatApi:
                 elif isinstance(effect, Search):
                     reply = await self._memory.search(effect, given.path, turn.pages)
                 elif isinstance(effect, Load):
-                    reply = turn.pages.text(effect.position, effect.part, effect.level)
+                    reply = await self._archive.load(given.tenant, effect, turn.pages)
         except StopIteration as end:
             answer: Answer = end.value
         finally:
             dialogue.close()
         if turn.record is not None and turn.window is not None and turn.record.id in stored:
-            self._memory.keep_state(turn.record, turn.window, turn.table)
+            state = State(turn.window, turn.table, turn.pages.derived)
+            self._memory.keep_state(turn.record, state)
         if answer.learned:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
             await self._memory.learn(given.scope, given.decoded["model"], answer.learned)

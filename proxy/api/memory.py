@@ -8,26 +8,55 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from proxy.config import Config
+from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
 from proxy.conversation.pathpages import PathPages
-from proxy.conversation.tree import Identity, Node, Record, decode_record, load_path, record_key
-from proxy.conversation.window import Window, restore
-from proxy.memory.mutation_log import decode as decode_mutations
-from proxy.memory.page_table import PageTable
+from proxy.conversation.state import State, restore_state
+from proxy.conversation.tree import (
+    Identity,
+    Node,
+    Record,
+    block_key,
+    decode_record,
+    load_path,
+    record_key,
+)
+from proxy.conversation.window import Window
 from proxy.memory.pages import Hit
+from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.search.paths import PathIndexes
 from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
-_TABLE_ENTRY_BYTES = 100
+_TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
+
+
+@dataclass(slots=True)
+class TableLookups:
+    """Look-ups of page table entries, over all conversations: in the TLB, or past it."""
+
+    hits: int = 0
+    misses: int = 0
+
+    def add(self, tlb: PageTLB) -> None:
+        """Take over what a conversation's TLB counted since the last time."""
+        self.hits += tlb.hits
+        self.misses += tlb.misses
+        tlb.hits = tlb.misses = 0
+
+    def as_dict(self) -> dict[str, float]:
+        asked = self.hits + self.misses
+        rate = self.hits / asked if asked else 0.0
+        return {"hits": self.hits, "misses": self.misses, "hit_rate": rate}
 
 
 class Memory:
@@ -39,6 +68,7 @@ class Memory:
         self.cache = Cache(config.tiers.l1.tokens)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         self.indexes = PathIndexes(config.search.index_pages)
+        self.tlb = TableLookups()
         self.library = Library(self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:
@@ -73,35 +103,33 @@ class Memory:
         record = self.get_record(node_id)
         return record.substitute if record is not None else ()
 
-    async def state_after(self, record: Record) -> tuple[Window | None, PageTable | None]:
-        """The window and the page table after a turn. The table is the caller's to change."""
+    async def state_after(self, record: Record) -> State | None:
+        """The state after a turn; None for a conversation that never left its window."""
         if not record.window:
-            return None, None
+            return None
         window: Window | None = self.cache.get("window", record.id)
-        table: PageTable | None = self.cache.take("table", record.id)
-        if window is not None and table is not None:
-            return window, table
+        kept: tuple[TLBWithPageTable, Derived] | None = self.cache.take("table", record.id)
+        if window is not None and kept is not None:
+            return State(window, *kept)
         if record.turn > _OFF_LOOP_MESSAGES:
-            return await asyncio.to_thread(self._fold, record)
-        return self._fold(record)
+            return await asyncio.to_thread(restore_state, record, self.get_record, self.get_block)
+        return restore_state(record, self.get_record, self.get_block)
 
-    def _fold(self, head: Record) -> tuple[Window | None, PageTable]:
-        logs: list[bytes] = []
-        at: Record | None = head
-        while at is not None:
-            logs.append(at.mutations)
-            at = self.get_record(at.base) if at.base else None
-        table = PageTable()
-        for log in reversed(logs):
-            table.replay(decode_mutations(msgspec.msgpack.decode(log)))
-        return restore(head, self.get_record), table
+    def get_block(self, ref: bytes) -> bytes | None:
+        """A block of a page table."""
+        found: bytes | None = self.cache.get("block", ref)
+        if found is None:
+            found = self.store.get(block_key(ref))
+            if found is not None:
+                self.cache.put("block", ref, found, len(found))
+        return found
 
     async def search(self, effect: Search, path: Sequence[Node], pages: PathPages) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others."""
         ids = [node.id for node in path[: effect.before]]
         if not ids:
             return []
-        work = (ids, pages.pages, effect.query, effect.limit, effect.skip)
+        work = (ids, pages.docs, effect.query, effect.limit, effect.skip)
         if self.indexes.missing(ids) > _OFF_LOOP_MESSAGES:
             return await asyncio.to_thread(self.indexes.search, *work)
         return self.indexes.search(*work)
@@ -123,11 +151,15 @@ class Memory:
             self.cache.put("record", record.id, record, size)
         return frozenset(record.id for record in new)
 
-    def keep_state(self, record: Record, window: Window, table: PageTable) -> None:
-        """Remember the state after a stored turn, so that the next one need not fold it."""
+    def keep_state(self, record: Record, state: State) -> None:
+        """Remember the state after a stored turn, so that the next one need not restore it."""
+        window, table, derived = state
+        assert window is not None
         size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
         self.cache.put("window", record.id, window, size)
-        self.cache.put("table", record.id, table, len(table) * _TABLE_ENTRY_BYTES)
+        self.tlb.add(table.tlb)
+        table.shed()
+        self.cache.put("table", record.id, (table, derived), table.in_ram * _TABLE_ENTRY_BYTES)
 
     # -- what is known of models
 

@@ -12,10 +12,12 @@ from itertools import takewhile
 
 import msgspec
 
+from proxy.api.caller import presented
 from proxy.api.memory import Memory
-from proxy.api.request import Decoded, checked_session, max_tokens, metadata_session, validate
+from proxy.api.request import Decoded, max_tokens, metadata_session, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
+from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
@@ -48,7 +50,7 @@ class Placing:
     async def place(self, headers: list[Header], body: bytes) -> TurnInput:
         """Find a request's place. Raises ApiError 400 for what cannot be a chat request."""
         memory = self._memory
-        key, session = self._caller(headers)
+        key, session = presented(headers, self._config.sessions.headers)
         scope = memory.identity.tenant(key, "")
         try:
             split = read_body(body, scope, memory.histories)
@@ -77,22 +79,6 @@ class Placing:
         if found.start == 0 and found.floor == 0:
             self._remember(split, scope, tenant, found)
         return await self._input(body, split, decoded, scope, tenant, session_key, found)
-
-    def _caller(self, headers: list[Header]) -> tuple[str, str | None]:
-        """The presented credentials and the explicit session, if any.
-
-        All credential headers count together: upstream checks one of them, and one that it does not
-        check must not choose whose history is seen.
-        """
-        presented: list[str] = []
-        session: str | None = None
-        names = self._config.sessions.headers
-        for name, value in headers:
-            if name in (b"authorization", b"api-key", b"x-api-key"):
-                presented.append(f"{name.decode()}: {value.decode('latin-1')}")
-            elif name.decode("latin-1") in names and session is None:
-                session = checked_session(value.decode("latin-1"), name.decode("latin-1"))
-        return "\n".join(sorted(presented)), session
 
     def _remember(self, split: Body, scope: bytes, tenant: bytes, found: Place) -> None:
         """Keep the history's bytes, so that the next body is recognised by them."""
@@ -124,12 +110,11 @@ class Placing:
         memory = self._memory
         model = decoded["model"]
         limits = self._limits(model, max_tokens(decoded), self._learned(scope, model))
-        window, table = None, None
-        if found.record is not None:
-            window, table = await memory.state_after(found.record)
+        state = await memory.state_after(found.record) if found.record is not None else None
+        window = state.window if state else None
         counter = get_counter(model, self._config.model_override(model).tokenizer)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
-        surely = surely and tokens_upper_bound(body) <= limits.budget_tokens
+        surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
         fixed = 0
         if not surely:
             raws = tuple(bytes(split.fields[name]) for name in _COUNTED if name in split.fields)
@@ -137,9 +122,10 @@ class Placing:
             await _count(found.path, counter)
         return TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
-            found.floor, found.anchors, found.record, window, table, limits, counter,
-            memory.identity, tenant, session_key, self._policy, memory.substitutes, fixed, surely,
-            self._observed, scope,
+            found.floor, found.anchors, found.record, window, state.table if state else None,
+            limits, counter, memory.identity, tenant, session_key, self._policy,
+            memory.substitutes, fixed, surely, self._observed, scope,
+            state.derived if state else NO_DERIVED, memory.get_block,
         )
 
     def _learned(self, scope: bytes, model: str) -> tuple[tuple[str, object], ...]:
@@ -178,6 +164,10 @@ class Placing:
             page_tokens=config.pages.max_tokens,
             search_results=config.search.max_results,
             snippet_tokens=config.search.snippet_tokens,
+            segment_messages=config.segments.max_messages,
+            summary_tokens=config.segments.summary_tokens,
+            max_claims=config.segments.max_claims,
+            written_by_models=config.compression.model is not None,
         )
 
 
@@ -189,8 +179,12 @@ def _only_system(
 
 
 async def _count(path: list[Node], counter: TokenCounter) -> None:
-    """Give the new nodes at the end of the path their tokens, once in their life."""
-    new = list(takewhile(lambda node: node.tokens < 0, reversed(path)))
+    """Give nodes at the end of the path their tokens, once in their life and for each kind of model."""
+
+    def uncounted(node: Node) -> bool:
+        return node.tokens < 0 or bool(node.counter and node.counter != counter.name)
+
+    new = list(takewhile(uncounted, reversed(path)))
     if sum(len(node.raw) for node in new) > _COUNT_AT_ONCE_BYTES:
         await asyncio.to_thread(_count_all, new, counter)
 
@@ -198,6 +192,7 @@ async def _count(path: list[Node], counter: TokenCounter) -> None:
 def _count_all(nodes: list[Node], counter: TokenCounter) -> None:
     for node in nodes:
         node.tokens = counter.message(msgspec.json.decode(node.raw))
+        node.counter = counter.name
 
 
 def _fixed_tokens(

@@ -6,12 +6,19 @@ a record and every record its parent; a turn stored twice is stored once (keys a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from proxy.conversation.effects import Append
-from proxy.conversation.tree import Identity, Node, Record, encode_record, record_key
+from proxy.conversation.tree import (
+    Identity,
+    Node,
+    Record,
+    block_key,
+    encode_record,
+    record_key,
+)
 
 _pack = msgspec.msgpack.encode
 
@@ -27,6 +34,7 @@ def new_records(
     records: list[Record] = []
     first = parent.end if parent else 0
     turn = parent.turn if parent else 0
+    counter = path[-1].counter or next((n.counter for n in reversed(path) if n.counter), "")
     above = parent.id if parent else b""
     for position in range(first, len(path)):
         if path[position].role != "assistant":
@@ -41,8 +49,9 @@ def new_records(
                 [node.content for node in run],
                 [node.role for node in run],
                 [node.raw for node in run],
-                [node.tokens for node in run],
+                [node.tokens if node.counter == counter else -1 for node in run],
                 turn,
+                counter=counter,
             )
         )
         first, above = position + 1, run[-1].id
@@ -54,9 +63,13 @@ def append_effect(
     identity: Identity,
     tenant: bytes,
     session_key: bytes | None,
+    blocks: Mapping[bytes, bytes],
 ) -> Append:
-    """The effect that stores (path, records) of each choice; the first is the session's head."""
-    puts: dict[bytes, bytes] = {}
+    """The effect that stores (path, records) of each choice; the first is the session's head.
+
+    `blocks` are the page table's new ones, by their reference.
+    """
+    puts = {block_key(ref): block for ref, block in blocks.items()}
     joins: list[tuple[bytes, bytes]] = []
     records: list[Record] = []
     for path, new in heads:

@@ -11,10 +11,9 @@ from proxy.conversation.tree import Record
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Answered with the text of a page at a level, shown with its call or results; "" if unknown."""
+    """Answered with the `MemoryPage` at a level: the best version of it that there is by now."""
 
-    position: int
-    part: int
+    page_id: str
     level: int
 
 

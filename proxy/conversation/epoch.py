@@ -2,39 +2,32 @@
 
 Promises: the new window fits the room whatever the history (or the request is refused as too large);
 the newest message is in it; the layout is the developer message with rules, manifest and kept pages,
-then the newest groups in their own roles; what was in the window and is not any more is a page.
+then kept media in a user message, then the newest groups in their own roles; what was in the window
+and is not any more is a page, and the segment that leaves is summarised first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
-from proxy.conversation.cut import cut_message, fair_shares
+from proxy.conversation.closing import close_segment, created
+from proxy.conversation.effects import Effect
+from proxy.conversation.epoch_request import EpochRequest, show
 from proxy.conversation.limits import Limits
+from proxy.conversation.listing import manifest_of
+from proxy.conversation.newest import cut_newest
 from proxy.conversation.pathpages import RESULT_ROLES, PathPages, group_start, groups_of
 from proxy.conversation.tree import Anchor
-from proxy.conversation.window import MIXED, NATIVE, SYSTEM, VM, Entry, Window
+from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Entry, Window
 from proxy.errors import ApiError
-from proxy.memory.compressor import hint
-from proxy.memory.eviction_policy import EvictionPolicy
-from proxy.memory.manifest import (
-    MIN_MANIFEST_TOKENS,
-    AvailablePageEntry,
-    ManifestBuilder,
-    ManifestPolicies,
-)
-from proxy.memory.models import (
-    MutationType,
-    PageMutation,
-    StorageTier,
-    VMMode,
-)
-from proxy.memory.page_table import PageTable
-from proxy.memory.pages import page_id
+from proxy.memory.context_packer import context_parts, page_parts
+from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier
 from proxy.memory.planner import Budget, Group, Plan, plan
+from proxy.memory.segments import Segment
 from proxy.memory.vm_prompts import build_vm_developer_message
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_MESSAGE, TokenCounter
@@ -44,62 +37,68 @@ _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that paging.py keeps free and the result's JSON
-_MANIFEST_ENTRIES = 64  # priced at most; the rest is one line per segment
-_SEGMENTS = 6
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
-_FIRST_HINT_WORDS = 10
-
-
-@dataclass(slots=True)
-class EpochRequest:
-    """Everything a rebuild depends on. `floor`: no message before it may become native again."""
-
-    pages: PathPages
-    table: PageTable
-    policy: EvictionPolicy
-    counter: TokenCounter
-    limits: Limits
-    anchors: Sequence[Anchor]
-    substitutes: Callable[[bytes], Sequence[bytes]]
-    names: Mapping[str, str]  # what the VM tools are called in this conversation
-    mode: VMMode
-    turn: int
-    epoch: int
-    floor: int
-    room_tokens: int  # for everything but the client's system messages and the tools
-    newest: Entry | None = None  # the newest message as this turn already sent it
-    tail: tuple[Entry, ...] = ()  # this turn's VM exchange so far
 
 
 @dataclass(slots=True)
 class Epoch:
-    """The new window, and the change of the table that goes with it (not applied yet)."""
+    """The new window, the pages that left it, and the segment that was closed."""
 
     window: Window
-    mutations: list[PageMutation]
+    evicted: list[str]
+    segment: Segment | None
 
 
-def begin_epoch(request: EpochRequest) -> Epoch:
+def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
     """Rebuild down to the low watermark; raises ApiError context_length_exceeded when nothing fits."""
     tail_tokens = sum(entry.tokens for entry in request.tail)
     _, low = watermarks(request.room_tokens, request.limits.working_set)
     groups = _groups(request)
     limit = int(request.room_tokens * _MANDATORY_SHARE) - tail_tokens
     mandatory = sum(group.tokens for group in groups if group.mandatory)
-    cuts = _cut_mandatory(request, groups, min(limit, _loadable(request))) if mandatory > limit else {}
+    cuts: dict[int, Entry] = {}
+    if mandatory > limit:
+        cuts = yield from cut_newest(request, groups, min(limit, _loadable(request)))
     manifest = int(min(request.limits.manifest_tokens, low * _MANIFEST_SHARE))
     context = int(low * _CONTEXT_SHARE)
     frame = _developer(request, "", "")[1] + tail_tokens
+    segment: Segment | None = None
     for shrink in (1.0, 0.5, 0.0):
-        native = low - frame - manifest - int(context * shrink)
-        budget = Budget(native, int(context * shrink))
-        planned = plan(request.table, groups, budget, request.policy, request.turn)
-        window = _assemble(request, planned, cuts, int(manifest * shrink))
+        budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
+        if segment is None and (segment := _close(request, _plan(request, groups, budget))):
+            groups = _groups(request)
+        planned = _plan(request, groups, budget)
+        window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
         over = window.tokens - _system_tokens(window) - request.room_tokens
         if over <= 0:
             mutations = planned.mutations + _evict_cut(request, cuts)
-            return Epoch(window, mutations)
+            for mutation in mutations:
+                request.apply(mutation)
+            gone = [m.page_id for m in mutations if m.op is MutationType.EVICT]
+            return Epoch(window, gone, segment)
     raise context_length_exceeded(request.limits, request.limits.budget_tokens + over)
+
+
+def _plan(request: EpochRequest, groups: Sequence[Group], budget: Budget) -> Plan:
+    return plan(request.table, groups, budget, request.policy, request.turn)
+
+
+def _close(request: EpochRequest, planned: Plan) -> Segment | None:
+    """Close the segment of what is about to leave; what derives from it competes for the window."""
+    last = native_from(planned, len(request.pages.path))
+    segment = close_segment(request.pages, last, request.limits, request.turn, request.counter)
+    for mutation in created(segment, request.pages, request.turn) if segment else ():
+        request.apply(mutation)
+    return segment
+
+
+def native_from(planned: Plan, end: int) -> int:
+    """Where the newest messages begin that stay in their own roles without a gap."""
+    first = end
+    for group in reversed(planned.native):
+        if group.last == first:
+            first = group.first
+    return first
 
 
 def _system_tokens(window: Window) -> int:
@@ -135,7 +134,9 @@ def _groups(request: EpochRequest) -> list[Group]:
     last_user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
     starts: list[tuple[int, int]] = []
     seen = -1
-    for entry in request.table.resident():
+    resident = request.table.resident()
+    derived = [entry.page_id for entry in resident if entry.position < 0]
+    for entry in resident:
         if entry.position >= request.floor:
             break
         if entry.position <= seen or entry.position < 0:
@@ -147,7 +148,10 @@ def _groups(request: EpochRequest) -> list[Group]:
     if 0 <= last_user < request.floor and all(not a <= last_user < b for a, b in starts):
         starts.append((last_user, last_user + 1))
         starts.sort()
+    first_derived = -len(derived)  # they stand in front of all messages, in order of their making
     return [
+        *(Group(first_derived + i, first_derived + i, _NEVER, (d,)) for i, d in enumerate(derived)),
+    ] + [
         Group(
             first,
             last,
@@ -181,32 +185,6 @@ def _native_tokens(request: EpochRequest, first: int, last: int, last_user: int)
     return total
 
 
-def _cut_mandatory(
-    request: EpochRequest, groups: Sequence[Group], limit: int
-) -> dict[int, Entry]:
-    """The newest groups' messages cut so that together they stay within `limit` tokens.
-
-    A mixed call is reduced to the client's part of it first.
-    """
-    positions = [p for g in groups if g.mandatory for p in range(g.first, g.last)]
-    if request.newest is not None:  # cut before, in this turn
-        positions = [p for p in positions if p != len(request.pages.path) - 1]
-        limit -= request.newest.tokens
-    sizes = [request.pages.tokens(p) for p in positions]
-    cuts = {
-        p: Entry(request.pages.path[p].raw, size, p)
-        for p, size in zip(positions, sizes, strict=True)
-        if request.pages.path[p].role == "assistant"
-    }
-    for position, size, share in zip(positions, sizes, fair_shares(sizes, limit), strict=True):
-        if share < size:
-            ids = request.pages.ids(position)
-            message = cut_message(request.pages.message(position), ids, share, request.counter)
-            raw = msgspec.json.encode(message)
-            cuts[position] = Entry(raw, request.counter.message(message), position)
-    return cuts
-
-
 def _evict_cut(request: EpochRequest, cuts: Mapping[int, Entry]) -> list[PageMutation]:
     """A cut message is not in the window: its pages can be faulted in."""
     return [
@@ -226,23 +204,22 @@ def _shortened(request: EpochRequest, cuts: Mapping[int, Entry]) -> set[int]:
 
 def _assemble(
     request: EpochRequest, planned: Plan, cuts: Mapping[int, Entry], manifest_tokens: int
-) -> Window:
+) -> Generator[Effect, Any, Window]:
     path = request.pages.path
-    native_from = len(path)
-    for group in reversed(planned.native):
-        if group.last == native_from:
-            native_from = group.first
-    lines = _context_lines(request, planned)
+    first = native_from(planned, len(path))
+    pages = yield from _kept_pages(request, planned)
     resident = {p for g in planned.native for p in range(g.first, g.last)}
     cut = _shortened(request, cuts)
     resident -= cut
     resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
-    manifest = _manifest(request, native_from, resident, cut, manifest_tokens)
-    developer, tokens = _developer(request, manifest, "\n".join(lines))
-    entries: list[Entry] = []
+    manifest = manifest_of(request, first, resident, cut, manifest_tokens)
+    words = [page for page in pages if not page_parts(page)]
+    context = request.pages.packer.pack(words).content
+    developer, tokens = _developer(request, manifest, context)
+    entries = _kept_media(request, [page for page in pages if page_parts(page)])
     for group in planned.native:
         for position in range(group.first, group.last):
-            if position >= native_from:
+            if position >= first:
                 entries.extend(anchored(request.anchors, position, request.counter))
             entries.extend(_native(request, position, cuts))
     entries.extend(anchored(request.anchors, len(path), request.counter))
@@ -251,11 +228,33 @@ def _assemble(
         request.epoch,
         developer,
         tokens,
-        native_from,
+        first,
         len(path),
         tuple(entries),
         tokens + sum(entry.tokens for entry in entries),
+        request.counter.name,
     )
+
+
+def _kept_pages(
+    request: EpochRequest, planned: Plan
+) -> Generator[Effect, Any, list[MemoryPage]]:
+    """What the plan keeps of older turns, each page at its level."""
+    pages: list[MemoryPage] = []
+    for group, level in planned.context:
+        for wanted in group.pages:
+            page = yield from show(request, wanted, level)
+            pages.append(page)
+    return pages
+
+
+def _kept_media(request: EpochRequest, pages: Sequence[MemoryPage]) -> list[Entry]:
+    """Images and frames of older turns go in a user message, as the API wants it."""
+    if not pages:
+        return []
+    content = context_parts(request.pages.packer.pack(pages).parts)
+    message = {"role": "user", "content": content}
+    return [Entry(msgspec.json.encode(message), request.counter.message(message), -1, KEPT)]
 
 
 def anchored(
@@ -292,66 +291,8 @@ def _native(request: EpochRequest, position: int, cuts: Mapping[int, Entry]) -> 
     return native_entries(request.pages, position, request.substitutes, request.counter)
 
 
-def _context_lines(request: EpochRequest, planned: Plan) -> list[str]:
-    return [
-        request.pages.line(position, part, level)
-        for group, level in planned.context
-        for wanted in group.pages
-        for position, part in request.pages.locate(wanted)
-    ]
-
-
 def _developer(request: EpochRequest, manifest: str, context: str) -> tuple[str, int]:
     text = build_vm_developer_message(
         request.mode, manifest, context, "", request.limits.faults_per_turn, request.names
     )
     return text, PER_MESSAGE + request.counter.text(text)
-
-
-def _manifest(
-    request: EpochRequest, native_from: int, resident: set[int], cut: set[int], max_tokens: int
-) -> str:
-    """The pages outside the window: the ones faulted before, then the nearest, then segments."""
-    if max_tokens < MIN_MANIFEST_TOKENS or request.mode is VMMode.PASSIVE:
-        return ""
-    policies = ManifestPolicies(max_faults_per_turn=request.limits.faults_per_turn)
-    builder = ManifestBuilder(policies=policies)
-    outside = sorted(cut, reverse=True)
-    position = native_from - 1
-    limit = min(_MANIFEST_ENTRIES, max_tokens // 24)  # no entry is shorter
-    while position >= 0 and len(outside) < limit:
-        if position not in resident:
-            outside.append(position)
-        position -= 1
-    for p in outside:
-        for wanted in request.pages.ids(p):
-            builder.add_available_page_entry(_available(request, wanted, p))
-    _add_segments(request, builder, position + 1, resident)
-    return builder.fit(max_tokens, request.counter.text).model_dump_json()
-
-
-def _available(request: EpochRequest, wanted: str, position: int) -> AvailablePageEntry:
-    part = request.pages.locate(wanted)[0][1]
-    text = request.pages.parts(position)[part - 1 if part else 0]
-    return AvailablePageEntry(
-        page_id=wanted,
-        modality=request.pages.modality(position).value,
-        tier=StorageTier.L2.value,
-        hint=hint(text, _FIRST_HINT_WORDS),
-    )
-
-
-def _add_segments(
-    request: EpochRequest, builder: ManifestBuilder, end: int, resident: set[int]
-) -> None:
-    """Positions 0..end-1 as a few ranges, each with the hint of its first user message."""
-    path = request.pages.path
-    size = -(-end // _SEGMENTS)
-    for first in range(0, end, size or 1):
-        last = min(first + size, end)
-        count = sum(1 for p in range(first, last) if p not in resident)
-        if count == 0:
-            continue
-        speaker = next((p for p in range(first, last) if path[p].role == "user"), first)
-        text = hint(request.pages.parts(speaker)[0], _FIRST_HINT_WORDS)
-        builder.add_segment(page_id(first), page_id(last - 1), count, text)

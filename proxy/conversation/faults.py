@@ -2,62 +2,61 @@
 
 Promises: every call gets a result the model can use, an error included; what a turn may load is
 bounded in pages and tokens; a page that is already in front of the model costs nothing; only pages
-of this path can be named or found (invariant 6).
+of this path can be named or found (invariant 6); an image comes back as it was, in a message that
+the API takes it in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.conversation.effects import Effect, Load, Search
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.report import FaultReport, SearchReport
 from proxy.memory.compressor import compress_text
-from proxy.memory.fault_handler import (
-    FaultArgs,
-    FaultPolicy,
-    SearchResultEntry,
-    error_result,
-    fault_result,
-    parse_fault_args,
-    parse_search_args,
-    search_result,
-)
+from proxy.memory.fault_handler import FaultResult, PageFaultHandler
 from proxy.memory.models import (
     Actor,
     CompressionLevel,
     FaultReason,
+    MemoryPage,
     MutationType,
     PageMutation,
     StorageTier,
 )
-from proxy.memory.page_table import PageTable
-from proxy.memory.pages import Hit, page_id
+from proxy.memory.pages import Hit
+from proxy.memory.search_handler import PageSearchHandler
+from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
+from proxy.memory.vm_results import SearchResultEntry, error_result, search_result
 from proxy.tokens import TokenCounter
 
-_LEVELS = (
-    CompressionLevel.FULL,
-    CompressionLevel.REDUCED,
-    CompressionLevel.ABSTRACT,
-    CompressionLevel.REFERENCE,
-)
 _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
+_DERIVED_SHARE = 3  # summaries and claims are at most 1/3 of a search's results
 _RESULT_OVERHEAD = 72  # the JSON around a page's text
 
 
+class Served(NamedTuple):
+    """A tool message's content, and the media that go in a user message after it."""
+
+    content: str
+    parts: list[dict[str, Any]] = []
+
+
 class FaultServer:
-    """One per turn. `apply` records a mutation; `room` says how many tokens a result may take."""
+    """One per turn. `apply` records a mutation; `room_tokens` says how much one result may take."""
 
     def __init__(
         self,
         pages: PathPages,
-        table: PageTable,
+        table: TLBWithPageTable,
         counter: TokenCounter,
         limits: Limits,
         turn: int,
         apply: Callable[[PageMutation], None],
+        reason: FaultReason = FaultReason.RESOLVE_REFERENCE,
     ) -> None:
         self._pages = pages
         self._table = table
@@ -65,100 +64,85 @@ class FaultServer:
         self._limits = limits
         self._turn = turn
         self._apply = apply
-        self.policy = FaultPolicy(limits.faults_per_turn, limits.fault_tokens)
+        self._reason = reason
+        self.handler = PageFaultHandler(
+            table,
+            max_faults_per_turn=limits.faults_per_turn,
+            max_tokens_per_turn=limits.fault_tokens,
+            locate=pages.expand,
+            apply=apply,
+            compress=lambda page, level: pages.registry.compress(page, level, counter),
+            count=counter.text,
+            part_tokens=counter.part,
+            overhead_tokens=_RESULT_OVERHEAD,
+            turn=turn,
+        )
         self.faults: list[FaultReport] = []
         self.searches: list[SearchReport] = []
-        self._search_tokens = 0
 
     @property
     def exhausted(self) -> bool:
-        spent = self.policy.tokens_used + self._search_tokens
-        return self.policy.exhausted or spent >= self._limits.fault_tokens
+        return not self.handler.can_fault()
 
     def serve(
-        self, tool: str, arguments: str, room_tokens: int
-    ) -> Generator[Effect, Any, str]:
-        """The result of one call as the tool message's content."""
+        self, tool: str, arguments: str, room_tokens: int, media: bool = True
+    ) -> Generator[Effect, Any, Served]:
+        """The result of one call. `media` false: no message may follow, so images stay words."""
         if tool == "search_pages":
-            return (yield from self._search(arguments, room_tokens))
+            return Served((yield from self._search(arguments, room_tokens)))
         args = parse_fault_args(arguments)
         if isinstance(args, str):
             return self._error("", 0, args)
-        return (yield from self._fault(args, room_tokens))
+        return (yield from self._fault(args, room_tokens, media))
 
-    def _error(self, wanted: str, level: int, message: str) -> str:
+    def _error(self, wanted: str, level: int, message: str) -> Served:
         self.faults.append(FaultReport(wanted, int(level), 0, message))
-        return error_result(message)
+        return Served(error_result(message))
 
     # -- page_fault
 
-    def _fault(self, args: FaultArgs, room_tokens: int) -> Generator[Effect, Any, str]:
+    def _fault(
+        self, args: FaultArgs, room_tokens: int, media: bool
+    ) -> Generator[Effect, Any, Served]:
         wanted, level = args
-        places = self._pages.locate(wanted)
-        if not places:
-            last = page_id(len(self._pages.path) - 1)
+        ids = self._pages.expand(wanted)
+        if not ids:
+            last = self._pages.ids(len(self._pages.path) - 1)[0]
             return self._error(
                 wanted, level, f"There is no page {wanted}: pages are msg_0001 to {last}."
             )
-        ids = [page_id(position, part) for position, part in places]
-        entries = [self._table.lookup(i) for i in ids]
-        if all(e and e.tier is StorageTier.L0 and e.level <= level for e in entries):
+        if not media and self._pages.is_medium(ids[0]):
+            level = max(level, CompressionLevel.ABSTRACT)
+        before = self._refaults(ids[0])
+        result = yield from self._resolve(wanted, level, room_tokens)
+        if result.resident:
             self.faults.append(FaultReport(wanted, int(level), 0))
-            return error_result(f"{wanted} is already loaded: you have it above.")
-        refusal = self.policy.allow(wanted, level, 0)
-        if refusal:
-            return self._error(wanted, level, refusal)
-        left = self._limits.fault_tokens - self.policy.tokens_used - self._search_tokens
-        room = min(left, room_tokens) - _RESULT_OVERHEAD
-        text, shown, count = yield from self._fit(places, level, room)
-        if not text:
-            return self._error(
-                wanted, level, f"{wanted} does not fit into what is left; answer with what you have."
-            )
-        tier = entries[0].tier if entries[0] else StorageTier.L2
-        self.policy.spend(wanted, level, count)
-        self._map(ids, shown, count)
-        self.faults.append(FaultReport(wanted, int(shown), count))
-        modality = self._pages.modality(places[0][0])
-        return fault_result(wanted, modality, shown, tier, text, count)
+            return Served(error_result(f"{wanted} is already loaded: you have it above."))
+        if result.page is None:
+            return self._error(wanted, level, result.error or "")
+        shown = int(result.page.compression_level)
+        refault = self._refaults(ids[0]) > before
+        self.faults.append(FaultReport(wanted, shown, result.tokens, refault=refault))
+        told = self.handler.build_tool_result(result.page)
+        return Served(told.model_dump_json(), result.parts)
 
-    def _fit(
-        self, places: list[tuple[int, int]], level: CompressionLevel, room: int
-    ) -> Generator[Effect, Any, tuple[str, CompressionLevel, int]]:
-        """The page at the level asked for, or at the next one that fits into `room` tokens."""
-        for shown in _LEVELS[int(level) :]:
-            texts = []
-            for position, part in places:
-                texts.append((yield Load(position, part, int(shown))))
-            text = "".join(texts) if shown is CompressionLevel.FULL else "\n".join(texts)
-            if len(text) > room * 16:
-                continue
-            count = self._counter.text(text)
-            if count <= room:
-                return text, shown, count
-        return "", level, 0
+    def _refaults(self, wanted: str) -> int:
+        entry = self._table.lookup(wanted)
+        return entry.refault_count if entry is not None else 0
 
-    def _map(
-        self,
-        ids: list[str],
-        level: CompressionLevel,
-        tokens: int,
-        op: MutationType = MutationType.FAULT_IN,
-    ) -> None:
-        for i in ids:
-            if self._table.lookup(i) is not None:
-                self._apply(
-                    PageMutation(
-                        op,
-                        i,
-                        self._turn,
-                        level,
-                        StorageTier.L0,
-                        max(1, tokens // len(ids)),
-                        Actor.MODEL,
-                        FaultReason.RESOLVE_REFERENCE,
-                    )
-                )
+    def _resolve(
+        self, wanted: str, level: CompressionLevel, room_tokens: int
+    ) -> Generator[Effect, Any, FaultResult]:
+        """The handler's dialogue, with each page that it wants loaded by the shell."""
+        dialogue = self.handler.resolve(wanted, level, self._reason, room_tokens)
+        page: MemoryPage | None = None
+        try:
+            while True:
+                asked = dialogue.send(page)
+                page = yield Load(asked.page_id, int(asked.level))
+        except StopIteration as end:
+            result: FaultResult = end.value
+        return result
 
     # -- search_pages
 
@@ -171,31 +155,40 @@ class FaultServer:
         before += any(self._outside(i) for i in self._pages.ids(before))  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
-        hits: list[Hit] = yield Search(args.query, wide, before, self._loaded)
-        left = self._limits.fault_tokens - self.policy.tokens_used - self._search_tokens
-        room = min(left, int(room_tokens * _SEARCH_SHARE))
-        entries: list[SearchResultEntry] = []
+        hits: list[Hit] = yield Search(args.query, wide, before, self._loaded_at)
+        entries = self._derived(args, limit // _DERIVED_SHARE)
         for hit in hits:
-            modality = self._pages.modality(hit.position)
-            if args.modality is not None and modality is not args.modality:
-                continue
+            wanted = self._pages.id_of(hit.position, hit.part)
             if len(entries) == limit:
                 break
-            entries.append(self._entry(hit, modality.value))
-        result = search_result(entries, before)
+            if args.modality is None or self._pages.modality(wanted) is args.modality:
+                entries.append(self._entry(wanted, hit.score))
+        left = self.handler.policy.tokens_left or 0
+        room = min(left, int(room_tokens * _SEARCH_SHARE))
+        total = before + len(self._pages.derived.pages)
+        result = search_result(entries, total)
         while entries and self._counter.text(result) > room:
             entries.pop()
-            result = search_result(entries, before)
-        self._search_tokens += self._counter.text(result)
+            result = search_result(entries, total)
+        self.handler.policy.charge(self._counter.text(result))
         self.searches.append(SearchReport(args.query, [entry.page_id for entry in entries]))
         for entry in entries:
             if entry.complete:  # the model has all of it now: the next search looks further
-                tokens = self._counter.text(entry.hint)
-                self._map([entry.page_id], CompressionLevel.FULL, tokens, MutationType.MAP)
+                self._map(entry.page_id, self._counter.text(entry.hint))
         return result
 
-    def _loaded(self, position: int, part: int) -> bool:
-        entry = self._table.lookup(page_id(position, part))
+    def _derived(self, args: SearchArgs, limit: int) -> list[SearchResultEntry]:
+        """Summaries and claims about the query that are not in the window."""
+        outside = self._pages.derived.available(self._outside)
+        if limit == 0 or not outside:
+            return []
+        found = PageSearchHandler(available_pages=outside).search(
+            args.query, args.modality.value if args.modality else None, limit
+        )
+        return [self._entry(entry.page_id, entry.relevance) for entry in found.results]
+
+    def _loaded_at(self, position: int, part: int) -> bool:
+        entry = self._table.lookup(self._pages.id_of(position, part))
         return bool(
             entry and entry.tier is StorageTier.L0 and entry.level is CompressionLevel.FULL
         )
@@ -204,18 +197,28 @@ class FaultServer:
         entry = self._table.lookup(wanted)
         return bool(entry and entry.tier is not StorageTier.L0)
 
-    def _entry(self, hit: Hit, modality: str) -> SearchResultEntry:
+    def _map(self, wanted: str, tokens: int) -> None:
+        if self._table.lookup(wanted) is not None:
+            self._apply(
+                PageMutation(
+                    MutationType.MAP, wanted, self._turn, CompressionLevel.FULL, StorageTier.L0,
+                    tokens, Actor.MODEL, FaultReason.RESOLVE_REFERENCE,
+                )
+            )  # fmt: skip
+
+    def _entry(self, wanted: str, score: float) -> SearchResultEntry:
         """`hint` is the whole text when it is short (`complete`), else its most telling sentences."""
-        text = self._pages.text(hit.position, hit.part, CompressionLevel.FULL)
+        text = self._pages.text(wanted)
         snippet = self._limits.snippet_tokens
         complete = len(text) <= snippet * 8 and self._counter.text(text) <= snippet
+        complete = complete and not self._pages.is_medium(wanted)
         if not complete:
             text = compress_text(text, CompressionLevel.REDUCED, snippet, self._counter.text)
         return SearchResultEntry(
-            page_id=page_id(hit.position, hit.part),
-            modality=modality,
+            page_id=wanted,
+            modality=self._pages.modality(wanted).value,
             tier=StorageTier.L2.value,
             hint=text,
             complete=complete,
-            relevance=round(hit.score, 3),
+            relevance=round(score, 3),
         )

@@ -130,7 +130,10 @@ def _join(
 ) -> Place:
     """`nodes` agree with path[start : start + length]; the rest of them follows there."""
     shared = [
-        Node(old.id, old.content, old.role, new.raw, old.tokens if old.raw == new.raw else -1)
+        Node(
+            old.id, old.content, old.role, new.raw,
+            old.tokens if old.raw == new.raw else -1, old.counter,
+        )
         for old, new in zip(path[start : start + length], nodes, strict=False)
     ]
     joined = identity.rechain([*path[:start], *shared], nodes[length:])

@@ -28,6 +28,10 @@ class Limits:
     page_tokens: int
     search_results: int
     snippet_tokens: int
+    segment_messages: int  # messages of a segment that are read for its summary and claims
+    summary_tokens: int
+    max_claims: int
+    written_by_models: bool = False  # a model writes summaries and captions off the request path
 
     @property
     def budget_tokens(self) -> int:

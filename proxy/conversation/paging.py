@@ -15,27 +15,38 @@ import msgspec
 
 from proxy.conversation.channel import Channel
 from proxy.conversation.compose import with_context
-from proxy.conversation.effects import Effect
+from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import (
-    EpochRequest,
     anchored,
     begin_epoch,
     context_length_exceeded,
     native_entries,
 )
+from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages, group_start
-from proxy.conversation.prefetch import Prefetch
-from proxy.conversation.report import TurnReport
+from proxy.conversation.prefetch import Chosen, Prefetch
+from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.importance import importance_of, is_standing
-from proxy.memory.models import MutationType, PageMutation, StorageTier, VMMode
+from proxy.memory.models import (
+    MEDIA_PART,
+    FaultReason,
+    MutationType,
+    PageMutation,
+    PageType,
+    StorageTier,
+    VMMode,
+)
 from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.page_table import DEFAULT_IMPORTANCE, PageTable
-from proxy.memory.pages import page_id
+from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.prefetcher import points_back, was_used
+from proxy.memory.segments import Segment
+from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.vm_prompts import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import TokenCounter
 
@@ -53,7 +64,7 @@ class TurnWindow:
     """
 
     pages: PathPages
-    table: PageTable
+    table: TLBWithPageTable
     counter: TokenCounter
     limits: Limits
     policy: EvictionPolicy
@@ -66,8 +77,13 @@ class TurnWindow:
     turn: int
     whole_room_tokens: int
     report: TurnReport
+    json_mode: bool = False  # the answer has to be JSON
+    agent: bool = False  # the client has tools of its own
     window: Window = field(init=False)
+    segments: list[Segment] = field(init=False, default_factory=list)  # closed in this turn
+    shown: list[Load] = field(init=False, default_factory=list)  # by this turn's last epoch
     log: MutationLogLite = field(init=False, default_factory=MutationLogLite)
+    _brought: dict[str, Chosen] = field(init=False, default_factory=dict)  # before the call
     _tail: list[Entry] = field(init=False, default_factory=list)  # this turn's VM exchange
 
     def apply(self, mutation: PageMutation) -> None:
@@ -77,13 +93,15 @@ class TurnWindow:
 
     # -- opening
 
-    def open(self) -> None:
+    def open(self) -> Generator[Effect, Any, None]:
         """Append the new messages, or begin an epoch when they do not fit."""
         before = self.before
+        if before is not None and before.counter and before.counter != self.counter.name:
+            before = before.recount(self.counter)  # another model than in the last turn
         end = len(self.pages.path)
         self._register(before.covered if before else 0, end)
         if before is None:
-            self._begin_epoch(1)
+            yield from self._begin_epoch(1)
             return
         entries: list[Entry] = []
         placed = [e.raw for e in before.entries if (e.kind, e.position) == (SYSTEM, before.covered)]
@@ -96,25 +114,27 @@ class TurnWindow:
         high, _ = watermarks(self.room, self.limits.working_set)
         too_full = self.window.tokens + self._prefetcher().reserve() > high
         if too_full or self._anchors_moved(before, placed):
-            self._begin_epoch(before.epoch + 1)
+            yield from self._begin_epoch(before.epoch + 1)
 
     def _register(self, first: int, last: int) -> None:
         """Enter new pages in the table; standing instructions are pinned."""
+        pages = self.pages
         for position in range(first, last):
             tier = StorageTier.L0 if position >= self.floor else StorageTier.L2
-            ids, tokens = self.pages.ids(position), self.pages.tokens(position)
-            role, text = self.pages.path[position].role, self.pages.parts(position)[0]
+            role, text = pages.path[position].role, pages.parts(position)[0]
             weight = importance_of(role, text)
-            modality = self.pages.modality(position)
-            for i in ids:
+            ids = pages.ids(position)
+            for i, tokens in zip(ids, pages.sizes(position), strict=True):
+                kind = pages.page_type(position, MEDIA_PART if pages.is_medium(i) else 0)
                 self.apply(
                     PageMutation(
-                        MutationType.CREATE, i, self.turn, None, tier, tokens // len(ids),
+                        MutationType.CREATE, i, self.turn, None, tier, tokens,
                         importance=None if weight == DEFAULT_IMPORTANCE else weight,
-                        modality=modality,
+                        modality=pages.modality(i),
+                        page_type=None if kind is PageType.TRANSCRIPT else kind,
                     )
                 )
-            if is_standing(role, text, tokens):
+            if is_standing(role, text, pages.text_tokens(position)):
                 self.apply(PageMutation(MutationType.PIN, ids[0], self.turn))
 
     def _anchors_moved(self, before: Window, last: Sequence[bytes]) -> bool:
@@ -129,37 +149,37 @@ class TurnWindow:
         here = [a.raw for a in self.anchors if a.position == covered]
         return sent != now or (bool(here) and here[: len(last)] != list(last))
 
-    def _begin_epoch(self, number: int) -> None:
+    def _begin_epoch(self, number: int) -> Generator[Effect, Any, None]:
         room = self.room_for_messages
         if room <= 0:
             raise context_length_exceeded(self.limits, self.limits.budget_tokens - room)
         path, before = self.pages.path, self.before
         floor = max(self.floor, before.native_from if before else 0)
-        epoch = begin_epoch(
-            EpochRequest(
-                pages=self.pages,
-                table=self.table,
-                policy=self.policy,
-                counter=self.counter,
-                limits=self.limits,
-                anchors=self.anchors,
-                substitutes=self.substitutes,
-                names=self.channel.names,
-                mode=self.limits.mode if self.channel.listed else VMMode.PASSIVE,
-                turn=self.turn,
-                epoch=number,
-                floor=group_start(path, min(floor, len(path) - 1)),
-                room_tokens=room,
-                newest=self._newest_entry() if self._tail else None,
-                tail=tuple(self._tail),
-            )
+        asked = EpochRequest(
+            pages=self.pages,
+            table=self.table,
+            policy=self.policy,
+            counter=self.counter,
+            limits=self.limits,
+            anchors=self.anchors,
+            substitutes=self.substitutes,
+            names=self.channel.names,
+            mode=self.limits.mode if self.channel.listed else VMMode.PASSIVE,
+            turn=self.turn,
+            epoch=number,
+            floor=group_start(path, min(floor, len(path) - 1)),
+            room_tokens=room,
+            apply=self.apply,
+            newest=self._newest_entry() if self._tail else None,
+            tail=tuple(self._tail),
         )
-        for mutation in epoch.mutations:
-            self.apply(mutation)
+        epoch = yield from begin_epoch(asked)
+        self.shown = [Load(i, level) for i, level in asked.shown]
         self.window = epoch.window
         self.report.new_epoch = True
-        evicted = [m.page_id for m in epoch.mutations if m.op is MutationType.EVICT]
-        self.report.evicted_pages += evicted
+        self.report.evicted_pages += epoch.evicted
+        if epoch.segment is not None:
+            self.segments.append(epoch.segment)
 
     # -- pages brought in before the call
 
@@ -168,22 +188,43 @@ class TurnWindow:
         entry = self._newest_entry()
         if entry is None:
             return
-        chosen = yield from self._prefetcher().choose(self.room - self.window.tokens)
+        prefetch = self._prefetcher()
+        self.report.asked_back = points_back(prefetch.query)
+        chosen = yield from prefetch.choose(self.room - self.window.tokens)
         for page in chosen:
-            i = page_id(page.position, page.part)
-            self.report.prefetched_pages.append(i)
-            if self.table.lookup(i) is not None:
-                self.apply(
-                    PageMutation(
-                        MutationType.MAP, i, self.turn, page.level, StorageTier.L0, page.tokens
-                    )
+            self._brought[page.page_id] = page
+            self.apply(
+                PageMutation(
+                    MutationType.MAP, page.page_id, self.turn, page.level, StorageTier.L0,
+                    page.tokens, reason=FaultReason.SPECULATIVE,
                 )
+            )  # fmt: skip
         if chosen:
             self._replace(entry, context_block(page.line for page in chosen))
 
+    def settle(self, answer: str) -> None:
+        """Judge what was brought in by the answer: a page that served it counts as used."""
+        if not self._brought:
+            return
+        question = self._prefetcher().query
+        for page in self._brought.values():
+            used = was_used(self.pages.bare(page.page_id), question, answer)
+            self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, used))
+            if used:
+                self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
+
+    @property
+    def fault_reason(self) -> FaultReason:
+        """Why the model would ask for a page in this turn."""
+        if self.report.asked_back:
+            return FaultReason.USER_REQUESTED_RECALL
+        return FaultReason.TOOL_PREREQUISITE if self.agent else FaultReason.RESOLVE_REFERENCE
+
     def _prefetcher(self) -> Prefetch:
-        offer = self.channel.offer
-        return Prefetch(self.pages, self.table, self.counter, self.limits, offer, self.room)
+        return Prefetch(
+            self.pages, self.table, self.counter, self.limits, self.channel.offer, self.room,
+            self.turn, self.agent,
+        )  # fmt: skip
 
     def _newest_entry(self) -> Entry | None:
         last = len(self.pages.path) - 1
@@ -230,17 +271,21 @@ class TurnWindow:
 
     # -- rounds
 
-    def messages(self, system: Sequence[bytes]) -> bytes:
+    def messages(self, system: Sequence[bytes]) -> Generator[Effect, Any, bytes]:
         """The next request's messages array; begins an epoch first when the log outgrew the room.
 
         `system` are the client's system messages in front of its history.
         """
         if self.window.tokens > self.room:
-            self._begin_epoch(self.window.epoch + 1)
+            yield from self._begin_epoch(self.window.epoch + 1)
         self.report.used_tokens = self.limits.budget_tokens - self.room + self.window.tokens
         head = [*system, *(a.raw for a in self.anchors if a.position < self.window.native_from)]
         as_text = not self.channel.listed
-        return render(head, self.window, self.limits.developer_role, as_text)
+        window = self.window
+        if self.json_mode and self.limits.mode is VMMode.STRICT:  # no citation may get into the JSON
+            plain = without_citations(window.developer)
+            window = msgspec.structs.replace(window, developer=plain)
+        return render(head, window, self.limits.developer_role, as_text)
 
     def extend(self, exchange: Sequence[Entry]) -> None:
         """Add a round's VM exchange at the end."""
@@ -253,6 +298,7 @@ class TurnWindow:
         report.epoch = self.window.epoch
         native = {e.position for e in self.window.entries if e.kind == NATIVE}
         report.native_pages = [i for p in sorted(native) for i in self.pages.ids(p)]
+        report.reachable_tokens = self.table.get_stats().total_tokens
         resident = self.table.resident()
         report.context_pages = [e.page_id for e in resident if e.position not in native]
 

@@ -1,41 +1,71 @@
-"""A path's messages seen as pages: ids, texts, levels and sizes. Pure; bodies are on the path.
+"""A path's messages seen as pages: ids, texts, media, levels and sizes. Pure; bodies are on the path.
 
-Promises: a page's id and text depend only on its message and on `pages.max_tokens`, never on the
-window; a page at level 0 is the whole text; a tool's result is never shown without its call, nor a
-call without its results (invariant 8).
+Promises: a page's id and content depend only on its message and on `pages.max_tokens`, never on the
+window; a page at level 0 is the original, byte for byte (invariant 4); a tool's result is never
+shown without its call, nor a call without its results (invariant 8).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import msgspec
 
+from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.mediapages import MediaPage, media_pages
 from proxy.conversation.tree import Node
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import context_line
-from proxy.memory.models import CompressionLevel, Modality
+from proxy.memory.context_packer import ContextPacker
+from proxy.memory.levels import CompressorRegistry
+from proxy.memory.models import (
+    MEDIA_PART,
+    CompressionLevel,
+    MemoryPage,
+    Modality,
+    PageType,
+    StorageTier,
+)
+from proxy.memory.pack_cache import PackCache, PackCacheStats
 from proxy.memory.pages import Doc, message_text, modality_of, page_id, parse_page_id, split_text
 from proxy.tokens import TokenCounter
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
 
-_KEPT_TEXTS = 2048  # compressed pages remembered: the same pages are shown epoch after epoch
+_KEPT_LINES = 4096  # packed pages remembered: the same pages are shown epoch after epoch
+_ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
+_SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
+_LONG_CHARS = 400  # and only what is longer is shortened
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
+_lines = PackCache(_KEPT_LINES)
+_registry = CompressorRegistry.default()
 
 
 class PathPages:
-    """Pages of `path`; texts are computed when asked for and kept for one request."""
+    """Pages of `path` and what derives from them; texts are computed when asked for and kept for one
+    request.
+    """
 
-    def __init__(self, path: Sequence[Node], counter: TokenCounter, page_tokens: int) -> None:
+    def __init__(
+        self,
+        path: Sequence[Node],
+        counter: TokenCounter,
+        page_tokens: int,
+        derived: Derived = NO_DERIVED,
+        registry: CompressorRegistry = _registry,
+    ) -> None:
         self.path = path
+        self.derived = derived
+        self.registry = registry
+        self.packer = ContextPacker(counter.text, _lines, counter.part)
         self._counter = counter
         self._page_tokens = page_tokens
         self._messages: dict[int, dict[str, Any]] = {}
         self._parts: dict[int, list[str]] = {}
+        self._media: dict[int, Sequence[MediaPage]] = {}
+
+    # -- messages
 
     def message(self, position: int) -> dict[str, Any]:
         found = self._messages.get(position)
@@ -44,71 +74,192 @@ class PathPages:
         return found
 
     def tokens(self, position: int) -> int:
-        """Tokens of the native message; counted once in the node's life."""
-        node = self.path[position]
-        if node.tokens < 0:
+        """Tokens of the native message; counted once in the node's life, for one kind of counting."""
+        node, name = self.path[position], self._counter.name
+        if node.tokens < 0 or (node.counter and node.counter != name):
             node.tokens = self._counter.message(self.message(position))
+        node.counter = name
         return node.tokens
+
+    def media(self, position: int) -> Sequence[MediaPage]:
+        """The images, sounds, videos and files in a message, each a page of its own."""
+        found = self._media.get(position)
+        if found is None:
+            raw = self.path[position].raw
+            plain = b'"type"' not in raw and b'"audio"' not in raw  # a text message is not decoded
+            found = () if plain else media_pages(position, self.message(position), self._counter)
+            self._media[position] = found
+        return found
+
+    def text_tokens(self, position: int) -> int:
+        """Tokens of a message without its media."""
+        return max(0, self.tokens(position) - sum(page.tokens for page in self.media(position)))
 
     def parts(self, position: int) -> list[str]:
         """The message's text, cut into pages when it is too large for one."""
         found = self._parts.get(position)
         if found is None:
-            text = message_text(self.message(position))
-            small = self.tokens(position) <= self._page_tokens or len(text) <= self._page_tokens
-            found = [text] if small else split_text(text, self._page_tokens, self._counter.text)
+            names = {page.index: page.page_id for page in self.media(position)}
+            text = message_text(self.message(position), names)
+            limit = self._page_tokens
+            small = self.text_tokens(position) <= limit or len(text) <= limit
+            found = [text] if small else split_text(text, limit, self._counter.text)
             self._parts[position] = found
         return found
 
+    # -- ids
+
     def ids(self, position: int) -> tuple[str, ...]:
-        """The page ids of a message: one, or one for each part."""
-        count = 1 if self.tokens(position) <= self._page_tokens else len(self.parts(position))
+        """The page ids of a message: its text's (one, or one for each part), then its media's."""
+        media = tuple(page.page_id for page in self.media(position))
+        small = self.text_tokens(position) <= self._page_tokens
+        count = 1 if small else len(self.parts(position))
         if count == 1:
-            return (page_id(position),)
-        return tuple(page_id(position, part) for part in range(1, count + 1))
+            return (page_id(position), *media)
+        return (*(page_id(position, part) for part in range(1, count + 1)), *media)
 
-    def modality(self, position: int) -> Modality:
-        return modality_of(self.message(position))
+    def sizes(self, position: int) -> tuple[int, ...]:
+        """Tokens of each of `ids(position)`."""
+        media = self.media(position)
+        texts = len(self.ids(position)) - len(media)
+        return (*[self.text_tokens(position) // texts] * texts, *(page.tokens for page in media))
 
-    def locate(self, wanted: str) -> list[tuple[int, int]]:
-        """(position, part) of each page that an id names: all parts for a cut message's own id."""
+    def expand(self, wanted: str) -> list[str]:
+        """The page ids that an id names: all parts for a cut message's own id; [] for an unknown one."""
+        if wanted in self.derived.pages:
+            return [wanted]
         place = parse_page_id(wanted)
         if place is None or place[0] >= len(self.path):
             return []
         position, part = place
-        count = len(self.ids(position))
+        ids = self.ids(position)
+        if part >= MEDIA_PART:
+            return [i for i in ids if parse_page_id(i) == place]
+        texts = ids[: len(ids) - len(self.media(position))]
         if part == 0:
-            return [(position, p) for p in (range(1, count + 1) if count > 1 else (0,))]
-        return [(position, part if count > 1 else 0)] if part <= count else []
+            return list(texts)
+        if part > len(texts):
+            return []
+        return [texts[part - 1]]
 
-    def pages(self, first: int, last: int) -> Iterator[Doc]:
+    def position(self, wanted: str) -> int:
+        """The position of a page of this path; -1 for a derived one."""
+        place = parse_page_id(wanted)
+        return place[0] if place else -1
+
+    def id_of(self, position: int, part: int) -> str:
+        """The id of a place that a search found."""
+        if part >= MEDIA_PART:
+            return self.media(position)[part - MEDIA_PART - 1].page_id
+        return page_id(position, part)
+
+    def modality(self, wanted: str) -> Modality:
+        """What kind of content a page holds."""
+        medium = self._medium(wanted)
+        if medium is not None:
+            return medium.modality
+        place = parse_page_id(wanted)
+        return Modality.TEXT if place is None else modality_of(self.message(place[0]))
+
+    def page_type(self, position: int, part: int = 0) -> PageType:
+        """Media and very long tool outputs are artifacts; the rest of a path is transcript."""
+        long = self.path[position].role in RESULT_ROLES and self.tokens(position) > _ARTIFACT_TOKENS
+        return PageType.ARTIFACT if part >= MEDIA_PART or long else PageType.TRANSCRIPT
+
+    def docs(self, first: int, last: int) -> Iterator[Doc]:
         """The pages of positions first..last-1, for the search index. Keeps nothing in memory."""
         for position in range(first, last):
             message = self.message(position)
-            name = message.get("name")
+            name, role = message.get("name"), self.path[position].role
+            speaker = name if isinstance(name, str) else ""
             parts = self.parts(position)
             for index, text in enumerate(parts, 1):
-                part = index if len(parts) > 1 else 0
-                role = self.path[position].role
-                yield Doc(position, part, role, name if isinstance(name, str) else "", text)
-            self._messages.pop(position, None)
-            self._parts.pop(position, None)
+                yield Doc(position, index if len(parts) > 1 else 0, role, speaker, text)
+            for medium in self.media(position):
+                words = f"{medium.modality.value} {medium.name} {self._caption(position)}"
+                yield Doc(position, medium.part, role, speaker, words)
+            for kept in (self._messages, self._parts, self._media):
+                kept.pop(position, None)
 
-    def text(self, position: int, part: int, level: CompressionLevel | int) -> str:
-        """A page at a level, shown with the call that it answers or the results of its calls."""
+    # -- contents
+
+    def bare(self, wanted: str) -> str:
+        """A page's own words, without the call or the results that it is shown with."""
+        place = parse_page_id(wanted)
+        if place is None or place[1] >= MEDIA_PART:
+            return self.text(wanted)
+        return self.parts(place[0])[place[1] - 1 if place[1] else 0]
+
+    def text(self, wanted: str) -> str:
+        """A page's whole text, shown with the call that it answers or the results of its calls."""
+        if wanted in self.derived.pages:
+            return self.derived.text(wanted)
+        position, part = parse_page_id(wanted) or (-1, 0)
+        if part >= MEDIA_PART:
+            return f"{self.media(position)[part - MEDIA_PART - 1].name} {self._caption(position)}"
         parts = self.parts(position)
         text = parts[part - 1 if part else 0]
         if part <= 1:
             text = self._call_of(position) + text
         if part in (0, len(parts)):
             text += self._results_of(position)
-        return _at_level(text, int(level), self._counter)
+        return text
 
-    def line(self, position: int, part: int, level: CompressionLevel | int) -> str:
-        """The page as a line of <VM:CONTEXT>."""
-        text = self.text(position, part, level)
-        role = self.path[position].role
-        return context_line(page_id(position, part), role, text, level, self.modality(position))
+    def page(self, wanted: str) -> MemoryPage:
+        """The page itself, level 0."""
+        derived = self.derived.pages.get(wanted)
+        if derived is not None:
+            return derived.model_copy(update={"content": self.derived.text(wanted)})
+        position, part = parse_page_id(wanted) or (-1, 0)
+        metadata: dict[str, Any] = {"role": self.path[position].role}
+        medium = self._medium(wanted)
+        if medium is None:
+            content: Any = self.text(wanted)
+            tokens = self.text_tokens(position) // max(1, len(self.parts(position)))
+        else:
+            content, tokens = medium.content, medium.tokens
+            metadata["caption"] = self._caption(position)
+            if medium.transcript:
+                metadata["transcript"] = medium.transcript
+        return MemoryPage(
+            page_id=wanted,
+            modality=self.modality(wanted),
+            page_type=self.page_type(position, part),
+            content=content,
+            storage_tier=StorageTier.L2,
+            size_tokens=tokens,
+            provenance=[] if medium is None else [page_id(position)],
+            metadata=metadata,
+        )
+
+    def at(self, wanted: str, level: CompressionLevel | int) -> MemoryPage:
+        """The page at a level. Slow for media, whose levels 1 are encoded anew."""
+        return self.shown(self.page(wanted), level)
+
+    def shown(self, page: MemoryPage, level: CompressionLevel | int) -> MemoryPage:
+        """A version of a page, at a level at least as short."""
+        if int(level) <= page.compression_level:
+            return page
+        return self.registry.compress(page, CompressionLevel(level), self._counter)
+
+    def is_medium(self, wanted: str) -> bool:
+        return self._medium(wanted) is not None
+
+    def _medium(self, wanted: str) -> MediaPage | None:
+        place = parse_page_id(wanted)
+        if place is None or place[1] < MEDIA_PART:
+            return None
+        return self.media(place[0])[place[1] - MEDIA_PART - 1]
+
+    def _caption(self, position: int) -> str:
+        """Words about a message's media: of the model that saw them, else of the message itself."""
+        own = "\n".join(self.parts(position))
+        after = position + 1
+        if after < len(self.path) and self.path[after].role == "assistant":
+            seen = message_text(self.message(after))
+            if seen:
+                return compress_text(seen, CompressionLevel.ABSTRACT, None, self._count)
+        return compress_text(own, CompressionLevel.ABSTRACT, None, self._count)
 
     def _call_of(self, position: int) -> str:
         """`name(arguments) -> ` for a tool's result."""
@@ -118,36 +269,37 @@ class PathPages:
         at = position - 1
         while at >= 0 and self.path[at].role == "tool":
             at -= 1
-        for call in _calls(self.message(at)) if at >= 0 else ():
+        for call in calls_of(self.message(at)) if at >= 0 else ():
             if call.get("id") == call_id:
-                text = message_text({"tool_calls": [call]})
-                return compress_text(text, 0 if len(text) < 400 else 1, 100, self._count) + " -> "
+                return self._short(message_text({"tool_calls": [call]})) + " -> "
         return ""
 
     def _results_of(self, position: int) -> str:
         """The results of an assistant message's calls, shortened when they are long."""
-        if not _calls(self.message(position)):
+        if self.path[position].role != "assistant" or not calls_of(self.message(position)):
             return ""
         out = ""
         at = position + 1
         while at < len(self.path) and self.path[at].role == "tool":
-            text = message_text(self.message(at))
-            level = 0 if len(text) < 400 else 1
-            out += "\n-> " + compress_text(text, level, 100, self._count)
+            out += "\n-> " + self._short(message_text(self.message(at)))
             at += 1
         return out
+
+    def _short(self, text: str) -> str:
+        return compress_text(text, 0 if len(text) < _LONG_CHARS else 1, _SHOWN_WITH_TOKENS, self._count)
 
     @property
     def _count(self) -> Callable[[str], int]:
         return self._counter.text
 
 
-@lru_cache(maxsize=_KEPT_TEXTS)
-def _at_level(text: str, level: int, counter: TokenCounter) -> str:
-    return compress_text(text, level, None, counter.text)
+def packed_lines() -> PackCacheStats:
+    """How often a line of <VM:CONTEXT> did not have to be packed again, over all conversations."""
+    return _lines.get_stats()
 
 
-def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's tool calls; [] when it has none."""
     calls = message.get("tool_calls")
     return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
 

@@ -13,6 +13,7 @@ class FaultReport:
     level: int
     tokens: int
     error: str | None = None
+    refault: bool = False  # the page had left the window only lately
 
 
 @dataclass(slots=True)
@@ -21,6 +22,15 @@ class SearchReport:
 
     query: str
     results: list[str]
+
+
+@dataclass(slots=True)
+class PrefetchReport:
+    """A page brought in before the call: by which source, and whether the answer took anything of it."""
+
+    page_id: str
+    source: str
+    used: bool = False
 
 
 @dataclass(slots=True)
@@ -37,7 +47,13 @@ class TurnReport:
     native_pages: list[str] = field(default_factory=list)
     context_pages: list[str] = field(default_factory=list)
     evicted_pages: list[str] = field(default_factory=list)
-    prefetched_pages: list[str] = field(default_factory=list)
+    prefetched: list[PrefetchReport] = field(default_factory=list)
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)
     rounds: int = 0
+    reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
+    asked_back: bool = False  # the user's message points back
+
+    @property
+    def prefetched_pages(self) -> list[str]:
+        return [page.page_id for page in self.prefetched]

@@ -26,6 +26,7 @@ class Node(msgspec.Struct, gc=False):
     role: str
     raw: bytes  # the message's JSON; the client's own bytes whenever the client sends it
     tokens: int = -1  # -1: not counted yet
+    counter: str = ""  # the name of the counter that counted them
 
 
 class Anchor(msgspec.Struct, gc=False):
@@ -55,6 +56,9 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     window: bytes = b""  # the window's change since `base` (see window.py); empty: never evicted
     mutations: bytes = b""  # this turn's part of the mutation log
     substitute: list[bytes] = []
+    counter: str = ""  # what `tokens` were counted with
+    closing: bytes = b""  # what this turn's epochs closed: segments and the table's root (closing.py)
+    closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
 
     @property
     def id(self) -> bytes:
@@ -106,6 +110,12 @@ class Identity:
         """The storage key under which nodes with this answer after this message are found."""
         return b"p" + self._hash(b"pair", tenant, before, answer)
 
+    def rendition(self, tenant: bytes, version: str, level: int, kind: str) -> bytes:
+        """The storage key under which a tenant's version of a page at a level is found."""
+        return b"v" + self._hash(
+            b"rendition", tenant, version.encode(), b"%d" % level, kind.encode()
+        )
+
     def content(self, message: dict[str, Any]) -> bytes:
         return self._hash(b"message", canonical(message))
 
@@ -133,12 +143,19 @@ class Identity:
         parent = out[-1].id if out else root
         for node in nodes:
             parent = self.child(parent, node.content)
-            out.append(Node(parent, node.content, node.role, node.raw, node.tokens))
+            out.append(
+                Node(parent, node.content, node.role, node.raw, node.tokens, node.counter)
+            )
         return out
 
 
 def record_key(node_id: bytes) -> bytes:
     return b"n" + node_id
+
+
+def block_key(ref: bytes) -> bytes:
+    """The storage key of a block of a page table."""
+    return b"t" + ref
 
 
 def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
@@ -181,7 +198,7 @@ def load_path(head: Record, get: GetRecord) -> list[Node]:
         for fields in zip(
             record.ids, record.contents, record.roles, record.raws, record.tokens, strict=True
         ):
-            nodes.append(Node(*fields))
+            nodes.append(Node(*fields, record.counter))
     return nodes
 
 

@@ -16,9 +16,11 @@ import msgspec
 
 from proxy.conversation.body import Fields
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
+from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import append_effect, new_records
 from proxy.conversation.compose import as_input, request_body, response_body, total_usage
-from proxy.conversation.effects import Complete, Effect, Refused, Said
+from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
 from proxy.conversation.limits import Limits
 from proxy.conversation.paging import TurnWindow, anchor_tokens
 from proxy.conversation.pathpages import PathPages
@@ -31,6 +33,9 @@ from proxy.errors import ApiError
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import PageTable
+from proxy.memory.pages import message_text
+from proxy.memory.segments import Segment
+from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import PER_REPLY, TokenCounter
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
@@ -57,7 +62,7 @@ class TurnInput:
     anchors: Sequence[Anchor]
     record: Record | None
     window: Window | None
-    table: PageTable | None
+    table: TLBWithPageTable | None
     limits: Limits
     counter: TokenCounter
     identity: Identity
@@ -69,6 +74,8 @@ class TurnInput:
     surely_fits: bool = False  # so short that nothing had to be counted
     observed: bool = True  # somebody reads the report's page lists
     scope: bytes = b""  # of the API key alone: what is learned of a model holds for it
+    derived: Derived = NO_DERIVED  # summaries and claims of this path
+    load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
 
 
 @dataclass(slots=True)
@@ -91,8 +98,10 @@ class Turn:
         self._limits = given.limits
         self.path = given.path
         self.turn = (given.record.turn if given.record else 0) + 1
-        self.pages = PathPages(self.path, given.counter, given.limits.page_tokens)
-        self.table = given.table or PageTable()
+        self.pages = PathPages(
+            self.path, given.counter, given.limits.page_tokens, given.derived
+        )
+        self.table = given.table or TLBWithPageTable(PageTable(load=given.load_block))
         self.record: Record | None = None
         self._channel: Channel | None = None
         self._paging: TurnWindow | None = None
@@ -104,6 +113,16 @@ class Turn:
     def window(self) -> Window | None:
         """The window as it stands; None while the turn does not page."""
         return self._paging.window if self._paging else None
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """What this turn's epochs closed."""
+        return self._paging.segments if self._paging else ()
+
+    @property
+    def shown(self) -> Sequence[Load]:
+        """Older pages that this turn put into the window in our own words."""
+        return self._paging.shown if self._paging else ()
 
     @property
     def vm_names(self) -> frozenset[str]:
@@ -118,7 +137,7 @@ class Turn:
         self._report.channel = channel.name
         paging = self._turn_window(channel)
         try:
-            paging.open()
+            yield from paging.open()
         except ApiError:
             if paging.room_for_messages < _LEAST_ROOM_TOKENS:
                 raise  # system messages and tools alone exceed the window
@@ -178,6 +197,8 @@ class Turn:
             turn=self.turn,
             whole_room_tokens=limits.budget_tokens - given.fixed_tokens - PER_REPLY - added,
             report=self._report,
+            json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
+            agent=bool(given.decoded.get("tools")),
         )
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
@@ -188,7 +209,7 @@ class Turn:
         for number in range(self._limits.max_rounds):
             last = full or number == self._limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
-            body = self._request(paging, stop)
+            body = yield from self._request(paging, stop)
             said = yield Complete(body, channel.offer and not stop, through=self._many())
             if isinstance(said, Refused):
                 return (yield from self._refused(said))
@@ -223,10 +244,10 @@ class Turn:
             return full and number > 0
         return full or vm_calls.server.exhausted
 
-    def _request(self, paging: TurnWindow, stop: bool) -> bytes:
+    def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
         given, channel = self._in, paging.channel
-        messages = paging.messages(given.system)
+        messages = yield from paging.messages(given.system)
         changed: dict[str, bytes | None] = {}
         if channel.listed:
             raw = given.fields.get("tools")
@@ -241,11 +262,11 @@ class Turn:
     def _append(self, answers: Sequence[dict[str, Any]], substitute: Sequence[bytes]) -> Effect:
         given = self._in
         last: dict[str, object] = {"echo": self._echo(), "substitute": list(substitute)}
+        blocks: Mapping[bytes, bytes] = {}
         if self._paging is not None:
-            if given.window is not None and given.record is not None:
-                last["base"] = given.record.id
-            last["window"] = encode_change(given.window, self._paging.window)
-            last["mutations"] = msgspec.msgpack.encode(encode_mutations(self._paging.log.entries))
+            self._paging.settle("\n".join(message_text(answer) for answer in answers))
+            state, blocks = self._state(self._paging)
+            last.update(state)
         heads = []
         for message in answers:
             shown = as_input(message)
@@ -253,7 +274,25 @@ class Turn:
             heads.append((path, new_records(path, given.record, last)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
-        return append_effect(heads, given.identity, given.tenant, given.session_key)
+        return append_effect(heads, given.identity, given.tenant, given.session_key, blocks)
+
+    def _state(self, paging: TurnWindow) -> tuple[dict[str, object], Mapping[bytes, bytes]]:
+        """The fields of the record that keep this turn's window and table, and the table's blocks."""
+        given = self._in
+        state: dict[str, object] = {
+            "window": encode_change(given.window, paging.window),
+            "mutations": msgspec.msgpack.encode(encode_mutations(paging.log.entries)),
+        }
+        if given.window is not None and given.record is not None:
+            state["base"] = given.record.id
+            state["closed"] = given.record.id if given.record.closing else given.record.closed
+        if not paging.segments:
+            return state, {}
+        checkpoint = self.table.checkpoint()
+        state["closing"] = encode_closing(
+            checkpoint.root, paging.segments, self.pages.derived.end, self._limits.max_claims
+        )
+        return state, checkpoint.blocks
 
     def _echo(self) -> bytes:
         """The previous answer in the bytes that the client has for it, when they are its own."""

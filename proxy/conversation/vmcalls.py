@@ -1,7 +1,8 @@
 """One round's tool calls: which are ours, and what answers ours. Pure.
 
 Promises: a call is the VM's only while the VM tools are listed; each VM call that is kept has exactly
-one result, under an id of its own, in a bounded number per round; the exchange fits the window.
+one result, under an id of its own, in a bounded number per round; media follow the results in a
+user message; the exchange fits the window.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import msgspec
 from proxy.conversation.channel import Channel
 from proxy.conversation.compose import as_input
 from proxy.conversation.effects import Effect
-from proxy.conversation.faults import FaultServer
+from proxy.conversation.faults import FaultServer, Served
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.window import VM, Entry
+from proxy.memory.context_packer import context_parts
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 
 _CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
 _ERROR_TOKENS = 64  # a VM result that says no
+_MEDIA_NOTICE = "The media of the pages just loaded, in the order of the calls:"
 _json = msgspec.json.encode
 Call = dict[str, Any]
 
@@ -44,7 +47,8 @@ class VMCalls:
         self._counter = paging.counter
         self._names = {name: tool for tool, name in paging.channel.names.items()}
         self.server = FaultServer(
-            paging.pages, paging.table, paging.counter, paging.limits, paging.turn, paging.apply
+            paging.pages, paging.table, paging.counter, paging.limits, paging.turn, paging.apply,
+            paging.fault_reason,
         )
 
     def takes(self, message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> bool:
@@ -70,19 +74,28 @@ class VMCalls:
             short = [_without_arguments(c) if id(c) in ours else c for c in kept]
             said = {**said, "content": None, "tool_calls": short}
         exchange = [self._entry(said)]
+        alone = len(served) == len(kept)  # else the client's results follow, and nothing else may
+        media: list[dict[str, Any]] = []
         for call in served:
             room = self._paging.result_room - sum(entry.tokens for entry in exchange)
-            result = yield from self._result(call, room)
-            reply = {"role": "tool", "tool_call_id": call["id"], "content": result}
+            room -= sum(self._counter.part(part) for part in media)
+            result = yield from self._result(call, room, alone)
+            media += result.parts
+            reply = {"role": "tool", "tool_call_id": call["id"], "content": result.content}
             exchange.append(self._entry(reply))
+        if media:  # a tool message takes only text
+            about = {"type": "text", "text": _MEDIA_NOTICE}
+            exchange.append(self._entry({"role": "user", "content": context_parts([about, *media])}))
         return exchange
 
-    def _result(self, call: Call, room_tokens: int) -> Generator[Effect, Any, str]:
+    def _result(
+        self, call: Call, room_tokens: int, media: bool
+    ) -> Generator[Effect, Any, Served]:
         body = call.get("function") or {}
         tool = PAGE_FAULT if self._names[body["name"]] == PAGE_FAULT else SEARCH_PAGES
         arguments = body.get("arguments")
         text = arguments if isinstance(arguments, str) else _json(arguments).decode()
-        return (yield from self.server.serve(tool, text, room_tokens))
+        return (yield from self.server.serve(tool, text, room_tokens, media))
 
     def _entry(self, message: dict[str, Any]) -> Entry:
         return Entry(_json(message), self._counter.message(message), -1, VM)

@@ -12,12 +12,14 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.tree import GetRecord, Record
+from proxy.tokens import PER_MESSAGE, TokenCounter
 
 # What an entry of the log is.
 NATIVE = 0  # a client's message, in its own role
 SYSTEM = 1  # a client's system message from the middle of the conversation
 VM = 2  # a message of the fault loop: the model's VM calls, or a result
 MIXED = 3  # the model's own message with both VM calls and the client's, in place of its echo
+KEPT = 4  # media kept from older turns, in a user message: a developer message takes only text
 
 
 class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
@@ -40,6 +42,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     covered: int
     entries: tuple[Entry, ...]
     tokens: int  # developer message and entries together
+    counter: str = ""  # the name of the counter of all these tokens
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
         new = tuple(entries)
@@ -51,6 +54,21 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
             self.covered if covered is None else covered,
             self.entries + new,
             self.tokens + sum(entry.tokens for entry in new),
+            self.counter,
+        )
+
+    def recount(self, counter: TokenCounter) -> Window:
+        """The same log in another model's tokens."""
+        entries = tuple(
+            msgspec.structs.replace(entry, tokens=counter.message(msgspec.json.decode(entry.raw)))
+            for entry in self.entries
+        )
+        developer = self.developer_tokens
+        if self.developer:
+            developer = PER_MESSAGE + counter.text(self.developer)
+        total = developer + sum(entry.tokens for entry in entries)
+        return msgspec.structs.replace(
+            self, developer_tokens=developer, entries=entries, tokens=total, counter=counter.name
         )
 
 
@@ -66,8 +84,9 @@ _json = msgspec.json.encode
 
 
 def encode_change(before: Window | None, after: Window) -> bytes:
-    """What a turn stores: the entries added, or the whole window when a new epoch began in it."""
-    if before is None or before.epoch != after.epoch:
+    """What a turn stores: the entries added, or the whole window when a new epoch began in it, or
+    when it was counted anew."""
+    if before is None or before.epoch != after.epoch or before.counter != after.counter:
         return _encode(_Change(after.covered, snapshot=after))
     return _encode(_Change(after.covered, after.entries[len(before.entries) :]))
 
@@ -120,6 +139,7 @@ def _as_text(entries: Sequence[Entry]) -> list[bytes]:
         at += len(run)
         messages = [msgspec.json.decode(entry.raw) for entry in run]
         out.append(_json({"role": "user", "content": _results_text(messages)}))
+        out.extend(entry.raw for entry, m in zip(run, messages, strict=True) if m["role"] == "user")
         if run[0].kind == MIXED:
             answered = {m.get("tool_call_id") for m in messages if m["role"] == "tool"}
             calls = [c for c in messages[0]["tool_calls"] if c.get("id") not in answered]

@@ -24,12 +24,20 @@ use (`test_invariant_07_...`):
 10. Every loop, queue, cache and body has a limit, named in `config.yaml` with its unit.
 """
 
+from proxy.memory.anti_thrash import AntiThrashPolicy
+from proxy.memory.artifacts_bridge import (
+    ArtifactError,
+    ArtifactsBridge,
+    Checkpoint,
+    InMemoryBackend,
+)
 from proxy.memory.compressor import compress_text, hint
 from proxy.memory.context_packer import (
     ContextPacker,
     PackedContext,
     context_block,
     context_line,
+    context_parts,
 )
 from proxy.memory.eviction_policy import (
     LRU,
@@ -38,24 +46,25 @@ from proxy.memory.eviction_policy import (
     ModalityAwareLRU,
 )
 from proxy.memory.fault_handler import (
+    FaultMetrics,
     FaultPolicy,
-    SearchResultEntry,
-    error_result,
-    fault_result,
-    parse_fault_args,
-    parse_search_args,
-    search_result,
+    FaultResult,
+    PageFaultHandler,
 )
+from proxy.memory.levels import CompressorRegistry
+from proxy.memory.manager import MemoryManager
 from proxy.memory.manifest import (
     AvailablePageEntry,
     ManifestBuilder,
     ManifestPolicies,
     VMManifest,
 )
+from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
     Actor,
     CompressionLevel,
     ContextPrefix,
+    Counts,
     FaultReason,
     MemoryPage,
     Modality,
@@ -68,6 +77,7 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.mutation_log import MutationLogLite
+from proxy.memory.pack_cache import PackCache
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import (
     message_text,
@@ -77,46 +87,87 @@ from proxy.memory.pages import (
     prefix_of,
     split_text,
 )
+from proxy.memory.pins import PinnedSet
+from proxy.memory.search_handler import PageSearchHandler
+from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.vm_args import parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import (
     build_vm_developer_message,
     get_vm_tools,
     get_vm_tools_as_dicts,
 )
-from proxy.memory.working_set import WorkingSetConfig, watermarks
+from proxy.memory.vm_results import (
+    FaultToolResult,
+    SearchResultEntry,
+    SearchToolResult,
+    error_result,
+    fault_result,
+    search_result,
+)
+from proxy.memory.working_set import (
+    TokenBudget,
+    WorkingSetConfig,
+    WorkingSetManager,
+    WorkingSetStats,
+    watermarks,
+)
 
 __all__ = [
     "LRU",
     "Actor",
+    "AntiThrashPolicy",
+    "ArtifactError",
+    "ArtifactsBridge",
     "AvailablePageEntry",
+    "Checkpoint",
     "CompressionLevel",
+    "CompressorRegistry",
     "ContextPacker",
     "ContextPrefix",
+    "Counts",
     "EvictionPolicy",
+    "FaultMetrics",
     "FaultPolicy",
     "FaultReason",
+    "FaultResult",
+    "FaultToolResult",
     "ImportanceWeightedLRU",
+    "InMemoryBackend",
     "ManifestBuilder",
     "ManifestPolicies",
+    "MemoryManager",
     "MemoryPage",
     "Modality",
     "ModalityAwareLRU",
     "MutationLogLite",
     "MutationType",
+    "PackCache",
     "PackedContext",
+    "PageFaultHandler",
     "PageMutation",
+    "PageSearchHandler",
+    "PageTLB",
     "PageTable",
     "PageTableEntry",
     "PageTableStats",
     "PageType",
+    "PinnedSet",
     "SearchResultEntry",
+    "SearchToolResult",
     "StorageTier",
+    "TLBWithPageTable",
+    "TokenBudget",
+    "UserExperienceMetrics",
     "VMManifest",
     "VMMode",
     "WorkingSetConfig",
+    "WorkingSetManager",
+    "WorkingSetStats",
     "build_vm_developer_message",
     "compress_text",
     "context_block",
     "context_line",
+    "context_parts",
     "error_result",
     "fault_result",
     "get_vm_tools",

@@ -2,8 +2,9 @@
 
 Promises: deterministic; level 0 is the text itself, never shortened; a higher level is at most
 `max_tokens` and at most its level's own limit; linear in the text, and only the short result is
-tokenised. Extractive: sentences are ranked by the frequency of their terms, with a bonus for what
-is costly to lose (numbers, names, identifiers, decisions).
+tokenised. Extractive: sentences are ranked by the damped frequency of their terms, with a bonus for
+what is costly to lose (numbers, names, identifiers, decisions); what it keeps of them is measured by
+tests/bench/levels.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from proxy.memory.models import CompressionLevel
 
@@ -27,13 +28,15 @@ _LONGEST_PIECE_CHARS = 320  # text without sentences or lines is ranked in runs 
 _PIECE_END = re.compile(r"[.!?][\"')*]*\s+|\n\s*|[。！？]\s*")
 _WORD = re.compile(r"\w{3,}|\d+")
 _TERM = re.compile(r"\w{2,}")
-# What a conversation decided, was told to keep, or asked.
+# What a conversation decided or was told to keep.
 _DECISION = frozenset(
     """
-    decide decided decision agree agreed must never always prefer prefers because important remember
-    deadline conclude concluded conclusion should will what when where which who why how
+    decide decided decision agree agreed must never always prefer prefers important remember
+    deadline conclude concluded conclusion
     """.split()
 )
+# Why it did, and what it asked.
+_QUESTION = frozenset("because should will what when where which who why how".split())
 _STOP = frozenset(
     """
     the and for are but not you all any can had her was one our out has him his how its may new
@@ -120,10 +123,12 @@ def _select(text: str, budget_chars: int, slack_chars: int) -> str:
     spans = _pieces(text)
     words = [_WORD.findall(text[start:end]) for start, end in spans]
     frequency = Counter(word for group in words for word in group)
+    # Damped: a text's topic is in every piece of it, and must not outweigh what is said of it.
+    weight = {word: 1.0 + math.log(times) for word, times in frequency.items()}
     ranked: list[tuple[float, int]] = []
     for index, (_, end) in enumerate(spans):
         if words[index]:
-            score = _score(words[index], frequency)
+            score = _score(words[index], weight)
             if (
                 text[end - 1] in ":*#"
             ):  # a heading or the opening of a list: little without its rest
@@ -131,11 +136,14 @@ def _select(text: str, budget_chars: int, slack_chars: int) -> str:
             ranked.append((-(score + 0.4 if index == 0 else score), index))
     ranked.sort()
     left, chosen = budget_chars, []
+    said: set[str] = set()  # logs and lists repeat themselves: once is enough
     for rank, index in ranked:
-        length = spans[index][1] - spans[index][0]
+        start, end = spans[index]
+        length = end - start
         if left < 16 or rank > 0.5 * ranked[0][0]:  # what is left is filler beside the best
             break
-        if length < left + slack_chars:
+        if length < left + slack_chars and text[start:end] not in said:
+            said.add(text[start:end])
             chosen.append(index)
             left -= length + 1
     if not chosen:
@@ -163,20 +171,22 @@ def _pieces(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _score(words: list[str], frequency: Counter[str]) -> float:
+def _score(words: list[str], weight: Mapping[str, float]) -> float:
     """Term weight per square root of length, so that neither long nor tiny pieces win by size."""
-    weight = 0.0
+    total = 0.0
     for word in dict.fromkeys(words):
         if word.islower():
             if word not in _STOP:
-                weight += frequency[word]
+                total += weight[word]
                 if not word.isalpha():  # snake_case, utf8
-                    weight += 1.5
+                    total += 2.0
         else:  # a number, a name, CamelCase, a CONSTANT
-            weight += frequency[word] + 1.0
+            total += weight[word] + 1.5
     if not _DECISION.isdisjoint(words):
-        weight += 2.0
-    return weight / math.sqrt(6.0 + len(words))
+        total += 4.0
+    elif not _QUESTION.isdisjoint(words):
+        total += 1.0
+    return total / math.sqrt(6.0 + len(words))
 
 
 def _join(text: str, spans: list[tuple[int, int]]) -> str:
@@ -194,7 +204,7 @@ def _tags(text: str, max_tokens: int) -> str:
     worth: dict[str, tuple[float, int, str]] = {}
     for index, (term, times) in enumerate(frequency.items()):
         key = term.lower()
-        if key in _STOP or key in _DECISION or (len(key) < 3 and key.isalpha()):
+        if key in _STOP or key in _DECISION or key in _QUESTION or (len(key) < 3 and key.isalpha()):
             continue
         seen, at, shown = worth.get(key, (0.0, index, term[:24]))
         bonus = (len(term) > 5) + (not term.islower()) + (not term.isalpha())

@@ -3,7 +3,8 @@
 Promises: one page is one line; the quoted part is a JSON string whose value is exactly the page's
 text; no line can contain something that opens or closes a `<VM:` tag, whatever the page says; the
 output is valid Unicode even where the page's text is not. Packing is deterministic and keeps the
-order it was given.
+order it was given. Media of a page at level 0 or 1 travel as content parts right behind the line
+that names them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from proxy.memory.models import CompressionLevel, MemoryPage, Modality, estimate_text_tokens
+from proxy.memory.models import (
+    CompressionLevel,
+    Counts,
+    MemoryPage,
+    Modality,
+    estimate_text_tokens,
+)
+from proxy.memory.pack_cache import PackCache, PackedLine
 from proxy.memory.pages import prefix_of
 
 CONTEXT_OPEN = "<VM:CONTEXT>"
@@ -95,47 +103,177 @@ def context_block(lines: Iterable[str]) -> str:
     return f"{CONTEXT_OPEN}\n{body}\n{CONTEXT_CLOSE}" if body else ""
 
 
+# What words about a medium are called in a page's metadata, the most telling first.
+_WORDS_ABOUT = ("caption", "summary", "topic")
+_IMAGE_TOKENS, _LOW_IMAGE_TOKENS = 1_105, 85  # gpt-4o's tile rule: a 1024-pixel square; detail: low
+_DATA_CHARS_PER_TOKEN = 512  # of audio, video and files: 16 kHz sound in base64
+
+
+def estimate_part_tokens(part: Mapping[str, Any]) -> int:
+    """About how many tokens a media part has, for callers that were given no counter."""
+    if part.get("type") == "image_url":
+        image = part.get("image_url")
+        low = isinstance(image, Mapping) and image.get("detail") == "low"
+        return _LOW_IMAGE_TOKENS if low else _IMAGE_TOKENS
+    return 1 + len(_encode_value(part)) // _DATA_CHARS_PER_TOKEN
+
+
+class CountsBy:
+    """`Counts` by two functions (default: estimates by length and by a typical tile rule)."""
+
+    def __init__(
+        self,
+        count: Callable[[str], int] = estimate_text_tokens,
+        part_tokens: Callable[[dict[str, Any]], int] = estimate_part_tokens,
+    ) -> None:
+        self._count = count
+        self._part_tokens = part_tokens
+
+    def text(self, text: str) -> int:
+        """Tokens of a text."""
+        return self._count(text)
+
+    def part(self, part: dict[str, Any]) -> int:
+        """Tokens of a content part."""
+        words = part.get("text")
+        return self._count(words) if isinstance(words, str) else self._part_tokens(part)
+
+
+ESTIMATES = CountsBy()
+
+
+def page_tokens(page: MemoryPage, counts: Counts) -> int:
+    """Tokens of what a page shows: its words and its media."""
+    return counts.text(page_words(page)) + sum(counts.part(part) for part in page_parts(page))
+
+
+def page_parts(page: MemoryPage) -> list[dict[str, Any]]:
+    """The page's media as Chat Completions content parts, in order; none for a page of words."""
+    if page.modality is Modality.STRUCTURED:
+        return []
+    return [part for part in _content_parts(page) if part["type"] != "text"]
+
+
+def page_words(page: MemoryPage) -> str:
+    """What a line says of the page: its text; for media the words about them, or `image:{id}`."""
+    parts = _content_parts(page)
+    if page.modality is Modality.STRUCTURED or not any(p["type"] != "text" for p in parts):
+        return page.text()
+    said = [str(part.get("text") or "") for part in parts if part["type"] == "text"]
+    about = (page.metadata.get(key) for key in _WORDS_ABOUT)
+    first = next((words for words in about if isinstance(words, str) and words), None)
+    words = "\n".join(text for text in (first, *said) if text)
+    kind = "file" if parts[0]["type"] == "file" else page.modality.value
+    return words or f"{kind}:{page.page_id}"
+
+
+def _content_parts(page: MemoryPage) -> list[dict[str, Any]]:
+    """The content as parts, when that is what it is; else none."""
+    found = page.content if isinstance(page.content, list) else [page.content]
+    parts = [p for p in found if isinstance(p, dict) and isinstance(p.get("type"), str)]
+    return parts if len(parts) == len(found) else []
+
+
+def context_parts(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`PackedContext.parts` between <VM:CONTEXT> tags, for the content of a user message."""
+    if not parts:
+        return []
+    tagged = [dict(part) for part in parts]
+    if tagged[0]["type"] != "text":
+        tagged.insert(0, {"type": "text", "text": ""})
+    if tagged[-1]["type"] != "text":
+        tagged.append({"type": "text", "text": ""})
+    first, last = tagged[0], tagged[-1]
+    first["text"] = f"{CONTEXT_OPEN}\n{first['text']}"
+    last["text"] = f"{last['text']}\n{CONTEXT_CLOSE}" if last["text"] else CONTEXT_CLOSE
+    return tagged
+
+
 class PackedContext(BaseModel):
-    """The packed lines (without the tags), the ids of the pages in them, and their tokens."""
+    """The packed pages.
+
+    `content`: their lines, without the tags. `parts`: the same lines as text parts with the media
+    that they name behind them; one text part when there are none (`context_parts` adds the tags).
+    `page_ids`: the pages in it; `tokens_est`: lines and media together.
+    """
 
     content: str = ""
     page_ids: list[str] = Field(default_factory=list)
     tokens_est: int = 0
+    parts: list[dict[str, Any]] = Field(default_factory=list)
+
+    @property
+    def has_media(self) -> bool:
+        """`content` alone does not carry everything: send `parts` in a user message."""
+        return any(part["type"] != "text" for part in self.parts)
 
 
 class ContextPacker:
-    """Packs pages into the lines of <VM:CONTEXT>; `count` counts tokens (default: an estimate by
-    length).
+    """Packs pages into the lines of <VM:CONTEXT>.
+
+    `count` and `part_tokens` count the tokens of a text and of a media part (default: estimates);
+    `cache` keeps packed lines, and may be shared by packers of different counters.
     """
 
-    def __init__(self, count: Callable[[str], int] = estimate_text_tokens) -> None:
+    def __init__(
+        self,
+        count: Callable[[str], int] = estimate_text_tokens,
+        cache: PackCache | None = None,
+        part_tokens: Callable[[dict[str, Any]], int] = estimate_part_tokens,
+    ) -> None:
         self._count = count
+        self._cache = cache
+        self._part_tokens = part_tokens
 
     def pack(self, pages: Sequence[MemoryPage], token_budget: int | None = None) -> PackedContext:
         """All pages in the order given; under `token_budget` the last ones have the first claim."""
-        kept: list[tuple[str, str]] = []
+        kept: list[tuple[MemoryPage, str]] = []
         used = 0
         for page in reversed(pages):
-            line = context_line(
-                page.page_id,
-                _role_of(page),
-                page.text(),
-                page.compression_level,
-                page.modality,
-            )
-            tokens = self._count(line + "\n")
-            if token_budget is not None and used + tokens > token_budget:
+            packed = self._packed(page)
+            if token_budget is not None and used + packed.tokens > token_budget:
                 continue
-            used += tokens
-            kept.append((page.page_id, line))
+            used += packed.tokens
+            kept.append((page, packed.line))
         kept.reverse()
         return PackedContext(
             content="\n".join(line for _, line in kept),
-            page_ids=[page_id for page_id, _ in kept],
+            page_ids=[page.page_id for page, _ in kept],
             tokens_est=used,
+            parts=_parts(kept),
         )
+
+    def _packed(self, page: MemoryPage) -> PackedLine:
+        role = _role_of(page)
+        if self._cache is None:
+            return self._pack_one(page, role)
+        about = (page.metadata.get(key) for key in _WORDS_ABOUT)
+        beside = role, page.modality, *(words for words in about if isinstance(words, str))
+        key = (page.page_id, page.version, beside, int(page.compression_level), self._count)
+        return self._cache.get_or_pack(key, lambda: self._pack_one(page, role))
+
+    def _pack_one(self, page: MemoryPage, role: str) -> PackedLine:
+        line = context_line(
+            page.page_id, role, page_words(page), page.compression_level, page.modality
+        )
+        media = sum(self._part_tokens(part) for part in page_parts(page))
+        return PackedLine(line, self._count(line + "\n") + media)
+
+
+def _parts(packed: Iterable[tuple[MemoryPage, str]]) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for page, line in packed:
+        lines.append(line)
+        media = page_parts(page)
+        if media:
+            out.append({"type": "text", "text": "\n".join(lines)})
+            out.extend(media)
+            lines = []
+    return [*out, {"type": "text", "text": "\n".join(lines)}] if lines else out
 
 
 def _role_of(page: MemoryPage) -> str:
+    """The speaker, or the page's type: a summary, a claim or an index speaks for nobody."""
     role = page.metadata.get("role", page.page_type.value)
     return role if isinstance(role, str) else ""

@@ -1,10 +1,10 @@
 """Who leaves the window. (How many leave is `working_set`'s to say.)
 
 Promises, for every policy, checked by one contract test: a pure function of entry and turn; a
-higher score means keep; a pinned page scores infinity and every other a finite number; a page
-faulted in during the last `fault_protection_turns` turns scores above every unprotected one; being
-used later or being more important never lowers a score. Refaults count through importance, which
-the page table raises.
+higher score means keep; a page that somebody pinned scores infinity while the pin holds (see
+`pins`) and every other a finite number; a page faulted in during the last `fault_protection_turns`
+turns (see `anti_thrash`) scores above every unprotected one; being used later or being more
+important never lowers a score. Refaults count through importance, which the page table raises.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from proxy.memory.anti_thrash import FAULT_PROTECTION_TURNS, is_protected
 from proxy.memory.models import Modality, PageTableEntry, PageType
+from proxy.memory.pins import is_held
 
-FAULT_PROTECTION_TURNS = 2
 _PROTECTED = 1000.0  # above anything `_recency` and the weights can reach
-_HALF_LIFE_TURNS = 16.0
+# Measured by tests/bench/policies.py. What is taken up again is mostly of the last turns, yet old pages
+# never stop being needed: a page's chance falls as 1 / age, not exponentially. A page that had to be
+# fetched n times is n + 1 times as likely to be needed.
+_HALF_LIFE_TURNS = 1.0
+_FAULT_WEIGHT = 1.0
+_MOST_FAULTS = 10
+IMPORTANCE_WEIGHT = 0.25
 
 # Claims are what a conversation came to; summaries and procedures can be rebuilt, at a price.
 _TYPE_WEIGHT = {
@@ -62,7 +69,7 @@ class LRU:
 class ImportanceWeightedLRU:
     """Recency, weighed by importance, page type and how often the page was faulted in."""
 
-    importance_weight: float = 0.5
+    importance_weight: float = IMPORTANCE_WEIGHT
     fault_protection_turns: int = FAULT_PROTECTION_TURNS
 
     def score(self, entry: PageTableEntry, turn: int) -> float:
@@ -75,7 +82,7 @@ class ImportanceWeightedLRU:
 class ModalityAwareLRU:
     """As `ImportanceWeightedLRU`, with heavy media leaving before text."""
 
-    importance_weight: float = 0.5
+    importance_weight: float = IMPORTANCE_WEIGHT
     fault_protection_turns: int = FAULT_PROTECTION_TURNS
 
     def score(self, entry: PageTableEntry, turn: int) -> float:
@@ -97,22 +104,18 @@ def eviction_order(
 
 
 def _guard(entry: PageTableEntry, turn: int, protection_turns: int, value: float) -> float:
-    if entry.pinned:
+    if is_held(entry, turn):
         return math.inf
-    if entry.faulted_turn is not None and turn - entry.faulted_turn < protection_turns:
-        return _PROTECTED + value
-    return value
+    return _PROTECTED + value if is_protected(entry, turn, protection_turns) else value
 
 
 def _recency(entry: PageTableEntry, turn: int) -> float:
-    """1.0 for a page used in this turn, halved every `_HALF_LIFE_TURNS`, by a ratio that never
-    reaches 0.
-    """
+    """1.0 for a page used in this turn, half of it after `_HALF_LIFE_TURNS`, then as 1 / age; never 0."""
     age = max(0, turn - entry.last_turn)
     return _HALF_LIFE_TURNS / (_HALF_LIFE_TURNS + age)
 
 
 def _value(entry: PageTableEntry, turn: int, weight: float) -> float:
-    use = 1.0 + 0.1 * min(entry.fault_count, 10)
+    use = 1.0 + _FAULT_WEIGHT * min(entry.fault_count, _MOST_FAULTS)
     kept = (1.0 - weight) * _recency(entry, turn) + weight * entry.importance
     return kept * _TYPE_WEIGHT[entry.page_type] * use

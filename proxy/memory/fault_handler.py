@@ -1,58 +1,51 @@
-"""Page faults and searches as the model asks for them: reading its arguments, its limits, its
-answers.
+"""Page faults as the model asks for them: their limits, their decisions, their answers.
 
-Promises: no argument string, however wild, raises: the result is either arguments in range or one
-sentence that the model can act on. A turn spends at most `max_per_turn` faults and
-`max_tokens_per_turn` tokens, and never serves the same page at the same level twice. Results are
-one line of JSON that cannot open or close a `<VM:` tag.
+Promises: what cannot be served is one sentence that the model can act on. A turn spends at most `max_per_turn` faults and
+`max_tokens_per_turn` tokens, and never serves the same page at the same level twice. A page that is
+in the window at that level or better costs nothing; one that does not fit comes at the next level
+that does; each page served is a FAULT_IN with its reason. Results are one line of JSON that cannot
+open or close a `<VM:` tag.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from proxy.memory.context_packer import quote_json
-from proxy.memory.manifest import AvailablePageEntry
-from proxy.memory.models import CompressionLevel, Modality, StorageTier
-from proxy.memory.pages import page_id as make_page_id
-from proxy.memory.pages import parse_page_id
+from pydantic import BaseModel
 
-DEFAULT_SEARCH_LIMIT = 5
-MAX_SEARCH_LIMIT = 20
-_MAX_QUERY_CHARS = 1000
-_MAX_ID_CHARS = 64
-_LEVELS = "0 (full), 1 (reduced), 2 (key points) or 3 (topic tags)"
+from proxy.memory.context_packer import (
+    CountsBy,
+    estimate_part_tokens,
+    page_parts,
+    page_tokens,
+    page_words,
+)
+from proxy.memory.levels import CompressorRegistry
+from proxy.memory.models import (
+    Actor,
+    CompressionLevel,
+    Counts,
+    FaultReason,
+    MemoryPage,
+    MutationType,
+    PageMutation,
+    PageTableEntry,
+    StorageTier,
+    estimate_text_tokens,
+)
+from proxy.memory.vm_results import FaultedContent, FaultedPage, FaultEffects, FaultToolResult
 
-
-class FaultArgs(NamedTuple):
-    """Arguments of page_fault."""
-
-    page_id: str
-    level: CompressionLevel
-
-
-class SearchArgs(NamedTuple):
-    """Arguments of search_pages; modality None means any."""
-
-    query: str
-    modality: Modality | None
-    limit: int
-
-
-class SearchResultEntry(AvailablePageEntry):
-    """One search result; `relevance` is higher for better, comparable within one result only."""
-
-    relevance: float = 0.0
-    complete: bool = False  # the hint is the page's whole text
+_MOST_CHARS_PER_TOKEN = 16
 
 
 class FaultPolicy:
-    """What page faults may cost in one turn, and what they have cost so far."""
+    """What page faults may cost in one turn, and what they have cost so far.
 
-    def __init__(self, max_per_turn: int, max_tokens_per_turn: int) -> None:
+    `max_tokens_per_turn` None: no limit of tokens. Search results share the tokens (`charge`).
+    """
+
+    def __init__(self, max_per_turn: int, max_tokens_per_turn: int | None = None) -> None:
         self.max_per_turn = max_per_turn
         self.max_tokens_per_turn = max_tokens_per_turn
         self.faults_used = 0
@@ -69,17 +62,17 @@ class FaultPolicy:
         """None if this page may be served now, else a sentence for the model saying why not and
         what to do.
         """
-        if (page_id, int(level)) in self._served:
+        if self.was_served(page_id, level):
             return f"{page_id} at level {int(level)} was already given to you above; use that."
         if self.faults_used >= self.max_per_turn:
             return (
                 f"The limit of {self.max_per_turn} page faults for this turn is reached; "
                 "answer with what is loaded."
             )
-        left = self.max_tokens_per_turn - self.tokens_used
-        if tokens > left:
+        left = self.tokens_left
+        if left is not None and tokens > left:
             return (
-                f"{page_id} at level {int(level)} needs {tokens} tokens and {max(0, left)} are "
+                f"{page_id} at level {int(level)} needs {tokens} tokens and {left} are "
                 "left in this turn; ask for a higher target_level or answer with what is loaded."
             )
         return None
@@ -90,135 +83,277 @@ class FaultPolicy:
         self.tokens_used += tokens
         self._served.add((page_id, int(level)))
 
+    def was_served(self, page_id: str, level: int) -> bool:
+        """True when this turn already gave that page at that level."""
+        return (page_id, int(level)) in self._served
+
+    def charge(self, tokens: int) -> None:
+        """Book tokens that were no page: a search's result."""
+        self.tokens_used += tokens
+
+    @property
+    def tokens_left(self) -> int | None:
+        """Tokens that this turn may still load, 0 or more; None without a limit."""
+        if self.max_tokens_per_turn is None:
+            return None
+        return max(0, self.max_tokens_per_turn - self.tokens_used)
+
     @property
     def exhausted(self) -> bool:
         """True when no further fault can be allowed in this turn."""
-        return self.faults_used >= self.max_per_turn or self.tokens_used >= self.max_tokens_per_turn
+        return self.faults_used >= self.max_per_turn or self.tokens_left == 0
 
 
-def parse_fault_args(arguments_json: str) -> FaultArgs | str:
-    """(page_id, level) of a page_fault call, the id made canonical; or a sentence for the model."""
-    arguments = _object(arguments_json, '{"page_id": "msg_0042"}')
-    if isinstance(arguments, str):
-        return arguments
-    page = _page_id(arguments.get("page_id"))
-    if page is None:
-        return 'page_fault needs a page_id from the manifest or a search, such as "msg_0042".'
-    raw = arguments.get("target_level")
-    level = CompressionLevel.FULL if raw is None else _level(raw)
-    if level is None:
-        return f"target_level must be {_LEVELS}."
-    return FaultArgs(page, level)
+class PageWanted(NamedTuple):
+    """What `PageFaultHandler.resolve` asks for: one page, at this level or a fuller one."""
+
+    page_id: str
+    level: CompressionLevel
 
 
-def parse_search_args(arguments_json: str) -> SearchArgs | str:
-    """Arguments of a search_pages call, limit brought into 1..20; or a sentence for the model."""
-    arguments = _object(arguments_json, '{"query": "words to look for"}')
-    if isinstance(arguments, str):
-        return arguments
-    query = arguments.get("query")
-    if isinstance(query, (int, float)) and not isinstance(query, bool):
-        query = str(query)
-    if not isinstance(query, str) or not query.strip():
-        return "search_pages needs a query: a few words that the page is likely to contain."
-    raw_modality = arguments.get("modality")
-    modality: Modality | None = None
-    if raw_modality not in (None, "", "any", "all"):
-        modality = _modality(raw_modality)
-        if modality is None:
-            return f"modality must be one of {', '.join(m.value for m in Modality)}, or left out."
-    raw_limit = arguments.get("limit")
-    limit = DEFAULT_SEARCH_LIMIT if raw_limit is None else _whole_number(raw_limit)
-    if limit is None:
-        return f"limit must be a whole number from 1 to {MAX_SEARCH_LIMIT}."
-    clipped = max(1, min(MAX_SEARCH_LIMIT, limit))
-    return SearchArgs(query.strip()[:_MAX_QUERY_CHARS], modality, clipped)
+class FaultResult(BaseModel):
+    """How a fault ended.
 
-
-def fault_result(
-    page_id: str,
-    modality: Modality,
-    level: CompressionLevel | int,
-    tier: StorageTier,
-    text: str,
-    tokens: int,
-) -> str:
-    """The tool result of a served fault: `tier` is where the page came from, `tokens` what it costs
-    now.
+    `page` is what the model is given, at the level that fits (its `storage_tier`: where it came
+    from); `error` is a sentence for the model, None on success. `resident`: it was in the window
+    already and nothing was spent; then `resolve` gives no page.
     """
-    return quote_json(
-        {
-            "page": {
-                "page_id": page_id,
-                "modality": modality.value,
-                "level": int(level),
-                "tier": tier.value,
-                "content": {"text": text},
-            },
-            "effects": {"promoted_to_working_set": True, "tokens_est": tokens},
-        }
-    )
+
+    success: bool
+    page_id: str
+    page: MemoryPage | None = None
+    error: str | None = None
+    tokens: int = 0
+    resident: bool = False
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The page's media, which an API wants in a user's message rather than in a tool's."""
+        return [] if self.page is None else page_parts(self.page)
 
 
-def search_result(entries: Sequence[SearchResultEntry], total: int) -> str:
-    """The tool result of a search, best first; `total` is how many pages there were to search."""
-    results = [entry.compact() for entry in entries]
-    return quote_json({"results": results, "total_available": total})
+class FaultMetrics(BaseModel):
+    """Counts of one handler; `tokens` are those of pages served."""
+
+    faults_this_turn: int = 0
+    tokens_this_turn: int = 0
+    faults_remaining: int = 0
+    total_faults: int = 0
+    total_tokens: int = 0
+    total_refused: int = 0
+    total_resident: int = 0
 
 
-def error_result(message: str) -> str:
-    """The tool result of a call that could not be served."""
-    return quote_json({"error": message})
+class Table(Protocol):
+    """A page table, or one with a TLB in front."""
+
+    def lookup(self, page_id: str) -> PageTableEntry | None: ...
 
 
-def _object(arguments_json: str, example: str) -> dict[str, Any] | str:
-    try:
-        value = json.loads(arguments_json)
-        if isinstance(value, str):  # some models encode their arguments twice
-            value = json.loads(value)
-    except (ValueError, TypeError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        return f"The arguments were not a JSON object; send for example {example}."
-    return value
+GetPage = Callable[[str], Awaitable[MemoryPage | None]]
+Compress = Callable[[MemoryPage, CompressionLevel], MemoryPage]
 
 
-def _page_id(raw: object) -> str | None:
-    if isinstance(raw, int) and not isinstance(raw, bool) and 0 < raw < 10**9:
-        return make_page_id(raw - 1)
-    if not isinstance(raw, str):
-        return None
-    text = raw.strip(" \t\r\n[]()\"'`")
-    if not text or len(text) > _MAX_ID_CHARS:
-        return None
-    place = parse_page_id(text.lower())
-    return text if place is None else make_page_id(*place)
+class PageFaultHandler:
+    """Decides faults: `resolve` for whoever loads pages by effects, `handle_fault` for async callers.
 
-
-def _level(raw: object) -> CompressionLevel | None:
-    if isinstance(raw, str) and raw.strip().upper() in CompressionLevel.__members__:
-        return CompressionLevel[raw.strip().upper()]
-    number = _whole_number(raw)
-    return CompressionLevel(number) if number is not None and 0 <= number <= 3 else None
-
-
-def _modality(raw: object) -> Modality | None:
-    if not isinstance(raw, str):
-        return None
-    return next((m for m in Modality if m.value == raw.strip().lower()), None)
-
-
-def _whole_number(raw: object) -> int | None:
-    """An int from an int, a whole float or a string of one; None for anything else, NaN and
-    infinity included.
+    `get_page` loads a page (only `handle_fault` needs it); `locate` gives the ids of the pages that
+    one id names (the parts of a long message); `apply` records mutations (default: the table's
+    own); `compress` shows a page at a higher level (default: the registry's compressors); `count`
+    and `part_tokens` are the tokens of a text and of a media part (default: estimates);
+    `overhead_tokens` is what the frame of one result costs; `turn` is the first turn's number.
     """
-    if isinstance(raw, str):
+
+    def __init__(
+        self,
+        page_table: Table,
+        get_page: GetPage | None = None,
+        max_faults_per_turn: int = 3,
+        max_tokens_per_turn: int | None = None,
+        *,
+        locate: Callable[[str], Iterable[str]] | None = None,
+        apply: Callable[[PageMutation], None] | None = None,
+        compress: Compress | None = None,
+        count: Callable[[str], int] = estimate_text_tokens,
+        part_tokens: Callable[[dict[str, Any]], int] = estimate_part_tokens,
+        overhead_tokens: int = 0,
+        turn: int = 0,
+    ) -> None:
+        self.policy = FaultPolicy(max_faults_per_turn, max_tokens_per_turn)
+        self.turn = turn
+        self._table = page_table
+        self._get_page = get_page
+        self._locate = locate or self._parts_in_table
+        self._apply = apply or page_table.apply  # type: ignore[attr-defined]
+        self._counts = CountsBy(count, part_tokens)
+        self._compress = compress or _by_registry(self._counts)
+        self._overhead_tokens = overhead_tokens
+        self._answered: set[tuple[str, int]] = set()
+        self._totals = FaultMetrics()
+
+    # -- the seeds' doors
+
+    def can_fault(self) -> bool:
+        """True while this turn may load another page."""
+        return not self.policy.exhausted
+
+    def new_turn(self, turn: int | None = None) -> None:
+        """Begin `turn` (default: the next one) with nothing spent."""
+        self.turn = self.turn + 1 if turn is None else turn
+        self.policy.new_turn()
+        self._answered.clear()
+
+    async def handle_fault(
+        self,
+        page_id: str,
+        target_level: CompressionLevel | int = CompressionLevel.ABSTRACT,
+        reason: FaultReason = FaultReason.RESOLVE_REFERENCE,
+        room_tokens: int | None = None,
+    ) -> FaultResult:
+        """Serve one fault; never raises for what a model may ask (ValueError: no such level)."""
+        dialogue = self.resolve(page_id, target_level, reason, room_tokens)
+        loaded: MemoryPage | None = None
         try:
-            raw = float(raw)
-        except ValueError:
+            while True:
+                loaded = await self._load(dialogue.send(loaded).page_id)
+        except StopIteration as end:
+            result: FaultResult = end.value
+        if result.success and result.resident:
+            page = await self._load(page_id)
+            if page is None:
+                return self._refused(page_id, f"{page_id} is already loaded: you have it above.")
+            shown = self._at_level(page, CompressionLevel(target_level))
+            return result.model_copy(update={"page": shown})
+        return result
+
+    async def _load(self, page_id: str) -> MemoryPage | None:
+        return None if self._get_page is None else await self._get_page(page_id)
+
+    def build_tool_result(self, page: MemoryPage) -> FaultToolResult:
+        """The tool result for a page that a fault returned."""
+        return FaultToolResult(
+            page=FaultedPage(
+                page_id=page.page_id,
+                modality=page.modality,
+                level=page.compression_level,
+                tier=page.storage_tier,
+                content=FaultedContent(text=page_words(page)),
+            ),
+            effects=FaultEffects(tokens_est=self._tokens(page, None) or 0),
+        )
+
+    def get_metrics(self) -> FaultMetrics:
+        """This turn and the totals."""
+        return self._totals.model_copy(
+            update={
+                "faults_this_turn": self.policy.faults_used,
+                "tokens_this_turn": self.policy.tokens_used,
+                "faults_remaining": max(0, self.policy.max_per_turn - self.policy.faults_used),
+            }
+        )
+
+    # -- the core
+
+    def resolve(
+        self,
+        page_id: str,
+        level: CompressionLevel | int = CompressionLevel.ABSTRACT,
+        reason: FaultReason = FaultReason.RESOLVE_REFERENCE,
+        room_tokens: int | None = None,
+    ) -> Generator[PageWanted, MemoryPage | None, FaultResult]:
+        """One fault as a dialogue: each page wanted is answered with the page (None: unknown).
+
+        `room_tokens` bounds what the result may take, frame included (None: only the turn's limit).
+        """
+        wanted = CompressionLevel(level)
+        ids = tuple(self._locate(page_id))
+        if not ids:
+            return self._refused(page_id, f"There is no page {page_id} in this conversation.")
+        entries = [self._table.lookup(i) for i in ids]
+        if all(e and e.tier is StorageTier.L0 and e.level <= wanted for e in entries):
+            return self._resident(page_id, wanted)
+        refusal = self.policy.allow(page_id, wanted, 0)
+        if refusal:
+            return self._refused(page_id, refusal)
+        limits = [n for n in (self.policy.tokens_left, room_tokens) if n is not None]
+        room = min(limits) - self._overhead_tokens if limits else None
+        found = yield from self._fit(page_id, ids, wanted, room)
+        if isinstance(found, str):
+            return self._refused(page_id, found)
+        tokens = found.size_tokens or 0
+        tier = entries[0].tier if entries[0] else StorageTier.L2
+        self.policy.spend(page_id, wanted, tokens)
+        for i, entry in zip(ids, entries, strict=True):
+            if entry is not None:
+                share = max(1, tokens // len(ids))
+                self._apply(
+                    PageMutation(
+                        MutationType.FAULT_IN, i, self.turn, found.compression_level,
+                        StorageTier.L0, share, Actor.MODEL, reason,
+                    )
+                )  # fmt: skip
+        self._totals.total_faults += 1
+        self._totals.total_tokens += tokens
+        page = found.model_copy(update={"storage_tier": tier})
+        return FaultResult(success=True, page_id=page_id, page=page, tokens=tokens)
+
+    def _fit(
+        self, page_id: str, ids: Sequence[str], level: CompressionLevel, room: int | None
+    ) -> Generator[PageWanted, MemoryPage | None, MemoryPage | str]:
+        """The page at the level asked for, or at the next one that fits; else a sentence."""
+        for shown in list(CompressionLevel)[level:]:
+            pages: list[MemoryPage] = []
+            for i in ids:
+                page = yield PageWanted(i, shown)
+                if page is None:
+                    return f"{page_id} could not be loaded; answer with what you have."
+                pages.append(self._at_level(page, shown))
+            whole = pages[0] if len(pages) == 1 else _joined(page_id, pages, shown)
+            tokens = self._tokens(whole, room)
+            if tokens is not None and (room is None or tokens <= room):
+                return whole.model_copy(update={"size_tokens": tokens})
+        return f"{page_id} does not fit into what is left; answer with what you have."
+
+    def _resident(self, page_id: str, level: CompressionLevel) -> FaultResult:
+        """It is above already: said once; whoever asks again goes round in circles."""
+        self._totals.total_resident += 1
+        key = (page_id, int(level))
+        repeated = key in self._answered or self.policy.was_served(*key)
+        self._answered.add(key)
+        error = f"{page_id} is already loaded: you have it above." if repeated else None
+        return FaultResult(success=not repeated, page_id=page_id, error=error, resident=True)
+
+    def _refused(self, page_id: str, error: str) -> FaultResult:
+        self._totals.total_refused += 1
+        return FaultResult(success=False, page_id=page_id, error=error)
+
+    def _parts_in_table(self, page_id: str) -> tuple[str, ...]:
+        """The page itself, or the parts of the long message that the id names."""
+        if self._table.lookup(page_id) is not None:
+            return (page_id,)
+        parts: list[str] = []
+        while self._table.lookup(f"{page_id}.{len(parts) + 1}") is not None:
+            parts.append(f"{page_id}.{len(parts) + 1}")
+        return tuple(parts)
+
+    def _at_level(self, page: MemoryPage, level: CompressionLevel) -> MemoryPage:
+        return page if page.compression_level >= level else self._compress(page, level)
+
+    def _tokens(self, page: MemoryPage, room: int | None) -> int | None:
+        """Tokens of words and media; None for a text far beyond the room, which is not counted."""
+        if room is not None and len(page_words(page)) > max(0, room) * _MOST_CHARS_PER_TOKEN:
             return None
-    if isinstance(raw, bool) or not isinstance(raw, (int, float)):
-        return None
-    if isinstance(raw, float) and not (math.isfinite(raw) and raw.is_integer()):
-        return None
-    return int(raw)
+        return page_tokens(page, self._counts)
+
+
+def _by_registry(counts: Counts) -> Compress:
+    registry = CompressorRegistry.default()
+    return lambda page, level: registry.compress(page, level, counts)
+
+
+def _joined(page_id: str, pages: Sequence[MemoryPage], level: CompressionLevel) -> MemoryPage:
+    """The parts of one message as one page: exactly its text at level 0."""
+    texts = [page_words(page) for page in pages]
+    content = ("" if level is CompressionLevel.FULL else "\n").join(texts)
+    update = {"page_id": page_id, "content": content, "compression_level": level}
+    return pages[0].model_copy(update=update)

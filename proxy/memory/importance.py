@@ -22,13 +22,17 @@ _STANDING_WORDS = (
 )  # fmt: skip
 _PREFERENCE_WORDS = ("prefer", "rather", "favo", "preference", "allergic", "call me", "my name")
 
-_STANDING = re.compile(
-    r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
+# Shared with the rules of claims: how an instruction for all later answers begins, in lower case.
+STANDING_OPENING = (
+    r"(?:please,? )?"
     r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
     r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b"
 )
+PREFERENCE_VERB = r"(?:prefer|rather|favou?r)"
+
+_STANDING = re.compile(rf"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?{STANDING_OPENING}")
 _PREFERENCE = re.compile(
-    r"\bi(?:'d| would)? (?:much )?(?:prefer|rather|favou?r)\b|\bmy (?:preference|favou?rite)\b"
+    rf"\bi(?:'d| would)? (?:much )?{PREFERENCE_VERB}\b|\bmy (?:preference|favou?rite)\b"
     r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b"
 )
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Any, NamedTuple
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -87,6 +88,13 @@ class MutationType(str, Enum):
     ACCESS = "access"  # the page was used where it is
 
 
+class PinKind(str, Enum):
+    """How firm a pin is."""
+
+    EXPLICIT = "explicit"  # somebody asked for it: it holds until it is taken back
+    INFERRED = "inferred"  # a guess of ours: it decays when the page is not used
+
+
 class Actor(str, Enum):
     """Who caused a mutation."""
 
@@ -109,11 +117,25 @@ class ContextPrefix(str, Enum):
     STRUCTURED = "J"
 
 
+# A page's part from here on is a medium: MEDIA_PART + its number in the message.
+MEDIA_PART = 1 << 20
+
+
 def estimate_text_tokens(text: str) -> int:
     """About how many tokens `text` has (4 UTF-8 bytes each), for callers that were given no
     counter.
     """
     return (len(text.encode("utf-8", "surrogatepass")) + 3) // 4
+
+
+class Counts(Protocol):
+    """Counts tokens as a model's provider does; never raises."""
+
+    def text(self, text: str) -> int:
+        """Tokens of a text."""
+
+    def part(self, part: dict[str, Any]) -> int:
+        """Tokens of one content part of a message, media included."""
 
 
 class MemoryPage(BaseModel):
@@ -144,6 +166,13 @@ class MemoryPage(BaseModel):
         if isinstance(self.content, str):
             return self.content
         return json.dumps(self.content, ensure_ascii=False, separators=(",", ":"), default=str)
+
+    @property
+    def version(self) -> str:
+        """The content's hash (16 hex digits of BLAKE2b): the same content is the same version."""
+        kind = b"s" if isinstance(self.content, str) else b"j"
+        data = self.text().encode("utf-8", "surrogatepass")
+        return blake2b(kind + data, digest_size=8).hexdigest()
 
     def estimate_tokens(self) -> int:
         """`size_tokens` when it is known, else an estimate from the content's length."""
@@ -181,6 +210,9 @@ class PageTableEntry:
     evicted_turn: int | None = None
     faulted_turn: int | None = None
     artifact_id: str | None = None
+    created_turn: int = 0
+    pin_kind: PinKind | None = None  # None: not pinned
+    pinned_turn: int | None = None
 
 
 class PageMutation(NamedTuple):
@@ -188,7 +220,7 @@ class PageMutation(NamedTuple):
 
     `tokens` is the page's full size for CREATE and UPDATE, and its cost in the window for MAP,
     FAULT_IN and COMPRESS. `importance` is 0..1. `modality` and `page_type` only mean something for
-    CREATE.
+    CREATE, `pin_kind` for PIN (None: explicit).
     """
 
     op: MutationType
@@ -203,12 +235,14 @@ class PageMutation(NamedTuple):
     modality: Modality | None = None
     page_type: PageType | None = None
     artifact_id: str | None = None
+    pin_kind: PinKind | None = None
 
 
 class PageTableStats(BaseModel):
     """Counts over the whole table."""
 
     total_pages: int = 0
+    total_tokens: int = 0
     pinned_pages: int = 0
     l0_tokens: int = 0
     pages_by_tier: dict[StorageTier, int] = Field(default_factory=dict)

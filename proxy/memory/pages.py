@@ -1,7 +1,7 @@
 """From Chat Completions messages to pages: ids, readable text, modality and the parts of a long
 message.
 
-Promises: an id and its position are one-to-one; any JSON object that can stand in `messages` has a
+Promises: a message's id and its position are one-to-one; any JSON object that can stand in `messages` has a
 text (nothing raises on unknown parts); `split_text` loses and adds no character.
 """
 
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from proxy.memory.models import ContextPrefix, Modality
+from proxy.memory.models import MEDIA_PART, ContextPrefix, Modality
 
 
 class Doc(NamedTuple):
@@ -44,40 +44,85 @@ MIN_SPLIT_TOKENS = 8  # one character can be several tokens; below this a part c
 _MAX_ID_DIGITS = 9
 
 
+_MEDIA_ID_PREFIXES = ("img", "aud", "vid", "file")
+
+
 def page_id(position: int, part: int = 0) -> str:
     """The id of the message at the 0-based `position` along the path: 0 -> "msg_0001"; part 2 ->
-    "msg_0001.2".
+    "msg_0001.2". A medium's id is `media_page_id`'s to make: ValueError.
     """
-    return f"msg_{position + 1:04d}.{part}" if part else f"msg_{position + 1:04d}"
+    if not part:
+        return f"msg_{position + 1:04d}"
+    if part >= MEDIA_PART:
+        raise ValueError("a medium's page id needs its prefix: see media_page_id")
+    return f"msg_{position + 1:04d}.{part}"
+
+
+def media_page_id(position: int, number: int, prefix: str) -> str:
+    """The id of the `number`-th medium (from 1, all kinds counted together) of the message at
+    `position`: (41, 1, "img") -> "img_0042_1". The prefix is img, aud, vid or file, else ValueError.
+    """
+    if prefix not in _MEDIA_ID_PREFIXES or number < 1:
+        raise ValueError(f"no medium has the page id prefix {prefix!r} and the number {number}")
+    return f"{prefix}_{position + 1:04d}_{number}"
 
 
 def parse_page_id(text: str) -> tuple[int, int] | None:
-    """(position, part) of a message page's id, leading zeros optional; None for other strings."""
-    if not text.startswith("msg_"):
+    """(position, part) of a message's or a medium's page id, leading zeros optional; a medium's part
+    is MEDIA_PART + its number. None for other strings, derived pages included.
+    """
+    if text.startswith("msg_"):
+        number, mark, part = text[4:].partition(".")
+        first = 0
+    else:
+        prefix, _, rest = text.partition("_")
+        if prefix not in _MEDIA_ID_PREFIXES:
+            return None
+        number, mark, part = rest.partition("_")
+        if not mark:
+            return None
+        first = MEDIA_PART
+    if not (_is_number(number) and (not mark or _is_number(part))):
         return None
-    number, dot, part = text[4:].partition(".")
-    if not (_is_number(number) and (not dot or _is_number(part))):
+    position, piece = int(number) - 1, int(part) if mark else 0
+    if position < 0 or piece >= MEDIA_PART or (mark and piece < 1):
         return None
-    position, piece = int(number) - 1, int(part) if dot else 0
-    if position < 0 or (dot and piece < 1):
-        return None
-    return position, piece
+    return position, first + piece
+
+
+def canonical_page_id(text: str) -> str:
+    """A message's or a medium's page id in the form that we write ("msg_42" -> "msg_0042",
+    "img_42_01" -> "img_0042_1"); any other string as it is.
+    """
+    place = parse_page_id(text)
+    if place is None:
+        return text
+    position, part = place
+    if part < MEDIA_PART:
+        return page_id(position, part)
+    return media_page_id(position, part - MEDIA_PART, text.partition("_")[0])
 
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MAX_ID_DIGITS
 
 
-def message_text(message: Mapping[str, Any]) -> str:
+_NO_NAMES: Mapping[int, str] = {}
+
+
+def message_text(message: Mapping[str, Any], media: Mapping[int, str] = _NO_NAMES) -> str:
     """Readable text of a message: content, placeholders for media, refusal, tool calls as
     `name(arguments)`.
+
+    `media` gives page ids by the index of their part in the content (-1: the message's audio), which
+    the placeholders then name.
     """
     pieces = []
     content = message.get("content")
     if isinstance(content, str):
         pieces.append(content)
     elif isinstance(content, list):
-        pieces.extend(_part_text(part) for part in content)
+        pieces.extend(_part_text(part, media.get(i, "")) for i, part in enumerate(content))
     elif content is not None:
         pieces.append(_compact(content))
     refusal = message.get("refusal")
@@ -86,7 +131,8 @@ def message_text(message: Mapping[str, Any]) -> str:
     audio = message.get("audio")
     if isinstance(audio, Mapping):
         transcript = audio.get("transcript")
-        pieces.append(f"[audio] {transcript}" if isinstance(transcript, str) else "[audio]")
+        shown = _placeholder("audio", media.get(-1, ""))
+        pieces.append(f"{shown} {transcript}" if isinstance(transcript, str) else shown)
     calls = message.get("tool_calls")
     if isinstance(calls, list):
         pieces.extend(_call_text(call) for call in calls)
@@ -96,7 +142,11 @@ def message_text(message: Mapping[str, Any]) -> str:
     return "\n".join(piece for piece in pieces if piece)
 
 
-def _part_text(part: Any) -> str:
+def _placeholder(kind: str, name: str) -> str:
+    return f"[{kind} {name}]" if name else f"[{kind}]"
+
+
+def _part_text(part: Any, page: str = "") -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
@@ -107,11 +157,12 @@ def _part_text(part: Any) -> str:
             return value
     modality = _part_modality(part)
     if modality is not None:
-        return f"[{modality.value}]"
+        return _placeholder(modality.value, page)
     if part.get("type") == "file":
         file = part.get("file")
         name = file.get("filename") or file.get("file_id") if isinstance(file, Mapping) else None
-        return f"[file {name}]" if isinstance(name, str) else "[file]"
+        shown = f"{page} {name}".strip() if isinstance(name, str) else page
+        return _placeholder("file", shown)
     return f"[{part.get('type', 'part')}]"
 
 

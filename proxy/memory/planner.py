@@ -4,23 +4,61 @@ Promises: the same table, budget, policy and turn give the same plan; applying a
 again yields no mutation; what the plan keeps fits the budget, but for the mandatory newest groups;
 a group (a tool call and its results) stays, is mapped and leaves as a whole (invariant 8); pages are
 compressed before they are evicted, and nothing but their place and level changes (invariant 4).
+
+Levels are chosen as a multiple-choice knapsack, solved greedily: each group's levels become upgrade
+steps of falling value per token (the upper convex hull of its prices and values), and steps are taken
+by value per token until the budget is used. It is O(n log n) in the groups handed in, of which at most
+`_CANDIDATES` are considered at more than one level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
+from proxy.memory.anti_thrash import is_protected
 from proxy.memory.compressor import ABSTRACT_TOKENS
 from proxy.memory.eviction_policy import EvictionPolicy
-from proxy.memory.models import CompressionLevel, MutationType, PageMutation, StorageTier
-from proxy.memory.page_table import PageTable
+from proxy.memory.models import (
+    CompressionLevel,
+    Modality,
+    MutationType,
+    PageMutation,
+    PageTableEntry,
+    StorageTier,
+)
+from proxy.memory.tlb import AnyTable
+
+IsPinned = Callable[[PageTableEntry, int], bool]
 
 # Context lines are tried at these levels; a reference (level 3) is what the manifest already has.
 _LEVELS = (CompressionLevel.ABSTRACT, CompressionLevel.REDUCED, CompressionLevel.FULL)
 _LINE_TOKENS = 14  # prefix, page id and quotes of a line
+_FIRST_SHARE = 0.75  # of the context budget, for pinned and just faulted pages before all others
+_CANDIDATES = 512  # groups considered for a context line: more than any window has room for
 
-_MISSES = 8  # after so many groups that did not fit the rest is not tried: there may be thousands
+_ABSTRACT_MIN_TOKENS = 24  # below this an abstract gets no shorter with its text
+_THUMBNAIL_TOKENS = 85  # a picture at low detail
+_KEYFRAMES = 4
+_TRANSCRIPT_SHARE = 0.35  # speech has about 3.5 tokens a second, sound is billed at 10
+
+# What a page is worth. A text of n tokens is worth n: measured on the shared conversations
+# (tests/bench/policies.py), long pages are needed as much more often as they are longer. A level of a
+# text keeps what it shows, and a little more because the best sentences are shown: a share x of the
+# tokens keeps x ** 0.7 to 1.2 of the names and numbers that later messages take up again.
+_TEXT_EXPONENT = 0.8
+# What a medium is billed says little about how often it is needed: it is worth a text of so many tokens
+# (sound: its words).
+_MEDIUM_WORTH = {Modality.IMAGE: 128.0, Modality.VIDEO: 256.0}
+# And what its levels 0, 1 and 2 keep: a thumbnail loses small print, a caption is one sentence; a
+# transcript loses only the voice; keyframes lose what moves and sounds, scene titles nearly all.
+_KEPT = {
+    Modality.IMAGE: (1.0, 0.7, 0.35),
+    Modality.AUDIO: (1.0, 0.9, 0.3),
+    Modality.VIDEO: (1.0, 0.5, 0.2),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +66,10 @@ class Group:
     """Messages that go together: positions first..last-1 along the path.
 
     `tokens` is their cost as native messages; `mandatory` groups stay native whatever they cost;
-    `answer`: it is a plain answer, which says little without the question before it.
+    `answer`: it is a plain answer, which says little without the question before it. `pages` are the
+    text pages and the media of the messages. A derived page (a summary, a claim) is a group of its own
+    in front of all messages: first and last are the same negative number, unlike any other group's,
+    and `tokens` is more than any budget, because it can only be a context line.
     """
 
     first: int
@@ -57,28 +98,34 @@ class Plan:
 
 
 def plan(
-    table: PageTable, groups: Sequence[Group], budget: Budget, policy: EvictionPolicy, turn: int
+    table: AnyTable,
+    groups: Sequence[Group],
+    budget: Budget,
+    policy: EvictionPolicy,
+    turn: int,
+    is_pinned: IsPinned | None = None,
 ) -> Plan:
     """Rebuild the window: `groups` are all groups with a page in L0, in path order.
 
     The newest groups stay native as long as they fit, without a gap but for mandatory ones; of the
-    others the most valuable become context lines at the highest resolution that fits; the rest is
-    evicted to L2.
+    others those with the most value per token become context lines, each at the level that is worth
+    its tokens, in the room for context and what is left of the native one; the rest is evicted to L2. `is_pinned` says which pages are placed first beside those
+    that the policy never lets go (score infinity); pages faulted in just now are placed with them.
     """
     native = _native(groups, budget.native_tokens)
     kept = {group.first for group in native}
     others = [group for group in groups if group.first not in kept]
-    context = _context(table, others, budget, policy, turn)
+    rows = [_row(table, group, policy, turn, is_pinned) for group in others]
+    spare = budget.native_tokens - sum(group.tokens for group in native)
+    context = _context(rows, budget.context_tokens + max(0, spare))
     result = Plan(native, sorted(context, key=lambda item: item[0].first))
     levels = {group.first: CompressionLevel.FULL for group in native}
     levels.update((group.first, level) for group, level in context)
     for group in groups:
         level = levels.get(group.first)
-        cost = None  # a native page costs its size
-        if level is not None and group.first not in kept:
-            cost = _price(table, group, level) // len(group.pages)
+        as_line = group.first not in kept
         for page_id in group.pages:
-            result.mutations.extend(_change(table, page_id, level, cost, turn))
+            result.mutations.extend(_change(table, page_id, level, as_line, turn))
     return result
 
 
@@ -100,55 +147,140 @@ def _native(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
     return native
 
 
-def _context(
-    table: PageTable, groups: Sequence[Group], budget: Budget, policy: EvictionPolicy, turn: int
-) -> list[tuple[Group, CompressionLevel]]:
-    """Key points of as many groups as fit, the best first; then the best at a higher resolution."""
+# -- prices and values, from the entry's size alone: texts are compressed only once they are chosen
 
-    def value(group: Group) -> float:
-        entries = [entry for page in group.pages if (entry := table.lookup(page))]
-        return max((policy.score(entry, turn) for entry in entries), default=0.0)
 
-    ranked = sorted(groups, key=lambda group: (-value(group), -group.first))
-    left = budget.context_tokens
-    chosen: dict[int, tuple[Group, CompressionLevel, int]] = {}
-    for level in _LEVELS:
-        misses = 0
-        for group in ranked:
-            if misses == _MISSES or left <= 0:
+def price(size_tokens: int, modality: Modality, level: CompressionLevel) -> int:
+    """Tokens of a page's line at a level (0 to 2), on the high side; the window that comes of it is
+    counted exactly."""
+    return _shown(size_tokens, modality, level) + _LINE_TOKENS
+
+
+def _shown(size: int, modality: Modality, level: CompressionLevel) -> int:
+    media = modality in _KEPT
+    if level is CompressionLevel.FULL:
+        return size if media else size + size // 10  # JSON quoting
+    if level is CompressionLevel.ABSTRACT:
+        least = ABSTRACT_TOKENS if media else max(_ABSTRACT_MIN_TOKENS, size // 4)
+        return min(size, ABSTRACT_TOKENS, least)
+    if modality is Modality.IMAGE:
+        return min(size, _THUMBNAIL_TOKENS)
+    if modality is Modality.VIDEO:
+        return min(size, _KEYFRAMES * _THUMBNAIL_TOKENS)
+    if modality is Modality.AUDIO:
+        return min(size, max(ABSTRACT_TOKENS, math.ceil(size * _TRANSCRIPT_SHARE)))
+    return min(size, max(ABSTRACT_TOKENS, size * 9 // 20))
+
+
+def worth(size_tokens: int, modality: Modality, level: CompressionLevel) -> float:
+    """What a page is worth at a level (0 to 2), in tokens of text that are there in full."""
+    kept = _KEPT.get(modality)
+    if kept is not None:
+        return _MEDIUM_WORTH.get(modality, size_tokens * _TRANSCRIPT_SHARE) * kept[level]
+    if level is CompressionLevel.FULL or size_tokens <= 0:
+        return float(size_tokens)
+    share = _shown(size_tokens, modality, level) / size_tokens
+    return size_tokens * float(share**_TEXT_EXPONENT)
+
+
+# -- the choice
+
+
+@dataclass(slots=True)
+class _Row:
+    """A candidate. `steps`: (value per token, tokens, level) up its convex hull, each step's tokens on
+    top of the one before; `taken` of them."""
+
+    group: Group
+    entries: list[PageTableEntry]
+    score: float
+    first: bool  # placed before all others
+    steps: list[tuple[float, int, CompressionLevel]] = field(default_factory=list)
+    taken: int = 0
+
+    def density(self) -> float:
+        """Value per token of the shortest line."""
+        tokens, value = self.option(CompressionLevel.ABSTRACT)
+        return value / tokens
+
+    def option(self, level: CompressionLevel) -> tuple[int, float]:
+        """(tokens, value) of all pages at a level."""
+        entries = self.entries
+        tokens = sum(price(e.size_tokens, e.modality, level) for e in entries)
+        value = sum(worth(e.size_tokens, e.modality, level) for e in entries)
+        return max(1, tokens), self.score * value
+
+
+def _row(
+    table: AnyTable, group: Group, policy: EvictionPolicy, turn: int, is_pinned: IsPinned | None
+) -> _Row:
+    entries = [entry for page in group.pages if (entry := table.lookup(page))]
+    score = max((policy.score(entry, turn) for entry in entries), default=0.0)
+    first = score == math.inf or any(
+        is_protected(e, turn) or (is_pinned is not None and is_pinned(e, turn)) for e in entries
+    )
+    return _Row(group, entries, 1.0 if first else score, first)
+
+
+def _context(rows: Iterable[_Row], budget_tokens: int) -> list[tuple[Group, CompressionLevel]]:
+    """Pinned groups within their share, then all others, then what the pinned ones still want."""
+    first: list[_Row] = []
+    others: list[_Row] = []
+    for row in rows:
+        (first if row.first else others).append(row)
+    first = nsmallest(_CANDIDATES, first, key=_by_density)
+    others = nsmallest(_CANDIDATES, others, key=_by_density)
+    for row in (*first, *others):
+        row.steps = _hull([(level, *row.option(level)) for level in _LEVELS])
+    share = int(budget_tokens * _FIRST_SHARE)
+    left = budget_tokens - share + _take(first, share)
+    left = _take(others, left)
+    _take(first, left)
+    return [(r.group, r.steps[r.taken - 1][2]) for r in (*first, *others) if r.taken]
+
+
+def _by_density(row: _Row) -> tuple[float, int]:
+    return -row.density(), -row.group.first
+
+
+def _hull(
+    options: Sequence[tuple[CompressionLevel, int, float]],
+) -> list[tuple[float, int, CompressionLevel]]:
+    """Upgrade steps of falling value per token from (level, tokens, value), tokens not falling."""
+    corners: list[tuple[CompressionLevel | None, int, float]] = [(None, 0, 0.0)]
+    for level, tokens, value in options:
+        if value <= corners[-1][2]:
+            continue  # costs no less and says no more
+        while len(corners) > 1:
+            _, before, low = corners[-2]
+            _, middle, between = corners[-1]
+            if (between - low) * (tokens - before) > (value - low) * (middle - before):
                 break
-            known = chosen.get(group.first)
-            if known is None and level is not _LEVELS[0]:
-                continue
-            cost = _price(table, group, level)
-            extra = cost - (known[2] if known else 0)
-            if extra <= left:
-                left -= extra
-                chosen[group.first] = group, level, cost
-            else:
-                misses += 1
-    return [(group, level) for group, level, _ in chosen.values()]
+            corners.pop()
+        corners.append((level, tokens, value))
+    return [
+        ((after[2] - before[2]) / (after[1] - before[1]), after[1] - before[1], after[0])
+        for before, after in zip(corners, corners[1:], strict=False)
+        if after[0] is not None
+    ]
 
 
-def _price(table: PageTable, group: Group, level: CompressionLevel) -> int:
-    """What the group's lines cost at a level, from the pages' sizes alone: texts are compressed only
-    once they are chosen. On the high side; the window that comes of it is counted exactly."""
-    total = 0
-    for page_id in group.pages:
-        entry = table.lookup(page_id)
-        size = entry.size_tokens if entry else 0
-        if level is CompressionLevel.ABSTRACT:
-            size = min(size, ABSTRACT_TOKENS)
-        elif level is CompressionLevel.REDUCED:
-            size = min(size, max(ABSTRACT_TOKENS, size * 9 // 20))
-        else:
-            size += size // 10  # JSON quoting
-        total += size + _LINE_TOKENS
-    return total
+def _take(rows: Sequence[_Row], left: int) -> int:
+    """Take the steps that fit, the most value per token first; returns the tokens left."""
+    steps = sorted(
+        (-row.steps[at][0], -row.group.first, at, row.steps[at][1], index)
+        for index, row in enumerate(rows)
+        for at in range(row.taken, len(row.steps))
+    )
+    for _, _, at, tokens, index in steps:
+        if tokens <= left and rows[index].taken == at:  # no step without the one below it
+            rows[index].taken += 1
+            left -= tokens
+    return left
 
 
 def _change(
-    table: PageTable, page_id: str, level: CompressionLevel | None, cost: int | None, turn: int
+    table: AnyTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
 ) -> list[PageMutation]:
     entry = table.lookup(page_id)
     if entry is None:
@@ -157,9 +289,9 @@ def _change(
         if entry.tier is not StorageTier.L0:
             return []
         return [PageMutation(MutationType.EVICT, page_id, turn, tier=StorageTier.L2)]
+    tokens = price(entry.size_tokens, entry.modality, level) if as_line else entry.size_tokens
     if entry.tier is not StorageTier.L0:
-        return [PageMutation(MutationType.MAP, page_id, turn, level, StorageTier.L0, cost)]
+        return [PageMutation(MutationType.MAP, page_id, turn, level, StorageTier.L0, tokens)]
     if entry.level is not level:
-        tokens = entry.size_tokens if cost is None else cost
         return [PageMutation(MutationType.COMPRESS, page_id, turn, level, tokens=tokens)]
     return []

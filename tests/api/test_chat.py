@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
+from proxy.api.stats import Stats
 from proxy.config import Config, load_config
 from proxy.conversation.report import TurnReport
 from proxy.errors import ApiError
@@ -73,7 +75,11 @@ class Client:
         self.memory = Memory(config)
         self.reports: list[TurnReport] = []
         self.upstream = upstream
-        self.api = ChatApi(config, upstream, self.memory, self.reports.append)
+        self.archive = Archive(config, self.memory, upstream)
+        stats = Stats(self.memory, self.archive.writer)
+        self.api = ChatApi(
+            config, upstream, self.memory, self.archive, stats, self.reports.append
+        )
 
     async def send(
         self, pieces: Sequence[bytes], headers: Sequence[Header] = (), method: str = "POST",

@@ -15,26 +15,28 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import message_ends, read_body
+from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.sieve import Sieve
+from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
     ID_BYTES,
     Identity,
     Node,
     Record,
+    block_key,
     decode_record,
     load_path,
     record_key,
 )
 from proxy.conversation.turn import Answer, Turn, TurnInput
-from proxy.conversation.window import Window, restore
-from proxy.memory import ImportanceWeightedLRU, PageTable, VMMode, WorkingSetConfig
-from proxy.memory.mutation_log import decode as decode_mutations
+from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
 from proxy.search.paths import PathIndexes
 from proxy.tokens import TokenCounter, get_counter
+from tests.bench.token_error import Published
 
 Message = dict[str, Any]
 Model = Callable[[Message], "Message | Refused"]  # the decoded upstream request -> its answer
@@ -59,6 +61,9 @@ def limits_of(budget_tokens: int, **changes: Any) -> Limits:
         "page_tokens": 1024,
         "search_results": 10,
         "snippet_tokens": 64,
+        "segment_messages": 512,
+        "summary_tokens": 160,
+        "max_claims": 128,
     }
     return Limits(**{**values, **changes})
 
@@ -103,7 +108,7 @@ class Player:
     def forget(self) -> None:
         """Drop everything that is only cached."""
         self._records: dict[bytes, Record] = {}
-        self._states: dict[bytes, tuple[Window, PageTable]] = {}
+        self._states: dict[bytes, State] = {}
         self.histories = HistoryCache(1 << 24)
         self.indexes = PathIndexes(20_000)
 
@@ -122,19 +127,15 @@ class Player:
     def _load_path(self, head: Record) -> list[Node]:
         return load_path(head, self.get_record)
 
-    def _state_after(self, record: Record) -> tuple[Window | None, PageTable | None]:
+    def _state_after(self, record: Record) -> State | None:
         if not record.window:
-            return None, None
+            return None
         if (kept := self._states.pop(record.id, None)) is not None:
             return kept
-        logs, at = [], record
-        while at is not None:
-            logs.append(at.mutations)
-            at = self.get_record(at.base) if at.base else None  # type: ignore[assignment]
-        table = PageTable()
-        for log in reversed(logs):
-            table.replay(decode_mutations(msgspec.msgpack.decode(log)))
-        return restore(record, self.get_record), table
+        return restore_state(record, self.get_record, self._get_block)
+
+    def _get_block(self, ref: bytes) -> bytes | None:
+        return self.values.get(block_key(ref))
 
     def _append(self, effect: Append) -> None:
         known = {record_key(r.id) for r in effect.records if record_key(r.id) in self.values}
@@ -198,14 +199,16 @@ class Player:
             body = json.dumps({"model": "gpt-4o", "messages": list(messages), **extra}).encode()
         split, found, tenant, session_key = self.place(body, key, session)
         decoded = {name: json.loads(bytes(raw)) for name, raw in split.fields.items()}
-        window, table = self._state_after(found.record) if found.record else (None, None)
+        state = self._state_after(found.record) if found.record else None
         counter = get_counter(decoded["model"])
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
         given = TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
-            found.floor, found.anchors, found.record, window, table, self.limits, counter,
-            self.identity, tenant, session_key, ImportanceWeightedLRU(), self._substitutes, fixed,
+            found.floor, found.anchors, found.record, state.window if state else None,
+            state.table if state else None, self.limits, counter, self.identity, tenant,
+            session_key, ImportanceWeightedLRU(), self._substitutes, fixed,
+            derived=state.derived if state else NO_DERIVED, load_block=self._get_block,
         )
         turn = Turn(given)
         played = Played(None, found, turn)  # type: ignore[arg-type]
@@ -229,11 +232,11 @@ class Player:
                 elif isinstance(effect, Search):
                     ids = [node.id for node in given.path[: effect.before]]
                     reply = ids and self.indexes.search(
-                        ids, turn.pages.pages, effect.query, effect.limit, effect.skip
+                        ids, turn.pages.docs, effect.query, effect.limit, effect.skip
                     )
                 else:
                     assert isinstance(effect, Load)
-                    reply = turn.pages.text(effect.position, effect.part, effect.level)
+                    reply = turn.pages.at(effect.page_id, effect.level)
                 played.replies.append(reply)
         except StopIteration as end:
             played.answer = end.value
@@ -241,7 +244,8 @@ class Player:
         record = turn.record
         # An equal answer may have been stored before: then that turn's state is the one that counts.
         if record and turn.window and self.get_record(record.id) is record:
-            self._states[record.id] = turn.window, turn.table
+            turn.table.shed()
+            self._states[record.id] = State(turn.window, turn.table, turn.pages.derived)
 
 
 class _Shell:
@@ -361,9 +365,7 @@ def count_tokens(request: Message, counter: TokenCounter | None = None) -> int:
             total += 3 + text(one["function"]["name"]) + text(one["function"]["arguments"])
         if message.get("name"):
             total += 1 + text(message["name"])
-    for tool in request.get("tools") or ():
-        total += 4 + text(json.dumps(tool["function"], separators=(",", ":")))
-    return total
+    return total + Published(str(request["model"])).tools(request.get("tools") or ())
 
 
 def check_pairs(request: Message) -> None:

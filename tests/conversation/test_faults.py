@@ -13,6 +13,7 @@ from proxy.conversation.faults import FaultServer
 from proxy.conversation.pathpages import PathPages
 from proxy.memory import CompressionLevel, PageTable, StorageTier
 from proxy.memory.pages import Hit
+from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_pathpages import pages_of
@@ -25,7 +26,7 @@ TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
 class Setting:
     def __init__(self, **changes: Any) -> None:
         self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
-        self.table = PageTable()
+        self.table = TLBWithPageTable(PageTable())
         for position in range(len(TEXTS)):
             for i in self.pages.ids(position):
                 self.table.register_id(i, self.pages.tokens(position), 1)
@@ -41,11 +42,11 @@ class Setting:
             while True:
                 effect = dialogue.send(reply)
                 if isinstance(effect, Load):
-                    reply = self.pages.text(effect.position, effect.part, effect.level)
+                    reply = self.pages.at(effect.page_id, effect.level)
                 else:
                     reply = [h for h in self.hits if not effect.skip(h.position, h.part)]
         except StopIteration as end:
-            result: dict[str, Any] = json.loads(end.value)
+            result: dict[str, Any] = json.loads(end.value.content)
             return result
 
     def fault(self, page: str, level: int = 0, room: int = 2000) -> dict[str, Any]:

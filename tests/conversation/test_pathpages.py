@@ -31,11 +31,12 @@ def test_invariant_04_the_parts_of_a_message_are_the_message(texts: list[str], p
     for position, text in enumerate(texts):
         ids = pages.ids(position)
         assert "".join(pages.parts(position)) == text
-        places = [place for i in ids for place in pages.locate(i)]
-        assert places == pages.locate(page_id(position))
-        assert "".join(pages.text(p, part, 0) for p, part in places) == text
-    docs = list(pages.pages(0, len(texts)))
-    assert [d for d in docs if d.position == 0] == list(pages.pages(0, 1))
+        assert [i for own in ids for i in pages.expand(own)] == list(ids)
+        assert pages.expand(page_id(position)) == list(ids)
+        assert "".join(pages.page(i).content for i in ids) == text
+        assert sum(pages.sizes(position)) <= pages.tokens(position)
+    docs = list(pages.docs(0, len(texts)))
+    assert [d for d in docs if d.position == 0] == list(pages.docs(0, 1))
     assert "".join(d.text for d in docs) == "".join(texts)
     assert [page_id(d.position, d.part) for d in docs] == [i for p in range(len(texts)) for i in pages.ids(p)]
 
@@ -43,8 +44,8 @@ def test_invariant_04_the_parts_of_a_message_are_the_message(texts: list[str], p
 def test_what_is_no_page_of_the_path_is_nowhere() -> None:
     pages = pages_of([{"role": "user", "content": "a"}])
     for wanted in ("msg_0002", "msg_0001.2", "msg_0000", "summary_seg_01", "", "x"):
-        assert pages.locate(wanted) == []
-    assert pages.locate("msg_0001.1") == [(0, 0)]
+        assert pages.expand(wanted) == []
+    assert pages.expand("msg_0001.1") == pages.expand("msg_1") == ["msg_0001"]
 
 
 def test_invariant_08_a_result_is_shown_with_its_call_and_a_call_with_its_results() -> None:
@@ -54,11 +55,12 @@ def test_invariant_08_a_result_is_shown_with_its_call_and_a_call_with_its_result
         {"role": "tool", "tool_call_id": "b", "content": "eight"},
         {"role": "tool", "tool_call_id": "zz", "content": "alone"},
     ])
-    assert pages.text(0, 0, 0) == 'look({"w": 1})\nfind({"q": 2})\n-> seven\n-> eight\n-> alone'
-    assert pages.text(2, 0, 0) == 'find({"q": 2}) -> eight'
-    assert pages.text(3, 0, 0) == "alone"
+    assert pages.text("msg_0001") == 'look({"w": 1})\nfind({"q": 2})\n-> seven\n-> eight\n-> alone'
+    assert pages.text("msg_0003") == 'find({"q": 2}) -> eight'
+    assert pages.text("msg_0004") == "alone"
     assert message_text(pages.message(2)) == "eight"
-    assert pages.line(1, 0, 1).startswith("T (msg_0002, level 1): ")
+    packed = pages.packer.pack([pages.at("msg_0002", 1)])
+    assert packed.content.startswith("T (msg_0002, level 1): ")
 
 
 @examples(100)

@@ -140,10 +140,10 @@ def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
     assert [i for r in records for i in r.ids] == [n.id for n in path]
     assert records[-1].echo == b"e" and not any(r.echo for r in records[:-1])
     assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
-    effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, b"session")
+    effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, b"session", {})
     puts = dict(effect.puts)
     assert len(puts) == len(effect.puts) == len(records) + 1 and puts[b"session"] == path[-1].id
     assert all(decode_record(puts[record_key(r.id)]) == r for r in records)
     at = [(path[r.end - 2].content, path[r.end - 1].content, r.id) for r in records if r.end > 1]
     assert list(effect.joins) == 2 * [(IDENTITY.pair(TENANT, a, b), i) for a, b, i in at]
-    assert append_effect([], IDENTITY, TENANT, b"session").puts == []
+    assert append_effect([], IDENTITY, TENANT, b"session", {}).puts == []

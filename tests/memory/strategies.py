@@ -13,10 +13,23 @@ from proxy.memory import (
     StorageTier,
     page_id,
 )
+from proxy.memory.models import PinKind
+from proxy.memory.pages import media_page_id
 
 LEVELS = st.sampled_from(CompressionLevel)
 BELOW_L0 = st.sampled_from([t for t in StorageTier if t is not StorageTier.L0])
 _LATER = [op for op in MutationType if op is not MutationType.CREATE]
+
+
+def _ids(number: int) -> st.SearchStrategy[str]:
+    """Ids of a text page, a medium or a derived page that no other number has."""
+    return st.one_of(
+        st.integers(0, 2).map(lambda part: page_id(number, part)),
+        st.sampled_from(["img", "aud", "vid", "file"]).map(
+            lambda kind: media_page_id(number // 3, number + 1, kind)
+        ),
+        st.sampled_from([f"summary_seg_{number:02d}", f"claim_{number:04d}", f"note-{number}-x"]),
+    )
 
 
 @st.composite
@@ -30,7 +43,7 @@ def histories(draw: st.DrawFn, max_size: int = 60) -> list[PageMutation]:
         if not resident or draw(st.booleans()):
             mutation = PageMutation(
                 MutationType.CREATE,
-                page_id(len(resident), draw(st.integers(0, 2))),
+                draw(_ids(len(resident))),
                 turn,
                 draw(LEVELS),
                 draw(st.sampled_from(StorageTier)),
@@ -67,4 +80,5 @@ def _later(draw: st.DrawFn, page: str, turn: int, resident: dict[str, bool]) -> 
         tier = None if resident[page] else draw(st.none() | BELOW_L0)
         weight = draw(st.none() | st.floats(0, 1))
         return PageMutation(op, page, turn, tier=tier, tokens=tokens, importance=weight)
-    return PageMutation(op, page, turn)
+    kind = draw(st.none() | st.sampled_from(PinKind)) if op is MutationType.PIN else None
+    return PageMutation(op, page, turn, pin_kind=kind)

@@ -42,6 +42,20 @@ def test_pieces_stay_in_their_order_and_are_the_pages_own_words() -> None:
     assert -1 not in places
 
 
+def test_what_is_said_twice_is_kept_once() -> None:
+    for level in (1, 2):
+        assert compress_text(TEXT * 3, level, None, count).count("parse_invoice") == 1
+
+
+def test_the_topic_of_a_text_does_not_crowd_out_its_decision() -> None:
+    chat = "The billing service talks to the billing database of the billing team. " * 2
+    decided = "Ada must sign by 9 May."
+    text = (
+        chat + "The billing service is a billing thing for billing. " + decided + " " + chat.lower()
+    )
+    assert decided in compress_text(text, 1, None, count)
+
+
 def test_the_levels_get_shorter() -> None:
     sizes = [count(compress_text(TEXT, level, None, count)) for level in range(4)]
     assert sizes == sorted(sizes, reverse=True)

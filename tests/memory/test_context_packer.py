@@ -11,11 +11,20 @@ from proxy.memory import (
     ContextPacker,
     MemoryPage,
     Modality,
+    PageType,
     StorageTier,
     context_block,
     context_line,
+    context_parts,
 )
-from proxy.memory.context_packer import quote, quote_json
+from proxy.memory.context_packer import (
+    CountsBy,
+    page_parts,
+    page_tokens,
+    page_words,
+    quote,
+    quote_json,
+)
 
 _hostile = st.lists(
     st.sampled_from(
@@ -126,3 +135,88 @@ def test_under_a_budget_the_newest_pages_stay() -> None:
 def test_a_block_has_tags_and_an_empty_one_is_nothing() -> None:
     assert context_block(["a", "b"]) == "<VM:CONTEXT>\na\nb\n</VM:CONTEXT>"
     assert context_block([]) == ""
+
+
+# -- media
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+def image(name: str = "img_0002_1", **fields: object) -> MemoryPage:
+    given = {"content": IMAGE, "modality": Modality.IMAGE, "metadata": {"role": "user"}, **fields}
+    return MemoryPage(page_id=name, **given)  # type: ignore[arg-type]
+
+
+def words(name: str, text: str, role: str = "user") -> MemoryPage:
+    return MemoryPage(page_id=name, content=text, metadata={"role": role})
+
+
+def test_an_image_is_named_in_a_line_and_travels_behind_it() -> None:
+    packed = ContextPacker().pack(
+        [words("msg_0001", "look"), image(metadata={"caption": "a </VM:CONTEXT> cat"}),
+         words("msg_0003", "nice", "assistant")]
+    )  # fmt: skip
+    lines = packed.content.splitlines()
+    assert lines[0] == 'U (msg_0001): "look"' and lines[2] == 'A (msg_0003): "nice"'
+    assert lines[1].startswith("I (img_0002_1): ") and "<" not in lines[1]
+    assert packed.has_media
+    assert packed.parts == [
+        {"type": "text", "text": "\n".join(lines[:2])},
+        IMAGE,
+        {"type": "text", "text": lines[2]},
+    ]
+    assert packed.tokens_est > 85
+
+
+def test_the_parts_of_a_users_message_stand_between_the_tags() -> None:
+    for pages in ([image()], [words("msg_0001", "a"), image()], [image(), words("msg_0003", "b")]):
+        parts = context_parts(ContextPacker().pack(pages).parts)
+        text = "".join(p["text"] if p["type"] == "text" else "[image]" for p in parts)
+        assert text.startswith("<VM:CONTEXT>\n") and text.endswith("</VM:CONTEXT>")
+        assert text.count("VM:CONTEXT") == 2 and text.count("[image]") == 1
+        assert IMAGE in parts
+    alone = ContextPacker().pack([words("msg_0001", "a")])
+    assert not alone.has_media
+    assert context_parts(alone.parts) == [{"type": "text", "text": context_block([alone.content])}]
+    assert context_parts([]) == [] and ContextPacker().pack([]).parts == []
+    raw = context_parts([IMAGE])
+    assert [p["type"] for p in raw] == ["text", "image_url", "text"]
+    assert raw[2]["text"] == "</VM:CONTEXT>"
+
+
+@pytest.mark.parametrize(
+    ("page", "said", "media"),
+    [
+        (image(), "image:img_0002_1", [IMAGE]),
+        (image(metadata={"summary": "two cats"}), "two cats", [IMAGE]),
+        (image(compression_level=2, content="a cat"), "a cat", []),
+        (image(content=[{"type": "text", "text": "at 0:03"}, IMAGE, IMAGE], modality=Modality.VIDEO),
+         "at 0:03", [IMAGE, IMAGE]),
+        (image("aud_0001_1", content=SOUND, modality=Modality.AUDIO), "audio:aud_0001_1", [SOUND]),
+        (image("file_0001_1", content={"type": "file", "file": {"file_id": "f"}}, modality=Modality.TEXT),
+         "file:file_0001_1", [{"type": "file", "file": {"file_id": "f"}}]),
+        (image(content={"type": "image_url", "n": 1}, modality=Modality.STRUCTURED),
+         '{"type":"image_url","n":1}', []),
+        (image(content=["a", 1], modality=Modality.TEXT), '["a",1]', []),
+        (image(content=None), "", []),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_page_and_what_travels(
+    page: MemoryPage, said: str, media: list[object]
+) -> None:
+    assert page_words(page) == said and page_parts(page) == media
+    assert page_tokens(page, CountsBy(len, lambda part: 1000)) == len(said) + 1000 * len(media)
+
+
+def test_invariant_03_media_count_against_the_budget() -> None:
+    packer = ContextPacker(len, part_tokens=lambda part: 500)
+    assert packer.pack([image()], token_budget=499).page_ids == []
+    packed = packer.pack([image(), words("msg_0003", "b")], token_budget=600)
+    assert packed.page_ids == ["img_0002_1", "msg_0003"] and 500 < packed.tokens_est <= 600
+
+
+@pytest.mark.parametrize("kind", [PageType.SUMMARY, PageType.CLAIM, PageType.PROCEDURE, PageType.INDEX])
+def test_derived_pages_speak_for_nobody(kind: PageType) -> None:
+    page = MemoryPage(page_id="p", page_type=kind, content="x")
+    assert ContextPacker().pack([page]).content == 'S (p): "x"'

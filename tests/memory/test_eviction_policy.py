@@ -19,7 +19,10 @@ from proxy.memory import (
     PageType,
     StorageTier,
 )
-from proxy.memory.eviction_policy import FAULT_PROTECTION_TURNS, eviction_order
+from proxy.memory.anti_thrash import FAULT_PROTECTION_TURNS
+from proxy.memory.eviction_policy import eviction_order
+from proxy.memory.models import PinKind
+from proxy.memory.pins import PIN_DECAY_TURNS
 
 POLICIES: list[EvictionPolicy] = [LRU(), ImportanceWeightedLRU(), ModalityAwareLRU()]
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
@@ -82,6 +85,15 @@ def test_pinned_pages_never_leave(policy: EvictionPolicy) -> None:
     table.apply(PageMutation(MutationType.PIN, "msg_0001", 1))
     assert policy.score(next(iter(table)), 10_000) == math.inf
     assert eviction_order(table, 10_000, policy) == []
+
+
+@every_policy
+def test_a_guessed_pin_decays(policy: EvictionPolicy) -> None:
+    table = PageTable()
+    entry = table.register_id("msg_0001", 10, turn=1)
+    table.pin("msg_0001", turn=1, kind=PinKind.INFERRED)
+    assert policy.score(entry, 1 + PIN_DECAY_TURNS) == math.inf
+    assert math.isfinite(policy.score(entry, 2 + PIN_DECAY_TURNS))
 
 
 @every_policy

@@ -37,3 +37,11 @@ def test_values_out_of_range_and_unknown_fields_are_refused() -> None:
 
 def test_levels_are_ordered_numbers() -> None:
     assert [int(level) for level in CompressionLevel] == [0, 1, 2, 3]
+
+
+def test_a_version_is_the_contents() -> None:
+    page = MemoryPage(page_id="p", content={"a": [1]})
+    same = MemoryPage(page_id="q", content={"a": [1]}, storage_tier=StorageTier.L3, importance=0.9)
+    assert page.version == same.version and len(page.version) == 16
+    others = [MemoryPage(page_id="p", content=c) for c in ('{"a":[1]}', "a", "b", None, {"a": [2]}, "\ud83d")]
+    assert len({page.version, *(other.version for other in others)}) == 7

@@ -12,7 +12,8 @@ from proxy.memory import (
     StorageTier,
     page_id,
 )
-from proxy.memory.page_table import DEFAULT_IMPORTANCE, REFAULT_COOLDOWN_TURNS
+from proxy.memory.anti_thrash import EVICTION_COOLDOWN_TURNS
+from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from tests.memory.strategies import histories
 
 
@@ -76,8 +77,8 @@ def test_a_refault_within_the_cooldown_raises_importance_and_a_later_one_does_no
     for name in ("msg_0001", "msg_0002"):
         table.register_id(name, 10, turn=1, tier=StorageTier.L0)
         table.evict(name, turn=2)
-    soon = table.fault_in("msg_0001", turn=2 + REFAULT_COOLDOWN_TURNS)
-    late = table.fault_in("msg_0002", turn=3 + REFAULT_COOLDOWN_TURNS)
+    soon = table.fault_in("msg_0001", turn=2 + EVICTION_COOLDOWN_TURNS)
+    late = table.fault_in("msg_0002", turn=3 + EVICTION_COOLDOWN_TURNS)
     assert (soon.refault_count, late.refault_count) == (1, 0)
     assert soon.importance > DEFAULT_IMPORTANCE == late.importance
 

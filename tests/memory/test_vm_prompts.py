@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import tiktoken
 
 from proxy.memory import VMMode, build_vm_developer_message, get_vm_tools, get_vm_tools_as_dicts
-from proxy.memory.vm_prompts import vm_rules
+from proxy.memory.vm_prompts import vm_rules, without_citations
 
 LIMITS = {VMMode.STRICT: 160, VMMode.RELAXED: 130, VMMode.PASSIVE: 60}
 
@@ -89,3 +90,21 @@ def test_invariant_07_tools_and_messages_are_constant() -> None:
     assert json.dumps(get_vm_tools_as_dicts()) == json.dumps(get_vm_tools_as_dicts())
     assert get_vm_tools_as_dicts() is not get_vm_tools_as_dicts()
     assert len(get_vm_tools(include_search=False)) == 1
+
+
+@pytest.mark.parametrize("mode", list(VMMode))
+def test_a_json_answer_is_never_asked_for_citations(
+    mode: VMMode, count_o200k: Callable[[str], int]
+) -> None:
+    plain, for_json = vm_rules(mode), vm_rules(mode, json_mode=True)
+    assert "cite" not in for_json and "[msg_" not in for_json
+    assert ("cite" in plain) == (mode is VMMode.STRICT)
+    assert count_o200k(for_json) <= count_o200k(plain)
+    message = build_vm_developer_message(mode, "{}", "", json_mode=True)
+    assert for_json in message and "cite" not in message
+    assert without_citations(build_vm_developer_message(mode, "{}", "")) == message
+
+
+def test_every_prefix_is_explained() -> None:
+    for letter in "UATSIDVJ":
+        assert re.search(rf"\b{letter}\b", vm_rules(VMMode.PASSIVE)), letter

@@ -1,0 +1,81 @@
+"""What happens to old pages beside the turns: smaller versions, checkpoints, words from models.
+
+Promises: nothing here delays an answer or fails one but for a page that a turn asks for; every
+segment that was closed has a checkpoint in L3 soon after, and its id in L2; bounded work at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
+from proxy.api.writer import Writer
+from proxy.config import Config
+from proxy.conversation.effects import Load
+from proxy.conversation.pathpages import PathPages
+from proxy.conversation.turn import Turn, TurnInput
+from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
+from proxy.memory.models import MemoryPage
+from proxy.storage.l2 import StorageError
+from proxy.storage.l3 import ArtifactStore
+from proxy.upstream import Header, Upstream
+
+log = logging.getLogger(__name__)
+
+_SAVES_AT_ONCE = 64  # checkpoints being written; further ones are left out and said in the log
+
+
+class Archive:
+    """One per process."""
+
+    def __init__(self, config: Config, memory: Memory, upstream: Upstream) -> None:
+        url = config.tiers.l3.url or str(config.tiers.l2.path / "artifacts")
+        self.bridge = ArtifactsBridge(ArtifactStore(url))
+        self._memory = memory
+        self._summary_tokens = config.segments.summary_tokens
+        models = config.compression
+        written = models.model is not None or models.transcription_model is not None
+        self._renditions = Renditions(memory, self.bridge, written)
+        self.writer = Writer(models, upstream, self._renditions)
+        self._saving: set[asyncio.Task[None]] = set()
+
+    async def load(self, tenant: bytes, effect: Load, pages: PathPages) -> MemoryPage:
+        """A page at a level, for a turn."""
+        return await self._renditions.load(tenant, effect, pages)
+
+    def after(self, turn: Turn, given: TurnInput, headers: Sequence[Header]) -> None:
+        """An answered turn: save the segments that it closed, have shown pages written about."""
+        if turn.record is not None and turn.segments:
+            pages = [page for segment in turn.segments for page in segment.pages()]
+            self._save(turn.record.id, pages)
+        if self.writer.active:
+            self.writer.submit(
+                given.tenant, headers, turn.pages, given.counter, turn.shown, self._summary_tokens
+            )
+
+    async def checkpoint_of(self, record_id: bytes) -> str | None:
+        """The id of the checkpoint that a turn's record made."""
+        found = self._memory.store.get(b"c" + record_id)
+        return found.decode() if found else None
+
+    async def close(self) -> None:
+        await self.writer.close()
+        await asyncio.gather(*self._saving, return_exceptions=True)
+
+    def _save(self, record_id: bytes, pages: Sequence[MemoryPage]) -> None:
+        if len(self._saving) >= _SAVES_AT_ONCE:
+            log.warning("too many checkpoints at once: one was left out")
+            return
+        task = asyncio.ensure_future(self._checkpoint(record_id, pages))
+        self._saving.add(task)
+        task.add_done_callback(self._saving.discard)
+
+    async def _checkpoint(self, record_id: bytes, pages: Sequence[MemoryPage]) -> None:
+        try:
+            made = await self.bridge.checkpoint(pages, record_id.hex())
+            await self._memory.store.commit([(b"c" + record_id, made.encode())])
+        except (ArtifactError, StorageError) as error:
+            log.warning("a checkpoint could not be saved: %s", error)

@@ -1,0 +1,89 @@
+"""Lower levels of pages that cost a codec or a model: made once, kept in L3.
+
+Promises: a rendition is found by tenant, content and level, so nobody sees another's words about an
+equal image (invariant 6); without L3 or a model it is made anew or said extractively, and the turn
+goes on; the original is never touched (invariant 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from proxy.api.memory import Memory
+from proxy.conversation.effects import Load
+from proxy.conversation.pathpages import PathPages
+from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
+from proxy.memory.models import CompressionLevel, MemoryPage, PageType
+from proxy.storage.l2 import StorageError
+
+log = logging.getLogger(__name__)
+
+EXTRACTIVE, WRITTEN = "extractive", "written"  # made by our own rules; by a model
+
+
+class Renditions:
+    """One per process; `memory` keeps which rendition is which artifact, `bridge` the artifacts."""
+
+    def __init__(self, memory: Memory, bridge: ArtifactsBridge, written_by_models: bool) -> None:
+        self._memory = memory
+        self._bridge = bridge
+        self.written_by_models = written_by_models
+
+    async def load(self, tenant: bytes, effect: Load, pages: PathPages) -> MemoryPage:
+        """The page at a level: as a model wrote it, as it was made before, or made now."""
+        level = CompressionLevel(effect.level)
+        page = pages.page(effect.page_id)
+        if level is CompressionLevel.FULL and page.page_type is not PageType.SUMMARY:
+            return page
+        for source in range(level, -1, -1) if self.written_by_models else ():
+            written = await self.find(tenant, page, CompressionLevel(source), WRITTEN)
+            if written is not None:
+                return pages.shown(written, level)
+        if not pages.is_medium(effect.page_id):
+            return pages.at(effect.page_id, level)
+        kept = await self.find(tenant, page, level, EXTRACTIVE)
+        if kept is not None:
+            return kept
+        made = await asyncio.to_thread(pages.at, effect.page_id, level)
+        if not isinstance(made.content, str):  # words are made again in no time
+            await self.keep(tenant, page, made, EXTRACTIVE)
+        return made
+
+    async def find(
+        self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str
+    ) -> MemoryPage | None:
+        """A kept rendition, as a version of `page`."""
+        key = self._key(tenant, page, level, kind)
+        found: MemoryPage | None = self._memory.cache.get("rendition", key)
+        if found is None:
+            artifact = self._memory.store.get(key)
+            if artifact is None:
+                return None
+            try:
+                found = await self._bridge.load_page(artifact.decode())
+            except (ArtifactError, StorageError) as error:
+                log.warning("a smaller version of a page cannot be read: %s", error)
+            if found is None:  # L3 was emptied: it will be made again
+                return None
+            self._memory.cache.put("rendition", key, found, len(str(found.content)))
+        about = {**found.metadata, **page.metadata}
+        update = {"page_id": page.page_id, "provenance": page.provenance, "metadata": about}
+        return found.model_copy(update=update)
+
+    async def keep(
+        self, tenant: bytes, page: MemoryPage, made: MemoryPage, kind: str
+    ) -> None:
+        """Store a rendition of `page` in L3; a failure is logged, and it will be made again."""
+        key = self._key(tenant, page, made.compression_level, kind)
+        try:
+            artifact = await self._bridge.store_page(made)
+        except (ArtifactError, StorageError) as error:
+            log.warning("a smaller version of a page cannot be kept: %s", error)
+            return
+        await self._memory.store.commit([(key, artifact.encode())])
+
+    def _key(
+        self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str
+    ) -> bytes:
+        return self._memory.identity.rendition(tenant, page.version, int(level), kind)

@@ -1,0 +1,62 @@
+"""What this process's memory has done: counts for operators, and no text of anyone.
+
+Promises: numbers only, so any tenant's request may be counted (invariant 6); fed by real turns;
+bounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.api.memory import Memory
+from proxy.api.writer import Writer
+from proxy.conversation.pathpages import packed_lines
+from proxy.conversation.report import TurnReport
+from proxy.memory.metrics import UserExperienceMetrics
+
+
+class Stats:
+    """One per process."""
+
+    def __init__(self, memory: Memory, writer: Writer) -> None:
+        self._memory = memory
+        self._writer = writer
+        self.metrics = UserExperienceMetrics()
+        self.turns = 0
+        self.paged_turns = 0
+        self.epochs = 0
+
+    def told(self, report: TurnReport) -> None:
+        """Count one answered turn."""
+        self.turns += 1
+        if report.channel == "bypass":
+            return
+        self.paged_turns += 1
+        self.epochs += report.new_epoch
+        metrics = self.metrics
+        metrics.record_turn(report.used_tokens, report.reachable_tokens)
+        for fault in report.faults:
+            metrics.record_recall(fault.error is None)
+            if fault.error is None and fault.tokens:
+                metrics.record_fault(fault.page_id, report.turn, fault.refault)
+        for search in report.searches:
+            metrics.record_recall(bool(search.results))
+        metrics.record_eviction(len(report.evicted_pages))
+        for brought in report.prefetched:
+            metrics.record_prefetch(brought.source, used=int(brought.used))
+
+    def snapshot(self) -> dict[str, Any]:
+        """JSON values, in a fixed order."""
+        cache, lines = self._memory.cache, packed_lines()
+        return {
+            "turns": self.turns,
+            "paged_turns": self.paged_turns,
+            "epochs": self.epochs,
+            "user_experience": self.metrics.snapshot(),
+            "tlb": self._memory.tlb.as_dict(),
+            "pack_cache": {**lines.model_dump(), "hit_rate": lines.hit_rate},
+            "l1": {"values": len(cache), "tokens": cache.tokens, "hits": cache.hits,
+                   "misses": cache.misses},
+            "writer": {"written": self._writer.written, "failed": self._writer.failed,
+                       "dropped": self._writer.dropped},
+        }  # fmt: skip

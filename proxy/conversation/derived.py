@@ -1,0 +1,84 @@
+"""What derives from a path's messages: summaries, claims, and where they come from. Pure.
+
+Promises: an immutable value that grows by closed segments; a claim whose place another took says so;
+every page can be walked to the messages that it rests on, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from proxy.memory.claims import Claim, claim_of, claim_text, fold_claims
+from proxy.memory.manifest import AvailablePageEntry
+from proxy.memory.models import MemoryPage, PageType
+from proxy.memory.provenance import ProvenanceGraph
+from proxy.memory.segments import Segment
+
+_SHOWN_SOURCES = 2  # message ids named behind a claim
+
+
+@dataclass(frozen=True)
+class Derived:
+    """`segments` and `claims_made` count what was ever made; positions before `end` are in a segment."""
+
+    pages: Mapping[str, MemoryPage] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    segments: int = 0
+    claims_made: int = 0
+    end: int = 0
+
+    def with_segment(self, segment: Segment, end: int, max_claims: int) -> Derived:
+        """This and what `segment` left; it ends before the position `end`."""
+        new = [claim for page in segment.claims if (claim := claim_of(page)) is not None]
+        claims = fold_claims(self.claims, new, segment.superseded, segment.merged, max_claims)
+        kept = {claim.claim_id for claim in claims}
+        pages = {i: page for i, page in self.pages.items() if i in kept or not _is_claim(page)}
+        for page in segment.pages():
+            if page.text() and (page.page_id in kept or not _is_claim(page)):
+                pages[page.page_id] = page
+        for claim in claims:  # said again: it rests on more
+            old = pages.get(claim.claim_id)
+            if old is not None and len(old.provenance) != len(claim.provenance):
+                update = {"provenance": list(claim.provenance), "importance": claim.importance}
+                pages[claim.claim_id] = old.model_copy(update=update)
+        return Derived(
+            pages, claims, self.segments + 1, self.claims_made + len(segment.claims), end
+        )
+
+    @cached_property
+    def superseded(self) -> Mapping[str, str]:
+        """The claims whose place another took, and which."""
+        return {c.claim_id: c.superseded_by for c in self.claims if c.superseded_by}
+
+    @cached_property
+    def provenance(self) -> ProvenanceGraph:
+        """Who rests on whom, walked both ways."""
+        graph = ProvenanceGraph()
+        for page in self.pages.values():
+            graph.add_page(page)
+        return graph
+
+    def text(self, page_id: str) -> str:
+        """What is shown of a derived page: a claim with the messages that it was said in."""
+        page = self.pages[page_id]
+        text = claim_text(page, self.superseded.get(page_id))
+        if not _is_claim(page) or not page.provenance:
+            return text
+        return f"{text} [{', '.join(page.provenance[:_SHOWN_SOURCES])}]"
+
+    def available(self, wanted: Callable[[str], bool]) -> list[AvailablePageEntry]:
+        """The pages that are `wanted`, for a search by their words."""
+        return [
+            AvailablePageEntry(page_id=i, hint=page.text())
+            for i, page in self.pages.items()
+            if wanted(i)
+        ]
+
+
+def _is_claim(page: MemoryPage) -> bool:
+    return page.page_type is PageType.CLAIM
+
+
+NO_DERIVED = Derived()

@@ -1,0 +1,181 @@
+"""The counter: how large a text, a message, a part or a tools array is for a model.
+
+Promises: no network (litellm ships the encodings), counts by OpenAI's published rules, never below
+them for text, and never an exception for a model nobody has heard of. Counting is the slowest step
+of a request (about 20 MB/s), so callers count a message once in its life.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from proxy.tokens.cards import LITELLM_DIR
+from proxy.tokens.images import ImageRule, image_rule
+from proxy.tokens.media import count_medium, count_speech, largest_medium
+from proxy.tokens.tools import ToolRule, compact, count_tools, tool_rule
+
+if LITELLM_DIR:  # must be set before tiktoken loads an encoding, or it asks the network
+    os.environ.setdefault(
+        "TIKTOKEN_CACHE_DIR", str(LITELLM_DIR / "litellm_core_utils" / "tokenizers")
+    )
+
+import tiktoken
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ENCODING = "o200k_base"
+PER_MESSAGE = 4  # start, separator, end: OpenAI bills 3, and the role's token
+PER_REPLY = 3  # every reply is primed with <|start|>assistant<|message|>
+PER_NAME = 1
+PER_TOOL_CALL = 3  # not published: one message's overhead beside id, name and arguments
+_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))  # one token
+_CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
+
+# Every medium's part has one of these words as its type or as a key (an escaped letter counts as
+# one too), and an answer's sound has "audio". A word that is something else only adds.
+_MEDIUM_WORD = re.compile(rb'"(image|input_|audio|video|file|document"|output_audio")')
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+
+
+class TokenCounter:
+    """Counts with one tiktoken encoding and one family's rules. Thread-safe.
+
+    `name` identifies the rules: counters of the same name give the same counts.
+    """
+
+    def __init__(self, encoding_name: str, images: ImageRule, tool: ToolRule) -> None:
+        self.encoding_name = encoding_name
+        self.images = images
+        self.tools_overhead = tool.overhead
+        self._tool = tool
+        self._func_init = 7 if encoding_name == DEFAULT_ENCODING else 10  # gpt-4o, gpt-4
+        self.name = "/".join(filter(None, (encoding_name, images.name, tool.name)))
+        self._encode = tiktoken.get_encoding(encoding_name).encode_ordinary
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenCounter) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def text(self, text: str) -> int:
+        """Tokens of a text; special tokens in it count as plain text."""
+        if len(text) <= _CHUNK_CHARS:
+            return len(self._encode(text))
+        cuts = range(0, len(text), _CHUNK_CHARS)
+        return sum(len(self._encode(text[i : i + _CHUNK_CHARS])) for i in cuts)
+
+    def message(self, message: Mapping[str, Any]) -> int:
+        """Tokens of one Chat Completions message with its overhead (without the reply primer)."""
+        content, role = message.get("content"), message.get("role")
+        total = PER_MESSAGE
+        if role not in _ROLES and isinstance(role, str):
+            total += self.text(role)
+        if isinstance(content, str):
+            total += self.text(content)
+            if len(message) == 2 and role is not None:
+                return total
+        elif isinstance(content, list):
+            total += sum(self.part(part) for part in content)
+        return total + self._beside_content(message)
+
+    def _beside_content(self, message: Mapping[str, Any]) -> int:
+        total = 0
+        for key in ("name", "refusal", "reasoning_content", "reasoning", "tool_call_id"):
+            value = message.get(key)
+            if isinstance(value, str) and value:
+                total += PER_NAME + self.text(value)
+        calls = message.get("tool_calls") or ()
+        for call in calls if isinstance(calls, list) else ():
+            total += PER_TOOL_CALL + self._call(call)
+        legacy = message.get("function_call")
+        if legacy:
+            total += PER_TOOL_CALL + self._call({"function": legacy})
+        audio = message.get("audio")
+        return total + (count_speech(audio, self.text) if isinstance(audio, Mapping) else 0)
+
+    def _call(self, call: Any) -> int:
+        body = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
+        if not isinstance(body, Mapping):
+            return self.text(compact(call))
+        words = (call.get("id"), body.get("name"), body.get("arguments"), body.get("input"))
+        return sum(
+            self.text(word if isinstance(word, str) else compact(word))
+            for word in words
+            if word is not None
+        )
+
+    def part(self, part: Any) -> int:
+        """Tokens of one content part, by the family's rule for its kind."""
+        if not isinstance(part, Mapping):
+            return self.text(str(part))
+        if part.get("type") not in ("text", "refusal"):
+            tokens = count_medium(part, self.images, self.text)
+            if tokens is not None:
+                return tokens
+        text = part.get("text", part.get("refusal"))
+        return self.text(text if isinstance(text, str) else compact(part))
+
+    def tools(self, tools: Sequence[Any]) -> int:
+        """Tokens of a tools array; also of legacy functions and of other JSON in the prompt."""
+        return count_tools(tools, self._tool, self._func_init, self.text)
+
+
+def tokens_upper_bound(body: bytes, counter: TokenCounter | None = None) -> int:
+    """A count that a request body can never exceed, without parsing it.
+
+    Every token of text has at least one byte, and so has all overhead of a message with a role; a
+    medium costs at most `largest_medium` more, `tools` and `functions` the provider's own words.
+    Without a counter, of the most expensive family.
+    """
+    rule = counter.images if counter else image_rule("gpt-4o-mini")
+    other = largest_medium(rule)
+    words = _MEDIUM_WORD.findall(body)
+    images = words.count(b"image")
+    others = len(words) - images
+    if b"\\u00" in body:
+        others += len(_ESCAPED_LETTER.findall(body))
+    # The words of an answer's sound count three times: as text, and as two tokens a character.
+    spoken = 3 if others and (b'"transcript"' in body or b"\\u00" in body) else 1
+    overhead = 2 * (counter.tools_overhead if counter else tool_rule("claude").overhead)
+    return len(body) * spoken + images * rule.max_tokens + others * other + overhead
+
+
+@lru_cache(maxsize=64)
+def _counter(encoding_name: str, images: ImageRule, tool: ToolRule) -> TokenCounter:
+    return TokenCounter(encoding_name, images, tool)
+
+
+@lru_cache(maxsize=1024)
+def encoding_of(model: str) -> str:
+    """The encoding of an OpenAI model, or o200k_base for any other."""
+    name = model.rsplit("/", 1)[-1]
+    try:
+        return tiktoken.encoding_name_for_model(name)
+    except KeyError:
+        return DEFAULT_ENCODING
+
+
+@lru_cache(maxsize=1024)
+def encoding_is_known(model: str) -> bool:
+    """Whether the model is known to use the encoding that `encoding_of` names."""
+    try:
+        return bool(tiktoken.encoding_name_for_model(model.rsplit("/", 1)[-1]))
+    except KeyError:
+        return False
+
+
+def get_counter(model: str, tokenizer: str | None = None) -> TokenCounter:
+    """The counter for a model; `tokenizer` (an encoding's name) overrides what its name says."""
+    name = tokenizer or encoding_of(model)
+    images, tool = image_rule(model), tool_rule(model)
+    try:
+        return _counter(name, images, tool)
+    except (ValueError, OSError):  # unknown, or one that tiktoken would have to download
+        log.warning("no local file for the encoding %r: counting with %s", name, DEFAULT_ENCODING)
+        return _counter(DEFAULT_ENCODING, images, tool)

@@ -1,0 +1,173 @@
+"""What one content part that holds a medium costs: images, sounds, films, files.
+
+Promises: real sizes and durations where a header tells them, the rule's upper bound or a named
+estimate where none does; of a large medium only the first _HEAD_CHARS of base64 are decoded (about
+a millisecond, however large it is); no count passes `largest_medium` plus one a character of the
+part, so that a bound of a whole body needs no parsing; nothing raises on odd parts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from proxy.media.clips import audio_seconds, video_info
+from proxy.media.files import file_text
+from proxy.media.images import image_size
+from proxy.media.parts import Medium, read_part
+from proxy.tokens.images import ImageRule
+
+Text = Callable[[str], int]
+
+AUDIO_TOKENS_PER_SECOND = 10  # what OpenAI bills for a user's sound: one each 100 ms
+SPEECH_TOKENS_PER_SECOND = 20  # the same for the model's own voice
+SPEECH_TOKENS_PER_CHAR = 2  # ten characters a second, as seen in billed answers
+SPEECH_REFERENCE_TOKENS = 400  # an answer's sound of which only the id is known: 20 seconds
+AUDIO_UNKNOWN_SECONDS = 60
+VIDEO_UNKNOWN_SECONDS = 60
+VIDEO_MAX_FRAMES = 600  # one a second, each at low detail
+FILE_TOKENS_PER_KB = 80  # of base64, where the words cannot be counted
+FILE_UNKNOWN_PAGES = 3  # a file named by its id
+_PDF_PAGE_TEXT_TOKENS = 500
+_PDF_PAGE_PX = (1024, 1325)  # OpenAI shows each page as text and as an image
+_LARGEST_OTHER = 16_384  # floor of `largest_medium`: no sound, film or file without data is larger
+
+_HEAD_CHARS = 65_536  # of base64: a multiple of 4
+_WHOLE_CHARS = 262_144  # of base64: media up to this size are decoded whole
+_SAMPLE_CHARS = 4_096  # of a large text file, to learn its tokens per byte
+_UNKNOWN_AUDIO_BYTES_PER_SECOND = 4_000  # 32 kbit/s, compressed speech
+_UNKNOWN_VIDEO_BYTES_PER_SECOND = 125_000
+_MAX_COMPRESSED_BYTES_PER_SECOND = 48_000  # more is no compressed sound
+_PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
+_WAV_HEADER_BYTES = 44
+_URL_CHARS = 256  # a data URL's head, up to its comma
+
+
+def largest_medium(rule: ImageRule) -> int:
+    """Tokens that a part may cost beyond one for each of its characters."""
+    return max(rule.max_tokens, _LARGEST_OTHER)
+
+
+def count_medium(part: Mapping[str, Any], rule: ImageRule, text: Text) -> int | None:
+    """Tokens of the medium in a part; None when the part holds none."""
+    head, chars, clipped = _clip(part, _WHOLE_CHARS, _HEAD_CHARS)
+    medium = read_part(head)
+    if medium is None:
+        return None
+    ratio = chars / clipped if clipped else 1.0
+    if medium.kind == "image":
+        tokens = rule.tokens(_image_size(medium, part, ratio), medium.detail)
+    elif medium.kind == "audio":
+        tokens = _audio_tokens(medium, ratio)
+    elif medium.kind == "video":
+        tokens = _video_tokens(medium, ratio, rule)
+    else:
+        tokens = _file_tokens(medium, chars, ratio, rule, text)
+    return max(1, min(tokens, chars + largest_medium(rule)))
+
+
+def count_speech(audio: Mapping[str, Any], text: Text) -> int:
+    """Tokens of an assistant message's `audio`: its words and its sound, which go in again."""
+    words = audio.get("transcript")
+    if isinstance(words, str) and words:
+        return text(words) + SPEECH_TOKENS_PER_CHAR * len(words)
+    if not isinstance(audio.get("data"), str):
+        return SPEECH_REFERENCE_TOKENS
+    head, chars, clipped = _clip(audio, _WHOLE_CHARS, _HEAD_CHARS)
+    medium = read_part({"type": "input_audio", "input_audio": head})
+    seconds = _audio_seconds(medium, chars / clipped if clipped else 1.0) if medium else None
+    if seconds is None:
+        return SPEECH_REFERENCE_TOKENS
+    return min(math.ceil(seconds * SPEECH_TOKENS_PER_SECOND), chars + SPEECH_REFERENCE_TOKENS)
+
+
+def _clip(
+    value: Mapping[str, Any], whole_chars: int, head_chars: int, depth: int = 3
+) -> tuple[dict[str, Any], int, int]:
+    """(the part with long strings cut to their head, the longest string's length before and after).
+
+    A data URL is cut behind a multiple of 4 characters of base64, so that its head decodes.
+    """
+    out: dict[str, Any] = {}
+    longest, kept = 0, 0
+    for key, item in value.items():
+        chars, after = 0, 0
+        if isinstance(item, str):
+            chars = after = len(item)
+            if chars > whole_chars:
+                start = item.find(",", 0, _URL_CHARS) + 1
+                item = item[: start + head_chars]
+                chars, after = chars - start, head_chars
+        elif isinstance(item, Mapping) and depth:
+            item, chars, after = _clip(item, whole_chars, head_chars, depth - 1)
+        if chars > longest:
+            longest, kept = chars, after
+        out[key] = item
+    return out, longest, kept
+
+
+def _image_size(medium: Medium, part: Mapping[str, Any], ratio: float) -> tuple[int, int] | None:
+    if medium.data is None:
+        return None
+    size = image_size(medium.data)
+    if size is None and ratio > 1:  # a JPEG's profile and preview may stand before its size
+        longer = read_part(_clip(part, _WHOLE_CHARS, _WHOLE_CHARS)[0])
+        size = image_size(longer.data) if longer and longer.data else None
+    return size if size and min(size) > 0 else None
+
+
+def _audio_seconds(medium: Medium, ratio: float) -> float | None:
+    """The sound's length; from its head when it is large. None for a link or an id."""
+    data = medium.data
+    if data is None:
+        return None
+    seconds = audio_seconds(data, medium.format)
+    if seconds is None:
+        return len(data) * ratio / _UNKNOWN_AUDIO_BYTES_PER_SECOND
+    if ratio == 1:
+        return seconds
+    if data[:4] == b"RIFF":
+        samples = len(data) - _WAV_HEADER_BYTES
+        return seconds * (len(data) * ratio - _WAV_HEADER_BYTES) / max(1, samples)
+    # Some headers state the whole sound's length, others only tell how fast the bytes go by. If
+    # the whole sound in the stated time were denser than sound gets, the time is the head's.
+    density = len(data) * ratio / seconds
+    states_all = data[:4] == b"fLaC" or density <= _MAX_COMPRESSED_BYTES_PER_SECOND
+    return seconds if states_all else seconds * ratio
+
+
+def _audio_tokens(medium: Medium, ratio: float) -> int:
+    seconds = _audio_seconds(medium, ratio)
+    if seconds is None:
+        seconds = AUDIO_UNKNOWN_SECONDS
+    return math.ceil(seconds * AUDIO_TOKENS_PER_SECOND)
+
+
+def _video_tokens(medium: Medium, ratio: float, rule: ImageRule) -> int:
+    seconds: float = VIDEO_UNKNOWN_SECONDS
+    if medium.data is not None:
+        info = video_info(medium.data)
+        if info is not None and info.seconds > 0:
+            seconds = info.seconds
+        else:
+            seconds = len(medium.data) * ratio / _UNKNOWN_VIDEO_BYTES_PER_SECOND
+    frames = min(VIDEO_MAX_FRAMES, max(1, math.ceil(seconds)))
+    return frames * rule.low_tokens
+
+
+def _file_tokens(medium: Medium, chars: int, ratio: float, rule: ImageRule, text: Text) -> int:
+    data, page = medium.data, _PDF_PAGE_TEXT_TOKENS + rule.tokens(_PDF_PAGE_PX, None)
+    if data is None:
+        return FILE_UNKNOWN_PAGES * page
+    if data[:1024].lstrip()[:5] == b"%PDF-":
+        pages = math.ceil(len(_PDF_PAGE.findall(data)) * ratio)
+        return pages * page if pages else max(page, chars * FILE_TOKENS_PER_KB // 1024)
+    words = file_text(data, medium.mime, medium.name)
+    if words is None:
+        return 1 + chars * FILE_TOKENS_PER_KB // 1024
+    if ratio == 1:
+        return text(words)
+    sample = words[:_SAMPLE_CHARS]
+    return math.ceil(text(sample) / max(1, len(sample)) * len(words) * ratio)

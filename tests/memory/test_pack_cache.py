@@ -1,0 +1,75 @@
+"""Packed lines are kept under everything that they depend on, and no longer than there is room."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.memory.context_packer import ContextPacker
+from proxy.memory.models import CompressionLevel, MemoryPage, Modality
+from proxy.memory.pack_cache import PackCache, PackedLine
+
+
+def page(name: str = "msg_0001", content: object = "hello", **fields: object) -> MemoryPage:
+    return MemoryPage(page_id=name, content=content, metadata={"role": "user"}, **fields)  # type: ignore[arg-type]
+
+
+def test_an_unchanged_page_is_packed_once() -> None:
+    counted: list[str] = []
+
+    def count(text: str) -> int:
+        counted.append(text)
+        return len(text)
+
+    cache = PackCache(max_entries=8)
+    packer = ContextPacker(count, cache)
+    first = packer.pack([page(), page("msg_0002", "more")])
+    assert packer.pack([page(), page("msg_0002", "more")]) == first
+    assert len(counted) == 2
+    stats = cache.get_stats()
+    assert (stats.hits, stats.misses, stats.hit_rate, stats.entries) == (2, 2, 0.5, 2)
+
+
+def test_a_line_is_not_found_under_anything_else() -> None:
+    cache = PackCache(max_entries=32)
+    pages = [
+        page(),
+        page("msg_0002"),
+        page(content="other"),
+        page(compression_level=CompressionLevel.REDUCED),
+        page(modality=Modality.STRUCTURED),
+        MemoryPage(page_id="msg_0001", content="hello", metadata={"role": "assistant"}),
+        page(content={"type": "image_url", "image_url": {"url": "u"}}, modality=Modality.IMAGE),
+    ]
+    captioned = pages[-1].model_copy(update={"metadata": {"role": "user", "caption": "a cat"}})
+    for one in (*pages, captioned):
+        assert ContextPacker(len, cache).pack([one]) == ContextPacker(len).pack([one])
+    assert cache.get_stats().hits == 0
+    shorter = ContextPacker(lambda text: 1, cache).pack([page()])
+    assert shorter.tokens_est == 1  # another counter, another price
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 5))
+def test_invariant_10_it_keeps_the_lines_used_last(asked: list[int], room: int) -> None:
+    cache = PackCache(max_entries=room)
+    recent: list[int] = []
+    for key in asked:
+        hits = cache.get_stats().hits
+        cache.get_or_pack(key, lambda key=key: PackedLine(str(key), 1))
+        assert (cache.get_stats().hits > hits) == (key in recent)
+        recent = [*[k for k in recent if k != key], key][-room:]
+        assert len(cache) == len(recent)
+
+
+def test_invariant_09_losing_it_changes_no_output() -> None:
+    cache = PackCache()
+    packer = ContextPacker(len, cache)
+    before = packer.pack([page()])
+    cache.clear()
+    assert packer.pack([page()]) == before
+
+
+def test_a_cache_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        PackCache(max_entries=0)
