@@ -13,7 +13,7 @@ import msgspec
 from proxy.conversation.derived import Derived
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
-from proxy.memory.models import MutationType, PageMutation, PageType, PinKind, StorageTier
+from proxy.memory.models import MutationType, PageMutation, PageType, StorageTier
 from proxy.memory.segments import Segment, decode_segment
 from proxy.memory.segments import close_segment as close_pages
 from proxy.memory.sentences import SegmentDoc
@@ -93,7 +93,7 @@ def _doc(pages: PathPages, position: int) -> SegmentDoc:
 
 def created(segment: Segment, pages: PathPages, turn: int) -> list[PageMutation]:
     """The table's change: the new pages stand in the window until the plan says otherwise (an index
-    serves the manifest); claims are pinned as long as they hold."""
+    serves the manifest), and claims that others took the place of leave it."""
     mutations: list[PageMutation] = []
     for page in segment.pages():
         if page.page_id not in pages.derived.pages:
@@ -105,9 +105,6 @@ def created(segment: Segment, pages: PathPages, turn: int) -> list[PageMutation]
                 importance=page.importance, modality=page.modality, page_type=page.page_type,
             )
         )  # fmt: skip
-        if page.page_type is PageType.CLAIM:
-            pin = PageMutation(MutationType.PIN, page.page_id, turn, pin_kind=PinKind.INFERRED)
-            mutations.append(pin)
     for old in (old for old, _ in segment.superseded if old in pages.derived.pages):
-        mutations.append(PageMutation(MutationType.UNPIN, old, turn))
+        mutations.append(PageMutation(MutationType.EVICT, old, turn, tier=StorageTier.L2))
     return mutations

@@ -69,11 +69,11 @@ class Derived:
         return f"{text} [{', '.join(page.provenance[:_SHOWN_SOURCES])}]"
 
     def available(self, wanted: Callable[[str], bool]) -> list[AvailablePageEntry]:
-        """The pages that are `wanted`, for a search by their words."""
+        """The pages that are `wanted`, for a search by their words; an index serves the manifest."""
         return [
             AvailablePageEntry(page_id=i, hint=page.text())
             for i, page in self.pages.items()
-            if wanted(i)
+            if page.page_type is not PageType.INDEX and wanted(i)
         ]
 
 

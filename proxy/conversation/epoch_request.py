@@ -13,6 +13,7 @@ from proxy.conversation.tree import Anchor
 from proxy.conversation.window import Entry
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.models import CompressionLevel, MemoryPage, PageMutation, VMMode
+from proxy.memory.pins import PinnedSet
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import TokenCounter
 
@@ -24,6 +25,7 @@ class EpochRequest:
     pages: PathPages
     table: TLBWithPageTable
     policy: EvictionPolicy
+    pins: PinnedSet
     counter: TokenCounter
     limits: Limits
     anchors: Sequence[Anchor]

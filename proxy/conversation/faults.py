@@ -8,7 +8,7 @@ the API takes it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from proxy.conversation.effects import Effect, Load, Search
@@ -34,7 +34,7 @@ from proxy.memory.vm_results import SearchResultEntry, error_result, search_resu
 from proxy.tokens import TokenCounter
 
 _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
-_DERIVED_SHARE = 3  # summaries and claims are at most 1/3 of a search's results
+_DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
 _RESULT_OVERHEAD = 72  # the JSON around a page's text
 
 
@@ -42,7 +42,7 @@ class Served(NamedTuple):
     """A tool message's content, and the media that go in a user message after it."""
 
     content: str
-    parts: list[dict[str, Any]] = []
+    parts: Sequence[dict[str, Any]] = ()
 
 
 class FaultServer:
@@ -156,13 +156,14 @@ class FaultServer:
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(args.query, wide, before, self._loaded_at)
-        entries = self._derived(args, limit // _DERIVED_SHARE)
+        entries: list[SearchResultEntry] = []
         for hit in hits:
             wanted = self._pages.id_of(hit.position, hit.part)
             if len(entries) == limit:
                 break
             if args.modality is None or self._pages.modality(wanted) is args.modality:
                 entries.append(self._entry(wanted, hit.score))
+        entries += self._derived(args, _DERIVED_RESULTS)
         left = self.handler.policy.tokens_left or 0
         room = min(left, int(room_tokens * _SEARCH_SHARE))
         total = before + len(self._pages.derived.pages)
@@ -180,7 +181,7 @@ class FaultServer:
     def _derived(self, args: SearchArgs, limit: int) -> list[SearchResultEntry]:
         """Summaries and claims about the query that are not in the window."""
         outside = self._pages.derived.available(self._outside)
-        if limit == 0 or not outside:
+        if not outside:
             return []
         found = PageSearchHandler(available_pages=outside).search(
             args.query, args.modality.value if args.modality else None, limit

@@ -30,7 +30,7 @@ from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.core import MemoryCore
 from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.models import (
     MEDIA_PART,
@@ -41,7 +41,6 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.prefetcher import points_back, was_used
 from proxy.memory.segments import Segment
@@ -64,10 +63,9 @@ class TurnWindow:
     """
 
     pages: PathPages
-    table: TLBWithPageTable
+    memory: MemoryCore  # the page table, its log and who acts on them
     counter: TokenCounter
     limits: Limits
-    policy: EvictionPolicy
     channel: Channel
     anchors: Sequence[Anchor]
     substitutes: Callable[[bytes], Sequence[bytes]]
@@ -82,14 +80,16 @@ class TurnWindow:
     window: Window = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)  # closed in this turn
     shown: list[Load] = field(init=False, default_factory=list)  # by this turn's last epoch
-    log: MutationLogLite = field(init=False, default_factory=MutationLogLite)
     _brought: dict[str, Chosen] = field(init=False, default_factory=dict)  # before the call
     _tail: list[Entry] = field(init=False, default_factory=list)  # this turn's VM exchange
 
     def apply(self, mutation: PageMutation) -> None:
         """The only way in which a turn changes the table."""
-        self.table.apply(mutation)
-        self.log.append(mutation)
+        self.memory.apply(mutation)
+
+    @property
+    def table(self) -> TLBWithPageTable:
+        return self.memory.combined
 
     # -- opening
 
@@ -158,7 +158,8 @@ class TurnWindow:
         asked = EpochRequest(
             pages=self.pages,
             table=self.table,
-            policy=self.policy,
+            policy=self.memory.policy,
+            pins=self.memory.pinned,
             counter=self.counter,
             limits=self.limits,
             anchors=self.anchors,
@@ -223,7 +224,7 @@ class TurnWindow:
     def _prefetcher(self) -> Prefetch:
         return Prefetch(
             self.pages, self.table, self.counter, self.limits, self.channel.offer, self.room,
-            self.turn, self.agent,
+            self.turn, self.agent, self.memory.anti_thrash,
         )  # fmt: skip
 
     def _newest_entry(self) -> Entry | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from proxy.conversation.effects import Effect, Search
@@ -62,8 +62,8 @@ class Prefetch:
     offer: bool
     room_tokens: int
     turn: int
-    agent: bool = False  # the client has tools of its own
-    anti_thrash: AntiThrashPolicy = field(default_factory=AntiThrashPolicy)
+    agent: bool  # the client has tools of its own
+    anti_thrash: AntiThrashPolicy
 
     def reserve(self) -> int:
         """Tokens to keep free for it; 0 when nothing is to be brought in."""

@@ -30,6 +30,7 @@ from proxy.conversation.tree import Anchor, Identity, Node, Record
 from proxy.conversation.vmcalls import VMCalls, split_calls
 from proxy.conversation.window import Window, encode_change
 from proxy.errors import ApiError
+from proxy.memory.core import MemoryCore
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import PageTable
@@ -101,7 +102,10 @@ class Turn:
         self.pages = PathPages(
             self.path, given.counter, given.limits.page_tokens, given.derived
         )
-        self.table = given.table or TLBWithPageTable(PageTable(load=given.load_block))
+        table = given.table
+        if table is None:
+            table = TLBWithPageTable(PageTable(load=given.load_block))
+        self.table = table
         self.record: Record | None = None
         self._channel: Channel | None = None
         self._paging: TurnWindow | None = None
@@ -184,10 +188,12 @@ class Turn:
         added = vm_tools_tokens(channel, given.counter)
         return TurnWindow(
             pages=self.pages,
-            table=self.table,
+            memory=MemoryCore(
+                config=limits.working_set, policy=given.policy, counts=given.counter,
+                table=self.table, registry=self.pages.registry,
+            ),
             counter=given.counter,
             limits=limits,
-            policy=given.policy,
             channel=channel,
             anchors=given.anchors,
             substitutes=given.substitutes,
@@ -281,7 +287,7 @@ class Turn:
         given = self._in
         state: dict[str, object] = {
             "window": encode_change(given.window, paging.window),
-            "mutations": msgspec.msgpack.encode(encode_mutations(paging.log.entries)),
+            "mutations": msgspec.msgpack.encode(encode_mutations(paging.memory.log.entries)),
         }
         if given.window is not None and given.record is not None:
             state["base"] = given.record.id

@@ -31,6 +31,7 @@ from proxy.memory.artifacts_bridge import (
     Checkpoint,
     InMemoryBackend,
 )
+from proxy.memory.claims import Claim, extract_claims
 from proxy.memory.compressor import compress_text, hint
 from proxy.memory.context_packer import (
     ContextPacker,
@@ -39,6 +40,7 @@ from proxy.memory.context_packer import (
     context_line,
     context_parts,
 )
+from proxy.memory.core import MemoryCore
 from proxy.memory.eviction_policy import (
     LRU,
     EvictionPolicy,
@@ -51,8 +53,8 @@ from proxy.memory.fault_handler import (
     FaultResult,
     PageFaultHandler,
 )
-from proxy.memory.levels import CompressorRegistry
-from proxy.memory.manager import MemoryManager
+from proxy.memory.levels import CompressorRegistry, levels_of
+from proxy.memory.manager import ClosedSegment, MemoryManager
 from proxy.memory.manifest import (
     AvailablePageEntry,
     ManifestBuilder,
@@ -73,11 +75,12 @@ from proxy.memory.models import (
     PageTableEntry,
     PageTableStats,
     PageType,
+    PinKind,
     StorageTier,
     VMMode,
 )
 from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.pack_cache import PackCache
+from proxy.memory.pack_cache import PackCache, PackCacheStats
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import (
     message_text,
@@ -88,8 +91,11 @@ from proxy.memory.pages import (
     split_text,
 )
 from proxy.memory.pins import PinnedSet
+from proxy.memory.prefetcher import Prefetcher
+from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler
-from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.segments import Segment, close_segment
+from proxy.memory.tlb import PageTLB, TLBStats, TLBWithPageTable
 from proxy.memory.vm_args import parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import (
     build_vm_developer_message,
@@ -120,6 +126,8 @@ __all__ = [
     "ArtifactsBridge",
     "AvailablePageEntry",
     "Checkpoint",
+    "Claim",
+    "ClosedSegment",
     "CompressionLevel",
     "CompressorRegistry",
     "ContextPacker",
@@ -135,6 +143,7 @@ __all__ = [
     "InMemoryBackend",
     "ManifestBuilder",
     "ManifestPolicies",
+    "MemoryCore",
     "MemoryManager",
     "MemoryPage",
     "Modality",
@@ -142,6 +151,7 @@ __all__ = [
     "MutationLogLite",
     "MutationType",
     "PackCache",
+    "PackCacheStats",
     "PackedContext",
     "PageFaultHandler",
     "PageMutation",
@@ -151,10 +161,15 @@ __all__ = [
     "PageTableEntry",
     "PageTableStats",
     "PageType",
+    "PinKind",
     "PinnedSet",
+    "Prefetcher",
+    "ProvenanceGraph",
     "SearchResultEntry",
     "SearchToolResult",
+    "Segment",
     "StorageTier",
+    "TLBStats",
     "TLBWithPageTable",
     "TokenBudget",
     "UserExperienceMetrics",
@@ -164,15 +179,18 @@ __all__ = [
     "WorkingSetManager",
     "WorkingSetStats",
     "build_vm_developer_message",
+    "close_segment",
     "compress_text",
     "context_block",
     "context_line",
     "context_parts",
     "error_result",
+    "extract_claims",
     "fault_result",
     "get_vm_tools",
     "get_vm_tools_as_dicts",
     "hint",
+    "levels_of",
     "message_text",
     "modality_of",
     "page_id",

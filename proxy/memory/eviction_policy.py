@@ -25,7 +25,7 @@ _PROTECTED = 1000.0  # above anything `_recency` and the weights can reach
 _HALF_LIFE_TURNS = 1.0
 _FAULT_WEIGHT = 1.0
 _MOST_FAULTS = 10
-IMPORTANCE_WEIGHT = 0.25
+IMPORTANCE_WEIGHT = 0.1
 
 # Claims are what a conversation came to; summaries and procedures can be rebuilt, at a price.
 _TYPE_WEIGHT = {

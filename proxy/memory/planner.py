@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
+from itertools import pairwise
 
 from proxy.memory.anti_thrash import is_protected
 from proxy.memory.compressor import ABSTRACT_TOKENS
@@ -39,7 +40,7 @@ _LINE_TOKENS = 14  # prefix, page id and quotes of a line
 _FIRST_SHARE = 0.75  # of the context budget, for pinned and just faulted pages before all others
 _CANDIDATES = 512  # groups considered for a context line: more than any window has room for
 
-_ABSTRACT_MIN_TOKENS = 24  # below this an abstract gets no shorter with its text
+_ABSTRACT_MIN_TOKENS = 20  # below this an abstract gets no shorter with its text
 _THUMBNAIL_TOKENS = 85  # a picture at low detail
 _KEYFRAMES = 4
 _TRANSCRIPT_SHARE = 0.35  # speech has about 3.5 tokens a second, sound is billed at 10
@@ -153,16 +154,18 @@ def _native(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
 def price(size_tokens: int, modality: Modality, level: CompressionLevel) -> int:
     """Tokens of a page's line at a level (0 to 2), on the high side; the window that comes of it is
     counted exactly."""
-    return _shown(size_tokens, modality, level) + _LINE_TOKENS
+    shown = _shown(size_tokens, modality, level)
+    quoting = 0 if modality in _KEPT else shown // 10
+    return shown + quoting + _LINE_TOKENS
 
 
 def _shown(size: int, modality: Modality, level: CompressionLevel) -> int:
-    media = modality in _KEPT
     if level is CompressionLevel.FULL:
-        return size if media else size + size // 10  # JSON quoting
+        return size
     if level is CompressionLevel.ABSTRACT:
-        least = ABSTRACT_TOKENS if media else max(_ABSTRACT_MIN_TOKENS, size // 4)
-        return min(size, ABSTRACT_TOKENS, least)
+        caption = modality in _KEPT
+        long = ABSTRACT_TOKENS if caption else max(_ABSTRACT_MIN_TOKENS, size // 4)
+        return min(size, ABSTRACT_TOKENS, long)
     if modality is Modality.IMAGE:
         return min(size, _THUMBNAIL_TOKENS)
     if modality is Modality.VIDEO:
@@ -232,7 +235,8 @@ def _context(rows: Iterable[_Row], budget_tokens: int) -> list[tuple[Group, Comp
     others = nsmallest(_CANDIDATES, others, key=_by_density)
     for row in (*first, *others):
         row.steps = _hull([(level, *row.option(level)) for level in _LEVELS])
-    share = int(budget_tokens * _FIRST_SHARE)
+    one_line = min((row.steps[0][1] for row in first if row.steps), default=0)
+    share = min(budget_tokens, max(one_line, int(budget_tokens * _FIRST_SHARE)))
     left = budget_tokens - share + _take(first, share)
     left = _take(others, left)
     _take(first, left)
@@ -249,8 +253,10 @@ def _hull(
     """Upgrade steps of falling value per token from (level, tokens, value), tokens not falling."""
     corners: list[tuple[CompressionLevel | None, int, float]] = [(None, 0, 0.0)]
     for level, tokens, value in options:
+        if tokens <= corners[-1][1]:
+            corners.pop()  # it costs no more and says no less
         if value <= corners[-1][2]:
-            continue  # costs no less and says no more
+            continue
         while len(corners) > 1:
             _, before, low = corners[-2]
             _, middle, between = corners[-1]
@@ -260,7 +266,7 @@ def _hull(
         corners.append((level, tokens, value))
     return [
         ((after[2] - before[2]) / (after[1] - before[1]), after[1] - before[1], after[0])
-        for before, after in zip(corners, corners[1:], strict=False)
+        for before, after in pairwise(corners)
         if after[0] is not None
     ]
 

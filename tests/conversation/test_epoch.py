@@ -23,6 +23,7 @@ from proxy.memory import (
     StorageTier,
     VMMode,
 )
+from proxy.memory.pins import PinnedSet
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, call, calls, check_pairs, limits_of
@@ -41,7 +42,7 @@ def request(messages: list[Message], room: int, **changes: Any) -> EpochRequest:
         for i, tokens in zip(pages.ids(position), pages.sizes(position), strict=True):
             table.register_id(i, tokens, position, tier=StorageTier.L0)
     values: dict[str, Any] = {
-        "pages": pages, "table": table, "policy": ImportanceWeightedLRU(), "counter": COUNTER,
+        "pages": pages, "table": table, "policy": ImportanceWeightedLRU(), "pins": PinnedSet(), "counter": COUNTER,
         "limits": limits_of(room), "anchors": [], "substitutes": lambda _: (), "names": {},
         "mode": VMMode.RELAXED, "turn": 9, "epoch": 2, "floor": 0, "room_tokens": room,
         "apply": table.apply,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.conversation.effects import Search
 from proxy.conversation.prefetch import Chosen, Prefetch
-from proxy.memory import CompressionLevel, PageTable, page_id
+from proxy.memory import AntiThrashPolicy, CompressionLevel, PageTable, page_id
 from proxy.memory.pages import Hit
 from proxy.memory.prefetcher import asks_back
 from proxy.memory.tlb import TLBWithPageTable
@@ -27,7 +27,7 @@ def prefetch(question: str, offer: bool = True, room: int = 4000, **changes: Any
     table = TLBWithPageTable(PageTable())
     for position in range(len(texts)):
         table.register_id(page_id(position), pages.tokens(position), 1)
-    return Prefetch(pages, table, COUNTER, limits_of(4000, **changes), offer, room, turn=9)
+    return Prefetch(pages, table, COUNTER, limits_of(4000, **changes), offer, room, 9, False, AntiThrashPolicy())
 
 
 def choose(it: Prefetch, hits: list[Hit], left: int = 4000) -> list[Chosen]:

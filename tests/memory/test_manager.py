@@ -202,8 +202,8 @@ async def test_a_closed_segment_leaves_a_summary_claims_and_a_checkpoint() -> No
     await memory.add_user_message("We decided to use SQLite for the archive instead.")
     again = await memory.close_segment(keep_last=0)
     assert again is not None and again.segment.number == 2
-    if again.segment.superseded:  # what contradicts is `claims.py`'s to say; here, that it is shown
-        assert "(superseded by " in memory.build_request("x")["messages"][0]["content"]
+    assert ("claim_0001", again.segment.claims[0].page_id) in again.segment.superseded
+    assert "(superseded by claim_" in memory.build_request("x")["messages"][0]["content"]
     assert await memory.close_segment() is None
     back = await memory.page_fault("msg_0001", 0)
     assert back.page is not None and "PostgreSQL" in back.page.content

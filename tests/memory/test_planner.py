@@ -14,8 +14,12 @@ from proxy.memory import (
     PageTable,
     StorageTier,
     page_id,
+    planner,
 )
-from proxy.memory.planner import Budget, Group, Plan, _price, plan
+from proxy.memory.models import Modality, PageTableEntry, PageType
+from proxy.memory.pages import media_page_id
+from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
+from proxy.memory.tlb import TLBWithPageTable
 from tests.examples import examples
 
 many = examples(100)
@@ -68,13 +72,13 @@ budgets = st.integers(-50, 1500)
 def test_invariant_03_what_is_kept_fits(case: Case, native: int, context: int) -> None:
     result = case.plan(native, context)
     must = sum(g.tokens for g in result.native if g.mandatory)
-    assert sum(g.tokens for g in result.native) <= max(native, must)
+    as_messages = sum(g.tokens for g in result.native)
+    assert as_messages <= max(native, must)
     case.table.replay(result.mutations)
-    lines = {page for g, _ in result.context for page in g.pages}
-    again = case.plan(native, context)  # the table's own account of what its lines cost
-    assert again.context == result.context
-    shown = [_price(case.table, g, level) for g, level in result.context]
-    assert sum(shown) <= context and len(lines) == sum(len(g.pages) for g, _ in result.context)
+    lines = [case.table.lookup(page) for g, _ in result.context for page in g.pages]
+    shown = sum(price(e.size_tokens, e.modality, e.level) for e in lines if e)
+    assert shown <= context + max(0, native - as_messages)
+    assert len({e.page_id for e in lines if e}) == len(lines)
 
 
 @many
@@ -131,17 +135,113 @@ def test_pinned_pages_are_the_last_to_leave() -> None:
     assert [g.first for g, _ in result.context] == [1]
 
 
-def test_invariant_10_thousands_of_groups_are_not_all_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invariant_10_few_of_thousands_of_groups_are_tried_at_every_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = Case([(1, 100)] * 3000, [], [])
-    priced = []
-
-    def counted(table: PageTable, group: Group, level: CompressionLevel) -> int:
-        priced.append(group)
-        return _price(table, group, level)
-
-    monkeypatch.setattr("proxy.memory.planner._price", counted)
+    hulls = []
+    build = planner._hull
+    monkeypatch.setattr(planner, "_hull", lambda options: hulls.append(1) or build(options))
     case.plan(50, 300)
-    assert 0 < len(priced) < 100
+    assert 0 < len(hulls) <= planner._CANDIDATES
+
+
+def test_the_same_plan_through_a_tlb() -> None:
+    case = Case([(1, 100), (2, 40)] * 6, [], [])
+    groups, budget = case.groups(), Budget(100, 200)
+    through = plan(TLBWithPageTable(case.table), groups, budget, POLICY, 99)
+    assert through == plan(case.table, groups, budget, POLICY, 99)
+
+
+class Lines:
+    """Groups that can only become context lines: (size, modality) of their pages."""
+
+    def __init__(self, *pages: list[tuple[int, Modality]]) -> None:
+        self.table = PageTable()
+        self.groups: list[Group] = []
+        for n, own in enumerate(pages):
+            ids = [page_id(n)] + [media_page_id(n, k, "img") for k in range(1, len(own))]
+            for i, (size, modality) in zip(ids, own, strict=True):
+                self.table.register_id(i, size, 1, modality, StorageTier.L0)
+            self.groups.append(Group(n, n + 1, 1 << 40, tuple(ids)))
+
+    def levels(self, context: int, **more: object) -> dict[int, int]:
+        """Group -> level of what is kept."""
+        made = plan(self.table, self.groups, Budget(0, context), POLICY, 50, **more)  # type: ignore[arg-type]
+        return {group.first: int(level) for group, level in made.context}
+
+
+@many
+@given(st.integers(0, 20_000), st.sampled_from(Modality))
+def test_a_higher_level_is_shorter_and_keeps_less(size: int, modality: Modality) -> None:
+    levels = [CompressionLevel(level) for level in range(3)]
+    prices = [price(size, modality, level) for level in levels]
+    kept = [worth(size, modality, level) for level in levels]
+    assert prices == sorted(prices, reverse=True) and kept == sorted(kept, reverse=True)
+    assert prices[0] >= size and prices[2] <= 66 and kept[2] >= 0
+
+
+def test_pages_are_compressed_before_they_are_evicted() -> None:
+    texts = Lines(*[[(400, Modality.TEXT)]] * 6)
+    assert texts.levels(10_000) == dict.fromkeys(range(6), 0)
+    some = texts.levels(6 * 210)
+    assert set(some) == set(range(6)) and set(some.values()) <= {0, 1, 2} and max(some.values()) > 0
+    assert texts.levels(6 * 66) == dict.fromkeys(range(6), 2)
+    assert len(texts.levels(140)) == 2 and texts.levels(0) == {}
+
+
+def test_a_picture_becomes_a_thumbnail_before_talk_is_dropped() -> None:
+    both = Lines([(12, Modality.TEXT), (765, Modality.IMAGE)], [(60, Modality.TEXT)])
+    assert both.levels(1000) == {0: 0, 1: 0}
+    assert both.levels(300) == {0: 1, 1: 0}
+    assert both.levels(100)[1] == 0
+
+
+def test_a_long_recording_becomes_its_transcript_and_then_its_summary() -> None:
+    sound = Lines([(2000, Modality.AUDIO)])
+    assert [sound.levels(room) for room in (2100, 800, 80, 50)] == [{0: 0}, {0: 1}, {0: 2}, {}]
+
+
+def test_more_room_never_keeps_less_worth() -> None:
+    mixed = Lines(*[[(30 * n, kind)] for n, kind in enumerate([*Modality] * 4, 1)])
+    size = {g.first: mixed.table.lookup(g.pages[0]) for g in mixed.groups}
+    before = 0.0
+    for room in range(0, 6000, 500):
+        total = sum(
+            worth(e.size_tokens, e.modality, CompressionLevel(level))
+            for first, level in mixed.levels(room).items()
+            if (e := size[first]) is not None
+        )
+        assert total >= before
+        before = total
+
+
+def test_pins_come_first_but_cannot_crowd_out_everything() -> None:
+    texts = Lines(*[[(300, Modality.TEXT)]] * 40)
+    texts.table.apply(PageMutation(MutationType.ACCESS, page_id(39), 50))  # worth most by itself
+
+    def pinned(entry: PageTableEntry, turn: int) -> bool:
+        return entry.position < 39
+
+    assert 3 in texts.levels(70, is_pinned=lambda entry, turn: entry.position == 3)
+    kept = texts.levels(1000, is_pinned=pinned)
+    assert 39 in kept and len(kept) > 10
+
+
+def test_derived_pages_compete_as_lines_and_are_never_native() -> None:
+    table = PageTable()
+    table.apply(
+        PageMutation(
+            MutationType.CREATE, "claim_0001", 1, tier=StorageTier.L0, tokens=20,
+            page_type=PageType.CLAIM,
+        )
+    )  # fmt: skip
+    table.register_id(page_id(0), 20, 1, tier=StorageTier.L0)
+    groups = [Group(-1, -1, 1 << 40, ("claim_0001",)), Group(0, 1, 20, (page_id(0),), True)]
+    made = plan(table, groups, Budget(1000, 100), POLICY, 2)
+    assert made.native == groups[1:] and made.context == [(groups[0], CompressionLevel.FULL)]
+    alone = plan(table, groups[:1], Budget(1 << 30, 0), POLICY, 2)
+    assert alone.native == []
 
 
 def test_the_window_does_not_begin_with_an_answer_without_its_question() -> None:
