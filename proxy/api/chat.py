@@ -92,6 +92,7 @@ class ChatApi:
                 if self._observer is not None:
                     self._observer(answer.report)
                 self._archive.after(turn, given, scope["headers"])
+                await self._bill(given, answer)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -109,6 +110,18 @@ class ChatApi:
             log.exception("damaged storage")
             damaged = ApiError(500, f"Storage is damaged: {error}.", "api_error", "storage_damaged")
             await _fail(exchange, send, damaged)
+
+    async def _bill(self, given: TurnInput, answer: Answer) -> None:
+        """Compare upstream's bill for the last round with what we counted."""
+        counted, billed = answer.report.used_tokens, (answer.usage or {}).get("prompt_tokens")
+        if counted and isinstance(billed, int) and billed > 0:
+            model, counter = given.decoded["model"], given.counter
+            try:
+                await self._memory.bill(
+                    given.scope, model, counter, given.exact_counter, counted, billed
+                )
+            except StorageError as error:  # the answer is out: the next bill says the same
+                log.warning("a bill was not kept: %s", error)
 
     # -- the turn's effects
 

@@ -7,12 +7,14 @@ Promises: what is stored is immutable and found by content; everything kept in R
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from proxy.config import Config
+from proxy.conversation.calibration import Calibration
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.history import HistoryCache
@@ -34,10 +36,17 @@ from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.search.paths import PathIndexes
 from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
+from proxy.tokens import TokenCounter
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
+_CALIBRATION_BYTES = 4096
+_BILLS_BETWEEN_WRITES = 32
+TOKENS_FACTOR = "tokens_factor"  # of what is learned of a model: billed tokens per counted one
+
+log = logging.getLogger(__name__)
+_pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
 
 
 @dataclass(slots=True)
@@ -171,3 +180,28 @@ class Memory:
     async def learn(self, scope: bytes, model: str, facts: dict[str, object]) -> None:
         merged = {**self.learned(scope, model), **facts}
         await self.store.commit([(b"m" + scope + model.encode(), msgspec.msgpack.encode(merged))])
+
+    async def bill(
+        self, scope: bytes, model: str, counter: TokenCounter, exact: bool, counted: int, billed: int
+    ) -> None:
+        """What upstream billed for a request that we counted: one factor per key, model and counter.
+
+        What decides budgets is stored (and so the same on every replica) when it changes; the
+        evidence in between is kept in RAM and now and then.
+        """
+        key = b"k" + scope + counter.name.encode() + b"/" + model.encode()
+        known: Calibration | None = self.cache.get("calibration", key)
+        if known is None:
+            data = self.store.get(key)
+            known = Calibration(exact) if data is None else Calibration.from_dict(_unpack(data))
+        if known.truncated(counted, billed):
+            log.warning(
+                "model %s: upstream billed %d tokens for a prompt of about %d; does it cut prompts?"
+                " Set models.<name>.window_tokens to what it really takes", model, billed, counted,
+            )  # fmt: skip
+        now = known.observe(counted, billed)
+        self.cache.put("calibration", key, now, _CALIBRATION_BYTES)
+        if now.factor != known.factor or now.samples % _BILLS_BETWEEN_WRITES == 1:
+            await self.store.commit([(key, _pack(now.to_dict()))])
+        if now.factor != known.factor:
+            await self.learn(scope, model, {TOKENS_FACTOR: now.factor})

@@ -13,7 +13,7 @@ from itertools import takewhile
 import msgspec
 
 from proxy.api.caller import presented
-from proxy.api.memory import Memory
+from proxy.api.memory import TOKENS_FACTOR, Memory
 from proxy.api.request import Decoded, max_tokens, metadata_session, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
@@ -27,7 +27,13 @@ from proxy.errors import ApiError
 from proxy.memory.eviction_policy import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
-from proxy.tokens import TokenCounter, get_counter, model_card, tokens_upper_bound
+from proxy.tokens import (
+    TokenCounter,
+    encoding_is_known,
+    get_counter,
+    model_card,
+    tokens_upper_bound,
+)
 from proxy.upstream import Header
 
 _COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
@@ -112,7 +118,8 @@ class Placing:
         limits = self._limits(model, max_tokens(decoded), self._learned(scope, model))
         state = await memory.state_after(found.record) if found.record is not None else None
         window = state.window if state else None
-        counter = get_counter(model, self._config.model_override(model).tokenizer)
+        override = self._config.model_override(model).tokenizer
+        counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
         fixed = 0
@@ -125,7 +132,7 @@ class Placing:
             found.floor, found.anchors, found.record, window, state.table if state else None,
             limits, counter, memory.identity, tenant, session_key, self._policy,
             memory.substitutes, fixed, surely, self._observed, scope,
-            state.derived if state else NO_DERIVED, memory.get_block,
+            state.derived if state else NO_DERIVED, memory.get_block, exact,
         )
 
     def _learned(self, scope: bytes, model: str) -> tuple[tuple[str, object], ...]:
@@ -139,8 +146,10 @@ class Placing:
         l0 = config.tiers.l0
         known = card.known or override.window_tokens is not None
         window = override.window_tokens or card.window_tokens
-        tokens = window if l0.tokens == "auto" else l0.tokens
-        reserve = effective_reserve(tokens, l0.reserve_tokens, max_tokens)
+        factor = facts.get(TOKENS_FACTOR, 1.0)  # what upstream bills for a token as we count it
+        factor = factor if isinstance(factor, float) else 1.0
+        tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
+        reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor), max_tokens)
         tools = override.tools if override.tools is not None else facts.get("tools", True)
         role = override.developer_role or facts.get("developer_role") or card.developer_role
         return Limits(
@@ -150,7 +159,7 @@ class Placing:
                 eviction_threshold=l0.eviction_threshold,
                 target_utilization=l0.target_utilization,
             ),
-            window_tokens=window,
+            window_tokens=int(window / factor),
             window_known=known,
             mode=VMMode(config.memory.mode),
             model_takes_tools=bool(tools),

@@ -77,6 +77,7 @@ class TurnInput:
     scope: bytes = b""  # of the API key alone: what is learned of a model holds for it
     derived: Derived = NO_DERIVED  # summaries and claims of this path
     load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
+    exact_counter: bool = False  # the model is known to be counted by this encoding
 
 
 @dataclass(slots=True)

@@ -37,7 +37,7 @@ IsPinned = Callable[[PageTableEntry, int], bool]
 # Context lines are tried at these levels; a reference (level 3) is what the manifest already has.
 _LEVELS = (CompressionLevel.ABSTRACT, CompressionLevel.REDUCED, CompressionLevel.FULL)
 _LINE_TOKENS = 14  # prefix, page id and quotes of a line
-_FIRST_SHARE = 0.75  # of the context budget, for pinned and just faulted pages before all others
+_FIRST_SHARE = 0.5  # of the context budget, for pinned and just faulted pages before all others
 _CANDIDATES = 512  # groups considered for a context line: more than any window has room for
 
 _ABSTRACT_MIN_TOKENS = 20  # below this an abstract gets no shorter with its text

@@ -66,6 +66,20 @@ def show(data: str, room_tokens: int, scores: dict[str, Score]) -> None:
         )
 
 
+def summarise(totals: dict[str, dict[str, Score]]) -> None:
+    """Hit rates per data set over all its windows, and their mean."""
+    print("\nhit rate (far hit rate) over all windows, share of the optimum's")
+    names = [*POLICIES, OPTIMUM]
+    print(f"{'':24}" + "".join(f"{data:>30}" for data in totals) + f"{'mean far':>10}")
+    for name in names:
+        cells = ""
+        for scores in totals.values():
+            score, best = scores[name], scores[OPTIMUM]
+            cells += f"{score.hit_rate:16.4f} ({score.far_hit_rate:.4f}){score.hit_rate / best.hit_rate:5.2f}"
+        mean = sum(scores[name].far_hit_rate for scores in totals.values()) / len(totals)
+        print(f"{name:24}{cells}{mean:10.4f}")
+
+
 def main() -> None:
     """All data sets."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,12 +87,17 @@ def main() -> None:
     half = parser.parse_args().half
     begun, counter = time.perf_counter(), get_counter("gpt-4o")
     loaders = {"trajectories": load_trajectories, "locomo": load_locomo, "beam": load_beam}
+    totals: dict[str, dict[str, Score]] = {}
     for data, load in loaders.items():
         traces = traces_of(load(), counter)
         if half != "all":
             traces = traces[half == "odd" :: 2]
         for room in ROOMS[data]:
-            show(data, room, measure(traces, room, counter))
+            scores = measure(traces, room, counter)
+            show(data, room, scores)
+            for name, score in scores.items():
+                totals.setdefault(data, {}).setdefault(name, Score()).add(score)
+    summarise(totals)
     print(f"\n* the default. {time.perf_counter() - begun:.1f} s")
 
 
