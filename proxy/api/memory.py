@@ -40,6 +40,7 @@ from proxy.tokens import TokenCounter
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _TABLE_ENTRY_BYTES = 300
+_TABLE_ENTRIES = 8192  # of one conversation in RAM; the others are read from storage when asked for
 _NODE_BYTES = 200
 _CALIBRATION_BYTES = 4096
 _BILLS_BETWEEN_WRITES = 32
@@ -167,7 +168,8 @@ class Memory:
         size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
         self.cache.put("window", record.id, window, size)
         self.tlb.add(table.tlb)
-        table.shed()
+        if table.in_ram > _TABLE_ENTRIES:
+            table.shed(_TABLE_ENTRIES // 2)
         self.cache.put("table", record.id, (table, derived), table.in_ram * _TABLE_ENTRY_BYTES)
 
     # -- what is known of models

@@ -6,7 +6,7 @@ every page can be walked to the messages that it rests on, and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from proxy.memory.claims import Claim, claim_of, claim_text, fold_claims
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import MemoryPage, PageType
 from proxy.memory.provenance import ProvenanceGraph
+from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.segments import Segment
 
 _SHOWN_SOURCES = 2  # message ids named behind a claim
@@ -68,13 +69,14 @@ class Derived:
             return text
         return f"{text} [{', '.join(page.provenance[:_SHOWN_SOURCES])}]"
 
-    def available(self, wanted: Callable[[str], bool]) -> list[AvailablePageEntry]:
-        """The pages that are `wanted`, for a search by their words; an index serves the manifest."""
-        return [
+    @cached_property
+    def words(self) -> PageSearchHandler:
+        """For searches by the pages' words; an index page serves the manifest."""
+        return PageSearchHandler(
             AvailablePageEntry(page_id=i, hint=page.text())
             for i, page in self.pages.items()
-            if page.page_type is not PageType.INDEX and wanted(i)
-        ]
+            if page.page_type is not PageType.INDEX
+        )
 
 
 def _is_claim(page: MemoryPage) -> bool:

@@ -22,12 +22,12 @@ from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
     MemoryPage,
+    Modality,
     MutationType,
     PageMutation,
     StorageTier,
 )
 from proxy.memory.pages import Hit
-from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
 from proxy.memory.vm_results import SearchResultEntry, error_result, search_result
@@ -180,13 +180,12 @@ class FaultServer:
 
     def _derived(self, args: SearchArgs, limit: int) -> list[SearchResultEntry]:
         """Summaries and claims about the query that are not in the window."""
-        outside = self._pages.derived.available(self._outside)
-        if not outside:
+        derived = self._pages.derived
+        if not derived.pages or args.modality not in (None, Modality.TEXT):
             return []
-        found = PageSearchHandler(available_pages=outside).search(
-            args.query, args.modality.value if args.modality else None, limit
-        )
-        return [self._entry(entry.page_id, entry.relevance) for entry in found.results]
+        found = derived.words.ranked(args.query)
+        outside = [(i, score) for i, score, _ in found if self._outside(i)]
+        return [self._entry(i, score) for i, score in outside[:limit]]
 
     def _loaded_at(self, position: int, part: int) -> bool:
         entry = self._table.lookup(self._pages.id_of(position, part))

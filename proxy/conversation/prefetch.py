@@ -25,7 +25,6 @@ from proxy.memory.prefetcher import (
     asks_back,
     points_back,
 )
-from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import TokenCounter
 
@@ -129,20 +128,21 @@ class Prefetch:
     def _derived(self) -> Iterable[Candidate]:
         """Claims about the question, and the last segment's summary for one that points back."""
         derived = self.pages.derived
-        outside = derived.available(self._outside)
-        if not outside:
+        if not derived.pages:
             return
         back = points_back(self.query)
-        for hit in PageSearchHandler(outside).search(self.query, limit=_DERIVED_HITS).results:
-            entry = self.table.lookup(hit.page_id)
-            page = derived.pages[hit.page_id]
-            if entry is None or (page.page_type is PageType.SUMMARY and not back):
+        unique = math.log(1.0 + len(derived.pages))  # the rarity of a word of one page alone
+        for wanted, score, rarity in derived.words.ranked(self.query)[:_DERIVED_HITS]:
+            entry = self.table.lookup(wanted)
+            page = derived.pages[wanted]
+            if entry is None or entry.tier is StorageTier.L0:
+                continue
+            if page.page_type is PageType.SUMMARY and not back:
                 continue
             used = 1.0 + entry.fault_count + entry.access_count
             claim = page.page_type is PageType.CLAIM
             source = PrefetchSource.CLAIM if claim else PrefetchSource.SUMMARY
-            evidence = hit.relevance / math.log(1.0 + len(outside))  # 1: a word of this page alone
-            yield Candidate(hit.page_id, source, hit.relevance * used, evidence, entry.size_tokens)
+            yield Candidate(wanted, source, score * used, rarity / unique, entry.size_tokens)
 
     def _likely_tools(self) -> list[str]:
         """The tools called in the last messages: an agent goes on with what it is doing."""
@@ -175,7 +175,3 @@ class Prefetch:
     def _resident_at(self, position: int, part: int) -> bool:
         found = self.table.lookup(self.pages.id_of(position, part))
         return bool(found and found.tier is StorageTier.L0 and not found.level)
-
-    def _outside(self, wanted: str) -> bool:
-        found = self.table.lookup(wanted)
-        return bool(found and found.tier is not StorageTier.L0)

@@ -25,10 +25,11 @@ from tests.bench.policy_simulator import Rebuild, Score, by_policy, foresee, rep
 from tests.bench.policy_traces import Trace, traces_of
 from tests.e2e.data import load_beam, load_locomo, load_trajectories
 
+DEFAULT = "ImportanceWeightedLRU *"
 POLICIES: dict[str, EvictionPolicy] = {
     "LRU": LRU(),
     "ModalityAwareLRU": ModalityAwareLRU(),
-    "ImportanceWeightedLRU *": ImportanceWeightedLRU(),
+    DEFAULT: ImportanceWeightedLRU(),
 }
 OPTIMUM = "optimum"
 ROOMS = {"trajectories": (1500, 2500, 4000), "locomo": (4000, 8000), "beam": (8000, 16000, 32000)}

@@ -225,7 +225,7 @@ def test_pins_come_first_but_cannot_crowd_out_everything() -> None:
 
     assert 3 in texts.levels(70, is_pinned=lambda entry, turn: entry.position == 3)
     kept = texts.levels(1000, is_pinned=pinned)
-    assert 39 in kept and len(kept) > 10
+    assert 39 in kept and len(kept) > 8
 
 
 def test_derived_pages_compete_as_lines_and_are_never_native() -> None:
