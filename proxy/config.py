@@ -274,12 +274,12 @@ class ModelOverride(Section):
         int | None, Field(ge=512, description="a whole number of tokens of at least 512")
     ] = None
     tools: Annotated[bool | None, Field(description="true or false")] = None
-    developer_role: Annotated[
-        Literal["developer", "system"] | None, _one_of("developer", "system")
-    ] = None
+    developer_role: Annotated[Literal["developer", "system"] | None, _one_of("developer", "system")] = None
     tokenizer: Annotated[
         str | None, Field(min_length=1, description="a tiktoken encoding such as o200k_base")
     ] = None
+    bridge: Annotated[Literal["responses"] | None, _one_of("responses")] = None
+    api_base: Annotated[BaseUrl | None, Field(description="an http:// or https:// URL")] = None
 
 
 class Config(Section):
@@ -395,5 +395,5 @@ def _notes(config: Config) -> Iterable[str]:
             )
     if config.tiers.l4.url is not None:
         yield "tiers.l4.url: this version keeps no cold archive, so nothing is sent there."
-    if config.upstream.provider != "openai" and config.upstream.base_url != UpstreamConfig().base_url:
-        yield f"upstream.base_url: not used with provider {config.upstream.provider}."
+    if config.upstream.provider == "demo" and config.upstream.base_url != UpstreamConfig().base_url:
+        yield "upstream.base_url: not used with provider demo."

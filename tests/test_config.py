@@ -367,13 +367,13 @@ def test_effective_reserve(l0: int, configured: int, asked: int | None, reserve:
 
 def test_notes_tell_what_is_capped_or_unused() -> None:
     text = """
-tiers: {l0: {tokens: 1000, reserve_tokens: 4096}, l3: {url: s3://b}}
+tiers: {l0: {tokens: 1000, reserve_tokens: 4096}, l4: {url: s3://b}}
 upstream: {provider: demo, base_url: http://h/v1}
 """
     notes = "\n".join(load(text).notes())
     assert "so 250 tokens are reserved" in notes
     assert "pages.max_tokens: a page of 1024 tokens takes more than half" in notes
-    assert "tiers.l3.url: this version keeps everything in L2" in notes
+    assert "tiers.l4.url: this version keeps no cold archive" in notes
     assert "upstream.base_url: not used with provider demo" in notes
 
 

@@ -2,19 +2,20 @@
 
 Promises: a rendition is found by tenant, content and level, so nobody sees another's words about an
 equal image (invariant 6); without L3 or a model it is made anew or said extractively, and the turn
-goes on; the original is never touched (invariant 4).
+goes on; what was damaged is made again; the original is never touched (invariant 4).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 
 from proxy.api.memory import Memory
 from proxy.conversation.effects import Load
 from proxy.conversation.pathpages import PathPages
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
-from proxy.memory.models import CompressionLevel, MemoryPage, PageType
+from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.storage.l2 import StorageError
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,23 @@ class Renditions:
                 return pages.shown(written, level)
         if not pages.is_medium(effect.page_id):
             return pages.at(effect.page_id, level)
-        kept = await self.find(tenant, page, level, EXTRACTIVE)
-        if kept is not None:
-            return kept
-        made = await asyncio.to_thread(pages.at, effect.page_id, level)
-        if not isinstance(made.content, str):  # words are made again in no time
-            await self.keep(tenant, page, made, EXTRACTIVE)
-        return made
+        made = await self.find(tenant, page, level, EXTRACTIVE)
+        if made is None:
+            made = await asyncio.to_thread(pages.at, effect.page_id, level)
+            if not isinstance(made.content, str):  # words are made again in no time
+                await self.keep(tenant, page, made, EXTRACTIVE)
+        return await self._captioned(tenant, page, made)
+
+    async def _captioned(
+        self, tenant: bytes, page: MemoryPage, made: MemoryPage
+    ) -> MemoryPage:
+        """A smaller picture with the words that a model wrote about it, if any."""
+        if not self.written_by_models or made.modality is not Modality.IMAGE:
+            return made
+        written = await self.find(tenant, page, CompressionLevel.ABSTRACT, WRITTEN)
+        if written is None:
+            return made
+        return made.model_copy(update={"metadata": {**made.metadata, "caption": written.content}})
 
     async def find(
         self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str
@@ -60,10 +71,7 @@ class Renditions:
             artifact = self._memory.store.get(key)
             if artifact is None:
                 return None
-            try:
-                found = await self._bridge.load_page(artifact.decode())
-            except (ArtifactError, StorageError) as error:
-                log.warning("a smaller version of a page cannot be read: %s", error)
+            found = await self._read(artifact.decode())
             if found is None:  # L3 was emptied: it will be made again
                 return None
             self._memory.cache.put("rendition", key, found, len(str(found.content)))
@@ -78,10 +86,22 @@ class Renditions:
         key = self._key(tenant, page, made.compression_level, kind)
         try:
             artifact = await self._bridge.store_page(made)
+            await self._memory.store.commit([(key, artifact.encode())])
         except (ArtifactError, StorageError) as error:
             log.warning("a smaller version of a page cannot be kept: %s", error)
-            return
-        await self._memory.store.commit([(key, artifact.encode())])
+
+    async def _read(self, artifact: str) -> MemoryPage | None:
+        """The page of an artifact. A damaged one is dropped: its key must hold the bytes that it
+        names, and it could not be stored again beside others."""
+        try:
+            return await self._bridge.load_page(artifact)
+        except StorageError as error:
+            log.warning("a smaller version of a page cannot be read: %s", error)
+        except ArtifactError as error:
+            log.warning("a smaller version of a page is made again: %s", error)
+            with suppress(StorageError):
+                await self._bridge.delete(artifact)
+        return None
 
     def _key(
         self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str

@@ -1,31 +1,54 @@
-"""Looking into the memory from outside: counts for operators, and a session's window at any turn.
+"""Looking into the memory from outside: counts for operators, and a session's pages for its owner.
 
-Promises: `/vm/stats` holds numbers only; `/vm/context` answers for a session of the tenant whose
-credentials come with the request, and for no other (invariant 6); page ids, never texts.
+Promises: `/vm/stats` holds numbers only; `/vm/context` and `/vm/provenance` answer for a session of the
+tenant whose credentials come with the request, and for no other (invariant 6); page ids, never texts;
+what is long to read is read beside the event loop; errors are in OpenAI's shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from proxy.api.archive import Archive
 from proxy.api.caller import presented
 from proxy.api.memory import Memory
+from proxy.api.request import checked_session
 from proxy.api.stats import Stats
+from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.mediapages import media_pages
 from proxy.conversation.state import history, restore_state
-from proxy.conversation.tree import Record
+from proxy.conversation.tree import GetRecord, Node, Record
 from proxy.errors import ApiError
+from proxy.memory.models import MEDIA_PART
+from proxy.memory.pages import page_id, parse_page_id
+from proxy.storage.l2 import StorageError
+from proxy.tokens import get_counter
+
+_TURN_DIGITS = 9  # more of them is no turn of anyone's
+_PAGE_ID_CHARS = 64
+
+log = logging.getLogger(__name__)
 
 
 def vm_router(
     stats: Stats, memory: Memory, archive: Archive, session_headers: Collection[str]
 ) -> APIRouter:
-    """GET /vm/stats and GET /vm/context?turn=N (default: the last turn)."""
+    """GET /vm/stats, /vm/context?turn=N (default: the last turn) and /vm/provenance?page=ID.
+
+    The last two are about the session that a session header or ?session= names; ?user= is the
+    requests' `user` or `safety_identifier`, where they have one.
+    """
     router = APIRouter(prefix="/vm")
+
+    def head_of(request: Request) -> Record:
+        return _head(request, memory, session_headers)
 
     @router.get("/stats")
     async def read_stats() -> JSONResponse:
@@ -33,21 +56,39 @@ def vm_router(
 
     @router.get("/context")
     async def read_context(request: Request) -> Response:
-        try:
-            head = _head(request, memory, session_headers)
-            return JSONResponse(await _context(request, head, memory, archive))
-        except ApiError as error:
-            return Response(error.body(), error.status, media_type="application/json")
+        return await _answer(lambda: _context(request, head_of(request), memory, archive))
+
+    @router.get("/provenance")
+    async def read_provenance(request: Request) -> Response:
+        return await _answer(lambda: _provenance(request, head_of(request), memory))
 
     return router
+
+
+async def _answer(make: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
+    """What `make()` gives as JSON, or its failure in OpenAI's shape."""
+    try:
+        return JSONResponse(await make())
+    except ApiError as error:
+        failed = error
+    except StorageError as error:
+        log.error("%s", error)
+        failed = ApiError(503, str(error), "api_error", "storage_unavailable")
+    except LookupError as error:
+        log.exception("damaged storage")
+        failed = ApiError(500, f"Storage is damaged: {error}.", "api_error", "storage_damaged")
+    return Response(failed.body(), failed.status, media_type="application/json")
 
 
 def _head(request: Request, memory: Memory, session_headers: Collection[str]) -> Record:
     """The last answered turn of the session that the request names."""
     key, session = presented(request.scope["headers"], session_headers)
-    session = session or request.query_params.get("session")
-    if not session:
-        raise ApiError(400, "Name the session in its header or in ?session=.", param="session")
+    asked = request.query_params.get("session")
+    if session is None and asked:
+        session = checked_session(asked, "session")
+    if session is None:
+        raise ApiError(400, "Name the session in its header or in ?session=.", param="session",
+                       code="missing_required_parameter")  # fmt: skip
     tenant = memory.identity.tenant(key, request.query_params.get("user", ""))
     node = memory.store.get(memory.identity.session(tenant, session))
     head = memory.get_record(node) if node else None
@@ -57,28 +98,107 @@ def _head(request: Request, memory: Memory, session_headers: Collection[str]) ->
     return head
 
 
+# -- what was in the window
+
+
 async def _context(
     request: Request, head: Record, memory: Memory, archive: Archive
 ) -> dict[str, Any]:
     asked = request.query_params.get("turn", str(head.turn))
-    if not asked.isascii() or not asked.isdigit() or len(asked) > 9:
-        raise ApiError(400, "turn must be a whole number.", param="turn")
-    log = history(head, memory.get_record)
-    levels = log.get_levels_at_turn(int(asked))
-    answer: dict[str, Any] = {
-        "last_turn": head.turn,
-        "turn": int(asked),
-        "paged": bool(head.window),
-        "pages": [{"page_id": page_id, "level": int(level)} for page_id, level in levels],
-        "segments": [],
-        "checkpoint": None,
-    }
-    if head.window:
-        derived = restore_state(head, memory.get_record, memory.get_block).derived
-        answer["segments"] = [
-            {"page_id": i, "provenance": page.provenance, "superseded_by": derived.superseded.get(i)}
-            for i, page in derived.pages.items()
-        ]
-        closing = head.id if head.closing else head.closed
-        answer["checkpoint"] = await archive.checkpoint_of(closing) if closing else None
+    digits = asked.isascii() and asked.isdigit() and len(asked) <= _TURN_DIGITS
+    if not digits or not 1 <= int(asked) <= head.turn:
+        raise ApiError(400, f"turn must be a whole number from 1 to {head.turn}.", param="turn",
+                       code="invalid_turn")  # fmt: skip
+    answer, closing = await asyncio.to_thread(_context_at, head, int(asked), memory)
+    answer["checkpoint"] = await archive.checkpoint_of(closing) if closing else None
     return answer
+
+
+def _context_at(head: Record, turn: int, memory: Memory) -> tuple[dict[str, Any], bytes]:
+    """The window that upstream was sent in a turn, and the record that closed the last segment by
+    then (b"" for none). A turn that did not page had everything in front of its answer."""
+    record = _record_at(head, turn, memory.get_record)
+    derived = NO_DERIVED
+    if record.window:
+        levels = history(record, memory.get_record).get_levels_at_turn(turn)
+        pages = [{"page_id": i, "level": int(level)} for i, level in levels]
+        derived = _derived(record, memory)
+    else:
+        pages = [{"page_id": page_id(p), "level": 0} for p in range(record.end - 1)]
+    answer = {
+        "last_turn": head.turn,
+        "turn": turn,
+        "paged": bool(record.window),
+        "pages": pages,
+        "derived": [
+            {"page_id": i, "provenance": p.provenance, "superseded_by": derived.superseded.get(i)}
+            for i, p in derived.pages.items()
+        ],
+    }
+    return answer, record.id if record.closing else record.closed
+
+
+def _record_at(head: Record, turn: int, get: GetRecord) -> Record:
+    """The record of a turn on the way to `head`: every turn up to the head's has one."""
+    record = head
+    while record.turn > turn and record.parent:
+        above = get(record.parent)
+        if above is None:
+            raise LookupError(f"the record before turn {record.turn} is missing")
+        record = above
+    return record
+
+
+def _derived(record: Record, memory: Memory) -> Derived:
+    return restore_state(record, memory.get_record, memory.get_block).derived
+
+
+# -- what rests on what
+
+
+async def _provenance(request: Request, head: Record, memory: Memory) -> dict[str, Any]:
+    wanted = request.query_params.get("page", "")
+    if not 1 <= len(wanted) <= _PAGE_ID_CHARS:
+        raise ApiError(400, "Name a page in ?page=, such as claim_0007 or msg_0042.", param="page",
+                       code="missing_required_parameter")  # fmt: skip
+    found = await asyncio.to_thread(_provenance_of, wanted, head, memory)
+    if found is None:
+        raise ApiError(404, "There is no such page in this session.", param="page",
+                       code="page_not_found")  # fmt: skip
+    return found
+
+
+def _provenance_of(wanted: str, head: Record, memory: Memory) -> dict[str, Any] | None:
+    """Both ways from a page, one step and to the ground; None for a page that is not there."""
+    derived = _derived(head, memory) if head.window else NO_DERIVED
+    graph = derived.provenance
+    sources, ground = graph.derives_from(wanted), graph.justifies(wanted)
+    made = graph.derived(wanted)
+    if wanted not in derived.pages:
+        place = parse_page_id(wanted)
+        if place is None or place[0] >= head.end:
+            return None
+        position, part = place
+        media = _media(memory.load_path(head)[position], position)
+        if part >= MEDIA_PART:  # a medium comes out of its message
+            if wanted not in media:
+                return None
+            sources = ground = [page_id(position)]
+        else:
+            wanted = page_id(position, part)
+            # A long message is quoted by the name of its first part.
+            names = [wanted] if part else [wanted, page_id(position, 1)]
+            made = [i for name in names for i in graph.derived(name)] + ([] if part else media)
+    return {
+        "page_id": wanted,
+        "derives_from": sources,
+        "derived": made,
+        "justified_by": ground,
+        "superseded_by": derived.superseded.get(wanted),
+    }
+
+
+def _media(node: Node, position: int) -> list[str]:
+    """The ids of a message's media, which do not depend on how tokens are counted."""
+    pages = media_pages(position, msgspec.json.decode(node.raw), get_counter(""))
+    return [page.page_id for page in pages]

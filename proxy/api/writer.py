@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _ANSWER_LIMIT_BYTES = 1 << 20
 _SOURCE_CHARS = 60_000  # of a page or segment that the model is given
 _CREDENTIALS = (b"authorization", b"api-key", b"x-api-key", b"openai-organization", b"openai-project")
+_WORDED = (CompressionLevel.REDUCED, CompressionLevel.ABSTRACT)  # of a text: in other words
 _SUMMARY = (
     "Summarise this part of a conversation in at most {words} words for someone who will continue it: "
     "decisions, facts, names, numbers, open questions. Plain sentences, no introduction. The part is "
@@ -126,7 +127,9 @@ class Writer:
             if self._config.transcription_model is None or "transcript" in page.metadata:
                 return None
             level, limit = CompressionLevel.REDUCED, page.size_tokens or ABSTRACT_TOKENS
-        elif page.page_type is PageType.TRANSCRIPT and level is not CompressionLevel.REFERENCE:
+        elif page.page_type is PageType.TRANSCRIPT and level in _WORDED:
+            if (page.size_tokens or 0) <= ABSTRACT_TOKENS:
+                return None  # it says no more than what would be written
             source = pages.text(load.page_id)
             if level is CompressionLevel.REDUCED:
                 limit = max(limit, (page.size_tokens or 0) // 3)
@@ -140,21 +143,27 @@ class Writer:
         while True:
             job = await self._queue.get()
             try:
-                text = await self._write(job)
-                made = job.page.model_copy(
-                    update={
-                        "content": text,
-                        "compression_level": job.level,
-                        "size_tokens": job.counter.text(text),
-                    }
-                )
-                await self._renditions.keep(job.tenant, job.page, made, WRITTEN)
-                self.written += 1
+                await self._serve(job)
             except (ApiError, UpstreamBroken, StorageError, ValueError) as error:
                 self.failed += 1
                 log.warning("%s could not be written about: %s", job.page.page_id, error)
+            except Exception:  # a worker that ended would never be replaced
+                self.failed += 1
+                log.exception("%s could not be written about", job.page.page_id)
             finally:
                 self._waiting.discard((job.tenant, job.page.version, int(job.level)))
+
+    async def _serve(self, job: Job) -> None:
+        """Write, unless it was written before: an epoch shows its pages again and again."""
+        if await self._renditions.find(job.tenant, job.page, job.level, WRITTEN) is not None:
+            return
+        text = await self._write(job)
+        update = {
+            "content": text, "compression_level": job.level, "size_tokens": job.counter.text(text)
+        }  # fmt: skip
+        made = job.page.model_copy(update=update)
+        await self._renditions.keep(job.tenant, job.page, made, WRITTEN)
+        self.written += 1
 
     async def _write(self, job: Job) -> str:
         if job.page.modality is Modality.AUDIO:
@@ -232,7 +241,8 @@ def _json_headers(headers: Sequence[Header]) -> list[Header]:
 
 def _form(boundary: bytes, model: str, sound: bytes, sound_format: str) -> bytes:
     """multipart/form-data with the fields `model` and `file`."""
-    name = f"sound.{sound_format}".encode("ascii", "ignore")
+    kind = "".join(c for c in sound_format if c.isascii() and c.isalnum())  # the client's own word
+    name = f"sound.{kind}".encode()
     return b"".join(
         [
             b"--", boundary, b'\r\ncontent-disposition: form-data; name="model"\r\n\r\n',

@@ -35,7 +35,10 @@ class Derived:
         new = [claim for page in segment.claims if (claim := claim_of(page)) is not None]
         claims = fold_claims(self.claims, new, segment.superseded, segment.merged, max_claims)
         kept = {claim.claim_id for claim in claims}
-        pages = {i: page for i, page in self.pages.items() if i in kept or not _is_claim(page)}
+        pages = dict(self.pages)  # copied as a whole: one by one, thousands of summaries cost
+        for claim in self.claims:
+            if claim.claim_id not in kept:
+                pages.pop(claim.claim_id, None)
         for page in segment.pages():
             if page.text() and (page.page_id in kept or not _is_claim(page)):
                 pages[page.page_id] = page

@@ -26,7 +26,8 @@ from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Entry, Wi
 from proxy.errors import ApiError
 from proxy.memory.context_packer import context_parts, page_parts
 from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier
-from proxy.memory.planner import Budget, Group, Plan, plan
+from proxy.memory.pins import PinnedSet, PinReason
+from proxy.memory.planner import Budget, Group, IsPinned, Plan, native_groups, plan
 from proxy.memory.segments import Segment
 from proxy.memory.vm_prompts import build_vm_developer_message
 from proxy.memory.working_set import watermarks
@@ -37,6 +38,7 @@ _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that paging.py keeps free and the result's JSON
+_NOTHING_OLD = -1.0  # the last try: not even a line in what native messages leave free
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
 
 
@@ -63,12 +65,15 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
     context = int(low * _CONTEXT_SHARE)
     frame = _developer(request, "", "")[1] + tail_tokens
     segment: Segment | None = None
-    for shrink in (1.0, 0.5, 0.0):
-        budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
-        if segment is None and (segment := _close(request, _plan(request, groups, budget))):
+    for shrink in (1.0, 0.5, 0.0, _NOTHING_OLD):
+        lines = int(context * shrink) if shrink >= 0 else -request.room_tokens
+        budget = Budget(low - frame - manifest - max(0, lines), lines)
+        if segment is None and (segment := _close(request, groups, budget)):
             groups = _groups(request)
-        planned = _plan(request, groups, budget)
-        window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
+        planned = plan(
+            request.table, groups, budget, request.policy, request.turn, _pinned(request.pins)
+        )
+        window = yield from _assemble(request, planned, cuts, int(manifest * max(0.0, shrink)))
         over = window.tokens - _system_tokens(window) - request.room_tokens
         if over <= 0:
             mutations = planned.mutations + _evict_cut(request, cuts)
@@ -79,23 +84,25 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
     raise context_length_exceeded(request.limits, request.limits.budget_tokens + over)
 
 
-def _plan(request: EpochRequest, groups: Sequence[Group], budget: Budget) -> Plan:
-    return plan(request.table, groups, budget, request.policy, request.turn)
+def _pinned(pins: PinnedSet) -> IsPinned:
+    """Pinned for more than its age: the newest messages are in the window as they are."""
+    return lambda entry, turn: pins.reason(entry, turn) > PinReason.RECENT
 
 
-def _close(request: EpochRequest, planned: Plan) -> Segment | None:
+def _close(request: EpochRequest, groups: Sequence[Group], budget: Budget) -> Segment | None:
     """Close the segment of what is about to leave; what derives from it competes for the window."""
-    last = native_from(planned, len(request.pages.path))
+    stays = native_groups(groups, budget.native_tokens)
+    last = native_from(stays, len(request.pages.path))
     segment = close_segment(request.pages, last, request.limits, request.turn, request.counter)
     for mutation in created(segment, request.pages, request.turn) if segment else ():
         request.apply(mutation)
     return segment
 
 
-def native_from(planned: Plan, end: int) -> int:
+def native_from(native: Sequence[Group], end: int) -> int:
     """Where the newest messages begin that stay in their own roles without a gap."""
     first = end
-    for group in reversed(planned.native):
+    for group in reversed(native):
         if group.last == first:
             first = group.first
     return first
@@ -206,7 +213,7 @@ def _assemble(
     request: EpochRequest, planned: Plan, cuts: Mapping[int, Entry], manifest_tokens: int
 ) -> Generator[Effect, Any, Window]:
     path = request.pages.path
-    first = native_from(planned, len(path))
+    first = native_from(planned.native, len(path))
     pages = yield from _kept_pages(request, planned)
     resident = {p for g in planned.native for p in range(g.first, g.last)}
     cut = _shortened(request, cuts)

@@ -1,7 +1,7 @@
 """A path's messages seen as pages: ids, texts, media, levels and sizes. Pure; bodies are on the path.
 
 Promises: a page's id and content depend only on its message and on `pages.max_tokens`, never on the
-window; a page at level 0 is the original, byte for byte (invariant 4); a tool's result is never
+window or on the model that is asked; a page at level 0 is the original, byte for byte (invariant 4); a tool's result is never
 shown without its call, nor a call without its results (invariant 8).
 """
 
@@ -28,7 +28,7 @@ from proxy.memory.models import (
 )
 from proxy.memory.pack_cache import PackCache, PackCacheStats
 from proxy.memory.pages import Doc, message_text, modality_of, page_id, parse_page_id, split_text
-from proxy.tokens import TokenCounter
+from proxy.tokens import TokenCounter, get_counter
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
 
@@ -36,6 +36,8 @@ _KEPT_LINES = 4096  # packed pages remembered: the same pages are shown epoch af
 _ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
 _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
 _LONG_CHARS = 400  # and only what is longer is shortened
+
+_CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _lines = PackCache(_KEPT_LINES)
@@ -64,6 +66,8 @@ class PathPages:
         self._messages: dict[int, dict[str, Any]] = {}
         self._parts: dict[int, list[str]] = {}
         self._media: dict[int, Sequence[MediaPage]] = {}
+        self._cutter = get_counter(_CUT_BY)
+        self._same_encoding = _encoding(counter) == _encoding(self._cutter)
 
     # -- messages
 
@@ -102,18 +106,29 @@ class PathPages:
             names = {page.index: page.page_id for page in self.media(position)}
             text = message_text(self.message(position), names)
             limit = self._page_tokens
-            small = self.text_tokens(position) <= limit or len(text) <= limit
-            found = [text] if small else split_text(text, limit, self._counter.text)
+            small = len(text) <= limit or self._is_small(position)
+            found = [text] if small else split_text(text, limit, self._cutter.text)
             self._parts[position] = found
         return found
+
+    def _is_small(self, position: int) -> bool:
+        """One page holds the message's text. Counted alike for all models: the ids that a table, an
+        index or a window knows stay good when the client changes its model."""
+        raw, limit = self.path[position].raw, self._page_tokens
+        if len(raw) <= limit:  # no token is shorter than a byte
+            return True
+        media = self.media(position)
+        if self._same_encoding and not media:
+            return self.tokens(position) <= limit
+        tokens = self._cutter.message(self.message(position))
+        return tokens - sum(self._cutter.part(page.content) for page in media) <= limit
 
     # -- ids
 
     def ids(self, position: int) -> tuple[str, ...]:
         """The page ids of a message: its text's (one, or one for each part), then its media's."""
         media = tuple(page.page_id for page in self.media(position))
-        small = self.text_tokens(position) <= self._page_tokens
-        count = 1 if small else len(self.parts(position))
+        count = 1 if self._is_small(position) else len(self.parts(position))
         if count == 1:
             return (page_id(position), *media)
         return (*(page_id(position, part) for part in range(1, count + 1)), *media)
@@ -291,6 +306,10 @@ class PathPages:
     @property
     def _count(self) -> Callable[[str], int]:
         return self._counter.text
+
+
+def _encoding(counter: TokenCounter) -> str:
+    return counter.name.partition("/")[0]
 
 
 def packed_lines() -> PackCacheStats:

@@ -3,8 +3,9 @@
 Promises: text leaves as it arrives, except the first few tokens of a round that may still turn out
 to be a preamble of a VM call (bounded in tokens and milliseconds), and all of a round's text under
 `response_format`. No VM call, VM result or inner finish reason ever leaves. The client sees one id,
-one `created`, one role delta, tool calls numbered from 0, one finish reason and one `[DONE]`; events
-that need no change leave as the bytes that came. The finish waits until the caller has stored the
+one `created`, one role delta, tool calls numbered from 0, one finish reason and one `[DONE]`, and usage
+only if it asked for it: null on every chunk, and one last chunk with the numbers and no choices.
+Events that need no change leave as the bytes that came. The finish waits until the caller has stored the
 turn (`finish()`).
 """
 
@@ -16,7 +17,15 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.sse import DONE, Event, EventParser, MessageBuilder, decode_chunk
+from proxy.conversation.sse import (
+    DONE,
+    Event,
+    EventParser,
+    MessageBuilder,
+    choices_of,
+    decode_chunk,
+    tool_deltas,
+)
 
 _encode = msgspec.json.encode
 _IDENTITY = ("id", "created", "model", "system_fingerprint", "service_tier")
@@ -141,11 +150,15 @@ class Sieve:
         chunk = {**template, "choices": [choice]}
         unchanged = self._finish is not None and _delta(self._finish[1]) == delta
         unchanged = unchanged and _choice(template).get("finish_reason") == finish_reason
-        self._emit(self._finish[0] if self._finish and unchanged else None, chunk, out)
-        if usage is not None and (self._include_usage or self._usage_event):
+        told = usage is not None and not self._include_usage and isinstance(chunk.get("usage"), dict)
+        if told:  # upstream tells it there, asked or not
+            chunk = {**chunk, "usage": usage}
+            unchanged = unchanged and template.get("usage") == usage
+        self._emit(self._finish[0] if self._finish and unchanged else None, chunk, out, told)
+        if usage is not None and self._include_usage:
             event, chunk = self._usage_event or (None, {**self._template(), "choices": []})
             same = event is not None and chunk.get("usage") == usage
-            self._emit(event if same else None, {**chunk, "usage": usage}, out)
+            self._write(event if same else None, {**chunk, "usage": usage}, out)
         out.append(DONE)
         return out
 
@@ -166,11 +179,11 @@ class Sieve:
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
-        if not chunk.get("choices"):
+        if not choices_of(chunk):
             if isinstance(usage, dict):
                 self._usage_event = event, chunk
             elif self._rounds == 1:  # Azure's prompt filter results, with an empty id
-                out.append(event.raw)
+                out.append(event.raw if self._include_usage else self._without_usage(event, chunk))
             return
         if self._identity is None:
             self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
@@ -178,8 +191,8 @@ class Sieve:
 
     def _choice_event(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
         choice = _choice(chunk)
-        delta = choice.get("delta") or {}
-        calls = delta.get("tool_calls")
+        delta = _delta(chunk)
+        calls = tool_deltas(delta)
         self._said.add({k: v for k, v in delta.items() if k != "tool_calls"})
         if choice.get("finish_reason"):
             self._said.finish_reason = choice["finish_reason"]
@@ -243,6 +256,8 @@ class Sieve:
         name = body.get("name")
         if not name:
             return None
+        if not isinstance(name, str):
+            return "client"
         if name in self._vm_names:
             return "vm"
         if body.get("arguments"):
@@ -291,8 +306,9 @@ class Sieve:
         choice = {"index": 0, "delta": {}, "finish_reason": None}
         return {**identity, **(self._identity or {}), "choices": [choice]}
 
-    def _emit(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
-        """Send a chunk: `event`'s own bytes when nothing has to change, else re-encoded."""
+    def _emit(self, event: Event | None, chunk: Chunk, out: list[bytes], told: bool = False) -> None:
+        """Send a chunk: `event`'s own bytes when nothing has to change, else re-encoded. `told`:
+        its usage is for the client."""
         delta = _delta(chunk)
         if self._role_sent and delta.get("role"):
             delta = {k: v for k, v in delta.items() if k != "role"}
@@ -301,6 +317,14 @@ class Sieve:
             chunk, event = _with_delta(chunk, delta), None
         self._role_sent = self._role_sent or bool(delta.get("role"))
         self._shown.add(delta)
+        if self._include_usage:
+            if chunk.get("usage", 0) is not None:
+                chunk, event = {**chunk, "usage": None}, None
+        elif "usage" in chunk and not told:
+            chunk, event = {k: v for k, v in chunk.items() if k != "usage"}, None
+        self._write(event, chunk, out)
+
+    def _write(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
         identity = self._identity or {}
         fixed = {k: identity[k] for k in _IDENTITY if k in identity}
         if event is not None and all(chunk.get(k) == v for k, v in fixed.items() if k in chunk):
@@ -309,14 +333,23 @@ class Sieve:
         chunk = {**chunk, **{k: v for k, v in fixed.items() if k in chunk}}
         out.append(b"data: " + _encode(chunk) + b"\n\n")
 
+    @staticmethod
+    def _without_usage(event: Event, chunk: Chunk) -> bytes:
+        if "usage" not in chunk:
+            return event.raw
+        chunk = {k: v for k, v in chunk.items() if k != "usage"}
+        return b"data: " + _encode(chunk) + b"\n\n"
+
 
 def _choice(chunk: Chunk) -> Chunk:
     choices = chunk.get("choices")
-    return choices[0] if choices else {}
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) else {}
 
 
 def _delta(chunk: Chunk) -> Chunk:
-    return _choice(chunk).get("delta") or {}
+    delta = _choice(chunk).get("delta")
+    return delta if isinstance(delta, dict) else {}
 
 
 def _has_delta(chunk: Chunk) -> bool:

@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # two line ends; CRLF is never taken for two
 _LINE = re.compile(rb"\r\n|\n|\r")
+_BOM = b"\xef\xbb\xbf"
+# Values that come whole, if more than once: the later one counts, they do not add up.
+_WHOLE = frozenset({"id", "type", "name", "format", "mime_type", "signature", "thought_signature"})
+_GROWING = frozenset({"text", "thinking", "reasoning.text", "reasoning.summary"})
 _decode = msgspec.json.Decoder().decode
 DONE = b"data: [DONE]\n\n"
 
@@ -23,16 +27,24 @@ class Event(NamedTuple):
 
 
 class EventParser:
-    """Splits a byte stream into events, whatever the framing (LF, CRLF, split anywhere)."""
+    """Splits a byte stream into events, whatever the framing (LF, CRLF, CR, split anywhere).
+
+    A CRLF that is split after its CR ends the event at once; its LF then begins the next event's
+    `raw`, where it means nothing.
+    """
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, data: bytes) -> list[Event]:
+        # The end may lie across the seam: the last byte before it is looked at again, no more.
+        seen = max(len(self._buffer) - 1, 0)
         buffer = self._buffer + data if self._buffer else data
         events: list[Event] = []
         at = 0
-        for match in _END.finditer(buffer):
+        if seen and buffer[seen - 1 : seen + 1] == b"\r\n":
+            seen -= 1
+        for match in _END.finditer(buffer, seen):
             end = match.end()
             raw = buffer[at:end]
             events.append(Event(raw, _data(raw)))
@@ -49,7 +61,7 @@ class EventParser:
 def _data(raw: bytes) -> bytes:
     if raw.startswith(b"data: ") and raw.find(b"\n", 0, -2) < 0 and b"\r" not in raw:
         return raw[6:].rstrip(b"\n")  # the common case: one line
-    lines = [line[5:] for line in _LINE.split(raw) if line.startswith(b"data:")]
+    lines = [line[5:] for line in _LINE.split(raw.removeprefix(_BOM)) if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line.startswith(b" ") else line for line in lines)
 
 
@@ -57,7 +69,7 @@ def decode_chunk(data: bytes) -> dict[str, Any] | None:
     """The chunk object of an event's data, or None when it is not a JSON object."""
     try:
         chunk = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return chunk if isinstance(chunk, dict) else None
 
@@ -86,7 +98,7 @@ class MessageBuilder:
     def add(self, delta: dict[str, Any]) -> None:
         for key, value in delta.items():
             if key == "tool_calls":
-                for call in value or ():
+                for call in tool_deltas(delta):
                     self.add_call(call)
             elif key == "role":
                 self.message["role"] = value or "assistant"
@@ -115,7 +127,7 @@ class MessageBuilder:
                 body = call.setdefault(key, {})
                 for field, piece in value.items():
                     if field in ("arguments", "input"):
-                        body[field] = (body.get(field) or "") + (piece or "")
+                        body[field] = (body.get(field) or "") + _as_text(piece)
                     elif piece or field not in body:
                         body[field] = piece
             elif key != "index" and (value or key not in call):
@@ -135,6 +147,28 @@ class MessageBuilder:
         return {**self.message, "tool_calls": calls}
 
 
+def tool_deltas(delta: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pieces of tool calls in a delta."""
+    pieces = delta.get("tool_calls")
+    return [p for p in pieces if isinstance(p, dict)] if isinstance(pieces, list) else []
+
+
+def _as_text(piece: Any) -> str:
+    """Arguments as a string: some servers send the object itself."""
+    if isinstance(piece, str):
+        return piece
+    return msgspec.json.encode(piece).decode() if piece else ""
+
+
+def choices_of(chunk: dict[str, Any]) -> list[dict[str, Any]]:
+    """A chunk's choices, each with a delta that is an object."""
+    choices = chunk.get("choices")
+    if not isinstance(choices, list):
+        return []
+    found = [c for c in choices if isinstance(c, dict)]
+    return [c if isinstance(c.get("delta"), dict) else {**c, "delta": {}} for c in found]
+
+
 def _name(call: dict[str, Any]) -> Any:
     body = call.get("function") or call.get("custom")
     return body.get("name") if isinstance(body, dict) else None
@@ -142,13 +176,53 @@ def _name(call: dict[str, Any]) -> Any:
 
 def _merge(into: dict[str, Any], key: str, value: Any) -> None:
     old: Any = into.get(key)
-    if type(old) is type(value) and type(old) in (str, list):
-        into[key] = old + value
+    if value is None:
+        into.setdefault(key, None)
+    elif isinstance(old, str) and isinstance(value, str):
+        into[key] = value if key in _WHOLE else old + value
+    elif isinstance(value, list) or (isinstance(old, list) and isinstance(value, str)):
+        into[key] = _merged_list(old, value)
     elif isinstance(old, dict) and isinstance(value, dict):
         for inner, piece in value.items():
             _merge(old, inner, piece)
-    elif value is not None or key not in into:
-        into[key] = dict(value) if isinstance(value, dict) else value
+    else:
+        into[key] = msgspec.to_builtins(value) if isinstance(value, dict) else value
+
+
+def _merged_list(old: Any, value: Any) -> list[Any]:
+    """A list with the items of a delta: pieces of one item are put together.
+
+    Pieces say which item they are of by an `index`, or they are text or thinking that goes on with
+    the last item of their type. All else is an item of its own (annotations, images).
+    """
+    out: list[Any] = old if isinstance(old, list) else []
+    if isinstance(old, str) and old:
+        out.append(_text_part(old))
+    for item in [_text_part(value)] if isinstance(value, str) else value:
+        into = _item_of(out, item) if isinstance(item, dict) else None
+        if into is None:
+            out.append(msgspec.to_builtins(item) if isinstance(item, dict | list) else item)
+            continue
+        for key, piece in item.items():
+            _merge(into, key, piece)
+    return out
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _item_of(items: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
+    """The item that a piece continues, or None."""
+    kind, index = piece.get("type"), piece.get("index")
+    if isinstance(index, int):
+        same = (i for i in items if isinstance(i, dict) and i.get("index") == index)
+        return next((i for i in same if i.get("type") == kind or kind is None), None)
+    if not items or not isinstance(items[-1], dict) or kind not in _GROWING:
+        return None
+    last: dict[str, Any] = items[-1]
+    signed = bool(last.get("signature"))  # a signature ends a block of thinking
+    return last if last.get("type") == kind and not signed and "index" not in last else None
 
 
 class Tee:
@@ -192,9 +266,9 @@ class Tee:
             chunk = decode_chunk(event.data) if event.data else {}
             if chunk is None or chunk.get("error"):
                 return []
-            for choice in chunk.get("choices") or ():
+            for choice in choices_of(chunk):
                 builder = builders.setdefault(choice.get("index") or 0, MessageBuilder())
-                builder.add(choice.get("delta") or {})
+                builder.add(choice["delta"])
                 builder.finish_reason = choice.get("finish_reason") or builder.finish_reason
         if not done and not all(builder.finish_reason for builder in builders.values()):
             return []

@@ -19,9 +19,9 @@ from proxy.memory.models import Modality, PageTableEntry, PageType
 from proxy.memory.pins import is_held
 
 _PROTECTED = 1000.0  # above anything `_recency` and the weights can reach
-# Tuned on half of the shared conversations by tests/bench/policies.py, and judged on the other half.
-# What is taken up again is mostly of the last turns, but old pages never stop being needed: the chance
-# falls as 1 / age, not exponentially, and not below `_FLOOR`.
+# Chosen with tests/bench/policies.py, on a plateau: the numbers matter little, the shapes more.
+# What is taken up again is mostly of the last turns, but old pages never stop being needed:
+# the chance falls as 1 / age, not exponentially, and not below `_FLOOR`.
 _HALF_LIFE_TURNS = 0.5
 _FLOOR = 0.02
 _FETCHED = 1.5  # a page that had to be fetched before is needed again sooner
@@ -68,8 +68,8 @@ class LRU:
 class ImportanceWeightedLRU:
     """Recency, weighed by importance, page type and whether the page had to be faulted in before.
 
-    `importance_weight`: 0 leaves importance out; 1 makes a page of importance 1 three times as valuable
-    as one of importance 0.
+    `importance_weight`: 0 leaves importance out; 1 makes a page of importance 1 three times as
+    valuable as one of importance 0.
     """
 
     importance_weight: float = 0.5
@@ -113,7 +113,9 @@ def _guard(entry: PageTableEntry, turn: int, protection_turns: int, value: float
 
 
 def _recency(entry: PageTableEntry, turn: int) -> float:
-    """1.0 for a page used in this turn, half of it after `_HALF_LIFE_TURNS`, then as 1 / age; never 0."""
+    """1.0 for a page used in this turn, half of it after `_HALF_LIFE_TURNS`, then as 1 / age; never
+    0.
+    """
     age = max(0, turn - entry.last_turn)
     return _HALF_LIFE_TURNS / (_HALF_LIFE_TURNS + age)
 

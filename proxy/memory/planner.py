@@ -1,14 +1,15 @@
 """Plans an epoch: which pages stay in the window, where, and at which level. Pure.
 
 Promises: the same table, budget, policy and turn give the same plan; applying a plan and planning
-again yields no mutation; what the plan keeps fits the budget, but for the mandatory newest groups;
-a group (a tool call and its results) stays, is mapped and leaves as a whole (invariant 8); pages are
-compressed before they are evicted, and nothing but their place and level changes (invariant 4).
+again yields no mutation (unless it mapped missing pages of a group, which then count as just used);
+what the plan keeps fits the budget, but for the mandatory newest groups;
+a group (a tool call and its results) stays, is mapped and leaves as a whole (invariant 8); pages
+are compressed before they are evicted, and nothing but their place and level changes (invariant 4).
 
 Levels are chosen as a multiple-choice knapsack, solved greedily: each group's levels become upgrade
-steps of falling value per token (the upper convex hull of its prices and values), and steps are taken
-by value per token until the budget is used. It is O(n log n) in the groups handed in, of which at most
-`_CANDIDATES` are considered at more than one level.
+steps of falling value per token (the upper convex hull of its prices and values), and steps are
+taken by value per token until the budget is used. It is O(n log n) in the groups handed in, of
+which at most `_CANDIDATES` are considered at more than one level.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ _THUMBNAIL_TOKENS = 85  # a picture at low detail
 _KEYFRAMES = 4
 _TRANSCRIPT_SHARE = 0.35  # speech has about 3.5 tokens a second, sound is billed at 10
 
-# What a page is worth. A text of n tokens is worth n: measured on the shared conversations
-# (tests/bench/policies.py), long pages are needed as much more often as they are longer. A level of a
-# text keeps what it shows, and a little more because the best sentences are shown: a share x of the
-# tokens keeps x ** 0.7 to 1.2 of the names and numbers that later messages take up again.
+# What a page is worth. A longer text is needed more often, as it says more: in proportion to its
+# length by the names and numbers that later messages take up (tests/bench/policies.py), by less
+# where questions are asked about it, whose answers stand in short messages as often as in long
+# ones.
+_SIZE_EXPONENT = 0.8
+# A level of a text keeps what it shows, and a little more because the best sentences are shown: a
+# share x of the tokens keeps x ** 0.7 to 1.2 of those names and numbers.
 _TEXT_EXPONENT = 0.8
-# What a medium is billed says little about how often it is needed: it is worth a text of so many tokens
-# (sound: its words).
+# What a medium is billed says little about how often it is needed: it is worth a text of so many
+# tokens (sound: its words).
 _MEDIUM_WORTH = {Modality.IMAGE: 128.0, Modality.VIDEO: 256.0}
 # And what its levels 0, 1 and 2 keep: a thumbnail loses small print, a caption is one sentence; a
 # transcript loses only the voice; keyframes lose what moves and sounds, scene titles nearly all.
@@ -67,10 +71,10 @@ class Group:
     """Messages that go together: positions first..last-1 along the path.
 
     `tokens` is their cost as native messages; `mandatory` groups stay native whatever they cost;
-    `answer`: it is a plain answer, which says little without the question before it. `pages` are the
-    text pages and the media of the messages. A derived page (a summary, a claim) is a group of its own
-    in front of all messages: first and last are the same negative number, unlike any other group's,
-    and `tokens` is more than any budget, because it can only be a context line.
+    `answer`: it is a plain answer, which says little without the question before it. `pages` are
+    the text pages and the media of the messages. A derived page (a summary, a claim) is a group of
+    its own in front of all messages: first and last are the same negative number, unlike any other
+    group's, and `tokens` is more than any budget, because it can only be a context line.
     """
 
     first: int
@@ -91,7 +95,7 @@ class Budget:
 
 @dataclass(slots=True)
 class Plan:
-    """What stays native (in path order), what becomes a context line, and the change of the table."""
+    """What stays native (in path order), what becomes a context line, what changes in the table."""
 
     native: list[Group] = field(default_factory=list)
     context: list[tuple[Group, CompressionLevel]] = field(default_factory=list)
@@ -110,10 +114,11 @@ def plan(
 
     The newest groups stay native as long as they fit, without a gap but for mandatory ones; of the
     others those with the most value per token become context lines, each at the level that is worth
-    its tokens, in the room for context and what is left of the native one; the rest is evicted to L2. `is_pinned` says which pages are placed first beside those
-    that the policy never lets go (score infinity); pages faulted in just now are placed with them.
+    its tokens, in the room for context and what is left of the native one; the rest is evicted to
+    L2. `is_pinned` says which pages are placed first beside those that the policy never lets go
+    (score infinity); pages faulted in just now are placed with them.
     """
-    native = _native(groups, budget.native_tokens)
+    native = native_groups(groups, budget.native_tokens)
     kept = {group.first for group in native}
     others = [group for group in groups if group.first not in kept]
     rows = [_row(table, group, policy, turn, is_pinned) for group in others]
@@ -130,7 +135,8 @@ def plan(
     return result
 
 
-def _native(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
+def native_groups(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
+    """Those that stay in their own roles: mandatory ones, and the newest without a gap that fit."""
     left = budget_tokens - sum(group.tokens for group in groups if group.mandatory)
     native: list[Group] = []
     edge = groups[-1].last if groups else 0  # where the run of newest messages begins so far
@@ -176,14 +182,16 @@ def _shown(size: int, modality: Modality, level: CompressionLevel) -> int:
 
 
 def worth(size_tokens: int, modality: Modality, level: CompressionLevel) -> float:
-    """What a page is worth at a level (0 to 2), in tokens of text that are there in full."""
+    """What a page is worth at a level (0 to 2); a text of one token is worth 1."""
     kept = _KEPT.get(modality)
     if kept is not None:
-        return _MEDIUM_WORTH.get(modality, size_tokens * _TRANSCRIPT_SHARE) * kept[level]
+        words = _MEDIUM_WORTH.get(modality, size_tokens * _TRANSCRIPT_SHARE)
+        return float(words**_SIZE_EXPONENT) * kept[level]
+    whole = float(size_tokens**_SIZE_EXPONENT)
     if level is CompressionLevel.FULL or size_tokens <= 0:
-        return float(size_tokens)
+        return whole
     share = _shown(size_tokens, modality, level) / size_tokens
-    return size_tokens * float(share**_TEXT_EXPONENT)
+    return whole * float(share**_TEXT_EXPONENT)
 
 
 # -- the choice
@@ -191,8 +199,8 @@ def worth(size_tokens: int, modality: Modality, level: CompressionLevel) -> floa
 
 @dataclass(slots=True)
 class _Row:
-    """A candidate. `steps`: (value per token, tokens, level) up its convex hull, each step's tokens on
-    top of the one before; `taken` of them."""
+    """A candidate. `steps`: (value per token, tokens, level) up its convex hull, each step's tokens
+    on top of the one before; `taken` of them."""
 
     group: Group
     entries: list[PageTableEntry]
@@ -231,8 +239,7 @@ def _context(rows: Iterable[_Row], budget_tokens: int) -> list[tuple[Group, Comp
     others: list[_Row] = []
     for row in rows:
         (first if row.first else others).append(row)
-    first = nsmallest(_CANDIDATES, first, key=_by_density)
-    others = nsmallest(_CANDIDATES, others, key=_by_density)
+    first, others = _best(first), _best(others)
     for row in (*first, *others):
         row.steps = _hull([(level, *row.option(level)) for level in _LEVELS])
     one_line = min((row.steps[0][1] for row in first if row.steps), default=0)
@@ -243,8 +250,10 @@ def _context(rows: Iterable[_Row], budget_tokens: int) -> list[tuple[Group, Comp
     return [(r.group, r.steps[r.taken - 1][2]) for r in (*first, *others) if r.taken]
 
 
-def _by_density(row: _Row) -> tuple[float, int]:
-    return -row.density(), -row.group.first
+def _best(rows: list[_Row]) -> list[_Row]:
+    if len(rows) <= _CANDIDATES:
+        return rows
+    return nsmallest(_CANDIDATES, rows, key=lambda row: (-row.density(), -row.group.first))
 
 
 def _hull(

@@ -12,11 +12,13 @@ import asyncio
 import importlib
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from proxy.errors import ApiError
 from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream.dialects import Chunks, prepare, takes_markers, whole_answer
+from proxy.upstream.litellm_errors import caused_by, error_object, provider_status, retry_headers
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -27,8 +29,6 @@ _SSE_HEADERS: Final[list[Header]] = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 ]
-_CHAIN_LIMIT: Final = 16  # exceptions looked at behind one error
-_ERROR_HEADERS: Final = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id")
 # litellm reads these from the call like settings: where to connect, as whom, which file holds the key.
 _SETTING_NAMES: Final = frozenset(
     (
@@ -78,11 +78,20 @@ class _Library:
         # its chain does not.
         self.transport_error: type[Exception] = importlib.import_module("httpx").TransportError
         self.timeout_error: type[Exception] = module.Timeout
+        self._provider_of: Any = module.get_llm_provider
         self._settings = (frozenset(types.all_litellm_params) | _SETTING_NAMES) - _OPENAI_NAMES
 
     def is_setting(self, field: str) -> bool:
         """True for a body field that litellm would take as its own setting."""
         return field in self._settings or field.startswith(_SETTING_PREFIXES)
+
+    def takes_markers(self, model: str) -> bool:
+        """True when the model's provider reads Anthropic's cache markers."""
+        try:
+            name, provider, *_ = self._provider_of(model)
+        except Exception:  # noqa: BLE001 - a model of no known provider is refused by the call
+            return False
+        return takes_markers(str(provider), str(name))
 
 
 class LitellmUpstream:
@@ -92,6 +101,7 @@ class LitellmUpstream:
         upstream = config.upstream
         base_url = str(upstream.base_url).rstrip("/")
         self._api_base = None if base_url == _DEFAULT_BASE_URL else base_url
+        self._override = config.model_override
         secret = getattr(upstream.api_key, "get_secret_value", None)
         self._api_key: str | None = secret() if secret is not None else upstream.api_key
         self._timeout_s = float(upstream.timeout_s)
@@ -111,13 +121,15 @@ class LitellmUpstream:
                     param=field,
                 )
         streaming = bool(fields.get("stream"))
+        model = str(fields["model"])
+        fields = prepare(fields, library.takes_markers(model))
         settings = {
             "stream": streaming,
             "num_retries": 0,
             "max_retries": 0,
             "timeout": self._timeout_s,
             "api_key": self._api_key or _bearer(headers),
-            "api_base": self._api_base,
+            "api_base": self._override(model).api_base or self._api_base,
             # Without it, any request with tools imports litellm's MCP gateway, which needs a
             # package that litellm does not depend on, and lets a client's tool reach into it.
             "_skip_mcp_handler": True,
@@ -126,12 +138,14 @@ class LitellmUpstream:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await library.acompletion(**fields)
+                # Some providers are asked only now: a refusal shall be a status, not an event.
+                first = await anext(result, None) if streaming else None
         except Exception as error:  # noqa: BLE001 - reported to the client below
             return self._refusal(library, error)
         if streaming:
-            return StreamReply(result)
+            return StreamReply(result, first)
         return BytesReply(
-            200, _JSON_HEADERS, _json_bytes(_complete(result.model_dump(exclude_none=True)))
+            200, _JSON_HEADERS, _json_bytes(whole_answer(result.model_dump(exclude_none=True)))
         )
 
     async def forward(
@@ -172,33 +186,34 @@ class LitellmUpstream:
                 type="api_error",
                 code="upstream_timeout",
             ) from error
-        status = getattr(error, "status_code", None)
-        if not isinstance(status, int) or _caused_by(error, library.transport_error):
+        status = provider_status(error)
+        if status is None or caused_by(error, library.transport_error):
             raise ApiError(
                 502,
                 f"The provider could not be reached: {error}",
                 type="api_error",
                 code="upstream_unreachable",
             ) from error
-        headers = list(_JSON_HEADERS)
-        for name in _ERROR_HEADERS:
-            if value := _provider_header(error, name):
-                headers.append((name.encode(), value.encode("latin-1", "replace")))
-        return BytesReply(status, headers, _json_bytes({"error": _error_object(error)}))
+        headers = [*_JSON_HEADERS, *retry_headers(error)]
+        return BytesReply(status, headers, _json_bytes({"error": error_object(error)}))
 
 
 class StreamReply:
-    """A running litellm stream as server-sent events."""
+    """A running litellm stream as server-sent events; `first` is the chunk already taken from it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, first: Any) -> None:
         self.status = 200
         self.headers: list[Header] = list(_SSE_HEADERS)
-        self._stream = stream
+        self._stream, self._first = stream, first
+        self._chunks = Chunks()
         self._pending: asyncio.Future[Any] | None = None
         self._closed = False
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
+            first, self._first = self._first, None
+            if first is not None:
+                yield self._event(first)
             while True:
                 self._pending = asyncio.ensure_future(anext(self._stream))
                 try:
@@ -210,13 +225,16 @@ class StreamReply:
                         raise UpstreamBroken("closed") from None
                     raise
                 except Exception as error:  # noqa: BLE001 - it becomes the last event
-                    yield b"data: " + _json_bytes({"error": _error_object(error)}) + b"\n\n"
+                    yield b"data: " + _json_bytes({"error": error_object(error)}) + b"\n\n"
                     return
-                event = _complete(chunk.model_dump(exclude_none=True, exclude_unset=True))
-                yield b"data: " + _json_bytes(event) + b"\n\n"
+                yield self._event(chunk)
             yield b"data: [DONE]\n\n"
         finally:
             await self.close()
+
+    def _event(self, chunk: Any) -> bytes:
+        payload = self._chunks.chunk(chunk.model_dump(exclude_none=True, exclude_unset=True))
+        return b"data: " + _json_bytes(payload) + b"\n\n"
 
     def chunks(self) -> AsyncIterator[bytes]:
         return self._events()
@@ -253,51 +271,6 @@ def _bearer(headers: Sequence[Header]) -> str | None:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
             return value[7:].strip().decode("latin-1") or None
     return None
-
-
-def _complete(payload: dict[str, Any]) -> dict[str, Any]:
-    """Put back the two keys that OpenAI always sends, as null, and `exclude_none` removed."""
-    for choice in payload.get("choices") or ():
-        choice.setdefault("finish_reason", None)
-        message = choice.get("message")
-        if message is not None:
-            message.setdefault("content", None)
-    return payload
-
-
-def _caused_by(error: Exception, kind: type[Exception]) -> bool:
-    cause: BaseException | None = error
-    for _ in range(_CHAIN_LIMIT):
-        if cause is None or isinstance(cause, kind):
-            break
-        cause = cause.__cause__ or cause.__context__
-    return isinstance(cause, kind)
-
-
-def _provider_header(error: Exception, name: str) -> str | None:
-    """litellm puts the provider's headers in one of two places."""
-    for headers in (
-        getattr(error, "litellm_response_headers", None),
-        getattr(getattr(error, "response", None), "headers", None),
-    ):
-        if headers and (value := headers.get(name)):
-            return str(value)
-    return None
-
-
-def _error_object(error: Exception) -> Mapping[str, Any]:
-    status = getattr(error, "status_code", None)
-    kind = getattr(error, "type", None)
-    if not isinstance(kind, str):
-        client_fault = isinstance(status, int) and 400 <= status < 500 and status != 429
-        kind = "invalid_request_error" if client_fault else "api_error"
-    code = getattr(error, "code", None)
-    return {
-        "message": str(getattr(error, "message", None) or error),
-        "type": kind,
-        "param": getattr(error, "param", None),
-        "code": code if code is None else str(code),
-    }
 
 
 def _json_bytes(value: Any) -> bytes:

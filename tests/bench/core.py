@@ -1,16 +1,19 @@
-"""The memory core's own speed: planning and packing after one new message, by the age of the conversation.
+"""The memory core's own speed: planning and packing after one new message, by the age of the
+conversation.
 
-Run from the repository's root: `python -m tests.bench.core [--sizes 100,1000,10000]`. For each number
-of pages a conversation is paged as `proxy.conversation.turn` pages it, then TURNS more messages come,
-one by one. Printed are the medians in microseconds of
+Run from the repository's root: `python -m tests.bench.core [--sizes 100,1000,10000]`. For each
+number of pages a conversation grows turn by turn, paged as `proxy.conversation.turn` pages it, so
+that it has every summary, claim and index that its segments left; then TURNS more turns come.
+Printed are the medians in microseconds of
 
-- `append`: a turn whose message is added to the window (page table, log, window, the messages' bytes);
-- `rebuild`: a turn that begins an epoch (the segment's summary and claims, the plan, the kept pages at
-  their levels, the manifest, the bytes);
+- `append`: a turn whose message is added to the window (page table, log, window, the messages'
+  bytes);
+- `rebuild`: a turn that begins an epoch (the segment's summary and claims, the plan, the kept pages
+  at their levels, the manifest, the bytes);
 - `plan`: the planner alone, on the groups that the rebuild had;
 
-each with its ratio to the first row. Nothing here does I/O; the window has the same size throughout, so
-what grows, grows with the pages outside it.
+each with its ratio to the first row. Nothing here does I/O; the window has the same size
+throughout, so what grows, grows with the pages outside it.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from proxy.conversation.pathpages import PathPages
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Node
 from proxy.conversation.window import Window
+from proxy.memory import planner
 from proxy.memory.core import MemoryCore
 from proxy.memory.eviction_policy import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
@@ -98,7 +102,7 @@ class Conversation:
     """One conversation, turn after turn, as `Turn` runs a `TurnWindow`."""
 
     def __init__(self, pages: int) -> None:
-        self._texts = Texts(pages)
+        self._texts = Texts("core")
         self._limits = limits_of(ROOM_TOKENS)
         self._table = TLBWithPageTable(PageTable())
         self._window: Window | None = None
@@ -106,8 +110,10 @@ class Conversation:
         self._turn = 0
         self.path: list[Node] = []
         self.times = Times()
-        for _ in range(pages):
+        while len(self.path) < pages:
             self._say()
+            if len(self.path) % 2:
+                self._ask()
 
     def _say(self) -> None:
         """One message more on the path, counted as a first sight would."""
@@ -120,8 +126,7 @@ class Conversation:
         self.path.append(node)
 
     def run(self, turns: int) -> None:
-        """So many messages of the user's, each with an answer, timed from the first rebuild on."""
-        self._ask()
+        """So many turns, timed: a message of the user's each, and the answer to the one before."""
         for _ in range(turns):
             self._say()
             if len(self.path) % 2 == 0:
@@ -165,7 +170,7 @@ class Conversation:
 def measure(pages: int, turns: int = TURNS) -> Times:
     """The times of a conversation that begins with so many pages."""
     conversation = Conversation(pages)
-    planned, kept = epoch.plan, conversation.times.plan
+    planned, kept = planner.plan, conversation.times.plan
 
     def timed(*args: object, **more: object) -> Plan:
         begun = time.perf_counter()
@@ -175,27 +180,33 @@ def measure(pages: int, turns: int = TURNS) -> Times:
 
     gc.collect()
     gc.freeze()  # a full collection costs in proportion to everything alive, whosever it is
-    epoch.plan = timed  # type: ignore[assignment]
+    setattr(epoch, "plan", timed)  # noqa: B010
     try:
         conversation.run(turns)
     finally:
-        epoch.plan = planned
+        setattr(epoch, "plan", planned)  # noqa: B010
         gc.unfreeze()
-    del kept[0:2]  # of the first rebuild, which has the whole conversation before it
     return conversation.times
 
 
 def show(sizes: Sequence[int], turns: int = TURNS) -> None:
     """The table."""
-    print(f"window of {ROOM_TOKENS:,} tokens, messages of about {MESSAGE_CHARS} characters,"
-          f" {turns} turns; medians in microseconds")
-    print(f"{'pages':>9}" + "".join(f"{name:>12}{'ratio':>8}" for name in ("append", "rebuild", "plan")))
+    print(
+        f"window of {ROOM_TOKENS:,} tokens, messages of about {MESSAGE_CHARS} characters,"
+        f" {turns} turns; medians in microseconds"
+    )
+    print(
+        f"{'pages':>9}"
+        + "".join(f"{name:>12}{'ratio':>8}" for name in ("append", "rebuild", "plan"))
+    )
     first: tuple[float, float, float] | None = None
     last = (0.0, 0.0, 0.0)
     for pages in sizes:
         last = measure(pages, turns).medians()
         first = first or last
-        cells = "".join(f"{now:12.0f}{now / was:8.2f}" for now, was in zip(last, first, strict=True))
+        cells = "".join(
+            f"{now:12.0f}{now / was:8.2f}" for now, was in zip(last, first, strict=True)
+        )
         print(f"{pages:9,}{cells}", flush=True)
     grown = max(now / was for now, was in zip(last, first or last, strict=True))
     print(f"grows by at most {grown:.2f} ({'within' if grown <= SLACK else 'ABOVE'} {SLACK:.0f})")

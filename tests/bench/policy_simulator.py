@@ -1,14 +1,15 @@
 """Replays a trace on a page table as the proxy would, under an eviction policy or with foresight.
 
-What is real: the page table and its mutations (so a refault raises importance, a fault protects for two
-turns, an eviction cools), the policies, the planner, the watermarks and shares of an epoch. What is
-assumed: tools and system messages take no room, a model faults exactly what it needs and does not see,
-at full size, at most FAULTS_PER_TURN pages in a turn.
+What is real: the page table and its mutations (so a refault raises importance, a fault protects for
+two turns, an eviction cools), the policies, the planner, the watermarks and shares of an epoch.
+What is assumed: tools and system messages take no room, a model faults exactly what it needs and
+does not see, at full size, at most FAULTS_PER_TURN pages in a turn.
 
-`foresee` is the clairvoyant's rebuild (Belady with sizes and levels): it knows every later access, is
-bound by the same watermarks and by demand (nothing enters that was not new or faulted), and may fill the
-whole low watermark as it likes: of the pages in the window, those needed soonest stay, each at the
-cheapest level that still shows what will be needed. Only the newest message has to stay.
+`foresee` is the clairvoyant's rebuild (Belady with sizes and levels): it knows every later access,
+is bound by the same watermarks and by demand (nothing enters that was not new or faulted), and may
+fill the whole low watermark as it likes: of the pages in the window, those needed soonest stay,
+each at the cheapest level that still shows what will be needed. Only the newest message has to
+stay.
 """
 
 from __future__ import annotations
@@ -167,7 +168,9 @@ class Replay:
                         at,
                         last,
                         sum(self.trace.tokens[at:last]) if native else _NEVER,
-                        tuple(page.page_id for p in range(at, last) for page in self.trace.pages[p]),
+                        tuple(
+                            page.page_id for p in range(at, last) for page in self.trace.pages[p]
+                        ),
                         mandatory=must,
                         answer=last - at == 1 and roles[at] == "assistant",
                     )

@@ -7,12 +7,13 @@ these accesses, all of earlier pages:
 - `far`: the pages that share a distinctive token with what the model was asked (the user's messages
   since the last answer) or with what it wrote (its text and its tool calls' arguments). A token is
   distinctive when it looks like a name, a number or an identifier and stands on at most MAX_PAGES
-  pages of the conversation (of a long one: RARE_SHARE of them): a booking code that a tool call takes from an earlier result, a file name,
-  a person. Tool results refer to nothing: nobody had to remember anything to make them.
+  pages of the conversation (of a long one: RARE_SHARE of them): a booking code that a tool call
+  takes from an earlier result, a file name, a person. Tool results refer to nothing: nobody had to
+  remember anything to make them.
 
-An access names its tokens. It is a hit when the window shows the page in a form that still has all of
-them, so that a compressed line counts exactly when it kept what was needed. System messages are no
-pages (they never leave).
+An access names its tokens. It is a hit when the window shows the page in a form that still has all
+of them, so that a compressed line counts exactly when it kept what was needed. System messages are
+no pages (they never leave).
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def distinctive(text: str) -> set[str]:
         word = match[0]
         if len(word) < _MIN_CHARS:
             continue
-        name = word[0].isupper() and not _SENTENCE_START.search(text[max(0, match.start() - 3) : match.start()])
+        name = word[0].isupper() and not _SENTENCE_START.search(
+            text[max(0, match.start() - 3) : match.start()]
+        )
         if name or _IDENTIFIER.search(word):
             found.add(word.lower())
     return found
@@ -157,7 +160,12 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
     kind = modality_of(message)
     pages = [
         Page(
-            page_id(position, part), position, tokens // len(texts), weight, standing and part < 2, kind,
+            page_id(position, part),
+            position,
+            tokens // len(texts),
+            weight,
+            standing and part < 2,
+            kind,
             one,
         )
         for part, one in enumerate(texts, 0 if len(texts) == 1 else 1)
@@ -169,9 +177,13 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
 
 
 def _turn(
-    trace: Trace, since: int, position: int, rare: dict[str, set[str]], holders: dict[str, list[str]]
+    trace: Trace,
+    since: int,
+    position: int,
+    rare: dict[str, set[str]],
+    holders: dict[str, list[str]],
 ) -> Turn:
-    """The accesses of the answer at `position`; `since`: the first message after the last answer."""
+    """The accesses of the answer at `position`; `since`: the first message after the last one."""
     asking = [p for p in range(since, position) if trace.roles[p] not in _RESULT_ROLES]
     needs: dict[str, set[str]] = {}
     for at in (*asking, position):

@@ -2,17 +2,24 @@
 
 Promises: nothing here imports `proxy`, so a mistake in the server cannot hide in its own measure.
 `check_openai_rules` returns every violation found, as sentences; an empty list means that the
-request is one that OpenAI's chat completions endpoint would take. `count_request_tokens` counts by
-the rules of OpenAI's cookbook with o200k_base; where those rules are silent (tool calls in
-messages, nested schemas) it counts every string that the request carries, so it errs upwards.
+request is one that OpenAI's chat completions endpoint would take (and a film in a user message, as
+the servers behind OpenAI-compatible gateways take it). `check_schema` asks OpenAI's own schema.
+`count_request_tokens` counts by the rules of OpenAI's cookbook and vision guide with o200k_base;
+where those rules are silent (tool calls in messages, nested schemas) it counts every string that
+the request carries, so it errs upwards.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
+import math
 import os
 import re
+import wave
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +38,10 @@ PART_TYPES = {
     "developer": {"text"},
     "tool": {"text"},
     "assistant": {"text", "refusal"},
-    "user": {"text", "image_url", "input_audio", "file"},
+    "user": {"text", "image_url", "input_audio", "file", "video_url"},
 }
+IMAGE_DATA = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+=*")
+SOUND_FORMATS = {"wav", "mp3"}
 TOOL_NAME = re.compile(r"^[a-zA-Z0-9_-]{1,64}$")
 MAX_TOOLS = 128
 
@@ -150,11 +159,33 @@ def _check_content(i: int, role: str, message: dict[str, Any]) -> list[str]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in PART_TYPES[role]:
             out.append(f"{where}[{j}].type {kind!r} is not allowed for {role}")
-        elif kind in ("text", "refusal") and not isinstance(part.get(kind), str):
-            out.append(f"{where}[{j}].{kind} is not a string")
-        elif kind == "image_url" and not isinstance(part.get("image_url", {}).get("url"), str):
-            out.append(f"{where}[{j}].image_url.url is not a string")
+        elif kind in ("text", "refusal"):
+            if not isinstance(part.get(kind), str):
+                out.append(f"{where}[{j}].{kind} is not a string")
+        else:
+            out += [f"{where}[{j}].{problem}" for problem in _check_medium(kind, part.get(kind))]
     return out
+
+
+def _check_medium(kind: str, body: Any) -> Iterator[str]:
+    """What is wrong with a part's medium."""
+    if not isinstance(body, dict):
+        yield f"{kind} is not an object"
+    elif kind == "image_url":
+        if not isinstance(body.get("url"), str):
+            yield "image_url.url is not a string"
+        elif body["url"].startswith("data:") and not IMAGE_DATA.fullmatch(body["url"]):
+            yield "image_url.url is no data URL of an image"
+        if body.get("detail", "auto") not in ("auto", "low", "high"):
+            yield f"image_url.detail {body['detail']!r} is unknown"
+    elif kind == "input_audio":
+        if not isinstance(body.get("data"), str) or body.get("format") not in SOUND_FORMATS:
+            yield "input_audio has no data or no known format"
+    elif kind == "file":
+        if not body.get("file_id") and not (body.get("file_data") and body.get("filename")):
+            yield "file has neither an id nor data with a name"
+    elif not isinstance(body.get("url"), str):
+        yield "video_url.url is not a string"
 
 
 def _check_tools(request: dict[str, Any]) -> list[str]:
@@ -210,13 +241,47 @@ def _check_choice(choice: Any, has_tools: bool, names: set[str]) -> list[str]:
     return out
 
 
+# ---------------------------------------------------------------- the API's own schema
+
+SCHEMA = Path(
+    os.environ.get("LLM_PAGER_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
+) / "openai-chat.openapi.json"  # fmt: skip
+
+
+def check_schema(request: dict[str, Any]) -> list[str]:
+    """What OpenAI's published schema says against the request. Its user messages have no films:
+    those are left out. FileNotFoundError where the schema is not there."""
+    shown = {**request, "messages": [_without_films(m) for m in request["messages"]]}
+    return [
+        f"{error.json_path}: {error.message[:200]}"
+        for error in _schema("CreateChatCompletionRequest").iter_errors(shown)
+    ]
+
+
+def _without_films(message: Any) -> Any:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    kept = [part for part in content if part.get("type") != "video_url"]
+    return {**message, "content": kept or "A film."}
+
+
+@lru_cache(maxsize=1)
+def _schema(name: str) -> Any:
+    from jsonschema import Draft202012Validator  # late: only tests that use it need it
+
+    whole = json.loads(SCHEMA.read_text())
+    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", **whole})
+
+
 # ---------------------------------------------------------------- counting
 
 TOKENS_PER_MESSAGE = 3
 TOKENS_PER_NAME = 1
 TOKENS_OF_REPLY = 3
 TOKENS_PER_CALL = 3  # the published rules do not name tool calls: one message's overhead each
-IMAGE_TOKENS = {"low": 85, "auto": 765, "high": 765}  # 1024 x 1024; the tests' images are smaller
+IMAGE_BASE, IMAGE_TILE, IMAGE_MOST = 85, 170, 85 + 8 * 170  # gpt-4o; the last for a link
+SOUND_TOKENS_PER_SECOND = 10
 FUNC_INIT, FUNC_END = 7, 12
 PROP_INIT, PROP_KEY = 3, 3
 ENUM_INIT, ENUM_ITEM = -3, 3
@@ -260,8 +325,44 @@ def _message(message: dict[str, Any]) -> int:
 
 def _part(part: dict[str, Any]) -> int:
     if part.get("type") == "image_url":
-        return IMAGE_TOKENS.get(part["image_url"].get("detail", "auto"), 765)
+        low = part["image_url"].get("detail") == "low"
+        return IMAGE_BASE if low else _image(part["image_url"]["url"])
+    if part.get("type") == "input_audio":
+        return _sound(part["input_audio"]["data"])
+    if part.get("type") == "file":
+        return _file(part["file"].get("file_data") or "")
     return sum(count_text(v) for k, v in part.items() if k != "type" and isinstance(v, str))
+
+
+@lru_cache(maxsize=256)
+def _image(url: str) -> int:
+    """The vision guide: within 2048 px, then the shorter side 768 px, in tiles of 512 px."""
+    if not url.startswith("data:"):
+        return IMAGE_MOST
+    from PIL import Image, UnidentifiedImageError  # late, as above
+
+    try:
+        size = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
+    except UnidentifiedImageError:
+        return IMAGE_MOST
+    shrink = min(1.0, 2048 / max(size))
+    shrink = min(shrink, 768 / min(size))
+    return IMAGE_BASE + IMAGE_TILE * math.prod(math.ceil(round(s * shrink) / 512) for s in size)
+
+
+@lru_cache(maxsize=256)
+def _sound(data: str) -> int:
+    with wave.open(io.BytesIO(base64.b64decode(data))) as sound:
+        return math.ceil(sound.getnframes() / sound.getframerate() * SOUND_TOKENS_PER_SECOND)
+
+
+@lru_cache(maxsize=256)
+def _file(url: str) -> int:
+    """A PDF's pages are read as images too; of other files the text."""
+    data = base64.b64decode(url.partition(",")[2])
+    if data.startswith(b"%PDF"):
+        return len(re.findall(rb"/Type\s*/Page\b", data)) * (IMAGE_BASE + 6 * IMAGE_TILE)
+    return count_text(data.decode("utf-8", "replace"))
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +32,9 @@ POLICY = ImportanceWeightedLRU()
 class Case:
     """A table and the groups of its resident pages."""
 
-    def __init__(self, sizes: list[tuple[int, int]], levels: list[int], mandatory: list[bool]) -> None:
+    def __init__(
+        self, sizes: list[tuple[int, int]], levels: list[int], mandatory: list[bool]
+    ) -> None:
         self.table = PageTable()
         self.shape: list[tuple[int, int, int, bool]] = []
         position = 0
@@ -98,7 +103,9 @@ def test_native_groups_are_the_newest_without_a_gap_but_for_mandatory_ones(
 
 @many
 @given(cases, budgets, st.integers(0, 600))
-def test_invariant_08_a_group_stays_and_leaves_as_a_whole(case: Case, native: int, context: int) -> None:
+def test_invariant_08_a_group_stays_and_leaves_as_a_whole(
+    case: Case, native: int, context: int
+) -> None:
     case.table.replay(case.plan(native, context).mutations)
     for group in case.groups():
         entries = [case.table.lookup(page) for page in group.pages]
@@ -141,7 +148,12 @@ def test_invariant_10_few_of_thousands_of_groups_are_tried_at_every_level(
     case = Case([(1, 100)] * 3000, [], [])
     hulls = []
     build = planner._hull
-    monkeypatch.setattr(planner, "_hull", lambda options: hulls.append(1) or build(options))
+
+    def counted(options: Sequence[tuple[CompressionLevel, int, float]]) -> object:
+        hulls.append(options)
+        return build(options)
+
+    monkeypatch.setattr(planner, "_hull", counted)
     case.plan(50, 300)
     assert 0 < len(hulls) <= planner._CANDIDATES
 
@@ -165,9 +177,9 @@ class Lines:
                 self.table.register_id(i, size, 1, modality, StorageTier.L0)
             self.groups.append(Group(n, n + 1, 1 << 40, tuple(ids)))
 
-    def levels(self, context: int, **more: object) -> dict[int, int]:
+    def levels(self, context: int, **more: Any) -> dict[int, int]:
         """Group -> level of what is kept."""
-        made = plan(self.table, self.groups, Budget(0, context), POLICY, 50, **more)  # type: ignore[arg-type]
+        made = plan(self.table, self.groups, Budget(0, context), POLICY, 50, **more)
         return {group.first: int(level) for group, level in made.context}
 
 

@@ -1,0 +1,152 @@
+"""What other providers need beside litellm's translation of an OpenAI-shaped request and answer. Pure.
+
+Promises: a request that the memory did not change stays as the client sent it; in one that it did,
+the first message after the system messages is a user's, and Anthropic's models get cache markers at
+the end of the stable prefix and of the last two turns (a client's own markers win). An answer's
+thinking blocks are whole, so that they go back verbatim; its usage and tool calls look like OpenAI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+Json = dict[str, Any]
+
+_RULES: Final = "<VM:RULES>"  # in the memory's own system message: the request is a paged one
+_SYSTEM: Final = ("system", "developer")
+_ASKING: Final = ("user", "tool", "function")
+# Anthropic's and Gemini's conversations begin with the user; a window may begin with an answer.
+_OPENING: Final[Json] = {"role": "user", "content": "(earlier messages: see the system message)"}
+_MARKER: Final[Json] = {"type": "ephemeral"}
+_MARKABLE: Final = ("text", "image_url", "file", "document")  # parts that litellm keeps a marker of
+_CLAUDE_HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
+
+
+def takes_markers(provider: str, model: str) -> bool:
+    """True for Anthropic's models, at whoever hosts them through Anthropic's cache markers."""
+    return provider in _CLAUDE_HOSTS and (provider == "anthropic" or "claude" in model.lower())
+
+
+def prepare(fields: Json, markers: bool) -> Json:
+    """The request's fields for litellm; only a paged request changes, and nothing of it is lost."""
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return fields
+    leading = next((i for i, m in enumerate(messages) if m.get("role") not in _SYSTEM), len(messages))
+    if not any(_has_rules(message) for message in messages[:leading]):
+        return fields
+    if leading < len(messages) and messages[leading].get("role") != "user":
+        messages = [*messages[:leading], _OPENING, *messages[leading:]]
+    if markers and not _marked(messages) and not _marked(fields.get("tools")):
+        messages = _with_markers(messages, leading)
+    return {**fields, "messages": messages}
+
+
+def _has_rules(message: Json) -> bool:
+    content = message.get("content")
+    return isinstance(content, str) and _RULES in content
+
+
+def _marked(value: Any) -> bool:
+    """Somebody put a marker on a message, a part or a tool of the list."""
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, dict) and (
+            "cache_control" in item
+            or _marked(item.get("content"))
+            or "cache_control" in (item.get("function") or ())
+        ):
+            return True
+    return False
+
+
+def _with_markers(messages: Sequence[Json], leading: int) -> list[Json]:
+    """At most three markers. The one before the last answer stood at the end of the request before,
+    so that its prefix is found however many blocks this turn has added."""
+    last = _last_asking(messages, len(messages))
+    answer = next((i for i in range(last, -1, -1) if messages[i].get("role") == "assistant"), 0)
+    places = {leading - 1, last, _last_asking(messages, answer)}
+    return [_with_marker(m) if i in places else m for i, m in enumerate(messages)]
+
+
+def _last_asking(messages: Sequence[Json], end: int) -> int:
+    return next((i for i in range(end - 1, -1, -1) if messages[i].get("role") in _ASKING), -1)
+
+
+def _with_marker(message: Json) -> Json:
+    content = message.get("content")
+    if isinstance(content, str) and content:
+        return {**message, "cache_control": _MARKER}
+    if not isinstance(content, list) or not content or not isinstance(content[-1], dict):
+        return message
+    if message.get("role") == "tool":  # one block, whatever is in it
+        return {**message, "cache_control": _MARKER}
+    if content[-1].get("type") not in _MARKABLE:
+        return message
+    return {**message, "content": [*content[:-1], {**content[-1], "cache_control": _MARKER}]}
+
+
+# ---------------------------------------------------------------- answers
+
+
+def whole_answer(answer: Json) -> Json:
+    """A whole answer as OpenAI writes it; changes and returns it."""
+    for choice in answer.get("choices") or ():
+        choice.setdefault("finish_reason", None)
+        message = choice.get("message")
+        if message is None:
+            continue
+        message.setdefault("content", None)
+        for call in message.get("tool_calls") or ():
+            call.pop("index", None)
+        _without_copies(message)
+    return answer
+
+
+class Chunks:
+    """The chunks of one stream as OpenAI writes them."""
+
+    def __init__(self) -> None:
+        self._thinking: dict[int, Json] = {}  # by choice: the block that is not signed yet
+
+    def chunk(self, chunk: Json) -> Json:
+        """The chunk to send; changes and returns it."""
+        choices = chunk.get("choices") or []
+        for choice in choices:
+            choice.setdefault("finish_reason", None)
+            delta = choice.get("delta")
+            if delta is None:
+                continue
+            _without_copies(delta)
+            pieces = delta.pop("thinking_blocks", None)
+            if pieces:
+                whole = self._signed(choice.get("index") or 0, pieces)
+                if whole:
+                    delta["thinking_blocks"] = whole
+        if chunk.get("usage") and not any(c.get("delta") or c["finish_reason"] for c in choices):
+            chunk["choices"] = []
+        return chunk
+
+    def _signed(self, choice: int, pieces: Sequence[Json]) -> list[Json]:
+        """Pieces in, whole blocks out: a client that joins lists would keep every piece as a block,
+        and no piece is what the provider has signed."""
+        whole: list[Json] = []
+        for piece in pieces:
+            if piece.get("type") != "thinking":  # redacted: whole already
+                whole.append(piece)
+                continue
+            block = self._thinking.setdefault(choice, {"type": "thinking", "thinking": ""})
+            block["thinking"] += piece.get("thinking") or ""
+            if piece.get("signature"):
+                whole.append({**block, "signature": piece["signature"]})
+                del self._thinking[choice]
+        return whole
+
+
+def _without_copies(message: Json) -> None:
+    """litellm says thinking blocks twice."""
+    fields = message.get("provider_specific_fields")
+    if isinstance(fields, dict):
+        fields.pop("thinking_blocks", None)
+        if not any(value is not None for value in fields.values()):
+            del message["provider_specific_fields"]

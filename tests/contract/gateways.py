@@ -1,0 +1,204 @@
+"""The gateways that the suite can start, each in front of one upstream port.
+
+Promises: other people's gateways run from virtual environments of their own under CACHE, made by
+`python -m tests.contract.gateways install`; what is missing is said and never fetched by a test.
+Each is configured as its manual says for an OpenAI-compatible upstream, retries and caches off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Self
+
+from tests.contract.play import WINDOW_TOKENS, Target
+from tests.e2e.processes import ServerProcess, free_port, together, wait_for_health
+
+CACHE = Path(os.environ.get("CONTRACT_GATEWAYS", "~/.cache/llm-pager-contract")).expanduser()
+PACKAGES = {
+    "litellm": "litellm[proxy]",
+    "headroom": "headroom-ai",
+    "virtual-context": "virtual-context",
+}
+ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
+REPO = Path(__file__).resolve().parents[2]
+KEEPALIVE_S = 0.2
+_PAGE_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("search_pages", {"query": "depot 3"}),
+    ("page_fault", {"page_id": "msg_0001"}),
+)
+
+
+class NotInstalled(Exception):
+    """The gateway has no virtual environment here."""
+
+
+class Process:
+    """A subprocess in a group and a folder of its own, its output in a file."""
+
+    def __init__(self, name: str, port: int, command: list[str], env: dict[str, str]) -> None:
+        self.name, self.port, self._command, self._env = name, port, command, env
+        self._dir = tempfile.TemporaryDirectory(prefix=f"contract-{name}-")
+        self.dir = Path(self._dir.name)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return (self.dir / "log").read_text(errors="replace")
+
+    def start(self, path: str, timeout_s: float) -> Self:
+        """Returns when `path` answers 200. Raises RuntimeError with the log's end."""
+        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENAI_API_KEY")}
+        with (self.dir / "log").open("ab") as log:
+            process = self._process = subprocess.Popen(
+                self._command, cwd=self.dir, env={**inherited, "HOME": str(self.dir), **self._env},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )
+        try:
+            wait_for_health(self.port, timeout_s, lambda: process.poll() is None, path)
+        except Exception as e:
+            text = self.log[-3000:]
+            self.stop()
+            raise RuntimeError(f"{self.name} did not start: {e}\n{text}") from e
+        return self
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self._dir.cleanup()
+
+
+def command(name: str, script: str) -> str:
+    """The path of a gateway's command. Raises NotInstalled."""
+    path = CACHE / name / "bin" / script
+    if not path.exists():
+        raise NotInstalled(
+            f"{name} is not in {CACHE}: python -m tests.contract.gateways install"
+        )
+    return str(path)
+
+
+@contextlib.asynccontextmanager
+async def started(name: str, upstream_port: int) -> AsyncIterator[Target]:
+    """A gateway by its name. Raises NotInstalled, RuntimeError, KeyError."""
+    base = f"http://127.0.0.1:{upstream_port}/v1"
+    if name == "bare":
+        yield Target(name, base, base, proxy=False)
+        return
+    make = {"llm-pager": _llm_pager, **_OTHERS}[ALIASES.get(name, name)]
+    with contextlib.ExitStack() as running:
+        yield await asyncio.to_thread(make, upstream_port, running)
+
+
+def _llm_pager(upstream_port: int, running: contextlib.ExitStack) -> Target:
+    """Two servers: one as it comes, one with a small window."""
+    base = f"http://127.0.0.1:{upstream_port}/v1"
+    upstream = {"upstream": {"base_url": base}}
+    keepalive = "keepalive_s" in (REPO / "config.yaml").read_text()
+    paged = {
+        **upstream,
+        "tiers": {"l0": {"tokens": WINDOW_TOKENS, "reserve_tokens": 1000}},
+        "pages": {"max_tokens": 256},
+        "manifest": {"max_tokens": 300},
+        "prefetch": {"max_pages": 2, "max_tokens": 300},
+    }
+    if keepalive:
+        paged["stream"] = {"keepalive_s": KEEPALIVE_S}
+    plain, small = running.enter_context(together(ServerProcess(upstream), ServerProcess(paged)))
+    return Target(
+        "llm-pager", plain.base_url, small.base_url, loops=True, window_tokens=WINDOW_TOKENS,
+        keepalive_s=KEEPALIVE_S if keepalive else 0.0, arguments=_PAGE_ARGUMENTS,
+    )
+
+
+def _litellm(upstream_port: int, running: contextlib.ExitStack) -> Target:
+    port, base = free_port(), f"http://127.0.0.1:{upstream_port}/v1"
+    parameters = {"model": "openai/gpt-4o", "api_base": base, "api_key": "sk-gateway"}
+    config = {
+        "model_list": [{"model_name": "gpt-4o", "litellm_params": parameters}],
+        "litellm_settings": {"telemetry": False, "num_retries": 0, "cache": False},
+        "general_settings": {"disable_spend_logs": True, "disable_error_logs": True},
+        "router_settings": {"num_retries": 0, "disable_cooldowns": True},
+    }
+    folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="contract-litellm-")))
+    (folder / "config.yaml").write_text(json.dumps(config))
+    line = [command("litellm", "litellm"), "--config", str(folder / "config.yaml")]
+    line += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    line += ["--telemetry", "False"]
+    env = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True"}
+    return _run(Process("litellm", port, line, env), "/health/liveliness", 180, running)
+
+
+def _headroom(upstream_port: int, running: contextlib.ExitStack) -> Target:
+    """Its optimisations on, its semantic cache, rate limit and retries off."""
+    port = free_port()
+    line = [command("headroom", "headroom"), "proxy", "--port", str(port), "--no-cache"]
+    line += ["--no-rate-limit", "--retry-max-attempts", "1"]
+    line += ["--openai-api-url", f"http://127.0.0.1:{upstream_port}/v1"]
+    env = {"HEADROOM_TELEMETRY": "off", "HEADROOM_NO_SUBSCRIPTION_TRACKING": "1",
+           "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    return _run(Process("headroom", port, line, env), "/livez", 120, running)
+
+
+def _virtual_context(upstream_port: int, running: contextlib.ExitStack) -> Target:
+    port, base = free_port(), f"http://127.0.0.1:{upstream_port}/v1"
+    tool = command("virtual-context", "virtual-context")
+    folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="contract-vc-")))
+    config = {
+        "version": "0.2", "storage_root": str(folder), "context_window": WINDOW_TOKENS,
+        "storage": {"backend": "sqlite", "sqlite": {"path": str(folder / "store.db")}},
+        "tag_generator": {"type": "keyword"},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    line = [tool, "--config", str(folder / "config.yaml"), "proxy", "--upstream", base]
+    line += ["--port", str(port), "--host", "127.0.0.1"]
+    env = {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "sk-gateway"}
+    return _run(Process("virtual-context", port, line, env), "/health", 120, running)
+
+
+def _run(
+    process: Process, path: str, timeout_s: float, running: contextlib.ExitStack
+) -> Target:
+    running.callback(process.stop)
+    process.start(path, timeout_s)
+    url = f"http://127.0.0.1:{process.port}/v1"
+    return Target(process.name, url, url)
+
+
+_OTHERS: dict[str, Callable[[int, contextlib.ExitStack], Target]] = {
+    "litellm": _litellm,
+    "headroom": _headroom,
+    "virtual-context": _virtual_context,
+}
+
+
+def install() -> None:
+    """Makes the virtual environments that are missing. Raises CalledProcessError."""
+    for name, package in PACKAGES.items():
+        folder = CACHE / name
+        if not (folder / "bin" / "pip").exists():
+            venv.create(folder, with_pip=True)
+        print(f"{name}: pip install {package} into {folder}", flush=True)
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", package], check=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["install"]:
+        raise SystemExit("usage: python -m tests.contract.gateways install")
+    install()

@@ -1,0 +1,508 @@
+"""Random histories against the whole conversation core: a hypothesis state machine over `Player`.
+
+Promises: each turn is a dialogue without mocks, played by two installations: one keeps its caches
+until a rule drops them, the other loses its RAM, or all but its stored bytes, before every turn. After
+each turn the invariants 3, 4, 6, 7, 8 and 9 hold, requests keep their prefix within an epoch, and the
+stored mutation log gives the turn's page table and the window at every earlier turn.
+
+The suite plays a few histories. Thousands, drawn anew each time:
+
+    LLM_PAGER_EXAMPLES=3000 pytest -q tests/conversation/test_state_machine.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from proxy.conversation.effects import Append, Complete, Load
+from proxy.conversation.state import history
+from proxy.conversation.turn import Turn
+from proxy.memory import StorageTier, VMMode, message_text
+from tests.bench.token_error import Published, png_part, wav_part
+from tests.conversation.player import (
+    Message,
+    Model,
+    Played,
+    Player,
+    call,
+    calls,
+    check_pairs,
+    count_tokens,
+    limits_of,
+    messages_bytes,
+    says,
+    script,
+    tool_messages,
+)
+from tests.conversation.scenario import WORDS, tools_of
+
+MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4")
+BUDGETS = (1500, 2500, 4000, 9000)
+PAGE_SHARES = (8, 16)  # of the budget, for one page
+HABITS = ("answer", "repeat", "fault", "search", "mixed", "client", "stubborn")
+SIZES = ("short", "short", "short", "long", "wide")  # "wide" is larger than the window
+_MARK = re.compile(r"Zq\d+z")  # stands in one message and whatever is made of it, nowhere else
+_PAGE_ID = re.compile(r"(?:msg|img|aud)_\d{4}[_.\d]*\d|summary_seg_\d+|claim_\d+")
+_STATEMENTS = (
+    "We decided to use {} for the ledger. {}",
+    "Actually, we decided to use {} instead for the ledger. {}",
+    "From now on always answer in {}. {}",
+    "I prefer {} for the lanterns. {}",
+    "My name is {} and the deadline is 17 May. {}",
+)
+
+
+@dataclass
+class Branch:
+    """One client's history as it would send it."""
+
+    key: str
+    messages: list[Message]
+
+    @property
+    def spoken(self) -> list[Message]:
+        return [message for message in self.messages if message["role"] != "system"]
+
+    @property
+    def users(self) -> list[int]:
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+
+
+@dataclass
+class Past:
+    """What is known of the state that an answer left."""
+
+    key: str
+    marks: set[str]
+    contexts: dict[int, list[str]] = field(default_factory=dict)  # turn: pages in the window
+    last: tuple[int, str, bytes] | None = None  # epoch, model and messages of its last request
+
+
+class Machine(RuleBasedStateMachine):
+    """`warm` keeps its caches between turns, `cold` never does; both get what the clients send."""
+
+    @initialize(
+        budget=st.sampled_from(BUDGETS), page_share=st.sampled_from(PAGE_SHARES),
+        tools=st.sampled_from((0, 1, 3)), words=st.sampled_from((0, 10, 60)),
+        mode=st.sampled_from((VMMode.RELAXED, VMMode.RELAXED, VMMode.STRICT, VMMode.PASSIVE)),
+    )  # fmt: skip
+    def begin(self, budget: int, page_share: int, tools: int, words: int, mode: VMMode) -> None:
+        self.mode, self.tools, self.model = mode, tools, MODELS[0]
+        self.made = 0
+        self.page_tokens = budget // page_share
+        self.limits = limits_of(budget, mode=mode, page_tokens=self.page_tokens)
+        self.warm, self.cold = Player(self.limits), Player(self.limits)
+        self.past: dict[bytes, Past] = {}
+        self.media: dict[str, str] = {}  # the data of each original medium: its mark
+        rng = random.Random(words)
+        system = {"role": "system", "content": self.text(rng, words)}
+        self.branches = [Branch("key", [system] if words else [])]
+        self.standing = self.marks(json.dumps(system))
+
+    # -- what clients and models say
+
+    def mark(self) -> str:
+        self.made += 1
+        return f"Zq{self.made}z"
+
+    def text(self, rng: random.Random, words: int) -> str:
+        return " ".join([self.mark(), *rng.choices(WORDS, k=max(1, words))])
+
+    def say(self, rng: random.Random, size: str) -> str:
+        budget = self.limits.budget_tokens
+        share = {"short": rng.choice((0.01, 0.05)), "long": rng.choice((0.2, 0.5)), "wide": 1.6}[size]
+        text = self.text(rng, int(budget * share / 1.6))
+        if rng.random() < 0.5:
+            text = rng.choice(_STATEMENTS).format(rng.choice(WORDS[:30]), self.mark()) + " " + text
+        if rng.random() < 0.5:
+            text += " what did we say about " + " ".join(rng.choices(WORDS, k=4)) + "?"
+        return text
+
+    def answerer(self, habit: str, seed: int, last: bool) -> Model:
+        """A model that does the same in both installations; `last`: it calls no client's tool."""
+        rng, budget = random.Random(seed), self.limits.budget_tokens
+        words = [self.text(rng, int(budget * rng.choice((0.01, 0.05, 0.3)) / 1.6)) for _ in range(9)]
+        marks = [self.mark() for _ in range(9)]
+        rounds = 0
+
+        def model(request: Message) -> Message:
+            nonlocal rounds
+            rounds += 1
+            own, number = random.Random(f"{seed} {rounds}"), min(rounds, 9) - 1
+            answer = says("As before." if habit == "repeat" else words[number])
+            names = [tool["function"]["name"] for tool in request.get("tools") or ()]
+            fault = next((n for n in ("vm_page_fault", "page_fault") if n in names), None)
+            ours = "search_pages" in names
+            stubborn = habit == "stubborn" and ours
+            forbidden = request.get("tool_choice") == "none" and not stubborn
+            if forbidden or habit in ("answer", "repeat") or (not stubborn and own.random() < 0.35):
+                return answer
+            wanted: list[Message] = []
+            if ours and fault and habit in ("fault", "mixed", "stubborn"):
+                known = sorted(set(_PAGE_ID.findall(json.dumps(request["messages"]))))
+                for i in range(own.choice((1, 2, 12) if stubborn else (1, 3))):
+                    page = own.choice([*known, f"msg_{own.randint(1, 60):04d}", "claim_0099", "x"])
+                    level = {"target_level": own.randint(0, 3)} if own.random() < 0.4 else {}
+                    call_id = f"vm_{marks[number]}_{i}" if own.random() < 0.9 else "same"
+                    wanted.append(call(fault, {"page_id": page, **level}, call_id))
+            if ours and habit in ("search", "stubborn"):
+                query = {"query": " ".join(own.choices(WORDS, k=3))}
+                wanted.append(call("search_pages", query, f"vs_{marks[number]}"))
+            if "lookup" in names and habit in ("client", "mixed") and not last:
+                for i in range(own.choice((1, 2, 4))):
+                    word = {"word": own.choice(WORDS), "why": marks[number]}
+                    wanted.insert(0, call("lookup", word, f"cl_{marks[number]}_{i}"))
+            text = words[number] if own.random() < 0.3 else None
+            return calls(*wanted, text=text) if wanted else answer
+
+        return model
+
+    def results(self, rng: random.Random, wanted: list[Message]) -> list[Message]:
+        """What the client's tools return: words, or a large JSON list."""
+        out: list[Message] = []
+        for one in wanted:
+            size = int(self.limits.budget_tokens * rng.choice((0.01, 0.1, 0.6)) / len(wanted))
+            if rng.random() < 0.5:
+                rows = [{"id": i, "name": rng.choice(WORDS), "mark": self.mark()} for i in range(size // 20 + 1)]
+                content = json.dumps({"rows": rows, "total": len(rows)})
+            else:
+                content = self.text(rng, size // 2)
+            out.append({"role": "tool", "tool_call_id": one["id"], "content": content})
+        return out
+
+    # -- turns
+
+    def pick(self, seed: int) -> Branch:
+        return self.branches[-1 - seed % min(3, len(self.branches))]
+
+    def converse(self, branch: Branch, habit: str, seed: int, **extra: Any) -> None:
+        """Ask until the model answers, with the client's tools run in between."""
+        rng = random.Random(seed)
+        if self.tools:
+            extra = {"tools": tools_of(self.tools), **extra}
+        if rng.random() < 0.4:
+            extra["stream"] = True
+        for loop in range(3):
+            message = self.turn(branch, habit, rng.randint(0, 10**9), loop == 2, extra)
+            branch.messages.append(_echo(message, rng))
+            wanted = message.get("tool_calls") or []
+            if not wanted:
+                return
+            branch.messages += self.results(rng, wanted)
+
+    def turn(
+        self, branch: Branch, habit: str, seed: int, last: bool, extra: dict[str, Any]
+    ) -> Message:
+        made = self.made
+        fields = {"model": self.model, "messages": branch.messages, **extra}
+        ask: dict[str, Any] = {"key": branch.key, "body": json.dumps(fields).encode()}
+        played = self.warm.ask([], self.answerer(habit, seed, last), **ask)
+        self.made, after = made, self.made
+        self.cold = _replica(self.cold) if seed % 2 else self.cold
+        self.cold.forget()
+        again = self.cold.ask([], self.answerer(habit, seed, last), **ask)
+        self.made = after
+        assert again.bodies == played.bodies, "invariants 7 and 9"
+        assert self.cold.values == self.warm.values, "invariant 7: what is stored"
+        self.check(branch, played)
+        assert played.message is not None
+        return played.message
+
+    def check(self, branch: Branch, played: Played) -> None:
+        for request in played.requests:
+            tokens, budget = upstream_tokens(request), self.limits.budget_tokens
+            assert tokens <= budget, f"invariant 3, {played.answer.report.channel}"
+            check_pairs(request)
+            _check_media_messages(request)
+        _check_full_pages(played, branch.spoken)
+        own = self.check_branch(branch, played)
+        record = played.turn.record
+        if record is None or self.warm.get_record(record.id) is not record:
+            return  # an equal answer was stored before: that turn's state is the one that counts
+        before = self.past.get(played.place.record.id) if played.place.record else None
+        past = Past(branch.key, own, dict(before.contexts) if before else {})
+        past.last = self.check_prefix(before.last if before else None, played)
+        if played.turn.window is not None:
+            self.check_log(played.turn, past)
+        self.past[record.id] = past
+        for answered in played.effects[-1].records[:-1]:  # of answers that came with the request
+            marks = self.marks(json.dumps(branch.spoken[: answered.end]))
+            self.past.setdefault(answered.id, Past(branch.key, marks | self.standing))
+
+    def check_prefix(
+        self, before: tuple[int, str, bytes] | None, played: Played
+    ) -> tuple[int, str, bytes] | None:
+        """Within an epoch and one model, each request's messages begin with those before."""
+        for epoch, body in zip(played.epochs, played.bodies, strict=True):
+            tools = json.loads(body).get("tools") or ()
+            listed = any(tool["function"]["name"] == "search_pages" for tool in tools)
+            now = (epoch, self.model, messages_bytes(body))
+            if epoch and before and before[:2] == now[:2] and listed:
+                assert now[2].startswith(before[2][:-1]), "the prefix changed within an epoch"
+            before = now if listed else None
+        return before
+
+    def check_branch(self, branch: Branch, played: Played) -> set[str]:
+        """Invariant 6; returns what this path may know."""
+        own = self.marks(json.dumps(branch.messages))
+        for reply in played.replies:
+            own |= self.marks(json.dumps(getattr(reply, "messages", "")))
+        if played.place.record is not None:
+            past = self.past[played.place.record.id]
+            assert past.key == branch.key, "invariant 6: another tenant's history"
+            own |= past.marks
+        for effect, reply in zip(played.effects, played.replies, strict=True):
+            text = json.dumps(reply.model_dump(mode="json")) if isinstance(effect, Load) else ""
+            if isinstance(effect, Complete):
+                text = effect.body.decode()
+            if isinstance(effect, Append):
+                text = str([record.raws + record.substitute for record in effect.records])
+            assert self.marks(text) <= own, "invariant 6: text of another branch"
+        return own
+
+    def marks(self, text: str) -> set[str]:
+        return set(_MARK.findall(text)) | {m for data, m in self.media.items() if data in text}
+
+    def check_log(self, turn: Turn, past: Past) -> None:
+        record, table = turn.record, turn.table
+        assert record is not None
+        log = history(record, self.warm.get_record)
+        assert log.replay() == table.page_table, "the log replays to the table"
+        past.contexts[turn.turn] = sorted(entry.page_id for entry in table.resident())
+        for number, pages in past.contexts.items():
+            assert sorted(log.get_context_at_turn(number)) == pages, f"the window at turn {number}"
+
+    # -- rules: turns
+
+    @rule(seed=st.integers(0, 10**6), size=st.sampled_from(SIZES), habit=st.sampled_from(HABITS))
+    def user_turn(self, seed: int, size: str, habit: str) -> None:
+        branch, rng = self.pick(seed), random.Random(seed)
+        text = self.say(rng, size)
+        content: Any = [{"type": "text", "text": text}] if rng.random() < 0.2 else text
+        branch.messages.append({"role": "user", "content": content})
+        self.converse(branch, habit, seed)
+
+    @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS))
+    def several_turns(self, seed: int, habit: str) -> None:
+        rng, branch = random.Random(seed), self.pick(seed)
+        for _ in range(5):
+            text = self.say(rng, rng.choice(SIZES[:4]))
+            branch.messages.append({"role": "user", "content": text})
+            self.converse(branch, rng.choice((habit, "answer")), rng.randint(0, 10**6))
+
+    @rule(
+        seed=st.integers(0, 10**6), side=st.sampled_from((64, 512, 513, 900, 1500)),
+        count=st.sampled_from((1, 1, 3)), sound=st.booleans(), habit=st.sampled_from(HABITS),
+    )  # fmt: skip
+    def media_turn(self, seed: int, side: int, count: int, sound: bool, habit: str) -> None:
+        branch, rng = self.pick(seed), random.Random(seed)
+        parts = []
+        for _ in range(count):
+            if sound:
+                parts.append(wav_part(0.3 + len(self.media) / 100 + side / 1000, 2000))
+                data = parts[-1]["input_audio"]["data"]
+            else:
+                detail = rng.choice((None, "low", "high"))
+                parts.append(png_part(side + 1 + len(self.media), side, detail))
+                data = parts[-1]["image_url"]["url"]
+            self.media.setdefault(data, self.mark())
+        text = {"type": "text", "text": self.say(rng, "short")}
+        content = [text, *parts] if rng.random() < 0.7 else [*parts, text]
+        branch.messages.append({"role": "user", "content": content})
+        self.converse(branch, habit, seed)
+
+    @rule(seed=st.integers(0, 10**6))
+    def forced_turn(self, seed: int) -> None:
+        """The client forbids tools, or wants what VM tools cannot go with."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        branch.messages.append({"role": "user", "content": self.say(rng, "short")})
+        fields = ({"logprobs": True}, {"tool_choice": "none"}, {"functions": [{}]})
+        self.converse(branch, "answer", seed, **rng.choice(fields))
+
+    @rule(seed=st.integers(0, 10**6), behind=st.booleans())
+    def system_message(self, seed: int, behind: bool) -> None:
+        """A system message in mid-conversation, before or behind the newest message."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        new: list[Message] = [
+            {"role": "user", "content": self.say(rng, "short")},
+            {"role": "system", "content": self.text(rng, 10)},
+        ]
+        branch.messages += new if behind else new[::-1]
+        self.converse(branch, "answer", seed)
+
+    # -- rules: branches and tenants
+
+    @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS))
+    def regenerate(self, seed: int, habit: str) -> None:
+        branch = self.pick(seed)
+        if branch.users:
+            self.branches.append(Branch(branch.key, branch.messages[: branch.users[-1] + 1]))
+            self.converse(self.branches[-1], habit, seed)
+
+    @rule(seed=st.integers(0, 10**6), back=st.integers(0, 20), size=st.sampled_from(SIZES),
+          habit=st.sampled_from(HABITS))  # fmt: skip
+    def edit(self, seed: int, back: int, size: str, habit: str) -> None:
+        """An earlier message said in other words; both branches go on."""
+        branch = self.pick(seed)
+        if users := branch.users:
+            kept = branch.messages[: users[-1 - back % len(users)]]
+            said = {"role": "user", "content": self.say(random.Random(seed), size)}
+            self.branches.append(Branch(branch.key, [*kept, said]))
+            self.converse(self.branches[-1], habit, seed)
+
+    @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS))
+    def other_tenant(self, seed: int, habit: str) -> None:
+        """Somebody else says the same words, and goes on in his own."""
+        branch = self.pick(seed)
+        key = "other" if branch.key == "key" else "key"
+        kept = branch.messages[: branch.users[-1]] if branch.users else branch.messages
+        said = {"role": "user", "content": self.say(random.Random(seed), "short")}
+        self.branches.append(Branch(key, [*kept, said]))
+        self.converse(self.branches[-1], habit, seed)
+
+    # -- rules: the installation
+
+    @rule()
+    def forget(self) -> None:
+        self.warm.forget()
+
+    @rule()
+    def restart(self) -> None:
+        self.warm = _replica(self.warm)
+
+    @rule(model=st.sampled_from(MODELS))
+    def change_model(self, model: str) -> None:
+        self.model = model
+
+    @rule(budget=st.sampled_from(BUDGETS), faults=st.sampled_from((0, 1, 3, 20)),
+          page_share=st.sampled_from((0, *PAGE_SHARES)))  # fmt: skip
+    def restart_with_other_limits(self, budget: int, faults: int, page_share: int) -> None:
+        if page_share:
+            self.page_tokens = budget // page_share
+        self.limits = limits_of(
+            budget, mode=self.mode, page_tokens=self.page_tokens, faults_per_turn=faults
+        )
+        self.warm, self.cold = _replica(self.warm, self.limits), _replica(self.cold, self.limits)
+
+    @precondition(lambda self: any(past.contexts for past in self.past.values()))
+    @rule(seed=st.integers(0, 10**6))
+    def fault_back(self, seed: int) -> None:
+        """Invariant 4: a random evicted message comes back whole, on a replica with room for it."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        limits = limits_of(
+            60_000, page_tokens=self.page_tokens, faults_per_turn=99, fault_tokens=50_000, prefetch_pages=0
+        )
+        messages = [*branch.messages, {"role": "user", "content": "and now?"}]
+        turn = _replica(self.warm, limits).ask(messages, script(says("so")), key=branch.key).turn
+        outside = [e for e in turn.table if e.tier is not StorageTier.L0 and e.position >= 0]
+        if turn.window is None or not outside:
+            return
+        position = rng.choice(outside).position
+        ids = [i for i in turn.pages.ids(position)]
+        lost = [i for i in ids if (e := turn.table.lookup(i)) and e.tier is not StorageTier.L0]
+        if not lost:
+            return  # pages had another size when this message was registered
+        faults = [call("page_fault", {"page_id": i, "target_level": 0}, f"c{i}") for i in lost[:8]]
+        played = _replica(self.warm, limits).ask(
+            messages, script(calls(*faults), says("there")), key=branch.key
+        )
+        results = tool_messages(played.requests[-1])[-len(faults) :]
+        found = {page["page_id"]: page for one in results if (page := json.loads(one["content"]).get("page"))}
+        assert list(found) == lost[:8], [one["content"][:200] for one in results]
+        assert all(page["level"] == 0 for page in found.values())
+        _check_full_pages(played, branch.spoken)
+        texts = [i for i in ids if i.startswith("msg_")]
+        message = branch.spoken[position]
+        if found.keys() >= set(texts) and isinstance(message["content"], str):
+            whole = "".join(found[i]["content"]["text"] for i in texts)
+            assert message["content"] in whole or message.get("tool_calls")
+            if message["role"] == "user":
+                assert whole == message["content"]
+
+
+def _replica(player: Player, limits: Any = None) -> Player:
+    """A new installation over the same stored bytes."""
+    new = Player(limits or player.limits)
+    new.values = dict(player.values)
+    return new
+
+
+def _echo(message: Message, rng: random.Random) -> Message:
+    """The answer as the client sends it back."""
+    kept: Message = {"role": "assistant", "content": message.get("content") or ""}
+    if message.get("tool_calls"):
+        kept["tool_calls"] = [{k: v for k, v in c.items() if k != "index"} for c in message["tool_calls"]]
+        if rng.random() < 0.5:
+            kept["content"] = message.get("content")
+    return kept
+
+
+# -- what any upstream would check
+
+
+def upstream_tokens(request: Message) -> int:
+    """A request's tokens by the published rules, media included."""
+    model = str(request["model"])
+    text = Published(model)
+    media = Published("gpt-4o" if model == "gpt-4" else model)  # it takes none: nothing is published
+    total, messages = 0, []
+    for message in request["messages"]:
+        content = message.get("content")
+        if isinstance(content, list):
+            total += sum(media.part(part) for part in content if part["type"] != "text")
+            content = [part for part in content if part["type"] == "text"]
+        messages.append({**message, "content": content})
+    return total + count_tokens({**request, "messages": messages}, text)  # type: ignore[arg-type]
+
+
+def _check_media_messages(request: Message) -> None:
+    """Only user messages carry media, and none stands between a call and its results (check_pairs)."""
+    for message in request["messages"]:
+        content = message.get("content")
+        kinds = {part["type"] for part in content} if isinstance(content, list) else {"text"}
+        assert kinds <= {"text"} or message["role"] == "user", message["role"]
+
+
+def _whole_text(message: Message, number: str) -> str:
+    """All text of a message's pages, with the ids of its media where these stand."""
+    content = message["content"] if isinstance(message["content"], list) else []
+    kinds = {"image_url": "img", "input_audio": "aud"}
+    media = [i for i, part in enumerate(content) if part["type"] in kinds]
+    ids = {i: f"{kinds[content[i]['type']]}_{number}_{k}" for k, i in enumerate(media, 1)}
+    return message_text(message, ids)
+
+
+def _check_full_pages(played: Played, spoken: list[Message]) -> None:
+    """Invariant 4: a page that a fault gave at level 0 is the original, its media byte for byte."""
+    for before, request in pairwise(played.requests):
+        for result in tool_messages(request)[len(tool_messages(before)) :]:
+            page = json.loads(result["content"]).get("page") if result["content"][:1] == "{" else None
+            if not page or page["level"] or not page["page_id"].startswith(("msg_", "img_", "aud_")):
+                continue
+            place = re.findall(r"\d+", page["page_id"])
+            message = spoken[int(place[0]) - 1]
+            if page["page_id"].startswith("msg_"):
+                whole, text = _whole_text(message, place[0]), page["content"]["text"]
+                assert text in whole or whole in text or message["role"] != "user"
+            else:
+                part = [p for p in message["content"] if p["type"] != "text"][int(place[1]) - 1]
+                shown = [p for m in request["messages"] for p in m["content"] or () if p == part]
+                assert shown, "an original medium did not come back"
+
+
+EXAMPLES = int(os.environ.get("LLM_PAGER_EXAMPLES", "0"))
+TestHistories = Machine.TestCase
+TestHistories.settings = settings(
+    max_examples=EXAMPLES or 12, stateful_step_count=20, deadline=None, database=None,
+    derandomize=not EXAMPLES, suppress_health_check=list(HealthCheck), print_blob=False,
+)  # fmt: skip

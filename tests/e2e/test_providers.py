@@ -1,0 +1,384 @@
+"""Anthropic's and Gemini's models behind the proxy, over real sockets and through litellm.
+
+Each server is strict about its provider's rules and records what came; the client is the official
+one, so it keeps of an answer what that keeps. One server process serves both: importing litellm
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+
+from tests.e2e.answers import Response, Stream
+from tests.e2e.processes import ServerProcess
+from tests.e2e.providers import Call, Json, ProviderServer, Said
+from tests.e2e.providers.anthropic import (
+    MAX_MARKERS,
+    AnthropicServer,
+    marker_positions,
+    prefix_hashes,
+    prompt_blocks,
+)
+from tests.e2e.providers.gemini import GeminiServer
+from tests.e2e.script import LOOKUP, SYSTEM, Chat, filler
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CLAUDE, GEMINI = "anthropic/claude-sonnet-4-5", "gemini/gemini-3-pro-preview"
+PIXEL = base64.b64encode(
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8"
+        "cfc0000003010100c9fe92ef0000000049454e44ae426082"
+    )
+).decode()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def servers() -> AsyncIterator[dict[str, Any]]:
+    async with AnthropicServer() as claude, GeminiServer() as gemini:
+        config = {
+            "upstream": {"provider": "litellm"},
+            "tiers": {"l0": {"tokens": 4000, "reserve_tokens": 1000}},
+            "faults": {"max_per_turn": 64, "max_tokens_per_turn": 100_000, "max_rounds": 24},
+            "prefetch": {"max_pages": 2, "max_tokens": 300},
+            "manifest": {"max_tokens": 300},
+            "models": {
+                "anthropic/*": {"api_base": claude.base_url},
+                "gemini/*": {"api_base": gemini.base_url},
+            },
+        }
+        with ServerProcess(config) as server:
+            yield {CLAUDE: claude, GEMINI: gemini, "proxy": server}
+
+
+@pytest.fixture(params=[CLAUDE, GEMINI])
+def model(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(
+    servers: dict[str, Any], request: pytest.FixtureRequest
+) -> AsyncIterator[AsyncOpenAI]:
+    """Each test's own key: no test sees another's history. The server is checked at its end."""
+    made = AsyncOpenAI(
+        api_key=request.node.name, base_url=servers["proxy"].base_url, max_retries=0, timeout=30
+    )
+    async with made:
+        yield made
+    for name in (CLAUDE, GEMINI):
+        servers[name].check()
+
+
+def at(servers: dict[str, Any], model: str) -> Any:
+    return servers[model]
+
+
+async def outgrow(chat: Chat, server: ProviderServer, turns: int = 10) -> None:
+    """Turns of about 320 tokens, every second one streamed; each has a mark on either side."""
+    server.plan(*(Said(f"Noted a{turn}q. {filler(f'a{turn}', 60)}") for turn in range(turns)))
+    for turn in range(turns):
+        got = await chat.say(f"Note u{turn}q. {filler(f'u{turn}', 60)}", "", stream=turn % 2 == 1)
+        assert got.text == f"Noted a{turn}q. {filler(f'a{turn}', 60)}" and got.finish == "stop"
+
+
+def texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from texts(item)
+
+
+def said_anywhere(body: Json, words: str) -> bool:
+    return any(words in text for text in texts(body))
+
+
+def fault(*pages: str, **more: Any) -> Said:
+    calls = [Call(f"toolu_{page}", "page_fault", {"page_id": page}) for page in pages]
+    return Said(calls=calls, **more)
+
+
+async def test_a_long_conversation_is_paged(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str
+) -> None:
+    server = at(servers, model)
+    chat = Chat(client, model=model)
+    await outgrow(chat, server, 14)
+    first, *_, last = server.bodies()
+    assert not said_anywhere(first, "<VM:RULES>")
+    assert said_anywhere(last, "<VM:RULES>") and said_anywhere(last, "page_fault")
+    assert said_anywhere(last, str(SYSTEM["content"]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_faults_and_searches_stay_inside(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool
+) -> None:
+    server = at(servers, model)
+    chat = Chat(client, model=model)
+    await outgrow(chat, server)
+    server.plan(
+        fault("msg_0001", "msg_0002", text="Let me look.", thinking="The first note, I think."),
+        Said(calls=[Call("toolu_s", "search_pages", {"query": "Noted a2q"})], thinking="And one more."),
+        Said("It was u0q.", thinking="Now I know."),
+    )
+    got = await chat.say("What did I note first?", "", stream=stream)
+    assert (got.text, got.finish, got.calls) == ("It was u0q.", "stop", [])
+    one, two, three = server.bodies()
+    assert not said_anywhere(one["messages" if model == CLAUDE else "contents"][-1], "a0q")
+    new = two["messages" if model == CLAUDE else "contents"][-1]
+    assert said_anywhere(new, "u0q") and said_anywhere(new, "a0q")
+    found = three["messages" if model == CLAUDE else "contents"][-1]
+    assert said_anywhere(found, "a2q"), json.dumps(found)
+    server.plan(Said("Yes."))
+    assert (await chat.say("Are you sure?", "", stream=stream)).text == "Yes."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_thinking_goes_back_as_it_was_signed(
+    servers: dict[str, Any], client: AsyncOpenAI, stream: bool
+) -> None:
+    """The server refuses thinking that is not what it signed, and a tool round without any."""
+    server: AnthropicServer = at(servers, CLAUDE)
+    chat = Chat(client, model=CLAUDE, reasoning_effort="low")
+    await outgrow(chat, server)
+    thinking = "The user wants the first note.\n\nI do not have it: it is in another page."
+    server.plan(fault("msg_0001", thinking=thinking), Said("It was u0q.", thinking="Found."))
+    got = await chat.say("What did I note first?", "", stream=stream)
+    assert got.text == "It was u0q."
+    _, second = server.bodies()
+    assert second["thinking"]["type"] in ("enabled", "adaptive")
+    called = second["messages"][-2]["content"]
+    assert [block["type"] for block in called] == ["thinking", "tool_use"]
+    assert called[0]["thinking"] == thinking
+    assert server.signed[called[0]["signature"]] == thinking
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_functions_thought_signature_goes_back(
+    servers: dict[str, Any], client: AsyncOpenAI, stream: bool
+) -> None:
+    server: GeminiServer = at(servers, GEMINI)
+    chat = Chat(client, model=GEMINI)
+    await outgrow(chat, server)
+    server.plan(fault("msg_0001", "msg_0002", thinking="The first."), Said("It was u0q."))
+    assert (await chat.say("What did I note first?", "", stream=stream)).text == "It was u0q."
+    called = server.bodies()[1]["contents"][-2]["parts"]
+    assert server.signed[next(p["thoughtSignature"] for p in called if "functionCall" in p)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_clients_own_tools_in_parallel(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool
+) -> None:
+    server = at(servers, model)
+    chat = Chat(client, model=model, tools=[LOOKUP])
+    await outgrow(chat, server)
+    asked = [Call("toolu_a", "lookup", {"word": "fjord"}), Call("toolu_b", "lookup", {"word": "kelp"})]
+    server.plan(Said("Looking both up.", asked, thinking="Two words."), Said("A fjord has kelp."))
+    got = await chat.say("Look both up.", "", stream=stream)
+    assert got.finish == "tool_calls" and got.text == "Looking both up."
+    assert [json.loads(c["function"]["arguments"]) for c in got.calls] == [c.input for c in asked]
+    chat.messages.append(
+        {"role": "tool", "tool_call_id": got.calls[0]["id"], "content": "an inlet"}
+    )
+    answered = await chat.result(got.calls[1]["id"], "a weed", "", stream=stream)
+    assert answered.text == "A fjord has kelp."
+    assert said_anywhere(server.bodies()[-1], "an inlet")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_mixed_calls_are_put_together_again(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool
+) -> None:
+    """The client sees its own call alone; the provider gets back what its model said, thinking and
+    all, though the client has kept none of it."""
+    server = at(servers, model)
+    thinks = {"reasoning_effort": "low"} if model == CLAUDE else {}
+    chat = Chat(client, model=model, tools=[LOOKUP], **thinks)
+    await outgrow(chat, server)
+    page = Call("toolu_page", "page_fault", {"page_id": "msg_0001"})
+    word = Call("toolu_word", "lookup", {"word": "fjord"})
+    server.plan(Said(calls=[page, word], thinking="Both at once."), Said("u0q, an inlet."))
+    got = await chat.say("The first note, and a word.", "", stream=stream)
+    assert [c["function"]["name"] for c in got.calls] == ["lookup"]
+    assert got.finish == "tool_calls"
+    answered = await chat.result(got.calls[0]["id"], "an inlet", "", stream=stream)
+    assert answered.text == "u0q, an inlet."
+    last = server.bodies()[-1]
+    exchange = last["messages" if model == CLAUDE else "contents"][-2:]
+    assert said_anywhere(exchange[0], "page_fault") and said_anywhere(exchange[0], "lookup")
+    assert said_anywhere(exchange[1], "u0q") and said_anywhere(exchange[1], "an inlet")
+    if model == CLAUDE:
+        assert exchange[0]["content"][0]["thinking"] == "Both at once."
+
+
+async def test_an_image_of_the_newest_message_is_seen(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str
+) -> None:
+    server = at(servers, model)
+    chat = Chat(client, model=model)
+    await outgrow(chat, server)
+    server.plan(Said("A black pixel."))
+    url = {"url": f"data:image/png;base64,{PIXEL}"}
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": url}]
+    got = await chat.send({"role": "user", "content": parts}, "")
+    assert got.text == "A black pixel."
+    assert said_anywhere(server.bodies()[0], PIXEL)
+
+
+async def test_a_forced_tool_brings_pages_in_before_the_call(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str
+) -> None:
+    server = at(servers, model)
+    chat = Chat(client, model=model, tools=[LOOKUP])
+    await outgrow(chat, server)
+    server.plan(Said(calls=[Call("toolu_w", "lookup", {"word": "fjord"})]))
+    chat.fields["tool_choice"] = "required"
+    got = await chat.say("Look u0q up.", "")
+    assert [c["function"]["name"] for c in got.calls] == ["lookup"]
+    assert not said_anywhere(server.bodies()[0]["tools"], "page_fault")
+
+
+# ---------------------------------------------------------------- the cache
+
+
+async def test_the_marked_prefix_of_each_request_is_in_the_next(
+    servers: dict[str, Any], client: AsyncOpenAI
+) -> None:
+    """Within an epoch the end of a request's last marker stands unchanged in the next request, and
+    the server's cache finds it there; a new epoch keeps the tools and the client's own system text."""
+    server: AnthropicServer = at(servers, CLAUDE)
+    chat = Chat(client, model=CLAUDE)
+    await outgrow(chat, server, 8)
+    rounds = []
+    for turn in range(12):
+        rounds += [fault(f"msg_{turn + 1:04d}")] if turn % 3 == 0 else []
+        rounds += [Said(f"Answer {turn}. {filler(f'z{turn}', 30)}")]
+    server.plan(*rounds)
+    for turn in range(12):
+        await chat.say(f"And {turn}? {filler(f'y{turn}', 20)}", "", stream=turn % 2 == 0)
+    bodies = [body for body in server.bodies() if said_anywhere(body, "<VM:RULES>")]
+    epochs = [next(t for t in texts(body["system"]) if "<VM:RULES>" in t) for body in bodies]
+    within = 0
+    for before, after, one, other in zip(bodies, bodies[1:], epochs, epochs[1:], strict=False):
+        markers = marker_positions(before)
+        assert 2 <= len(markers) <= MAX_MARKERS
+        assert markers[-1] == len(prompt_blocks(before)), "the end of the last turn"
+        assert prompt_blocks(before)[markers[0] - 1]["at"] == "system"
+        if one == other:
+            within += 1
+            assert prefix_hashes(before)[-1] in prefix_hashes(after)
+            assert markers[-1] in marker_positions(after), "found without a search"
+    assert within >= 8 and len(set(epochs)) >= 2
+
+
+async def test_what_fits_gets_no_markers_and_a_clients_own_win(
+    servers: dict[str, Any], client: AsyncOpenAI
+) -> None:
+    server: AnthropicServer = at(servers, CLAUDE)
+    chat = Chat(client, model=CLAUDE)
+    server.plan(Said("Hello."))
+    await chat.say("Hi.", "")
+    assert marker_positions(server.bodies()[0]) == []
+    await outgrow(chat, server, 10)
+    mark = {"cache_control": {"type": "ephemeral"}}
+    server.plan(Said("Good."))
+    await chat.send({"role": "user", "content": [{"type": "text", "text": "Mine.", **mark}]}, "")
+    body = server.bodies()[0]
+    assert said_anywhere(body, "<VM:RULES>")
+    assert marker_positions(body) == [len(prompt_blocks(body))]
+
+
+async def test_cached_tokens_are_told_to_the_client(
+    servers: dict[str, Any], client: AsyncOpenAI
+) -> None:
+    server: AnthropicServer = at(servers, CLAUDE)
+    chat = Chat(client, model=CLAUDE)
+    await outgrow(chat, server)
+    server.plan(fault("msg_0001"), Said("u0q."))
+    messages = [*chat.messages, {"role": "user", "content": "The first?"}]
+    reply = await client.chat.completions.create(model=CLAUDE, messages=messages)  # type: ignore[arg-type]
+    assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+    assert (reply.usage.prompt_tokens_details.cached_tokens or 0) > 500
+    billed: Any = reply.usage.model_extra or {}
+    assert billed["vm"]["rounds"] == 2 and billed["vm"]["cached_tokens"] > 500
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "raised", "kind"),
+    [
+        (429, openai.RateLimitError, "rate_limit_error"),
+        (529, openai.InternalServerError, "api_error"),
+        (401, openai.AuthenticationError, "invalid_request_error"),
+        (400, openai.BadRequestError, "invalid_request_error"),
+    ],
+)
+async def test_a_providers_error_in_openais_shape(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool, status: int,
+    raised: type[openai.APIStatusError], kind: str,
+) -> None:  # fmt: skip
+    server = at(servers, model)
+    refusal: Response = server.refuse(status, "No, not now.")
+    headers = (*refusal.headers, (b"retry-after", b"7"))
+    server.plan(Response(refusal.body, status, headers))
+    with pytest.raises(raised) as caught:
+        await client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hi."}], stream=stream
+        )
+    error = caught.value
+    assert error.status_code == status and error.type == kind
+    assert error.body["message"] == "No, not now."  # type: ignore[index]
+    assert error.response.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_of_the_memorys_tools_is_repaired(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool
+) -> None:
+    """Invariant 1: what we changed and the provider refuses goes once more as the client sent it."""
+    server = at(servers, model)
+    chat = Chat(client, model=model)
+    await outgrow(chat, server)
+    server.plan(server.refuse(400, "this model does not support tools"), Said("Fine."))
+    assert (await chat.say("Go on.", "", stream=stream)).text == "Fine."
+    changed, unchanged = server.bodies()
+    assert said_anywhere(changed, "<VM:RULES>") and not said_anywhere(unchanged, "<VM:RULES>")
+    assert said_anywhere(unchanged, "u0q.")
+    server.plan(Said("Better."))
+    assert (await chat.say("And now?", "", stream=stream)).text == "Better."
+    (learned,) = server.bodies()
+    assert said_anywhere(learned, "<VM:RULES>") and "tools" not in learned
+
+
+async def test_an_error_within_the_stream_reaches_the_client(
+    servers: dict[str, Any], client: AsyncOpenAI
+) -> None:
+    server: AnthropicServer = at(servers, CLAUDE)
+
+    def broken(body: Json) -> Stream:
+        whole = server.put(server.calls[-1], Said("The beginning of a longer answer."))
+        assert isinstance(whole, Stream)
+        detail = {"type": "overloaded_error", "message": "Overloaded"}
+        event = f"event: error\ndata: {json.dumps({'type': 'error', 'error': detail})}\n\n"
+        return Stream([*whole.steps[:5], event.encode()])
+
+    server.plan(broken)
+    stream = await client.chat.completions.create(
+        model=CLAUDE, messages=[{"role": "user", "content": "Hi."}], stream=True
+    )
+    with pytest.raises(openai.APIError, match="Overloaded"):
+        async for _ in stream:
+            pass
