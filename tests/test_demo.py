@@ -18,7 +18,15 @@ import pytest
 from proxy.conversation.report import FaultReport, SearchReport, TurnReport
 from proxy.demo.ledger import Ledger
 from proxy.demo.play import _serving, conversation, demo_config
-from proxy.demo.screen import Recall, View, counted, layout, print_summary, ranges
+from proxy.demo.screen import (
+    Recall,
+    View,
+    counted,
+    experience,
+    layout,
+    print_summary,
+    ranges,
+)
 from proxy.errors import ConfigError
 from proxy.tokens import get_counter
 
@@ -75,6 +83,58 @@ def test_ranges_fold_runs_of_pages() -> None:
     assert ranges(["msg_0001", "msg_0002", "msg_0003", "msg_0007.2", "msg_0009"]) == (
         "msg_0001–0003, msg_0007.2, msg_0009"
     )
+
+
+def test_ranges_fold_derived_pages_behind_the_messages() -> None:
+    pages = ["summary_seg_01", "claim_0002", "claim_0003", "msg_0024", "claim_0005", "msg_0025", "msg_0003.1"]
+    assert ranges(pages) == "msg_0024–0025, msg_0003.1, claim 2–3, claim 5, summary 1"
+    assert ranges(["claim_0002", "msg_0009", "claim_0003"], in_order=True) == "claim 2, msg_0009, claim 3"
+    assert ranges([f"msg_{n:04}" for n in range(1, 21, 2)]).endswith("msg_0015 and 2 more") and ranges([]) == ""
+
+
+def test_a_closed_segment_is_one_line_and_its_new_pages_did_not_leave_the_window() -> None:
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False, turn=7)
+    report = TurnReport("demo", "tools", 7, 1, True, 3600, 1800)
+    report.context_pages = ["summary_seg_01", "claim_0001", "claim_0003"]
+    report.evicted_pages = ["claim_0002", "msg_0001", "msg_0002"]
+    view.observe(report)
+    assert [(kind, what) for _, kind, what in view.events][1:] == [
+        ("segment", "01 closed: 1 summary, 3 claims"), ("evict", "2 pages out: msg_0001–0002"),
+    ]  # fmt: skip
+    report = TurnReport("demo", "tools", 8, 3, True, 3600, 1800)  # one turn began two epochs
+    report.context_pages = ["claim_0003", "summary_seg_03"]
+    report.evicted_pages = ["summary_seg_01", "summary_seg_02", "claim_0001"]
+    view.observe(report)
+    assert [(kind, what) for _, kind, what in view.events][4:] == [
+        ("segment", "02–03 closed: 2 summaries"), ("evict", "2 pages out: claim 1, summary 1"),
+    ]  # fmt: skip
+    view.observe(TurnReport("demo", "tools", 9, 3, False, 3600, 1800, context_pages=["claim_0003"]))
+    assert (view.segments, view.claims, view.evicted, len(view.events)) == (3, 3, 4, 6)
+
+
+def test_a_fault_for_what_the_window_has_already_brings_nothing_in() -> None:
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False, turn=7)
+    report = TurnReport("demo", "tools", 7, 2, False, 3600, 1800)
+    report.faults = [FaultReport("claim_0001", 0, 0), FaultReport("msg_0002", 0, 70)]
+    view.observe(report)
+    assert view.faults == 1 and [what for *_, what in view.events] == ["msg_0002 paged in at level 0, 70 tokens"]
+
+
+def test_the_summary_has_the_memorys_figures_of_merit() -> None:
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False, segments=3, claims=12)
+    assert experience(view) == []
+    view.stats = {
+        "user_experience": {
+            "recall_success_rate": 0.975, "recalls": 1200, "thrash_index": 0.25, "effective_context": 7.84,
+        },
+        "prefetch": {"claim": {"prefetched": 4, "used": 1}, "search": {"prefetched": 1080, "used": 900}},
+        "tlb": {"hit_rate": 0.998},
+    }  # fmt: skip
+    assert experience(view) == [
+        "memory: 3 segments closed, 12 claims noted; effective context 7.8 times the window",
+        "look-ups: 98% of 1,200 found something; thrash index 0.25; TLB hits 99.8%",
+        "prefetched pages that the answer used: 1 of 4 from claim, 900 of 1,080 from search",
+    ]
 
 
 def test_the_screen_shows_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,3 +301,9 @@ def test_the_whole_demo_runs_without_a_terminal() -> None:
     epochs = int(re.search(r"(\d+) epochs", run.stdout)[1])  # type: ignore[index]
     assert epochs == int(re.findall(r"epoch +(\d+) begins", run.stdout)[-1]) >= 3
     assert "full history" in run.stdout and "sliding window" in run.stdout
+    closed = re.findall(r"segment +(?:\d+–)?(\d+) closed: ", run.stdout)
+    told = re.search(r"^memory: (\d+) segments? closed, (\d+) claims? noted; effective context ([\d.]+)", run.stdout, re.M)
+    assert told and int(told[1]) == int(closed[-1]) >= 3 and int(told[2]) >= 10 and float(told[3]) > 3
+    assert re.search(r"^look-ups: \d+% of \d+ found something; thrash index 0\.\d\d; TLB hits \d", run.stdout, re.M)
+    evicted = sum(int(n) for n in re.findall(r"evict +(\d+) pages? out", run.stdout))
+    assert f"{evicted:,} evictions" in run.stdout

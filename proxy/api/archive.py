@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from proxy.api.memory import Memory
 from proxy.api.renditions import Renditions
@@ -18,7 +18,8 @@ from proxy.conversation.effects import Load
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.turn import Turn, TurnInput
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
-from proxy.memory.models import MemoryPage
+from proxy.memory.models import CompressionLevel, MemoryPage, Modality
+from proxy.memory.segments import Segment
 from proxy.storage.l2 import StorageError
 from proxy.storage.l3 import ArtifactStore
 from proxy.upstream import Header, Upstream
@@ -52,8 +53,9 @@ class Archive:
             pages = [page for segment in turn.segments for page in segment.pages()]
             self._save(turn.record.id, pages)
         if self.writer.active:
+            wanted = [*turn.shown, *_sounds(turn.segments, turn.pages)]
             self.writer.submit(
-                given.tenant, headers, turn.pages, given.counter, turn.shown, self._summary_tokens
+                given.tenant, headers, turn.pages, given.counter, wanted, self._summary_tokens
             )
 
     async def checkpoint_of(self, record_id: bytes) -> str | None:
@@ -79,3 +81,13 @@ class Archive:
             await self._memory.store.commit([(b"c" + record_id, made.encode())])
         except (ArtifactError, StorageError) as error:
             log.warning("a checkpoint could not be saved: %s", error)
+
+
+def _sounds(segments: Sequence[Segment], pages: PathPages) -> Iterator[Load]:
+    """The sounds of segments that were closed: shown or not, below level 0 they are a transcript."""
+    for segment in segments:
+        first, last = pages.position(segment.first_page_id), pages.position(segment.last_page_id)
+        for position in range(first, last + 1):
+            for medium in pages.media(position):
+                if medium.modality is Modality.AUDIO:
+                    yield Load(medium.page_id, CompressionLevel.REDUCED)

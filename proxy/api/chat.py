@@ -1,22 +1,35 @@
 """POST /v1/chat/completions: a request's turn run, and its effects performed.
 
-Promises: plain ASGI on the hot path; a wrong request gets OpenAI's error shape and status; a client
-that leaves cancels everything, and nothing half-said is stored.
+Promises: plain ASGI on the hot path; a request that we cannot read or place goes to upstream as it
+is, and upstream's answer comes back as it is; our own errors have OpenAI's shape; a client that
+leaves cancels everything, and nothing half-said is stored.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from proxy.api.archive import Archive
+from proxy.api.capable import Capable
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory
-from proxy.api.passthrough import Receive, Scope, Send, send_error
+from proxy.api.passthrough import (
+    Receive,
+    Scope,
+    Send,
+    passthrough,
+    relay,
+    send_error,
+    upstream_path,
+)
 from proxy.api.placing import Placing
-from proxy.api.request import read_bytes
+from proxy.api.request import is_encoded, is_upstreams_to_judge, read_bytes
 from proxy.api.stats import Stats
 from proxy.config import Config
 from proxy.conversation.effects import Append, Complete, Load, Search
@@ -52,17 +65,15 @@ class ChatApi:
         self._stats = stats
         self._observer = observer
         self._placing = Placing(config, memory, observer is not None)
+        self.capable = Capable(config, memory)
+        self._forwards_encoded = config.upstream.provider == "openai"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI request."""
+        if scope["method"] != "POST":  # stored completions, and what upstream does not allow
+            await passthrough(scope, receive, send, self._upstream)
+            return
         try:
-            if scope["method"] != "POST":
-                raise ApiError(
-                    405,
-                    f"Not allowed to {scope['method']} on {scope['path']}. (HINT: use POST.)",
-                    code="method_not_allowed",
-                    headers={"allow": "POST"},
-                )
             body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
         except ApiError as error:
             await send_error(send, error)
@@ -82,8 +93,10 @@ class ChatApi:
     async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
         exchange: Exchange | None = None
         try:
-            given = await self._placing.place(scope["headers"], body)
-            turn = Turn(given)
+            placed = await self._place(scope, body, send)
+            if placed is None:
+                return
+            given, turn = placed
             exchange = self._exchange(turn, given, scope, send)
             answer = await self._run(turn, given, exchange)
             await exchange.finish(answer, _own_headers(answer))
@@ -106,10 +119,60 @@ class ChatApi:
             log.error("%s", error)
             failed = ApiError(503, str(error), "api_error", "storage_unavailable")
             await _fail(exchange, send, failed)
-        except LookupError as error:
-            log.exception("damaged storage")
-            damaged = ApiError(500, f"Storage is damaged: {error}.", "api_error", "storage_damaged")
-            await _fail(exchange, send, damaged)
+        except Exception as error:
+            if type(error) is LookupError:  # our own word for it, unlike KeyError and IndexError
+                log.exception("damaged storage")
+                message = f"Storage is damaged: {error}."
+                await _fail(exchange, send, ApiError(500, message, "api_error", "storage_damaged"))
+                return
+            if exchange is None or exchange.asked:
+                raise
+            log.exception("a request could not be paged: it goes upstream as it is")  # invariant 1
+            await self._unpaged(scope, body, send)
+        finally:
+            if exchange is not None:
+                await exchange.close()
+
+    async def _place(
+        self, scope: Scope, body: bytes, send: Send
+    ) -> tuple[TurnInput, Turn] | None:
+        """The request's turn; None when it was answered by upstream, as it is."""
+        try:
+            if is_encoded(scope["headers"]):
+                await self._unpaged(scope, body, send)
+                return None
+            given = await self._placing.place(scope["headers"], body)
+            model = given.decoded["model"]
+            given.capabilities = partial(self.capable.of, given.scope, model)
+            given.get_record = self._memory.get_record
+            given.now_s = time.time()
+            root = given.path[0].id  # keyed, and of this tenant's conversation alone
+            given.cache_key = hashlib.blake2b(root, digest_size=16).hexdigest().encode()
+            return given, Turn(given)
+        except ApiError as error:
+            if not is_upstreams_to_judge(error):
+                raise
+        except (StorageError, UpstreamBroken):
+            raise
+        except Exception as error:
+            if type(error) is LookupError:
+                raise
+            log.exception("a request could not be placed: it goes upstream as it is")  # invariant 1
+        await self._unpaged(scope, body, send)
+        return None
+
+    async def _unpaged(self, scope: Scope, body: bytes, send: Send) -> None:
+        """The request as it came, and upstream's answer as it comes. Raises as upstream does."""
+        headers, query = scope["headers"], scope.get("query_string", b"")
+        if not is_encoded(headers):
+            reply = await self._upstream.chat(body, headers, query)
+        elif self._forwards_encoded:
+            path = upstream_path(scope)
+            reply = await self._upstream.forward("POST", path, query, headers, _whole(body))
+        else:
+            raise ApiError(415, "Send the request body without content-encoding.",
+                           code="unsupported_content_encoding")
+        await relay(reply, send)
 
     async def _bill(self, given: TurnInput, answer: Answer) -> None:
         """Compare upstream's bill for the last round with what we counted."""
@@ -120,6 +183,10 @@ class ChatApi:
                 await self._memory.bill(
                     given.scope, model, counter, given.exact_counter, counted, billed
                 )
+                cut = self.capable.cut(given.scope, model, given.path[0].id, counted, billed)
+                if cut is not None:
+                    log.warning("model %s: upstream reads %d tokens and cuts the rest", model, cut)
+                    await self.capable.learn(given.scope, model, {"window_tokens": cut})
             except StorageError as error:  # the answer is out: the next bill says the same
                 log.warning("a bill was not kept: %s", error)
 
@@ -151,6 +218,7 @@ class ChatApi:
             bool(decoded.get("stream")),
             new_sieve,
             self._config.server.body_limit_bytes,
+            config.keepalive_s,
         )
 
     async def _run(self, turn: Turn, given: TurnInput, exchange: Exchange) -> Answer:
@@ -178,8 +246,12 @@ class ChatApi:
             self._memory.keep_state(turn.record, state)
         if answer.learned:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
-            await self._memory.learn(given.scope, given.decoded["model"], answer.learned)
+            await self.capable.learn(given.scope, given.decoded["model"], answer.learned)
         return answer
+
+
+async def _whole(body: bytes) -> AsyncIterator[bytes]:
+    yield body
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -2,14 +2,15 @@
 
 Promises: status and headers of upstream reach the client; a stream starts when upstream's does and
 each piece is sent as soon as the sieve lets it go; the end of a response is sent only after the turn
-is stored; a client that leaves cancels the upstream call.
+is stored; a client that leaves cancels the upstream call; a client that waits for inner rounds sees
+that its stream lives.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 import msgspec
@@ -17,12 +18,14 @@ import msgspec
 from proxy.api.passthrough import Send
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.sse import DONE, Tee, as_event
+from proxy.conversation.sse import DONE, EventParser, Tee, as_event, decode_chunk
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
 _QUOTED_BYTES = 2_000  # of an error page
+_KEEP_ALIVE = b": keep-alive\n\n"
+_FIRST_ROUND_ONLY = b"idempotency-key"  # a later round is another request, so it needs another key
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
 
 
@@ -38,6 +41,7 @@ class Exchange:
         stream: bool,
         new_sieve: Callable[[], Sieve],
         limit_bytes: int,
+        keepalive_s: float = 0.0,
     ) -> None:
         self._send = send
         self._upstream = upstream
@@ -52,12 +56,19 @@ class Exchange:
         self._body = b""  # the last whole response body
         self._status = 200
         self._started = False
+        self.asked = False  # upstream was called: what it said may have been paid for
+        self._error_event: bytes | None = None  # a stream's refusal, as it came
+        self._alive = _KeepAlive(self._comment, keepalive_s)
 
     # -- Complete
 
     async def complete(self, effect: Complete) -> Said | Refused:
         """One upstream call. Raises ApiError before a status, UpstreamBroken in mid-answer."""
-        reply = await self._upstream.chat(effect.body, self._headers, self._query)
+        headers = self._headers
+        if self.asked:
+            headers = [header for header in headers if header[0] != _FIRST_ROUND_ONLY]
+        self.asked = True
+        reply = await self._upstream.chat(effect.body, headers, self._query)
         try:
             if not self._started:
                 self._reply_headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
@@ -85,25 +96,36 @@ class Exchange:
         reason = choices[0].get("finish_reason") if choices else None
         return Said(messages, reason, usage if isinstance(usage, dict) else None, response)
 
-    async def _through(self, reply: Reply) -> Said:
+    async def _through(self, reply: Reply) -> Said | Refused:
         """A stream that needs no change; what was said is learned on the way."""
-        self._tee = tee = Tee()
         await self._start(reply)
-        async for data in reply.chunks():
-            ready = tee.feed(data)
-            if ready:
-                await self._write(ready)
+        chunks = reply.chunks().__aiter__()
+        data = await _read_some(chunks)
+        if b'"error"' in data[:_QUOTED_BYTES] and (error := _first_error(data)) is not None:
+            while more := await _read_some(chunks):
+                if len(data) < self._limit_bytes:
+                    data += more
+            self._error_event = data
+            return Refused(_status_of(error), error)
+        self._tee = tee = Tee()
+        while data:
+            await self._write(tee.feed(data))
+            data = await _read_some(chunks)
         return Said(tee.messages(), None, None)
 
-    async def _sift(self, reply: Reply, offer: bool) -> Said:
+    async def _sift(self, reply: Reply, offer: bool) -> Said | Refused:
         if self._sieve is None:
             self._sieve = self._new_sieve()
         sieve = self._sieve
         sieve.begin_round(offer)
         await self._start(reply)
+        self._alive.watch()
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):
             await self._write(b"".join(sieve.feed(data, _now_ms())))
+        if (error := sieve.refusal) is not None:  # nothing of an answer was shown: as good as a status
+            self._error_event = error.raw
+            return Refused(_status_of(error.data), error.data)
         return await self._end_round(sieve)
 
     async def _rejoin(self, body: bytes, offer: bool) -> Said:
@@ -144,6 +166,7 @@ class Exchange:
 
     async def finish(self, answer: Answer, extra: list[Header]) -> None:
         """Send the end of the response; the turn is stored by now."""
+        await self._alive.stop()
         if answer.refused is not None:
             await self._refuse(answer.refused)
         elif self._started:
@@ -164,7 +187,10 @@ class Exchange:
 
     async def _refuse(self, refused: Refused) -> None:
         if self._started:  # a later round: the status is gone, so the stream says it
-            await self._fail(error_event(refused))
+            await self._fail(self._error_event or error_event(refused))
+            if self._error_event is not None and self._sieve is None:
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+                return  # upstream's own stream, to its end
             raise UpstreamBroken(f"the upstream answered {refused.status} in a later round")
         headers = [*self._reply_headers, (b"content-length", b"%d" % len(refused.body))]
         start = {"type": "http.response.start", "status": refused.status, "headers": headers}
@@ -173,6 +199,7 @@ class Exchange:
 
     async def fail(self, error: ApiError) -> None:
         """An error of ours, wherever the response stands."""
+        await self._alive.stop()
         if self._started:
             await self._fail(b"data: " + error.body() + b"\n\n")
             raise UpstreamBroken(error.message)
@@ -204,7 +231,60 @@ class Exchange:
 
     async def _write(self, data: bytes) -> None:
         if data:
+            self._alive.written()
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _comment(self) -> None:
+        await self._send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+
+    async def close(self) -> None:
+        """Nothing more will be sent. Harmless when repeated."""
+        await self._alive.stop(cancel=True)
+
+
+class _KeepAlive:
+    """Calls `send` whenever nothing was written for `every_s` seconds (0: never) while it watches.
+
+    Only for streams that are written event by event: a comment must not fall into an event.
+    """
+
+    def __init__(self, send: Callable[[], Awaitable[None]], every_s: float) -> None:
+        self._send = send
+        self._every_s = every_s
+        self._last_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._sending: asyncio.Future[None] | None = None
+
+    def watch(self) -> None:
+        if self._every_s > 0 and self._timer is None:
+            self.written()
+            self._later(self._every_s)
+
+    def written(self) -> None:
+        self._last_s = time.monotonic()
+
+    def _later(self, delay_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+
+    def _look(self) -> None:
+        left_s = self._last_s + self._every_s - time.monotonic()
+        if left_s <= 0 and (self._sending is None or self._sending.done()):
+            self._sending = asyncio.ensure_future(self._send())
+            self.written()
+            left_s = self._every_s
+        self._later(max(left_s, 0.01))
+
+    async def stop(self, cancel: bool = False) -> None:
+        """No more comments; one that is being sent gets out first, or is given up."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._every_s = 0.0
+        if self._sending is not None:
+            if cancel:
+                self._sending.cancel()
+            await asyncio.wait((self._sending,))
+            self._sending = None
 
 
 async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
@@ -212,6 +292,29 @@ async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
         if data:
             return data
     return b""
+
+
+def _first_error(data: bytes) -> bytes | None:
+    """The data of a stream's first event when it is an error instead of an answer."""
+    for event in EventParser().feed(data):
+        if event.data:
+            chunk = decode_chunk(event.data)
+            failed = chunk is not None and chunk.get("error") and not chunk.get("choices")
+            return event.data if failed else None
+    return None
+
+
+def _status_of(error: bytes) -> int:
+    """The HTTP status that an error event stands for."""
+    chunk = decode_chunk(error)
+    body = (chunk or {}).get("error")
+    if not isinstance(body, dict):
+        return 500
+    for name in ("code", "status", "status_code"):
+        status = body.get(name)
+        if isinstance(status, int) and 400 <= status <= 599:
+            return status
+    return 400 if body.get("type") == "invalid_request_error" else 500
 
 
 def _now_ms() -> float:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from proxy.errors import ApiError
-from proxy.upstream import Header, Upstream
+from proxy.upstream import Header, Reply, Upstream
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -77,6 +77,11 @@ async def _answer(
     except ApiError as error:
         await send_error(send, error)
         return
+    await relay(reply, send)
+
+
+async def relay(reply: Reply, send: Send) -> None:
+    """Answer with an upstream reply, whatever it is, as it arrives. Raises `UpstreamBroken`."""
     try:
         headers = reply.headers
         if reply.status == 304:  # its length speaks of a body that is not sent

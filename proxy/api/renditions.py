@@ -21,6 +21,11 @@ from proxy.storage.l2 import StorageError
 log = logging.getLogger(__name__)
 
 EXTRACTIVE, WRITTEN = "extractive", "written"  # made by our own rules; by a model
+# What a model's words about a medium are in its metadata, and the level that they were written for.
+_WORDS = {
+    Modality.IMAGE: ("caption", CompressionLevel.ABSTRACT),
+    Modality.AUDIO: ("transcript", CompressionLevel.REDUCED),
+}
 
 
 class Renditions:
@@ -37,29 +42,34 @@ class Renditions:
         page = pages.page(effect.page_id)
         if level is CompressionLevel.FULL and page.page_type is not PageType.SUMMARY:
             return page
+        if pages.is_medium(effect.page_id):
+            return await self._medium(tenant, await self._told(tenant, page), level, pages)
         for source in range(level, -1, -1) if self.written_by_models else ():
             written = await self.find(tenant, page, CompressionLevel(source), WRITTEN)
             if written is not None:
                 return pages.shown(written, level)
-        if not pages.is_medium(effect.page_id):
-            return pages.at(effect.page_id, level)
+        return pages.at(effect.page_id, level)
+
+    async def _medium(
+        self, tenant: bytes, page: MemoryPage, level: CompressionLevel, pages: PathPages
+    ) -> MemoryPage:
         made = await self.find(tenant, page, level, EXTRACTIVE)
         if made is None:
-            made = await asyncio.to_thread(pages.at, effect.page_id, level)
+            made = await asyncio.to_thread(pages.shown, page, level)
             if not isinstance(made.content, str):  # words are made again in no time
                 await self.keep(tenant, page, made, EXTRACTIVE)
-        return await self._captioned(tenant, page, made)
+        return made
 
-    async def _captioned(
-        self, tenant: bytes, page: MemoryPage, made: MemoryPage
-    ) -> MemoryPage:
-        """A smaller picture with the words that a model wrote about it, if any."""
-        if not self.written_by_models or made.modality is not Modality.IMAGE:
-            return made
-        written = await self.find(tenant, page, CompressionLevel.ABSTRACT, WRITTEN)
+    async def _told(self, tenant: bytes, page: MemoryPage) -> MemoryPage:
+        """A medium with the words that a model wrote about it, if any: its lower levels show them."""
+        where = _WORDS.get(page.modality) if self.written_by_models else None
+        if where is None:
+            return page
+        key, level = where
+        written = await self.find(tenant, page, level, WRITTEN)
         if written is None:
-            return made
-        return made.model_copy(update={"metadata": {**made.metadata, "caption": written.content}})
+            return page
+        return page.model_copy(update={"metadata": {**page.metadata, key: written.content}})
 
     async def find(
         self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str

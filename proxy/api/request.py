@@ -1,7 +1,8 @@
 """A chat request as it comes: its bytes, its top-level fields, and what is wrong with them.
 
-Promises: a body over the limit is not read to its end; whatever we rely on ourselves is checked and
-refused in OpenAI's error shape, everything else is left to the upstream.
+Promises: a body over the limit is not read to its end; whatever we rely on ourselves is checked, and
+a request that fails the check is the upstream's to judge, unchanged (`is_upstreams_to_judge`); only
+what is about us (size, sessions) is refused here, in OpenAI's error shape.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import msgspec
 from proxy.api.passthrough import Receive, Scope
 from proxy.conversation.body import Fields
 from proxy.errors import ApiError
+from proxy.upstream import Header
 
+# Codes of `read_body` and `validate`: the request as such. A session id is ours to judge.
+_UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -43,9 +47,6 @@ async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
             raise _too_large(limit_bytes)
-        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            raise ApiError(415, "Send the request body without content-encoding.",
-                           code="unsupported_content_encoding")
     parts, size = [], 0
     while True:
         message = await receive()
@@ -60,6 +61,19 @@ async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
             return bytes(part) if len(parts) == 1 else b"".join(parts)
 
 
+def is_encoded(headers: list[Header]) -> bool:
+    """The body is compressed: it can be handed on, but not read."""
+    return any(
+        name == b"content-encoding" and value.strip().lower() not in (b"", b"identity")
+        for name, value in headers
+    )
+
+
+def is_upstreams_to_judge(error: ApiError) -> bool:
+    """The body was not what we can page; what it is, the upstream says best."""
+    return error.status == 400 and error.code in _UNREADABLE
+
+
 def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(
         413,
@@ -69,7 +83,7 @@ def _too_large(limit_bytes: int) -> ApiError:
 
 
 def validate(decoded: Mapping[str, Any]) -> None:
-    """What we rely on ourselves; everything else is upstream's to judge."""
+    """What we rely on ourselves. ApiError 400 for what we cannot page."""
     model = decoded.get("model")
     if not model:
         raise ApiError(400, "you must provide a model parameter", param="model",
@@ -77,9 +91,9 @@ def validate(decoded: Mapping[str, Any]) -> None:
     if not isinstance(model, str):
         raise ApiError(400, "Invalid type for 'model': expected a string.", param="model",
                        code="invalid_type")
-    expected: tuple[tuple[str, type, str], ...] = (
+    expected: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
         ("stream", bool, "a boolean"),
-        ("n", int, "an integer"),
+        ("n", (int, float), "an integer"),  # 1.0 is a whole number too
         ("tools", list, "an array"),
         ("metadata", dict, "an object"),
         ("stream_options", dict, "an object"),

@@ -53,6 +53,10 @@ class Stats:
             "paged_turns": self.paged_turns,
             "epochs": self.epochs,
             "user_experience": self.metrics.snapshot(),
+            "prefetch": {
+                source: counts.model_dump()
+                for source, counts in sorted(self.metrics.prefetch.items())
+            },
             "tlb": self._memory.tlb.as_dict(),
             "pack_cache": {**lines.model_dump(), "hit_rate": lines.hit_rate},
             "l1": {"values": len(cache), "tokens": cache.tokens, "hits": cache.hits,

@@ -53,9 +53,8 @@ def within(limits: Limits, window_tokens: int, max_tokens: int | None) -> Limits
         return replace(limits, window_tokens=window_tokens, window_known=True)
     reserve = min(limits.working_set.reserved_tokens, window_tokens // 4)
     reserve = max(reserve, min(max_tokens or 0, window_tokens // 2))
-    working_set = replace(
-        limits.working_set, max_l0_tokens=window_tokens, reserved_tokens=reserve
-    )
+    smaller = {"max_l0_tokens": window_tokens, "reserved_tokens": reserve}
+    working_set = limits.working_set.model_copy(update=smaller)
     return replace(
         limits, working_set=working_set, window_tokens=window_tokens, window_known=True
     )

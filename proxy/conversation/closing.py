@@ -6,7 +6,7 @@ is enough to continue from (the checkpoint of a conversation): the page table's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -91,9 +91,12 @@ def _doc(pages: PathPages, position: int) -> SegmentDoc:
     )
 
 
-def created(segment: Segment, pages: PathPages, turn: int) -> list[PageMutation]:
+def created(
+    segment: Segment, pages: PathPages, turn: int, known: Collection[str] = ()
+) -> list[PageMutation]:
     """The table's change: the new pages stand in the window until the plan says otherwise (an index
-    serves the manifest), and claims that others took the place of leave it."""
+    serves the manifest); claims that others took the place of leave it, and so do those of the
+    `known` pages that are not kept any more."""
     mutations: list[PageMutation] = []
     for page in segment.pages():
         if page.page_id not in pages.derived.pages:
@@ -105,6 +108,8 @@ def created(segment: Segment, pages: PathPages, turn: int) -> list[PageMutation]
                 importance=page.importance, modality=page.modality, page_type=page.page_type,
             )
         )  # fmt: skip
-    for old in (old for old, _ in segment.superseded if old in pages.derived.pages):
+    kept = pages.derived.pages
+    replaced = (old for old, _ in segment.superseded if old in kept)
+    for old in (*replaced, *(page_id for page_id in known if page_id not in kept)):
         mutations.append(PageMutation(MutationType.EVICT, old, turn, tier=StorageTier.L2))
     return mutations

@@ -6,14 +6,17 @@ upstream's fields; several rounds look like one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from proxy.conversation.body import Fields
+from proxy.conversation.effects import Said
 
 _encode = msgspec.json.encode
+LEAST_ANSWER_TOKENS = 64  # a later round may say so much, or all that the client allowed if less
+_LENGTH_FIELDS = ("max_completion_tokens", "max_tokens")
 
 
 def request_body(
@@ -34,6 +37,64 @@ def request_body(
         if name not in fields and value is not None:
             pieces.append(_encode(name) + b":" + value)
     return b"{" + b",".join(pieces) + b"}"
+
+
+def answer_budget(decoded: Mapping[str, Any], spent_tokens: int) -> dict[str, bytes | None]:
+    """The client's limit for its answer, less what earlier rounds took of it: the fields to change.
+
+    One limit holds for all rounds, so that memory does not make an answer dearer than the client
+    allowed; but the answer itself never gets less than `LEAST_ANSWER_TOKENS` of it.
+    """
+    changed: dict[str, bytes | None] = {}
+    for name in _LENGTH_FIELDS:
+        limit = decoded.get(name)
+        if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+            changed[name] = b"%d" % max(limit - spent_tokens, min(limit, LEAST_ANSWER_TOKENS))
+    return changed
+
+
+def spent_tokens(
+    responses: Iterable[Said], count: Callable[[dict[str, Any]], int]
+) -> int:
+    """Tokens that the model has made in these rounds: upstream's count, else ours."""
+    total = 0
+    for said in responses:
+        billed = (said.usage or {}).get("completion_tokens")
+        if isinstance(billed, int):
+            total += billed
+        elif said.messages:
+            total += count(said.messages[0])
+    return total
+
+
+def shown_messages(said: Said, client: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answer as the client receives it: without VM calls. `client` are its own calls."""
+    if said.shown is not None:
+        return [said.shown]
+    if len(said.messages) > 1 or not said.messages[0].get("tool_calls"):
+        return said.messages
+    message = {k: v for k, v in said.messages[0].items() if k != "tool_calls"}
+    return [{**message, "tool_calls": list(client)} if client else message]
+
+
+def stream_options(decoded: Mapping[str, Any]) -> dict[str, bytes | None]:
+    """The client's stream options with usage asked for, as the field to change."""
+    options = decoded.get("stream_options")
+    options = options if isinstance(options, dict) else {}
+    if options.get("include_usage") is True:
+        return {}
+    return {"stream_options": _encode({**options, "include_usage": True})}
+
+
+def is_cut(call: Mapping[str, Any]) -> bool:
+    """A call whose arguments ended in the middle: they are no JSON object."""
+    arguments = (call.get("function") or {}).get("arguments")
+    if not isinstance(arguments, str | bytes) or not arguments:
+        return False
+    try:
+        return not isinstance(msgspec.json.decode(arguments), dict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return True
 
 
 def with_context(message: dict[str, Any], block: str) -> dict[str, Any]:

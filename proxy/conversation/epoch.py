@@ -38,7 +38,6 @@ _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that paging.py keeps free and the result's JSON
-_NOTHING_OLD = -1.0  # the last try: not even a line in what native messages leave free
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
 
 
@@ -65,15 +64,14 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
     context = int(low * _CONTEXT_SHARE)
     frame = _developer(request, "", "")[1] + tail_tokens
     segment: Segment | None = None
-    for shrink in (1.0, 0.5, 0.0, _NOTHING_OLD):
-        lines = int(context * shrink) if shrink >= 0 else -request.room_tokens
-        budget = Budget(low - frame - manifest - max(0, lines), lines)
+    for shrink in (1.0, 0.5, 0.0):
+        budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
         if segment is None and (segment := _close(request, groups, budget)):
             groups = _groups(request)
         planned = plan(
             request.table, groups, budget, request.policy, request.turn, _pinned(request.pins)
         )
-        window = yield from _assemble(request, planned, cuts, int(manifest * max(0.0, shrink)))
+        window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
         over = window.tokens - _system_tokens(window) - request.room_tokens
         if over <= 0:
             mutations = planned.mutations + _evict_cut(request, cuts)
@@ -93,8 +91,9 @@ def _close(request: EpochRequest, groups: Sequence[Group], budget: Budget) -> Se
     """Close the segment of what is about to leave; what derives from it competes for the window."""
     stays = native_groups(groups, budget.native_tokens)
     last = native_from(stays, len(request.pages.path))
+    known = request.pages.derived.pages
     segment = close_segment(request.pages, last, request.limits, request.turn, request.counter)
-    for mutation in created(segment, request.pages, request.turn) if segment else ():
+    for mutation in created(segment, request.pages, request.turn, known) if segment else ():
         request.apply(mutation)
     return segment
 
@@ -142,7 +141,7 @@ def _groups(request: EpochRequest) -> list[Group]:
     starts: list[tuple[int, int]] = []
     seen = -1
     resident = request.table.resident()
-    derived = [entry.page_id for entry in resident if entry.position < 0]
+    derived = [e.page_id for e in resident if e.position < 0 and e.page_id in pages.derived.pages]
     for entry in resident:
         if entry.position >= request.floor:
             break

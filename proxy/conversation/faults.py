@@ -161,6 +161,8 @@ class FaultServer:
             wanted = self._pages.id_of(hit.position, hit.part)
             if len(entries) == limit:
                 break
+            if any(entry.page_id == wanted for entry in entries):
+                continue  # a medium was found by its message and by the answer to it
             if args.modality is None or self._pages.modality(wanted) is args.modality:
                 entries.append(self._entry(wanted, hit.score))
         entries += self._derived(args, _DERIVED_RESULTS)

@@ -14,6 +14,7 @@ import msgspec
 from proxy.conversation.cut import cut_message, fair_shares
 from proxy.conversation.effects import Effect
 from proxy.conversation.epoch_request import EpochRequest, show
+from proxy.conversation.mediapages import MediaPage
 from proxy.conversation.window import Entry
 from proxy.memory.context_packer import context_parts
 from proxy.memory.models import CompressionLevel
@@ -58,11 +59,24 @@ def _degrade(
     media = [medium for medium in request.pages.media(position) if medium.index >= 0]
     for level in _LOWER if media else ():
         parts = list(message["content"])
-        for medium in reversed(media):
-            page = yield from show(request, medium.page_id, level)
-            packed = request.pages.packer.pack([page])
-            parts[medium.index : medium.index + 1] = context_parts(packed.parts)
+        for run in reversed(_adjacent(media)):
+            shown = []
+            for medium in run:
+                shown.append((yield from show(request, medium.page_id, level)))
+            packed = request.pages.packer.pack(shown)
+            parts[run[0].index : run[-1].index + 1] = context_parts(packed.parts)
         lower = {**message, "content": parts}
         if request.counter.message(lower) <= max_tokens or level is _LOWER[-1]:
             return lower
     return message
+
+
+def _adjacent(media: Sequence[MediaPage]) -> list[list[MediaPage]]:
+    """Media side by side in a message's content, which share one block of context."""
+    runs: list[list[MediaPage]] = []
+    for medium in media:
+        if runs and runs[-1][-1].index + 1 == medium.index:
+            runs[-1].append(medium)
+        else:
+            runs.append([medium])
+    return runs

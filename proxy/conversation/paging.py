@@ -299,7 +299,6 @@ class TurnWindow:
         report.epoch = self.window.epoch
         native = {e.position for e in self.window.entries if e.kind == NATIVE}
         report.native_pages = [i for p in sorted(native) for i in self.pages.ids(p)]
-        report.reachable_tokens = self.table.get_stats().total_tokens
         resident = self.table.resident()
         report.context_pages = [e.page_id for e in resident if e.position not in native]
 

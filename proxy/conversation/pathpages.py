@@ -37,6 +37,7 @@ _ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
 _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
 _LONG_CHARS = 400  # and only what is longer is shortened
 
+_SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
 _CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -164,6 +165,8 @@ class PathPages:
 
     def id_of(self, position: int, part: int) -> str:
         """The id of a place that a search found."""
+        if part >= _SEEN_PART:  # found by what the answer says of it
+            position, part = position - 1, part - MEDIA_PART
         if part >= MEDIA_PART:
             return self.media(position)[part - MEDIA_PART - 1].page_id
         return page_id(position, part)
@@ -182,7 +185,11 @@ class PathPages:
         return PageType.ARTIFACT if part >= MEDIA_PART or long else PageType.TRANSCRIPT
 
     def docs(self, first: int, last: int) -> Iterator[Doc]:
-        """The pages of positions first..last-1, for the search index. Keeps nothing in memory."""
+        """The pages of positions first..last-1, for the search index. Keeps nothing in memory.
+
+        What stands at a position depends on it and the messages before it only, because branches
+        share an index: what an answer says of the media before it is a page beside the answer.
+        """
         for position in range(first, last):
             message = self.message(position)
             name, role = message.get("name"), self.path[position].role
@@ -190,11 +197,17 @@ class PathPages:
             parts = self.parts(position)
             for index, text in enumerate(parts, 1):
                 yield Doc(position, index if len(parts) > 1 else 0, role, speaker, text)
+            own = self._own_words(position) if self.media(position) else ""
             for medium in self.media(position):
-                words = f"{medium.modality.value} {medium.name} {self._caption(position)}"
+                words = f"{medium.modality.value} {medium.name} {own}"
                 yield Doc(position, medium.part, role, speaker, words)
+            for medium in self.media(position - 1) if position else ():
+                if seen := self._seen_words(position - 1):
+                    words = f"{medium.modality.value} {medium.name} {seen}"
+                    yield Doc(position, medium.part + MEDIA_PART, role, speaker, words)
             for kept in (self._messages, self._parts, self._media):
                 kept.pop(position, None)
+                kept.pop(position - 1, None)
 
     # -- contents
 
@@ -209,7 +222,7 @@ class PathPages:
         """A page's whole text, shown with the call that it answers or the results of its calls."""
         if wanted in self.derived.pages:
             return self.derived.text(wanted)
-        position, part = parse_page_id(wanted) or (-1, 0)
+        position, part = _place(wanted)
         if part >= MEDIA_PART:
             return f"{self.media(position)[part - MEDIA_PART - 1].name} {self._caption(position)}"
         parts = self.parts(position)
@@ -225,7 +238,7 @@ class PathPages:
         derived = self.derived.pages.get(wanted)
         if derived is not None:
             return derived.model_copy(update={"content": self.derived.text(wanted)})
-        position, part = parse_page_id(wanted) or (-1, 0)
+        position, part = _place(wanted)
         metadata: dict[str, Any] = {"role": self.path[position].role}
         medium = self._medium(wanted)
         if medium is None:
@@ -268,13 +281,18 @@ class PathPages:
 
     def _caption(self, position: int) -> str:
         """Words about a message's media: of the model that saw them, else of the message itself."""
-        own = "\n".join(self.parts(position))
+        return self._seen_words(position) or self._own_words(position)
+
+    def _seen_words(self, position: int) -> str:
         after = position + 1
-        if after < len(self.path) and self.path[after].role == "assistant":
-            seen = message_text(self.message(after))
-            if seen:
-                return compress_text(seen, CompressionLevel.ABSTRACT, None, self._count)
-        return compress_text(own, CompressionLevel.ABSTRACT, None, self._count)
+        if after >= len(self.path) or self.path[after].role != "assistant":
+            return ""
+        seen = message_text(self.message(after))
+        return compress_text(seen, CompressionLevel.ABSTRACT, None, self._cutter.text)
+
+    def _own_words(self, position: int) -> str:
+        own = "\n".join(self.parts(position))
+        return compress_text(own, CompressionLevel.ABSTRACT, None, self._cutter.text)
 
     def _call_of(self, position: int) -> str:
         """`name(arguments) -> ` for a tool's result."""
@@ -310,6 +328,14 @@ class PathPages:
 
 def _encoding(counter: TokenCounter) -> str:
     return counter.name.partition("/")[0]
+
+
+def _place(page_id: str) -> tuple[int, int]:
+    """KeyError for a page that is neither a message's nor derived."""
+    place = parse_page_id(page_id)
+    if place is None:
+        raise KeyError(f"no page {page_id!r} on this path")
+    return place
 
 
 def packed_lines() -> PackCacheStats:

@@ -18,7 +18,7 @@ from proxy.conversation.limits import Limits
 
 _READ_CHARS = 4000
 _REFUSES = r"(?:not (?:support|allow|accept|permit|implement|available|enabled)|n't (?:support|allow|accept)" \
-    r"|requires --|unsupported|unknown|unrecogni[sz]ed|invalid|unexpected|no support|extra inputs|extra_forbidden)"
+    r"|requires --|unsupported|unknown|unrecogni[sz]ed|invalid|unexpected|no support|extra inputs|extra_forbidden|no endpoints found)"
 
 
 def _refused(what: str) -> re.Pattern[str]:
@@ -26,7 +26,7 @@ def _refused(what: str) -> re.Pattern[str]:
     return re.compile(rf"{_REFUSES}(?:[^.]|\.\w){{0,60}}{what}|{what}(?:[^.]|\.\w){{0,60}}{_REFUSES}")
 
 
-_NO_TOOLS = _refused(r"\b(?:tools?|functions?|function[ _]calling|tool[ _]choice)\b(?!\[)")
+_NO_TOOLS = _refused(r"\b(?:tools?|tool use|functions?|function[ _]calling|tool[ _]choice)\b(?!\[)")
 _NO_DEVELOPER = re.compile(rf"developer[^.]{{0,80}}{_REFUSES}|{_REFUSES}[^.]{{0,80}}developer")
 _NO_STREAM_OPTIONS = _refused(r"\b(?:stream_options|include_usage)\b")
 _NO_CACHE_KEY = _refused(r"\bprompt_cache_key\b")
@@ -55,16 +55,16 @@ _OVERFLOW = re.compile(
 _ANOTHER_LIMIT = re.compile(
     r"per[ -](?:minute|day|hour|second)|\btp[md]\b|rate.?limit|quota|billing|at most \d+ completion"
 )
-_N = r"`?(\d[\d,_]{2,9})`?"
+_N = r"`?(\d(?:[,_]?\d){2,9}+)`?"
 _WINDOW = tuple(
     re.compile(pattern.replace("#", _N))
     for pattern in (
         r"n_ctx\W{1,4}#",
         r"maximum (?:context|prompt|model|sequence|input)[ _]?(?:context |input )?(?:length|window|size)?"
         r"(?: is| of|:)? ?(?:only )?#",
-        r"(?:context|model)(?:'s)? (?:context )?(?:length|size|window|limit)(?: is| of)?(?: only)?:? ?\(?#",
+        r"(?:context|model)(?:'s)? (?:context )?(?:length|size|window|limit)(?: is| of)?(?: only)?:? ?\(?#(?! \+)",
         r"maximum (?:number of |allowed )?(?:input |number of )?tokens(?: allowed)?(?: is| of|:)? ?\(?#",
-        r"(?:token )?limit (?:is|of|:) ?#",
+        r"(?:token )?limit (?:is|of|:) ?#(?! \+)",
         r"token limit:? #",
         r"max(?:imum)? size: #",
         r"(?:cannot exceed|must be <=) #",

@@ -96,7 +96,7 @@ class Sieve:
         self._vm_called = False
         self._done = False
         self._usage: dict[str, Any] | None = None
-        self._error: bytes | None = None
+        self._error: Event | None = None
         self._finish = None
         self._usage_event = None
 
@@ -120,8 +120,15 @@ class Sieve:
         self._held.clear()
         said = self._said
         complete = said.finish_reason is not None or self._done
-        ended = Round(said.build(), said.finish_reason, self._usage, complete, self._error)
+        error = self._error.raw if self._error is not None else None
+        ended = Round(said.build(), said.finish_reason, self._usage, complete, error)
         return ended, out
+
+    @property
+    def refusal(self) -> Event | None:
+        """The error that came in place of an answer: nothing of one was shown, in any round."""
+        told = any(v for k, v in self._shown.build().items() if k != "role")
+        return self._error if self._error is not None and not told else None
 
     @property
     def deadline_ms(self) -> float | None:
@@ -174,7 +181,7 @@ class Sieve:
             return
         chunk = decode_chunk(event.data)
         if chunk is None or (chunk.get("error") and not chunk.get("choices")):
-            self._error = event.raw
+            self._error = event
             return
         usage = chunk.get("usage")
         if isinstance(usage, dict):

@@ -2,94 +2,58 @@
 
 Promises: what fits is passed through untouched (invariant 2); every upstream request stays within
 the budget (3); each turn is stored whole before its answer ends (5); a request that we changed and
-upstream refuses is sent once more unchanged when it would fit (1). The shell performs the effects;
-tests play it as a dialogue.
+upstream refuses is sent once more unchanged when it would fit (1), or without what was refused; a
+prompt that is too long for the model shrinks once. The shell performs the effects; tests play it
+as a dialogue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from proxy.conversation.body import Fields
+from proxy.conversation.audio import with_transcripts
+from proxy.conversation.capability import Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
 from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import append_effect, new_records
-from proxy.conversation.compose import as_input, request_body, response_body, total_usage
-from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.compose import (
+    answer_budget,
+    as_input,
+    is_cut,
+    request_body,
+    response_body,
+    shown_messages,
+    spent_tokens,
+    stream_options,
+    total_usage,
+)
 from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
 from proxy.conversation.limits import Limits
 from proxy.conversation.paging import TurnWindow, anchor_tokens
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
+from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
 from proxy.conversation.report import TurnReport
-from proxy.conversation.tree import Anchor, Identity, Node, Record
+from proxy.conversation.tree import Record
+from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls
 from proxy.conversation.window import Window, encode_change
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
-from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.tokens import PER_REPLY, TokenCounter
+from proxy.tokens import PER_REPLY
+
+__all__ = ["Answer", "Turn", "TurnInput"]
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _json = msgspec.json.encode
-
-
-@dataclass(slots=True)
-class TurnInput:
-    """A request that has found its place in the tree.
-
-    `path` ends with the newest message; `start` is the position of the client's first message on it;
-    messages before `floor` may not become native (a trimming client dropped them). `record` is the
-    deepest answered ancestor, `window` and `table` the state after it (None: never evicted).
-    """
-
-    body: bytes
-    fields: Fields
-    order: Sequence[str]
-    decoded: Mapping[str, Any]
-    system: Sequence[bytes]
-    path: list[Node]
-    start: int
-    floor: int
-    anchors: Sequence[Anchor]
-    record: Record | None
-    window: Window | None
-    table: TLBWithPageTable | None
-    limits: Limits
-    counter: TokenCounter
-    identity: Identity
-    tenant: bytes
-    session_key: bytes | None
-    policy: EvictionPolicy
-    substitutes: Callable[[bytes], Sequence[bytes]]
-    fixed_tokens: int  # system messages, the client's tools and schemas
-    surely_fits: bool = False  # so short that nothing had to be counted
-    observed: bool = True  # somebody reads the report's page lists
-    scope: bytes = b""  # of the API key alone: what is learned of a model holds for it
-    derived: Derived = NO_DERIVED  # summaries and claims of this path
-    load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
-    exact_counter: bool = False  # the model is known to be counted by this encoding
-
-
-@dataclass(slots=True)
-class Answer:
-    """How the turn ended. `body` is the response of a non-streaming call (None: as upstream said)."""
-
-    report: TurnReport
-    finish_reason: str | None = None
-    usage: dict[str, Any] | None = None
-    body: bytes | None = None
-    refused: Refused | None = None
-    learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
 
 
 class Turn:
@@ -97,7 +61,8 @@ class Turn:
 
     def __init__(self, given: TurnInput) -> None:
         self._in = given
-        self._limits = given.limits
+        self._model = Model(Capabilities(), given.limits, None)
+        self._fixed_tokens = given.fixed_tokens
         self.path = given.path
         self.turn = (given.record.turn if given.record else 0) + 1
         self.pages = PathPages(
@@ -111,6 +76,7 @@ class Turn:
         self._channel: Channel | None = None
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
+        self._too_long: Refused | None = None  # the refusal of the client's own bytes
         self._report = TurnReport(str(given.decoded.get("model")), "bypass", self.turn)
         self._report.budget_tokens = given.limits.budget_tokens
 
@@ -136,14 +102,23 @@ class Turn:
 
     def run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
-        if given.window is None and given.floor == 0 and (given.surely_fits or self._fits()):
-            return (yield from self._pass_through(self._unchanged_body(), None))
+        untouched = given.window is None and given.floor == 0
+        if not (untouched and given.surely_fits):  # else so short that a refusal would teach first
+            self._know_model()
+        if untouched and (given.surely_fits or self._fits()):
+            answer = yield from self._pass_through(self._unchanged_body(), None)
+            if answer.refused is None or not self._shrinks(answer.refused):
+                return answer
+            self._too_long = answer.refused
         channel = self._channel = choose_channel(given.decoded, self._limits)
         self._report.channel = channel.name
+        self._report.budget_tokens = self._limits.budget_tokens
         paging = self._turn_window(channel)
         try:
             yield from paging.open()
         except ApiError:
+            if self._too_long is not None:
+                return Answer(self._report, refused=self._too_long)
             if paging.room_for_messages < _LEAST_ROOM_TOKENS:
                 raise  # system messages and tools alone exceed the window
             return (yield from self._unpaged(None))  # media, say, by our rule: upstream may know better
@@ -151,10 +126,28 @@ class Turn:
         yield from paging.prefetch()
         return (yield from self._rounds(paging, VMCalls(paging)))
 
+    @property
+    def _limits(self) -> Limits:
+        return self._model.limits
+
+    def _know_model(self) -> None:
+        decoded = self._in.decoded
+        length = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
+        asked = length if isinstance(length, int) else None
+        self._model = Model(self._in.capabilities(), self._in.limits, asked)
+
+    def _shrinks(self, refused: Refused) -> bool:
+        """The client's own bytes are too long for the model: what it takes is known now."""
+        given = self._in
+        if given.surely_fits:
+            self._know_model()
+            self._fixed_tokens = fixed_tokens(given.system, given.fields, given.counter)
+        return self._model.shrink(refused, self._unchanged())
+
     # -- without paging
 
     def _fits(self) -> bool:
-        total = self._in.fixed_tokens + PER_REPLY + anchor_tokens(self._in.anchors, self._in.counter)
+        total = self._fixed_tokens + PER_REPLY + anchor_tokens(self._in.anchors, self._in.counter)
         for position in range(len(self.path)):
             total += self.pages.tokens(position)
             if total > self._limits.budget_tokens:
@@ -202,7 +195,7 @@ class Turn:
             floor=given.floor,
             before=given.window,
             turn=self.turn,
-            whole_room_tokens=limits.budget_tokens - given.fixed_tokens - PER_REPLY - added,
+            whole_room_tokens=limits.budget_tokens - self._fixed_tokens - PER_REPLY - added,
             report=self._report,
             json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
             agent=bool(given.decoded.get("tools")),
@@ -210,35 +203,49 @@ class Turn:
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
         """The fault loop: rounds until the model answers, calls a client's tool, or has to answer."""
-        channel = paging.channel
         said: Any = None
         full = False
-        for number in range(self._limits.max_rounds):
+        number = 0  # of rounds that were answered; refused ones are bounded by what can be repaired
+        while number < self._limits.max_rounds:
             last = full or number == self._limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
             body = yield from self._request(paging, stop)
+            channel = paging.channel
             said = yield Complete(body, channel.offer and not stop, through=self._many())
             if isinstance(said, Refused):
+                if self._repaired(said, paging):
+                    continue
                 return (yield from self._refused(said))
+            number += 1
             self._responses.append(said)
             if not said.messages:
                 break
             vm, client = split_calls(said.messages[0], channel)
             if not vm:
-                yield self._append(_shown(said, client), ())
+                yield self._append(shown_messages(said, client), ())
                 break
             if (stop or last) and not client:  # it was told not to; what it said has to do
-                yield self._append(_shown(said, client), ())
+                yield self._append(shown_messages(said, client), ())
                 break
+            if not client and self._is_cut(said, vm):
+                if self._in.decoded.get("tools"):  # these may still be called
+                    paging.channel = unlisted(paging.channel)
+                full = True
+                continue
             if not client and (full := not vm_calls.takes(said.messages[0], vm)):
                 continue  # it is asked once more, without tools
             exchange = yield from vm_calls.serve(said.messages[0], vm, len(self._responses))
             if client:
                 raws = [entry.raw for entry in exchange]
-                yield self._append(_shown(said, client), raws)
+                yield self._append(shown_messages(said, client), raws)
                 break
             paging.extend(exchange)
         return self._answer(said, paging, vm_calls)
+
+    def _is_cut(self, said: Said, vm: Sequence[Mapping[str, Any]]) -> bool:
+        """The client's `stop` or its length limit ended the round within a VM call."""
+        limited = said.finish_reason == "length" or bool(self._in.decoded.get("stop"))
+        return limited and any(is_cut(call) for call in vm)
 
     def _many(self) -> bool:
         return int(self._in.decoded.get("n") or 1) > 1
@@ -253,8 +260,13 @@ class Turn:
 
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
-        given, channel = self._in, paging.channel
+        given, channel, model = self._in, paging.channel, self._model.capabilities
         messages = yield from paging.messages(given.system)
+        messages = with_transcripts(
+            messages, self.path, given.get_record, given.now_s, self._model.audio
+        )
+        if not model.mid_system:
+            messages = one_system(messages)
         changed: dict[str, bytes | None] = {}
         if channel.listed:
             raw = given.fields.get("tools")
@@ -262,6 +274,12 @@ class Turn:
             forced = given.decoded.get("tool_choice") not in (None, "auto")
             if not forced and (stop or not channel.offer):
                 changed["tool_choice"] = b'"none"'
+        if given.decoded.get("stream") is True and model.stream_usage and not self._many():
+            changed.update(stream_options(given.decoded))
+        if model.prompt_cache_key and given.cache_key and "prompt_cache_key" not in given.fields:
+            changed["prompt_cache_key"] = _json(given.cache_key.decode())
+        if self._responses:
+            changed.update(answer_budget(given.decoded, spent_tokens(self._responses, given.counter.message)))
         return request_body(given.fields, given.order, messages, changed)
 
     # -- the end
@@ -313,6 +331,7 @@ class Turn:
         report = self._report
         report.rounds = len(self._responses)
         report.faults, report.searches = vm_calls.server.faults, vm_calls.server.searches
+        report.reachable_tokens = paging.table.get_stats().total_tokens
         if self._in.observed:
             paging.tell()
         usage = said.usage
@@ -326,17 +345,44 @@ class Turn:
         body = None
         first = self._responses[0].response
         if said.response is not None and first is not None and (len(self._responses) > 1 or vm):
-            shown = _shown(said, client)[0]
+            shown = shown_messages(said, client)[0]
             body = response_body(said.response, first, shown, reason, usage)
-        return Answer(report, reason, usage, body)
+        return Answer(report, reason, usage, body, learned=dict(self._model.learned))
+
+    def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
+        """The next try is another request: smaller, or without what was refused."""
+        model, given = self._model, self._in
+        if self._told():
+            return False
+        if model.shrink(refused, self._report.used_tokens):
+            paging.whole_room_tokens -= paging.limits.budget_tokens - model.limits.budget_tokens
+            paging.limits = model.limits
+            self._report.budget_tokens = model.limits.budget_tokens
+            return paging.room_for_messages >= _LEAST_ROOM_TOKENS
+        ours = {"stream_usage"} if stream_options(given.decoded) else set()
+        if "prompt_cache_key" not in given.fields:
+            ours.add("prompt_cache_key")
+        if model.adapt(refused, ours):
+            return True
+        if unchanged_fits(self._unchanged(), given.limits) and self._too_long is None:
+            return False  # the client's own bytes are the better second try
+        channel = model.without(refused, paging.channel) if repairable(refused) else None
+        if channel is None:
+            return False
+        self._channel, paging.channel, paging.limits = channel, channel, model.limits
+        self._report.channel = channel.name
+        return True
+
+    def _told(self) -> bool:  # something of the answer reached the client
+        return any((said.shown or {}).get("content") for said in self._responses)
 
     def _refused(self, refused: Refused) -> Generator[Effect, Any, Answer]:
         """Invariant 1: what our changes may have broken is tried once more without them."""
-        told = any((said.shown or {}).get("content") for said in self._responses)
-        fits = unchanged_fits(self._unchanged(), self._limits)
-        if told or not (repairable(refused) and fits):
-            return Answer(self._report, refused=refused)
-        return (yield from self._unpaged(learn(refused.body, self._limits)))
+        fits = unchanged_fits(self._unchanged(), self._limits) and self._too_long is None
+        if self._told() or not (repairable(refused) and fits):
+            return Answer(self._report, refused=self._too_long or refused)
+        learned = {**self._model.learned, **learn(refused.body, self._limits)}
+        return (yield from self._unpaged(learned))
 
     def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:
         """The whole conversation as the client means it, after paging was begun."""
@@ -352,16 +398,6 @@ class Turn:
     def _unchanged(self) -> int:
         """Tokens of the unchanged request."""
         first = self._in.start if self._in.floor else 0
-        total = self._in.fixed_tokens + PER_REPLY
+        total = self._fixed_tokens + PER_REPLY
         total += anchor_tokens(self._in.anchors, self._in.counter)
         return total + sum(self.pages.tokens(p) for p in range(first, len(self.path)))
-
-
-def _shown(said: Said, client: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answer as the client receives it: without VM calls."""
-    if said.shown is not None:
-        return [said.shown]
-    if len(said.messages) > 1 or not said.messages[0].get("tool_calls"):
-        return said.messages
-    message = {k: v for k, v in said.messages[0].items() if k != "tool_calls"}
-    return [{**message, "tool_calls": list(client)} if client else message]

@@ -29,7 +29,7 @@ from rich.live import Live
 from proxy.config import Config, effective_reserve
 from proxy.conversation.report import TurnReport
 from proxy.demo.ledger import Ledger
-from proxy.demo.screen import Recall, View, counted, layout, print_summary
+from proxy.demo.screen import Recall, View, counted, layout, paged_in, print_summary
 from proxy.errors import ConfigError
 from proxy.tokens import get_counter
 from proxy.upstream import Upstream
@@ -113,6 +113,22 @@ async def _serving(app: Any) -> AsyncIterator[str]:
             await task
 
 
+@contextlib.asynccontextmanager
+async def _client(base_url: str) -> AsyncIterator[Upstream]:
+    client = OpenAIUpstream(Config.from_json(json.dumps({"upstream": {"base_url": base_url}})))
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def _stats(client: Upstream) -> dict[str, Any]:
+    """What the server says of its memory, as an operator asks for it."""
+    reply = await client.forward("GET", "/vm/stats", b"", [], None)
+    found: dict[str, Any] = json.loads(await reply.read(_RESPONSE_LIMIT_BYTES))
+    return found
+
+
 async def _ask(client: Upstream, messages: list[dict[str, Any]]) -> str:
     """The assistant's text for a history, read from a stream as an application reads it."""
     body = json.dumps({"model": MODEL, "messages": messages, "stream": True}).encode()
@@ -162,9 +178,9 @@ class Show:
         pause_s = EPOCH_PAUSE_S if report and report.new_epoch else TURN_PAUSE_S
         if "expect" in turn:
             how = "from the window"
-            if report and (report.searches or report.faults):
+            if report and (report.searches or paged_in(report)):
                 searches = counted(len(report.searches), "search", "searches")
-                how = f"after {searches} and {counted(len(report.faults), 'fault')}"
+                how = f"after {searches} and {counted(len(paged_in(report)), 'fault')}"
             found = turn["expect"] in answer
             self.view.recalled(Recall(number, turn["user"], answer, turn["expect"], found, how))
             pause_s = RECALL_PAUSE_S
@@ -202,12 +218,10 @@ async def _run(window_tokens: int, pace: bool, console: Console) -> View:
         app = create_app(config, observer=show.observe)
         with listening(ledger.upstream_request):
             async with _serving(app) as base_url:
-                pointed = Config.from_json(json.dumps({"upstream": {"base_url": base_url}}))
-                client = OpenAIUpstream(pointed)
-                try:
+                async with _client(base_url) as client:
                     await _watch(show, client, console)
-                finally:
-                    await client.close()
+                async with _client(base_url.removesuffix("/v1")) as client:
+                    view.stats = await _stats(client)
     return view
 
 

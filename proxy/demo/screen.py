@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.layout import Layout
@@ -20,17 +21,20 @@ from rich.text import Text
 from proxy.upstream.demo_cache import MIN_PREFIX_TOKENS, RULE, STEP_TOKENS
 
 if TYPE_CHECKING:
-    from proxy.conversation.report import TurnReport
+    from proxy.conversation.report import FaultReport, TurnReport
     from proxy.demo.ledger import Ledger
 
 # RULE for a panel of 76 columns.
 _SHORT_RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of {STEP_TOKENS}, at a tenth"
 _SHOWN_EVENTS = 200
 _SHOWN_ANSWERS = 50
+_SHOWN_RUNS = 8  # of pages in one list
 _STYLES = {
-    "epoch": "bold magenta", "evict": "red", "prefetch": "cyan", "search": "yellow",
+    "epoch": "bold magenta", "segment": "blue", "evict": "red", "prefetch": "cyan", "search": "yellow",
     "fault": "bold yellow", "error": "bold red",
 }  # fmt: skip
+_NUMBERED = re.compile(r"(msg_|summary_seg_|claim_)(\d+)")
+_SHORT = {"summary_seg_": "summary ", "claim_": "claim "}
 
 
 @dataclass
@@ -58,12 +62,15 @@ class View:
     said: str = ""
     report: TurnReport | None = None
     epochs: int = 0  # the newest epoch's number: one turn may begin several
+    segments: int = 0  # the newest closed segment's number
+    claims: int = 0  # the newest claim's number
     evicted: int = 0
     prefetched: int = 0
     faults: int = 0
     searches: int = 0
     recalls: list[Recall] = field(default_factory=list)
     events: deque[tuple[int, str, str]] = field(default_factory=lambda: deque(maxlen=_SHOWN_EVENTS))
+    stats: dict[str, Any] = field(default_factory=dict)  # what GET /vm/stats says at the end
     unread: bool = False  # the reader of our plain output has gone (`| head`): the show may end
 
     def event(self, kind: str, text: str) -> None:
@@ -85,22 +92,44 @@ class View:
         if report.new_epoch:
             self.epochs = report.epoch
             self.event("epoch", f"{report.epoch} begins: {in_window(report)}; {gauge_text(report)}")
-        if report.evicted_pages:
-            self.evicted += len(report.evicted_pages)
-            self.event("evict", f"{counted(len(report.evicted_pages), 'page')} out: {ranges(report.evicted_pages)}")
+        made = self._closed(report)
+        gone = [page_id for page_id in report.evicted_pages if page_id not in made]
+        if gone:
+            self.evicted += len(gone)
+            self.event("evict", f"{counted(len(gone), 'page')} out: {ranges(gone)}")
         if report.prefetched_pages:
             self.prefetched += len(report.prefetched_pages)
             if not self.plain or report.searches or report.faults:
                 self.event("prefetch", f"before the call: {ranges(report.prefetched_pages)}")
         for search in report.searches:
             self.searches += 1
-            self.event("search", f"“{search.query}” found {', '.join(search.results[:6]) or 'nothing'}")
+            found = ranges(search.results[:6], in_order=True) or "nothing"
+            self.event("search", f"“{search.query}” found {found}")
         for fault in report.faults:
-            self.faults += 1
             if fault.error:
                 self.event("error", f"{fault.page_id}: {fault.error}")
-            else:
-                self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {counted(fault.tokens, 'token')}")
+        for fault in paged_in(report):
+            self.faults += 1
+            size = counted(fault.tokens, "token")
+            self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {size}")
+
+    def _closed(self, report: TurnReport) -> set[str]:
+        """The pages that this turn's closed segments made, which is an event. They are new: those that
+        the new window has no room for did not leave it."""
+        made: dict[str, list[int]] = {"summary_seg_": [], "claim_": []}
+        for page_id in (*report.context_pages, *report.evicted_pages):
+            kind, number = _numbered(page_id) or ("", 0)
+            if number > {"summary_seg_": self.segments, "claim_": self.claims}.get(kind, number):
+                made[kind].append(number)
+        summaries, claims = sorted(made["summary_seg_"]), made["claim_"]
+        if summaries:
+            self.segments = summaries[-1]
+            which = "–".join(f"{n:02}" for n in dict.fromkeys((summaries[0], summaries[-1])))
+            left = counted(len(summaries), "summary", "summaries")
+            left += f", {counted(len(claims), 'claim')}" if claims else ""
+            self.event("segment", f"{which} closed: {left}")
+        self.claims = max([self.claims, *claims])
+        return {f"summary_seg_{n:02}" for n in summaries} | {f"claim_{n:04}" for n in claims}
 
     def recalled(self, recall: Recall) -> None:
         self.recalls.append(recall)
@@ -118,22 +147,39 @@ def counted(number: int, one: str, more: str = "") -> str:
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
-def ranges(page_ids: list[str]) -> str:
-    """`msg_0001-0012, msg_0015`: page ids with runs of whole messages folded."""
-    runs: list[list[str]] = []
+def paged_in(report: TurnReport) -> list[FaultReport]:
+    """The faults that brought a page; one that the window had already costs nothing."""
+    return [fault for fault in report.faults if fault.error is None and fault.tokens]
+
+
+def ranges(page_ids: Sequence[str], in_order: bool = False) -> str:
+    """`msg_0001–0012, msg_0015, summary 3, claim 7–9`: page ids in short, with runs folded; messages
+    come first but for `in_order`."""
+    if not in_order:
+        page_ids = sorted(page_ids, key=lambda i: (_SHORT.get((_numbered(i) or ("", 0))[0], ""), 0))
+    runs: list[tuple[str, int, int]] = []  # prefix or whole id, first, last
     for page_id in page_ids:
-        if runs and _number(page_id) is not None and _number(page_id) == (_number(runs[-1][-1]) or -9) + 1:
-            runs[-1].append(page_id)
+        prefix, number = _numbered(page_id) or (page_id, 0)
+        if not in_order and runs and number and runs[-1][0] == prefix and runs[-1][2] + 1 == number:
+            runs[-1] = (prefix, runs[-1][1], number)
         else:
-            runs.append([page_id])
-    shown = [r[0] if len(r) == 1 else f"{r[0]}–{r[-1].removeprefix('msg_')}" for r in runs]
-    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-    return ", ".join(shown[:8]) + more
+            runs.append((prefix, number, number))
+    more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
+    return ", ".join(_shown(*run) for run in runs[:_SHOWN_RUNS]) + more
 
 
-def _number(page_id: str) -> int | None:
-    match = re.fullmatch(r"msg_(\d+)", page_id)
-    return int(match[1]) if match else None
+def _shown(prefix: str, first: int, last: int) -> str:
+    if not first:
+        return prefix
+    digits = 1 if prefix in _SHORT else 4
+    end = f"–{last:0{digits}}" if last > first else ""
+    return f"{_SHORT.get(prefix, prefix)}{first:0{digits}}{end}"
+
+
+def _numbered(page_id: str) -> tuple[str, int] | None:
+    """(kind, number) of a whole message, a summary or a claim."""
+    match = _NUMBERED.fullmatch(page_id)
+    return (match[1], int(match[2])) if match else None
 
 
 def in_window(report: TurnReport) -> str:
@@ -173,7 +219,7 @@ def _window_panel(view: View) -> Panel:
         Text.assemble(("brought  ", "bold cyan"), ranges(r.prefetched_pages) or "–"),
         Text(
             f"epoch {r.epoch} · {r.channel} · out {view.evicted:,} · in {view.prefetched:,}"
-            f" · found {view.searches:,} · faults {view.faults:,}",
+            f" · found {view.searches:,} · faults {view.faults:,} · claims {view.claims:,}",
             "dim",
         ),
     ]
@@ -256,6 +302,24 @@ def layout(view: View, height: int) -> Layout:
     return root
 
 
+def experience(view: View) -> list[str]:
+    """The memory's figures of merit in words, from what GET /vm/stats says; [] without them."""
+    if not view.stats:
+        return []
+    seen = view.stats["user_experience"]
+    brought = ", ".join(
+        f"{counts['used']:,} of {counts['prefetched']:,} from {source}"
+        for source, counts in view.stats["prefetch"].items()
+    )
+    lines = [
+        f"memory: {counted(view.segments, 'segment')} closed, {counted(view.claims, 'claim')} noted;"
+        f" effective context {seen['effective_context']:.1f} times the window",
+        f"look-ups: {seen['recall_success_rate']:.0%} of {seen['recalls']:,} found something;"
+        f" thrash index {seen['thrash_index']:.2f}; TLB hits {view.stats['tlb']['hit_rate']:.1%}",
+    ]
+    return [*lines, f"prefetched pages that the answer used: {brought}"] if brought else lines
+
+
 def print_summary(view: View, console: Console) -> None:
     """The end: what happened, the bill, and the recall."""
     console.print()
@@ -272,6 +336,8 @@ def print_summary(view: View, console: Console) -> None:
     if ours:
         rest = ", ".join(f"{a.billed_tokens / ours:.1f} times less than the {a.name}" for a in view.ledger.accounts[1:])
         console.print(f"input billed: {rest}", highlight=False)
+    for line in experience(view):
+        console.print(line, highlight=False)
     for r in view.recalls:
         if not r.found:
             console.print(f"✗ turn {r.turn}: {r.question} -> {r.answer}", highlight=False, markup=False)

@@ -137,7 +137,7 @@ class ManifestBuilder:
         segment_runs = [_run(s.first, s.last, s.pages, s.hint) for s in self._segments]
         segments, hints = _MAX_SEGMENTS, True
         while True:
-            folded = _fold(entry_runs[len(kept) :] + segment_runs, segments, hints)
+            folded = _fold([*_one_run(entry_runs[len(kept) :]), *segment_runs], segments, hints)
             manifest = self._manifest(kept, folded, working)
             over = count(manifest.model_dump_json()) - max_tokens
             if over <= 0:
@@ -195,6 +195,15 @@ _Run = tuple[int, int, str, str, int, str]
 def _run(first: str, last: str, pages: int, hint: str) -> _Run:
     position, part = parse_page_id(first) or (-1, 0)
     return position, part, first, last, pages, hint
+
+
+def _one_run(runs: Sequence[_Run]) -> list[_Run]:
+    """Pages without an entry as one run, so that they do not crowd the segments' own hints out."""
+    if not runs:
+        return []
+    ordered = sorted(runs)
+    position, part, first, _, _, words = ordered[0]
+    return [(position, part, first, ordered[-1][3], sum(run[4] for run in ordered), words)]
 
 
 def _fold(runs: Sequence[_Run], limit: int, hints: bool) -> list[SegmentEntry]:

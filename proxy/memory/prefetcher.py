@@ -82,6 +82,7 @@ def _density(candidate: Candidate) -> tuple[float, str]:
 # -- signals in a user's message
 
 _QUESTION_MARKS = ("?", "？", "؟")
+_REQUEST_CHARS = 160  # a longer text without a question mark tells something
 _RECALL_STEMS = (  # looked for first: a pattern with alternatives costs more than all of them
     "remember", "remind", "recall", "recap", "summar", "earlier", "previously", "last time",
     "mention", "discuss", "we said", "we talked", "we agreed", "we decided", "i said", "you said",
@@ -94,7 +95,10 @@ _RECALL = re.compile(
 
 
 def points_back(text: str) -> bool:
-    """Words that point back to what was said."""
+    """Words that point back to what was said, in a question or a short request: a story that says
+    "I remember" asks for nothing."""
+    if len(text) > _REQUEST_CHARS and not any(mark in text for mark in _QUESTION_MARKS):
+        return False
     low = text.lower()
     return any(stem in low for stem in _RECALL_STEMS) and bool(_RECALL.search(low))
 

@@ -127,6 +127,10 @@ def make_upstream(config: Config) -> Upstream:
         from proxy.upstream.demo import DemoUpstream
 
         return DemoUpstream(config)
+    if any(override.bridge is not None for override in config.models.values()):
+        from proxy.upstream.responses import ResponsesBridge
+
+        return ResponsesBridge(config)
     from proxy.upstream.openai import OpenAIUpstream
 
     return OpenAIUpstream(config)

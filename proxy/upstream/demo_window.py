@@ -79,7 +79,7 @@ def _context_passages(text: str) -> Iterator[Passage]:
             except ValueError:
                 continue  # a line that was cut in the middle is not a page
             page_id = page_id.rstrip(",;")
-            full = not _REDUCED.search(rest) and page_id.startswith(("msg_", "img_"))
+            full = not _REDUCED.search(rest)
             role = "user" if found["kind"].upper().startswith("U") else "assistant"
             yield Passage(page_id, str(quoted), role, full)
 

@@ -118,6 +118,8 @@ class Chunks:
             if delta is None:
                 continue
             _without_copies(delta)
+            if delta.get("content") == "":  # beside thinking and calls: it would be echoed as text,
+                del delta["content"]  # which Anthropic refuses and litellm then fills with its own
             pieces = delta.pop("thinking_blocks", None)
             if pieces:
                 whole = self._signed(choice.get("index") or 0, pieces)

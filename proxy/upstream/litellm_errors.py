@@ -92,10 +92,7 @@ def _type(status: int | None) -> str:
 def _said(error: Exception) -> Mapping[str, Any]:
     """The error object in the provider's body, which litellm quotes in its message."""
     for cause in chain(error):
-        text = str(getattr(cause, "message", None) or cause)
-        quoted = _BYTES.search(text)
-        if quoted is not None:
-            text = ast.literal_eval(quoted.group()).decode("utf-8", "replace")
+        text = _unquoted(str(getattr(cause, "message", None) or cause))
         start = text.find("{")
         if start < 0:
             continue
@@ -107,3 +104,14 @@ def _said(error: Exception) -> Mapping[str, Any]:
         if isinstance(found, dict) and found.get("message"):
             return found
     return {}
+
+
+def _unquoted(text: str) -> str:
+    """The body in a message such as `AnthropicException - b'{...}'`; else the message."""
+    quoted = _BYTES.search(text)
+    if quoted is None:
+        return text
+    try:
+        return bytes(ast.literal_eval(quoted.group())).decode("utf-8", "replace")
+    except (ValueError, SyntaxError):
+        return text

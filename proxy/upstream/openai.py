@@ -42,6 +42,7 @@ _HOP_BY_HOP: Final = frozenset(
     )
 )
 _CHAT_REPLY_DROPS: Final = _HOP_BY_HOP | {b"content-length", b"content-encoding"}
+_PLAIN_CONNECTION: Final = ("keep-alive", "close")  # names no header but those above
 # `expect` was answered by our own server before the body was read.
 _FORWARD_DROPS: Final = _HOP_BY_HOP | {b"host", b"expect"}
 _CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b"accept-encoding"}
@@ -108,6 +109,9 @@ class HttpReply:
             for raw_name, value in response.raw_headers
             if (name := raw_name.lower()) not in drops
         ]
+        named = response.headers.get("connection")
+        if named is not None and named.lower() not in _PLAIN_CONNECTION:
+            self.headers = _without_named(self.headers, named)
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         response = self._response
@@ -264,9 +268,14 @@ class OpenAIUpstream:
         authorization = self._authorization
         if authorization is not None:
             drops = drops | {b"authorization"}
-        pairs = [
-            (name.decode("latin-1"), _text(value)) for name, value in headers if name not in drops
-        ]
+        pairs = []
+        for name, value in headers:
+            if name not in drops:
+                pairs.append((name.decode("latin-1"), _text(value)))
+            elif name == b"connection" and (named := value.decode("latin-1").lower()) not in (
+                _PLAIN_CONNECTION
+            ):
+                return self._headers(_without_named(headers, named), drops)
         if authorization is not None:
             pairs.append(("Authorization", authorization))
         return pairs
@@ -287,6 +296,13 @@ class OpenAIUpstream:
             type="api_error",
             code="upstream_unreachable",
         )
+
+
+def _without_named(headers: Sequence[Header], connection: str) -> list[Header]:
+    """Without the connection header and those that it names (RFC 9110 7.6.1)."""
+    named = {name.strip().lower().encode("latin-1") for name in connection.split(",")}
+    named.add(b"connection")
+    return [header for header in headers if header[0] not in named]
 
 
 def _text(value: bytes) -> str:

@@ -33,7 +33,7 @@ def test_all_credentials_count_whatever_their_order() -> None:
     assert key_of([*CREDENTIALS, (b"cookie", b"d")]) == key_of(CREDENTIALS)
 
 
-@examples(200)
+@examples(80)
 @given(headers, headers)
 def test_invariant_06_two_callers_are_one_only_with_the_same_credentials(one: list[Header], two: list[Header]) -> None:
     a, b = (sorted(h for h in sent if h[0] in dict(CREDENTIALS)) for sent in (one, two))

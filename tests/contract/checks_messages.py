@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import wave
 from typing import Any
 
 from tests.contract import say
 from tests.contract.model import BOTH, SHORT, Check, Failed, Scenario, add, check, equal, quote
 from tests.contract.play import Play, encode
 
+
+def _wav() -> str:
+    """A tenth of a second of silence, base64."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(1)
+        sound.setframerate(8000)
+        sound.writeframes(b"\x80" * 800)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+WAV = _wav()
 USER = {"role": "user", "content": "Which code has depot 3?"}
 CALLED = say.calling(say.call("call_1", "look", '{ "word" :"x"}'))
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "found"}
@@ -66,7 +82,7 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         "input_audio parts",
         [{"role": "user", "content": [
             {"type": "text", "text": "Hear."},
-            {"type": "input_audio", "input_audio": {"data": "UklGRiQAAABXQVZF", "format": "wav"}},
+            {"type": "input_audio", "input_audio": {"data": WAV, "format": "wav"}},
         ]}],
         {},
     ),

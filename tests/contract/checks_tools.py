@@ -6,7 +6,18 @@ import json
 from typing import Any
 
 from tests.contract import say
-from tests.contract.model import ALL, BOTH, LONG, LONG_STREAM, PAGED, Failed, check, equal, expect, quote
+from tests.contract.model import (
+    ALL,
+    BOTH,
+    LONG,
+    LONG_STREAM,
+    PAGED,
+    Failed,
+    check,
+    equal,
+    expect,
+    quote,
+)
 from tests.contract.play import Play, encode, fact
 from tests.contract.wire import Reply
 

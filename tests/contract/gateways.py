@@ -26,7 +26,7 @@ from tests.e2e.processes import ServerProcess, free_port, together, wait_for_hea
 CACHE = Path(os.environ.get("CONTRACT_GATEWAYS", "~/.cache/llm-pager-contract")).expanduser()
 PACKAGES = {
     "litellm": "litellm[proxy]",
-    "headroom": "headroom-ai",
+    "headroom": "headroom-ai[proxy]",
     "virtual-context": "virtual-context",
 }
 ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
@@ -133,7 +133,8 @@ def _litellm(upstream_port: int, running: contextlib.ExitStack) -> Target:
     config = {
         "model_list": [{"model_name": "gpt-4o", "litellm_params": parameters}],
         "litellm_settings": {"telemetry": False, "num_retries": 0, "cache": False},
-        "general_settings": {"disable_spend_logs": True, "disable_error_logs": True},
+        "general_settings": {"disable_spend_logs": True, "disable_error_logs": True,
+                             "forward_client_headers_to_llm_api": True},
         "router_settings": {"num_retries": 0, "disable_cooldowns": True},
     }
     folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="contract-litellm-")))
@@ -141,7 +142,8 @@ def _litellm(upstream_port: int, running: contextlib.ExitStack) -> Target:
     line = [command("litellm", "litellm"), "--config", str(folder / "config.yaml")]
     line += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     line += ["--telemetry", "False"]
-    env = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True"}
+    env = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # every play has its own key
+           "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True"}
     return _run(Process("litellm", port, line, env), "/health/liveliness", 180, running)
 
 
@@ -164,6 +166,10 @@ def _virtual_context(upstream_port: int, running: contextlib.ExitStack) -> Targe
         "version": "0.2", "storage_root": str(folder), "context_window": WINDOW_TOKENS,
         "storage": {"backend": "sqlite", "sqlite": {"path": str(folder / "store.db")}},
         "tag_generator": {"type": "keyword"},
+        "summarization": {"provider": "local", "model": "gpt-4o"},
+        "providers": {"local": {"type": "generic_openai", "base_url": base}},
+        "paging": {"enabled": True},
+        "telemetry": {"enabled": False},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     line = [tool, "--config", str(folder / "config.yaml"), "proxy", "--upstream", base]

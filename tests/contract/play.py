@@ -92,13 +92,21 @@ class Play:
         self.script.inner = 1 if self.long and target.loops else 0
         upstream.scripts[self.tag] = self.script
         self._upstream = upstream
+        self._lives: list[Live] = []
 
     def end(self) -> None:
-        """Forget the play; fails when it made the gateway send an invalid request."""
-        del self._upstream.scripts[self.tag]
+        """Fails when the play made the gateway send an invalid request."""
         for recorded in self.script.calls if self.valid else ():
             if recorded.violations:
                 raise Failed(f"upstream got an invalid request: {recorded.violations[:2]}")
+
+    def close(self) -> None:
+        """Forgets the play and what it left open. Raises what the script itself raised."""
+        self._upstream.scripts.pop(self.tag, None)
+        for live in self._lives:
+            live.leave()
+        if self.script.raised:
+            raise self.script.raised[0]
 
     def _inner_call(self, request: Json, id: str) -> Json | None:
         return self.target.inner_call(self.script.own_tools(request), id)
@@ -158,9 +166,9 @@ class Play:
         sent = body if body is None or isinstance(body, bytes) else encode(body)
         named = {name.lower() for name, _ in headers}
         base = [h for h in self.headers if h[0].lower() not in named]
-        client = Client(self.base_url)
-        client._session = self.client._session
-        return await client.open(path, sent, [*base, *headers], method)
+        live = await self.client.open(self.base_url + path, sent, [*base, *headers], method)
+        self._lives.append(live)
+        return live
 
     async def send(
         self, body: Json | bytes | None, headers: Headers = (), path: str = CHAT,
@@ -174,7 +182,8 @@ class Play:
         return (await self.send(self.body(messages, **fields))).ok()
 
     def sdk(self, **settings: Any) -> AsyncOpenAI:
-        """The official client, without retries unless asked for."""
+        """The official client, without retries unless asked for. For one request."""
+        self.script.begin()
         return AsyncOpenAI(
             **{
                 "api_key": self.key,

@@ -31,7 +31,7 @@ async def play_all(
 ) -> dict[str, Outcome]:
     """The outcome of each case, by its id, in the order of `chosen`."""
     found: dict[str, Outcome] = {}
-    async with Client(target.base_url) as client:
+    async with Client() as client:
         limit = asyncio.Semaphore(AT_ONCE)
 
         async def one(case: Case) -> None:
@@ -53,6 +53,15 @@ async def play(
     if missing:
         return Outcome("n/a", missing)
     scene = Play(target, case.variant, upstream, client)
+    outcome = await _ending(case, scene)
+    try:
+        scene.close()
+    except Exception as error:  # noqa: BLE001 (a mistake of ours is no pass)
+        return Outcome("failed", f"the script raised {error!r}")
+    return outcome
+
+
+async def _ending(case: Case, scene: Play) -> Outcome:
     try:
         async with asyncio.timeout(CASE_S):
             await case.check.scenario(scene)

@@ -48,6 +48,7 @@ class Script:
     inner_calls: list[Recorded] = field(default_factory=list)
     others: list[Recorded] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    raised: list[Exception] = field(default_factory=list)  # mistakes of the script itself
     _left: int = 0
     _answered: int = 0
 
@@ -128,8 +129,12 @@ class ScriptedUpstream:
         if script is None:
             self.strays.append(recorded)
             return say.answer(request or {}, say.text("Nobody asked."))
-        reply = script.respond(recorded)
-        return await reply if isinstance(reply, Awaitable) else reply
+        try:
+            reply = script.respond(recorded)
+            return await reply if isinstance(reply, Awaitable) else reply
+        except Exception as error:  # noqa: BLE001 (the play says it at its end)
+            script.raised.append(error)
+            return say.error(500, f"the script raised {error!r}")
 
     def _other(self, recorded: Recorded) -> Answer:
         script = self._find(recorded)

@@ -107,6 +107,10 @@ class Reply:
         return content
 
 
+class NoAnswer(Failed):
+    """The connection ended without a response head."""
+
+
 class Live:
     """A response that is still being read."""
 
@@ -153,10 +157,9 @@ class Live:
 
 
 class Client:
-    """Raw HTTP to one origin."""
+    """Raw HTTP over one pool of connections."""
 
-    def __init__(self, base_url: str) -> None:
-        self.base_url = base_url.rstrip("/")
+    def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -174,7 +177,7 @@ class Client:
         await self._session.close()
 
     async def open(
-        self, path: str, body: bytes | None, headers: Headers, method: str = "POST"
+        self, url: str, body: bytes | None, headers: Headers, method: str = "POST"
     ) -> Live:
         """Sends a request; returns when the response's head is there. Fails where none comes."""
         assert self._session is not None
@@ -182,7 +185,7 @@ class Client:
             async with asyncio.timeout(TIMEOUT_S):
                 response = await self._session.request(
                     method,
-                    URL(self.base_url + path, encoded=True),
+                    URL(url, encoded=True),
                     data=body,
                     headers=list(headers),
                     allow_redirects=False,
@@ -190,6 +193,8 @@ class Client:
                 )
         except TimeoutError:
             raise Failed(f"no response head within {TIMEOUT_S:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise NoAnswer(f"the connection ended without a response: {error!r}") from None
         return Live(response)
 
 
@@ -230,7 +235,8 @@ def assemble(chunks: Sequence[Json]) -> list[Json]:
                     _merge(made, key, value)
             for key, value in (choice.get("delta") or {}).items():
                 if key == "tool_calls":
-                    _add_calls(made["message"].setdefault("tool_calls", []), value or ())
+                    if value:
+                        _add_calls(made["message"].setdefault("tool_calls", []), value)
                 elif key == "role":
                     made["message"]["role"] = value or made["message"].get("role")
                 else:
@@ -266,12 +272,17 @@ def _merge(into: Json, key: str, value: Any) -> None:
     old = into.get(key)
     if old is None:
         into[key] = dict(value) if isinstance(value, dict) else value
-    elif isinstance(old, str) and isinstance(value, str) and key not in ("name", "id", "type"):
-        into[key] = old + value
-    elif isinstance(old, list) and isinstance(value, list):
+    elif type(old) is type(value) and _grows(key, old):
         into[key] = old + value
     elif isinstance(old, dict) and isinstance(value, dict):
         for inner, piece in value.items():
             _merge(old, inner, piece)
     elif value is not None:
         into[key] = value
+
+
+def _grows(key: str, value: Any) -> bool:
+    """Whether later pieces are added to it: texts and lists, but no names."""
+    return isinstance(value, list) or (
+        isinstance(value, str) and key not in ("name", "id", "type")
+    )

@@ -26,6 +26,7 @@ from proxy.memory import (
 from proxy.memory.pins import PinnedSet
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
+from tests.bench.token_error import png_part
 from tests.conversation.player import Message, call, calls, check_pairs, limits_of
 from tests.conversation.scenario import text_of
 from tests.conversation.test_pathpages import pages_of
@@ -141,3 +142,17 @@ def test_what_cannot_fit_is_refused_in_openais_words() -> None:
     with pytest.raises(ApiError) as caught:
         rebuild(request([{"role": "user", "content": "hi"}], 60))
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
+
+
+def test_invariant_03_pages_that_another_models_tokens_priced_too_low_are_left_out() -> None:
+    """The table has the sizes of the model that was asked when a page came."""
+    parts = [png_part(600 + i, 600) for i in range(12)]
+    messages: list[Message] = [
+        {"role": "user", "content": [part]} for part in parts
+    ] + [{"role": "user", "content": "and now?"}]
+    asked = request(messages, 1100, limits=limits_of(1100, summary_tokens=0, max_claims=0))
+    for entry in asked.table:
+        entry.size_tokens = 2
+    epoch = rebuild(asked)
+    assert epoch.window.tokens <= 1100
+    assert {i for i in epoch.evicted if i.startswith("img")} == {f"img_{n:04d}_1" for n in range(1, 13)}

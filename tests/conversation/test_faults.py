@@ -115,3 +115,11 @@ def test_invariant_10_a_turn_loads_no_more_than_its_tokens(
             it.ask("search_pages", {"query": "x"}, room)
     assert sum(f.tokens for f in it.server.faults) <= limit
     assert sum(f.error is None and f.tokens > 0 for f in it.server.faults) <= 5
+
+
+def test_a_page_that_was_found_twice_is_told_once() -> None:
+    """A medium stands in the index by its message and by the answer to it."""
+    setting = Setting()
+    setting.hits = [Hit(0, 0, 2.0), Hit(4, 0, 1.5), Hit(0, 0, 1.0)]
+    found = setting.ask("search_pages", {"query": "short"})
+    assert [entry["page_id"] for entry in found["results"]] == ["msg_0001", "msg_0005"]

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.pathpages import PathPages, group_start, groups_of
 from proxy.conversation.tree import Identity, Node
 from proxy.memory import message_text, page_id
-from proxy.tokens import get_counter
+from proxy.tokens import TokenCounter, get_counter
+from tests.bench.token_error import png_part
 from tests.conversation.player import SECRET, call, calls
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
 
 
-def pages_of(messages: list[dict[str, Any]], page_tokens: int = 64) -> PathPages:
+def pages_of(
+    messages: list[dict[str, Any]], page_tokens: int = 64, counter: TokenCounter = COUNTER
+) -> PathPages:
     raws = [(json.dumps(m).encode(), m) for m in messages]
-    return PathPages(Identity(SECRET).extend(b"t", [], raws), COUNTER, page_tokens)
+    return PathPages(Identity(SECRET).extend(b"t", [], raws), counter, page_tokens)
 
 
 @examples(60)
@@ -76,3 +80,33 @@ def test_invariant_08_groups_tile_the_path_and_never_begin_with_a_result(
         assert all(node.role in ("tool", "function") for node in path[first + 1 : last])
         at = data.draw(st.integers(first, last - 1))
         assert group_start(path, at) == first
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "gpt-4o-mini", "claude-sonnet-4-5"])
+def test_invariant_07_the_model_that_is_asked_changes_no_page(model: str) -> None:
+    """A table and an index that were made for one model hold when the client asks another."""
+    texts = ["日本語の文。naïve café 3.5 " * count for count in range(1, 24)]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": text}, png_part(600, 600)]} if i % 5 == 4
+        else {"role": "user", "content": text}
+        for i, text in enumerate(texts)
+    ]
+    usual, other = pages_of(messages), pages_of(messages, counter=get_counter(model))
+    count = len(texts)
+    assert any(usual.tokens(p) <= 64 < other.tokens(p) for p in range(count)) or model != "gpt-4"
+    assert [other.ids(p) for p in range(count)] == [usual.ids(p) for p in range(count)]
+    assert list(other.docs(0, count)) == list(usual.docs(0, count))
+
+
+def test_invariant_09_what_is_indexed_of_a_message_does_not_depend_on_what_follows() -> None:
+    """Branches share an index: the words of one's answer may not stand in it for the other."""
+    photo = {"role": "user", "content": [{"type": "text", "text": "Look."}, png_part(300, 200)]}
+    answers = [{"role": "assistant", "content": f"A {beast} on a wall."} for beast in ("cat", "dog")]
+    alone = list(pages_of([photo]).docs(0, 1))
+    for answer in answers:
+        pages = pages_of([photo, answer])
+        docs = list(pages.docs(0, 2))
+        assert docs[: len(alone)] == alone
+        assert list(pages.docs(1, 2)) == docs[len(alone) :]  # indexed at once or bit by bit
+        found = {pages.id_of(doc.position, doc.part): doc.text for doc in docs}
+        assert answer["content"] in found["img_0001_1"]  # and the image is found by its caption

@@ -17,7 +17,6 @@ import os
 import random
 import re
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -27,39 +26,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from proxy.conversation.effects import Append, Complete, Load
 from proxy.conversation.state import history
 from proxy.conversation.turn import Turn
-from proxy.memory import StorageTier, VMMode, message_text
-from tests.bench.token_error import Published, png_part, wav_part
+from proxy.memory import StorageTier, VMMode
+from tests.bench.token_error import png_part, wav_part
+from tests.conversation.checks import check_full_pages, check_media_messages, upstream_tokens
 from tests.conversation.player import (
     Message,
-    Model,
     Played,
     Player,
     call,
     calls,
     check_pairs,
-    count_tokens,
     limits_of,
     messages_bytes,
     says,
     script,
     tool_messages,
 )
-from tests.conversation.scenario import WORDS, tools_of
+from tests.conversation.scenario import tools_of
+from tests.conversation.speakers import HABITS, SIZES, Speakers, echo
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4")
 BUDGETS = (1500, 2500, 4000, 9000)
 PAGE_SHARES = (8, 16)  # of the budget, for one page
-HABITS = ("answer", "repeat", "fault", "search", "mixed", "client", "stubborn")
-SIZES = ("short", "short", "short", "long", "wide")  # "wide" is larger than the window
 _MARK = re.compile(r"Zq\d+z")  # stands in one message and whatever is made of it, nowhere else
-_PAGE_ID = re.compile(r"(?:msg|img|aud)_\d{4}[_.\d]*\d|summary_seg_\d+|claim_\d+")
-_STATEMENTS = (
-    "We decided to use {} for the ledger. {}",
-    "Actually, we decided to use {} instead for the ledger. {}",
-    "From now on always answer in {}. {}",
-    "I prefer {} for the lanterns. {}",
-    "My name is {} and the deadline is 17 May. {}",
-)
 
 
 @dataclass
@@ -98,87 +87,16 @@ class Machine(RuleBasedStateMachine):
     )  # fmt: skip
     def begin(self, budget: int, page_share: int, tools: int, words: int, mode: VMMode) -> None:
         self.mode, self.tools, self.model = mode, tools, MODELS[0]
-        self.made = 0
+        self.speakers = Speakers(budget)
         self.page_tokens = budget // page_share
         self.limits = limits_of(budget, mode=mode, page_tokens=self.page_tokens)
         self.warm, self.cold = Player(self.limits), Player(self.limits)
         self.past: dict[bytes, Past] = {}
         self.media: dict[str, str] = {}  # the data of each original medium: its mark
         rng = random.Random(words)
-        system = {"role": "system", "content": self.text(rng, words)}
+        system = {"role": "system", "content": self.speakers.text(rng, words)}
         self.branches = [Branch("key", [system] if words else [])]
         self.standing = self.marks(json.dumps(system))
-
-    # -- what clients and models say
-
-    def mark(self) -> str:
-        self.made += 1
-        return f"Zq{self.made}z"
-
-    def text(self, rng: random.Random, words: int) -> str:
-        return " ".join([self.mark(), *rng.choices(WORDS, k=max(1, words))])
-
-    def say(self, rng: random.Random, size: str) -> str:
-        budget = self.limits.budget_tokens
-        share = {"short": rng.choice((0.01, 0.05)), "long": rng.choice((0.2, 0.5)), "wide": 1.6}[size]
-        text = self.text(rng, int(budget * share / 1.6))
-        if rng.random() < 0.5:
-            text = rng.choice(_STATEMENTS).format(rng.choice(WORDS[:30]), self.mark()) + " " + text
-        if rng.random() < 0.5:
-            text += " what did we say about " + " ".join(rng.choices(WORDS, k=4)) + "?"
-        return text
-
-    def answerer(self, habit: str, seed: int, last: bool) -> Model:
-        """A model that does the same in both installations; `last`: it calls no client's tool."""
-        rng, budget = random.Random(seed), self.limits.budget_tokens
-        words = [self.text(rng, int(budget * rng.choice((0.01, 0.05, 0.3)) / 1.6)) for _ in range(9)]
-        marks = [self.mark() for _ in range(9)]
-        rounds = 0
-
-        def model(request: Message) -> Message:
-            nonlocal rounds
-            rounds += 1
-            own, number = random.Random(f"{seed} {rounds}"), min(rounds, 9) - 1
-            answer = says("As before." if habit == "repeat" else words[number])
-            names = [tool["function"]["name"] for tool in request.get("tools") or ()]
-            fault = next((n for n in ("vm_page_fault", "page_fault") if n in names), None)
-            ours = "search_pages" in names
-            stubborn = habit == "stubborn" and ours
-            forbidden = request.get("tool_choice") == "none" and not stubborn
-            if forbidden or habit in ("answer", "repeat") or (not stubborn and own.random() < 0.35):
-                return answer
-            wanted: list[Message] = []
-            if ours and fault and habit in ("fault", "mixed", "stubborn"):
-                known = sorted(set(_PAGE_ID.findall(json.dumps(request["messages"]))))
-                for i in range(own.choice((1, 2, 12) if stubborn else (1, 3))):
-                    page = own.choice([*known, f"msg_{own.randint(1, 60):04d}", "claim_0099", "x"])
-                    level = {"target_level": own.randint(0, 3)} if own.random() < 0.4 else {}
-                    call_id = f"vm_{marks[number]}_{i}" if own.random() < 0.9 else "same"
-                    wanted.append(call(fault, {"page_id": page, **level}, call_id))
-            if ours and habit in ("search", "stubborn"):
-                query = {"query": " ".join(own.choices(WORDS, k=3))}
-                wanted.append(call("search_pages", query, f"vs_{marks[number]}"))
-            if "lookup" in names and habit in ("client", "mixed") and not last:
-                for i in range(own.choice((1, 2, 4))):
-                    word = {"word": own.choice(WORDS), "why": marks[number]}
-                    wanted.insert(0, call("lookup", word, f"cl_{marks[number]}_{i}"))
-            text = words[number] if own.random() < 0.3 else None
-            return calls(*wanted, text=text) if wanted else answer
-
-        return model
-
-    def results(self, rng: random.Random, wanted: list[Message]) -> list[Message]:
-        """What the client's tools return: words, or a large JSON list."""
-        out: list[Message] = []
-        for one in wanted:
-            size = int(self.limits.budget_tokens * rng.choice((0.01, 0.1, 0.6)) / len(wanted))
-            if rng.random() < 0.5:
-                rows = [{"id": i, "name": rng.choice(WORDS), "mark": self.mark()} for i in range(size // 20 + 1)]
-                content = json.dumps({"rows": rows, "total": len(rows)})
-            else:
-                content = self.text(rng, size // 2)
-            out.append({"role": "tool", "tool_call_id": one["id"], "content": content})
-        return out
 
     # -- turns
 
@@ -194,24 +112,24 @@ class Machine(RuleBasedStateMachine):
             extra["stream"] = True
         for loop in range(3):
             message = self.turn(branch, habit, rng.randint(0, 10**9), loop == 2, extra)
-            branch.messages.append(_echo(message, rng))
+            branch.messages.append(echo(message, rng))
             wanted = message.get("tool_calls") or []
             if not wanted:
                 return
-            branch.messages += self.results(rng, wanted)
+            branch.messages += self.speakers.results(rng, wanted)
 
     def turn(
         self, branch: Branch, habit: str, seed: int, last: bool, extra: dict[str, Any]
     ) -> Message:
-        made = self.made
+        made = self.speakers.made
         fields = {"model": self.model, "messages": branch.messages, **extra}
         ask: dict[str, Any] = {"key": branch.key, "body": json.dumps(fields).encode()}
-        played = self.warm.ask([], self.answerer(habit, seed, last), **ask)
-        self.made, after = made, self.made
+        played = self.warm.ask([], self.speakers.answerer(habit, seed, last), **ask)
+        self.speakers.made, after = made, self.speakers.made
         self.cold = _replica(self.cold) if seed % 2 else self.cold
         self.cold.forget()
-        again = self.cold.ask([], self.answerer(habit, seed, last), **ask)
-        self.made = after
+        again = self.cold.ask([], self.speakers.answerer(habit, seed, last), **ask)
+        self.speakers.made = after
         assert again.bodies == played.bodies, "invariants 7 and 9"
         assert self.cold.values == self.warm.values, "invariant 7: what is stored"
         self.check(branch, played)
@@ -223,8 +141,8 @@ class Machine(RuleBasedStateMachine):
             tokens, budget = upstream_tokens(request), self.limits.budget_tokens
             assert tokens <= budget, f"invariant 3, {played.answer.report.channel}"
             check_pairs(request)
-            _check_media_messages(request)
-        _check_full_pages(played, branch.spoken)
+            check_media_messages(request)
+        check_full_pages(played, branch.spoken)
         own = self.check_branch(branch, played)
         record = played.turn.record
         if record is None or self.warm.get_record(record.id) is not record:
@@ -287,7 +205,7 @@ class Machine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 10**6), size=st.sampled_from(SIZES), habit=st.sampled_from(HABITS))
     def user_turn(self, seed: int, size: str, habit: str) -> None:
         branch, rng = self.pick(seed), random.Random(seed)
-        text = self.say(rng, size)
+        text = self.speakers.say(rng, size)
         content: Any = [{"type": "text", "text": text}] if rng.random() < 0.2 else text
         branch.messages.append({"role": "user", "content": content})
         self.converse(branch, habit, seed)
@@ -296,7 +214,7 @@ class Machine(RuleBasedStateMachine):
     def several_turns(self, seed: int, habit: str) -> None:
         rng, branch = random.Random(seed), self.pick(seed)
         for _ in range(5):
-            text = self.say(rng, rng.choice(SIZES[:4]))
+            text = self.speakers.say(rng, rng.choice(SIZES[:4]))
             branch.messages.append({"role": "user", "content": text})
             self.converse(branch, rng.choice((habit, "answer")), rng.randint(0, 10**6))
 
@@ -315,8 +233,8 @@ class Machine(RuleBasedStateMachine):
                 detail = rng.choice((None, "low", "high"))
                 parts.append(png_part(side + 1 + len(self.media), side, detail))
                 data = parts[-1]["image_url"]["url"]
-            self.media.setdefault(data, self.mark())
-        text = {"type": "text", "text": self.say(rng, "short")}
+            self.media.setdefault(data, self.speakers.mark())
+        text = {"type": "text", "text": self.speakers.say(rng, "short")}
         content = [text, *parts] if rng.random() < 0.7 else [*parts, text]
         branch.messages.append({"role": "user", "content": content})
         self.converse(branch, habit, seed)
@@ -325,7 +243,7 @@ class Machine(RuleBasedStateMachine):
     def forced_turn(self, seed: int) -> None:
         """The client forbids tools, or wants what VM tools cannot go with."""
         branch, rng = self.pick(seed), random.Random(seed)
-        branch.messages.append({"role": "user", "content": self.say(rng, "short")})
+        branch.messages.append({"role": "user", "content": self.speakers.say(rng, "short")})
         fields = ({"logprobs": True}, {"tool_choice": "none"}, {"functions": [{}]})
         self.converse(branch, "answer", seed, **rng.choice(fields))
 
@@ -334,8 +252,8 @@ class Machine(RuleBasedStateMachine):
         """A system message in mid-conversation, before or behind the newest message."""
         branch, rng = self.pick(seed), random.Random(seed)
         new: list[Message] = [
-            {"role": "user", "content": self.say(rng, "short")},
-            {"role": "system", "content": self.text(rng, 10)},
+            {"role": "user", "content": self.speakers.say(rng, "short")},
+            {"role": "system", "content": self.speakers.text(rng, 10)},
         ]
         branch.messages += new if behind else new[::-1]
         self.converse(branch, "answer", seed)
@@ -356,7 +274,7 @@ class Machine(RuleBasedStateMachine):
         branch = self.pick(seed)
         if users := branch.users:
             kept = branch.messages[: users[-1 - back % len(users)]]
-            said = {"role": "user", "content": self.say(random.Random(seed), size)}
+            said = {"role": "user", "content": self.speakers.say(random.Random(seed), size)}
             self.branches.append(Branch(branch.key, [*kept, said]))
             self.converse(self.branches[-1], habit, seed)
 
@@ -366,7 +284,7 @@ class Machine(RuleBasedStateMachine):
         branch = self.pick(seed)
         key = "other" if branch.key == "key" else "key"
         kept = branch.messages[: branch.users[-1]] if branch.users else branch.messages
-        said = {"role": "user", "content": self.say(random.Random(seed), "short")}
+        said = {"role": "user", "content": self.speakers.say(random.Random(seed), "short")}
         self.branches.append(Branch(key, [*kept, said]))
         self.converse(self.branches[-1], habit, seed)
 
@@ -392,6 +310,7 @@ class Machine(RuleBasedStateMachine):
         self.limits = limits_of(
             budget, mode=self.mode, page_tokens=self.page_tokens, faults_per_turn=faults
         )
+        self.speakers.budget = budget
         self.warm, self.cold = _replica(self.warm, self.limits), _replica(self.cold, self.limits)
 
     @precondition(lambda self: any(past.contexts for past in self.past.values()))
@@ -408,7 +327,7 @@ class Machine(RuleBasedStateMachine):
         if turn.window is None or not outside:
             return
         position = rng.choice(outside).position
-        ids = [i for i in turn.pages.ids(position)]
+        ids = list(turn.pages.ids(position))
         lost = [i for i in ids if (e := turn.table.lookup(i)) and e.tier is not StorageTier.L0]
         if not lost:
             return  # pages had another size when this message was registered
@@ -420,7 +339,7 @@ class Machine(RuleBasedStateMachine):
         found = {page["page_id"]: page for one in results if (page := json.loads(one["content"]).get("page"))}
         assert list(found) == lost[:8], [one["content"][:200] for one in results]
         assert all(page["level"] == 0 for page in found.values())
-        _check_full_pages(played, branch.spoken)
+        check_full_pages(played, branch.spoken)
         texts = [i for i in ids if i.startswith("msg_")]
         message = branch.spoken[position]
         if found.keys() >= set(texts) and isinstance(message["content"], str):
@@ -435,69 +354,6 @@ def _replica(player: Player, limits: Any = None) -> Player:
     new = Player(limits or player.limits)
     new.values = dict(player.values)
     return new
-
-
-def _echo(message: Message, rng: random.Random) -> Message:
-    """The answer as the client sends it back."""
-    kept: Message = {"role": "assistant", "content": message.get("content") or ""}
-    if message.get("tool_calls"):
-        kept["tool_calls"] = [{k: v for k, v in c.items() if k != "index"} for c in message["tool_calls"]]
-        if rng.random() < 0.5:
-            kept["content"] = message.get("content")
-    return kept
-
-
-# -- what any upstream would check
-
-
-def upstream_tokens(request: Message) -> int:
-    """A request's tokens by the published rules, media included."""
-    model = str(request["model"])
-    text = Published(model)
-    media = Published("gpt-4o" if model == "gpt-4" else model)  # it takes none: nothing is published
-    total, messages = 0, []
-    for message in request["messages"]:
-        content = message.get("content")
-        if isinstance(content, list):
-            total += sum(media.part(part) for part in content if part["type"] != "text")
-            content = [part for part in content if part["type"] == "text"]
-        messages.append({**message, "content": content})
-    return total + count_tokens({**request, "messages": messages}, text)  # type: ignore[arg-type]
-
-
-def _check_media_messages(request: Message) -> None:
-    """Only user messages carry media, and none stands between a call and its results (check_pairs)."""
-    for message in request["messages"]:
-        content = message.get("content")
-        kinds = {part["type"] for part in content} if isinstance(content, list) else {"text"}
-        assert kinds <= {"text"} or message["role"] == "user", message["role"]
-
-
-def _whole_text(message: Message, number: str) -> str:
-    """All text of a message's pages, with the ids of its media where these stand."""
-    content = message["content"] if isinstance(message["content"], list) else []
-    kinds = {"image_url": "img", "input_audio": "aud"}
-    media = [i for i, part in enumerate(content) if part["type"] in kinds]
-    ids = {i: f"{kinds[content[i]['type']]}_{number}_{k}" for k, i in enumerate(media, 1)}
-    return message_text(message, ids)
-
-
-def _check_full_pages(played: Played, spoken: list[Message]) -> None:
-    """Invariant 4: a page that a fault gave at level 0 is the original, its media byte for byte."""
-    for before, request in pairwise(played.requests):
-        for result in tool_messages(request)[len(tool_messages(before)) :]:
-            page = json.loads(result["content"]).get("page") if result["content"][:1] == "{" else None
-            if not page or page["level"] or not page["page_id"].startswith(("msg_", "img_", "aud_")):
-                continue
-            place = re.findall(r"\d+", page["page_id"])
-            message = spoken[int(place[0]) - 1]
-            if page["page_id"].startswith("msg_"):
-                whole, text = _whole_text(message, place[0]), page["content"]["text"]
-                assert text in whole or whole in text or message["role"] != "user"
-            else:
-                part = [p for p in message["content"] if p["type"] != "text"][int(place[1]) - 1]
-                shown = [p for m in request["messages"] for p in m["content"] or () if p == part]
-                assert shown, "an original medium did not come back"
 
 
 EXAMPLES = int(os.environ.get("LLM_PAGER_EXAMPLES", "0"))

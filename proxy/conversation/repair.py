@@ -1,0 +1,127 @@
+"""One turn's knowledge of its model, and how a refused request is made to pass. Pure.
+
+Promises: each repair is made once in a turn, so that the tries are bounded; a repair changes only
+what the refusal named; the facts that it leaves behind are those that the next turn begins with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.body import Fields
+from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities, within
+from proxy.conversation.channel import PASSIVE, Channel
+from proxy.conversation.effects import Refused
+from proxy.conversation.limits import Limits
+from proxy.conversation.refusal import learn, names_audio, overflow
+from proxy.tokens import TokenCounter
+
+_GUESSED_SHARE = 0.75  # of what was sent, when upstream does not say how large its window is
+_COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
+_SYSTEM = ("system", "developer")
+_decode, _encode = msgspec.json.decode, msgspec.json.encode
+
+
+@dataclass(slots=True)
+class Model:
+    """What this turn knows of its model; changed by refusals. `learned` are the new facts."""
+
+    capabilities: Capabilities
+    limits: Limits
+    max_tokens: int | None
+    learned: dict[str, Any] = field(default_factory=dict)
+    audio: bool = True  # audio ids of earlier answers are still good
+
+    def __post_init__(self) -> None:
+        window = self.capabilities.window_tokens
+        if window is not None:
+            tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
+            if tokens < self.limits.window_tokens or not self.limits.window_known:
+                self.limits = within(self.limits, tokens, self.max_tokens)
+
+    def shrink(self, refused: Refused, counted_tokens: int) -> bool:
+        """Take the window from an overflow. `counted_tokens` is the refused request's count.
+
+        False when the refusal is about something else, or the second one in this turn.
+        """
+        said = overflow(refused)
+        if said is None or "window_tokens" in self.learned:
+            return False
+        sent = said.sent_tokens or int(counted_tokens * self.capabilities.tokens_factor)
+        window = said.window_tokens
+        if window is None:
+            least = sent - said.excess_tokens if said.excess_tokens else int(sent * _GUESSED_SHARE)
+            window = least if said.excess_tokens else min(least, int(counted_tokens * _GUESSED_SHARE))
+        if window < LEAST_WINDOW_TOKENS:
+            return False
+        # Upstream's own count of this request says what its tokens are in ours.
+        factor = sent / counted_tokens if said.sent_tokens and counted_tokens else 1.0
+        factor = min(4.0, max(0.25, factor, self.capabilities.tokens_factor if factor == 1.0 else 0))
+        self.learned["window_tokens"] = window
+        self.limits = within(self.limits, int(window / factor), self.max_tokens)
+        return True
+
+    def adapt(self, refused: Refused, ours: Iterable[str]) -> bool:
+        """Leave out what a refusal names: of our additions (`ours`, facts) or the form of messages."""
+        facts = learn(refused.body, self.limits)
+        if names_audio(refused) and self.audio:
+            self.audio = False
+            return True
+        known = {k: v for k, v in facts.items() if k in (*ours, "mid_system")}
+        if not known or all(getattr(self.capabilities, k) == v for k, v in known.items()):
+            return False
+        self.capabilities = replace(self.capabilities, **known)
+        self.learned.update(known)
+        return True
+
+    def without(self, refused: Refused, channel: Channel) -> Channel | None:
+        """The channel for a model that refused tools or the developer role, or None."""
+        facts = learn(refused.body, self.limits)
+        if not facts or facts.keys() & self.learned.keys():
+            return None
+        self.learned.update(facts)
+        if "developer_role" in facts:
+            self.limits = replace(self.limits, developer_role=facts["developer_role"])
+            return channel
+        self.limits = replace(self.limits, model_takes_tools=False)
+        return unlisted(channel) if channel.listed else None
+
+
+def unlisted(channel: Channel) -> Channel:
+    """The same conversation without the VM tools."""
+    return Channel(PASSIVE, False, channel.names)
+
+
+def fixed_tokens(system: Sequence[bytes], fields: Fields, counter: TokenCounter) -> int:
+    """Tokens of what every request carries beside its history."""
+    total = sum(counter.message(_decode(raw)) for raw in system)
+    for name in _COUNTED_FIELDS:
+        value = _decode(fields[name]) if name in fields else None
+        total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
+    return total
+
+
+def one_system(messages: bytes) -> bytes:
+    """A messages array with one system message at its beginning; later ones speak as the user."""
+    head: list[str] = []
+    out: list[dict[str, Any]] = []
+    for message in _decode(messages):
+        if message.get("role") not in _SYSTEM:
+            out.append(message)
+        elif out:
+            out.append({**message, "role": "user"})
+        else:
+            head.append(_text(message))
+    system = [{"role": "system", "content": "\n\n".join(head)}] if head else []
+    return _encode([*system, *out])
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n\n".join(str(p.get("text") or "") for p in content if isinstance(p, dict))
+    return str(content or "")

@@ -1,0 +1,182 @@
+"""`models.<name>.bridge: responses`: chat requests of such a model over the upstream's /v1/responses.
+
+Promises: other models' requests are not touched; a request that Responses cannot express goes to
+/chat/completions as it is; nothing is stored upstream unless the client asks for it; refusals and
+headers are upstream's own; the rest is in `responses_request.py` and `responses_answer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from yarl import URL
+
+from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream.openai import OpenAIUpstream
+from proxy.upstream.responses_answer import ChatStream, failure, to_chat
+from proxy.upstream.responses_request import to_responses
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+BRIDGE = "responses"
+_NO_ENCRYPTED = b"encrypted content is not supported"  # by a model that does not reason
+_PLAIN_MODELS = 256  # names of such models that are remembered
+_EVENT_LIMIT_BYTES = 64 << 20  # one event; the last one repeats the whole answer
+_encode = msgspec.json.encode
+_decode = msgspec.json.decode
+Json = dict[str, Any]
+
+
+class _Model(msgspec.Struct):
+    model: str = ""
+
+
+_model = msgspec.json.Decoder(_Model).decode
+
+
+class _ResponsesDoor(OpenAIUpstream):
+    """The same HTTP as for chat (no redirects, no second POST, one replaced stale connection)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._chat_url = URL(self._base_url + "/responses", encoded=True)
+
+
+class ResponsesBridge:
+    """`Upstream`: an OpenAI-compatible one, with some models on its other API."""
+
+    def __init__(self, config: Config) -> None:
+        self._chat = OpenAIUpstream(config)
+        self._responses = _ResponsesDoor(config)
+        self._override = config.model_override
+        self._limit_bytes = config.server.body_limit_bytes
+        self._plain: set[str] = set()
+
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+        request = self._bridged(body)
+        if request is None:
+            return await self._chat.chat(body, headers, query)
+        translated, include_usage = request
+        reply = await self._ask(translated, headers, query)
+        if reply.status >= 400:
+            return reply
+        if translated.get("stream"):
+            return StreamReply(reply, include_usage)
+        return await self._whole(reply)
+
+    async def forward(
+        self,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: Sequence[Header],
+        body: AsyncIterator[bytes] | None,
+    ) -> Reply:
+        return await self._chat.forward(method, path, query, headers, body)
+
+    async def close(self) -> None:
+        await self._chat.close()
+        await self._responses.close()
+
+    def _bridged(self, body: bytes) -> tuple[Json, bool] | None:
+        """The translated request and whether its stream shall tell usage; None: not ours to change."""
+        try:
+            if self._override(_model(body).model).bridge != BRIDGE:
+                return None
+            fields = _decode(body)
+        except msgspec.DecodeError:
+            return None  # upstream says what is wrong with it
+        translated = to_responses(fields)
+        if translated is None:
+            return None
+        return translated, bool((fields.get("stream_options") or {}).get("include_usage"))
+
+    async def _ask(self, request: Json, headers: Sequence[Header], query: bytes) -> Reply:
+        """Upstream's reply; a model that has no reasoning to encrypt is asked again without it."""
+        if request["model"] in self._plain:
+            del request["include"]
+        reply = await self._responses.chat(_encode(request), headers, query)
+        if reply.status != 400 or "include" not in request:
+            return reply
+        refusal = await reply.read(self._limit_bytes)
+        if _NO_ENCRYPTED not in refusal.lower():
+            return BytesReply(reply.status, reply.headers, refusal)
+        if len(self._plain) < _PLAIN_MODELS:
+            self._plain.add(request["model"])
+        del request["include"]
+        return await self._responses.chat(_encode(request), headers, query)
+
+    async def _whole(self, reply: Reply) -> Reply:
+        raw = await reply.read(self._limit_bytes)
+        try:
+            response = _decode(raw)
+            failed = failure(response)
+            status, answer = failed if failed is not None else (200, to_chat(response))
+        except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+            return BytesReply(reply.status, reply.headers, raw)  # no response: the client shall see it
+        return BytesReply(status, reply.headers, _encode(answer))
+
+
+class StreamReply:
+    """A running Responses stream as a chat completion's events."""
+
+    def __init__(self, reply: Reply, include_usage: bool) -> None:
+        self.status = reply.status
+        self.headers = reply.headers
+        self._reply = reply
+        self._stream = ChatStream(include_usage)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        parser = _Events()
+        try:
+            async for data in self._reply.chunks():
+                out = [_event(chunk) for event in parser.feed(data) for chunk in self._stream.feed(event)]
+                if out:
+                    yield b"".join(out)
+            if self._stream.ended:
+                yield b"data: [DONE]\n\n"
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UpstreamBroken(f"the upstream's event is none of Responses: {error!r}") from error
+        finally:
+            await self._reply.close()
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._events()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return await join_chunks(self._events(), limit_bytes)
+
+    async def close(self) -> None:
+        await self._reply.close()
+
+
+def _event(chunk: Json) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+class _Events:
+    """Splits server-sent events, cut at any byte, and decodes their data."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[Json]:
+        """The events that are complete now. Raises UpstreamBroken for one that never ends."""
+        if len(self._rest) > _EVENT_LIMIT_BYTES:
+            raise UpstreamBroken(f"an event of the upstream is longer than {_EVENT_LIMIT_BYTES} bytes")
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        found: list[Json] = []
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                said, self._data = b"\n".join(self._data), []
+                event = None if said == b"[DONE]" else _decode(said)
+                if isinstance(event, dict):
+                    found.append(event)
+        return found

@@ -1,0 +1,181 @@
+"""Where the scenes are played: a bare upstream, and llm-pager in front of the same upstream.
+
+Promises: `same` plays a scene on both and fails unless the client saw the same; it fails too when a
+request broke the API's rules, when the window was not smaller than the conversation, when an answer
+of the scene was left over, or when the memory rounds that belong to the scene did not happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.clients.scenes import (
+    BUDGET_TOKENS,
+    L0_TOKENS,
+    RESERVE_TOKENS,
+    SCENES,
+    Message,
+    Turn,
+)
+from tests.e2e.harness import (
+    Answer,
+    Recorded,
+    RecordingUpstream,
+    Response,
+    ServerProcess,
+    Stream,
+    answer,
+    count_request_tokens,
+)
+from tests.e2e.talk import VM_NAMES, assert_no_vm, config, names_of, texts_of
+
+# What a provider sends beside every answer; the clients offer it to programs.
+HEADERS = (
+    (b"x-request-id", b"req_0123456789"),
+    (b"openai-processing-ms", b"12"),
+    (b"openai-organization", b"org-test"),
+    (b"openai-version", b"2020-10-01"),
+    (b"x-ratelimit-limit-requests", b"10000"),
+    (b"x-ratelimit-remaining-tokens", b"149984"),
+    (b"x-ratelimit-reset-tokens", b"6ms"),
+)
+
+Run = Callable[[str, str], Any | Awaitable[Any]]
+
+
+@dataclass
+class Play:
+    """One client in one scene: what it has asked and how far the model has come."""
+
+    key: str
+    turns: tuple[Turn, ...]
+    at: int = 0  # the turn that is answered next
+    rounds: int = 0  # memory messages already made in it
+    memory_calls: int = 0  # in the whole play
+    calls: list[Recorded] = field(default_factory=list)
+
+    def respond(self, recorded: Recorded) -> Answer:
+        """The model's next message. The last turn is said again to who asks again."""
+        self.calls.append(recorded)
+        request = recorded.json
+        turn = self.turns[min(self.at, len(self.turns) - 1)]
+        offered = request.get("tool_choice") != "none" and VM_NAMES[0] in names_of(recorded)
+        if offered and self.rounds < len(turn.first):
+            self.rounds += 1
+            self.memory_calls += 1
+            return answer(request, turn.first[self.rounds - 1])
+        self.at, self.rounds = self.at + 1, 0
+        if callable(turn.reply):
+            return turn.reply(request)
+        if not isinstance(turn.reply, dict):
+            return turn.reply
+        reply: Message = turn.reply
+        if offered and turn.beside:
+            self.memory_calls += len(turn.beside)
+            reply = {**reply, "tool_calls": [*turn.beside, *reply["tool_calls"]]}
+        return answer(request, reply)
+
+
+class Stage:
+    """The two base URLs, and the plays by their API keys."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, upstream: RecordingUpstream, server: ServerProcess) -> None:
+        self.bare, self.paged = upstream.base_url, server.base_url
+        self.plays: dict[str, Play] = {}
+
+    def play(self, scene: str) -> Play:
+        """A client with an API key of its own, about to play the scene."""
+        play = Play(f"sk-client-{next(self._numbers)}", SCENES[scene])
+        self.plays[play.key] = play
+        return play
+
+    def respond(self, recorded: Recorded) -> Answer:
+        key = (recorded.header("authorization") or "").removeprefix("Bearer ")
+        reply = self.plays[key].respond(recorded)
+        if isinstance(reply, Response | Stream):
+            return replace(reply, headers=(*reply.headers, *HEADERS))
+        return reply
+
+
+@contextmanager
+def stage() -> Iterator[Stage]:
+    """The upstream in a thread, since some clients block, and the server as its own process."""
+    made: list[Stage] = []
+    upstream = RecordingUpstream(lambda request, i: made[0].respond(upstream.calls[i]))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(upstream.start(), loop).result(10)
+    l0 = {"tokens": L0_TOKENS, "reserve_tokens": RESERVE_TOKENS}
+    try:
+        with ServerProcess(config(upstream, tiers={"l0": l0})) as server:
+            made.append(Stage(upstream, server))
+            yield made[0]
+    finally:
+        asyncio.run_coroutine_threadsafe(upstream.stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+    assert not upstream.failures, upstream.failures
+
+
+async def same(stage: Stage, scene: str, run: Run, *, faults: bool = True) -> Any:
+    """Plays the scene on the bare upstream and on llm-pager; what the client saw, which is the same.
+
+    `run(base_url, api_key)` is the client; it returns JSON-like data. `faults`: whether the
+    client's requests leave room for memory tools (it forces no tool).
+    """
+    plays = stage.play(scene), stage.play(scene)
+    expected = await value(run(stage.bare, plays[0].key))
+    seen = await value(run(stage.paged, plays[1].key))
+    check_plays(*plays, faults=faults)
+    assert_no_vm(json.dumps(seen, default=repr))
+    assert seen == expected
+    return seen
+
+
+def check_plays(bare: Play, paged: Play, *, faults: bool = True) -> None:
+    """Both plays came to their end, and the second one went through the window."""
+    for play in bare, paged:
+        violations = [v for c in play.calls for v in c.violations]
+        assert not violations, violations
+        assert play.at >= len(play.turns), f"{play.at} of {len(play.turns)} turns were asked for"
+    assert bare.memory_calls == 0
+    assert count_request_tokens(bare.calls[0].json) > BUDGET_TOKENS, "nothing had to be paged"
+    assert "<VM:RULES>" in texts_of(paged.calls[0])
+    for recorded in paged.calls:
+        if "<VM:RULES>" in texts_of(recorded):
+            assert count_request_tokens(recorded.json) <= BUDGET_TOKENS
+    wanted = sum(len(t.first) + len(t.beside) for t in paged.turns) if faults else 0
+    assert paged.memory_calls == wanted, f"{paged.memory_calls} of {wanted} memory calls"
+
+
+async def value(result: Any) -> Any:
+    """What a client returned, whether it is the sync or the async one."""
+    return await result if inspect.isawaitable(result) else result
+
+
+async def items(stream: Any) -> Any:
+    """The items of a stream, sync or async."""
+    if hasattr(stream, "__aiter__"):
+        async for item in stream:
+            yield item
+    else:
+        for item in stream:
+            yield item
+
+
+def usage_fields(usage: Any) -> list[str]:
+    """The names of the fields that a client's usage has, without ours."""
+    found = usage if isinstance(usage, dict) else usage.model_dump(exclude_unset=True)
+    return sorted(set(found) - {"vm"})

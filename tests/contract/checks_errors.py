@@ -1,0 +1,205 @@
+"""Errors: upstream's as they are, ours in OpenAI's shape, and no request sent twice."""
+
+from __future__ import annotations
+
+import json
+
+from tests.contract import say
+from tests.contract.model import (
+    ALL,
+    BOTH,
+    LONG,
+    LONG_STREAM,
+    PAGED,
+    SHORT,
+    SHORT_STREAM,
+    Check,
+    Scenario,
+    add,
+    check,
+    equal,
+    expect,
+    quote,
+)
+from tests.contract.play import Play, encode
+from tests.contract.wire import NoAnswer, Reply
+from tests.e2e.answers import JSON_HEADERS, Break, Drop, Response, Stream
+
+RETRY = ((b"retry-after", b"7"), (b"retry-after-ms", b"6500"), (b"x-should-retry", b"false"))
+HTML = b"<html><body>Bad gateway: \xe9</body></html>\n"
+STATUSES = (400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 502, 503, 504, 529)
+
+
+def _status(status: int) -> Scenario:
+    async def scenario(play: Play) -> None:
+        refusal = say.error(status, f"No: {status} é", code=f"code_{status}", param="seed")
+        play.says(refusal, inner=0)
+        reply = await play.send(play.body())
+        equal(reply.status, status, "status")
+        equal(reply.body, refusal.body, "body")
+        equal(reply.header("content-type"), "application/json", "content-type")
+
+    return scenario
+
+
+for _number in STATUSES:
+    add(Check(f"errors.{_number}", f"upstream's {_number}: status and body come back verbatim",
+              _status(_number), (SHORT, SHORT_STREAM, LONG)))
+
+
+@check("errors.html", "an error that is no JSON comes back verbatim, with its content-type", ALL)
+async def html(play: Play) -> None:
+    play.says(Response(HTML, 502, ((b"content-type", b"text/html"),)), inner=0)
+    reply = await play.send(play.body())
+    equal((reply.status, reply.body), (502, HTML), "status and body")
+    equal(reply.header("content-type"), "text/html", "content-type")
+
+
+@check("errors.empty", "an error without a body comes back without one", BOTH)
+async def empty(play: Play) -> None:
+    play.says(Response(b"", 503, ()), inner=0)
+    reply = await play.send(play.body())
+    equal((reply.status, reply.body), (503, b""), "status and body")
+
+
+@check("errors.retry_headers", "retry-after, retry-after-ms and x-should-retry come with an error", ALL)
+async def retry_headers(play: Play) -> None:
+    play.says(say.error(429, "Slow down.", headers=RETRY), inner=0)
+    reply = await play.send(play.body())
+    equal(reply.status, 429, "status")
+    for name, value in RETRY:
+        equal(reply.header(name.decode()), value.decode(), name.decode())
+
+
+def _once(status: int) -> Scenario:
+    async def scenario(play: Play) -> None:
+        play.says(say.error(status, "Try later.", kind="server_error"), inner=0)
+        await play.send(play.body())
+        equal(len(play.calls), 1, "upstream calls")
+
+    return scenario
+
+
+for _number in (408, 409, 429, 500, 503):
+    add(Check(f"errors.once_{_number}", f"a {_number} is not retried behind the client's back",
+              _once(_number), (SHORT, LONG)))
+
+
+@check("errors.later_round", "an error of a later round: status and body, or an error event in a stream",
+       PAGED, needs="loop")
+async def later_round(play: Play) -> None:
+    refusal = say.error(429, "Slow down in round two.", code="rate_limit", headers=RETRY)
+    play.says(refusal)
+    reply = await play.send(play.body())
+    play.looped()
+    if play.stream and reply.status == 200:
+        expect("Slow down in round two." in reply.text, f"no error: {quote(reply.text)}")
+        error = next(c for c in reply.chunks() if c.get("error"))["error"]
+        equal(error, json.loads(refusal.body)["error"], "the error event")
+        expect("[DONE]" not in reply.events(), "a [DONE] after the error")
+    else:
+        equal((reply.status, reply.body), (429, refusal.body), "status and body")
+        equal(reply.header("retry-after"), "7", "retry-after")
+
+
+def _openai_shape(reply: Reply, status: int | None = None) -> None:
+    if status is not None:
+        equal(reply.status, status, "status")
+    error = reply.json().get("error")
+    expect(isinstance(error, dict), f"no error object: {quote(reply.text)}")
+    for key in ("message", "type"):
+        expect(isinstance(error.get(key), str), f"error.{key} is {error.get(key)!r}")
+    for key in ("param", "code"):
+        expect(key in error, f"error.{key} is missing: {quote(reply.text)}")
+
+
+@check("errors.broken_json", "a body that is no JSON gets 400 in OpenAI's shape", (SHORT,))
+async def broken_json(play: Play) -> None:
+    play.valid = False
+    reply = await play.send(b'{"model": "gpt-4o", "messages": [')
+    _openai_shape(reply, 400)
+
+
+@check("errors.wrong_messages", "messages that are no array get what upstream says about them", (SHORT,))
+async def wrong_messages(play: Play) -> None:
+    play.valid = False
+    play.says(say.error(400, "messages: wrong type", param="messages"))
+    reply = await play.send(encode({"model": play.target.model, "messages": f"hi [contract {play.tag}]"}))
+    _openai_shape(reply, 400)
+
+
+@check("errors.no_messages", "an empty array of messages gets 400 in OpenAI's shape", (SHORT,))
+async def no_messages(play: Play) -> None:
+    play.valid = False
+    play.says(say.error(400, "messages: empty", param="messages"))
+    reply = await play.send(encode({"model": play.target.model, "messages": [], "user": f"[contract {play.tag}]"}))
+    _openai_shape(reply, 400)
+
+
+@check("errors.drop", "an upstream that hangs up: 5xx in OpenAI's shape, or no answer at all", ALL)
+async def drop(play: Play) -> None:
+    play.says(Drop(), inner=0)
+    try:
+        reply = await play.send(play.body())
+    except NoAnswer:
+        return  # the connection was cut as upstream cut it
+    if reply.status == 200:
+        told = reply.broken or '"error"' in reply.text
+        expect(told, f"it ended well: {quote(reply.text)}")
+        return
+    expect(reply.status >= 500, f"status {reply.status}")
+    _openai_shape(reply)
+
+
+@check("errors.broken_body", "a whole answer that upstream cuts off does not look whole", (SHORT, LONG))
+async def broken_body(play: Play) -> None:
+    play.says(Stream([b'{"id":"x","choices":[', Break()], 200, JSON_HEADERS), inner=0)
+    try:
+        reply = await play.send(play.body())
+    except NoAnswer:
+        return
+    if reply.status == 200:
+        expect(reply.broken, f"it ended well: {quote(reply.text)}")
+
+
+@check("errors.no_chat_answer", "a 200 that is no chat answer comes back verbatim", (SHORT, LONG))
+async def no_chat_answer(play: Play) -> None:
+    body = b'{"object": "error", "message": "odd server", "code": 40}'
+    play.says(Response(body), inner=0)
+    reply = await play.send(play.body())
+    equal((reply.status, reply.body), (200, body), "status and body")
+
+
+# ---------------------------------------------------------------- the client tries again
+
+
+@check("errors.retry_once", "a request sent again after an error: the turn is upstream once", BOTH)
+async def retry_once(play: Play) -> None:
+    play.says(say.error(500, "Oops."), say.text("The code is amber."), say.text("Bye."), inner=0)
+    question = {"role": "user", "content": "What was the code, please?"}
+    messages = play.ask(question)
+    equal((await play.send(play.body(messages))).status, 500, "status of the first try")
+    first = play.last.body
+    await play.chat(messages)
+    equal(play.last.body, first, "the second try's bytes upstream")
+    await _continues(play, messages, question["content"])
+
+
+@check("errors.retry_answered", "a request sent again after its answer was lost: the turn is upstream once",
+       (SHORT, LONG, LONG_STREAM))
+async def retry_answered(play: Play) -> None:
+    play.says(say.text("The code is amber."), say.text("The code is amber."), say.text("Bye."), inner=0)
+    question = {"role": "user", "content": "What was the code, please?"}
+    messages = play.ask(question)
+    await play.chat(messages)
+    await play.chat(messages)
+    await _continues(play, messages, question["content"])
+
+
+async def _continues(play: Play, messages: list[dict[str, str]], question: str) -> None:
+    more = [*messages, say.text("The code is amber."), {"role": "user", "content": "Good bye."}]
+    await play.chat(more)
+    got = play.last.json["messages"]
+    texts = [m.get("content") or "" for m in got]
+    equal(sum(str(t).endswith(question) for t in texts), 1, "times that the question stands upstream")
+    equal(texts.count("The code is amber."), 1, "times that the answer stands upstream")

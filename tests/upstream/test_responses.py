@@ -1,0 +1,140 @@
+"""The bridge's own wire: which requests it takes, and streams cut anywhere. Whole conversations over
+it are in tests/e2e/test_responses_bridge.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.config import Config
+from proxy.upstream import Header, UpstreamBroken, join_chunks, make_upstream
+from proxy.upstream.openai import OpenAIUpstream
+from proxy.upstream.responses import ResponsesBridge, StreamReply
+from tests.e2e.answers import Hang, Stream
+from tests.e2e.providers import Call, Said
+from tests.e2e.providers.responses import ResponsesServer, response_events, response_of
+from tests.e2e.recording import Recorded
+
+LIMIT = 1 << 20
+
+
+class Arrived:
+    """A reply whose body came in these pieces."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.status = 200
+        self.headers: list[Header] = [(b"content-type", b"text/event-stream")]
+        self.pieces, self.closed = pieces, False
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        for piece in self.pieces:
+            yield piece
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._chunks()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return await join_chunks(self._chunks(), limit_bytes)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def wire(newline: str = "\n") -> bytes:
+    body = {"model": "m", "input": [], "include": ["reasoning.encrypted_content"]}
+    request = Recorded(0, "POST", "/v1/responses", [], b"", b"", b"", body)
+    said = Said("Grüße.", [Call("a", "look", {"word": "ß"})], thinking="Hm.")
+    output = list(ResponsesServer().output(request, said))
+    events = response_events(response_of(request, output, None), output)
+    lines = (f"event: {e['type']}\ndata: {json.dumps(e, ensure_ascii=False)}\n\n" for e in events)
+    return "".join([": hello\n\n", *lines]).replace("\n", newline).encode()
+
+
+def through(pieces: Sequence[bytes]) -> bytes:
+    return asyncio.run(StreamReply(Arrived(pieces), True).read(LIMIT))
+
+
+WHOLE = through([wire()])
+
+
+@given(st.lists(st.integers(0, len(wire()) - 1), max_size=30), st.sampled_from(["\n", "\r\n"]))
+def test_a_stream_cut_at_any_byte(cuts: list[int], newline: str) -> None:
+    sent, at = wire(newline), [0, *sorted(cuts), len(wire(newline))]
+    assert through([sent[a:b] for a, b in zip(at, at[1:], strict=False) if b > a]) == WHOLE
+    assert WHOLE.endswith(b"data: [DONE]\n\n") and "Grüße".encode()[:3] in WHOLE
+
+
+def test_a_stream_that_ends_early_has_no_end() -> None:
+    sent = wire()
+    assert b"[DONE]" not in through([sent[: sent.rindex(b"event:")]])
+
+
+@pytest.mark.parametrize("event", [b'{"type": "response.created"}', b"{", b'{"type": "response.output_text.delta"}'])
+def test_an_event_of_another_kind_is_a_broken_answer(event: bytes) -> None:
+    with pytest.raises(UpstreamBroken):
+        through([b"data: " + event + b"\n\n"])
+
+
+async def test_giving_up_closes_upstreams_reply() -> None:
+    arrived = Arrived([wire()])
+    reply = StreamReply(arrived, False)
+    await reply.close()
+    assert arrived.closed
+
+
+def config(server: ResponsesServer, bridge: bool = True) -> Config:
+    models = {"bridged*": {"bridge": "responses"}} if bridge else {}
+    return Config.model_validate({"upstream": {"base_url": server.base_url}, "models": models})
+
+
+async def test_other_models_and_odd_bodies_keep_their_bytes() -> None:
+    async with ResponsesServer() as server:
+        upstream = make_upstream(config(server))
+        assert isinstance(upstream, ResponsesBridge)
+        other = b'{ "model":"other",  "messages":[{"role":"user","content":"Hi."}] }'
+        for body in (other, b'{"model": "bridged-1", "messages": []', b"[]"):
+            reply = await upstream.chat(body, [(b"content-type", b"application/json")])
+            await reply.read(LIMIT)
+        await upstream.close()
+    assert server.calls[0].body == other
+    assert all(call.target == "/v1/chat/completions" for call in server.calls)
+
+
+async def test_without_a_bridge_there_is_none() -> None:
+    async with ResponsesServer() as server:
+        upstream = make_upstream(config(server, bridge=False))
+        assert isinstance(upstream, OpenAIUpstream)
+        await upstream.close()
+
+
+async def test_headers_and_query_go_along_and_a_client_that_leaves_is_seen() -> None:
+    async with ResponsesServer() as server:
+        first = b"data: " + json.dumps({"type": "response.in_progress"}).encode() + b"\n\n"
+        server.plan(Stream([first, Hang()]))
+        upstream = make_upstream(config(server))
+        body = b'{"model":"bridged-1","stream":true,"messages":[{"role":"user","content":"Hi."}]}'
+        headers = [(b"authorization", b"Bearer k"), (b"content-length", b"999")]
+        reply = await upstream.chat(body, headers, b"api-version=1")
+        await reply.close()
+        [call] = server.calls
+        await asyncio.wait_for(call.disconnected.wait(), 5)
+        await upstream.close()
+    assert call.target == "/v1/responses?api-version=1"
+    assert call.header("authorization") == "Bearer k"
+    assert call.header("content-length") == str(len(call.body))
+
+
+async def test_a_body_that_is_no_response_reaches_the_client() -> None:
+    async with ResponsesServer() as server:
+        server.plan({"object": "something"}, {"output": 5})
+        upstream = make_upstream(config(server))
+        body = b'{"model":"bridged-1","messages":[{"role":"user","content":"Hi."}]}'
+        await (await upstream.chat(body, [])).read(LIMIT)
+        reply = await upstream.chat(body, [])
+        assert json.loads(await reply.read(LIMIT)) == {"output": 5}
+        await upstream.close()

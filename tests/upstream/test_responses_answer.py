@@ -1,0 +1,124 @@
+"""Responses answers as chat completions: a stream says what the whole answer says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy.conversation.sse import MessageBuilder
+from proxy.upstream.responses_answer import ChatStream, failure, to_chat
+from proxy.upstream.responses_request import to_responses
+from tests.e2e.providers import Call, Said
+from tests.e2e.providers.responses import ResponsesServer, response_events, response_of
+from tests.e2e.recording import Recorded
+
+
+def given(said: Said) -> dict[str, Any]:
+    """The response that the tests' server would give."""
+    body = {"model": "m", "input": [], "include": ["reasoning.encrypted_content"]}
+    request = Recorded(3, "POST", "/v1/responses", [], b"", b"", b"", body)
+    output = list(ResponsesServer().output(request, said))
+    return response_of(request, output, said.stop)
+
+
+def streamed(response: dict[str, Any], include_usage: bool = True) -> list[dict[str, Any]]:
+    stream = ChatStream(include_usage)
+    events = response_events(response, response["output"])
+    chunks = [chunk for event in events for chunk in stream.feed(event)]
+    assert stream.ended
+    return chunks
+
+
+TWO = [Call("a", "look", {"at": 1}), Call("b", "look", {"at": 2})]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Said("Hello there, you."),
+        Said("Hello.", thinking="Hm."),
+        Said(calls=TWO, thinking="Hm."),
+        Said("Looking.", TWO, thinking="Hm."),
+        Said("Cut", stop="max_output_tokens"),
+    ],
+)
+def test_a_stream_says_what_the_whole_answer_says(said: Said) -> None:
+    response = given(said)
+    whole, chunks = to_chat(response), streamed(response)
+    builder = MessageBuilder()
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            builder.add(choice["delta"])
+            builder.finish_reason = choice["finish_reason"] or builder.finish_reason
+    message = whole["choices"][0]["message"]
+    assert builder.build() == {k: v for k, v in message.items() if k != "refusal"}
+    assert builder.finish_reason == whole["choices"][0]["finish_reason"]
+    assert chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
+    assert {chunk["id"] for chunk in chunks} == {whole["id"]}
+
+
+def test_reasoning_of_calls_comes_back_where_it_was_and_that_of_an_answer_does_not() -> None:
+    response = given(Said("Looking.", TWO, thinking="Hm."))
+    message = to_chat(response)["choices"][0]["message"]
+    results = [{"role": "tool", "tool_call_id": c.id, "content": "r"} for c in TWO]
+    body = to_responses({"model": "m", "messages": [message, *results]})
+    assert body is not None
+    [item] = [item for item in response["output"] if item["type"] == "reasoning"]
+    assert body["input"][0] == item
+    assert [i["type"] for i in body["input"][1:4]] == ["message", "function_call", "function_call"]
+    assert "reasoning_items" not in to_chat(given(Said("A.", thinking="Hm.")))["choices"][0]["message"]
+
+
+def test_reasoning_that_would_have_to_be_looked_up_is_not_kept() -> None:
+    response = given(Said(calls=TWO, thinking="Hm."))
+    del response["output"][0]["encrypted_content"]
+    assert "reasoning_items" not in to_chat(response)["choices"][0]["message"]
+
+
+def test_what_else_an_answer_may_hold() -> None:
+    note = {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}
+    text = {"type": "output_text", "text": "One.", "annotations": [note]}
+    response = {
+        "id": "resp_1", "created_at": 5.5, "model": "m", "status": "completed",
+        "output": [
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Why."}]},
+            {"type": "message", "phase": "commentary", "content": [text]},
+            {"type": "message", "content": [{"type": "output_text", "text": "Two."}]},
+            {"type": "message", "content": [{"type": "refusal", "refusal": "No."}]},
+            {"type": "custom_tool_call", "call_id": "c", "name": "run", "input": "go"},
+            {"type": "web_search_call", "id": "w"},
+        ],
+        "usage": None,
+    }  # fmt: skip
+    answer = to_chat(response)
+    message = answer["choices"][0]["message"]
+    assert message["content"].startswith("One.\n\nTwo.") and message["refusal"] == "No."
+    assert message["annotations"][0]["url_citation"]["url"] == "u"
+    assert message["reasoning_content"] == "Why." and message["phase"] == "commentary"
+    assert message["tool_calls"][0]["custom"] == {"name": "run", "input": "go"}
+    assert answer["created"] == 5 and answer["usage"] is None
+
+
+@pytest.mark.parametrize(
+    ("response", "status"),
+    [
+        ({"status": "failed", "error": {"code": "rate_limit_exceeded", "message": "m"}}, 429),
+        ({"status": "failed", "error": {"code": "server_error", "message": "m"}}, 500),
+        ({"status": "failed", "error": {"code": "invalid_prompt", "message": "m"}}, 400),
+        ({"status": "failed", "error": None}, 500),
+    ],
+)
+def test_failures(response: dict[str, Any], status: int) -> None:
+    failed = failure(response)
+    assert failed is not None and failed[0] == status and failed[1]["error"]["message"]
+    assert failure({"status": "completed", "error": None}) is None
+
+
+def test_an_error_event_is_an_error_and_no_end() -> None:
+    stream = ChatStream(False)
+    event = {"type": "error", "code": "c", "message": "Broken.", "param": None}
+    [told] = stream.feed(event)
+    assert told["error"]["message"] == "Broken." and told["error"]["code"] == "c"
+    assert not stream.ended
+    assert list(stream.feed({"type": "response.some_new_event"})) == []
