@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from proxy.memory import StorageTier, WorkingSetConfig
+from proxy.memory import StorageTier, VMMode, WorkingSetConfig
 from proxy.tokens import get_counter
 from tests.conversation.player import (
     Player,
@@ -108,3 +108,18 @@ def test_a_system_message_behind_the_newest_survives_an_epoch_in_mid_turn() -> N
     for request in played.requests:
         assert json.dumps(request["messages"]).count("note1x") == 1
         check_pairs(request)
+
+
+@pytest.mark.parametrize("formatted", [True, False])
+def test_strict_mode_asks_for_citations_but_never_where_the_answer_is_json(formatted: bool) -> None:
+    """The rule leaves for that request only: the next one continues the cached prefix."""
+    player = Player(limits_of(1500, mode=VMMode.STRICT))
+    messages = grown(player, 14)
+    extra = {"response_format": {"type": "json_object"}} if formatted else {}
+    messages.append({"role": "user", "content": "in JSON, please"})
+    asked = player.ask(messages, script(says("{}")), **extra).requests[0]
+    messages += [{"role": "assistant", "content": "{}"}, {"role": "user", "content": "and now?"}]
+    then = player.ask(messages, script(says("so"))).requests[0]
+    rules = [next(m["content"] for m in r["messages"] if m["role"] == "developer") for r in (asked, then)]
+    assert ("cite the page" in rules[0]) is not formatted
+    assert "cite the page" in rules[1] and "never guess" in rules[0]
