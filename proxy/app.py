@@ -53,7 +53,7 @@ class App:
             await self._lifespan(receive, send)
         elif scope["type"] != "http":
             await self._rest(scope, receive, send)
-        elif scope["path"] in _CHAT and scope["method"] != "OPTIONS":  # a browser's preflight passes
+        elif scope["path"] in _CHAT and scope["method"] == "POST":  # stored ones are upstream's
             await self._guarded(self._chat, scope, receive, send)
         elif scope["path"] in _CHAT or (scope["path"] + "/").startswith("/v1/"):
             await self._guarded(self._pass, scope, receive, send)
