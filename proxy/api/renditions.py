@@ -53,11 +53,12 @@ class Renditions:
     async def _medium(
         self, tenant: bytes, page: MemoryPage, level: CompressionLevel, pages: PathPages
     ) -> MemoryPage:
-        made = await self.find(tenant, page, level, EXTRACTIVE)
+        kind = f"{EXTRACTIVE}/{pages.counter_name}"  # smaller by one model's rule, not by another's
+        made = await self.find(tenant, page, level, kind)
         if made is None:
             made = await asyncio.to_thread(pages.shown, page, level)
             if not isinstance(made.content, str):  # words are made again in no time
-                await self.keep(tenant, page, made, EXTRACTIVE)
+                await self.keep(tenant, page, made, kind)
         return made
 
     async def _told(self, tenant: bytes, page: MemoryPage) -> MemoryPage:

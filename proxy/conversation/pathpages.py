@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.mediapages import MediaPage, media_pages
-from proxy.conversation.tree import Node
+from proxy.conversation.tree import GetRecord, Node
 from proxy.memory.compressor import compress_text
 from proxy.memory.context_packer import ContextPacker
 from proxy.memory.levels import CompressorRegistry
@@ -57,8 +57,10 @@ class PathPages:
         page_tokens: int,
         derived: Derived = NO_DERIVED,
         registry: CompressorRegistry = _registry,
+        get_record: GetRecord | None = None,
     ) -> None:
         self.path = path
+        self._get_record = get_record
         self.derived = derived
         self.registry = registry
         self.packer = ContextPacker(counter.text, _lines, counter.part)
@@ -78,6 +80,13 @@ class PathPages:
             found = self._messages[position] = _decode(self.path[position].raw)
         return found
 
+    def said(self, position: int) -> dict[str, Any]:
+        """The message as upstream gave it: a client echoes of a spoken answer only the id."""
+        node = self.path[position]
+        echo = node.role == "assistant" and b'"audio"' in node.raw and b'"transcript"' not in node.raw
+        record = self._get_record(node.id) if echo and self._get_record is not None else None
+        return self.message(position) if record is None else _decode(record.raws[-1])
+
     def tokens(self, position: int) -> int:
         """Tokens of the native message; counted once in the node's life, for one kind of counting."""
         node, name = self.path[position], self._counter.name
@@ -92,7 +101,7 @@ class PathPages:
         if found is None:
             raw = self.path[position].raw
             plain = b'"type"' not in raw and b'"audio"' not in raw  # a text message is not decoded
-            found = () if plain else media_pages(position, self.message(position), self._counter)
+            found = () if plain else media_pages(position, self.said(position), self._counter)
             self._media[position] = found
         return found
 
@@ -105,7 +114,7 @@ class PathPages:
         found = self._parts.get(position)
         if found is None:
             names = {page.index: page.page_id for page in self.media(position)}
-            text = message_text(self.message(position), names)
+            text = message_text(self.said(position), names)
             limit = self._page_tokens
             small = len(text) <= limit or self._is_small(position)
             found = [text] if small else split_text(text, limit, self._cutter.text)
@@ -243,7 +252,9 @@ class PathPages:
         medium = self._medium(wanted)
         if medium is None:
             content: Any = self.text(wanted)
-            tokens = self.text_tokens(position) // max(1, len(self.parts(position)))
+            plain = content == self.bare(wanted) and not self.media(position)
+            # A call shown with its result, or a medium's name, is not in the message's own count.
+            tokens = self.text_tokens(position) // len(self.parts(position)) if plain else None
         else:
             content, tokens = medium.content, medium.tokens
             metadata["caption"] = self._caption(position)
@@ -270,6 +281,11 @@ class PathPages:
             return page
         return self.registry.compress(page, CompressionLevel(level), self._counter)
 
+    @property
+    def counter_name(self) -> str:
+        """Whose tokens the levels were chosen by."""
+        return self._counter.name
+
     def is_medium(self, wanted: str) -> bool:
         return self._medium(wanted) is not None
 
@@ -291,7 +307,10 @@ class PathPages:
         return compress_text(seen, CompressionLevel.ABSTRACT, None, self._cutter.text)
 
     def _own_words(self, position: int) -> str:
-        own = "\n".join(self.parts(position))
+        media = {medium.index for medium in self.media(position)}
+        content = self.message(position).get("content")
+        words = [part for i, part in enumerate(content or ()) if i not in media]
+        own = message_text({"content": words}) if isinstance(content, list) else ""
         return compress_text(own, CompressionLevel.ABSTRACT, None, self._cutter.text)
 
     def _call_of(self, position: int) -> str:

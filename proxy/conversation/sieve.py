@@ -110,8 +110,8 @@ class Sieve:
     def end_round(self) -> tuple[Round, list[bytes]]:
         """The round's message, and what was held and turned out to be the client's."""
         out: list[bytes] = []
-        for event in self._parser.close():
-            self._event(event, 0.0, out)
+        for event in self._parser.close():  # it lacks its blank line, and more may follow
+            self._event(Event(event.raw + b"\n\n", event.data), 0.0, out)
         for index, call in self._calls.items():
             if call.owner is None:
                 self._settle(index, call, out, self._template())
@@ -240,6 +240,10 @@ class Sieve:
         )
         for delta in calls:
             index = self._said.add_call(delta)
+            if index not in self._calls:  # names before it are whole: the calls keep their order
+                for before, other in self._calls.items():
+                    if other.owner is None:
+                        self._settle(before, other, out, chunk)
             call = self._calls.setdefault(index, _Call(queue=[]))
             if call.owner is None:
                 call.owner = self._owner(index)

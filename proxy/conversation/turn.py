@@ -66,7 +66,8 @@ class Turn:
         self.path = given.path
         self.turn = (given.record.turn if given.record else 0) + 1
         self.pages = PathPages(
-            self.path, given.counter, given.limits.page_tokens, given.derived
+            self.path, given.counter, given.limits.page_tokens, given.derived,
+            get_record=given.get_record,
         )
         table = given.table
         if table is None:

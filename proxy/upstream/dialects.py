@@ -1,9 +1,10 @@
 """What other providers need beside litellm's translation of an OpenAI-shaped request and answer. Pure.
 
-Promises: a request that the memory did not change stays as the client sent it; in one that it did,
-the first message after the system messages is a user's, and Anthropic's models get cache markers at
-the end of the stable prefix and of the last two turns (a client's own markers win). An answer's
-thinking blocks are whole, so that they go back verbatim; its usage and tool calls look like OpenAI's.
+Promises: a request that the memory did not change stays as the client sent it, but for one that
+Anthropic is certain to refuse (see `_THINKING`). In one that the memory changed, the first message
+after the system messages is a user's, and Anthropic's models get cache markers at the end of the
+stable prefix and of the last two turns (a client's own markers win). An answer's thinking blocks are
+whole, so that they go back verbatim; its usage and tool calls look like OpenAI's.
 """
 
 from __future__ import annotations
@@ -19,28 +20,40 @@ _ASKING: Final = ("user", "tool", "function")
 # Anthropic's and Gemini's conversations begin with the user; a window may begin with an answer.
 _OPENING: Final[Json] = {"role": "user", "content": "(earlier messages: see the system message)"}
 _MARKER: Final[Json] = {"type": "ephemeral"}
+# Anthropic refuses to think on in a tool round whose thinking is gone; without, it goes on.
+_THINKING: Final = ("thinking", "reasoning_effort")
 _MARKABLE: Final = ("text", "image_url", "file", "document")  # parts that litellm keeps a marker of
 _CLAUDE_HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
 
 
-def takes_markers(provider: str, model: str) -> bool:
-    """True for Anthropic's models, at whoever hosts them through Anthropic's cache markers."""
+def is_claude(provider: str, model: str) -> bool:
+    """True for Anthropic's models, at whoever hosts them by Anthropic's rules."""
     return provider in _CLAUDE_HOSTS and (provider == "anthropic" or "claude" in model.lower())
 
 
-def prepare(fields: Json, markers: bool) -> Json:
-    """The request's fields for litellm; only a paged request changes, and nothing of it is lost."""
+def prepare(fields: Json, claude: bool) -> Json:
+    """The request's fields for litellm, of which nothing is lost. `claude`: see `is_claude`."""
     messages = fields.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return fields
+    if claude and _thinking_is_lost(messages):
+        fields = {k: v for k, v in fields.items() if k not in _THINKING}
     leading = next((i for i, m in enumerate(messages) if m.get("role") not in _SYSTEM), len(messages))
     if not any(_has_rules(message) for message in messages[:leading]):
         return fields
     if leading < len(messages) and messages[leading].get("role") != "user":
         messages = [*messages[:leading], _OPENING, *messages[leading:]]
-    if markers and not _marked(messages) and not _marked(fields.get("tools")):
+    if claude and not _marked(messages) and not _marked(fields.get("tools")):
         messages = _with_markers(messages, leading)
     return {**fields, "messages": messages}
+
+
+def _thinking_is_lost(messages: Sequence[Json]) -> bool:
+    """The client has not kept the thinking of the tool round that this request goes on with."""
+    if not messages or messages[-1].get("role") not in ("tool", "function"):
+        return False
+    called = next((m for m in reversed(messages) if m.get("role") == "assistant"), {})
+    return bool(called.get("tool_calls")) and not called.get("thinking_blocks")
 
 
 def _has_rules(message: Json) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from proxy.errors import ApiError
 from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
-from proxy.upstream.dialects import Chunks, prepare, takes_markers, whole_answer
+from proxy.upstream.dialects import Chunks, is_claude, prepare, whole_answer
 from proxy.upstream.litellm_errors import caused_by, error_object, provider_status, retry_headers
 
 if TYPE_CHECKING:
@@ -85,13 +85,13 @@ class _Library:
         """True for a body field that litellm would take as its own setting."""
         return field in self._settings or field.startswith(_SETTING_PREFIXES)
 
-    def takes_markers(self, model: str) -> bool:
-        """True when the model's provider reads Anthropic's cache markers."""
+    def is_claude(self, model: str) -> bool:
+        """True for a model that is called by Anthropic's rules."""
         try:
             name, provider, *_ = self._provider_of(model)
         except Exception:  # noqa: BLE001 - a model of no known provider is refused by the call
             return False
-        return takes_markers(str(provider), str(name))
+        return is_claude(str(provider), str(name))
 
 
 class LitellmUpstream:
@@ -122,7 +122,7 @@ class LitellmUpstream:
                 )
         streaming = bool(fields.get("stream"))
         model = str(fields["model"])
-        fields = prepare(fields, library.takes_markers(model))
+        fields = prepare(fields, library.is_claude(model))
         settings = {
             "stream": streaming,
             "num_retries": 0,

@@ -40,7 +40,7 @@ def error_body(message: Any, code: Any, param: Any, status: int = 500) -> Json:
 
 
 def to_chat(response: Json) -> Json:
-    """A whole response as a chat completion."""
+    """A whole response as a chat completion. KeyError, TypeError, AttributeError: it is none."""
     texts: list[str] = []
     refusals: list[str] = []
     summaries: list[str] = []
@@ -48,7 +48,7 @@ def to_chat(response: Json) -> Json:
     calls: list[Json] = []
     reasoning = _Reasoning()
     message: Json = {"role": "assistant", "content": None, "refusal": None}
-    for item in response.get("output") or ():
+    for item in response["output"]:
         kind = item.get("type")
         reasoning.follow(item)
         if kind == "reasoning":

@@ -61,7 +61,7 @@ def kinds(message: Message) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("limit", "level"), [(4000, 0), (1000, 1), (200, 2), (80, 3)], ids=["fits", "1", "2", "3"]
+    ("limit", "level"), [(4000, 0), (1000, 1), (200, 2), (70, 3)], ids=["fits", "1", "2", "3"]
 )
 def test_media_go_to_the_first_level_at_which_the_message_fits(limit: int, level: int) -> None:
     message = user(TEXT, PICTURE, PICTURE)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.commit import new_records
 from proxy.conversation.pathpages import PathPages, group_start, groups_of
 from proxy.conversation.tree import Identity, Node
 from proxy.memory import message_text, page_id
@@ -110,3 +111,26 @@ def test_invariant_09_what_is_indexed_of_a_message_does_not_depend_on_what_follo
         assert list(pages.docs(1, 2)) == docs[len(alone) :]  # indexed at once or bit by bit
         found = {pages.id_of(doc.position, doc.part): doc.text for doc in docs}
         assert answer["content"] in found["img_0001_1"]  # and the image is found by its caption
+
+
+def test_a_short_text_beside_a_medium_stays_whole_at_every_shorter_level() -> None:
+    sound = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+    words = {"type": "text", "text": "Here is the bell of the harbour."}
+    pages = pages_of([{"role": "user", "content": [words, sound]}], 1024)
+    whole = pages.page("msg_0001").content
+    assert whole.startswith(words["text"]) and "aud_0001_1" in whole
+    assert pages.at("msg_0001", 1).content == whole
+
+
+def test_a_spoken_answer_that_is_echoed_by_its_id_keeps_its_words() -> None:
+    told = {"role": "assistant", "content": None,
+            "audio": {"id": "audio_1", "data": "", "transcript": "The bell is from 1847."}}
+    echo = {"role": "assistant", "audio": {"id": "audio_1"}}
+    identity = Identity(SECRET)
+    raws = [(json.dumps(m).encode(), m) for m in ({"role": "user", "content": "bell?"}, told)]
+    (record,) = new_records(identity.extend(b"t", [], raws), None, {})
+    path = identity.extend(b"t", [], [raws[0], (json.dumps(echo).encode(), echo)])
+    assert path[-1].id == record.id  # the echo says the same
+    pages = PathPages(path, COUNTER, 64, get_record={record.id: record}.get)
+    assert "The bell is from 1847." in pages.text("msg_0002")
+    assert pages.message(1) == echo

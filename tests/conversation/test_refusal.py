@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.conversation.effects import Refused
-from proxy.conversation.refusal import learn
+from proxy.conversation.refusal import learn, overflow
 from tests.conversation.player import Player, limits_of, script
 from tests.conversation.scenario import grown
 
@@ -39,3 +39,98 @@ def test_what_a_refusal_says_of_the_model() -> None:
     error = b'{"error": {"message": "%s", "type": "invalid_request_error"}}' % flagged
     assert learn(error, limits) == {}
     assert learn(b"\xff", limits) == {}
+
+
+TOO_LONG: list[tuple[str, str, int | None, int | None]] = [
+    ("openai", "This model's maximum context length is 8192 tokens. However, your messages resulted in "
+     "9000 tokens. Please reduce the length of the messages.", 8192, 9000),
+    ("openai with an answer", "This model's maximum context length is 4097 tokens. However, you requested "
+     "5000 tokens (4000 in the messages, 1000 in the completion).", 4097, 4000),
+    ("openai, newer", "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted "
+     "in 300000 tokens.", 272000, 300000),
+    ("openai without numbers", "Your input exceeds the context window of this model.", None, None),
+    ("vllm", "This model's maximum context length is 4096 tokens. However, your request has 5000 input "
+     "tokens.", 4096, 5000),
+    ("vllm with max_tokens", "'max_tokens' or 'max_completion_tokens' is too large: 2000. This model's "
+     "maximum context length is 4096 tokens and your request has 3000 input tokens (2000 > 4096 - "
+     "3000).", 4096, 3000),
+    ("vllm, older", "The decoder prompt (length 5000) is longer than the maximum model length of 4096.",
+     4096, 5000),
+    ("llama.cpp", '{"error":{"code":400,"message":"the request exceeds the available context size, try '
+     'increasing it","type":"exceed_context_size_error","n_prompt_tokens":9000,"n_ctx":4096}}',
+     4096, 9000),
+    ("llama.cpp, newer", "request (9000 tokens) exceeds the available context size (4096 tokens), try "
+     "increasing it", 4096, 9000),
+    ("mistral", "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum "
+     "context length", 32768, 40000),
+    ("groq", "Please reduce the length of the messages or completion.", None, None),
+    ("cerebras", "Please reduce the length of the messages or completion. Current length is 9000 while "
+     "limit is 8192", 8192, 9000),
+    ("anthropic", "prompt is too long: 210000 tokens > 200000 maximum", 200000, 210000),
+    ("anthropic with max_tokens", "input length and `max_tokens` exceed context limit: 190000 + 20000 > "
+     "200000, decrease input length", 200000, 190000),
+    ("gemini", "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+     1048576, 1200000),
+    ("openrouter", "This endpoint's maximum context length is 131072 tokens. However, you requested about "
+     "140000 tokens (139000 of text input, 1000 in the output).", 131072, 139000),
+    ("bedrock", "Input is too long for requested model.", None, None),
+    ("tgi", "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4097. Given: 5000 "
+     "`inputs` tokens and 512 `max_new_tokens`", 4097, 5000),
+    ("cohere", "too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 5000.",
+     4081, 5000),
+    ("xai", "This model's maximum prompt length is 131072 but the request contains 140000 tokens.",
+     131072, 140000),
+    ("fireworks", "The prompt is too long: 140000, model maximum context length: 131072", 131072, 140000),
+    ("lm studio", "Trying to keep the first 5000 tokens when context the overflows. However, the model is "
+     "loaded with context length of only 4096 tokens, which is not enough.", 4096, None),
+    ("sglang", "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
+     4096, 5000),
+    ("dashscope", "Range of input length should be [1, 30720]", 30720, None),
+    ("moonshot", "Invalid request: Your request exceeded model token limit: 8192", 8192, None),
+    ("copilot", "prompt token count of 140000 exceeds the limit of 128000", 128000, 140000),
+    ("github models", "Request body too large for gpt-4o model. Max size: 8000 tokens.", 8000, None),
+    ("with commas", "maximum context length is 131,072 tokens", 131072, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "window", "sent"), [t[1:] for t in TOO_LONG], ids=[t[0] for t in TOO_LONG])
+def test_a_prompt_too_long_in_every_providers_words(
+    text: str, window: int | None, sent: int | None
+) -> None:
+    found = overflow(Refused(400, text.encode()))
+    assert found is not None
+    assert (found.window_tokens, found.sent_tokens) == (window, sent)
+
+
+def test_ollama_says_by_how_much() -> None:
+    found = overflow(Refused(500, b"prompt too long; exceeded max context length by 1000 tokens"))
+    assert found is not None and found.excess_tokens == 1000
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (413, "Request too large for model `x` on tokens per minute (TPM): Limit 6000, Requested 9000"),
+        (429, "This model's maximum context length is 8192 tokens."),
+        (400, "max_tokens is too large: 100000. This model supports at most 16384 completion tokens"),
+        (400, "Invalid type for 'messages[3].content'"),
+        (404, "The model `x` does not exist"),
+    ],
+)
+def test_another_limit_is_no_window(status: int, text: str) -> None:
+    assert overflow(Refused(status, text.encode())) is None
+
+
+def test_what_a_refusal_says_of_our_additions() -> None:
+    limits = limits_of(1500)
+    for refusal, fact in (
+        ("Unknown parameter: 'stream_options'.", {"stream_usage": False}),
+        ("stream_options.include_usage is not supported", {"stream_usage": False}),
+        ("[{'type': 'extra_forbidden', 'loc': ('body', 'stream_options')}]", {"stream_usage": False}),
+        ("Unrecognized request argument supplied: prompt_cache_key", {"prompt_cache_key": False}),
+        ("System message must be at the beginning.", {"mid_system": False}),
+        ("Only one system message is supported", {"mid_system": False}),
+        ("Unexpected role 'system' after role 'user'", {"mid_system": False}),
+        ("No endpoints found that support tool use.", {"tools": False}),
+    ):
+        assert learn(refusal.encode(), limits) == fact, refusal

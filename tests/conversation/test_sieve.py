@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -259,3 +260,69 @@ def test_usage_goes_down_when_it_was_asked_for() -> None:
     out = it.finish("stop", {"prompt_tokens": 3})
     assert out[1:] == [event(usage), b"data: [DONE]\n\n"]
     assert json.loads(it.finish("stop", {"prompt_tokens": 9})[1][6:])["usage"] == {"prompt_tokens": 9}
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+
+
+def _stream(*chunks: dict[str, Any], asked: bool) -> list[Any]:
+    """The chunks that the client gets of a round with these; the last is the usage chunk's, if any."""
+    sieve = Sieve(frozenset({"page_fault"}), 0, 500.0, False, asked, len)
+    sieve.begin_round(True)
+    out: list[bytes] = []
+    for one in chunks:
+        out += sieve.feed(b"data: " + json.dumps(one).encode() + b"\n\n", 0.0)
+    ended, ready = sieve.end_round()
+    out += [*ready, *sieve.finish(ended.finish_reason, ended.usage)]
+    assert out[-1] == b"data: [DONE]\n\n"
+    return [json.loads(event[6:]) for event in out[:-1]]
+
+
+def _one(delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return {"id": "c", "created": 1, "model": "m", "choices": choices, **more}
+
+
+@pytest.mark.parametrize("told", [{}, {"usage": None}])
+def test_usage_is_null_on_every_chunk_and_one_last_chunk_for_who_asked(told: dict[str, Any]) -> None:
+    chunks = [_one({"role": "assistant", "content": "a"}, **told), _one({}, "stop", **told)]
+    last = {**_one({}), "choices": [], "usage": USAGE}
+    *rest, usage = _stream(*chunks, last, asked=True)
+    assert usage == last
+    assert all("usage" in chunk and chunk["usage"] is None for chunk in rest)
+
+
+@pytest.mark.parametrize("told", [{}, {"usage": None}])
+def test_usage_is_nowhere_for_who_did_not_ask(told: dict[str, Any]) -> None:
+    azure = {"id": "", "choices": [], "prompt_filter_results": [], **told}
+    chunks = [azure, _one({"role": "assistant", "content": "a"}, **told), _one({}, "stop", **told)]
+    found = _stream(*chunks, {**_one({}), "choices": [], "usage": USAGE}, asked=False)
+    assert len(found) == 3 and all("usage" not in chunk for chunk in found)
+
+
+def test_usage_beside_the_finish_reason_stays_there_unless_it_was_asked_for() -> None:
+    chunks = [_one({"role": "assistant", "content": "a"}), _one({}, "stop", usage=USAGE)]
+    assert _stream(*chunks, asked=False)[-1]["usage"] == USAGE
+    *_, finish, usage = _stream(*chunks, asked=True)
+    assert finish["usage"] is None and finish["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == [] and usage["usage"] == USAGE
+
+
+def test_calls_keep_their_order_when_one_begins_like_ours() -> None:
+    def opened(index: int, name: str) -> dict[str, Any]:
+        function = {"name": name, "arguments": ""}
+        return _one({"tool_calls": [{"index": index, "id": f"c{index}", "function": function}]})
+
+    found = _stream(opened(0, "page"), opened(1, "lookup"), _one({}, "tool_calls"), asked=False)
+    calls = [c for chunk in found for c in chunk["choices"][0]["delta"].get("tool_calls") or ()]
+    assert [(c["index"], c["function"]["name"]) for c in calls] == [(0, "page"), (1, "lookup")]
+
+
+def test_a_last_event_without_its_blank_line_is_whole_for_the_client() -> None:
+    sieve = Sieve(frozenset(), 0, 500.0, False, False, len)
+    sieve.begin_round(False)
+    out = sieve.feed(b"data: " + json.dumps(_one({"content": "a"}, "stop")).encode(), 0.0)
+    ended, ready = sieve.end_round()
+    text = b"".join([*out, *ready, *sieve.finish("stop", None)])
+    assert all(line.startswith(b"data: ") for line in text.split(b"\n\n") if line)
+    assert ended.message["content"] == "a"

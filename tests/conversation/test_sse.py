@@ -138,3 +138,65 @@ def test_a_whole_response_as_an_event_says_the_same() -> None:
     assert tee.messages() == [kept]
     assert b"usage" not in event and b'"chat.completion.chunk"' in event
     assert choice["message"] is message  # the response is as it was
+
+
+def test_pieces_of_thinking_are_put_together_and_whole_items_stay_apart() -> None:
+    builder = MessageBuilder()
+    for delta in (
+        {"thinking_blocks": [{"type": "thinking", "thinking": "Let "}]},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "me see."}]},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "", "signature": "s1"}]},
+        {"thinking_blocks": [{"type": "redacted_thinking", "data": "x"}]},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "More."}]},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "a", "index": 0, "id": "r"}]},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "b", "index": 0, "id": "r"}]},
+        {"reasoning_details": [{"type": "reasoning.encrypted", "data": "z", "index": 1}]},
+        {"annotations": [{"type": "url_citation", "url_citation": {"url": "a"}}]},
+        {"annotations": [{"type": "url_citation", "url_citation": {"url": "a"}}]},
+        {"extra_content": {"google": {"thought_signature": "g1"}}},
+        {"extra_content": {"google": {"thought_signature": "g1"}}},
+        {"reasoning_content": "ha"}, {"reasoning_content": "ha"},
+        {"audio": {"id": "a1", "data": "UkI="}}, {"audio": {"id": "a1", "transcript": "he"}},
+        {"audio": {"transcript": "llo", "expires_at": 9}},
+    ):  # fmt: skip
+        builder.add(delta)
+    citation = {"type": "url_citation", "url_citation": {"url": "a"}}
+    assert builder.build() == {
+        "role": "assistant",
+        "content": None,
+        "thinking_blocks": [
+            {"type": "thinking", "thinking": "Let me see.", "signature": "s1"},
+            {"type": "redacted_thinking", "data": "x"},
+            {"type": "thinking", "thinking": "More."},
+        ],
+        "reasoning_details": [
+            {"type": "reasoning.text", "text": "ab", "index": 0, "id": "r"},
+            {"type": "reasoning.encrypted", "data": "z", "index": 1},
+        ],
+        "annotations": [citation, citation],
+        "extra_content": {"google": {"thought_signature": "g1"}},
+        "reasoning_content": "haha",
+        "audio": {"id": "a1", "data": "UkI=", "transcript": "hello", "expires_at": 9},
+    }
+
+
+def test_content_of_parts_and_of_text_goes_together() -> None:
+    builder = MessageBuilder()
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    for content in ("a", [thinking], [thinking], "b", "c"):
+        builder.add({"content": content})
+    (first, thought, last) = builder.build()["content"]
+    assert (first, last) == ({"type": "text", "text": "a"}, {"type": "text", "text": "bc"})
+    assert thought == {"type": "thinking", "thinking": [{"type": "text", "text": "hmhm"}]}
+
+
+def test_arguments_as_an_object_become_their_text() -> None:
+    builder = MessageBuilder()
+    builder.add_call({"index": 0, "id": "c", "function": {"name": "f", "arguments": {"a": 1}}})
+    assert builder.build()["tool_calls"][0]["function"]["arguments"] == '{"a":1}'
+
+
+def test_a_byte_order_mark_and_bare_carriage_returns_are_framing() -> None:
+    parser = EventParser()
+    events = parser.feed(b'\xef\xbb\xbfdata: {"a":1}\r\rdata: 2\r') + parser.feed(b"\r\ndata: 3\r\n\r\n")
+    assert [event.data for event in events] == [b'{"a":1}', b"2", b"3"]
