@@ -55,18 +55,19 @@ class Capable:
         await self._memory.store.commit([(b"M" + scope, msgspec.msgpack.encode(names))])
 
     def cut(
-        self, scope: bytes, model: str, conversation: bytes, counted: int, billed: int
+        self, scope: bytes, model: str, conversation: bytes, size: int, billed: int
     ) -> int | None:
         """The window of an upstream that cuts prompts silently: a conversation grows, and its bill
-        stays the same to the token. None as long as the bills move."""
+        stays the same to the token. None as long as the bills move. `size`: of the prompt, in one
+        unit for one conversation."""
         key = scope + conversation + model.encode()
         before = self._bills.pop(key, None)
-        self._bills[key] = counted, billed
+        self._bills[key] = size, billed
         if len(self._bills) > _WATCHED_BILLS:
             del self._bills[next(iter(self._bills))]
         if before is None or billed != before[1] or billed < LEAST_WINDOW_TOKENS:
             return None
-        return billed if counted >= before[0] * _GROWN else None
+        return billed if size >= before[0] * _GROWN else None
 
     def table(self, scope: bytes) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.

@@ -30,6 +30,7 @@ from proxy.api.passthrough import (
 )
 from proxy.api.placing import Placing
 from proxy.api.request import is_encoded, is_upstreams_to_judge, read_bytes
+from proxy.api.retries import is_retry, placed_as_retry
 from proxy.api.stats import Stats
 from proxy.config import Config
 from proxy.conversation.effects import Append, Complete, Load, Search
@@ -142,6 +143,8 @@ class ChatApi:
                 await self._unpaged(scope, body, send)
                 return None
             given = await self._placing.place(scope["headers"], body)
+            if given.start and is_retry(scope["headers"]):
+                given = await placed_as_retry(given, self._memory)
             model = given.decoded["model"]
             given.capabilities = partial(self.capable.of, given.scope, model)
             given.get_record = self._memory.get_record
@@ -177,13 +180,15 @@ class ChatApi:
     async def _bill(self, given: TurnInput, answer: Answer) -> None:
         """Compare upstream's bill for the last round with what we counted."""
         counted, billed = answer.report.used_tokens, (answer.usage or {}).get("prompt_tokens")
-        if counted and isinstance(billed, int) and billed > 0:
+        if isinstance(billed, int) and billed > 0:
             model, counter = given.decoded["model"], given.counter
             try:
-                await self._memory.bill(
-                    given.scope, model, counter, given.exact_counter, counted, billed
-                )
-                cut = self.capable.cut(given.scope, model, given.path[0].id, counted, billed)
+                if counted:
+                    await self._memory.bill(
+                        given.scope, model, counter, given.exact_counter, counted, billed
+                    )
+                size = counted or len(given.body)  # not counted: bytes grow as tokens do
+                cut = self.capable.cut(given.scope, model, given.path[0].id, size, billed)
                 if cut is not None:
                     log.warning("model %s: upstream reads %d tokens and cuts the rest", model, cut)
                     await self.capable.learn(given.scope, model, {"window_tokens": cut})

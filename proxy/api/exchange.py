@@ -9,6 +9,7 @@ that its stream lives.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
 _QUOTED_BYTES = 2_000  # of an error page
+_AFTER_DONE_S = 0.2  # wait for the end of a stream that has said [DONE]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _FIRST_ROUND_ONLY = b"idempotency-key"  # a later round is another request, so it needs another key
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
@@ -110,6 +112,9 @@ class Exchange:
         self._tee = tee = Tee()
         while data:
             await self._write(tee.feed(data))
+            if tee.held:
+                tee.feed(await _rest(chunks))
+                break
             data = await _read_some(chunks)
         return Said(tee.messages(), None, None)
 
@@ -123,6 +128,9 @@ class Exchange:
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):
             await self._write(b"".join(sieve.feed(data, _now_ms())))
+            if sieve.done:
+                await _rest(chunks)
+                break
         if (error := sieve.refusal) is not None:  # nothing of an answer was shown: as good as a status
             self._error_event = error.raw
             return Refused(_status_of(error.data), error.data)
@@ -292,6 +300,17 @@ async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
         if data:
             return data
     return b""
+
+
+async def _rest(chunks: AsyncIterator[bytes]) -> bytes:
+    """What follows [DONE]: white space, and the end, so that the connection can be used again. Some
+    servers keep it open, or break it: the answer is whole, so that is no failure."""
+    rest = b""
+    with contextlib.suppress(TimeoutError, UpstreamBroken):
+        async with asyncio.timeout(_AFTER_DONE_S):
+            while len(rest) < _QUOTED_BYTES and (data := await _read_some(chunks)):
+                rest += data
+    return rest
 
 
 def _first_error(data: bytes) -> bytes | None:

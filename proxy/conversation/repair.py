@@ -36,6 +36,14 @@ class Model:
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
 
+    @classmethod
+    def of(
+        cls, capabilities: Capabilities, limits: Limits, decoded: Mapping[str, Any]
+    ) -> Model:
+        """For a request with these top-level fields."""
+        length = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
+        return cls(capabilities, limits, length if isinstance(length, int) else None)
+
     def __post_init__(self) -> None:
         window = self.capabilities.window_tokens
         if window is not None:

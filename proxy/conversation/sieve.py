@@ -125,6 +125,11 @@ class Sieve:
         return ended, out
 
     @property
+    def done(self) -> bool:
+        """The round said [DONE]."""
+        return self._done
+
+    @property
     def refusal(self) -> Event | None:
         """The error that came in place of an answer: nothing of one was shown, in any round."""
         told = any(v for k, v in self._shown.build().items() if k != "role")

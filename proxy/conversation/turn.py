@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.audio import with_transcripts
-from proxy.conversation.capability import Capabilities
+from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
 from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import append_effect, new_records
@@ -31,7 +31,6 @@ from proxy.conversation.compose import (
     total_usage,
 )
 from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
-from proxy.conversation.limits import Limits
 from proxy.conversation.paging import TurnWindow, anchor_tokens
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
@@ -61,7 +60,7 @@ class Turn:
 
     def __init__(self, given: TurnInput) -> None:
         self._in = given
-        self._model = Model(Capabilities(), given.limits, None)
+        self._model = Model.of(Capabilities(), given.limits, given.decoded)
         self._fixed_tokens = given.fixed_tokens
         self.path = given.path
         self.turn = (given.record.turn if given.record else 0) + 1
@@ -104,16 +103,19 @@ class Turn:
     def run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
         untouched = given.window is None and given.floor == 0
-        if not (untouched and given.surely_fits):  # else so short that a refusal would teach first
-            self._know_model()
-        if untouched and (given.surely_fits or self._fits()):
+        if not untouched or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
+            self._model = Model.of(given.capabilities(), given.limits, given.decoded)
+        surely = given.surely_fits and len(given.body) <= self._model.limits.budget_tokens
+        if given.surely_fits and not surely:  # not counted: it was small for the assumed window
+            self._count_fixed()
+        if untouched and (surely or self._fits()):
             answer = yield from self._pass_through(self._unchanged_body(), None)
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
             self._too_long = answer.refused
-        channel = self._channel = choose_channel(given.decoded, self._limits)
+        channel = self._channel = choose_channel(given.decoded, self._model.limits)
         self._report.channel = channel.name
-        self._report.budget_tokens = self._limits.budget_tokens
+        self._report.budget_tokens = self._model.limits.budget_tokens
         paging = self._turn_window(channel)
         try:
             yield from paging.open()
@@ -127,23 +129,14 @@ class Turn:
         yield from paging.prefetch()
         return (yield from self._rounds(paging, VMCalls(paging)))
 
-    @property
-    def _limits(self) -> Limits:
-        return self._model.limits
-
-    def _know_model(self) -> None:
-        decoded = self._in.decoded
-        length = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
-        asked = length if isinstance(length, int) else None
-        self._model = Model(self._in.capabilities(), self._in.limits, asked)
-
     def _shrinks(self, refused: Refused) -> bool:
         """The client's own bytes are too long for the model: what it takes is known now."""
-        given = self._in
-        if given.surely_fits:
-            self._know_model()
-            self._fixed_tokens = fixed_tokens(given.system, given.fields, given.counter)
+        if self._in.surely_fits:
+            self._count_fixed()
         return self._model.shrink(refused, self._unchanged())
+
+    def _count_fixed(self) -> None:
+        self._fixed_tokens = fixed_tokens(self._in.system, self._in.fields, self._in.counter)
 
     # -- without paging
 
@@ -151,7 +144,7 @@ class Turn:
         total = self._fixed_tokens + PER_REPLY + anchor_tokens(self._in.anchors, self._in.counter)
         for position in range(len(self.path)):
             total += self.pages.tokens(position)
-            if total > self._limits.budget_tokens:
+            if total > self._model.limits.budget_tokens:
                 return False
         self._report.used_tokens = total
         return True
@@ -179,7 +172,7 @@ class Turn:
     # -- with paging
 
     def _turn_window(self, channel: Channel) -> TurnWindow:
-        given, limits = self._in, self._limits
+        given, limits = self._in, self._model.limits
         added = vm_tools_tokens(channel, given.counter)
         return TurnWindow(
             pages=self.pages,
@@ -207,8 +200,8 @@ class Turn:
         said: Any = None
         full = False
         number = 0  # of rounds that were answered; refused ones are bounded by what can be repaired
-        while number < self._limits.max_rounds:
-            last = full or number == self._limits.max_rounds - 1
+        while number < self._model.limits.max_rounds:
+            last = full or number == self._model.limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
             body = yield from self._request(paging, stop)
             channel = paging.channel
@@ -316,7 +309,7 @@ class Turn:
             return state, {}
         checkpoint = self.table.checkpoint()
         state["closing"] = encode_closing(
-            checkpoint.root, paging.segments, self.pages.derived.end, self._limits.max_claims
+            checkpoint.root, paging.segments, self.pages.derived.end, self._model.limits.max_claims
         )
         return state, checkpoint.blocks
 
@@ -379,10 +372,10 @@ class Turn:
 
     def _refused(self, refused: Refused) -> Generator[Effect, Any, Answer]:
         """Invariant 1: what our changes may have broken is tried once more without them."""
-        fits = unchanged_fits(self._unchanged(), self._limits) and self._too_long is None
+        fits = unchanged_fits(self._unchanged(), self._model.limits) and self._too_long is None
         if self._told() or not (repairable(refused) and fits):
             return Answer(self._report, refused=self._too_long or refused)
-        learned = {**self._model.learned, **learn(refused.body, self._limits)}
+        learned = {**self._model.learned, **learn(refused.body, self._model.limits)}
         return (yield from self._unpaged(learned))
 
     def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:

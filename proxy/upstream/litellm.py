@@ -1,9 +1,11 @@
 """Providers that do not speak OpenAI's protocol, through litellm, turned back into wire bytes.
 
 Promises: litellm is imported at the first call, in a thread, and never asks the network for its
-price table; nothing is retried and no parameter is dropped here; an error of the provider keeps
-its status; an error in the middle of a stream is its last event. A client cannot use litellm's own
-settings (another `api_base`, credentials, files) through the body: such a field is refused.
+price table; nothing is retried here; an error of the provider keeps its status and its words, also
+when a stream was asked for; one after a stream's first chunk is its last event. Where a model is:
+`models.<name>.api_base`, else `upstream.base_url`, else the provider's own address. A client cannot
+use litellm's own settings (another `api_base`, credentials, files): such a field is refused.
+What the providers need beside litellm's translation is in `dialects.py`.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ class LitellmUpstream:
             async with asyncio.timeout(self._timeout_s):
                 result = await library.acompletion(**fields)
                 # Some providers are asked only now: a refusal shall be a status, not an event.
-                first = await anext(result, None) if streaming else None
+                first = await _first_chunk(result) if streaming else None
         except Exception as error:  # noqa: BLE001 - reported to the client below
             return self._refusal(library, error)
         if streaming:
@@ -251,6 +253,15 @@ class StreamReply:
             # The stream cannot be closed while its reader is inside it.
             await asyncio.wait((self._pending,))
         await self._stream.aclose()
+
+
+async def _first_chunk(stream: Any) -> Any:
+    """None for a stream without any."""
+    try:
+        return await anext(stream, None)
+    except BaseException:  # also when the client leaves or has waited long enough
+        await stream.aclose()
+        raise
 
 
 def _decode(body: bytes) -> dict[str, Any]:

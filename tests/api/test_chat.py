@@ -344,3 +344,103 @@ async def test_text_that_is_not_utf8_is_upstreams_to_judge_at_every_turn(tmp_pat
         assert (await one.ask(bad))[0] == 200
         assert one.upstream.bodies[-1] == bad
         assert (await one.ask(body()))[0] == 200
+
+
+# ---------------------------------------------------------------- what upstream is told and judges
+
+
+def paged_messages(pairs: int = 12) -> list[dict[str, Any]]:
+    filler = " ".join(f"word{i}" for i in range(60))
+    said = [{"role": ("user", "assistant")[i % 2], "content": f"{i} {filler}"} for i in range(2 * pairs)]
+    return [*said, {"role": "user", "content": "and now?"}]
+
+
+SMALL = {"tiers.l0": {"tokens": 2000, "reserve_tokens": 500}}
+
+
+def cache_keys(one: Client) -> list[Any]:
+    return [json.loads(sent).get("prompt_cache_key") for sent in one.upstream.bodies]
+
+
+async def test_a_conversation_has_one_cache_key_where_the_provider_knows_it(tmp_path: Path) -> None:
+    key = (b"authorization", b"Bearer a")
+    other = (b"authorization", b"Bearer b")
+    longer = [*paged_messages(), {"role": "assistant", "content": "hi"}, *HELLO]
+    async with client(tmp_path, *(answered() for _ in range(5)), **SMALL) as one:  # api.openai.com
+        await one.ask(body(paged_messages()), key)
+        await one.ask(body(longer), key)
+        await one.ask(body(paged_messages()), other)
+        await one.ask(body(paged_messages(), prompt_cache_key="mine"), key)
+        await one.ask(body(), key)
+        first, second, third, fourth, fifth = cache_keys(one)
+    assert first == second and isinstance(first, str) and 0 < len(first) <= 64
+    assert third not in (None, first), "another caller's conversation"
+    assert fourth == "mine"
+    assert fifth is None, "an untouched request has nothing of ours"
+
+
+async def test_another_provider_gets_no_cache_key_unless_it_is_configured(tmp_path: Path) -> None:
+    away = {"upstream": {"base_url": "http://127.0.0.1:9/v1"}, **SMALL}
+    async with client(tmp_path / "a", answered(), **away) as one:
+        await one.ask(body(paged_messages()))
+        assert cache_keys(one) == [None]
+    (tmp_path / "b").mkdir()
+    file = tmp_path / "b" / "config.yaml"
+    models = {"gpt*": {"prompt_cache_key": True}}
+    tiers = {"l0": SMALL["tiers.l0"], "l2": {"path": str(tmp_path / "b" / "data")}}
+    file.write_text(json.dumps({"upstream": away["upstream"], "tiers": tiers, "models": models}))
+    one = Client(load_config(file, {}, {}), Scripted(answered()))
+    try:
+        await one.ask(body(paged_messages()))
+        assert cache_keys(one) != [None]
+    finally:
+        await one.memory.close()
+
+
+async def test_what_cannot_be_paged_goes_up_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 1, also for our own mistakes: the client does not pay for them."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    async with client(tmp_path, answered(), answered(), **SMALL) as one:
+        sent = json.dumps(body(paged_messages())).encode()
+        monkeypatch.setattr("proxy.conversation.paging.TurnWindow.open", broken)
+        assert (await one.ask(sent))[0] == 200
+        monkeypatch.setattr("proxy.api.placing.place", broken)
+        assert (await one.ask(sent))[0] == 200
+        assert one.upstream.bodies == [sent, sent]
+
+
+async def test_what_a_refusal_taught_is_kept_for_the_key_and_shown_to_it(tmp_path: Path) -> None:
+    refused = BytesReply(400, JSON, b'{"error":{"message":"This model does not support tools"}}')
+    async with client(tmp_path, refused, answered(), answered(), **SMALL) as one:
+        key = (b"authorization", b"Bearer a")
+        assert (await one.ask(body(paged_messages()), key))[0] == 200
+        assert (await one.ask(body(paged_messages()), key))[0] == 200
+        assert len(one.upstream.bodies) == 3 and b'"tools"' not in one.upstream.bodies[2]
+        scope = one.memory.identity.tenant("authorization: Bearer a", "")
+        (row,) = one.api.capable.table(scope)
+        assert row["model"] == "gpt-4o"
+        assert row["tools"] == {"value": False, "from": "learned"}
+        assert row["stream_usage"] == {"value": True, "from": "assumed"}
+        assert one.api.capable.table(one.memory.identity.tenant("authorization: Bearer b", "")) == []
+
+
+async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path) -> None:
+    def cut() -> BytesReply:
+        whole = json.loads(answered()._body)
+        whole["usage"] = {"prompt_tokens": 1200, "completion_tokens": 1, "total_tokens": 1201}
+        return BytesReply(200, JSON, json.dumps(whole).encode())
+
+    async with client(tmp_path, *(cut() for _ in range(4))) as one:
+        messages = paged_messages(4)
+        for _ in range(4):
+            assert (await one.ask(body(messages)))[0] == 200
+            messages = [*messages, {"role": "assistant", "content": "hi"}, messages[0]]
+        assert len(one.upstream.bodies[1]) > len(one.upstream.bodies[0])
+        scope = one.memory.identity.tenant("", "")
+        assert one.memory.learned(scope, "gpt-4o").get("window_tokens") == 1200
+        assert b"<VM:RULES>" in one.upstream.bodies[-1], "later requests fit what it reads"

@@ -332,3 +332,103 @@ def test_an_error_event_is_one_line_with_an_error(body: bytes) -> None:
 
 def test_an_error_event_of_a_long_page_is_bounded() -> None:
     assert len(error_event(Refused(500, b"x" * 1_000_000))) < 5_000
+
+
+def failed(**error: Any) -> bytes:
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+
+
+class Kept(Setup):
+    """A setup that keeps its client awake."""
+
+    def __init__(self, *replies: Any, every_s: float) -> None:
+        super().__init__(*replies)
+
+        def sieve() -> Sieve:
+            return Sieve(frozenset({"page_fault"}), 24, 60_000, False, False, len)
+
+        self.exchange = Exchange(self._send, self, [], b"", True, sieve, 10_000, every_s)  # type: ignore[arg-type]
+
+
+async def test_a_client_that_waits_for_inner_rounds_gets_comments_and_none_at_the_end() -> None:
+    go_on = asyncio.Event()
+    inner = Reply(event(role="assistant"), vm_call(), event(None, "tool_calls"), go_on, DONE)
+    setup = Kept(inner, Reply(event("done", "stop"), DONE), every_s=0.02)
+    task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", offer=True)))
+    await setup.seen(b": keep-alive\n\n: keep-alive\n\n")
+    go_on.set()
+    await task
+    await setup.exchange.complete(Complete(b"{}"))
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    said = setup.body
+    await asyncio.sleep(0.06)
+    assert setup.body == said and setup.ended
+    assert said.endswith(DONE)
+    texts = [json.loads(line[6:]) for line in said.decode().split("\n\n") if line.startswith("data: {")]
+    assert "".join(t["choices"][0]["delta"].get("content") or "" for t in texts) == "done"
+
+
+async def test_no_comment_falls_into_a_stream_that_passes_through() -> None:
+    go_on = asyncio.Event()
+    half = event("one")
+    setup = Kept(Reply(half[:20], go_on, half[20:], DONE), every_s=0.01)
+    task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", through=True)))
+    await setup.seen(half[:20])
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await task
+    await setup.exchange.finish(answer(), [])
+    assert setup.body == half + DONE
+
+
+async def test_an_idempotency_key_is_the_first_rounds_only() -> None:
+    seen: list[Any] = []
+    setup = Setup(Reply(b"{}", headers=JSON), Reply(b"{}", headers=JSON), stream=False)
+    call = setup.chat
+
+    async def noting(body: bytes, headers: Sequence[Header], query: bytes = b"") -> Any:
+        seen.append(list(headers))
+        return await call(body, headers, query)
+
+    setup.chat = noting  # type: ignore[method-assign]
+    setup.exchange._headers = [(b"idempotency-key", b"i1"), (b"traceparent", b"t1")]
+    for _ in range(2):
+        await setup.exchange.complete(Complete(b"{}"))
+    assert seen == [[(b"idempotency-key", b"i1"), (b"traceparent", b"t1")], [(b"traceparent", b"t1")]]
+
+
+@pytest.mark.parametrize("through", [True, False])
+async def test_an_error_in_place_of_an_answer_is_as_good_as_a_status(through: bool) -> None:
+    """The turn may try again: nothing but the headers has reached the client."""
+    too_long = failed(message="prompt is too long: 9 tokens > 8 maximum", code=413)
+    setup = Setup(Reply(too_long, DONE), Reply(event("ok", "stop"), DONE))
+    said = await setup.exchange.complete(Complete(b"{}", offer=not through, through=through))
+    assert isinstance(said, Refused) and said.status == 413
+    assert b"too long" in said.body and setup.body == b""
+    again = await setup.exchange.complete(Complete(b"{}"))
+    assert isinstance(again, Said) and again.messages[0]["content"] == "ok"
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    assert b"too long" not in setup.body and setup.body.endswith(DONE)
+
+
+async def test_an_error_that_stays_reaches_the_client_as_it_came() -> None:
+    odd = failed(message="no", type="server_error")
+    setup = Setup(Reply(odd, b": bye\n\n"))
+    said = await setup.exchange.complete(Complete(b"{}", through=True))
+    assert said == Refused(500, odd[6:-2])
+    await setup.exchange.finish(answer(refused=said), [])
+    assert setup.body == odd + b": bye\n\n" and setup.ended
+
+
+@pytest.mark.parametrize("through", [True, False])
+@pytest.mark.parametrize("stays_open", [True, False])
+async def test_an_answer_ends_with_done_whatever_its_connection_does(
+    through: bool, stays_open: bool
+) -> None:
+    end = asyncio.Event() if stays_open else UpstreamBroken("late")
+    setup = Setup(Reply(event("ok", "stop"), DONE[:-2], DONE[-2:], end))
+    work = setup.exchange.complete(Complete(b"{}", offer=not through, through=through))
+    said = await asyncio.wait_for(work, WAIT_S)
+    assert isinstance(said, Said) and said.messages[0]["content"] == "ok"
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    assert setup.ended and setup.body.endswith(DONE)

@@ -31,13 +31,15 @@ from tests.e2e.harness import (
     message_of,
     sse_chunks,
 )
-from tests.e2e.talk import fault, history, search
+from tests.e2e.talk import fault, search
 
 MODEL = "gpt-4o"
-PAIRS = 40  # about 3600 tokens
+PAIRS = 10  # about 3600 tokens in few messages: the clients' own cost goes by messages
 L0_TOKENS = 3000
 RESERVE_TOKENS = 600
 BUDGET_TOKENS = L0_TOKENS - RESERVE_TOKENS
+
+_STEMS = "amber basin cedar delta ember fjord grove heron".split()
 
 Message = dict[str, Any]
 Reply = Message | Answer | Callable[[Message], Answer]
@@ -151,7 +153,12 @@ def _failed(request: Message) -> Answer:
 def _choices(request: Message) -> Answer:
     """Two choices with the probabilities of their tokens."""
     made = [_choice(i, text) for i, text in enumerate(("Heads it is.", "Tails it is."))]
-    head = {"id": "chatcmpl-two", "created": CREATED, "model": MODEL, "system_fingerprint": "fp_test"}
+    head = {
+        "id": "chatcmpl-two",
+        "created": CREATED,
+        "model": MODEL,
+        "system_fingerprint": "fp_test",
+    }
     usage = {"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 17}
     if not request.get("stream"):
         whole = {"object": "chat.completion", **head, "choices": made, "usage": usage}
@@ -219,7 +226,9 @@ _TALK = (
             fault("msg_0003", "call_g"),
         ),
     ),
-    Turn(message_of("The second note, naïve as it is, says 「depot 1」."), first=(fault("msg_0002"),)),
+    Turn(
+        message_of("The second note, naïve as it is, says 「depot 1」."), first=(fault("msg_0002"),)
+    ),
     Turn(message_of(LONG_TEXT)),
 )
 _AGENT = (
@@ -236,7 +245,9 @@ _AGENT = (
         first=(fault("msg_0008"),),
         beside=(call("call_v2", "search_pages", {"query": "depot 3"}),),
     ),
-    Turn(message_of("Both are 4 degrees; the code is 23757."), first=(fault("msg_0009", "call_h"),)),
+    Turn(
+        message_of("Both are 4 degrees; the code is 23757."), first=(fault("msg_0009", "call_h"),)
+    ),
 )
 _REPORT = (
     Turn(message_of(json.dumps(REPORT)), first=(fault("msg_0007"),)),
@@ -253,6 +264,8 @@ SCENES: dict[str, tuple[Turn, ...]] = {
     "report": _REPORT,
     # The schema stands in a tool that the client forces: no memory tool may be on offer.
     "forced": (Turn(_calls(call("call_report", "Report", REPORT))),),
+    "forced call": (Turn(_calls(call("call_code", "depot_code", {"depot": 3}))),),
+    "left": (Turn(message_of(LONG_TEXT * 20), first=(fault("msg_0001"),)), _TALK[1]),
     # Pydantic AI's output tools: a normal call, then the one that ends the run.
     "output tool": (
         Turn(_calls(call("call_oslo", "weather", {"city": "Oslo"}))),
@@ -280,7 +293,12 @@ SCENES: dict[str, tuple[Turn, ...]] = {
 
 def opening() -> list[Message]:
     """The system message and the history."""
-    return [{"role": "system", "content": SYSTEM}, *history(PAIRS)]
+    out = [{"role": "system", "content": SYSTEM}]
+    for i in range(PAIRS):
+        more = " ".join(f"{_STEMS[(i + 5 * j) % 8]}{(7 * i + j) % 89}" for j in range(75))
+        out.append(user(f"Note {i}: the code of depot {i} is c{i * 7919}. {more}"))
+        out.append({"role": "assistant", "content": f"Noted for depot {i}. {more}"})
+    return out
 
 
 def user(text: str) -> Message:

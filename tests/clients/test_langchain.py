@@ -26,7 +26,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")  # LangChain shares connec
 langchain_openai = pytest.importorskip(
     "langchain_openai", reason="langchain-openai is not installed: pip install '.[clients]'"
 )
-import openai  # noqa: E402 (after the check)
+import openai  # noqa: E402
 from langchain_core.messages import convert_to_messages  # noqa: E402
 from langchain_core.tools import tool  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
@@ -62,7 +62,9 @@ async def ask(model: Any, messages: list[Any], stream: bool) -> Any:
 
 def seen_of(message: Any) -> list[Any]:
     """All that LangChain makes of an answer, but ids and counts."""
-    metadata = {k: v for k, v in message.response_metadata.items() if k not in ("token_usage", "id")}
+    metadata = {
+        k: v for k, v in message.response_metadata.items() if k not in ("token_usage", "id")
+    }
     counts = sorted(message.usage_metadata or ())
     extra = {k: v for k, v in message.additional_kwargs.items() if k != "parsed"}
     return [message.text, message.tool_calls, message.invalid_tool_calls, metadata, counts, extra]
@@ -185,7 +187,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
 async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
     async def run(url: str, key: str) -> Any:
         model, messages = chat(url, key), convert_to_messages([*opening(), user(QUESTIONS[0])])
-        with pytest.raises(Exception) as caught:  # noqa: B017 (which one it is is compared)
+        with pytest.raises(Exception) as caught:  # which one it is is compared
             await ask(model, messages, True)
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]
         return [error, seen_of(await ask(model, messages, True))]

@@ -32,7 +32,7 @@ pytestmark = [
 litellm = pytest.importorskip(
     "litellm", reason="litellm is not installed: pip install '.[clients]'"
 )
-import openai  # noqa: E402 (after the check)
+import openai  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -151,7 +151,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, error: str) -> Non
 async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
     async def run(url: str, key: str) -> Any:
         messages = [*opening(), user(QUESTIONS[0])]
-        with pytest.raises(Exception) as caught:  # noqa: B017 (which one it is is compared)
+        with pytest.raises(Exception) as caught:  # which one it is is compared
             await ask(url, key, messages, True)
         error = [type(caught.value).__name__, str(caught.value)]
         return [error, await ask(url, key, messages, True)]

@@ -21,10 +21,11 @@ from tests.clients.scenes import (
 )
 from tests.clients.stage import Stage, same
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # the clients close their connections late
 agents = pytest.importorskip(
     "agents", reason="openai-agents is not installed: pip install '.[clients]'"
 )
-import openai  # noqa: E402 (after the check)
+import openai  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -171,7 +172,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
 async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
     async def run(url: str, key: str) -> Any:
         made, asked = agent(url, key), inputs([*opening(), user(QUESTIONS[0])])
-        with pytest.raises(Exception) as caught:  # noqa: B017 (which one it is is compared)
+        with pytest.raises(Exception) as caught:  # which one it is is compared
             await play(made, asked, True)
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]
         return [error, (await play(made, asked, True))[1]]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
 import pytest
 
+from tests.clients.openai_client import (
+    BOTH,
+    STREAMS,
+    Report,
+    ask,
+    client,
+    echo,
+    parsed,
+    streamed,
+)
 from tests.clients.scenes import (
     AGENT_QUESTION,
+    BUDGET_TOKENS,
     FUNCTIONS,
     MODEL,
     QUESTIONS,
@@ -18,92 +28,20 @@ from tests.clients.scenes import (
     REPORT_SCHEMA,
     SCENES,
     TOOL_SCHEMAS,
-    Message,
     opening,
     opening_with_pictures,
     picture,
     user,
     user_with_picture,
 )
-from tests.clients.stage import Run, Stage, items, same, usage_fields, value
+from tests.clients.stage import (
+    Stage,
+    items,
+    same,
+    value,
+)
 
-openai = pytest.importorskip("openai", reason="openai is not installed: pip install '.[clients]'")
-from pydantic import BaseModel  # noqa: E402 (after the check)
-
-pytestmark = pytest.mark.parametrize("client_class", ["OpenAI", "AsyncOpenAI"])
-STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-
-
-class Report(BaseModel):
-    depot: int
-    code: str
-    notes: list[str]
-
-
-def client(name: str, url: str, key: str, max_retries: int = 0) -> Any:
-    made = getattr(openai, name)
-    return made(base_url=url, api_key=key, max_retries=max_retries, timeout=20)
-
-
-def shape(chunk: Any) -> list[Any]:
-    """A chunk without its id and its text: what a strict reader of streams depends on."""
-    head = [chunk.object, chunk.created, chunk.model, chunk.system_fingerprint]
-    for choice in chunk.choices:
-        delta = choice.delta.model_dump(exclude_unset=True)
-        calls = delta.pop("tool_calls", None) or []
-        kinds = [[c["index"], sorted(c), sorted(c["function"])] for c in calls]
-        head.append([choice.index, delta.get("role"), sorted(delta), kinds, choice.finish_reason])
-    extra = usage_fields(chunk.usage) if chunk.usage else None
-    return [*head, sorted(chunk.model_fields_set - {"usage"}), extra, "usage" in chunk.model_fields_set]
-
-
-def collapsed(shapes: list[Any]) -> list[Any]:
-    """Equal neighbours once: where a text is cut is nobody's business."""
-    return [s for i, s in enumerate(shapes) if i == 0 or shapes[i - 1] != s]
-
-
-async def ask(made: Any, messages: list[Message], stream: bool, **fields: Any) -> tuple[Message, Any]:
-    """One request: the message to echo, and what else was seen."""
-    if not stream:
-        reply = await value(
-            made.chat.completions.create(model=MODEL, messages=messages, **fields)
-        )
-        choice = reply.choices[0]
-        message = choice.message.model_dump(exclude_none=True)
-        whole = reply.model_dump(exclude_unset=True, exclude={"id", "usage"})
-        return message, [whole, usage_fields(reply.usage)]
-    seen = await value(
-        made.chat.completions.create(model=MODEL, messages=messages, stream=True, **fields)
-    )
-    message = {"role": "assistant", "content": None}
-    calls: dict[int, Message] = {}
-    shapes, names = [], set()
-    async for chunk in items(seen):
-        shapes.append(shape(chunk))
-        names.add(chunk.id)
-        for choice in chunk.choices:
-            if choice.delta.content:
-                message["content"] = (message["content"] or "") + choice.delta.content
-            for part in choice.delta.tool_calls or ():
-                entry = calls.setdefault(part.index, part.model_dump(exclude_none=True))
-                if entry["id"] != part.id and part.id is None:
-                    entry["function"]["arguments"] += part.function.arguments
-    if calls:
-        message["tool_calls"] = [
-            {k: v for k, v in calls[i].items() if k != "index"} for i in sorted(calls)
-        ]
-    assert len(names) == 1, "one stream, one id"
-    return message, [message, collapsed(shapes)]
-
-
-def echo(message: Any) -> Message:
-    """A parsed message as the API takes it: the helpers leave deltas' fields in it."""
-    made = {"role": "assistant", "content": message.content}
-    for c in message.tool_calls or ():
-        function = {"name": c.function.name, "arguments": c.function.arguments}
-        calls = made.setdefault("tool_calls", [])
-        calls.append({"id": c.id, "type": "function", "function": function})
-    return made
+pytestmark = BOTH
 
 
 async def agent(made: Any, stream: bool, **fields: Any) -> list[Any]:
@@ -119,16 +57,17 @@ async def agent(made: Any, stream: bool, **fields: Any) -> list[Any]:
     return [messages, seen]
 
 
-@STREAMS
-@pytest.mark.parametrize("include_usage", [None, False, True])
-async def test_talk(
-    stage: Stage, client_class: str, stream: bool, include_usage: bool | None
-) -> None:
-    fields = {}
-    if include_usage is not None:
-        if not stream:
-            pytest.skip("stream_options belong to streams")
-        fields["stream_options"] = {"include_usage": include_usage}
+@pytest.mark.parametrize(
+    "stream, fields",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"stream_options": {"include_usage": False}}),
+        (True, {"stream_options": {"include_usage": True}}),
+    ],
+    ids=["whole", "stream", "stream without usage", "stream with usage"],
+)
+async def test_talk(stage: Stage, client_class: str, stream: bool, fields: dict[str, Any]) -> None:
 
     async def run(url: str, key: str) -> Any:
         made, messages, seen = client(client_class, url, key), opening(), []
@@ -149,17 +88,23 @@ async def test_agent(stage: Stage, client_class: str, stream: bool) -> None:
         return await agent(client(client_class, url, key), stream)
 
     messages, _ = await same(stage, "agent", run)
-    assert [len(m.get("tool_calls", ())) for m in messages if m["role"] == "assistant"][-3:] == [2, 1, 0]
+    assert [len(m.get("tool_calls", ())) for m in messages if m["role"] == "assistant"][-3:] == [
+        2,
+        1,
+        0,
+    ]
 
 
 async def test_stream_helper_with_tools(stage: Stage, client_class: str) -> None:
     """`chat.completions.stream`: the same events, and the same completion that they add up to."""
-    strict = [
-        {**t, "function": {**t["function"], "strict": True}} for t in TOOL_SCHEMAS
-    ]
+    strict = [{**t, "function": {**t["function"], "strict": True}} for t in TOOL_SCHEMAS]
 
     async def run(url: str, key: str) -> Any:
-        made, messages, seen = client(client_class, url, key), [*opening(), user(AGENT_QUESTION)], []
+        made, messages, seen = (
+            client(client_class, url, key),
+            [*opening(), user(AGENT_QUESTION)],
+            [],
+        )
         for _ in SCENES["agent"]:
             asked = {"model": MODEL, "messages": messages, "tools": strict}
             final, events = await streamed(made.chat.completions, asked)
@@ -175,7 +120,9 @@ async def test_stream_helper_with_tools(stage: Stage, client_class: str) -> None
 
 
 @STREAMS
-async def test_structured_output_as_json_schema(stage: Stage, client_class: str, stream: bool) -> None:
+async def test_structured_output_as_json_schema(
+    stage: Stage, client_class: str, stream: bool
+) -> None:
     schema = {"name": "report", "strict": True, "schema": REPORT_SCHEMA}
     wanted = {"type": "json_schema", "json_schema": schema}
 
@@ -242,25 +189,59 @@ async def test_choices_and_their_probabilities(
     await same(stage, "choices", run, faults=False)
 
 
-@pytest.mark.parametrize("helper", ["parse", "stream"])
-@pytest.mark.parametrize("scene", ["declined", "cut off"])
-async def test_answers_that_cannot_be_parsed(
-    stage: Stage, client_class: str, helper: str, scene: str
+@STREAMS
+async def test_usage_counts_the_window_once_and_all_that_was_said(
+    stage: Stage, client_class: str, stream: bool
+) -> None:
+    """prompt_tokens is the last round's, a gauge; completion_tokens is the sum over the rounds."""
+    used: list[Any] = []
+
+    async def run(url: str, key: str) -> None:
+        completions = client(client_class, url, key).chat.completions
+        messages = opening()
+        for question in QUESTIONS:
+            messages.append(user(question))
+            asked: dict[str, Any] = {"model": MODEL, "messages": messages, "stream": stream}
+            if stream:
+                asked["stream_options"] = {"include_usage": True}
+                reply = await value(completions.create(**asked))
+                used.append([chunk async for chunk in items(reply)][-1].usage)
+            else:
+                used.append((await value(completions.create(**asked))).usage)
+            messages.append({"role": "assistant", "content": "Noted."})
+
+    await same(stage, "talk", run)
+    bare, paged = used[:3], used[3:]
+    for before, after in zip(bare, paged, strict=True):
+        assert before.prompt_tokens > BUDGET_TOKENS >= after.prompt_tokens
+        assert after.total_tokens == after.prompt_tokens + after.completion_tokens
+    said = [
+        after.completion_tokens - before.completion_tokens
+        for before, after in zip(bare, paged, strict=True)
+    ]
+    assert said[0] > said[1] > said[2] == 0  # three, one and no memory rounds
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "depot_code"}}},
+        {"tool_choice": "required", "parallel_tool_calls": False},
+    ],
+    ids=["required", "named", "required, not parallel"],
+)
+async def test_forced_calls(
+    stage: Stage, client_class: str, stream: bool, fields: dict[str, Any]
 ) -> None:
     async def run(url: str, key: str) -> Any:
-        completions, seen = client(client_class, url, key).chat.completions, []
-        messages = [*opening(), user(REPORT_QUESTION)]
-        for _ in SCENES[scene]:
-            try:
-                asked = {"model": MODEL, "messages": messages, "response_format": Report}
-                final, events = await (parsed if helper == "parse" else streamed)(completions, asked)
-                message = final.choices[0].message
-                seen.append([events, message.refusal, message.content, message.parsed is None])
-            except openai.LengthFinishReasonError as e:
-                seen.append([type(e).__name__, e.completion.choices[0].message.content])
-        return seen
+        messages = [*opening(), user(AGENT_QUESTION)]
+        return await ask(
+            client(client_class, url, key), messages, stream, tools=TOOL_SCHEMAS, **fields
+        )
 
-    await same(stage, scene, run)
+    await same(stage, "forced call", run, faults=False)
 
 
 @STREAMS
@@ -281,81 +262,3 @@ async def test_headers(stage: Stage, client_class: str, stream: bool) -> None:
         return seen
 
     assert (await same(stage, "talk", run))[0][3] == "req_0123456789"
-
-
-async def parsed(completions: Any, asked: dict[str, Any]) -> tuple[Any, list[str]]:
-    return await value(completions.parse(**asked)), []
-
-
-async def streamed(completions: Any, asked: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The stream helper: its completion, and the kinds of its events."""
-    events = []
-    async with contextlib.AsyncExitStack() as stack:
-        manager = completions.stream(**asked)
-        if hasattr(manager, "__aenter__"):
-            entered = await stack.enter_async_context(manager)
-        else:
-            entered = stack.enter_context(manager)
-        async for event in items(entered):
-            events.append(event.type)
-        return await value(entered.get_final_completion()), collapsed(events)
-
-
-def told(e: Any) -> list[Any]:
-    """All that a program can read from an exception of the client."""
-    out = [type(e).__name__, str(e), getattr(e, "code", None), getattr(e, "param", None)]
-    if isinstance(e, openai.APIStatusError):
-        out += [e.status_code, e.body, e.request_id, e.response.headers.get("retry-after-ms")]
-    return out
-
-
-@STREAMS
-@pytest.mark.parametrize(
-    "scene", ["limited", "limited later", "failed later", "dropped later"]
-)
-async def test_error_is_retried_by_the_client(
-    stage: Stage, client_class: str, stream: bool, scene: str
-) -> None:
-    async def run(url: str, key: str) -> Any:
-        made = client(client_class, url, key, max_retries=3)
-        return await ask(made, [*opening(), user(QUESTIONS[0])], stream)
-
-    await same(stage, scene, run)
-
-
-@STREAMS
-@pytest.mark.parametrize(
-    "scene, error",
-    [
-        ("always limited", "RateLimitError"),
-        ("always limited later", "RateLimitError"),
-        ("refused", "BadRequestError"),
-        ("refused later", "BadRequestError"),
-    ],
-)
-async def test_errors(stage: Stage, client_class: str, stream: bool, scene: str, error: str) -> None:
-    async def run(url: str, key: str) -> Any:
-        try:
-            return await ask(client(client_class, url, key), [*opening(), user(QUESTIONS[0])], stream)
-        except openai.OpenAIError as e:
-            return told(e)
-
-    assert (await same(stage, scene, run))[0] == error
-
-
-@pytest.mark.parametrize("scene", ["broken", "broken later", "late error"])
-async def test_stream_that_ends_badly(stage: Stage, client_class: str, scene: str) -> None:
-    """The same exception, nothing that was not said, and the next try goes well."""
-    await same(stage, scene, ends_badly(client_class))
-
-
-def ends_badly(client_class: str) -> Run:
-    async def run(url: str, key: str) -> Any:
-        made, messages = client(client_class, url, key), [*opening(), user(QUESTIONS[0])]
-        try:
-            first = await ask(made, messages, True)
-        except Exception as e:  # noqa: BLE001 (which one it is is compared)
-            first = [type(e).__module__, *told(e)]
-        return [first, await ask(made, messages, True)]
-
-    return run

@@ -22,13 +22,14 @@ from tests.clients.scenes import (
 )
 from tests.clients.stage import Stage, same
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # the clients close their connections late
 pydantic_ai = pytest.importorskip(
     "pydantic_ai", reason="pydantic-ai-slim is not installed: pip install '.[clients]'"
 )
 pytest.importorskip(
     "pydantic_ai.models.openai", reason="pydantic-ai-slim has no [openai]: pip install '.[clients]'"
 )
-import openai  # noqa: E402 (after the checks)
+import openai  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 from pydantic_ai import ImageUrl, NativeOutput  # noqa: E402
 from pydantic_ai import messages as parts  # noqa: E402
@@ -77,7 +78,9 @@ def seen_of(result: Any) -> list[Any]:
     return [*seen, result.usage.requests, result.usage.tool_calls]
 
 
-async def play(made: Any, prompt: Any, history: list[Any], stream: bool) -> tuple[Any, list[Any], Any]:
+async def play(
+    made: Any, prompt: Any, history: list[Any], stream: bool
+) -> tuple[Any, list[Any], Any]:
     """A run to its end: its output, what it went through, and the result with its messages."""
     if not stream:
         result = await made.run(prompt, message_history=history)
@@ -179,7 +182,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
 async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
     async def run(url: str, key: str) -> Any:
         made = agent(url, key)
-        with pytest.raises(Exception) as caught:  # noqa: B017 (which one it is is compared)
+        with pytest.raises(Exception) as caught:  # which one it is is compared
             await play(made, QUESTIONS[0], past(opening()), True)
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]
         return [error, (await play(made, QUESTIONS[0], past(opening()), True))[:2]]

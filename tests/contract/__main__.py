@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.contract import report, suite
-from tests.contract.gateways import NotInstalled, started
+from tests.contract.gateways import PAGE_ARGUMENTS, NotInstalled, started
 from tests.contract.model import Case, Outcome
 from tests.contract.play import Target
 from tests.contract.runner import play_all
@@ -55,6 +55,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--base-url", help="a running proxy's /v1, instead of --gateways")
     parser.add_argument("--upstream-port", type=int, default=0, help="where that proxy forwards to")
     parser.add_argument("--model", default="gpt-4o", help="the model to ask that proxy for")
+    parser.add_argument("--window", type=int, default=0, metavar="TOKENS",
+                        help="that proxy keeps requests below so many tokens, by paging as llm-pager does")
     return parser.parse_args()
 
 
@@ -64,7 +66,9 @@ async def _play(
     results: dict[str, dict[str, Outcome] | str] = {}
     async with ScriptedUpstream(asked.upstream_port) as upstream:
         if asked.base_url:
-            given = Target("given", asked.base_url, asked.base_url, asked.model)
+            window = {"loops": True, "window_tokens": asked.window, "arguments": PAGE_ARGUMENTS}
+            given = Target("given", asked.base_url, asked.base_url, asked.model,
+                           **(window if asked.window else {}))
             return {"given": await play_all(given, upstream, chosen)}
         for name in asked.gateways.split(","):
             try:

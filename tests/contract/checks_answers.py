@@ -91,7 +91,7 @@ async def answer_bytes(play: Play) -> None:
 
 @check("answers.unknown_fields", "unknown fields of an answer and of a choice come back", ALL)
 async def unknown_fields(play: Play) -> None:
-    more = {"x_provider": {"region": "eu"}, "citations": ["https://example.org"]}
+    more: dict[str, Any] = {"x_provider": {"region": "eu"}, "citations": ["https://example.org"]}
     choice = {"x_matched": 7, "content_filter_results": {"hate": {"filtered": False}}}
     play.says(lambda request: say.answer(request, say.text("Yes."), more=more, choice=choice))
     reply = await play.chat()

@@ -56,7 +56,12 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "functions": {"functions": [FUNCTION]},
     "function_call": {"functions": [FUNCTION], "function_call": {"name": "look"}},
     "include_obfuscation": {"stream": True, "stream_options": {"include_obfuscation": False}},
-    "null_values": {"stop": None, "logit_bias": None, "user": None},
+    "null_values": {
+        "stop": None, "logit_bias": None, "user": None, "n": None, "seed": None, "logprobs": None,
+        "response_format": None, "metadata": None, "temperature": None, "functions": None,
+    },
+    "stream_false": {"stream": False},
+    "stream_null": {"stream": None, "stream_options": None},
 }
 
 
@@ -65,7 +70,7 @@ def _passes(fields: dict[str, Any]) -> Scenario:
         play.says(say.text("The code."))
         await play.chat(**fields)
         for name, value in fields.items():
-            if name == "stream_options":  # usage may be asked for beside it
+            if name == "stream_options" and value is not None:  # usage may be asked for beside it
                 for recorded in play.calls:
                     got = recorded.json.get(name) or {}
                     equal({k: got.get(k) for k in value}, value, name)
@@ -115,7 +120,8 @@ async def max_completion_tokens(play: Play) -> None:
 
 async def _budget(play: Play, name: str) -> None:
     play.says(say.text("Yes."))
-    await play.chat(**{name: 200})
+    fields: dict[str, Any] = {name: 200}
+    await play.chat(**fields)
     equal(play.calls[0].json.get(name), 200, f"{name} in the first round")
     for number, recorded in enumerate(play.calls[1:], start=1):
         most = 200 - number * say.COMPLETION_TOKENS

@@ -105,7 +105,7 @@ async def first_text(play: Play) -> None:
     (await live.rest()).ok()
 
 
-@check("live.comments", "upstream's own keep-alive comments reach a waiting client", (STREAMS[0],))
+@check("live.comments", "upstream's own keep-alive comments reach a waiting client", STREAMS)
 async def comments(play: Play) -> None:
     gate = asyncio.Event()
 
@@ -117,6 +117,13 @@ async def comments(play: Play) -> None:
     await live.until(": ", PATIENCE_S)
     gate.set()
     (await live.rest()).ok()
+
+
+@check("live.done", "[DONE] reaches the client though upstream keeps its connection open", STREAMS)
+async def done(play: Play) -> None:
+    play.says(lambda request: say.streamed([*say.chunks(request, say.text("Yes.")), Hang()]), inner=0)
+    live = await play.open(play.body())
+    await live.until("[DONE]", PATIENCE_S)
 
 
 @check("live.keepalive", "comments keep the connection alive while an inner round takes its time",

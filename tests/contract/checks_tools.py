@@ -214,7 +214,8 @@ async def mixed(play: Play) -> None:
     play.script.inner_step = both
     first = play.ask()
     reply = await play.chat(first, tools=[LOOK])
-    expect(made, "no tool of its own was offered")
+    play.offered()
+    expect(made, "the tool on offer was not called")
     _mixed(play, reply, wanted)
     play.script.inner = 0
     play.script.calls.clear()

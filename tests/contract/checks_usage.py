@@ -38,7 +38,8 @@ async def whole(play: Play) -> None:
        "total_tokens their sum", PAGED, needs="loop")
 async def rounds(play: Play) -> None:
     play.says(say.text("Yes."), inner=2)
-    reply = await play.chat(**({"stream_options": {"include_usage": True}} if play.stream else {}))
+    fields: dict[str, Any] = {"stream_options": {"include_usage": True}} if play.stream else {}
+    reply = await play.chat(**fields)
     play.looped(3)
     usage = (reply.chunks()[-1] if play.stream else reply.json()).get("usage") or {}
     last = say.prompt_tokens(play.last.json)

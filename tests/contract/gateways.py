@@ -17,24 +17,33 @@ import sys
 import tempfile
 import venv
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from tests.contract.play import WINDOW_TOKENS, Target
+from tests.contract.scripted import SIDE_MODEL
 from tests.e2e.processes import ServerProcess, free_port, together, wait_for_health
 
 CACHE = Path(os.environ.get("CONTRACT_GATEWAYS", "~/.cache/llm-pager-contract")).expanduser()
 PACKAGES = {
     "litellm": "litellm[proxy]",
     "headroom": "headroom-ai[proxy]",
-    "virtual-context": "virtual-context",
+    "virtual-context": "virtual-context[proxy]",
 }
 ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
 REPO = Path(__file__).resolve().parents[2]
 KEEPALIVE_S = 0.2
-_PAGE_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+PAGE_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("search_pages", {"query": "depot 3"}),
     ("page_fault", {"page_id": "msg_0001"}),
+)
+
+
+VC_WINDOW_TOKENS = 8000  # its own tools take about 1,700
+_VC_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("vc_find_quote", {"query": "depot 3"}),
+    ("vc_expand_topic", {"tag": "depot"}),
 )
 
 
@@ -123,7 +132,7 @@ def _llm_pager(upstream_port: int, running: contextlib.ExitStack) -> Target:
     plain, small = running.enter_context(together(ServerProcess(upstream), ServerProcess(paged)))
     return Target(
         "llm-pager", plain.base_url, small.base_url, loops=True, window_tokens=WINDOW_TOKENS,
-        keepalive_s=KEEPALIVE_S if keepalive else 0.0, arguments=_PAGE_ARGUMENTS,
+        keepalive_s=KEEPALIVE_S if keepalive else 0.0, arguments=PAGE_ARGUMENTS,
     )
 
 
@@ -159,20 +168,29 @@ def _headroom(upstream_port: int, running: contextlib.ExitStack) -> Target:
 
 
 def _virtual_context(upstream_port: int, running: contextlib.ExitStack) -> Target:
-    port, base = free_port(), f"http://127.0.0.1:{upstream_port}/v1"
+    """Two servers, as ours: its production preset's window, and a small one."""
+    plain = _virtual_context_with(200_000, upstream_port, running)
+    small = _virtual_context_with(VC_WINDOW_TOKENS, upstream_port, running)
+    return replace(plain, paged_url=small.base_url, loops=True, arguments=_VC_ARGUMENTS)
+
+
+def _virtual_context_with(
+    window_tokens: int, upstream_port: int, running: contextlib.ExitStack
+) -> Target:
+    port, origin = free_port(), f"http://127.0.0.1:{upstream_port}"
     tool = command("virtual-context", "virtual-context")
     folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="contract-vc-")))
     config = {
-        "version": "0.2", "storage_root": str(folder), "context_window": WINDOW_TOKENS,
+        "version": "0.2", "storage_root": str(folder), "context_window": window_tokens,
         "storage": {"backend": "sqlite", "sqlite": {"path": str(folder / "store.db")}},
         "tag_generator": {"type": "keyword"},
-        "summarization": {"provider": "local", "model": "gpt-4o"},
-        "providers": {"local": {"type": "generic_openai", "base_url": base}},
+        "summarization": {"provider": "local", "model": SIDE_MODEL},
+        "providers": {"local": {"type": "generic_openai", "base_url": f"{origin}/v1"}},
         "paging": {"enabled": True},
         "telemetry": {"enabled": False},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
-    line = [tool, "--config", str(folder / "config.yaml"), "proxy", "--upstream", base]
+    line = [tool, "--config", str(folder / "config.yaml"), "proxy", "--upstream", origin]
     line += ["--port", str(port), "--host", "127.0.0.1"]
     env = {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "sk-gateway"}
     return _run(Process("virtual-context", port, line, env), "/health", 120, running)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,12 +158,12 @@ class Play:
         return {"model": self.target.model, "messages": chosen, **stream, **fields}
 
     async def open(
-        self, body: Json | bytes | None, headers: Headers = (), path: str = CHAT,
-        method: str = "POST",
+        self, body: Json | bytes | AsyncIterator[bytes] | None, headers: Headers = (),
+        path: str = CHAT, method: str = "POST",
     ) -> Live:
         """Sends a request; returns when the response's head is there."""
         self.script.begin()
-        sent = body if body is None or isinstance(body, bytes) else encode(body)
+        sent = encode(body) if isinstance(body, dict) else body
         named = {name.lower() for name, _ in headers}
         base = [h for h in self.headers if h[0].lower() not in named]
         live = await self.client.open(self.base_url + path, sent, [*base, *headers], method)
@@ -218,9 +218,18 @@ class Play:
         """The gateway has answered calls of its own tools: so many upstream calls at least."""
         if not self.target.loops:
             raise NotApplicable("no tools of its own")
+        self.offered()
         if len(self.calls) < rounds:
-            offered = self.script.own_tools(self.last.json)
-            raise Failed(f"{len(self.calls)} upstream calls instead of {rounds}; offered: {offered}")
+            own = self.script.own_tools(self.last.json)
+            raise Failed(f"{len(self.calls)} upstream calls instead of {rounds}; offered: {own}")
+
+    def offered(self) -> None:
+        """The gateway has put tools of its own on offer. One that keeps a window has to, beyond it."""
+        if any(self.script.own_tools(recorded.json) for recorded in self.calls):
+            return
+        if not self.target.window_tokens:
+            raise NotApplicable("it offered no tools of its own")
+        raise Failed("no tools of its own are on offer beyond the window")
 
     def newest(self, messages: Sequence[Json], keep: int) -> None:
         """The last `keep` messages stand in every round as they were sent (a user's text may have
@@ -238,7 +247,9 @@ def encode(body: Json) -> bytes:
 
 
 def same_message(sent: Json, got: Json) -> bool:
-    """Equal, but that a user's text may have been prepended to."""
+    """Equal, but that null and absent are the same and a user's text may have been prepended to."""
+    sent = {k: v for k, v in sent.items() if v is not None}
+    got = {k: v for k, v in got.items() if v is not None}
     if sent == got:
         return True
     if sent.get("role") != "user" or got.get("role") != "user":

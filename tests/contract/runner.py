@@ -24,6 +24,7 @@ from tests.contract.wire import Client
 
 AT_ONCE = 6
 CASE_S = 30.0
+GATEWAY_S = 240.0  # for all cases; what has not begun by then has failed
 
 
 async def play_all(
@@ -33,15 +34,20 @@ async def play_all(
     found: dict[str, Outcome] = {}
     async with Client() as client:
         limit = asyncio.Semaphore(AT_ONCE)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + GATEWAY_S
 
         async def one(case: Case) -> None:
             async with limit:
+                if loop.time() > end:
+                    found[case.id] = Outcome("failed", f"not begun within {GATEWAY_S:g} s")
+                    return
                 found[case.id] = await play(case, target, upstream, client)
 
         await asyncio.gather(*(one(case) for case in chosen if not case.check.alone))
         for case in chosen:
             if case.check.alone:
-                found[case.id] = await play(case, target, upstream, client)
+                await one(case)
     return {case.id: found[case.id] for case in chosen}
 
 

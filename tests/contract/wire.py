@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -177,7 +177,7 @@ class Client:
         await self._session.close()
 
     async def open(
-        self, url: str, body: bytes | None, headers: Headers, method: str = "POST"
+        self, url: str, body: bytes | AsyncIterator[bytes] | None, headers: Headers, method: str = "POST"
     ) -> Live:
         """Sends a request; returns when the response's head is there. Fails where none comes."""
         assert self._session is not None

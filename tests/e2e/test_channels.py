@@ -552,7 +552,7 @@ async def test_a_json_stream_holds_its_text_to_the_end(server: ServerProcess) ->
     left by then."""
 
     def endless(request: dict[str, Any]) -> Stream:
-        return Stream(sse_chunks(request, message_of(json.dumps(OBJECT)))[:-2])  # no finish, no end
+        return Stream(sse_chunks(request, message_of(json.dumps(OBJECT)))[:-3])  # no finish, no end
 
     for fields, flows in (({}, True), ({"response_format": {"type": "json_object"}}, False)):
         async with scripted(endless, port=PORT), raw(server.base_url) as client:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import openai
@@ -19,7 +20,7 @@ from openai import AsyncOpenAI
 
 from tests.e2e.answers import Response, Stream
 from tests.e2e.processes import ServerProcess
-from tests.e2e.providers import Call, Json, ProviderServer, Said, texts_of
+from tests.e2e.providers import Call, Json, Said, texts_of
 from tests.e2e.providers.anthropic import (
     MAX_MARKERS,
     AnthropicServer,
@@ -28,6 +29,7 @@ from tests.e2e.providers.anthropic import (
     prompt_blocks,
 )
 from tests.e2e.providers.gemini import GeminiServer
+from tests.e2e.providers.talk import PAGED, outgrow, said_in
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, filler
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -46,10 +48,7 @@ async def servers() -> AsyncIterator[dict[str, Any]]:
     async with AnthropicServer() as claude, GeminiServer() as gemini:
         config = {
             "upstream": {"provider": "litellm"},
-            "tiers": {"l0": {"tokens": 4000, "reserve_tokens": 1000}},
-            "faults": {"max_per_turn": 64, "max_tokens_per_turn": 100_000, "max_rounds": 24},
-            "prefetch": {"max_pages": 2, "max_tokens": 300},
-            "manifest": {"max_tokens": 300},
+            **PAGED,
             "models": {
                 "anthropic/*": {"api_base": claude.base_url},
                 "gemini/*": {"api_base": gemini.base_url},
@@ -68,7 +67,9 @@ def model(request: pytest.FixtureRequest) -> str:
 async def client(
     servers: dict[str, Any], request: pytest.FixtureRequest
 ) -> AsyncIterator[AsyncOpenAI]:
-    """Each test's own key: no test sees another's history. The server is checked at its end."""
+    """Each test's own key: no test sees another's history. The servers are checked at its end."""
+    for name in (CLAUDE, GEMINI):
+        servers[name].plan()
     made = AsyncOpenAI(
         api_key=request.node.name, base_url=servers["proxy"].base_url, max_retries=0, timeout=30
     )
@@ -82,18 +83,6 @@ def at(servers: dict[str, Any], model: str) -> Any:
     return servers[model]
 
 
-async def outgrow(chat: Chat, server: ProviderServer, turns: int = 10) -> None:
-    """Turns of about 320 tokens, every second one streamed; each has a mark on either side."""
-    server.plan(*(Said(f"Noted a{turn}q. {filler(f'a{turn}', 60)}") for turn in range(turns)))
-    for turn in range(turns):
-        got = await chat.say(f"Note u{turn}q. {filler(f'u{turn}', 60)}", "", stream=turn % 2 == 1)
-        assert got.text == f"Noted a{turn}q. {filler(f'a{turn}', 60)}" and got.finish == "stop"
-
-
-def said_anywhere(body: Json, words: str) -> bool:
-    return any(words in text for text in texts_of(body))
-
-
 def fault(*pages: str, **more: Any) -> Said:
     calls = [Call(f"toolu_{page}", "page_fault", {"page_id": page}) for page in pages]
     return Said(calls=calls, **more)
@@ -104,11 +93,11 @@ async def test_a_long_conversation_is_paged(
 ) -> None:
     server = at(servers, model)
     chat = Chat(client, model=model)
-    await outgrow(chat, server, 14)
+    await outgrow(chat, server, 8)
     first, *_, last = server.bodies()
-    assert not said_anywhere(first, "<VM:RULES>")
-    assert said_anywhere(last, "<VM:RULES>") and said_anywhere(last, "page_fault")
-    assert said_anywhere(last, str(SYSTEM["content"]))
+    assert not said_in(first, "<VM:RULES>")
+    assert said_in(last, "<VM:RULES>") and said_in(last, "page_fault")
+    assert said_in(last, str(SYSTEM["content"]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -126,11 +115,11 @@ async def test_faults_and_searches_stay_inside(
     got = await chat.say("What did I note first?", "", stream=stream)
     assert (got.text, got.finish, got.calls) == ("It was u0q.", "stop", [])
     one, two, three = server.bodies()
-    assert not said_anywhere(one["messages" if model == CLAUDE else "contents"][-1], "a0q")
+    assert not said_in(one["messages" if model == CLAUDE else "contents"][-1], "a0q")
     new = two["messages" if model == CLAUDE else "contents"][-1]
-    assert said_anywhere(new, "u0q") and said_anywhere(new, "a0q")
+    assert said_in(new, "u0q") and said_in(new, "a0q")
     found = three["messages" if model == CLAUDE else "contents"][-1]
-    assert said_anywhere(found, "msg_0006")
+    assert said_in(found, "msg_0006")
     server.plan(Said("Yes."))
     assert (await chat.say("Are you sure?", "", stream=stream)).text == "Yes."
 
@@ -173,7 +162,7 @@ async def test_the_clients_own_tools_in_parallel(
     servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool
 ) -> None:
     server = at(servers, model)
-    chat = Chat(client, model=model, tools=[LOOKUP])
+    chat = Chat(client, model=model, tools=[LOOKUP], reasoning_effort="low")
     await outgrow(chat, server)
     asked = [Call("toolu_a", "lookup", {"word": "fjord"}), Call("toolu_b", "lookup", {"word": "kelp"})]
     server.plan(Said("Looking both up.", asked, thinking="Two words."), Said("A fjord has kelp."))
@@ -185,7 +174,27 @@ async def test_the_clients_own_tools_in_parallel(
     )
     answered = await chat.result(got.calls[1]["id"], "a weed", "", stream=stream)
     assert answered.text == "A fjord has kelp."
-    assert said_anywhere(server.bodies()[-1], "an inlet")
+    assert said_in(server.bodies()[-1], "an inlet")
+
+
+async def test_an_agents_long_loop_outgrows_its_window(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str
+) -> None:
+    """Calls and results stay in pairs and in their turns, wherever a window begins."""
+    server = at(servers, model)
+    chat = Chat(client, model=model, tools=[LOOKUP])
+    paged: list[Json] = []
+    for question in range(4):
+        calls = [Call(f"toolu_{question}_{i}", "lookup", {"word": f"w{i}"}) for i in range(3)]
+        server.plan(*(Said(calls=[call], thinking="Next.") for call in calls), Said("Found."))
+        got = await chat.say(f"Look three more words up: {question}.", "")
+        for i in range(3):
+            found = f"Word {i}: {filler(f'w{question}{i}', 160)}"
+            got = await chat.result(got.calls[0]["id"], found, "", stream=i % 2 == 0)
+        assert (got.text, got.finish) == ("Found.", "stop")
+        server.check()
+        paged += [body for body in server.bodies() if said_in(body, "<VM:RULES>")]
+    assert len(paged) >= 6
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -208,8 +217,8 @@ async def test_mixed_calls_are_put_together_again(
     assert answered.text == "u0q, an inlet."
     last = server.bodies()[-1]
     exchange = last["messages" if model == CLAUDE else "contents"][-2:]
-    assert said_anywhere(exchange[0], "page_fault") and said_anywhere(exchange[0], "lookup")
-    assert said_anywhere(exchange[1], "u0q") and said_anywhere(exchange[1], "an inlet")
+    assert said_in(exchange[0], "page_fault") and said_in(exchange[0], "lookup")
+    assert said_in(exchange[1], "u0q") and said_in(exchange[1], "an inlet")
     if model == CLAUDE:
         assert exchange[0]["content"][0]["thinking"] == "Both at once."
 
@@ -225,7 +234,7 @@ async def test_an_image_of_the_newest_message_is_seen(
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": url}]
     got = await chat.send({"role": "user", "content": parts}, "")
     assert got.text == "A black pixel."
-    assert said_anywhere(server.bodies()[0], PIXEL)
+    assert said_in(server.bodies()[0], PIXEL)
 
 
 async def test_a_forced_tool_brings_pages_in_before_the_call(
@@ -238,7 +247,46 @@ async def test_a_forced_tool_brings_pages_in_before_the_call(
     chat.fields["tool_choice"] = "required"
     got = await chat.say("Look u0q up.", "")
     assert [c["function"]["name"] for c in got.calls] == ["lookup"]
-    assert not said_anywhere(server.bodies()[0]["tools"], "page_fault")
+    assert not said_in(server.bodies()[0]["tools"], "page_fault")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_in_a_schema(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str, stream: bool
+) -> None:
+    """Past the budget, too, what the client gets parses, and the model may fault before it."""
+    server = at(servers, model)
+    schema = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "note", "schema": schema}}
+    chat = Chat(client, model=model)
+    await outgrow(chat, server)
+    chat.fields["response_format"] = wanted
+
+    def answered(body: Json) -> Said:
+        """As the provider would: by the tool that litellm forces on older models, or as text."""
+        forced = (body.get("tool_choice") or {}).get("name")
+        note = {"note": "u0q"}
+        return Said(calls=[Call("toolu_j", forced, note)]) if forced else Said(json.dumps(note))
+
+    server.plan(answered)
+    got = await chat.say("The first note?", "", stream=stream)
+    assert json.loads(got.text) == {"note": "u0q"} and got.finish == "stop"
+    assert said_in(server.bodies()[0], "<VM:RULES>")
+
+
+async def test_system_messages_in_the_middle_and_forbidden_tools(
+    servers: dict[str, Any], client: AsyncOpenAI, model: str
+) -> None:
+    server = at(servers, model)
+    chat = Chat(client, model=model, tools=[LOOKUP])
+    await outgrow(chat, server)
+    server.plan(Said("Short."), Said("Shorter."))
+    chat.messages.append({"role": "system", "content": "From now on be brief."})
+    assert (await chat.say("And now?", "")).text == "Short."
+    chat.fields["tool_choice"] = "none"
+    assert (await chat.say("And now?", "", stream=True)).text == "Shorter."
+    for body in server.bodies():
+        assert said_in(body, "From now on be brief.") and said_in(body, "<VM:RULES>")
 
 
 # ---------------------------------------------------------------- the cache
@@ -259,7 +307,7 @@ async def test_the_marked_prefix_of_each_request_is_in_the_next(
     server.plan(*rounds)
     for turn in range(12):
         await chat.say(f"And {turn}? {filler(f'y{turn}', 20)}", "", stream=turn % 2 == 0)
-    bodies = [body for body in server.bodies() if said_anywhere(body, "<VM:RULES>")]
+    bodies = [body for body in server.bodies() if said_in(body, "<VM:RULES>")]
     epochs = [next(t for t in texts_of(body["system"]) if "<VM:RULES>" in t) for body in bodies]
     within = 0
     for before, after, one, other in zip(bodies, bodies[1:], epochs, epochs[1:], strict=False):
@@ -274,6 +322,23 @@ async def test_the_marked_prefix_of_each_request_is_in_the_next(
     assert within >= 8 and len(set(epochs)) >= 2
 
 
+async def test_geminis_contents_only_grow_within_an_epoch(
+    servers: dict[str, Any], client: AsyncOpenAI
+) -> None:
+    """Its cache needs no markers: what was sent has to stand there again, signatures and all."""
+    server: GeminiServer = at(servers, GEMINI)
+    chat = Chat(client, model=GEMINI)
+    await outgrow(chat, server)
+    server.plan(*(Said(f"Answer {turn}.") for turn in range(2)), fault("msg_0001", thinking="Hm."))
+    for turn in range(4):
+        await chat.say(f"And {turn}? {filler(f'y{turn}', 10)}", "", stream=turn % 2 == 0)
+    bodies = server.bodies()
+    assert len({json.dumps(body["systemInstruction"]) for body in bodies}) == 1
+    for before, after in pairwise(bodies):
+        assert after["contents"][: len(before["contents"])] == before["contents"]
+        assert after["tools"] == before["tools"]
+
+
 async def test_what_fits_gets_no_markers_and_a_clients_own_win(
     servers: dict[str, Any], client: AsyncOpenAI
 ) -> None:
@@ -282,12 +347,12 @@ async def test_what_fits_gets_no_markers_and_a_clients_own_win(
     server.plan(Said("Hello."))
     await chat.say("Hi.", "")
     assert marker_positions(server.bodies()[0]) == []
-    await outgrow(chat, server, 10)
+    await outgrow(chat, server)
     mark = {"cache_control": {"type": "ephemeral"}}
     server.plan(Said("Good."))
     await chat.send({"role": "user", "content": [{"type": "text", "text": "Mine.", **mark}]}, "")
     body = server.bodies()[0]
-    assert said_anywhere(body, "<VM:RULES>")
+    assert said_in(body, "<VM:RULES>")
     assert marker_positions(body) == [len(prompt_blocks(body))]
 
 
@@ -348,12 +413,12 @@ async def test_a_refusal_of_the_memorys_tools_is_repaired(
     server.plan(server.refuse(400, "this model does not support tools"), Said("Fine."))
     assert (await chat.say("Go on.", "", stream=stream)).text == "Fine."
     changed, unchanged = server.bodies()
-    assert said_anywhere(changed, "<VM:RULES>") and not said_anywhere(unchanged, "<VM:RULES>")
-    assert said_anywhere(unchanged, "u0q.")
+    assert said_in(changed, "<VM:RULES>") and not said_in(unchanged, "<VM:RULES>")
+    assert said_in(unchanged, "u0q.")
     server.plan(Said("Better."))
     assert (await chat.say("And now?", "", stream=stream)).text == "Better."
     (learned,) = server.bodies()
-    assert said_anywhere(learned, "<VM:RULES>") and "tools" not in learned
+    assert said_in(learned, "<VM:RULES>") and "tools" not in learned
 
 
 async def test_an_error_within_the_stream_reaches_the_client(

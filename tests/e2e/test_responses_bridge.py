@@ -18,8 +18,9 @@ from openai import AsyncOpenAI
 
 from tests.e2e.answers import Response, Stream
 from tests.e2e.processes import ServerProcess
-from tests.e2e.providers import Call, Json, Said, texts_of
+from tests.e2e.providers import Call, Json, Said
 from tests.e2e.providers.responses import ResponsesServer
+from tests.e2e.providers.talk import PAGED, outgrow, said_in
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, filler
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -33,10 +34,7 @@ async def servers() -> AsyncIterator[tuple[ResponsesServer, ServerProcess]]:
     async with ResponsesServer() as upstream:
         config = {
             "upstream": {"provider": "openai", "base_url": upstream.base_url},
-            "tiers": {"l0": {"tokens": 4000, "reserve_tokens": 1000}},
-            "faults": {"max_per_turn": 64, "max_tokens_per_turn": 100_000, "max_rounds": 24},
-            "prefetch": {"max_pages": 2, "max_tokens": 300},
-            "manifest": {"max_tokens": 300},
+            **PAGED,
             "models": {
                 "*-bridged": {"bridge": "responses", "window_tokens": 100_000},
                 NOT_BRIDGED: {"window_tokens": 100_000},
@@ -62,17 +60,6 @@ async def client(
 @pytest.fixture
 def upstream(servers: tuple[ResponsesServer, ServerProcess]) -> ResponsesServer:
     return servers[0]
-
-
-def said_in(value: Any, words: str) -> bool:
-    return any(words in text for text in texts_of(value))
-
-
-async def outgrow(chat: Chat, upstream: ResponsesServer, turns: int = 10) -> None:
-    upstream.plan(*(Said(f"Noted a{t}q. {filler(f'a{t}', 60)}", thinking="Hm.") for t in range(turns)))
-    for turn in range(turns):
-        got = await chat.say(f"Note u{turn}q. {filler(f'u{turn}', 60)}", "", stream=turn % 2 == 1)
-        assert got.text == f"Noted a{turn}q. {filler(f'a{turn}', 60)}" and got.finish == "stop"
 
 
 def paths(upstream: ResponsesServer) -> list[str]:
@@ -106,10 +93,23 @@ async def test_faults_are_served_and_reasoning_goes_back(
     ]  # fmt: skip
     outputs = [item["output"] for item in three[len(one) :] if item["type"].endswith("output")]
     assert "u0q" in outputs[0] and "a0q" in outputs[1] and "msg_0006" in outputs[2]
-    upstream.plan(Said("Sure."))
+
+
+@BOTH
+async def test_an_exchange_stays_in_the_prefix_with_its_reasoning(
+    upstream: ResponsesServer, client: AsyncOpenAI, stream: bool
+) -> None:
+    chat = Chat(client, model=BRIDGED)
+    await outgrow(chat, upstream)
+    page = Call("call_p", "page_fault", {"page_id": "msg_0001"})
+    upstream.plan(Said(calls=[page], thinking="The first."), Said("It was u0q."), Said("Sure."))
+    await chat.say("What did I note first?", "", stream=stream)
     assert (await chat.say("Sure?", "", stream=stream)).text == "Sure."
-    (later,) = upstream.bodies()
-    assert later["input"][: len(three)] == three, "what was answered stays where it was"
+    _, answered, later = (body["input"] for body in upstream.bodies())
+    assert later[: len(answered)] == answered
+    assert [item["type"] for item in answered[-3:]] == [
+        "reasoning", "function_call", "function_call_output",
+    ]  # fmt: skip
 
 
 @BOTH

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proxy.conversation.sse import MessageBuilder
 from proxy.memory.models import VMMode
 from proxy.memory.vm_prompts import build_vm_developer_message
-from proxy.upstream.dialects import Chunks, prepare, takes_markers, whole_answer
+from proxy.upstream.dialects import Chunks, is_claude, prepare, whole_answer
 
 CLIENTS = {"role": "system", "content": "Be kind."}
 MEMORY = {"role": "system", "content": build_vm_developer_message(VMMode.RELAXED, "{}", "")}
@@ -32,7 +32,7 @@ def assistant(text: str = "Hello.") -> dict[str, Any]:
 def prepared(messages: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     request = {"model": "m", "messages": messages, **fields}
     before = copy.deepcopy(request)
-    out = prepare(request, markers=True)
+    out = prepare(request, claude=True)
     assert request == before, "the caller's request is not changed"
     messages_out: list[dict[str, Any]] = out["messages"]
     return messages_out
@@ -44,10 +44,10 @@ def marked(messages: list[dict[str, Any]]) -> list[int]:
 
 def test_a_request_without_the_memory_is_the_clients() -> None:
     request = {"model": "m", "messages": [CLIENTS, assistant(), user()]}
-    assert prepare(request, markers=True) is request
-    assert prepare({"messages": "odd"}, markers=True) == {"messages": "odd"}
+    assert prepare(request, claude=True) is request
+    assert prepare({"messages": "odd"}, claude=True) == {"messages": "odd"}
     quoted = {"messages": [CLIENTS, user("What is <VM:RULES>?")]}
-    assert prepare(quoted, markers=True) is quoted, "only the system message tells a paged request"
+    assert prepare(quoted, claude=True) is quoted, "only the system message tells a paged request"
 
 
 def test_a_window_that_begins_with_an_answer_gets_a_user_first() -> None:
@@ -64,7 +64,7 @@ def test_markers_at_the_stable_prefix_and_the_last_two_turns() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     third = [*second, called, {"role": "tool", "tool_call_id": "c", "content": "r"}]
     assert marked(prepared(third)) == [1, 4, 6]
-    assert marked(prepare({"messages": third}, markers=False)["messages"]) == []
+    assert marked(prepare({"messages": third}, claude=False)["messages"]) == []
 
 
 def test_the_marker_stands_on_the_last_part() -> None:
@@ -85,7 +85,7 @@ def test_the_marker_stands_on_the_last_part() -> None:
     ],
 )
 def test_a_clients_own_markers_win(where: dict[str, Any]) -> None:
-    assert prepare(where, markers=True)["messages"] == where["messages"]
+    assert prepare(where, claude=True)["messages"] == where["messages"]
 
 
 @given(st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=1, max_size=12))
@@ -106,8 +106,21 @@ def test_markers_are_few_and_change_nothing_else(roles: list[str]) -> None:
         ("openai", "claude-shaped", False),
     ],
 )
-def test_who_takes_markers(provider: str, model: str, expected: bool) -> None:
-    assert takes_markers(provider, model) is expected
+def test_who_is_claude(provider: str, model: str, expected: bool) -> None:
+    assert is_claude(provider, model) is expected
+
+
+def test_a_tool_round_whose_thinking_is_lost_goes_on_without() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "c", "content": "r"}
+    asks = {"model": "m", "reasoning_effort": "low", "thinking": {"type": "enabled"}}
+    lost = {**asks, "messages": [user(), called, result]}
+    assert prepare(lost, claude=True) == {"model": "m", "messages": lost["messages"]}
+    assert prepare(lost, claude=False) is lost
+    block = {"type": "thinking", "thinking": "t", "signature": "s"}
+    kept = {**asks, "messages": [user(), {**called, "thinking_blocks": [block]}, result]}
+    over = {**asks, "messages": [user(), called, result, assistant(), user()]}
+    assert prepare(kept, claude=True) is kept and prepare(over, claude=True) is over
 
 
 # ---------------------------------------------------------------- answers

@@ -92,6 +92,13 @@ class Provider:
             await event({"role": "assistant", "tool_calls": [{"index": 0, **TOOL_CALL}]})
             await event({}, "tool_calls")
         else:
+            if wish == "headers only":
+                self.asked.set()
+                try:
+                    await asyncio.sleep(5)
+                except asyncio.CancelledError:
+                    self.client_gone.set()
+                    raise
             await event({"role": "assistant", "content": "hel"})
             if wish == "wait":
                 try:
@@ -170,6 +177,16 @@ async def test_a_provider_of_another_protocol_is_turned_into_openais() -> None:
 async def test_cancelling_before_the_answer_reaches_the_provider() -> None:
     async with providing() as (upstream, provider):
         task = asyncio.create_task(upstream.chat(request("silent"), CLIENT_KEY))
+        assert await happens(provider.asked, 10)
+        task.cancel()
+        assert await happens(provider.client_gone, 5)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_cancelling_before_the_first_chunk_reaches_the_provider() -> None:
+    async with providing() as (upstream, provider):
+        task = asyncio.create_task(upstream.chat(request("headers only", stream=True), CLIENT_KEY))
         assert await happens(provider.asked, 10)
         task.cancel()
         assert await happens(provider.client_gone, 5)

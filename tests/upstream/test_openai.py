@@ -376,3 +376,22 @@ async def test_head_keeps_the_length_and_has_no_body() -> None:
         reply = await upstream.forward("HEAD", "/x", b"", [], None)
         assert reply.headers == [(b"content-length", b"77")]
         assert await reply.read(LIMIT) == b""
+
+
+async def test_headers_named_by_connection_stay_on_their_connection() -> None:
+    reply = (
+        b"HTTP/1.1 200 OK\r\nconnection: keep-alive, X-Hop\r\nx-hop: 1\r\nx-request-id: r\r\n"
+        b"content-length: 2\r\n\r\nok"
+    )
+
+    async def handler(_: Request, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply)
+
+    sent = [(b"connection", b"close, X-Mine"), (b"x-mine", b"1"), (b"traceparent", b"t")]
+    async with serving(handler) as (upstream, seen):
+        for _ in range(2):
+            got = await upstream.chat(b"{}", sent)
+            assert [h for h in got.headers if h[0].startswith(b"x-")] == [(b"x-request-id", b"r")]
+            await got.read(LIMIT)
+    assert all(not request.header(b"x-mine") for request in seen)
+    assert all(request.header(b"traceparent") == [b"t"] for request in seen)

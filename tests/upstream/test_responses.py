@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -65,7 +66,7 @@ WHOLE = through([wire()])
 @given(st.lists(st.integers(0, len(wire()) - 1), max_size=30), st.sampled_from(["\n", "\r\n"]))
 def test_a_stream_cut_at_any_byte(cuts: list[int], newline: str) -> None:
     sent, at = wire(newline), [0, *sorted(cuts), len(wire(newline))]
-    assert through([sent[a:b] for a, b in zip(at, at[1:], strict=False) if b > a]) == WHOLE
+    assert through([sent[a:b] for a, b in pairwise(at) if b > a]) == WHOLE
     assert WHOLE.endswith(b"data: [DONE]\n\n") and "Grüße".encode()[:3] in WHOLE
 
 
@@ -129,12 +130,34 @@ async def test_headers_and_query_go_along_and_a_client_that_leaves_is_seen() -> 
     assert call.header("content-length") == str(len(call.body))
 
 
+async def test_text_arrives_before_the_next_is_sent() -> None:
+    async with ResponsesServer() as server:
+        go_on = asyncio.Event()
+
+        def waiting(body: dict[str, object]) -> Stream:
+            whole = server.put(server.calls[-1], Said("One. " * 40))
+            assert isinstance(whole, Stream)
+            return Stream([*whole.steps[:5], go_on, *whole.steps[5:]])
+
+        server.plan(waiting)
+        upstream = make_upstream(config(server))
+        body = b'{"model":"bridged-1","stream":true,"messages":[{"role":"user","content":"Hi."}]}'
+        reply = await upstream.chat(body, [])
+        seen = b""
+        async for data in reply.chunks():
+            seen += data
+            if b"One. " in seen:
+                go_on.set()
+        await upstream.close()
+    assert go_on.is_set() and seen.endswith(b"data: [DONE]\n\n")
+
+
 async def test_a_body_that_is_no_response_reaches_the_client() -> None:
     async with ResponsesServer() as server:
-        server.plan({"object": "something"}, {"output": 5})
+        odd = [{"object": "something"}, {"output": 5}]
+        server.plan(*odd)
         upstream = make_upstream(config(server))
         body = b'{"model":"bridged-1","messages":[{"role":"user","content":"Hi."}]}'
-        await (await upstream.chat(body, [])).read(LIMIT)
-        reply = await upstream.chat(body, [])
-        assert json.loads(await reply.read(LIMIT)) == {"output": 5}
+        for expected in odd:
+            assert json.loads(await (await upstream.chat(body, [])).read(LIMIT)) == expected
         await upstream.close()

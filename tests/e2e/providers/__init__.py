@@ -17,7 +17,7 @@ from tests.e2e.answers import Answer, Response, Stream
 from tests.e2e.recording import Recorded, RecordingUpstream
 from tests.e2e.rules import count_text
 
-PIECE_CHARS = 12
+PIECE_CHARS = 60
 Json = dict[str, Any]
 
 

@@ -55,7 +55,7 @@ _KINDS = {
 
 
 class AnthropicServer(ProviderServer):
-    """`markers[i]`: after how many blocks call i has its cache markers; `prompts[i]`: its blocks."""
+    """`signed` are the thinking blocks that it gave out; only these may come back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,9 @@ class AnthropicServer(ProviderServer):
         body = request.json
         if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
             return [*broken, "messages: Field required"]
-        broken += unknown_keys("body", body, _FIELDS)
+        beta = request.header("anthropic-beta") or ""
+        formats = ["output_format"] if "structured-outputs" in beta else []
+        broken += unknown_keys("body", body, [*_FIELDS, *formats])
         if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
             broken.append("max_tokens: Field required")
         broken += _system_rules(body.get("system"))
