@@ -155,3 +155,8 @@ def _notes(config: Config) -> Iterable[str]:
         yield "tiers.l4.url: this version keeps no cold archive, so nothing is sent there."
     if config.upstream.provider == "demo" and config.upstream.base_url != UpstreamConfig().base_url:
         yield "upstream.base_url: not used with provider demo."
+    for name, model in config.models.items():
+        if model.bridge is not None and config.upstream.provider != "openai":
+            yield f"models.{name}.bridge: used with provider openai only."
+        if model.api_base is not None and config.upstream.provider != "litellm":
+            yield f"models.{name}.api_base: used with provider litellm only."

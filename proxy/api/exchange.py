@@ -102,20 +102,19 @@ class Exchange:
         """A stream that needs no change; what was said is learned on the way."""
         await self._start(reply)
         chunks = reply.chunks().__aiter__()
-        data = await _read_some(chunks)
-        if b'"error"' in data[:_QUOTED_BYTES] and (error := _first_error(data)) is not None:
-            while more := await _read_some(chunks):
-                if len(data) < self._limit_bytes:
-                    data += more
-            self._error_event = data
-            return Refused(_status_of(error), error)
-        self._tee = tee = Tee()
-        while data:
-            await self._write(tee.feed(data))
+        tee = Tee()
+        async for data in chunks:
+            if self._tee is None:
+                if b'"error"' in data[:_QUOTED_BYTES] and (error := _first_error(data)):
+                    self._error_event = data + await _all(chunks, self._limit_bytes)
+                    return Refused(_status_of(error), error)
+                self._tee = tee
+            if ready := tee.feed(data):
+                await self._write(ready)
             if tee.held:
                 tee.feed(await _rest(chunks))
                 break
-            data = await _read_some(chunks)
+        self._tee = tee
         return Said(tee.messages(), None, None)
 
     async def _sift(self, reply: Reply, offer: bool) -> Said | Refused:
@@ -300,6 +299,14 @@ async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
         if data:
             return data
     return b""
+
+
+async def _all(chunks: AsyncIterator[bytes], limit_bytes: int) -> bytes:
+    """What is left, as far as it is not absurdly long."""
+    rest = b""
+    while len(rest) < limit_bytes and (data := await _read_some(chunks)):
+        rest += data
+    return rest
 
 
 async def _rest(chunks: AsyncIterator[bytes]) -> bytes:

@@ -150,7 +150,9 @@ class Placing:
         factor = factor if isinstance(factor, float) else 1.0
         tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
         reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor), max_tokens)
-        tools = override.tools if override.tools is not None else facts.get("tools", True)
+        tools = override.tools  # a bridge is there so that the model can call them
+        if tools is None:
+            tools = override.bridge is not None or bool(facts.get("tools", True))
         role = override.developer_role or facts.get("developer_role") or card.developer_role
         return Limits(
             working_set=WorkingSetConfig(
@@ -162,7 +164,7 @@ class Placing:
             window_tokens=int(window / factor),
             window_known=known,
             mode=VMMode(config.memory.mode),
-            model_takes_tools=bool(tools),
+            model_takes_tools=tools,
             developer_role="developer" if role == "developer" else "system",
             faults_per_turn=config.faults.max_per_turn,
             fault_tokens=config.faults.max_tokens_per_turn,

@@ -33,6 +33,7 @@ PER_MESSAGE = 4  # start, separator, end: OpenAI bills 3, and the role's token
 PER_REPLY = 3  # every reply is primed with <|start|>assistant<|message|>
 PER_NAME = 1
 PER_TOOL_CALL = 3  # not published: one message's overhead beside id, name and arguments
+ENCRYPTED_CHARS_PER_TOKEN = 4  # of reasoning that only its provider can read
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))  # one token
 _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
 
@@ -96,6 +97,9 @@ class TokenCounter:
         legacy = message.get("function_call")
         if legacy:
             total += PER_TOOL_CALL + self._call({"function": legacy})
+        for item in message.get("reasoning_items") or ():  # of the Responses bridge
+            if isinstance(item, Mapping) and isinstance(item.get("encrypted_content"), str):
+                total += len(item["encrypted_content"]) // ENCRYPTED_CHARS_PER_TOKEN
         audio = message.get("audio")
         return total + (count_speech(audio, self.text) if isinstance(audio, Mapping) else 0)
 
