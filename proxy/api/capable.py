@@ -6,6 +6,7 @@ refusals are shown to that key only; the list of models kept per key is bounded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,8 @@ from proxy.conversation.capability import (
 from proxy.tokens import model_card
 
 _LISTED_MODELS = 256  # of one key; of more, the latest
+_RECENT_S = 5.0
+_RECENT_MODELS = 1024  # of a key
 _WATCHED_BILLS = 4096  # conversations whose last bill is remembered
 _GROWN = 1.02  # so much larger a prompt cannot cost the same
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
@@ -37,19 +40,30 @@ class Capable:
     def __init__(self, config: Config, memory: Memory) -> None:
         self._config = config
         self._memory = memory
+        self._recent: dict[bytes, tuple[float, Capabilities]] = {}  # until when, and what
         self._bills: dict[bytes, tuple[int, int]] = {}  # the last one of a conversation
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
 
-    def of(self, scope: bytes, model: str) -> Capabilities:
-        """For a turn. `scope` is the tenant of the API key alone."""
-        return capabilities(
+    def of(self, scope: bytes, model: str, fresh: bool = True) -> Capabilities:
+        """For a turn. `scope` is the tenant of the API key alone. Not `fresh`: what another worker
+        learned in the last seconds may be missing, which costs a request that is not paged a refusal."""
+        key = scope + model.encode()
+        now_s = time.monotonic()
+        if not fresh and (recent := self._recent.get(key)) is not None and recent[0] > now_s:
+            return recent[1]
+        found = capabilities(
             self._override(model), self._memory.learned(scope, model), self._assumed(None)
         )
+        if len(self._recent) >= _RECENT_MODELS:
+            self._recent.clear()
+        self._recent[key] = now_s + _RECENT_S, found
+        return found
 
     async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
         """Keep what a refusal taught. Raises StorageError."""
         await self._memory.learn(scope, model, dict(facts))
+        self._recent.clear()
         listed = [name for name in self._listed(scope) if name != model]
         names = [*listed, model][-_LISTED_MODELS:]
         await self._memory.store.commit([(b"M" + scope, msgspec.msgpack.encode(names))])

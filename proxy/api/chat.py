@@ -146,7 +146,8 @@ class ChatApi:
             if given.start and is_retry(scope["headers"]):
                 given = await placed_as_retry(given, self._memory)
             model = given.decoded["model"]
-            given.capabilities = partial(self.capable.of, given.scope, model)
+            fresh = given.window is not None or not given.surely_fits
+            given.capabilities = partial(self.capable.of, given.scope, model, fresh)
             given.get_record = self._memory.get_record
             given.now_s = time.time()
             root = given.path[0].id  # keyed, and of this tenant's conversation alone

@@ -52,7 +52,9 @@ class Calibration:
         if counted_tokens < MIN_TOKENS or billed_tokens < 1:
             return self
         ratio = billed_tokens / counted_tokens
-        if not MIN_RATIO <= ratio <= MAX_RATIO or self.truncated(counted_tokens, billed_tokens):
+        # Not by a factor above 1: two odd bills among the first would make all true ones look cut.
+        cut = ratio < TRUNCATED_BELOW * min(1.0, self.factor)
+        if not MIN_RATIO <= ratio <= MAX_RATIO or cut:
             return self
         bins = dict(self.bins)
         at = round(math.log(ratio) * _BINS_PER_E)

@@ -106,13 +106,26 @@ def with_context(message: dict[str, Any], block: str) -> dict[str, Any]:
 
 
 def as_input(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer as a request may carry it: without the null and empty fields of a response."""
+    """An answer as a request may carry it: without the null and empty fields of a response, each
+    call with its type and its arguments as text, which some servers leave out or send as an object."""
     kept = {k: v for k, v in message.items() if v is not None and v != []}
     kept.pop("index", None)
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_call_as_input(call) for call in kept["tool_calls"]]
     kept.setdefault("role", "assistant")
     if "content" not in kept:
         kept["content"] = None if kept.get("tool_calls") or kept.get("function_call") else ""
     return kept
+
+
+def _call_as_input(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    body = call.get("function")
+    if isinstance(body, dict) and not isinstance(body.get("arguments"), str):
+        text = _encode(body.get("arguments") or {}).decode()
+        call = {**call, "function": {**body, "arguments": text}}
+    return call if call.get("type") else {**call, "type": "custom" if "custom" in call else "function"}
 
 
 def total_usage(usages: Sequence[Mapping[str, Any] | None], faults: int) -> dict[str, Any] | None:

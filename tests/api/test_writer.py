@@ -260,7 +260,10 @@ async def test_invariant_10_the_queue_and_the_calls_at_once_are_bounded(tmp_path
         OSError("odd"),
         RuntimeError("a bug"),
     ],
-    ids=str,
+    ids=[
+        "500", "null", "blank", "parts", "html", "not utf-8", "array", "no choice", "nobody there",
+        "cut", "odd", "a bug",
+    ],
 )
 async def test_a_failure_is_said_harmless_and_tried_again(
     tmp_path: Path, reply: Any, caplog: pytest.LogCaptureFixture

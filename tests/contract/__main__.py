@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def main() -> int:
         for case in chosen:
             print(f"{case.id:48} {case.check.promise}")
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # gateways end with us
     results = asyncio.run(_play(asked, chosen))
     promises = {case.id: case.check.promise for case in chosen}
     parts = [report.totals(chosen, results), report.notes(results)]

@@ -8,6 +8,7 @@ from typing import Any
 from tests.contract import say
 from tests.contract.model import (
     ALL,
+    BOTH,
     SHORT,
     SHORT_STREAM,
     STREAMS,
@@ -153,6 +154,32 @@ async def several(play: Play) -> None:
     choices = reply.choices()
     equal([c["message"].get("content") for c in choices], ["one", "two"], "texts of the choices")
     equal([c["finish_reason"] for c in choices], ["stop", "length"], "their finish reasons")
+
+
+ODD: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "null_calls": ("tool_calls null", {"tool_calls": None, "function_call": None}, {}, {}),
+    "empty_calls": ("tool_calls []", {"tool_calls": []}, {}, {}),
+    "null_finish": ("no finish_reason", {}, {"finish_reason": None}, {}),
+    "null_identity": ("id, created and model null", {}, {}, {"id": None, "created": None, "model": None}),
+    "null_usage": ("usage null", {}, {}, {"usage": None}),
+    "odd_usage": ("usage of nulls and texts", {}, {}, {
+        "usage": {"prompt_tokens": None, "completion_tokens": "7", "total_tokens": 1.5,
+                  "prompt_tokens_details": None}}),
+}
+
+
+def _odd(message: dict[str, Any], choice: dict[str, Any], more: dict[str, Any]) -> Scenario:
+    async def scenario(play: Play) -> None:
+        said = {"role": "assistant", "content": "The code is amber.", **message}
+        play.says(lambda request: say.whole(request, said, choice=choice, more=more))
+        equal((await play.chat()).content(), "The code is amber.", "the text")
+
+    return scenario
+
+
+for _name, (_promise, _message, _choice, _more) in ODD.items():
+    add(Check(f"answers.{_name}", f"an answer with {_promise}: the text comes back",
+              _odd(_message, _choice, _more), BOTH))
 
 
 @check("answers.stream_only_deltas", "a stream's chunks carry deltas and the right object", STREAMS)

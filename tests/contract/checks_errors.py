@@ -19,6 +19,7 @@ from tests.contract.model import (
     quote,
 )
 from tests.contract.play import Play, encode
+from tests.contract.scripted import tag_text
 from tests.contract.wire import NoAnswer, Reply
 from tests.e2e.answers import JSON_HEADERS, Break, Drop, Response, Stream
 
@@ -107,38 +108,41 @@ async def later_round(play: Play) -> None:
         equal(reply.header("retry-after"), "7", "retry-after")
 
 
-def _openai_shape(reply: Reply, status: int | None = None) -> None:
+def _openai_shape(reply: Reply, status: int | None = None, which: str = "") -> None:
     if status is not None:
-        equal(reply.status, status, "status")
+        equal(reply.status, status, f"{which}status")
     error = reply.json().get("error")
-    expect(isinstance(error, dict), f"no error object: {quote(reply.text)}")
+    expect(isinstance(error, dict), f"{which}no error object: {quote(reply.text)}")
     for key in ("message", "type"):
-        expect(isinstance(error.get(key), str), f"error.{key} is {error.get(key)!r}")
+        expect(isinstance(error.get(key), str), f"{which}error.{key} is {error.get(key)!r}")
     for key in ("param", "code"):
-        expect(key in error, f"error.{key} is missing: {quote(reply.text)}")
+        expect(key in error, f"{which}error.{key} is missing: {quote(reply.text)}")
 
 
-@check("errors.broken_json", "a body that is no JSON gets 400 in OpenAI's shape", (SHORT,))
-async def broken_json(play: Play) -> None:
+NO_REQUESTS = {
+    "cut off": b'{"model": "gpt-4o", "messages": [',
+    "an array": b"[]",
+    "empty": b"",
+    "no UTF-8": b'{"model":"gpt-4o","messages":[{"role":"user","content":"\xff"}]}',
+}
+
+
+@check("errors.no_json", f"a body that is no JSON object ({', '.join(NO_REQUESTS)}) gets 400 in OpenAI's shape",
+       (SHORT,))
+async def no_json(play: Play) -> None:
     play.valid = False
-    reply = await play.send(b'{"model": "gpt-4o", "messages": [')
-    _openai_shape(reply, 400)
+    for name, body in NO_REQUESTS.items():
+        _openai_shape(await play.send(body), 400, f"{name}: ")
 
 
-@check("errors.wrong_messages", "messages that are no array get what upstream says about them", (SHORT,))
-async def wrong_messages(play: Play) -> None:
+@check("errors.odd_messages", "messages that are no array, empty or hold a number get what upstream says about "
+       "them", (SHORT,))
+async def odd_messages(play: Play) -> None:
     play.valid = False
-    play.says(say.error(400, "messages: wrong type", param="messages"))
-    reply = await play.send(encode({"model": play.target.model, "messages": f"hi [contract {play.tag}]"}))
-    _openai_shape(reply, 400)
-
-
-@check("errors.no_messages", "an empty array of messages gets 400 in OpenAI's shape", (SHORT,))
-async def no_messages(play: Play) -> None:
-    play.valid = False
-    play.says(say.error(400, "messages: empty", param="messages"))
-    reply = await play.send(encode({"model": play.target.model, "messages": [], "user": f"[contract {play.tag}]"}))
-    _openai_shape(reply, 400)
+    play.says(say.error(400, "messages: wrong", param="messages"))
+    for odd in ("hi", [], [1]):
+        body = {"model": play.target.model, "messages": odd, "user": tag_text(play.tag)}
+        _openai_shape(await play.send(encode(body)), 400, f"messages {odd!r}: ")
 
 
 @check("errors.drop", "an upstream that hangs up: 5xx in OpenAI's shape, or no answer at all", ALL)

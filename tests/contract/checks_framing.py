@@ -136,6 +136,34 @@ def _empty_finish(events: Events) -> Events:
     return _changed(events, change)
 
 
+def _null_delta(events: Events) -> Events:
+    """`delta: null` beside the finish reason."""
+    def change(chunk: Json, i: int) -> Json:
+        choice = chunk["choices"][0]
+        return {**chunk, "choices": [{**choice, "delta": choice["delta"] or None}]}
+
+    return _changed(events, change)
+
+
+def _no_index(events: Events) -> Events:
+    """Choices without an index."""
+    def change(chunk: Json, i: int) -> Json:
+        return {**chunk, "choices": [{k: v for k, v in c.items() if k != "index"} for c in chunk["choices"]]}
+
+    return _changed(events, change)
+
+
+def _null_choices(events: Events) -> Events:
+    about: Json = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    odd = say.event({**about, "choices": None})
+    return [odd, *events[:-1], odd, events[-1]]
+
+
+def _bare_chunks(events: Events) -> Events:
+    """Chunks with choices and nothing else."""
+    return _changed(events, lambda chunk, i: {"choices": chunk["choices"]})
+
+
 FRAMINGS: dict[str, tuple[str, Callable[[Events], Events]]] = {
     "every_byte": ("each byte in a packet of its own", _bytes),
     "sevens": ("packets of seven bytes", _sevens),
@@ -153,6 +181,10 @@ FRAMINGS: dict[str, tuple[str, Callable[[Events], Events]]] = {
     "roles": ("a role in every delta", _roles),
     "finish_with_text": ("the finish reason beside the last text", _finish_with_text),
     "empty_finish": ("an empty finish_reason until the end", _empty_finish),
+    "null_delta": ("delta null at the end", _null_delta),
+    "no_index": ("choices without an index", _no_index),
+    "null_choices": ("chunks with choices null", _null_choices),
+    "bare_chunks": ("chunks without id, model and date", _bare_chunks),
     "no_done": ("no [DONE] at the end", lambda events: events[:-1]),
     "no_last_blank": ("no blank line at the end", lambda events: [*events[:-1], b"data: [DONE]"]),
 }
@@ -181,7 +213,7 @@ for _name, (_promise, _frame) in FRAMINGS.items():
 # ---------------------------------------------------------------- tool call deltas
 
 
-def _calls_chunks(request: Json, deltas: list[Json], finish: str = "tool_calls") -> Any:
+def calls_chunks(request: Json, deltas: list[Json], finish: str = "tool_calls") -> Any:
     about = say.head(request, 9, "chat.completion.chunk")
     all_deltas: list[Json] = [{"role": "assistant", "content": None}, *deltas]
     events = [
@@ -243,7 +275,7 @@ DELTAS: dict[str, tuple[str, list[Json]]] = {
 
 def _same_calls(deltas: list[Json]) -> Scenario:
     async def scenario(play: Play) -> None:
-        play.says(lambda request: _calls_chunks(request, deltas))
+        play.says(lambda request: calls_chunks(request, deltas))
         reply = await play.chat(tools=[LOOK])
         equal(reply.message().get("tool_calls"), CALLS, "the tool calls")
         equal(reply.finish(), "tool_calls", "finish_reason")
@@ -257,7 +289,7 @@ for _name, (_promise, _deltas) in DELTAS.items():
 
 @check("framing.finish_stop", "streamed calls with finish_reason stop", STREAMS)
 async def finish_stop(play: Play) -> None:
-    play.says(lambda request: _calls_chunks(request, DELTAS["whole_calls"][1], "stop"))
+    play.says(lambda request: calls_chunks(request, DELTAS["whole_calls"][1], "stop"))
     reply = await play.chat(tools=[LOOK])
     equal(reply.message().get("tool_calls"), CALLS, "the tool calls")
     equal(reply.finish(), "stop", "finish_reason")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tests.contract import say
+from tests.contract.checks_framing import calls_chunks
 from tests.contract.model import (
     LONG,
     LONG_STREAM,
@@ -150,6 +152,67 @@ SHAPES: dict[str, tuple[str, str | None, str | None]] = {
 for _name, (_promise, _finish, _arguments) in SHAPES.items():
     add(Check(f"loop.{_name}", f"a call of the gateway's own {_promise}: the client gets the answer",
               _inner_shape(_finish, _arguments), PAGED, "loop"))
+
+
+def _odd_calls(change: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> Scenario:
+    async def scenario(play: Play) -> None:
+        def step(request: dict[str, Any], inner: dict[str, Any]) -> Any:
+            if not play.stream:
+                return say.answer(request, say.calling(*change(inner)))
+            deltas = [{"tool_calls": [{**one, "index": i}]} for i, one in enumerate(change(inner))]
+            return calls_chunks(request, deltas)
+
+        play.script.inner_step = step
+        play.says(say.text("It is amber."))
+        reply = await play.chat()
+        play.looped()
+        equal(reply.content(), "It is amber.", "the answer")
+
+    return scenario
+
+
+def _without_id(inner: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in inner.items() if k != "id"}]
+
+
+ODD: dict[str, tuple[str, Callable[[dict[str, Any]], list[dict[str, Any]]]]] = {
+    "no_id": ("without an id", _without_id),
+    "empty_id": ("with an empty id", lambda inner: [{**inner, "id": ""}]),
+    "same_ids": ("twice with one id", lambda inner: [inner, inner]),
+    "no_type": ("without a type", lambda inner: [{k: v for k, v in inner.items() if k != "type"}]),
+}
+for _name, (_promise, _change) in ODD.items():
+    add(Check(f"loop.{_name}", f"a call of the gateway's own {_promise}: the next request is valid and the "
+              "client gets the answer", _odd_calls(_change), PAGED, "loop"))
+
+
+@check("loop.indexless", "streamed calls of the gateway's own without an index", (LONG_STREAM,), needs="loop")
+async def indexless(play: Play) -> None:
+    def step(request: dict[str, Any], inner: dict[str, Any]) -> Any:
+        opening = {**inner, "function": {**inner["function"], "arguments": ""}}
+        parts = say.pieces(inner["function"]["arguments"], 4)
+        deltas = [{"tool_calls": [{"function": {"arguments": part}}]} for part in parts]
+        return calls_chunks(request, [{"tool_calls": [opening]}, *deltas], "stop")
+
+    play.script.inner_step = step
+    play.says(say.text("It is amber."))
+    reply = await play.chat()
+    play.looped()
+    equal(reply.content(), "It is amber.", "the answer")
+
+
+@check("loop.object_arguments", "arguments of the gateway's own call as an object (not a string)", (LONG,),
+       needs="loop")
+async def object_arguments(play: Play) -> None:
+    def step(request: dict[str, Any], inner: dict[str, Any]) -> Any:
+        body = {**inner["function"], "arguments": json.loads(inner["function"]["arguments"])}
+        return say.whole(request, say.calling({**inner, "function": body}))
+
+    play.script.inner_step = step
+    play.says(say.text("It is amber."))
+    reply = await play.chat()
+    play.looped()
+    equal(reply.content(), "It is amber.", "the answer")
 
 
 @check("loop.cut_is_reasked", "stop words that cut a call of the gateway's own: asked again without its tools",

@@ -15,6 +15,7 @@ from tests.contract.play import Play
 from tests.e2e.answers import Response
 from tests.e2e.rules import count_request_tokens
 
+CUT_SHARE = 0.5  # of the first request's tokens: what a silent truncator reads
 REAL_SHARE = 0.85  # of the first request's tokens: what upstream takes
 Json = dict[str, Any]
 
@@ -87,10 +88,13 @@ for _name, _what in OVERFLOWS.items():
 @check("refusals.truncator", "an upstream that cuts silently (prompt_tokens below what was sent) is noticed: "
        "later requests fit", (PAGED[0],), needs="window")
 async def truncator(play: Play) -> None:
-    kept = 1500
+    real: list[int] = []
 
     def cut(request: Json) -> Any:
-        prompt = min(count_request_tokens(request), kept)
+        sent = count_request_tokens(request)
+        if not real:
+            real.append(int(sent * CUT_SHARE))
+        prompt = min(sent, real[0])
         usage = {"prompt_tokens": prompt, "completion_tokens": 7, "total_tokens": prompt + 7}
         return say.answer(request, say.text("Yes."), usage=usage)
 
@@ -100,7 +104,7 @@ async def truncator(play: Play) -> None:
         await play.chat(messages)
         messages = [*messages, say.text("Yes."), {"role": "user", "content": f"And now, {turn}?"}]
     sent = [count_request_tokens(recorded.json) for recorded in play.calls]
-    expect(sent[-1] <= kept, f"tokens sent, turn by turn: {sent}, of which upstream reads {kept}")
+    expect(sent[-1] <= real[0], f"tokens sent, turn by turn: {sent}, of which upstream reads {real[0]}")
 
 
 def _picky(refuses: Callable[[Json], bool], status: int, words: str, code: str | None = None) -> Scenario:

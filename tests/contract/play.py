@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
 
 from tests.contract.model import Failed, NotApplicable, Variant, equal, expect, quote
@@ -191,6 +192,7 @@ class Play:
                 "max_retries": 0,
                 "timeout": 10,
                 "default_headers": {TAG_HEADER: self.tag},
+                "http_client": httpx.AsyncClient(verify=False),  # no TLS here: its set-up is slow
                 **settings,
             }
         )

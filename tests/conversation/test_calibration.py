@@ -137,3 +137,7 @@ def test_a_cut_prompt_is_noticed_and_not_learned_from() -> None:
     for counted in range(8_000, 40_000, 1_000):
         now = now.observe(counted, 4_096)
     assert now.factor == learn([1.3] * 8).factor
+
+
+def test_odd_bills_among_the_first_do_not_make_all_true_ones_look_cut() -> None:
+    assert learn([3.0, 3.0, *[0.75] * 62]).factor == pytest.approx(0.75, abs=0.02)

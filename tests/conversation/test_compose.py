@@ -7,6 +7,8 @@ import json
 import msgspec
 
 from proxy.conversation.compose import (
+    LEAST_ANSWER_TOKENS,
+    answer_budget,
     as_input,
     request_body,
     response_body,
@@ -59,3 +61,22 @@ def test_the_last_response_goes_down_under_the_first_ones_identity() -> None:
         "id": "1", "created": 1, "model": "m", "x": 1,
         "choices": [{"index": 0, "logprobs": None, "message": {"a": 1}, "finish_reason": "stop"}],
     }
+
+
+def test_calls_as_input_have_a_type_and_text_for_arguments() -> None:
+    whole = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    loose = [
+        {"id": "a", "function": {"name": "f", "arguments": {}}},
+        {"id": "a", "type": "function", "function": {"name": "f"}},
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    ]
+    assert as_input({"role": "assistant", "tool_calls": loose})["tool_calls"] == [whole] * 3
+    custom = {"id": "c", "custom": {"name": "g", "input": "x"}}
+    assert as_input({"tool_calls": [custom]})["tool_calls"] == [{**custom, "type": "custom"}]
+
+
+def test_a_later_round_gets_what_the_limit_leaves_but_never_too_little() -> None:
+    assert answer_budget({"max_tokens": 500, "max_completion_tokens": None}, 120) == {"max_tokens": b"380"}
+    assert answer_budget({"max_tokens": 500}, 499) == {"max_tokens": b"%d" % LEAST_ANSWER_TOKENS}
+    assert answer_budget({"max_completion_tokens": 20}, 300) == {"max_completion_tokens": b"20"}
+    assert answer_budget({"max_tokens": "many"}, 3) == {}
