@@ -44,7 +44,10 @@ class App:
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
         self._rest.include_router(health_router(self.memory.store.check))
         self._rest.include_router(
-            vm_router(self._stats, self.memory, self._archive, config.sessions.headers)
+            vm_router(
+                self._stats, self.memory, self._archive, config.sessions.headers,
+                self._chat.capable.table,
+            )  # fmt: skip
         )
         self._rest.add_exception_handler(HTTPException, _refused)
 

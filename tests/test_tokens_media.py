@@ -122,7 +122,7 @@ def test_a_text_file_costs_its_words_and_a_pdf_its_pages() -> None:
     page = b"<< /Type /Page /Parent 2 0 R >>\n"
     pdf = b"%PDF-1.4\n<< /Type /Pages /Count 3 >>\n" + page * 3 + bytes(1000)
     assert COUNTER.part(_file(pdf, "application/pdf", "a.pdf")) == 3 * (500 + 765)
-    assert COUNTER.part({"type": "file", "file": {"file_id": "file-1"}}) == 3 * (500 + 765)
+    assert COUNTER.part({"type": "file", "file": {"file_id": "file-1"}}) == 512
 
 
 def test_a_film_costs_a_small_picture_each_second() -> None:

@@ -38,11 +38,16 @@ log = logging.getLogger(__name__)
 
 
 def vm_router(
-    stats: Stats, memory: Memory, archive: Archive, session_headers: Collection[str]
+    stats: Stats,
+    memory: Memory,
+    archive: Archive,
+    session_headers: Collection[str],
+    capabilities: Callable[[bytes], list[dict[str, Any]]],
 ) -> APIRouter:
-    """GET /vm/stats, /vm/context?turn=N (default: the last turn) and /vm/provenance?page=ID.
+    """GET /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn), /vm/provenance?page=ID.
 
-    The last two are about the session that a session header or ?session= names; ?user= is the
+    `/vm/models` says what is held of models, and why, for the credentials that come with the
+    request (`capabilities` gives it). The last two are about the session that a session header or ?session= names; ?user= is the
     requests' `user` or `safety_identifier`, where they have one.
     """
     router = APIRouter(prefix="/vm")
@@ -53,6 +58,14 @@ def vm_router(
     @router.get("/stats")
     async def read_stats() -> JSONResponse:
         return JSONResponse(stats.snapshot())
+
+    @router.get("/models")
+    async def read_models(request: Request) -> Response:
+        async def table() -> dict[str, Any]:
+            key, _ = presented(request.scope["headers"], session_headers)
+            return {"models": capabilities(memory.identity.tenant(key, ""))}
+
+        return await _answer(table)
 
     @router.get("/context")
     async def read_context(request: Request) -> Response:

@@ -75,7 +75,7 @@ class TokenCounter:
         """Tokens of one Chat Completions message with its overhead (without the reply primer)."""
         content, role = message.get("content"), message.get("role")
         total = PER_MESSAGE
-        if role not in _ROLES and isinstance(role, str):
+        if isinstance(role, str) and role not in _ROLES:
             total += self.text(role)
         if isinstance(content, str):
             total += self.text(content)

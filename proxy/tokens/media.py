@@ -29,7 +29,7 @@ AUDIO_UNKNOWN_SECONDS = 60
 VIDEO_UNKNOWN_SECONDS = 60
 VIDEO_MAX_FRAMES = 600  # one a second, each at low detail
 FILE_TOKENS_PER_KB = 80  # of base64, where the words cannot be counted
-FILE_UNKNOWN_PAGES = 3  # a file named by its id
+FILE_UNKNOWN_TOKENS = 512  # a file named by its id: a page of text; not to be left out on a guess
 _PDF_PAGE_TEXT_TOKENS = 500
 _PDF_PAGE_PX = (1024, 1325)  # OpenAI shows each page as text and as an image
 _LARGEST_OTHER = 16_384  # floor of `largest_medium`: no sound, film or file without data is larger
@@ -160,7 +160,7 @@ def _video_tokens(medium: Medium, ratio: float, rule: ImageRule) -> int:
 def _file_tokens(medium: Medium, chars: int, ratio: float, rule: ImageRule, text: Text) -> int:
     data, page = medium.data, _PDF_PAGE_TEXT_TOKENS + rule.tokens(_PDF_PAGE_PX, None)
     if data is None:
-        return FILE_UNKNOWN_PAGES * page
+        return FILE_UNKNOWN_TOKENS
     if data[:1024].lstrip()[:5] == b"%PDF-":
         pages = math.ceil(len(_PDF_PAGE.findall(data)) * ratio)
         return pages * page if pages else max(page, chars * FILE_TOKENS_PER_KB // 1024)

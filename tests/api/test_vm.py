@@ -16,6 +16,7 @@ import httpx
 from fastapi import FastAPI
 
 from proxy.api.archive import Archive
+from proxy.api.capable import Capable
 from proxy.api.memory import Memory
 from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
@@ -40,7 +41,10 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     await memory.store.commit(list(player.values.items()))
     archive = Archive(config, memory, upstream)
     app = FastAPI()
-    app.include_router(vm_router(Stats(memory, archive.writer), memory, archive, ["x-session-id"]))
+    capabilities = Capable(config, memory).table
+    app.include_router(
+        vm_router(Stats(memory, archive.writer), memory, archive, ["x-session-id"], capabilities)
+    )
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
     try:
@@ -129,3 +133,13 @@ async def test_looking_changes_nothing(tmp_path: Path) -> None:
         memory.forget()
         again = [(await client.get("/vm/context", params={"turn": t})).json() for t in range(1, 12)]
         assert first == again
+
+
+async def test_what_is_held_of_models_is_told_to_the_key_that_taught_it(tmp_path: Path) -> None:
+    async with looking_at(tmp_path, Player(limits_of(1500))) as (http, memory):
+        scope = memory.identity.tenant(KEY, "")
+        await Capable(load_config(None, {}, {}), memory).learn(scope, "odd-model", {"tools": False})
+        (row,) = (await http.get("/vm/models")).json()["models"]
+        assert row["model"] == "odd-model" and row["tools"] == {"value": False, "from": "learned"}
+        other = await http.get("/vm/models", headers={"authorization": "another"})
+        assert other.json() == {"models": []}
