@@ -42,7 +42,7 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
-from proxy.memory.prefetcher import points_back, was_used
+from proxy.memory.prefetcher import fresh_terms, points_back, was_used
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import without_citations
@@ -207,9 +207,9 @@ class TurnWindow:
         """Judge what was brought in by the answer: a page that served it counts as used."""
         if not self._brought:
             return
-        question = self._prefetcher().query
+        fresh = fresh_terms(self._prefetcher().query, answer)
         for page in self._brought.values():
-            used = was_used(self.pages.bare(page.page_id), question, answer)
+            used = was_used(self.pages.bare(page.page_id), fresh)
             self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, used))
             if used:
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))

@@ -116,15 +116,22 @@ def asks_back(text: str) -> bool:
 _TERM = re.compile(r"[^\W_]{4,}|\d{2,}|\w*[_\d]\w*", re.UNICODE)
 
 
-def was_used(page_text: str, question: str, answer: str, known: Sequence[str] = ()) -> bool:
-    """The answer says something that stands on the page and neither in the question nor in `known`.
+def fresh_terms(question: str, answer: str, known: Sequence[str] = ()) -> frozenset[str]:
+    """The distinctive words of an answer that neither the question nor `known` has."""
+    fresh = _terms(answer)
+    for text in (question, *known):
+        fresh -= _terms(text)
+    return frozenset(fresh)
+
+
+def was_used(page_text: str, fresh: frozenset[str]) -> bool:
+    """The answer says something that stands on the page: `fresh_terms` are what it could have from
+    there.
 
     A lexical measure: it misses a paraphrase and may be fooled by two common words.
     """
-    fresh = _terms(answer) & _terms(page_text)
-    for text in (question, *known):
-        fresh -= _terms(text)
-    return len(fresh) >= _USED_TERMS or any(any(c.isdigit() for c in term) for term in fresh)
+    shared = fresh & _terms(page_text) if fresh else fresh
+    return len(shared) >= _USED_TERMS or any(any(c.isdigit() for c in term) for term in shared)
 
 
 def _terms(text: str) -> set[str]:
