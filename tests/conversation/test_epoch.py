@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.effects import Load
+from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, begin_epoch
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.tree import Anchor
@@ -51,9 +52,8 @@ def request(messages: list[Message], room: int, **changes: Any) -> EpochRequest:
     return EpochRequest(**{**values, **changes})
 
 
-def rebuild(asked: EpochRequest) -> Epoch:
-    """The epoch, with every page that it wants made on the spot."""
-    dialogue = begin_epoch(asked)
+def loaded(dialogue: Generator[Effect, Any, Any], asked: EpochRequest) -> Any:
+    """What the dialogue comes to, with every page that it wants made on the spot."""
     page = None
     try:
         while True:
@@ -61,8 +61,12 @@ def rebuild(asked: EpochRequest) -> Epoch:
             assert isinstance(wanted, Load)
             page = asked.pages.at(wanted.page_id, wanted.level)
     except StopIteration as end:
-        epoch: Epoch = end.value
-        return epoch
+        return end.value
+
+
+def rebuild(asked: EpochRequest) -> Epoch:
+    epoch: Epoch = loaded(begin_epoch(asked), asked)
+    return epoch
 
 
 @st.composite

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.effects import Load
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.newest import cut_newest
 from proxy.conversation.window import Entry
 from proxy.memory.planner import Group
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, Player, call, calls, limits_of, says, script
-from tests.conversation.test_epoch import request
+from tests.conversation.test_epoch import loaded, request
 from tests.e2e.rules import check_openai_rules, count_request_tokens
 from tests.examples import examples
 from tests.media import samples
@@ -36,14 +35,7 @@ def cut(messages: list[Message], limit: int, **changes: Any) -> dict[int, Messag
     """The messages that were cut, as they are shown."""
     asked = request(messages, 4000, **changes)
     dialogue = cut_newest(asked, [group_of(asked, messages)], limit)
-    page = None
-    try:
-        while True:
-            wanted = dialogue.send(page)
-            assert isinstance(wanted, Load)
-            page = asked.pages.at(wanted.page_id, wanted.level)
-    except StopIteration as end:
-        entries: dict[int, Entry] = end.value
+    entries: dict[int, Entry] = loaded(dialogue, asked)
     for position, entry in entries.items():
         assert entry.tokens == COUNTER.message(json.loads(entry.raw))
         assert entry.position == position
