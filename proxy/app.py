@@ -45,9 +45,12 @@ class App:
         self._rest.include_router(health_router(self.memory.store.check))
         self._rest.include_router(
             vm_router(
-                self._stats, self.memory, self._archive, config.sessions.headers,
+                self._stats,
+                self.memory,
+                self._archive,
+                config.sessions.headers,
                 self._chat.capable.table,
-            )  # fmt: skip
+            )
         )
         self._rest.add_exception_handler(HTTPException, _refused)
 

@@ -144,6 +144,10 @@ class UpstreamConfig(Section):
     timeout_s: Seconds = 600.0
     connect_timeout_s: Seconds = 10.0
     max_connections: AtLeast1 = 1000
+    retries: AtLeast0 = 2
+    retry_wait_s: Annotated[
+        float, Field(ge=0, le=3600, description="a number of seconds from 0 to 3600")
+    ] = 10.0
 
     @model_validator(mode="after")
     def _connecting_is_part_of_the_wait(self) -> Self:

@@ -3,7 +3,8 @@
 Promises: status and headers of upstream reach the client; a stream starts when upstream's does and
 each piece is sent as soon as the sieve lets it go; the end of a response is sent only after the turn
 is stored; a client that leaves cancels the upstream call; a client that waits for inner rounds sees
-that its stream lives.
+that its stream lives; a later round that upstream refuses for the moment is sent again in time, within
+`retries` and `retry_wait_s`, because the client, who has the status by then, could not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 import msgspec
 
 from proxy.api.passthrough import Send
+from proxy.api.patience import Patience
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.sse import DONE, EventParser, Tee, as_event, decode_chunk
@@ -44,6 +46,8 @@ class Exchange:
         new_sieve: Callable[[], Sieve],
         limit_bytes: int,
         keepalive_s: float = 0.0,
+        retries: int = 2,
+        retry_wait_s: float = 10.0,
     ) -> None:
         self._send = send
         self._upstream = upstream
@@ -54,7 +58,10 @@ class Exchange:
         self._limit_bytes = limit_bytes
         self._sieve: Sieve | None = None
         self._tee: Tee | None = None
+        self._patience = Patience(retries, retry_wait_s)
+        self._answered = False  # a round was answered: what comes is a later one
         self._reply_headers: list[Header] = []
+        self._last_headers: list[Header] = []  # of the reply that came last
         self._body = b""  # the last whole response body
         self._status = 200
         self._started = False
@@ -65,12 +72,29 @@ class Exchange:
     # -- Complete
 
     async def complete(self, effect: Complete) -> Said | Refused:
-        """One upstream call. Raises ApiError before a status, UpstreamBroken in mid-answer."""
+        """One round. Raises ApiError before a status, UpstreamBroken in mid-answer.
+
+        A refusal of the first round is the client's to judge; a later one is sent again while
+        that is likely to help.
+        """
+        while isinstance(said := await self._call(effect), Refused):
+            if not self._answered:
+                return said
+            wait_s = self._patience.wait_s(said.status, self._last_headers, time.time())
+            if wait_s is None:
+                return said
+            await asyncio.sleep(wait_s)
+        self._answered = True
+        return said
+
+    async def _call(self, effect: Complete) -> Said | Refused:
         headers = self._headers
         if self.asked:
             headers = [header for header in headers if header[0] != _FIRST_ROUND_ONLY]
         self.asked = True
+        self._error_event = None
         reply = await self._upstream.chat(effect.body, headers, self._query)
+        self._last_headers = reply.headers
         try:
             if not self._started:
                 self._reply_headers = [h for h in reply.headers if h[0] not in _NOT_OURS]

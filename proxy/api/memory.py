@@ -40,7 +40,7 @@ from proxy.tokens import TokenCounter
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _TABLE_ENTRY_BYTES = 300
-_TABLE_ENTRIES = 8192  # of one conversation in RAM; the others are read from storage when asked for
+_TABLE_ENTRIES = 32_768  # of one conversation in RAM; the others are read from storage when asked for
 _NODE_BYTES = 200
 _CALIBRATION_BYTES = 4096
 _BILLS_BETWEEN_WRITES = 32

@@ -248,26 +248,33 @@ class PathPages:
         if derived is not None:
             return derived.model_copy(update={"content": self.derived.text(wanted)})
         position, part = _place(wanted)
-        metadata: dict[str, Any] = {"role": self.path[position].role}
-        medium = self._medium(wanted)
-        if medium is None:
-            content: Any = self.text(wanted)
-            plain = content == self.bare(wanted) and not self.media(position)
-            # A call shown with its result, or a medium's name, is not in the message's own count.
-            tokens = self.text_tokens(position) // len(self.parts(position)) if plain else None
-        else:
-            content, tokens = medium.content, medium.tokens
-            metadata["caption"] = self._caption(position)
-            if medium.transcript:
-                metadata["transcript"] = medium.transcript
+        if part >= MEDIA_PART:
+            return self._medium_page(position, self.media(position)[part - MEDIA_PART - 1])
+        text, parts = self.text(wanted), self.parts(position)
+        # A call shown with its result, or a medium's name, is not in the message's own count.
+        plain = text == parts[part - 1 if part else 0] and not self.media(position)
         return MemoryPage(
             page_id=wanted,
-            modality=self.modality(wanted),
-            page_type=self.page_type(position, part),
-            content=content,
+            modality=modality_of(self.message(position)),
+            page_type=self.page_type(position),
+            content=text,
             storage_tier=StorageTier.L2,
-            size_tokens=tokens,
-            provenance=[] if medium is None else [page_id(position)],
+            size_tokens=self.text_tokens(position) // len(parts) if plain else None,
+            metadata={"role": self.path[position].role},
+        )
+
+    def _medium_page(self, position: int, medium: MediaPage) -> MemoryPage:
+        metadata = {"role": self.path[position].role, "caption": self._caption(position)}
+        if medium.transcript:
+            metadata["transcript"] = medium.transcript
+        return MemoryPage(
+            page_id=medium.page_id,
+            modality=medium.modality,
+            page_type=PageType.ARTIFACT,
+            content=medium.content,
+            storage_tier=StorageTier.L2,
+            size_tokens=medium.tokens,
+            provenance=[page_id(position)],
             metadata=metadata,
         )
 

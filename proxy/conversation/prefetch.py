@@ -36,7 +36,8 @@ _TOOL_TURNS = 8  # messages back in which a called tool counts as likely now
 _TOOL_PAGES = 4
 _DERIVED_HITS = 2
 _SURE_EVIDENCE = 2 * MIN_EVIDENCE
-_LEVELS = (CompressionLevel.FULL, CompressionLevel.REDUCED)
+# The levels that are tried, and how much of a page they surely take.
+_LEVELS = ((CompressionLevel.FULL, 0.9), (CompressionLevel.REDUCED, 0.2))
 
 
 class Chosen(NamedTuple):
@@ -162,7 +163,9 @@ class Prefetch:
 
     def _show(self, candidate: Candidate, room: int) -> Chosen | None:
         """The page as its line, at the first level that fits."""
-        for level in _LEVELS:
+        for level, least in _LEVELS:
+            if candidate.tokens * least > room:
+                continue  # it cannot fit, so it need not be made
             packed = self.pages.packer.pack([self.pages.at(candidate.page_id, level)])
             if packed.tokens_est <= room:
                 position = self.pages.position(candidate.page_id)

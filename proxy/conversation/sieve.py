@@ -2,7 +2,9 @@
 
 Promises: text leaves as it arrives, except the first few tokens of a round that may still turn out
 to be a preamble of a VM call (bounded in tokens and milliseconds), and all of a round's text under
-`response_format`. No VM call, VM result or inner finish reason ever leaves. The client sees one id,
+`response_format`. Nothing of a round leaves before it is known to be the client's, not even its
+opening delta; a round with a call of the client's is the client's, all of its text included, and the
+text that came before a call leaves before it. No VM call, VM result or inner finish reason ever leaves. The client sees one id,
 one `created`, one role delta, tool calls numbered from 0, one finish reason and one `[DONE]`, and usage
 only if it asked for it: null on every chunk, and one last chunk with the numbers and no choices.
 Events that need no change leave as the bytes that came. The finish waits until the caller has stored the
@@ -89,6 +91,7 @@ class Sieve:
         self._parser = EventParser()
         self._said = MessageBuilder()
         self._calls: dict[int, _Call] = {}
+        self._opening: Chunk = {}  # the empty fields beside calls (content: null), not sent yet
         self._held: list[tuple[Event, Chunk]] = []
         self._held_tokens = 0
         self._held_since: float | None = None
@@ -117,7 +120,7 @@ class Sieve:
                 self._settle(index, call, out, self._template())
         if not self._vm_called:
             self._release(out)
-        self._held.clear()
+        self._held.clear()  # the preamble of a round that stays inside
         said = self._said
         complete = said.finish_reason is not None or self._done
         error = self._error.raw if self._error is not None else None
@@ -194,8 +197,10 @@ class Sieve:
         if not choices_of(chunk):
             if isinstance(usage, dict):
                 self._usage_event = event, chunk
-            elif self._rounds == 1:  # Azure's prompt filter results, with an empty id
-                out.append(event.raw if self._include_usage else self._without_usage(event, chunk))
+            elif self._flowing:
+                self._emit_bare(event, chunk, out)
+            else:
+                self._held.append((event, chunk))
             return
         if self._identity is None:
             self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
@@ -225,12 +230,9 @@ class Sieve:
         if self._flowing:
             self._emit(event if event.raw else None, chunk, out)
             return
-        if self._vm_called:
-            return  # text after a VM call belongs to the inner round
-        if not _has_delta(chunk):  # the role alone tells nothing: let the client see life
-            self._emit(event if event.raw else None, chunk, out)
-            return
         self._held.append((event, chunk))
+        if self._vm_called or not _has_delta(chunk):  # the role alone tells nothing: it can wait
+            return
         text = "".join(v for k, v in _delta(chunk).items() if isinstance(v, str) and k != "role")
         if self._held_since is None:  # whatever it is: audio has a deadline too
             self._held_since = now_ms
@@ -243,6 +245,7 @@ class Sieve:
         plain = event.raw and len(calls) == 1 and not any(
             v for k, v in _delta(chunk).items() if k not in ("tool_calls", "role")
         )
+        self._opening.update(_empty_fields(chunk))
         for delta in calls:
             index = self._said.add_call(delta)
             if index not in self._calls:  # names before it are whole: the calls keep their order
@@ -259,8 +262,7 @@ class Sieve:
                 if call.owner == "client":
                     self._open_client_call(call, chunk, out)
                 else:
-                    self._vm_called = True
-                    self._held.clear()
+                    self._vm_called = True  # what is held waits for a call of the client's
             if call.owner == "client":
                 self._send_call(event if plain else None, chunk, call, delta, out)
 
@@ -281,8 +283,7 @@ class Sieve:
         return None if any(vm.startswith(name) for vm in self._vm_names) else "client"
 
     def _open_client_call(self, call: _Call, chunk: Chunk, out: list[bytes]) -> None:
-        if not self._vm_called:
-            self._release(out)
+        self._release(out)
         call.out = self._out_calls
         self._out_calls += 1
         for earlier in call.queue or ():
@@ -304,9 +305,9 @@ class Sieve:
         if delta.get("index") != call.out or bool(_delta(chunk).get("role")) is self._role_sent:
             event = None  # it needs another number, or the one role that a stream has
         calls = [{**delta, "index": call.out}]
-        keep = {k: v for k, v in _delta(chunk).items() if k in ("role", "content") and not v}
-        role = {} if self._role_sent else {"role": "assistant"}
-        self._emit(event, _with_delta(chunk, {**role, **keep, "tool_calls": calls}), out)
+        opening = {} if self._role_sent else {"role": "assistant", **self._opening}
+        delta = {**opening, **_empty_fields(chunk), "tool_calls": calls}
+        self._emit(event, _with_delta(chunk, delta), out)
 
     # -- output
 
@@ -315,7 +316,10 @@ class Sieve:
         held, self._held = self._held, []
         self._held_since = None
         for event, chunk in held:
-            self._emit(event if event.raw else None, chunk, out)
+            if choices_of(chunk):
+                self._emit(event if event.raw else None, chunk, out)
+            else:
+                self._emit_bare(event, chunk, out)
 
     def _template(self) -> Chunk:
         identity = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": ""}
@@ -339,6 +343,12 @@ class Sieve:
         elif "usage" in chunk and not told:
             chunk, event = {k: v for k, v in chunk.items() if k != "usage"}, None
         self._write(event, chunk, out)
+
+    def _emit_bare(self, event: Event, chunk: Chunk, out: list[bytes]) -> None:
+        """Send a chunk without choices, such as Azure's prompt filter results, with an empty id:
+        those of the round that the client sees first."""
+        if not self._role_sent:
+            out.append(event.raw if self._include_usage else self._without_usage(event, chunk))
 
     def _write(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
         identity = self._identity or {}
@@ -370,6 +380,11 @@ def _delta(chunk: Chunk) -> Chunk:
 
 def _has_delta(chunk: Chunk) -> bool:
     return any(v for k, v in _delta(chunk).items() if k != "role")
+
+
+def _empty_fields(chunk: Chunk) -> Chunk:
+    """The fields beside a delta's calls that say nothing, such as `content: null`."""
+    return {k: v for k, v in _delta(chunk).items() if k not in ("role", "tool_calls") and not v}
 
 
 def _with_choice(chunk: Chunk, choice: Chunk) -> Chunk:

@@ -63,12 +63,14 @@ class Play:
     calls: list[Recorded] = field(default_factory=list)
 
     def respond(self, recorded: Recorded) -> Answer:
-        """The model's next message. The last turn is said again to who asks again."""
+        """The model's next message. To who asks again, the last reply is said again, without
+        its memory calls."""
         self.calls.append(recorded)
         request = recorded.json
         turn = self.turns[min(self.at, len(self.turns) - 1)]
+        again = self.at >= len(self.turns)
         offered = request.get("tool_choice") != "none" and VM_NAMES[0] in names_of(recorded)
-        if offered and self.rounds < len(turn.first):
+        if offered and not again and self.rounds < len(turn.first):
             self.rounds += 1
             self.memory_calls += 1
             return answer(request, turn.first[self.rounds - 1])
@@ -78,7 +80,7 @@ class Play:
         if not isinstance(turn.reply, dict):
             return turn.reply
         reply: Message = turn.reply
-        if offered and turn.beside:
+        if offered and not again and turn.beside:
             self.memory_calls += len(turn.beside)
             reply = {**reply, "tool_calls": [*turn.beside, *reply["tool_calls"]]}
         return answer(request, reply)
