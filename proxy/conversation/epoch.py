@@ -66,10 +66,10 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
     segment: Segment | None = None
     for shrink in (1.0, 0.5, 0.0):
         budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
-        if segment is None and (segment := _close(request, groups, budget)):
-            groups = _groups(request)
+        segment = segment or _close(request, groups, budget)
+        candidates = [*_derived_groups(request), *groups]
         planned = plan(
-            request.table, groups, budget, request.policy, request.turn, _pinned(request.pins)
+            request.table, candidates, budget, request.policy, request.turn, _pinned(request.pins)
         )
         window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
         over = window.tokens - _system_tokens(window) - request.room_tokens
@@ -140,9 +140,7 @@ def _groups(request: EpochRequest) -> list[Group]:
     last_user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
     starts: list[tuple[int, int]] = []
     seen = -1
-    resident = request.table.resident()
-    derived = [e.page_id for e in resident if e.position < 0 and e.page_id in pages.derived.pages]
-    for entry in resident:
+    for entry in request.table.resident():
         if entry.position >= request.floor:
             break
         if entry.position <= seen or entry.position < 0:
@@ -154,10 +152,7 @@ def _groups(request: EpochRequest) -> list[Group]:
     if 0 <= last_user < request.floor and all(not a <= last_user < b for a, b in starts):
         starts.append((last_user, last_user + 1))
         starts.sort()
-    first_derived = -len(derived)  # they stand in front of all messages, in order of their making
     return [
-        *(Group(first_derived + i, first_derived + i, _NEVER, (d,)) for i, d in enumerate(derived)),
-    ] + [
         Group(
             first,
             last,
@@ -168,6 +163,13 @@ def _groups(request: EpochRequest) -> list[Group]:
         )
         for first, last in starts
     ]
+
+
+def _derived_groups(request: EpochRequest) -> list[Group]:
+    """Summaries and claims in L0: in front of all messages, in the order of their making."""
+    known = request.pages.derived.pages
+    ids = [e.page_id for e in request.table.resident() if e.position < 0 and e.page_id in known]
+    return [Group(i - len(ids), i - len(ids), _NEVER, (wanted,)) for i, wanted in enumerate(ids)]
 
 
 def _group_end(request: EpochRequest, first: int) -> int:
