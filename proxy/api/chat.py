@@ -225,6 +225,8 @@ class ChatApi:
             new_sieve,
             self._config.server.body_limit_bytes,
             config.keepalive_s,
+            self._config.upstream.retries,
+            self._config.upstream.retry_wait_s,
         )
 
     async def _run(self, turn: Turn, given: TurnInput, exchange: Exchange) -> Answer:

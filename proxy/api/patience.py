@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from math import isfinite
 
 from proxy.upstream import Header
 
@@ -33,7 +34,7 @@ class Patience:
             return None
         told_s = _told_s(given, now_s)
         wait_s = self._next_s if told_s is None else max(0.0, told_s)
-        if self._retries <= 0 or not wait_s <= self._left_s:
+        if self._retries <= 0 or wait_s > self._left_s:
             return None
         self._retries -= 1
         self._left_s -= wait_s
@@ -45,9 +46,11 @@ def _told_s(headers: Mapping[bytes, bytes], now_s: float) -> float | None:
     """What retry-after-ms says, or retry-after (seconds or a date), or None."""
     for name, unit_s in ((b"retry-after-ms", 0.001), (b"retry-after", 1.0)):
         try:
-            return float(headers[name]) * unit_s
+            told_s = float(headers[name]) * unit_s
         except (KeyError, ValueError):
             continue
+        if isfinite(told_s):
+            return told_s
     try:
         return parsedate_to_datetime(headers[b"retry-after"].decode("latin-1")).timestamp() - now_s
     except (KeyError, ValueError, OverflowError):

@@ -57,7 +57,10 @@ class Reply:
 class Setup:
     """An exchange over scripted replies, and all that the client was sent."""
 
-    def __init__(self, *replies: Any, stream: bool = True, hold_ms: float = 60_000) -> None:
+    def __init__(
+        self, *replies: Any, stream: bool = True, hold_ms: float = 60_000, retries: int = 0,
+        retry_wait_s: float = 10.0, every_s: float = 0.0,
+    ) -> None:
         self.replies = list(replies)
         self.bodies: list[bytes] = []
         self.sent: list[dict[str, Any]] = []
@@ -67,7 +70,9 @@ class Setup:
             names = frozenset({"page_fault"})
             return Sieve(names, 24, hold_ms, False, False, lambda text: len(text.split()))
 
-        self.exchange = Exchange(self._send, self, [], b"", stream, sieve, 10_000)  # type: ignore[arg-type]
+        self.exchange = Exchange(
+            self._send, self, [], b"", stream, sieve, 10_000, every_s, retries, retry_wait_s  # type: ignore[arg-type]
+        )
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
@@ -307,6 +312,86 @@ async def test_a_refusal_after_the_start_is_an_event_and_a_break() -> None:
     assert not setup.ended
 
 
+def inner() -> Reply:
+    return Reply(event("", role="assistant"), vm_call(), event(None, "tool_calls"), DONE)
+
+
+def busy(status: int = 429, wait_ms: int = 0) -> Reply:
+    wait = (b"retry-after-ms", b"%d" % wait_ms)
+    return Reply(b'{"error": {"message": "slow"}}', status=status, headers=[*JSON, wait])
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+async def test_a_later_round_refused_for_the_moment_is_sent_again(status: int) -> None:
+    refusals = [busy(status), busy(status)]
+    setup = Setup(inner(), *refusals, Reply(event("here", "stop"), DONE), retries=2)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    said = await setup.exchange.complete(Complete(b"2", offer=True))
+    assert isinstance(said, Said) and said.messages[0]["content"] == "here"
+    assert setup.bodies == [b"1", b"2", b"2", b"2"] and all(reply.closed for reply in refusals)
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    assert setup.start["status"] == 200 and b"slow" not in setup.body and setup.ended
+
+
+async def test_a_whole_later_round_is_sent_again_and_what_stays_keeps_its_status() -> None:
+    setup = Setup(whole(content="a"), busy(), whole(content="b"), busy(503), stream=False, retries=2)
+    for _ in range(2):
+        assert isinstance(await setup.exchange.complete(Complete(b"{}")), Said)
+    setup.replies.append(busy(503))
+    refused = await setup.exchange.complete(Complete(b"{}"))
+    assert isinstance(refused, Refused) and len(setup.bodies) == 5  # both tries are spent in the turn
+    await setup.exchange.finish(answer(refused=refused), [])
+    assert setup.start["status"] == 503 and b"slow" in setup.body
+    assert dict(setup.start["headers"])[b"retry-after-ms"] == b"0"
+
+
+@pytest.mark.parametrize("reply", [busy(400), busy(401), busy(429, wait_ms=60)])
+async def test_what_no_wait_helps_is_not_sent_again(reply: Reply) -> None:
+    setup = Setup(inner(), reply, retries=2, retry_wait_s=0.05)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    refused = await setup.exchange.complete(Complete(b"2", offer=True))
+    assert isinstance(refused, Refused) and refused.status == reply.status and len(setup.bodies) == 2
+
+
+async def test_a_first_round_is_the_clients_to_send_again() -> None:
+    setup = Setup(busy(), busy(503), retries=2)
+    assert isinstance(await setup.exchange.complete(Complete(b"{}", offer=True)), Refused)
+    assert isinstance(await setup.exchange.complete(Complete(b"{}", through=True)), Refused)
+    assert len(setup.bodies) == 2
+
+
+async def test_an_error_event_in_place_of_a_later_answer_is_sent_again_too() -> None:
+    late = Reply(failed(message="Overloaded.", code=503), DONE)
+    setup = Setup(inner(), late, busy(400), retries=1, retry_wait_s=1)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    refused = await setup.exchange.complete(Complete(b"2", offer=True))
+    assert isinstance(refused, Refused) and refused.status == 400
+    with pytest.raises(UpstreamBroken):
+        await setup.exchange.finish(answer(refused=refused), [])
+    assert b"slow" in setup.body and b"Overloaded" not in setup.body  # the error that stayed
+
+
+async def test_the_client_sees_life_while_a_later_round_waits() -> None:
+    setup = Setup(inner(), busy(429, wait_ms=150), Reply(event("here", "stop"), DONE), retries=1, every_s=0.02)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    waiting = asyncio.ensure_future(setup.exchange.complete(Complete(b"2", offer=True)))
+    await setup.seen(b": keep-alive\n\n: keep-alive\n\n")
+    assert len(setup.bodies) == 2 and not waiting.done()
+    assert isinstance(await waiting, Said)
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+
+
+async def test_a_client_that_leaves_ends_the_wait() -> None:
+    setup = Setup(inner(), busy(429, wait_ms=9_000), retries=1)
+    await setup.exchange.complete(Complete(b"1", offer=True))
+    waiting = asyncio.ensure_future(setup.exchange.complete(Complete(b"2", offer=True)))
+    await asyncio.sleep(0.02)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(setup.bodies) == 2
+
+
 async def test_our_own_error_before_and_after_the_start() -> None:
     error = ApiError(503, "full", "api_error", "storage_unavailable", headers={"Retry-After": "1"})
     before = Setup()
@@ -338,22 +423,10 @@ def failed(**error: Any) -> bytes:
     return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
 
 
-class Kept(Setup):
-    """A setup that keeps its client awake."""
-
-    def __init__(self, *replies: Any, every_s: float) -> None:
-        super().__init__(*replies)
-
-        def sieve() -> Sieve:
-            return Sieve(frozenset({"page_fault"}), 24, 60_000, False, False, len)
-
-        self.exchange = Exchange(self._send, self, [], b"", True, sieve, 10_000, every_s)  # type: ignore[arg-type]
-
-
 async def test_a_client_that_waits_for_inner_rounds_gets_comments_and_none_at_the_end() -> None:
     go_on = asyncio.Event()
     inner = Reply(event(role="assistant"), vm_call(), event(None, "tool_calls"), go_on, DONE)
-    setup = Kept(inner, Reply(event("done", "stop"), DONE), every_s=0.02)
+    setup = Setup(inner, Reply(event("done", "stop"), DONE), every_s=0.02)
     task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", offer=True)))
     await setup.seen(b": keep-alive\n\n: keep-alive\n\n")
     go_on.set()
@@ -371,7 +444,7 @@ async def test_a_client_that_waits_for_inner_rounds_gets_comments_and_none_at_th
 async def test_no_comment_falls_into_a_stream_that_passes_through() -> None:
     go_on = asyncio.Event()
     half = event("one")
-    setup = Kept(Reply(half[:20], go_on, half[20:], DONE), every_s=0.01)
+    setup = Setup(Reply(half[:20], go_on, half[20:], DONE), every_s=0.01)
     task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", through=True)))
     await setup.seen(half[:20])
     await asyncio.sleep(0.05)

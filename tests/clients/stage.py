@@ -1,6 +1,6 @@
 """Where the scenes are played: a bare upstream, and llm-pager in front of the same upstream.
 
-Promises: `same` plays a scene on both and fails unless the client saw the same; it fails too when a
+Promises: `same` plays a scene on both and fails unless the client saw the same; it and `both` fail when a
 request broke the API's rules, when the window was not smaller than the conversation, when an answer
 of the scene was left over, or when the memory rounds that belong to the scene did not happen.
 """
@@ -137,13 +137,19 @@ async def same(stage: Stage, scene: str, run: Run, *, faults: bool = True) -> An
     `run(base_url, api_key)` is the client; it returns JSON-like data. `faults`: whether the
     client's requests leave room for memory tools (it forces no tool).
     """
+    expected, seen = await both(stage, scene, run, faults=faults)
+    assert seen == expected
+    return seen
+
+
+async def both(stage: Stage, scene: str, run: Run, *, faults: bool = True) -> tuple[Any, Any]:
+    """What the client saw on the bare upstream and on llm-pager, for what cannot be the same."""
     plays = stage.play(scene), stage.play(scene)
     expected = await value(run(stage.bare, plays[0].key))
     seen = await value(run(stage.paged, plays[1].key))
     check_plays(*plays, faults=faults)
     assert_no_vm(json.dumps(seen, default=repr))
-    assert seen == expected
-    return seen
+    return expected, seen
 
 
 def check_plays(bare: Play, paged: Play, *, faults: bool = True) -> None:

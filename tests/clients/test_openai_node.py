@@ -111,7 +111,14 @@ def runs(stage: Stage) -> tuple[Run, Run]:
 def test_node(runs: tuple[Run, Run], test: str) -> None:
     (expected, bare), (seen, paged) = runs
     assert "raised" not in expected[test], expected[test]
-    assert seen[test] == expected[test]
+    if test == "refused later, stream":
+        # The status line left with the memory round, so a later error can only be an event: the
+        # base class with upstream's message and error body, without its status.
+        name, message, status, *error = seen[test]
+        assert [name, status, error[:2]] == ["APIError", None, expected[test][3:5]]
+        assert expected[test][:3] == ["BadRequestError", f"400 {message}", 400]
+    else:
+        assert seen[test] == expected[test]
     check_plays(bare[test], paged[test])
     assert_no_vm(json.dumps(seen[test]))
 

@@ -147,11 +147,11 @@ async def null_tools(play: Play) -> None:
 @check("history.retry_of_rounds", "a request sent again after its second round failed: the turn is upstream "
        "once", PAGED, needs="loop")
 async def retry_of_rounds(play: Play) -> None:
-    play.says(say.error(500, "Oops."), say.text("The code is amber."), say.text("Bye."))
+    play.says(say.error(501, "Oops."), say.text("The code is amber."), say.text("Bye."))
     messages = play.ask("What was the code, please?")
     first = await play.send(play.body(messages))
     play.looped()
-    expect(first.status == 500 or '"error"' in first.text, f"no error: {quote(first.text)}")
+    expect(first.status == 501 or '"error"' in first.text, f"no error: {quote(first.text)}")
     started = play.calls[0].body
     play.script.calls.clear()
     await play.chat(messages)

@@ -143,11 +143,11 @@ def test_the_client_gets_exactly_its_part_once(
     got = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or ()]
     assert sorted(got) == sorted(shown_calls)
     text, said_text = message["content"] or "", said["content"] or ""
-    mixed = any(c["function"]["name"] in VM for c in said.get("tool_calls") or ())
-    if mixed:
-        assert (preamble + said_text).startswith(text)
-    else:
-        assert text == preamble + said_text
+    assert text == preamble + said_text  # beside calls of ours too: the round is the client's
+    if said_text and shown_calls:  # in the order in which the model said it
+        speaks = [bool(c["choices"][0]["delta"].get("tool_calls")) for c in chunks
+                  if c["choices"] and any(c["choices"][0]["delta"].get(k) for k in ("content", "tool_calls"))]
+        assert speaks == sorted(speaks)
     assert preamble == "" or preamble in "".join(texts)
     assert not any(b'"name":"%s"' % vm.encode() in out.replace(b" ", b"") for vm in VM)
     assert sum(bool(c["choices"][0]["delta"].get("role")) for c in chunks) == 1
@@ -184,8 +184,57 @@ def test_text_is_held_for_hold_ms_at_most() -> None:
     it.feed(event(chunk({"content": "Let"})), 10.0)
     it.feed(event(chunk({"content": " me"})), 90.0)
     assert it.deadline_ms == 110.0
-    assert it.poll(109.9) == [] and len(it.poll(110.0)) == 2
+    assert it.poll(109.9) == [] and len(it.poll(110.0)) == 3
     assert it.deadline_ms is None and len(it.feed(event(chunk({"content": " see"})), 111.0)) == 1
+
+
+def one_call(name: str, call_id: str = "c", index: int = 0, **beside: Any) -> bytes:
+    function = {"name": name, "arguments": "{}"}
+    made = {"index": index, "id": call_id, "type": "function", "function": function}
+    return event(chunk({**beside, "tool_calls": [made]}))
+
+
+def test_text_beside_a_mixed_call_leaves_before_the_clients_call() -> None:
+    it = sieve()
+    it.begin_round(True)
+    assert it.feed(event(chunk({"role": "assistant", "content": ""})), 0.0) == []
+    assert it.feed(event(chunk({"content": "Now the code."})), 0.0) == []
+    assert it.feed(one_call("page_fault", "v"), 0.0) == []
+    assert it.deadline_ms is None  # it waits for the client's call, however long the round is
+    assert it.feed(event(chunk({"content": " And"})), 0.0) == [] == it.poll(1e9)
+    out = b"".join([*it.feed(one_call("look", "c", 1), 0.0), *it.feed(event(chunk({}, "tool_calls")), 0.0),
+                    *it.end_round()[1], *it.finish("tool_calls", None)])
+    message, _, chunks = received(out)
+    assert message["content"] == "Now the code. And"
+    assert [c["id"] for c in message["tool_calls"]] == ["c"] and b"page_fault" not in out
+    assert [sorted(c["choices"][0]["delta"]) for c in chunks] == [
+        ["content", "role"], ["content"], ["content"], ["tool_calls"], []]
+
+
+def test_nothing_of_a_round_that_stays_inside_leaves() -> None:
+    it = sieve()
+    for i in range(2):
+        it.begin_round(True)
+        azure = b'data: {"id":"","choices":[],"prompt_filter_results":[%d]}\n\n' % i
+        out = [*it.feed(azure, 0.0), *it.feed(event(chunk({"role": "assistant", "content": ""})), 0.0),
+               *it.feed(event(chunk({"content": "Let me see."})), 0.0), *it.poll(50.0),
+               *it.feed(one_call("page_fault"), 0.0), *it.feed(event(chunk({}, "tool_calls")), 0.0)]
+        assert [*out, *it.end_round()[1]] == []
+    it.begin_round(True)
+    answer = [b'data: {"id":"","choices":[],"prompt_filter_results":[2]}\n\n',
+              event(chunk({"role": "assistant", "refusal": "I am sorry."}))]
+    assert [*it.feed(b"".join(answer), 0.0), *it.poll(100.0)] == answer  # the shown round's own bytes
+
+
+def test_the_clients_call_opens_as_the_round_did() -> None:
+    it = sieve()
+    it.begin_round(True)
+    assert it.feed(one_call("search_pages", "v", role="assistant", content=None, refusal=None), 0.0) == []
+    _, _, chunks = received(b"".join([*it.feed(one_call("look", "c", 1), 0.0), b"data: [DONE]\n\n"]))
+    delta = chunks[0]["choices"][0]["delta"]
+    assert {k: v for k, v in delta.items() if k != "tool_calls"} == {
+        "role": "assistant", "content": None, "refusal": None}
+    assert [c["index"] for c in delta["tool_calls"]] == [0]
 
 
 def test_response_format_holds_text_to_the_end_of_the_round() -> None:

@@ -73,7 +73,7 @@ STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "strea
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    upstream = {"base_url": f"http://127.0.0.1:{PORT}/v1", "timeout_s": 30}
+    upstream = {"base_url": f"http://127.0.0.1:{PORT}/v1", "timeout_s": 30, "retries": 0}
     with ServerProcess(config(PORT, upstream=upstream)) as process:
         yield process
 
