@@ -100,13 +100,14 @@ class ChatApi:
             given, turn = placed
             exchange = self._exchange(turn, given, scope, send)
             answer = await self._run(turn, given, exchange)
+            if answer.refused is None:  # before the end is sent: the client's next request knows of it
+                await self._bill(given, answer)
             await exchange.finish(answer, _own_headers(answer))
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
                 self._archive.after(turn, given, scope["headers"])
-                await self._bill(given, answer)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -193,7 +194,7 @@ class ChatApi:
                 if cut is not None:
                     log.warning("model %s: upstream reads %d tokens and cuts the rest", model, cut)
                     await self.capable.learn(given.scope, model, {"window_tokens": cut})
-            except StorageError as error:  # the answer is out: the next bill says the same
+            except StorageError as error:  # no reason to withhold the answer: the next bill says the same
                 log.warning("a bill was not kept: %s", error)
 
     # -- the turn's effects
