@@ -316,6 +316,12 @@ class _KeepAlive:
                 self._sending.cancel()
             await asyncio.wait((self._sending,))
             self._sending = None
+        if cancel:  # the end: a request must not wait in RAM for the garbage collector
+            self._send = _nothing
+
+
+async def _nothing() -> None:
+    """No comment."""
 
 
 async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
