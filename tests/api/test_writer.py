@@ -309,6 +309,7 @@ async def test_closing_does_not_wait_for_the_model(tmp_path: Path) -> None:
             here.submit(Load("msg_0003", CompressionLevel.ABSTRACT))
             while not here.desk.bodies:
                 await asyncio.sleep(0.001)
+    assert here.archive.writer.written == 0  # it was given up in the middle of its call
 
 
 # -- behind the chat handler

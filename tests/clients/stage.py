@@ -131,7 +131,7 @@ def stage() -> Iterator[Stage]:
     assert not upstream.failures, upstream.failures
 
 
-async def same(stage: Stage, scene: str, run: Run, *, faults: bool = True) -> Any:
+async def check_same(stage: Stage, scene: str, run: Run, *, faults: bool = True) -> Any:
     """Plays the scene on the bare upstream and on llm-pager; what the client saw, which is the same.
 
     `run(base_url, api_key)` is the client; it returns JSON-like data. `faults`: whether the

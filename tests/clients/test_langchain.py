@@ -20,7 +20,7 @@ from tests.clients.scenes import (
     user,
     user_with_picture,
 )
-from tests.clients.stage import Stage, same
+from tests.clients.stage import Stage, check_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # LangChain shares connections by base URL
 langchain_openai = pytest.importorskip(
@@ -80,7 +80,7 @@ async def test_talk(stage: Stage, stream: bool) -> None:
             seen.append(seen_of(messages[-1]))
         return seen
 
-    await same(stage, "talk", run)
+    await check_same(stage, "talk", run)
 
 
 @STREAMS
@@ -98,7 +98,7 @@ async def test_agent(stage: Stage, stream: bool) -> None:
                 seen.append(messages[-1].content)
         return seen
 
-    seen = await same(stage, "agent", run)
+    seen = await check_same(stage, "agent", run)
     assert [c["name"] for c in seen[0][1]] == ["weather", "weather"]
 
 
@@ -113,7 +113,7 @@ async def test_structured_output_as_json_schema(stage: Stage) -> None:
             seen.append([found["parsed"].model_dump(), found["parsing_error"]])
         return seen
 
-    assert (await same(stage, "report", run))[0][0] == REPORT
+    assert (await check_same(stage, "report", run))[0][0] == REPORT
 
 
 async def test_structured_output_streamed(stage: Stage) -> None:
@@ -125,7 +125,7 @@ async def test_structured_output_streamed(stage: Stage) -> None:
             seen.append([found.model_dump() async for found in model.astream(messages)][-1])
         return seen
 
-    assert (await same(stage, "report", run))[0] == REPORT
+    assert (await check_same(stage, "report", run))[0] == REPORT
 
 
 @STREAMS
@@ -135,7 +135,7 @@ async def test_structured_output_as_forced_tool(stage: Stage, stream: bool) -> N
         messages = convert_to_messages([*opening(), user(REPORT_QUESTION)])
         return (await ask_parsed(model, messages, stream)).model_dump()
 
-    assert await same(stage, "forced", run, faults=False) == REPORT
+    assert await check_same(stage, "forced", run, faults=False) == REPORT
 
 
 async def ask_parsed(model: Any, messages: list[Any], stream: bool) -> Any:
@@ -155,7 +155,7 @@ async def test_images(stage: Stage, stream: bool) -> None:
             seen.append(seen_of(messages[-1]))
         return seen
 
-    await same(stage, "images", run)
+    await check_same(stage, "images", run)
 
 
 @STREAMS
@@ -165,7 +165,7 @@ async def test_error_is_retried_by_the_client(stage: Stage, stream: bool, scene:
         messages = convert_to_messages([*opening(), user(QUESTIONS[0])])
         return seen_of(await ask(chat(url, key, max_retries=3), messages, stream))
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)
 
 
 @STREAMS
@@ -180,7 +180,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
         except openai.APIStatusError as e:
             return [e.status_code, type(e).__name__, str(e), e.body, e.code, e.request_id]
 
-    assert (await same(stage, scene, run))[0] == status
+    assert (await check_same(stage, scene, run))[0] == status
 
 
 @pytest.mark.parametrize("scene", ["broken", "late error"])
@@ -192,4 +192,4 @@ async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]
         return [error, seen_of(await ask(model, messages, True))]
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)

@@ -23,7 +23,7 @@ from tests.clients.scenes import (
     user,
     user_with_picture,
 )
-from tests.clients.stage import Stage, same, usage_fields
+from tests.clients.stage import Stage, check_same, usage_fields
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),  # litellm keeps its connections between calls
@@ -76,7 +76,7 @@ async def test_talk(stage: Stage, stream: bool) -> None:
             seen.append(what)
         return seen
 
-    await same(stage, "talk", run)
+    await check_same(stage, "talk", run)
 
 
 @STREAMS
@@ -92,7 +92,7 @@ async def test_agent(stage: Stage, stream: bool) -> None:
                 messages.append({"role": "tool", "tool_call_id": c["id"], "content": result})
         return seen
 
-    seen = await same(stage, "agent", run)
+    seen = await check_same(stage, "agent", run)
     assert [len(what[0].get("tool_calls") or ()) for what in seen] == [2, 1, 0]
 
 
@@ -107,7 +107,7 @@ async def test_structured_output(stage: Stage, stream: bool) -> None:
             seen.append([Report.model_validate_json(message["content"]).model_dump(), what])
         return seen
 
-    assert (await same(stage, "report", run))[0][0] == REPORT
+    assert (await check_same(stage, "report", run))[0][0] == REPORT
 
 
 @STREAMS
@@ -121,7 +121,7 @@ async def test_images(stage: Stage, stream: bool) -> None:
             seen.append(what)
         return seen
 
-    await same(stage, "images", run)
+    await check_same(stage, "images", run)
 
 
 @STREAMS
@@ -130,7 +130,7 @@ async def test_error_is_retried_by_the_client(stage: Stage, stream: bool, scene:
     async def run(url: str, key: str) -> Any:
         return await ask(url, key, [*opening(), user(QUESTIONS[0])], stream, max_retries=3)
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)
 
 
 @STREAMS
@@ -144,7 +144,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, error: str) -> Non
         except openai.APIStatusError as e:  # litellm's own are made from these
             return [type(e).__name__, str(e), e.status_code, e.body]
 
-    assert (await same(stage, scene, run))[0] == error
+    assert (await check_same(stage, scene, run))[0] == error
 
 
 @pytest.mark.parametrize("scene", ["broken", "late error"])
@@ -156,4 +156,4 @@ async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
         error = [type(caught.value).__name__, str(caught.value)]
         return [error, await ask(url, key, messages, True)]
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)

@@ -19,7 +19,7 @@ from tests.clients.scenes import (
     picture,
     user,
 )
-from tests.clients.stage import Stage, same
+from tests.clients.stage import Stage, check_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the clients close their connections late
 agents = pytest.importorskip(
@@ -101,7 +101,7 @@ async def test_talk(stage: Stage, stream: bool) -> None:
             seen.append([result.final_output, what])
         return seen
 
-    await same(stage, "talk", run)
+    await check_same(stage, "talk", run)
 
 
 @STREAMS
@@ -111,7 +111,7 @@ async def test_agent(stage: Stage, stream: bool) -> None:
         result, what = await play(made, inputs([*opening(), user(AGENT_QUESTION)]), stream)
         return [result.final_output, what]
 
-    final, what = await same(stage, "agent", run)
+    final, what = await check_same(stage, "agent", run)
     assert final == "Both are 4 degrees; the code is 23757."
     assert what[-1] == 3  # requests, as the SDK counts them
 
@@ -124,7 +124,7 @@ async def test_agent_with_output_type(stage: Stage, stream: bool) -> None:
         assert isinstance(result.final_output, Report)
         return [result.final_output.model_dump(), what]
 
-    assert (await same(stage, "agent report", run))[0] == REPORT
+    assert (await check_same(stage, "agent report", run))[0] == REPORT
 
 
 @STREAMS
@@ -141,7 +141,7 @@ async def test_images(stage: Stage, stream: bool) -> None:
             seen.append([result.final_output, what])
         return seen
 
-    await same(stage, "images", run)
+    await check_same(stage, "images", run)
 
 
 @STREAMS
@@ -151,7 +151,7 @@ async def test_error_is_retried_by_the_client(stage: Stage, stream: bool, scene:
         made = agent(url, key, retries=3)
         return (await play(made, inputs([*opening(), user(QUESTIONS[0])]), stream))[1]
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)
 
 
 @STREAMS
@@ -165,7 +165,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
         e = caught.value
         return [e.status_code, type(e).__name__, str(e), e.body, e.code, e.request_id]
 
-    assert (await same(stage, scene, run))[0] == status
+    assert (await check_same(stage, scene, run))[0] == status
 
 
 @pytest.mark.parametrize("scene", ["broken", "late error"])
@@ -177,4 +177,4 @@ async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]
         return [error, (await play(made, asked, True))[1]]
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)

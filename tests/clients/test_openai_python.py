@@ -36,8 +36,8 @@ from tests.clients.scenes import (
 )
 from tests.clients.stage import (
     Stage,
+    check_same,
     items,
-    same,
     value,
 )
 
@@ -78,7 +78,7 @@ async def test_talk(stage: Stage, client_class: str, stream: bool, fields: dict[
             seen.append(what)
         return [messages, seen]
 
-    messages, _ = await same(stage, "talk", run)
+    messages, _ = await check_same(stage, "talk", run)
     assert messages[-1]["content"] == SCENES["talk"][-1].reply["content"]  # type: ignore[index]
 
 
@@ -87,7 +87,7 @@ async def test_agent(stage: Stage, client_class: str, stream: bool) -> None:
     async def run(url: str, key: str) -> Any:
         return await agent(client(client_class, url, key), stream)
 
-    messages, _ = await same(stage, "agent", run)
+    messages, _ = await check_same(stage, "agent", run)
     assert [len(m.get("tool_calls", ())) for m in messages if m["role"] == "assistant"][-3:] == [
         2,
         1,
@@ -116,7 +116,7 @@ async def test_stream_helper_with_tools(stage: Stage, client_class: str) -> None
                 messages.append({"role": "tool", "tool_call_id": c.id, "content": result})
         return seen
 
-    await same(stage, "agent", run)
+    await check_same(stage, "agent", run)
 
 
 @STREAMS
@@ -135,7 +135,7 @@ async def test_structured_output_as_json_schema(
             seen.append([what, json.loads(message["content"])])
         return seen
 
-    seen = await same(stage, "report", run)
+    seen = await check_same(stage, "report", run)
     assert seen[0][1] == REPORT
 
 
@@ -156,7 +156,7 @@ async def test_structured_output_parsed_by_the_client(
             messages.append({"role": "assistant", "content": message.content})
         return seen
 
-    seen = await same(stage, "report", run)
+    seen = await check_same(stage, "report", run)
     assert seen[0][1] == REPORT
 
 
@@ -171,7 +171,7 @@ async def test_images(stage: Stage, client_class: str, stream: bool) -> None:
             seen.append(what)
         return seen
 
-    await same(stage, "images", run)
+    await check_same(stage, "images", run)
 
 
 @STREAMS
@@ -186,7 +186,7 @@ async def test_choices_and_their_probabilities(
             return reply.model_dump(exclude_unset=True)
         return [chunk.model_dump(exclude_unset=True) async for chunk in items(reply)]
 
-    await same(stage, "choices", run, faults=False)
+    await check_same(stage, "choices", run, faults=False)
 
 
 @STREAMS
@@ -210,7 +210,7 @@ async def test_usage_counts_the_window_once_and_all_that_was_said(
                 used.append((await value(completions.create(**asked))).usage)
             messages.append({"role": "assistant", "content": "Noted."})
 
-    await same(stage, "talk", run)
+    await check_same(stage, "talk", run)
     bare, paged = used[:3], used[3:]
     for before, after in zip(bare, paged, strict=True):
         assert before.prompt_tokens > BUDGET_TOKENS >= after.prompt_tokens
@@ -241,7 +241,7 @@ async def test_forced_calls(
             client(client_class, url, key), messages, stream, tools=TOOL_SCHEMAS, **fields
         )
 
-    await same(stage, "forced call", run, faults=False)
+    await check_same(stage, "forced call", run, faults=False)
 
 
 @STREAMS
@@ -261,4 +261,4 @@ async def test_headers(stage: Stage, client_class: str, stream: bool) -> None:
                 assert [chunk async for chunk in items(parsed)]
         return seen
 
-    assert (await same(stage, "talk", run))[0][3] == "req_0123456789"
+    assert (await check_same(stage, "talk", run))[0][3] == "req_0123456789"

@@ -30,8 +30,8 @@ from tests.clients.stage import (
     Run,
     Stage,
     both,
+    check_same,
     items,
-    same,
     value,
 )
 
@@ -58,7 +58,7 @@ async def test_answers_that_cannot_be_parsed(
                 seen.append([type(e).__name__, e.completion.choices[0].message.content])
         return seen
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)
 
 
 async def test_client_that_leaves_early(stage: Stage, client_class: str) -> None:
@@ -76,7 +76,7 @@ async def test_client_that_leaves_early(stage: Stage, client_class: str) -> None
         assert (LONG_TEXT * 20).startswith(text)
         return await ask(made, [*opening(), user(QUESTIONS[1])], True)
 
-    await same(stage, "left", run)
+    await check_same(stage, "left", run)
 
 
 @STREAMS
@@ -88,7 +88,7 @@ async def test_error_is_retried_by_the_client(
         made = client(client_class, url, key, max_retries=3)
         return await ask(made, [*opening(), user(QUESTIONS[0])], stream)
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)
 
 
 @STREAMS
@@ -106,7 +106,7 @@ async def test_errors(
 ) -> None:
     run = refused(client_class, stream)
     if not (stream and scene.endswith("later")):
-        assert (await same(stage, scene, run))[0] == error
+        assert (await check_same(stage, scene, run))[0] == error
         return
     # A stream's status line leaves when upstream's first round answers, so that the client sees life
     # while memory rounds go on. An error that stays in a later round can then only be an event: the
@@ -131,7 +131,7 @@ def refused(client_class: str, stream: bool) -> Run:
 @pytest.mark.parametrize("scene", ["broken", "broken later", "late error"])
 async def test_stream_that_ends_badly(stage: Stage, client_class: str, scene: str) -> None:
     """The same exception, nothing that was not said, and the next try goes well."""
-    await same(stage, scene, ends_badly(client_class))
+    await check_same(stage, scene, ends_badly(client_class))
 
 
 def ends_badly(client_class: str) -> Run:

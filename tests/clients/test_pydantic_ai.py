@@ -20,7 +20,7 @@ from tests.clients.scenes import (
     opening_with_pictures,
     picture,
 )
-from tests.clients.stage import Stage, same
+from tests.clients.stage import Stage, check_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the clients close their connections late
 pydantic_ai = pytest.importorskip(
@@ -105,7 +105,7 @@ async def test_talk(stage: Stage, stream: bool) -> None:
             seen.append([output, what])
         return seen
 
-    seen = await same(stage, "talk", run)
+    seen = await check_same(stage, "talk", run)
     assert seen[-1][0] == SCENES["talk"][-1].reply["content"]  # type: ignore[index]
 
 
@@ -123,7 +123,7 @@ async def test_agent(stage: Stage, stream: bool) -> None:
         assert bool(events) is stream
         return [result.output, seen_of(result), collapsed(events)]
 
-    assert (await same(stage, "agent", run))[0] == "Both are 4 degrees; the code is 23757."
+    assert (await check_same(stage, "agent", run))[0] == "Both are 4 degrees; the code is 23757."
 
 
 @STREAMS
@@ -137,7 +137,7 @@ async def test_output_type_as_json_schema(stage: Stage, stream: bool) -> None:
             seen.append([output.model_dump(), what])
         return seen
 
-    assert (await same(stage, "report", run))[0][0] == REPORT
+    assert (await check_same(stage, "report", run))[0][0] == REPORT
 
 
 @STREAMS
@@ -149,7 +149,7 @@ async def test_output_type_as_tool(stage: Stage, stream: bool) -> None:
         output, what, _ = await play(made, AGENT_QUESTION, past(opening()), stream)
         return [output.model_dump(), what]
 
-    assert (await same(stage, "output tool", run, faults=False))[0] == REPORT
+    assert (await check_same(stage, "output tool", run, faults=False))[0] == REPORT
 
 
 @STREAMS
@@ -163,7 +163,7 @@ async def test_images(stage: Stage, stream: bool) -> None:
             seen.append([output, what])
         return seen
 
-    await same(stage, "images", run)
+    await check_same(stage, "images", run)
 
 
 @STREAMS
@@ -173,7 +173,7 @@ async def test_error_is_retried_by_the_client(stage: Stage, stream: bool, scene:
         made = agent(url, key, retries=3)
         return (await play(made, QUESTIONS[0], past(opening()), stream))[:2]
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)
 
 
 @STREAMS
@@ -187,7 +187,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
         e = caught.value
         return [e.status_code, e.body, str(e), e.model_name]
 
-    assert (await same(stage, scene, run))[0] == status
+    assert (await check_same(stage, scene, run))[0] == status
 
 
 @pytest.mark.parametrize("scene", ["broken", "late error"])
@@ -199,4 +199,4 @@ async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]
         return [error, (await play(made, QUESTIONS[0], past(opening()), True))[:2]]
 
-    await same(stage, scene, run)
+    await check_same(stage, scene, run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class Said:
 Round = Said | Answer | Callable[[Json], "Said | Answer"]
 
 
-class ProviderServer(RecordingUpstream):
+class ProviderServer(RecordingUpstream, ABC):
     """One protocol's server; a subclass knows the paths, the rules and the shapes.
 
     `plan` says what the model does in the next calls; after that it says `Answer <index>.`
@@ -69,17 +70,17 @@ class ProviderServer(RecordingUpstream):
 
     # -- what a protocol says about itself
 
-    def is_chat(self, path: str) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def is_chat(self, path: str) -> bool: ...
 
-    def broken_rules(self, request: Recorded) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def broken_rules(self, request: Recorded) -> list[str]: ...
 
-    def put(self, request: Recorded, said: Said) -> Answer:
-        raise NotImplementedError
+    @abstractmethod
+    def put(self, request: Recorded, said: Said) -> Answer: ...
 
-    def refuse(self, status: int, message: str, kind: str | None = None) -> Response:
-        raise NotImplementedError
+    @abstractmethod
+    def refuse(self, status: int, message: str, kind: str | None = None) -> Response: ...
 
     # -- RecordingUpstream's door
 
