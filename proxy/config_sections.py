@@ -163,6 +163,9 @@ class MemoryConfig(Section):
     mode: Annotated[
         Literal["strict", "relaxed", "passive"], _one_of("strict", "relaxed", "passive")
     ] = "relaxed"
+    eviction: Annotated[
+        Literal["importance", "lru", "modality"], _one_of("importance", "lru", "modality")
+    ] = "importance"
 
 
 class L0Config(Section):

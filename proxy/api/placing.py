@@ -24,7 +24,12 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.turn import TurnInput
 from proxy.errors import ApiError
-from proxy.memory.eviction_policy import ImportanceWeightedLRU
+from proxy.memory.eviction_policy import (
+    LRU,
+    EvictionPolicy,
+    ImportanceWeightedLRU,
+    ModalityAwareLRU,
+)
 from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import (
@@ -38,6 +43,11 @@ from proxy.upstream import Header
 
 _COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
 _NO_HISTORIES = HistoryCache(0)
+_POLICIES: dict[str, EvictionPolicy] = {
+    "importance": ImportanceWeightedLRU(),
+    "lru": LRU(),
+    "modality": ModalityAwareLRU(),
+}
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 
@@ -49,7 +59,7 @@ class Placing:
         self._config = config
         self._memory = memory
         self._observed = observed
-        self._policy = ImportanceWeightedLRU()
+        self._policy = _POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._make_limits)
         self._fixed_tokens = lru_cache(maxsize=1024)(_fixed_tokens)
 

@@ -46,7 +46,7 @@ from proxy.memory.prefetcher import fresh_terms, points_back, was_used
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import without_citations
-from proxy.memory.working_set import watermarks
+from proxy.memory.working_set import TokenBudget, watermarks
 from proxy.tokens import TokenCounter
 
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
@@ -191,7 +191,7 @@ class TurnWindow:
             return
         prefetch = self._prefetcher()
         self.report.asked_back = points_back(prefetch.query)
-        chosen = yield from prefetch.choose(self.room - self.window.tokens)
+        chosen = yield from prefetch.choose(self.budget.remaining)
         for page in chosen:
             self._brought[page.page_id] = page
             self.apply(
@@ -253,6 +253,13 @@ class TurnWindow:
         return self.whole_room_tokens - before
 
     @property
+    def budget(self) -> TokenBudget:
+        """L0's tokens: what is kept for the answer and stands outside the window, and what it uses."""
+        total = self.limits.working_set.max_l0_tokens
+        reserved = max(0, total - self.room)
+        return TokenBudget(total_limit=total, reserved=reserved, used=self.window.tokens)
+
+    @property
     def left(self) -> int:
         """Tokens that an epoch could make free for this turn's exchange, less a little."""
         path = self.pages.path
@@ -277,7 +284,7 @@ class TurnWindow:
 
         `system` are the client's system messages in front of its history.
         """
-        if self.window.tokens > self.room:
+        if not self.budget.can_fit(0):
             yield from self._begin_epoch(self.window.epoch + 1)
         self.report.used_tokens = self.limits.budget_tokens - self.room + self.window.tokens
         head = [*system, *(a.raw for a in self.anchors if a.position < self.window.native_from)]

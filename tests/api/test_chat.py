@@ -444,3 +444,12 @@ async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path)
         scope = one.memory.identity.tenant("", "")
         assert one.memory.learned(scope, "gpt-4o").get("window_tokens") == 1200
         assert b"<VM:RULES>" in one.upstream.bodies[-1], "later requests fit what it reads"
+
+
+@pytest.mark.parametrize("name", ["importance", "lru", "modality"])
+async def test_the_configured_policy_decides_who_leaves(tmp_path: Path, name: str) -> None:
+    async with client(tmp_path, answered(), memory={"eviction": name}) as one:
+        placing = one.api._placing
+        given = await placing.place([], json.dumps(body()).encode())
+        kinds = {"importance": "ImportanceWeightedLRU", "lru": "LRU", "modality": "ModalityAwareLRU"}
+        assert type(given.policy).__name__ == kinds[name]

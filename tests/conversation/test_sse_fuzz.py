@@ -175,5 +175,6 @@ def test_no_chunk_whatever_its_shape_breaks_the_sieve(chunks: list[dict[str, Any
         sieve.feed(data, 0.0)
         tee.feed(data)
     ended, _ = sieve.end_round()
-    sieve.finish(ended.finish_reason, {"prompt_tokens": 1})
-    tee.messages()
+    last = b"".join(sieve.finish(ended.finish_reason, {"prompt_tokens": 1}))
+    assert last.endswith(b"data: [DONE]\n\n")
+    assert all(message["role"] == "assistant" for message in tee.messages())
