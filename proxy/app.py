@@ -94,6 +94,7 @@ class App:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
+                await self._upstream.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self._archive.close()

@@ -148,6 +148,7 @@ class UpstreamConfig(Section):
     retry_wait_s: Annotated[
         float, Field(ge=0, le=3600, description="a number of seconds from 0 to 3600")
     ] = 10.0
+    drop_params: Annotated[bool, Field(description="true or false")] = False
 
     @model_validator(mode="after")
     def _connecting_is_part_of_the_wait(self) -> Self:

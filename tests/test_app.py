@@ -28,6 +28,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.started = False
         self.closed = False
         self.failure: Exception | None = None
 
@@ -42,6 +43,9 @@ class Upstream:
         if self.failure:
             raise self.failure
         return BytesReply(200, [(b"x-from", b"upstream")], b"passed")
+
+    async def start(self) -> None:
+        self.started = True
 
     async def close(self) -> None:
         self.closed = True
@@ -175,6 +179,7 @@ async def test_start_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             return {"type": incoming.pop(0)}
 
         async def send(message: Any) -> None:
+            assert upstream.started, "what takes long is done before the first request"
             sent.append(message["type"])
 
         await app({"type": "lifespan"}, receive, send)

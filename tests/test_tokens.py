@@ -175,6 +175,15 @@ def test_a_tool_call_costs_its_words_not_its_json() -> None:
     assert COUNTER.message(legacy) == count - COUNTER.text("c1")
 
 
+def test_a_signature_that_litellm_hangs_on_an_id_costs_no_text() -> None:
+    signed = "call_1__thought__" + "QUJD" * 400
+    for made in (
+        lambda id: {"role": "tool", "tool_call_id": id, "content": "found"},
+        lambda id: {"role": "assistant", "tool_calls": [{"id": id, "function": {"name": "f", "arguments": "{}"}}]},
+    ):
+        assert COUNTER.message(made(signed)) == COUNTER.message(made("call_1"))
+
+
 def _tool(parameters: Any, **more: Any) -> list[Message]:
     function = {"name": "f", "description": "Does it.", "parameters": parameters, **more}
     return [{"type": "function", "function": function}]

@@ -35,6 +35,7 @@ PER_NAME = 1
 PER_TOOL_CALL = 3  # not published: one message's overhead beside id, name and arguments
 ENCRYPTED_CHARS_PER_TOKEN = 4  # of reasoning that only its provider can read
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))  # one token
+_SIGNED = "__thought__"  # litellm: "call_1__thought__<Gemini's signature>"
 _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
 
 # Every medium's part has one of these words as its type or as a key (an escaped letter counts as
@@ -90,6 +91,7 @@ class TokenCounter:
         for key in ("name", "refusal", "reasoning_content", "reasoning", "tool_call_id"):
             value = message.get(key)
             if isinstance(value, str) and value:
+                value = _unsigned(value) if key == "tool_call_id" else value
                 total += PER_NAME + self.text(value)
         calls = message.get("tool_calls") or ()
         for call in calls if isinstance(calls, list) else ():
@@ -107,7 +109,7 @@ class TokenCounter:
         body = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
         if not isinstance(body, Mapping):
             return self.text(compact(call))
-        words = (call.get("id"), body.get("name"), body.get("arguments"), body.get("input"))
+        words = (_unsigned(call.get("id")), body.get("name"), body.get("arguments"), body.get("input"))
         return sum(
             self.text(word if isinstance(word, str) else compact(word))
             for word in words
@@ -128,6 +130,11 @@ class TokenCounter:
     def tools(self, tools: Sequence[Any]) -> int:
         """Tokens of a tools array; also of legacy functions and of other JSON in the prompt."""
         return count_tools(tools, self._tool, self._func_init, self.text)
+
+
+def _unsigned(call_id: Any) -> Any:
+    """A call's id without the signature that litellm hangs on it: Gemini is told it as one, not as text."""
+    return call_id.partition(_SIGNED)[0] if isinstance(call_id, str) else call_id
 
 
 def tokens_upper_bound(body: bytes, counter: TokenCounter | None = None) -> int:

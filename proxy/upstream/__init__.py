@@ -61,6 +61,10 @@ class Reply(Protocol):
 class Upstream(Protocol):
     """One configured provider. One per process, used from one event loop."""
 
+    async def start(self) -> None:
+        """Before the first request: what takes seconds is done. Raises ImportError."""
+        ...
+
     async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
         """POST `body` to {base_url}/chat/completions; `headers` and `query` are the client's own."""
         ...

@@ -128,6 +128,9 @@ class DemoUpstream:
         error = ApiError(404, f"the demo provider has no {method} {path}", code="unknown_url")
         return BytesReply(404, _JSON, error.body())
 
+    async def start(self) -> None:
+        """Nothing takes long."""
+
     async def close(self) -> None:
         """Nothing is open."""
 

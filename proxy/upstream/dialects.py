@@ -1,9 +1,9 @@
 """What other providers need beside litellm's translation of an OpenAI-shaped request and answer. Pure.
 
-Promises: a request that the memory did not change stays as the client sent it, but for one that
-Anthropic is certain to refuse (see `_THINKING`). In one that the memory changed, the first message
-after the system messages is a user's, and Anthropic's models get cache markers at the end of the
-stable prefix and of the last two turns (a client's own markers win). An answer's thinking blocks are
+Promises: a request that the memory did not change stays as the client sent it, but for what Anthropic
+or Gemini is certain to refuse (`anthropic.py`, `gemini.py`, `_THINKING`). In one that the memory
+changed, the first message after the system messages is a user's, and Anthropic's models get cache
+markers at the end of the stable prefix and of the last two turns (a client's own markers win). An answer's thinking blocks are
 whole, so that they go back verbatim; its usage and tool calls look like OpenAI's.
 """
 
@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Final
+
+from proxy.upstream.anthropic import for_claude
+from proxy.upstream.gemini import as_google_says, for_gemini, opened, without_empty_metadata
 
 Json = dict[str, Any]
 
@@ -23,24 +26,25 @@ _MARKER: Final[Json] = {"type": "ephemeral"}
 # Anthropic refuses to think on in a tool round whose thinking is gone; without, it goes on.
 _THINKING: Final = ("thinking", "reasoning_effort")
 _MARKABLE: Final = ("text", "image_url", "file", "document")  # parts that litellm keeps a marker of
-_CLAUDE_HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
 
 
-def is_claude(provider: str, model: str) -> bool:
-    """True for Anthropic's models, at whoever hosts them by Anthropic's rules."""
-    return provider in _CLAUDE_HOSTS and (provider == "anthropic" or "claude" in model.lower())
-
-
-def prepare(fields: Json, claude: bool) -> Json:
-    """The request's fields for litellm, of which nothing is lost. `claude`: see `is_claude`."""
+def prepare(fields: Json, claude: bool, gemini: bool = False) -> Json:
+    """The request's fields for litellm, of which nothing is lost. `claude`, `gemini`: by
+    whose rules the model is called (`anthropic.is_claude`, `gemini.is_gemini`)."""
     messages = fields.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return fields
-    if claude and _thinking_is_lost(messages):
-        fields = {k: v for k, v in fields.items() if k not in _THINKING}
+    if claude:
+        fields = for_claude(fields)
+        messages = fields["messages"]
+        if _thinking_is_lost(messages):
+            fields = {k: v for k, v in fields.items() if k not in _THINKING}
+    if gemini:
+        fields = for_gemini(fields)
+        messages = fields["messages"]
     leading = next((i for i, m in enumerate(messages) if m.get("role") not in _SYSTEM), len(messages))
     if not any(_has_rules(message) for message in messages[:leading]):
-        return fields
+        return opened(fields) if gemini else fields
     if leading < len(messages) and messages[leading].get("role") != "user":
         messages = [*messages[:leading], _OPENING, *messages[leading:]]
     if claude and not _marked(messages) and not _marked(fields.get("tools")):
@@ -104,33 +108,57 @@ def _with_marker(message: Json) -> Json:
 
 def whole_answer(answer: Json) -> Json:
     """A whole answer as OpenAI writes it; changes and returns it."""
+    without_empty_metadata(answer)
     for choice in answer.get("choices") or ():
-        choice.setdefault("finish_reason", None)
+        choice.setdefault("logprobs", None)
         message = choice.get("message")
         if message is None:
             continue
-        message.setdefault("content", None)
+        if not choice.get("finish_reason"):  # the schema of a whole answer has no null here
+            choice["finish_reason"] = "tool_calls" if message.get("tool_calls") else "stop"
+        message.setdefault("refusal", None)
+        said_otherwise = any(message.get(key) for key in ("tool_calls", "function_call", "audio"))
+        message.setdefault("content", None if said_otherwise else "")
         for call in message.get("tool_calls") or ():
             call.pop("index", None)
         _without_copies(message)
+        as_google_says(message)
     return answer
 
 
-class Chunks:
-    """The chunks of one stream as OpenAI writes them."""
+def asked_for_usage(fields: Json) -> bool:
+    """The client wants usage at a stream's end."""
+    options = fields.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))
 
-    def __init__(self) -> None:
+
+class Chunks:
+    """The chunks of one stream as OpenAI writes them. `with_usage`: the client asked for usage, so
+    that every chunk has the key."""
+
+    def __init__(self, with_usage: bool = False) -> None:
+        self._with_usage = with_usage
+        self._opened: set[int] = set()  # choices whose role is said
         self._thinking: dict[int, Json] = {}  # by choice: the block that is not signed yet
 
     def chunk(self, chunk: Json) -> Json:
         """The chunk to send; changes and returns it."""
+        without_empty_metadata(chunk)
         choices = chunk.get("choices") or []
+        if chunk.get("usage") and not any(c.get("delta") or c.get("finish_reason") for c in choices):
+            chunk["choices"] = choices = []
+        elif self._with_usage:
+            chunk.setdefault("usage", None)
         for choice in choices:
             choice.setdefault("finish_reason", None)
             delta = choice.get("delta")
             if delta is None:
                 continue
             _without_copies(delta)
+            as_google_says(delta, streamed=True)
+            if (index := choice.get("index") or 0) not in self._opened:
+                self._opened.add(index)
+                delta.setdefault("role", "assistant")
             if delta.get("content") == "":  # beside thinking and calls: it would be echoed as text,
                 del delta["content"]  # which Anthropic refuses and litellm then fills with its own
             pieces = delta.pop("thinking_blocks", None)
@@ -138,8 +166,6 @@ class Chunks:
                 whole = self._signed(choice.get("index") or 0, pieces)
                 if whole:
                     delta["thinking_blocks"] = whole
-        if chunk.get("usage") and not any(c.get("delta") or c["finish_reason"] for c in choices):
-            chunk["choices"] = []
         return chunk
 
     def _signed(self, choice: int, pieces: Sequence[Json]) -> list[Json]:

@@ -1,6 +1,6 @@
 """Providers that do not speak OpenAI's protocol, through litellm, turned back into wire bytes.
 
-Promises: litellm is imported at the first call, in a thread, and never asks the network for its
+Promises: litellm is imported at the start, in a thread, and never asks the network for its
 price table; nothing is retried here; an error of the provider keeps its status and its words, also
 when a stream was asked for; one after a stream's first chunk is its last event. Where a model is:
 `models.<name>.api_base`, else `upstream.base_url`, else the provider's own address. A client cannot
@@ -15,12 +15,16 @@ import importlib
 import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from proxy.errors import ApiError
 from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
-from proxy.upstream.dialects import Chunks, is_claude, prepare, whole_answer
-from proxy.upstream.litellm_errors import caused_by, error_object, provider_status, retry_headers
+from proxy.upstream.anthropic import is_claude
+from proxy.upstream.dialects import Chunks, asked_for_usage, prepare, whole_answer
+from proxy.upstream.gemini import is_gemini
+from proxy.upstream.litellm_errors import caused_by, error_headers, error_object, provider_status
+from proxy.upstream.litellm_headers import relayed, reply_headers, request_headers
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -31,6 +35,7 @@ _SSE_HEADERS: Final[list[Header]] = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 ]
+_KEEPALIVE: Final = b": keep-alive\n\n"
 # litellm reads these from the call like settings: where to connect, as whom, which file holds the key.
 _SETTING_NAMES: Final = frozenset(
     (
@@ -65,10 +70,22 @@ _SETTING_PREFIXES: Final = (
 _OPENAI_NAMES: Final = frozenset(("metadata",))
 
 
+class _Head:
+    """What a provider's answer began with; status 0: none has come, or litellm's own client took it."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+
+
+# Where a request's task finds the head of the answer that it waits for.
+_waiting: ContextVar[_Head | None] = ContextVar("_waiting", default=None)
+
+
 class _Library:
     """litellm itself, imported once per process off the loop (it takes seconds)."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
         module: Any = importlib.import_module("litellm")
         module.telemetry = False
@@ -78,22 +95,39 @@ class _Library:
         self.acompletion: Any = module.acompletion
         # Which of litellm's errors a failed connection becomes differs by provider; the cause in
         # its chain does not.
-        self.transport_error: type[Exception] = importlib.import_module("httpx").TransportError
-        self.timeout_error: type[Exception] = module.Timeout
+        httpx: Any = importlib.import_module("httpx")
+        self.transport_error: type[Exception] = httpx.TransportError
+        self.transport_timeout: type[Exception] = httpx.TimeoutException
+        # litellm drops the headers of Gemini's answers; a client of ours notes them.
+        http: Any = importlib.import_module("litellm.llms.custom_httpx.http_handler")
+        self.noting_client: Any = http.AsyncHTTPHandler(
+            timeout=httpx.Timeout(timeout_s),
+            event_hooks={"response": [_note]},
+            follow_redirects=False,  # the key would go with it
+        )
         self._provider_of: Any = module.get_llm_provider
+        self._mapped: Any = module.exception_type
         self._settings = (frozenset(types.all_litellm_params) | _SETTING_NAMES) - _OPENAI_NAMES
 
     def is_setting(self, field: str) -> bool:
         """True for a body field that litellm would take as its own setting."""
         return field in self._settings or field.startswith(_SETTING_PREFIXES)
 
-    def is_claude(self, model: str) -> bool:
-        """True for a model that is called by Anthropic's rules."""
+    def as_litellms(self, stream: Any, error: Exception) -> Exception:
+        """The error that litellm makes of a provider's: it knows, say, an overflow by its words."""
+        try:
+            made = self._mapped(stream.model, error, stream.custom_llm_provider)
+        except Exception as raised:  # noqa: BLE001 - it raises some and returns some
+            made = raised
+        return made if isinstance(made, Exception) else error
+
+    def rules(self, model: str) -> tuple[bool, bool]:
+        """Whether a model is called by Anthropic's rules, and whether by Gemini's."""
         try:
             name, provider, *_ = self._provider_of(model)
         except Exception:  # noqa: BLE001 - a model of no known provider is refused by the call
-            return False
-        return is_claude(str(provider), str(name))
+            return False, False
+        return is_claude(str(provider), str(name)), is_gemini(str(provider), str(name))
 
 
 class LitellmUpstream:
@@ -107,6 +141,8 @@ class LitellmUpstream:
         secret = getattr(upstream.api_key, "get_secret_value", None)
         self._api_key: str | None = secret() if secret is not None else upstream.api_key
         self._timeout_s = float(upstream.timeout_s)
+        self._drop_params = upstream.drop_params
+        self._keepalive_s = config.stream.keepalive_s
         self._models = [name for name in config.models if not set(name) & set("*?[")]
         self._loading: asyncio.Future[_Library] | None = None
 
@@ -124,7 +160,10 @@ class LitellmUpstream:
                 )
         streaming = bool(fields.get("stream"))
         model = str(fields["model"])
-        fields = prepare(fields, library.is_claude(model))
+        claude, gemini = library.rules(model)
+        fields = prepare(fields, claude, gemini)
+        head = _Head()
+        _waiting.set(head)
         settings = {
             "stream": streaming,
             "num_retries": 0,
@@ -132,23 +171,26 @@ class LitellmUpstream:
             "timeout": self._timeout_s,
             "api_key": self._api_key or _bearer(headers),
             "api_base": self._override(model).api_base or self._api_base,
+            "extra_headers": request_headers(headers) or None,
+            "client": library.noting_client if gemini else None,
             # Without it, any request with tools imports litellm's MCP gateway, which needs a
             # package that litellm does not depend on, and lets a client's tool reach into it.
             "_skip_mcp_handler": True,
+            "drop_params": self._drop_params,
         }
         fields.update((name, value) for name, value in settings.items() if value is not None)
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await library.acompletion(**fields)
-                # Some providers are asked only now: a refusal shall be a status, not an event.
-                first = await _first_chunk(result) if streaming else None
+                if streaming:
+                    await _ask(library, result)
         except Exception as error:  # noqa: BLE001 - reported to the client below
-            return self._refusal(library, error)
+            return self._refusal(library, error, head)
+        back = reply_headers(result, head.headers)
         if streaming:
-            return StreamReply(result, first)
-        return BytesReply(
-            200, _JSON_HEADERS, _json_bytes(whole_answer(result.model_dump(exclude_none=True)))
-        )
+            return StreamReply(result, back, asked_for_usage(fields), self._keepalive_s)
+        answer = whole_answer(result.model_dump(exclude_none=True))
+        return BytesReply(200, [*_JSON_HEADERS, *back], _json_bytes(answer))
 
     async def forward(
         self,
@@ -171,24 +213,33 @@ class LitellmUpstream:
             code="not_found",
         )
 
+    async def start(self) -> None:
+        """The library is there before the first request waits for it."""
+        await self._library()
+
     async def close(self) -> None:
         """Open replies are closed by their readers; litellm keeps its own connections."""
+        if self._loading is not None and self._loading.done() and not self._loading.exception():
+            await self._loading.result().noting_client.close()
 
     async def _library(self) -> _Library:
         if self._loading is None:
-            self._loading = asyncio.ensure_future(asyncio.to_thread(_Library))
+            self._loading = asyncio.ensure_future(asyncio.to_thread(_Library, self._timeout_s))
         # Shielded: the first client may leave, the import goes on for the next one.
         return await asyncio.shield(self._loading)
 
-    def _refusal(self, library: _Library, error: Exception) -> Reply:
-        if isinstance(error, TimeoutError | library.timeout_error):
+    def _refusal(self, library: _Library, error: Exception, head: _Head) -> Reply:
+        status = provider_status(error)
+        if isinstance(error, TimeoutError) or caused_by(error, library.transport_timeout):
             raise ApiError(
                 504,
                 f"The provider did not answer within {self._timeout_s:g} s: {error}",
                 type="api_error",
                 code="upstream_timeout",
             ) from error
-        status = provider_status(error)
+        if 300 <= head.status < 400:
+            headers = [*_JSON_HEADERS, *relayed(head.headers)]
+            return BytesReply(head.status, headers, _json_bytes({"error": error_object(error)}))
         if status is None or caused_by(error, library.transport_error):
             raise ApiError(
                 502,
@@ -196,30 +247,40 @@ class LitellmUpstream:
                 type="api_error",
                 code="upstream_unreachable",
             ) from error
-        headers = [*_JSON_HEADERS, *retry_headers(error)]
+        if 200 <= head.status < 300:
+            raise ApiError(
+                502,
+                f"The provider's answer cannot be read: {error_object(error)['message']}",
+                type="api_error",
+                code="upstream_unreadable",
+            ) from error
+        headers = [*_JSON_HEADERS, *error_headers(error)]
         return BytesReply(status, headers, _json_bytes({"error": error_object(error)}))
 
 
 class StreamReply:
-    """A running litellm stream as server-sent events; `first` is the chunk already taken from it."""
+    """A running litellm stream as server-sent events. `with_usage`: the client asked for usage.
+    litellm keeps the provider's pings to itself, so a comment of ours stands for them."""
 
-    def __init__(self, stream: Any, first: Any) -> None:
+    def __init__(
+        self, stream: Any, headers: Sequence[Header], with_usage: bool, keepalive_s: float
+    ) -> None:
         self.status = 200
-        self.headers: list[Header] = list(_SSE_HEADERS)
-        self._stream, self._first = stream, first
-        self._chunks = Chunks()
+        self.headers: list[Header] = [*_SSE_HEADERS, *headers]
+        self._stream = stream
+        self._keepalive_s = keepalive_s or None
+        self._chunks = Chunks(with_usage)
         self._pending: asyncio.Future[Any] | None = None
         self._closed = False
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
-            first, self._first = self._first, None
-            if first is not None:
-                yield self._event(first)
             while True:
                 self._pending = asyncio.ensure_future(anext(self._stream))
+                while not (await asyncio.wait((self._pending,), timeout=self._keepalive_s))[0]:
+                    yield _KEEPALIVE
                 try:
-                    chunk = await self._pending
+                    chunk = self._pending.result()
                 except StopAsyncIteration:
                     break
                 except asyncio.CancelledError:
@@ -255,13 +316,22 @@ class StreamReply:
         await self._stream.aclose()
 
 
-async def _first_chunk(stream: Any) -> Any:
-    """None for a stream without any."""
+async def _ask(library: _Library, stream: Any) -> None:
+    """litellm asks some providers at the first chunk only; a refusal shall be a status, and an
+    answer's head shall not wait for its first word. Raises what a whole answer's call would."""
     try:
-        return await anext(stream, None)
-    except BaseException:  # also when the client leaves or has waited long enough
+        await stream.fetch_stream()
+    except BaseException as error:  # also when the client leaves or has waited long enough
         await stream.aclose()
+        if isinstance(error, Exception):
+            raise library.as_litellms(stream, error) from error
         raise
+
+
+async def _note(response: Any) -> None:
+    head = _waiting.get()
+    if head is not None:
+        head.status, head.headers = response.status_code, dict(response.headers)
 
 
 def _decode(body: bytes) -> dict[str, Any]:
@@ -274,7 +344,17 @@ def _decode(body: bytes) -> dict[str, Any]:
     for name in ("model", "messages"):
         if name not in fields:
             raise ApiError(400, f"Missing required parameter: '{name}'.", param=name)
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ApiError(400, "'messages' must be an array of messages.", param="messages")
+    if b"\\ud" in body or b"\\uD" in body:
+        fields = json.loads(_whole_characters(json.dumps(fields, ensure_ascii=False)))
     return cast("dict[str, Any]", fields)
+
+
+def _whole_characters(text: str) -> str:
+    """Half a surrogate pair is no character that UTF-8 could carry: U+FFFD stands for it."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _bearer(headers: Sequence[Header]) -> str | None:

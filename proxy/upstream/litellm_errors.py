@@ -13,10 +13,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from proxy.upstream.litellm_headers import relayed
+
 _CHAIN_LIMIT: Final = 16  # exceptions looked at behind one error
-_RETRY_HEADERS: Final = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id")
 _BYTES: Final = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _OVERFLOW: Final = "ContextWindowExceededError"
+# litellm's words around a provider's.
+_FRAME: Final = re.compile(r"^(?:litellm\.\w+: )+(?:\w+: )?(?:\w+Exception(?: \w+)? - )?")
+_ADVICE: Final = re.compile(r"\.? Handle with `litellm\.\w+`\.$")
+_UNSUPPORTED: Final = re.compile(r"(\w+) does not support parameters: (\['(\w+)'[^\]]*\])")
+# An error within a stream of Gemini's, as litellm tells it.
+_WITHIN: Final = re.compile(r"([A-Z]+(?:_[A-Z]+)*) - (.+)", re.DOTALL)
+_TRACEBACK: Final = "\nTraceback (most recent call last)"
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -45,25 +53,32 @@ def provider_status(error: Exception) -> int | None:
     return found
 
 
-def retry_headers(error: Exception) -> list[tuple[bytes, bytes]]:
-    """The provider's headers about trying again; litellm puts them in several places."""
-    found: dict[str, str] = {}
+def error_headers(error: Exception) -> list[tuple[bytes, bytes]]:
+    """The provider's headers of a refusal; litellm puts them in several places."""
+    found: dict[str, Any] = {}
     for cause in chain(error):
         for headers in (
             getattr(cause, "litellm_response_headers", None),
             getattr(getattr(cause, "response", None), "headers", None),
             getattr(cause, "headers", None),
         ):
-            if not isinstance(headers, Mapping):
-                continue
-            for name in _RETRY_HEADERS:
-                if value := headers.get(name):
-                    found.setdefault(name, str(value))
-    return [(name.encode(), value.encode("latin-1", "replace")) for name, value in found.items()]
+            if isinstance(headers, Mapping):
+                for name, value in headers.items():
+                    found.setdefault(str(name).lower(), value)
+    return [*relayed(found)]
 
 
 def error_object(error: Exception) -> Mapping[str, Any]:
     """What stands under `error` in OpenAI's shape."""
+    unknown = _UNSUPPORTED.search(str(getattr(error, "message", None) or error))
+    if unknown is not None:
+        return {
+            "message": f"{unknown[1]} does not support {unknown[2]}. Remove them from the request, or set"
+            " upstream.drop_params: true, so that what a provider does not have is left out.",
+            "type": "invalid_request_error",
+            "param": unknown[3],
+            "code": "unsupported_parameter",
+        }
     status = provider_status(error)
     said = _said(error)
     code = said.get("code") or getattr(error, "code", None)
@@ -76,11 +91,18 @@ def error_object(error: Exception) -> Mapping[str, Any]:
     elif code is None and isinstance(kind, str) and kind != "invalid_request_error":
         code = kind.lower()
     return {
-        "message": str(said.get("message") or getattr(error, "message", None) or error),
+        "message": str(said.get("message") or _words(error)),
         "type": _type(status),
         "param": getattr(error, "param", None),
         "code": code,
     }
+
+
+def _words(error: Exception) -> str:
+    """What the provider wrote, where that is no error object; else what litellm says, without the
+    place in its own code."""
+    text = str(getattr(error, "message", None) or error).partition(_TRACEBACK)[0]
+    return _unquoted(_ADVICE.sub("", _FRAME.sub("", text))).strip() or "(no words)"
 
 
 def _type(status: int | None) -> str:
@@ -93,6 +115,8 @@ def _said(error: Exception) -> Mapping[str, Any]:
     """The error object in the provider's body, which litellm quotes in its message."""
     for cause in chain(error):
         text = _unquoted(str(getattr(cause, "message", None) or cause))
+        if within := _WITHIN.fullmatch(text):
+            return {"status": within[1], "message": within[2]}
         start = text.find("{")
         if start < 0:
             continue

@@ -23,28 +23,14 @@ from yarl import URL
 
 from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream.hops import HOP_BY_HOP, PLAIN_CONNECTION, without_named
 
 if TYPE_CHECKING:
     from proxy.config import Config
 
-# RFC 9110 7.6.1 and its forerunners: these speak about one connection, not about the message.
-_HOP_BY_HOP: Final = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    )
-)
-_CHAT_REPLY_DROPS: Final = _HOP_BY_HOP | {b"content-length", b"content-encoding"}
-_PLAIN_CONNECTION: Final = ("keep-alive", "close")  # names no header but those above
+_CHAT_REPLY_DROPS: Final = HOP_BY_HOP | {b"content-length", b"content-encoding"}
 # `expect` was answered by our own server before the body was read.
-_FORWARD_DROPS: Final = _HOP_BY_HOP | {b"host", b"expect"}
+_FORWARD_DROPS: Final = HOP_BY_HOP | {b"host", b"expect"}
 _CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b"accept-encoding"}
 # What aiohttp would add of its own when the client did not send it.
 _AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", b"content-type"))
@@ -110,8 +96,8 @@ class HttpReply:
             if (name := raw_name.lower()) not in drops
         ]
         named = response.headers.get("connection")
-        if named is not None and named.lower() not in _PLAIN_CONNECTION:
-            self.headers = _without_named(self.headers, named)
+        if named is not None and named.lower() not in PLAIN_CONNECTION:
+            self.headers = without_named(self.headers, named)
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         response = self._response
@@ -196,7 +182,10 @@ class OpenAIUpstream:
             raise self._timed_out() from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._unreachable(error) from error
-        return HttpReply(response, _HOP_BY_HOP)
+        return HttpReply(response, HOP_BY_HOP)
+
+    async def start(self) -> None:
+        """Connections are made when they are needed."""
 
     async def close(self) -> None:
         for session in (self._pooled, self._fresh):
@@ -273,9 +262,9 @@ class OpenAIUpstream:
             if name not in drops:
                 pairs.append((name.decode("latin-1"), _text(value)))
             elif name == b"connection" and (named := value.decode("latin-1").lower()) not in (
-                _PLAIN_CONNECTION
+                PLAIN_CONNECTION
             ):
-                return self._headers(_without_named(headers, named), drops)
+                return self._headers(without_named(headers, named), drops)
         if authorization is not None:
             pairs.append(("Authorization", authorization))
         return pairs
@@ -296,13 +285,6 @@ class OpenAIUpstream:
             type="api_error",
             code="upstream_unreachable",
         )
-
-
-def _without_named(headers: Sequence[Header], connection: str) -> list[Header]:
-    """Without the connection header and those that it names (RFC 9110 7.6.1)."""
-    named = {name.strip().lower().encode("latin-1") for name in connection.split(",")}
-    named.add(b"connection")
-    return [header for header in headers if header[0] not in named]
 
 
 def _text(value: bytes) -> str:

@@ -77,6 +77,10 @@ class ResponsesBridge:
     ) -> Reply:
         return await self._chat.forward(method, path, query, headers, body)
 
+    async def start(self) -> None:
+        await self._chat.start()
+        await self._responses.start()
+
     async def close(self) -> None:
         await self._chat.close()
         await self._responses.close()

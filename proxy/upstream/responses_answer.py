@@ -1,9 +1,9 @@
 """A Responses answer, whole or streamed, as Chat Completions writes it. Pure.
 
-Promises: one choice; text, refusal, calls and citations in the order in which they came; usage with
-cached and reasoning tokens; a failed response is an error. Reasoning items that led to tool calls
-stand under `reasoning_items` of the message, so that they come back with the calls' results; those
-of a final answer have done their work and are left out.
+Promises: one choice; text, refusal, calls and citations of web pages in the order in which they came;
+usage with cached and reasoning tokens, if there is one; a failed response is an error. Reasoning items
+that led to tool calls stand under `reasoning_items` of the message, so that they come back with the
+calls' results; those of a final answer have done their work and are left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _CALLS: Final = {"function_call": "function", "custom_tool_call": "custom"}
 _ARGUMENTS: Final = {"function": "arguments", "custom": "input"}  # of a call, in both APIs
 _REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
 _STATUS: Final = {"rate_limit_exceeded": 429, "server_error": 500, "vector_store_timeout": 504}
+_CITED: Final = "url_citation"
 _BETWEEN: Final = "\n\n"  # between two messages of one response
 
 
@@ -60,7 +61,7 @@ def to_chat(response: Json) -> Json:
             parts = item.get("content") or ()
             texts.append("".join(p["text"] for p in parts if p.get("type") == "output_text"))
             refusals += [p["refusal"] for p in parts if p.get("type") == "refusal"]
-            notes += [_citation(a) for p in parts for a in p.get("annotations") or ()]
+            notes += [note for p in parts for a in p.get("annotations") or () for note in _citation(a)]
         elif kind in _CALLS:
             calls.append(_call(item))
     if texts and (any(texts) or not calls):
@@ -75,8 +76,9 @@ def to_chat(response: Json) -> Json:
         message.update(reasoning.delta())
     choice = {"index": 0, "message": message, "logprobs": None}
     choice["finish_reason"] = finish_reason(response, bool(calls))
-    head = {**identity(response), "object": "chat.completion"}
-    return {**head, "choices": [choice], "usage": usage(response)}
+    whole: Json = {**identity(response), "object": "chat.completion", "choices": [choice]}
+    billed = usage(response)
+    return whole if billed is None else {**whole, "usage": billed}
 
 
 def identity(response: Json) -> Json:
@@ -126,9 +128,11 @@ def _call(item: Json) -> Json:
     }
 
 
-def _citation(annotation: Json) -> Json:
-    kind = str(annotation.get("type"))
-    return {"type": kind, kind: {k: v for k, v in annotation.items() if k != "type"}}
+def _citation(annotation: Json) -> list[Json]:
+    """Of a page on the web; Chat Completions has no other kind, and nothing that others could be."""
+    if annotation.get("type") != _CITED:
+        return []
+    return [{"type": _CITED, _CITED: {k: v for k, v in annotation.items() if k != "type"}}]
 
 
 class _Reasoning:
@@ -184,7 +188,9 @@ class ChatStream:
         elif kind == "response.reasoning_summary_text.delta":
             yield self._chunk({"reasoning_content": event["delta"]})
         elif kind == "response.output_text.annotation.added":
-            yield self._chunk({"annotations": [_citation(event["annotation"])]})
+            notes = _citation(event["annotation"])
+            if notes:
+                yield self._chunk({"annotations": notes})
         elif kind == "response.output_item.added":
             yield from self._begin(event)
         elif kind.endswith((".function_call_arguments.delta", ".custom_tool_call_input.delta")):

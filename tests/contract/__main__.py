@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tests.contract import report, suite
-from tests.contract.gateways import PAGE_ARGUMENTS, NotInstalled, started
+from tests.contract.gateways import PAGE_ARGUMENTS, NotInstalled, started, upstream_of
 from tests.contract.model import Case, Outcome
 from tests.contract.play import Target
 from tests.contract.runner import play_all
@@ -66,21 +66,20 @@ async def _play(
     asked: argparse.Namespace, chosen: list[Case]
 ) -> dict[str, dict[str, Outcome] | str]:
     results: dict[str, dict[str, Outcome] | str] = {}
-    async with ScriptedUpstream(asked.upstream_port) as upstream:
-        if asked.base_url:
+    if asked.base_url:
+        async with ScriptedUpstream(asked.upstream_port) as upstream:
             window = {"loops": True, "window_tokens": asked.window, "arguments": PAGE_ARGUMENTS}
             given = Target("given", asked.base_url, asked.base_url, asked.model,
                            **(window if asked.window else {}))
             return {"given": await play_all(given, upstream, chosen)}
-        for name in asked.gateways.split(","):
-            try:
-                async with started(name, upstream.port) as target:
-                    results[name] = await play_all(target, upstream, chosen)
-            except (NotInstalled, RuntimeError) as error:
-                results[name] = str(error)
-            except KeyError:
-                raise SystemExit(f"no gateway is called {name}") from None
-            upstream.scripts.clear()
+    for name in asked.gateways.split(","):
+        try:
+            async with upstream_of(name) as upstream, started(name, upstream.port) as target:
+                results[name] = await play_all(target, upstream, chosen)
+        except (NotInstalled, RuntimeError) as error:
+            results[name] = str(error)
+        except KeyError:
+            raise SystemExit(f"no gateway is called {name}") from None
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 
 from tests.contract import say
@@ -53,24 +52,24 @@ async def body(play: Play) -> None:
 @check("errors.fields", "message, type, param and code of an upstream's error come back", ALL)
 async def fields(play: Play) -> None:
     async for refusal, reply in _refused(play):
-        got, wanted = reply.json().get("error") or {}, json.loads(refusal.body)["error"]
-        for key, value in wanted.items():
-            equal(got.get(key), value, f"error.{key} of a {refusal.status}")
+        play.same_error_object(reply.json().get("error") or {}, refusal)
 
 
 @check("errors.html", "an error that is no JSON comes back verbatim, with its content-type", ALL)
 async def html(play: Play) -> None:
-    play.says(Response(HTML, 502, ((b"content-type", b"text/html"),)), inner=0)
+    refusal = Response(HTML, 502, ((b"content-type", b"text/html"),))
+    play.says(refusal, inner=0)
     reply = await play.send(play.body())
-    equal((reply.status, reply.body), (502, HTML), "status and body")
-    equal(reply.header("content-type"), "text/html", "content-type")
+    play.same_error(reply, refusal)
+    if play.wire.verbatim:
+        equal(reply.header("content-type"), "text/html", "content-type")
 
 
 @check("errors.empty", "an error without a body comes back without one", BOTH)
 async def empty(play: Play) -> None:
-    play.says(Response(b"", 503, ()), inner=0)
-    reply = await play.send(play.body())
-    equal((reply.status, reply.body), (503, b""), "status and body")
+    refusal = Response(b"", 503, ())
+    play.says(refusal, inner=0)
+    play.same_error(await play.send(play.body()), refusal)
 
 
 @check("errors.retry_headers", "retry-after, retry-after-ms and x-should-retry come with an error", ALL)
@@ -101,10 +100,10 @@ async def later_round(play: Play) -> None:
     if play.stream and reply.status == 200:
         expect("Slow down in round two." in reply.text, f"no error: {quote(reply.text)}")
         error = next(c for c in reply.chunks() if c.get("error"))["error"]
-        equal(error, json.loads(refusal.body)["error"], "the error event")
+        play.same_error_object(error, refusal)
         expect("[DONE]" not in reply.events(), "a [DONE] after the error")
     else:
-        equal((reply.status, reply.body), (429, refusal.body), "status and body")
+        play.same_error(reply, refusal)
         equal(reply.header("retry-after"), "7", "retry-after")
 
 
@@ -176,7 +175,11 @@ async def no_chat_answer(play: Play) -> None:
     body = b'{"object": "error", "message": "odd server", "code": 40}'
     play.says(Response(body), inner=0)
     reply = await play.send(play.body())
-    equal((reply.status, reply.body), (200, body), "status and body")
+    if play.wire.verbatim:
+        equal((reply.status, reply.body), (200, body), "status and body")
+    else:  # it has to be read to be put into OpenAI's words
+        expect(reply.status >= 500, f"status {reply.status}: {quote(reply.text)}")
+        _openai_shape(reply)
 
 
 @check("errors.redirect", "a redirect comes back with its location and is not followed", BOTH)

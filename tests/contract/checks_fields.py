@@ -43,7 +43,7 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "service_tier": {"service_tier": "flex"},
     "prompt_cache_key": {"prompt_cache_key": "my-own-key"},
     "prompt_cache_retention": {"prompt_cache_retention": "24h"},
-    "prompt_cache_options": {"prompt_cache_options": {"mode": "auto"}},
+    "prompt_cache_options": {"prompt_cache_options": {"mode": "explicit"}},
     "moderation": {"moderation": {"model": "omni-moderation-latest"}},
     "modalities": {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}},
     "prediction": {"prediction": {"type": "content", "content": "The code is amber."}},
@@ -122,6 +122,7 @@ async def _budget(play: Play, name: str) -> None:
     play.says(say.text("Yes."))
     fields: dict[str, Any] = {name: 200}
     await play.chat(**fields)
+    name = play.wire.field(name, 200)[0]
     equal(play.calls[0].json.get(name), 200, f"{name} in the first round")
     for number, recorded in enumerate(play.calls[1:], start=1):
         most = 200 - number * say.COMPLETION_TOKENS
@@ -144,5 +145,6 @@ async def order(play: Play) -> None:
 async def model(play: Play) -> None:
     play.says(say.text("Yes."))
     reply = await play.chat()
-    play.every("model", play.target.model)
-    equal(reply.json()["model"], f"{play.target.model}-2024", "model of the answer")
+    sent = play.wire.model(play.target.model)
+    play.every("model", sent)
+    equal(reply.json()["model"], f"{sent}-2024", "model of the answer")

@@ -196,7 +196,7 @@ def _same(frame: Callable[[Events], Events], message: Json, fields: Json) -> Sce
         reply = await play.chat(**fields)
         got = reply.message()
         equal(got.get("content") or None, message.get("content"), "the text")
-        equal(got.get("tool_calls"), message.get("tool_calls"), "the tool calls")
+        play.same_calls(got.get("tool_calls"), message.get("tool_calls"), "the tool calls")
         equal(reply.finish(), say.finish_of(message), "finish_reason")
 
     return scenario
@@ -277,7 +277,7 @@ def _same_calls(deltas: list[Json]) -> Scenario:
     async def scenario(play: Play) -> None:
         play.says(lambda request: calls_chunks(request, deltas))
         reply = await play.chat(tools=[LOOK])
-        equal(reply.message().get("tool_calls"), CALLS, "the tool calls")
+        play.same_calls(reply.message().get("tool_calls"), CALLS, "the tool calls")
         equal(reply.finish(), "tool_calls", "finish_reason")
 
     return scenario
@@ -291,7 +291,7 @@ for _name, (_promise, _deltas) in DELTAS.items():
 async def finish_stop(play: Play) -> None:
     play.says(lambda request: calls_chunks(request, DELTAS["whole_calls"][1], "stop"))
     reply = await play.chat(tools=[LOOK])
-    equal(reply.message().get("tool_calls"), CALLS, "the tool calls")
+    play.same_calls(reply.message().get("tool_calls"), CALLS, "the tool calls")
     equal(reply.finish(), "stop", "finish_reason")
 
 

@@ -66,7 +66,7 @@ async def authorization(play: Play) -> None:
     play.says(say.text("Yes."))
     await play.chat()
     for recorded in play.calls:
-        equal(recorded.header("authorization"), f"Bearer {play.key}", "Authorization upstream")
+        equal(play.wire.key(recorded), play.key, "the credential upstream")
 
 
 @check("headers.idempotency_once", "Idempotency-Key goes with the first round only", PAGED, needs="loop")

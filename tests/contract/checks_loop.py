@@ -22,9 +22,8 @@ from tests.contract.model import (
     quote,
 )
 from tests.contract.play import Play, fact
-from tests.e2e.recording import messages_span
-from tests.e2e.rules import count_request_tokens
 
+CACHED_SHARE = 0.9
 MOST_ROUNDS = 32  # of a turn whose model never stops calling
 THINKING = [{"type": "thinking", "thinking": "Hm.", "signature": "c2ln"},
             {"type": "redacted_thinking", "data": "ZW5j"}]
@@ -78,9 +77,9 @@ async def prefix(play: Play) -> None:
     play.says(say.text("Yes."), inner=2)
     await play.chat()
     play.looped(3)
-    spans = [messages_span(recorded.body) for recorded in play.calls]
-    for number, (before, after) in enumerate(itertools.pairwise(spans), start=1):
-        expect(after.startswith(before[:-1]), f"round {number} does not begin with the one before")
+    prompts = [play.wire.prompt(recorded) for recorded in play.calls]
+    for number, (before, after) in enumerate(itertools.pairwise(prompts), start=1):
+        expect(after.startswith(before), f"round {number} does not begin with the one before")
 
 
 @check("loop.next_turn_prefix", "the next turn's request begins with this turn's, byte for byte", PAGED,
@@ -90,10 +89,22 @@ async def next_turn_prefix(play: Play) -> None:
     messages = play.ask()
     await play.chat(messages)
     play.looped()
-    before = messages_span(play.last.body)
+    before = play.wire.prompt(play.last)
     play.script.inner = 0
     await play.chat([*messages, say.text("Yes."), {"role": "user", "content": "And now?"}])
-    expect(messages_span(play.last.body).startswith(before[:-1]), "the prefix changed")
+    expect(play.wire.prompt(play.last).startswith(before), "the prefix changed")
+
+
+@check("loop.cache", f"the provider's cache has at least {CACHED_SHARE:.0%} of a turn's prompt for the next "
+       "turn (with cache markers where it asks for them)", PAGED, needs="window")
+async def cache(play: Play) -> None:
+    play.says(say.text("Yes."), inner=0)
+    messages = play.ask()
+    await play.chat(messages)
+    before = play.last
+    await play.chat([*messages, say.text("Yes."), {"role": "user", "content": "And now?"}])
+    share = play.wire.cached_share(before, play.last)
+    expect(share >= CACHED_SHARE, f"it has {share:.0%}")
 
 
 @check("loop.window", "every upstream request fits the window", PAGED, needs="window")
@@ -101,7 +112,7 @@ async def window(play: Play) -> None:
     play.says(say.text("Yes."), inner=3)
     await play.chat()
     for number, recorded in enumerate(play.calls):
-        tokens = count_request_tokens(recorded.json)
+        tokens = play.wire.tokens(recorded.json)
         most = play.target.window_tokens
         expect(tokens <= most, f"round {number} has {tokens} tokens, more than {most}")
 
@@ -251,7 +262,7 @@ async def required_after(play: Play) -> None:
     wanted = say.call("call_1", "look")
     play.says(say.calling(wanted))
     reply = await play.chat(tools=[say.tool("look")], tool_choice="required")
-    equal(reply.message().get("tool_calls"), [wanted], "the client's tool calls")
+    play.same_calls(reply.message().get("tool_calls"), [wanted], "the client's tool calls")
     equal(play.last.json.get("tool_choice"), "required", "tool_choice of the last round")
 
 

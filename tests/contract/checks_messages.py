@@ -205,7 +205,8 @@ async def system(play: Play) -> None:
     messages = play.ask()
     await play.chat(messages)
     for recorded in play.calls:
-        equal(recorded.json["messages"][0], messages[0], "the first message")
+        got, sent = recorded.json["messages"][:1], messages[:1]
+        equal(play.wire.messages(got), play.wire.messages(sent), "the first message")
 
 
 @check("messages.developer", "a developer message stays a developer message")
@@ -215,7 +216,8 @@ async def developer(play: Play) -> None:
     messages[0]["role"] = "developer"
     await play.chat(messages, model=play.target.model)
     for recorded in play.calls:
-        equal(recorded.json["messages"][0], messages[0], "the first message")
+        got, sent = recorded.json["messages"][:1], messages[:1]
+        equal(play.wire.messages(got), play.wire.messages(sent), "the first message")
 
 
 @check("messages.system_name", "name and parts of a system message stay")
@@ -226,7 +228,8 @@ async def system_name(play: Play) -> None:
     messages[0] = {"role": "system", "name": "house", "content": parts}
     await play.chat(messages)
     for recorded in play.calls:
-        equal(recorded.json["messages"][0], messages[0], "the first message")
+        got, sent = recorded.json["messages"][:1], messages[:1]
+        equal(play.wire.messages(got), play.wire.messages(sent), "the first message")
 
 
 @check("messages.late_system", "a system message in mid-conversation stays before the same message")
@@ -250,7 +253,8 @@ async def lone_surrogate(play: Play) -> None:
     body = encode(play.body(play.ask("@@")))
     play.says(say.text("Yes."))
     (await play.send(body.replace(b"@@", b"cut \\ud83d"))).ok()
-    if b"\\ud83d" not in play.last.body.lower():
+    half = b"\\ud83d" if play.wire.verbatim else "cut \ufffd".encode()
+    if half not in play.last.body.lower():
         raise Failed(f"upstream got {quote(play.last.body)}")
 
 

@@ -30,7 +30,7 @@ USAGE = {
 async def whole(play: Play) -> None:
     play.says(lambda request: say.answer(request, say.text("Yes."), usage=USAGE), inner=0)
     got = (await play.chat()).json().get("usage") or {}
-    for key, value in USAGE.items():
+    for key, value in play.wire.usage(USAGE).items():
         equal(got.get(key), value, f"usage.{key}")
 
 

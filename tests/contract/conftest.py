@@ -1,38 +1,30 @@
-"""Plays the selected cases once per gateway, all at once, and lets each test read its outcome."""
+"""Plays the selected cases of a gateway at once, when its first test asks, and lets each read its own."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import cache
 
 import pytest
 
-from tests.contract.gateways import started
+from tests.contract.gateways import started, upstream_of
+from tests.contract.judge import Outcomes
 from tests.contract.model import Case, Outcome
 from tests.contract.runner import play_all
-from tests.contract.scripted import ScriptedUpstream
-
-Key = tuple[str, str]  # gateway, case
 
 
 @pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest) -> dict[Key, Outcome]:
-    """What became of every case that this run of pytest has selected."""
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """By gateway: what became of every case that this run of pytest has selected."""
     wanted: dict[str, list[Case]] = {}
     for item in request.session.items:
         spec = getattr(item, "callspec", None)
         if spec is not None and "gateway" in spec.params and "case" in spec.params:
             wanted.setdefault(spec.params["gateway"], []).append(spec.params["case"])
-    return asyncio.run(_play(wanted))
+    return cache(lambda gateway: asyncio.run(_play(gateway, wanted[gateway])))
 
 
-async def _play(wanted: dict[str, list[Case]]) -> dict[Key, Outcome]:
-    found: dict[Key, Outcome] = {}
-    async with ScriptedUpstream() as upstream:
-
-        async def on(gateway: str) -> None:
-            async with started(gateway, upstream.port) as target:
-                played = await play_all(target, upstream, wanted[gateway])
-            found.update({(gateway, id): outcome for id, outcome in played.items()})
-
-        await asyncio.gather(*(on(gateway) for gateway in wanted))
-    return found
+async def _play(gateway: str, cases: Sequence[Case]) -> dict[str, Outcome]:
+    async with upstream_of(gateway) as upstream, started(gateway, upstream.port) as target:
+        return await play_all(target, upstream, cases)

@@ -18,11 +18,15 @@ import tempfile
 import venv
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from tests.contract.play import WINDOW_TOKENS, Target
-from tests.contract.scripted import SIDE_MODEL
+from tests.contract.scripted import SIDE_MODEL, ScriptedUpstream
+from tests.contract.wires import Wire
+from tests.contract.wires.anthropic import AnthropicWire
+from tests.contract.wires.gemini import GeminiWire
 from tests.e2e.processes import ServerProcess, free_port, together, wait_for_health
 
 CACHE = Path(os.environ.get("CONTRACT_GATEWAYS", "~/.cache/llm-pager-contract")).expanduser()
@@ -32,8 +36,19 @@ PACKAGES = {
     "virtual-context": "virtual-context[proxy]",
 }
 ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
-REPO = Path(__file__).resolve().parents[2]
 KEEPALIVE_S = 0.2
+WIRES: dict[str, Callable[[], Wire]] = {"openai": Wire, "anthropic": AnthropicWire, "gemini": GeminiWire}
+MODELS = {  # at each provider that is called through litellm: a model, and where its API begins
+    "anthropic": ("anthropic/claude-sonnet-4-5", "http://127.0.0.1:{port}"),
+    "gemini": ("gemini/gemini-3-pro-preview", "http://127.0.0.1:{port}/v1beta"),
+}
+_SMALL_WINDOW: dict[str, Any] = {
+    "tiers": {"l0": {"tokens": WINDOW_TOKENS, "reserve_tokens": 1000}},
+    "pages": {"max_tokens": 256},
+    "manifest": {"max_tokens": 300},
+    "prefetch": {"max_pages": 2, "max_tokens": 300},
+    "stream": {"keepalive_s": KEEPALIVE_S},
+}
 PAGE_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("search_pages", {"query": "depot 3"}),
     ("page_fault", {"page_id": "msg_0001"}),
@@ -103,6 +118,13 @@ def command(name: str, script: str) -> str:
     return str(path)
 
 
+def upstream_of(name: str) -> ScriptedUpstream:
+    """The upstream that stands behind a gateway, not yet started. `llm-pager/anthropic` is ours in
+    front of a server that speaks Anthropic's protocol. Raises KeyError."""
+    _, _, wire = name.partition("/")
+    return ScriptedUpstream(wire=WIRES[wire or "openai"]())
+
+
 @contextlib.asynccontextmanager
 async def started(name: str, upstream_port: int) -> AsyncIterator[Target]:
     """A gateway by its name. Raises NotInstalled, RuntimeError, KeyError."""
@@ -110,37 +132,43 @@ async def started(name: str, upstream_port: int) -> AsyncIterator[Target]:
     if name == "bare":
         yield Target(name, base, base, proxy=False)
         return
-    make = {"llm-pager": _llm_pager, **_OTHERS}[ALIASES.get(name, name)]
+    make = {"llm-pager": _llm_pager, **PROVIDERS, **_OTHERS}[ALIASES.get(name, name)]
     with contextlib.ExitStack() as running:
         yield await asyncio.to_thread(make, upstream_port, running)
 
 
 def _llm_pager(upstream_port: int, running: contextlib.ExitStack) -> Target:
     """Two servers: one as it comes, one with a small window."""
-    base = f"http://127.0.0.1:{upstream_port}/v1"
-    upstream = {"upstream": {"base_url": base}}
-    keepalive = "keepalive_s" in (REPO / "config.yaml").read_text()
-    paged = {
-        **upstream,
-        "tiers": {"l0": {"tokens": WINDOW_TOKENS, "reserve_tokens": 1000}},
-        "pages": {"max_tokens": 256},
-        "manifest": {"max_tokens": 300},
-        "prefetch": {"max_pages": 2, "max_tokens": 300},
-    }
-    if keepalive:
-        paged["stream"] = {"keepalive_s": KEEPALIVE_S}
-    plain, small = running.enter_context(together(ServerProcess(upstream), ServerProcess(paged)))
+    upstream = {"upstream": {"base_url": f"http://127.0.0.1:{upstream_port}/v1"}}
+    servers = together(ServerProcess(upstream), ServerProcess({**upstream, **_SMALL_WINDOW}))
+    plain, small = running.enter_context(servers)
+    return _ours("llm-pager", plain.base_url, small.base_url)
+
+
+def _ours(name: str, base_url: str, paged_url: str, model: str = "gpt-4o") -> Target:
     return Target(
-        "llm-pager", plain.base_url, small.base_url, loops=True, window_tokens=WINDOW_TOKENS,
-        keepalive_s=KEEPALIVE_S if keepalive else 0.0, arguments=PAGE_ARGUMENTS,
+        name, base_url, paged_url, model, loops=True, window_tokens=WINDOW_TOKENS,
+        keepalive_s=KEEPALIVE_S, arguments=PAGE_ARGUMENTS,
     )
 
 
-def _litellm(upstream_port: int, running: contextlib.ExitStack) -> Target:
-    port, base = free_port(), f"http://127.0.0.1:{upstream_port}/v1"
-    parameters = {"model": "openai/gpt-4o", "api_base": base, "api_key": "sk-gateway"}
+def _llm_pager_at(wire: str, upstream_port: int, running: contextlib.ExitStack) -> Target:
+    """In front of another provider, through litellm. One server, whose window is small: what fits
+    goes by it unchanged, and importing litellm takes seconds."""
+    model, base = MODELS[wire]
+    upstream = {"provider": "litellm", "base_url": base.format(port=upstream_port)}
+    roomy = {"l0": {"tokens": WINDOW_TOKENS, "reserve_tokens": 600}}  # some bill a prompt of their own
+    server = ServerProcess({"upstream": upstream, **_SMALL_WINDOW, "tiers": roomy})
+    url = running.enter_context(server).base_url
+    return _ours(f"llm-pager/{wire}", url, url, model)
+
+
+def _litellm(upstream_port: int, running: contextlib.ExitStack, wire: str = "openai") -> Target:
+    model, base = MODELS.get(wire, ("openai/gpt-4o", "http://127.0.0.1:{port}/v1"))
+    called, port = model.removeprefix("openai/"), free_port()
+    parameters = {"model": model, "api_base": base.format(port=upstream_port), "api_key": "sk-gateway"}
     config = {
-        "model_list": [{"model_name": "gpt-4o", "litellm_params": parameters}],
+        "model_list": [{"model_name": called, "litellm_params": parameters}],
         "litellm_settings": {"telemetry": False, "num_retries": 0, "cache": False},
         "general_settings": {"disable_spend_logs": True, "disable_error_logs": True,
                              "forward_client_headers_to_llm_api": True},
@@ -153,7 +181,8 @@ def _litellm(upstream_port: int, running: contextlib.ExitStack) -> Target:
     line += ["--telemetry", "False"]
     env = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # every play has its own key
            "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_DOCS": "True"}
-    return _run(Process("litellm", port, line, env), "/health/liveliness", 180, running)
+    target = _run(Process("litellm", port, line, env), "/health/liveliness", 180, running)
+    return replace(target, model=called)
 
 
 def _headroom(upstream_port: int, running: contextlib.ExitStack) -> Target:
@@ -205,8 +234,12 @@ def _run(
     return Target(process.name, url, url)
 
 
+PROVIDERS: dict[str, Callable[[int, contextlib.ExitStack], Target]] = {
+    f"llm-pager/{wire}": partial(_llm_pager_at, wire) for wire in MODELS
+}
 _OTHERS: dict[str, Callable[[int, contextlib.ExitStack], Target]] = {
     "litellm": _litellm,
+    **{f"litellm/{wire}": partial(_litellm, wire=wire) for wire in MODELS},
     "headroom": _headroom,
     "virtual-context": _virtual_context,
 }

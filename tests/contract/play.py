@@ -25,7 +25,10 @@ from tests.contract.scripted import (
     tool_names,
 )
 from tests.contract.wire import Client, Headers, Json, Live, Reply
+from tests.contract.wires import ABSENT
+from tests.e2e.answers import Response
 from tests.e2e.recording import Recorded
+from tests.e2e.schema import HAS_SCHEMA, request_problems
 
 WINDOW_TOKENS = 4000  # of a gateway that pages
 PAIRS = 36  # of a long history: about 6,500 tokens
@@ -92,6 +95,7 @@ class Play:
         self.script = Script(self.tag, self._inner_call)
         self.script.inner = 1 if self.long and target.loops else 0
         upstream.scripts[self.tag] = self.script
+        self.wire = upstream.wire
         self._upstream = upstream
         self._lives: list[Live] = []
 
@@ -100,6 +104,11 @@ class Play:
         for recorded in self.script.calls if self.valid else ():
             if recorded.violations:
                 raise Failed(f"upstream got an invalid request: {recorded.violations[:2]}")
+            if HAS_SCHEMA and self.wire.verbatim:
+                # A client's own nulls: the API takes them as absent, though its schema does not say so.
+                sent = {name: value for name, value in recorded.json.items() if value is not None}
+                if found := request_problems(sent):
+                    raise Failed(f"upstream got a request that its schema refuses: {found[:2]}")
 
     def close(self) -> None:
         """Forgets the play and what it left open. Raises what the script itself raised."""
@@ -212,9 +221,39 @@ class Play:
     def every(self, name: str, want: Any) -> None:
         """A top-level field reached upstream in every round as the client sent it."""
         expect(self.calls, "nothing reached upstream")
+        name, want = self.wire.field(name, want)
         for number, recorded in enumerate(self.calls):
-            got = recorded.json.get(name, "<absent>")
+            got = recorded.json.get(name, ABSENT)
             equal(got, want, f"{name} in upstream round {number}")
+
+    def same_calls(self, got: Sequence[Json] | None, want: Sequence[Json] | None, what: str) -> None:
+        """Tool calls are the same, as far as upstream's protocol keeps them."""
+        equal(self.wire.calls(got), self.wire.calls(want), what)
+
+    def same_messages(self, request: Json, messages: Sequence[Json]) -> bool:
+        """Upstream got exactly these messages, as far as its protocol keeps them."""
+        return self.wire.messages(request["messages"]) == self.wire.messages(messages)
+
+    def same_error(self, reply: Reply, refusal: Response) -> None:
+        """The client got an error of upstream's: verbatim where both speak OpenAI's protocol, else
+        its status and what its protocol says of it."""
+        if self.wire.verbatim:
+            equal((reply.status, reply.body), (refusal.status, refusal.body), "status and body")
+            return
+        equal(reply.status, refusal.status, "status")
+        self.same_error_object(reply.json().get("error") or {}, refusal)
+
+    def same_error_object(self, got: Json, refusal: Response) -> None:
+        """What stands under `error` is upstream's, as far as its protocol says it."""
+        try:
+            wanted = self.wire.error(json.loads(refusal.body)["error"])
+        except (ValueError, KeyError):  # no object of the API's: its words are in the message
+            words = refusal.body.decode("ascii", "ignore").strip()
+            told = got.get("message", "").encode("ascii", "ignore").decode()
+            expect(words in told, f"the message: {quote(got)}, wanted {quote(words)}")
+            return
+        for key, value in wanted.items():
+            equal(got.get(key), value, f"error.{key} of a {refusal.status}")
 
     def looped(self, rounds: int = 2) -> None:
         """The gateway has answered calls of its own tools: so many upstream calls at least."""
@@ -236,9 +275,10 @@ class Play:
     def newest(self, messages: Sequence[Json], keep: int) -> None:
         """The last `keep` messages stand in every round as they were sent (a user's text may have
         something put in front of it)."""
+        sent = self.wire.messages(messages[-keep:])
         for number, recorded in enumerate(self.calls):
-            got = recorded.json["messages"]
-            for message in messages[-keep:]:
+            got = self.wire.messages(recorded.json["messages"])
+            for message in sent:
                 if not any(same_message(message, one) for one in got):
                     raise Failed(f"not in upstream round {number}: {quote(message)}; {nearest(message, got)}")
 

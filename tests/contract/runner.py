@@ -55,7 +55,7 @@ async def play(
     case: Case, target: Target, upstream: ScriptedUpstream, client: Client
 ) -> Outcome:
     """One case's outcome; never raises for what the gateway does."""
-    missing = _missing(case, target)
+    missing = _missing(case, target) or upstream.wire.why_absent(case.check.id, case.id)
     if missing:
         return Outcome("n/a", missing)
     scene = Play(target, case.variant, upstream, client)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.contract import say
+from tests.contract.wires import Wire, WireUpstream
 from tests.e2e.answers import Answer, Response, Stream
-from tests.e2e.recording import Recorded, RecordingUpstream
+from tests.e2e.recording import Recorded
 
 SIDE_MODEL = "contract-side"  # what gateways call for themselves (summaries): in no play's script
 TAG_HEADER = "x-contract-tag"
@@ -96,10 +97,11 @@ class Script:
 class ScriptedUpstream:
     """One server for all plays; use as an async context manager."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, wire: Wire | None = None) -> None:
         self.scripts: dict[str, Script] = {}
         self.strays: list[Recorded] = []
-        self.upstream = RecordingUpstream(self._respond, other=self._other, enforce_rules=False)
+        self.wire = wire or Wire()
+        self.upstream = WireUpstream(self.wire, respond=self._respond, other=self._other)
         self.upstream.port = port
 
     @property

@@ -3,7 +3,7 @@
 Promises: nothing here imports `proxy`, so a mistake in the server cannot hide in its own measure.
 `check_openai_rules` returns every violation found, as sentences; an empty list means that the
 request is one that OpenAI's chat completions endpoint would take (and a film in a user message, as
-the servers behind OpenAI-compatible gateways take it). `check_schema` asks OpenAI's own schema.
+the servers behind OpenAI-compatible gateways take it).
 `count_request_tokens` counts by the rules of OpenAI's cookbook and vision guide with o200k_base;
 where those rules are silent (tool calls in messages, nested schemas) it counts every string that
 the request carries, so it errs upwards.
@@ -246,32 +246,6 @@ def _check_choice(choice: Any, has_tools: bool, names: set[str]) -> list[str]:
 SCHEMA = Path(
     os.environ.get("LLM_PAGER_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
 ) / "openai-chat.openapi.json"  # fmt: skip
-
-
-def check_schema(request: dict[str, Any]) -> list[str]:
-    """What OpenAI's published schema says against the request. Its user messages have no films:
-    those are left out. FileNotFoundError where the schema is not there."""
-    shown = {**request, "messages": [_without_films(m) for m in request["messages"]]}
-    return [
-        f"{error.json_path}: {error.message[:200]}"
-        for error in _schema("CreateChatCompletionRequest").iter_errors(shown)
-    ]
-
-
-def _without_films(message: Any) -> Any:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    kept = [part for part in content if part.get("type") != "video_url"]
-    return {**message, "content": kept or "A film."}
-
-
-@lru_cache(maxsize=1)
-def _schema(name: str) -> Any:
-    from jsonschema import Draft202012Validator  # late: only tests that use it need it
-
-    whole = json.loads(SCHEMA.read_text())
-    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", **whole})
 
 
 # ---------------------------------------------------------------- counting

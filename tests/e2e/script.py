@@ -30,6 +30,7 @@ from tests.e2e.harness import (
     call,
     message_of,
 )
+from tests.e2e.schema import check_requests
 
 MODEL = "gpt-4o"
 TAG = "x-turn-tag"
@@ -108,6 +109,7 @@ class Script:
         """No request broke the API's rules and no round raised."""
         assert not self.upstream.failures, self.upstream.failures[0]
         assert not self.upstream.violations, self.upstream.violations[:3]
+        check_requests(self.upstream.calls)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from tests.e2e.harness import (
     count_request_tokens,
     message_of,
 )
+from tests.e2e.schema import check_requests
 
 L0_TOKENS = 2000
 BUDGET_TOKENS = 1500  # less the reserve: a quarter of so small a window
@@ -106,6 +107,7 @@ async def scripted(*steps: Step, port: int = 0) -> AsyncIterator[RecordingUpstre
         yield upstream
     assert not upstream.failures, upstream.failures
     assert not upstream.violations, upstream.violations
+    check_requests(upstream.calls)
     assert len(upstream.calls) == len(steps), f"{len(upstream.calls)} of {len(steps)} steps"
 
 

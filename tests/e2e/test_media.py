@@ -38,7 +38,7 @@ from tests.e2e.harness import (
     messages_span,
     together,
 )
-from tests.e2e.rules import SCHEMA, check_schema
+from tests.e2e.schema import Judge, check_requests, judged, needs_schema, request_problems
 from tests.e2e.script import LOOKUP, SYSTEM, TAG, Chat, Script, developer, filler
 from tests.e2e.story import assert_same
 from tests.media import samples
@@ -109,6 +109,7 @@ class Teller:
     script: Script
     chat: Chat
     disturb: Callable[[], Awaitable[None]]
+    judge: Judge  # of what the client reads
     turns: int = 0
 
     async def say(self, tag: str, message: dict[str, Any], *rounds: dict[str, Any]) -> Any:
@@ -181,10 +182,14 @@ async def told() -> AsyncIterator[Told]:
             async def nothing() -> None:
                 pass
 
-            async with client_of(quiet.base_url) as first, client_of(killed.base_url) as second:
+            ears = Judge(), Judge()
+            async with (
+                client_of(quiet.base_url, ears[0]) as first,
+                client_of(killed.base_url, ears[1]) as second,
+            ):
                 tellers = [
-                    Teller(one, Chat(first, [SYSTEM], tools=[LOOKUP]), nothing),
-                    Teller(two, Chat(second, [SYSTEM], tools=[LOOKUP]), kill),
+                    Teller(one, Chat(first, [SYSTEM], tools=[LOOKUP]), nothing, ears[0]),
+                    Teller(two, Chat(second, [SYSTEM], tools=[LOOKUP]), kill, ears[1]),
                 ]
                 await asyncio.gather(*(teller.story() for teller in tellers))
                 yield Told(tellers[0], tellers[1], kills, quiet)
@@ -193,9 +198,10 @@ async def told() -> AsyncIterator[Told]:
 
 
 @contextlib.asynccontextmanager
-async def client_of(base_url: str) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="k", base_url=base_url, max_retries=0, timeout=30) as client:
-        yield client
+async def client_of(base_url: str, judge: Judge | None = None) -> AsyncIterator[AsyncOpenAI]:
+    """What it reads is judged: by the test, with its own `judge`, or at the end."""
+    async with judged(judge) as http:
+        yield AsyncOpenAI(api_key="k", base_url=base_url, max_retries=0, http_client=http)
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -249,13 +255,20 @@ async def test_every_request_is_one_that_the_api_takes(told: Told) -> None:
 
 
 async def test_every_request_fits_the_apis_own_schema(told: Told) -> None:
-    pytest.importorskip("jsonschema")
-    if not SCHEMA.exists():
-        pytest.skip(f"no schema of the API at {SCHEMA}")
-    found = {r.header(TAG): problems for r in told.quiet.calls() if (problems := check_schema(r.json))}
-    assert not found
+    needs_schema()
+    for teller in (told.quiet, told.killed):
+        assert teller.calls()
+        found = {r.header(TAG): wrong for r in teller.calls() if (wrong := request_problems(r.json))}
+        assert not found
     broken = {"model": "m", "messages": [{"role": "tool", "content": [TOWER], "tool_call_id": "c"}]}
-    assert check_schema(broken), "the schema takes anything"
+    assert request_problems(broken), "the schema takes anything"
+
+
+async def test_every_answer_and_chunk_fits_the_apis_own_schema(told: Told) -> None:
+    needs_schema()
+    for teller in (told.quiet, told.killed):
+        assert teller.judge.answers >= teller.turns and teller.judge.chunks > teller.turns
+        teller.judge.check()
 
 
 async def test_invariant_03_every_request_is_within_the_budget_by_the_published_rules(
@@ -459,6 +472,7 @@ async def test_a_models_words_are_shown_from_the_next_epoch_on() -> None:
     assert said[1]["content"]["text"] == "WRITTEN transcript"
     assert [part for part in brought["content"] if part["type"] != "text"] == [picture]
     assert upstream.server.violations == []
+    check_requests(upstream.server.calls)  # those to the models that write, too
     for recorded in upstream.written():
         assert recorded.header("authorization") == "Bearer k"
         assert recorded.header(TAG) is None

@@ -18,6 +18,7 @@ import pytest_asyncio
 from proxy.memory import ArtifactsBridge
 from proxy.storage.l3 import ArtifactStore
 from tests.e2e.harness import Recorded, ServerProcess, message_of
+from tests.e2e.schema import check_requests, judged
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, Script, Stand, fault, search, talk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -80,9 +81,13 @@ class Story:
 
 
 async def told(stand: Stand) -> Story:
-    chat = Chat(stand.client(), [SYSTEM], headers={"x-session-id": SESSION}, tools=[LOOKUP])
-    story = Story(stand, chat)
-    await story.tell()
+    """The story; whatever was sent and answered in it fits the API's schema."""
+    async with judged() as http:
+        client = stand.client().with_options(http_client=http)
+        chat = Chat(client, [SYSTEM], headers={"x-session-id": SESSION}, tools=[LOOKUP])
+        story = Story(stand, chat)
+        await story.tell()
+    check_requests(stand.script.upstream.calls)
     return story
 
 

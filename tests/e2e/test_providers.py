@@ -30,6 +30,7 @@ from tests.e2e.providers.anthropic import (
 )
 from tests.e2e.providers.gemini import GeminiServer
 from tests.e2e.providers.talk import PAGED, outgrow, said_in
+from tests.e2e.schema import judged
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, filler
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -67,14 +68,14 @@ def model(request: pytest.FixtureRequest) -> str:
 async def client(
     servers: dict[str, Any], request: pytest.FixtureRequest
 ) -> AsyncIterator[AsyncOpenAI]:
-    """Each test's own key: no test sees another's history. The servers are checked at its end."""
+    """Each test's own key: no test sees another's history. At its end the servers are checked, and
+    what the client got has to fit the API's own schema."""
     for name in (CLAUDE, GEMINI):
         servers[name].plan()
-    made = AsyncOpenAI(
-        api_key=request.node.name, base_url=servers["proxy"].base_url, max_retries=0, timeout=30
-    )
-    async with made:
-        yield made
+    async with judged() as http:
+        yield AsyncOpenAI(
+            api_key=request.node.name, base_url=servers["proxy"].base_url, max_retries=0, http_client=http
+        )
     for name in (CLAUDE, GEMINI):
         servers[name].check()
 

@@ -3,7 +3,8 @@
 Figures 1 and 2 of the main job. Each conversation is replayed once with the official client,
 streaming on every second turn; the upstream answers with the recorded assistant turn, so the
 history that grows is the real one. Then its questions are asked, each as a fork of the full
-history, and the demo reader answers them with the VM tools.
+history, and the demo reader answers them with the VM tools. Every request, answer and chunk is
+judged by the API's own schema.
 
 What is checked is collected during one replay and asserted by separate tests, so that one broken
 rule does not hide the others. `LLM_PAGER_E2E_FULL=1` asks every question and sends every message
@@ -30,6 +31,7 @@ from proxy.upstream import demo_reader
 from tests.e2e.harness import (
     Conversation,
     Question,
+    Recorded,
     RecordingUpstream,
     ServerProcess,
     answer,
@@ -39,6 +41,7 @@ from tests.e2e.harness import (
     message_of,
     messages_span,
 )
+from tests.e2e.schema import HAS_SCHEMA, Judge, needs_schema, request_problems
 
 FULL = os.environ.get("LLM_PAGER_E2E_FULL") == "1"
 MODEL = "gpt-4o"
@@ -87,9 +90,11 @@ class Results:
     turns_of: Counter[str] = field(default_factory=Counter)
     over_budget: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
+    schema: list[str] = field(default_factory=list)  # of requests
     prefix: list[str] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)  # changed before the first eviction
     texts: list[str] = field(default_factory=list)  # the client got something else
+    judge: Judge = field(default_factory=Judge)  # of every answer and chunk that the client got
     asked: list[Asked] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -115,7 +120,8 @@ class Session:
         self.sent[request.headers[TAG]] = request.content
 
     def connect(self, base_url: str) -> AsyncOpenAI:
-        http = httpx.AsyncClient(event_hooks={"request": [self.remember_sent]}, timeout=60)
+        hooks = {"request": [self.remember_sent]}
+        http = httpx.AsyncClient(event_hooks=hooks, timeout=60, transport=self.results.judge)
         return AsyncOpenAI(api_key="sk-e2e", base_url=base_url, http_client=http, max_retries=0)
 
 
@@ -168,8 +174,7 @@ class Watch:
             self.results.rules.append(f"{tag}: {len(indexes)} upstream requests for one turn")
         for index in indexes:
             recorded = self.session.upstream.calls[index]
-            self.results.rules += [f"{tag}: {v}" for v in recorded.violations]
-            check_budget(self.results, tag, recorded.json)
+            check_request(self.results, tag, recorded)
             manifest = manifest_of(recorded.json)
             span = messages_span(recorded.body)
             if manifest is None and recorded.body != self.session.sent[tag]:
@@ -185,8 +190,12 @@ class Watch:
             self.previous, self.manifest = span[:-1], manifest
 
 
-def check_budget(results: Results, tag: str, request: dict[str, Any]) -> None:
-    tokens = count_request_tokens(request)
+def check_request(results: Results, tag: str, recorded: Recorded) -> None:
+    """The API's rules, its own schema, and the budget."""
+    results.rules += [f"{tag}: {v}" for v in recorded.violations]
+    if HAS_SCHEMA:
+        results.schema += [f"{tag}: {p}" for p in request_problems(recorded.json)]
+    tokens = count_request_tokens(recorded.json)
     results.upstream_calls += 1
     results.largest_tokens = max(results.largest_tokens, tokens)
     if tokens > results.data.budget_tokens:
@@ -220,9 +229,7 @@ async def ask(session: Session, client: AsyncOpenAI, c: Conversation, n: int, ty
     await say(client, messages, tag, stream=n % 2 == 1, typed=typed)
     indexes = session.calls.get(tag, [])
     for index in indexes:
-        recorded = session.upstream.calls[index]
-        session.results.rules += [f"{tag}: {v}" for v in recorded.violations]
-        check_budget(session.results, tag, recorded.json)
+        check_request(session.results, tag, session.upstream.calls[index])
     final = session.upstream.calls[indexes[-1]].json
     seen = [squeezed(t) for t in demo_reader.seen_text(final)]
     wanted = [squeezed(text_of(c.messages[i]["content"])) for i in question.evidence]
@@ -303,6 +310,14 @@ def test_no_request_breaks_the_api_rules(results: Results) -> None:
     assert not results.rules, shown(results.rules)
 
 
+def test_every_request_answer_and_chunk_fits_the_apis_own_schema(results: Results) -> None:
+    needs_schema()
+    assert not results.schema, shown(results.schema)
+    assert not results.judge.problems, shown(results.judge.problems)
+    assert results.judge.answers == results.turns + len(results.asked), "not every answer was judged"
+    assert results.judge.chunks > results.turns
+
+
 def test_requests_of_an_epoch_share_their_prefix(results: Results) -> None:
     assert not results.prefix, shown(results.prefix)
 
@@ -351,7 +366,8 @@ def table(every: list[Results]) -> str:
         took = ", ".join(f"{k} {v:.0f} s" for k, v in r.seconds.items())
         lines.append(
             f"  {r.turns} turns, {sum(r.epochs.values())} epochs, {r.upstream_calls} upstream"
-            f" requests, the largest {r.largest_tokens} of {r.data.budget_tokens} tokens; {took}"
+            f" requests, the largest {r.largest_tokens} of {r.data.budget_tokens} tokens;"
+            f" {r.judge.answers} answers with {r.judge.chunks} chunks; {took}"
         )
     return "\n".join(lines)
 

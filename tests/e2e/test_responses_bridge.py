@@ -21,6 +21,7 @@ from tests.e2e.processes import ServerProcess
 from tests.e2e.providers import Call, Json, Said
 from tests.e2e.providers.responses import ResponsesServer
 from tests.e2e.providers.talk import PAGED, outgrow, said_in
+from tests.e2e.schema import check_requests, judged
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, filler
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -48,13 +49,14 @@ async def servers() -> AsyncIterator[tuple[ResponsesServer, ServerProcess]]:
 async def client(
     servers: tuple[ResponsesServer, ServerProcess], request: pytest.FixtureRequest
 ) -> AsyncIterator[AsyncOpenAI]:
+    """Each test's own key; what it got has to fit Chat Completions' own schema."""
     upstream, server = servers
-    made = AsyncOpenAI(
-        api_key=request.node.name, base_url=server.base_url, max_retries=0, timeout=30
-    )
-    async with made:
-        yield made
+    async with judged() as http:
+        yield AsyncOpenAI(
+            api_key=request.node.name, base_url=server.base_url, max_retries=0, http_client=http
+        )
     upstream.check()
+    check_requests(c for c in upstream.calls if c.target.endswith("/chat/completions"))
 
 
 @pytest.fixture

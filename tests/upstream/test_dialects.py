@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from proxy.conversation.sse import MessageBuilder
 from proxy.memory.models import VMMode
 from proxy.memory.vm_prompts import build_vm_developer_message
-from proxy.upstream.dialects import Chunks, is_claude, prepare, whole_answer
+from proxy.upstream.anthropic import is_claude
+from proxy.upstream.dialects import Chunks, prepare, whole_answer
 
 CLIENTS = {"role": "system", "content": "Be kind."}
 MEMORY = {"role": "system", "content": build_vm_developer_message(VMMode.RELAXED, "{}", "")}
@@ -71,7 +72,7 @@ def test_the_marker_stands_on_the_last_part() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]
     *_, last = prepared([MEMORY, user(parts)])
     assert last["content"] == [parts[0], {**parts[1], "cache_control": MARK}]
-    *_, odd = prepared([MEMORY, user([{"type": "input_audio", "input_audio": {}}])])
+    *_, odd = prepared([MEMORY, user([{"type": "video_url", "video_url": {}}])])
     assert "cache_control" not in json.dumps(odd)
 
 
@@ -190,7 +191,9 @@ def test_a_whole_answer_is_openais() -> None:
     assert out["choices"][0] == {
         "index": 0,
         "finish_reason": None,
+        "logprobs": None,
         "message": {
-            "role": "assistant", "content": None, "tool_calls": [CALL], "thinking_blocks": [block],
+            "role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL],
+            "thinking_blocks": [block],
         },
     }  # fmt: skip

@@ -127,7 +127,8 @@ async def providing(**options: object) -> AsyncIterator[tuple[Upstream, Provider
         "upstream.provider": "litellm",
         "upstream.base_url": f"http://127.0.0.1:{runner.addresses[0][1]}/v1",
     }
-    flags.update({f"upstream.{name}": value for name, value in options.items()})
+    for name, value in options.items():
+        flags[name if "." in name else f"upstream.{name}"] = value
     upstream = make_upstream(load_config(None, {}, flags))
     try:
         yield upstream, provider
@@ -174,6 +175,21 @@ async def test_a_provider_of_another_protocol_is_turned_into_openais() -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("drop", [False, True])
+async def test_a_field_that_the_provider_does_not_have_is_refused_or_by_configuration_left_out(
+    drop: bool,
+) -> None:
+    async with providing(drop_params=drop) as (upstream, provider):
+        body = request("hi", seed=7).replace(b"openai/test-model", b"anthropic/claude-test")
+        reply = await upstream.chat(body, CLIENT_KEY)
+        answer = json.loads(await reply.read(LIMIT))
+    if drop:
+        assert reply.status == 200 and "seed" not in provider.requests[0]
+    else:
+        assert (reply.status, answer["error"]["param"]) == (400, "seed")
+        assert "upstream.drop_params" in answer["error"]["message"] and not provider.requests
+
+
 async def test_cancelling_before_the_answer_reaches_the_provider() -> None:
     async with providing() as (upstream, provider):
         task = asyncio.create_task(upstream.chat(request("silent"), CLIENT_KEY))
@@ -184,14 +200,33 @@ async def test_cancelling_before_the_answer_reaches_the_provider() -> None:
             await task
 
 
-async def test_cancelling_before_the_first_chunk_reaches_the_provider() -> None:
+@pytest.mark.parametrize("leaving", ["close", "cancel"])
+async def test_a_streams_head_comes_before_its_first_chunk_and_leaving_then_reaches_the_provider(
+    leaving: str,
+) -> None:
     async with providing() as (upstream, provider):
-        task = asyncio.create_task(upstream.chat(request("headers only", stream=True), CLIENT_KEY))
+        reply = await upstream.chat(request("headers only", stream=True), CLIENT_KEY)
+        assert reply.status == 200
+        task = asyncio.create_task(reply.read(LIMIT))
         assert await happens(provider.asked, 10)
-        task.cancel()
+        if leaving == "close":
+            await reply.close()
+        else:
+            task.cancel()
         assert await happens(provider.client_gone, 5)
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises((asyncio.CancelledError, UpstreamBroken)):
             await task
+
+
+async def test_a_silent_stream_is_kept_alive_with_comments() -> None:
+    async with providing(**{"stream.keepalive_s": 0.05}) as (upstream, provider):
+        reply = await upstream.chat(request("wait", stream=True), CLIENT_KEY)
+        said = b""
+        async for piece in reply.chunks():
+            said += piece
+            if said.count(b": keep-alive") == 2:
+                provider.go_on.set()
+    assert said.index(b"hel") < said.index(b": keep-alive") < said.index(b'"lo"')
 
 
 async def test_the_configured_key_wins() -> None:

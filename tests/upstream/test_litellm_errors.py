@@ -3,9 +3,13 @@ tests/e2e/test_providers.py."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from proxy.upstream.litellm_errors import caused_by, error_object, provider_status, retry_headers
+from proxy.conversation.refusal import learn
+from proxy.upstream.litellm_errors import caused_by, error_headers, error_object, provider_status
+from tests.conversation.player import limits_of
 
 
 class _Told(Exception):
@@ -43,7 +47,7 @@ def test_a_wrapped_error_is_unwrapped() -> None:
     assert provider_status(error) == 429
     assert error_object(error)["code"] == "rate_limit_exceeded"
     assert error_object(error)["message"] == "Slow."
-    assert retry_headers(error) == [(b"retry-after", b"7")]
+    assert error_headers(error) == [(b"retry-after", b"7")]
 
 
 @pytest.mark.parametrize("message", ["prompt is too long: 9 tokens", "it's \\\\ \"too\" long"])
@@ -62,9 +66,36 @@ def test_geminis_status_becomes_a_code() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "{", "b'{\\xff'", 'b"{\'a\': 1}"', "{} {}", "b'\\x'"])
-def test_odd_messages_are_told_as_they_are(text: str) -> None:
-    assert error_object(_Told(text, 418))["message"] == text
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "(no words)"),
+        ("{", "{"),
+        ("b'{\\xff'", "{\ufffd"),
+        ('b"{\'a\': 1}"', "{'a': 1}"),
+        ("{} {}", "{} {}"),
+        ("b'\\x'", "b'\\x'"),
+        ("litellm.BadGatewayError: AnthropicException BadGatewayError - <p>No.</p>\n", "<p>No.</p>"),
+        ("litellm.ServiceUnavailableError: XException - . Handle with `litellm.ServiceUnavailableError`.",
+         "(no words)"),
+        ("litellm.APIConnectionError: 'function'\nTraceback (most recent call last):\n  File \"a.py\"",
+         "'function'"),
+    ],
+)  # fmt: skip
+def test_odd_messages_are_told_without_litellms_frame(text: str, told: str) -> None:
+    assert error_object(_Told(text, 418))["message"] == told
+
+
+def test_fields_that_a_provider_does_not_have_are_named_with_what_to_do() -> None:
+    said = (
+        "litellm.UnsupportedParamsError: anthropic does not support parameters: ['seed', 'n'], for model=m."
+        " To drop these, set `litellm.drop_params=True` or for proxy:\n\n`litellm_settings:\n drop_params: true`"
+    )
+    assert error_object(_Told(said, 400)) == {
+        "message": "anthropic does not support ['seed', 'n']. Remove them from the request, or set"
+        " upstream.drop_params: true, so that what a provider does not have is left out.",
+        "type": "invalid_request_error", "param": "seed", "code": "unsupported_parameter",
+    }  # fmt: skip
 
 
 def test_an_endless_chain_ends() -> None:
@@ -72,3 +103,9 @@ def test_an_endless_chain_ends() -> None:
     one.original_exception, two.original_exception = two, one  # type: ignore[attr-defined]
     assert provider_status(one) is None
     assert caused_by(one, _Told) and not caused_by(one, KeyError)
+
+
+def test_a_model_without_tools_is_learned_from_litellms_own_refusal() -> None:
+    said = "litellm.UnsupportedParamsError: x does not support parameters: ['tools', 'tool_choice'], for model=m."
+    body = json.dumps({"error": error_object(_Told(said, 400))}).encode()
+    assert learn(body, limits_of(1500)) == {"tools": False}

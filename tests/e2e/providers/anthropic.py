@@ -37,12 +37,13 @@ _BLOCKS = {
     "text": ("type", "text", "cache_control", "citations"),
     "image": ("type", "source", "cache_control"),
     "document": ("type", "source", "cache_control", "title", "context", "citations"),
+    "container_upload": ("type", "file_id", "cache_control"),
     "tool_use": ("type", "id", "name", "input", "cache_control"),
     "tool_result": ("type", "tool_use_id", "content", "is_error", "cache_control"),
     "thinking": ("type", "thinking", "signature"),
     "redacted_thinking": ("type", "data"),
 }
-_IN_USER = {"text", "image", "document", "tool_result"}
+_IN_USER = {"text", "image", "document", "container_upload", "tool_result"}
 _ID = re.compile(r"[a-zA-Z0-9_-]+")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _KINDS = {
@@ -265,7 +266,8 @@ def _tools_rules(body: Json) -> Iterator[str]:
         yield from unknown_keys(f"tools.{i}", tool, keys)
         if not _NAME.fullmatch(str(tool.get("name"))):
             yield f"tools.{i}.name: String should match pattern"
-        if (tool.get("input_schema") or {}).get("type") != "object":
+        own = tool.get("type", "custom") != "custom"  # Anthropic's: its search, its code execution
+        if not own and (tool.get("input_schema") or {}).get("type") != "object":
             yield f"tools.{i}.input_schema.type: Input should be 'object'"
     choice = body.get("tool_choice")
     if choice is not None and choice.get("type") not in ("auto", "any", "tool", "none"):

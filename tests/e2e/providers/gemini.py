@@ -1,15 +1,19 @@
 """A server that speaks Gemini's generateContent and streamGenerateContent.
 
-Promises: strict where the real one is (contents begin with the user; a function call stands directly
-before exactly as many responses; a call of the newest step keeps the thought signature that it was
-given; no unknown field). Fields may be written in either case, as protobuf's JSON has it.
+Promises: strict where the real one is (contents begin with the user; no part is empty; a function
+call stands directly after the user and before exactly as many responses, of the same ids; a call of
+the newest step keeps the thought signature that it was given, or has the word that stands for one;
+before Gemini 3 no function goes with JSON; no unknown field). Fields may be written in either case,
+as protobuf's JSON has it.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tests.e2e.answers import Answer, Response
 from tests.e2e.providers import (
@@ -27,25 +31,39 @@ from tests.e2e.recording import Recorded
 
 _FIELDS = (
     "contents systemInstruction tools toolConfig safetySettings generationConfig cachedContent labels"
+    " serviceTier"
 ).split()
 _DATA = ("text", "inlineData", "fileData", "functionCall", "functionResponse")
 _PART = (*_DATA, "thought", "thoughtSignature", "mediaResolution", "videoMetadata")
 _DECLARATION = ("name", "description", "parameters", "parametersJsonSchema", "response", "behavior")
+_GEMINI_3 = re.compile(r"/models/gemini-(?![12][.-])\d")  # and newer
+_FREE = ("args", "response", "parameters", "parametersJsonSchema", "responseSchema", "responseJsonSchema")
+_TOOLS = (
+    "functionDeclarations googleSearch googleSearchRetrieval codeExecution urlContext googleMaps"
+    " computerUse fileSearch"
+).split()
+_CONFIG = (
+    "stopSequences responseMimeType responseSchema responseJsonSchema responseFormat responseModalities"
+    " candidateCount maxOutputTokens temperature topP topK seed presencePenalty frequencyPenalty"
+    " responseLogprobs logprobs enableEnhancedCivicAnswers speechConfig thinkingConfig imageConfig"
+    " mediaResolution"
+).split()
 _STATUS = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
+# Documented for calls that no Gemini 3 model has made; taken in place of a signature.
+SKIPS_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
 
 
-def _camel(value: object) -> object:
+def camel(value: Any) -> Any:
     """Keys in camelCase down to a part's data; what a function takes or gives stays as it is."""
     if isinstance(value, list):
-        return [_camel(item) for item in value]
+        return [camel(item) for item in value]
     if not isinstance(value, dict):
         return value
     out = {}
     for key, item in value.items():
         head, *rest = key.split("_")
         name = head + "".join(word.title() for word in rest)
-        free = name in ("args", "response", "parameters", "parametersJsonSchema")
-        out[name] = item if free else _camel(item)
+        out[name] = item if name in _FREE else camel(item)
     return out
 
 
@@ -72,23 +90,28 @@ class GeminiServer(ProviderServer):
         return json_response({"error": detail}, status)
 
     def bodies(self) -> list[Json]:
-        return [_camel(call.json) for call in self.calls]  # type: ignore[misc]
+        return [camel(call.json) for call in self.calls]
 
     # -- the rules
 
     def broken_rules(self, request: Recorded) -> list[str]:
         broken = [] if request.header("x-goog-api-key") else ["API key not found"]
-        body = _camel(request.json)
+        body = camel(request.json)
         if not isinstance(body, dict) or not body.get("contents"):
             return [*broken, "contents is not specified"]
         broken += unknown_keys("body", body, _FIELDS)
+        config = body.get("generationConfig") or {}
+        broken += unknown_keys("generationConfig", config, _CONFIG)
         for tool in body.get("tools") or ():
-            broken += unknown_keys("tools", tool, ("functionDeclarations",))
+            broken += unknown_keys("tools", tool, _TOOLS)
             for made in tool.get("functionDeclarations") or ():
                 broken += unknown_keys("functionDeclarations", made, _DECLARATION)
         contents = body["contents"]
         if contents[0].get("role") != "user":
             broken.append("Please ensure that multiturn requests begin with a user turn")
+        for part in (body.get("systemInstruction") or {}).get("parts") or ():
+            if not part.get("text"):
+                broken.append("systemInstruction: required oneof field 'data' must have one initialized field")
         for i, content in enumerate(contents):
             broken += _content_rules(f"contents[{i}]", content)
             before = contents[i - 1] if i else {"parts": []}
@@ -98,22 +121,32 @@ class GeminiServer(ProviderServer):
                     f"contents[{i}]: Please ensure that the number of function response parts is equal to"
                     " the number of function call parts of the function call turn."
                 )
-            elif [c["name"] for c in calls] != [r["name"] for r in results]:
-                broken.append(f"contents[{i}]: functionResponse names differ from the calls'")
+            elif sorted(map(_whose, calls)) != sorted(map(_whose, results)):
+                broken.append(f"contents[{i}]: functionResponse names or ids differ from the calls'")
+            if _of(content, "functionCall") and (not i or before["role"] != "user"):
+                broken.append(
+                    f"contents[{i}]: Please ensure that function call turn comes immediately after a user"
+                    " turn or after a function response turn."
+                )
         if _of(contents[-1], "functionCall"):
             broken.append("function call turn comes last")
-        return broken + list(self._signature_rules(contents))
+        newer = _GEMINI_3.search(request.target) is not None
+        if body.get("tools") and config.get("responseMimeType") == "application/json" and not newer:
+            broken.append("Function calling with a response mime type: 'application/json' is unsupported")
+        return broken + list(self._signature_rules(contents, needed=newer))
 
-    def _signature_rules(self, contents: Sequence[Json]) -> Iterator[str]:
-        """In the steps since the user last spoke, the first call of each keeps its signature."""
-        spoke = max(i for i, c in enumerate(contents) if c["role"] == "user" and not _of(c, "functionResponse"))
+    def _signature_rules(self, contents: Sequence[Json], needed: bool) -> Iterator[str]:
+        """In the steps since the user last spoke, the first call of each keeps its signature.
+        `needed`: one that never had any needs the word that stands for one."""
+        asked = [i for i, c in enumerate(contents) if c["role"] == "user" and not _of(c, "functionResponse")]
+        spoke = max(asked, default=0)
         for i, content in enumerate(contents[spoke:], spoke):
             calls = [part for part in content["parts"] if "functionCall" in part]
             if not calls:
                 continue
-            name = calls[0]["functionCall"]["name"]
-            given = set(self.signed.values())
-            if name in given and self.signed.get(calls[0].get("thoughtSignature", "")) != name:
+            name, signature = calls[0]["functionCall"]["name"], calls[0].get("thoughtSignature", "")
+            lost = name in self.signed.values() and self.signed.get(signature) != name
+            if lost or (needed and not signature):
                 yield f"contents[{i}]: Function call is missing a thought_signature"
 
     # -- the answer
@@ -156,6 +189,10 @@ def _of(content: Json, kind: str) -> list[Json]:
     return [part[kind] for part in content.get("parts") or () if kind in part]
 
 
+def _whose(called: Json) -> tuple[str, str]:
+    return called["name"], called.get("id") or ""
+
+
 def _content_rules(where: str, content: Json) -> Iterator[str]:
     yield from unknown_keys(where, content, ("role", "parts"))
     if content.get("role") not in ("user", "model"):
@@ -166,6 +203,10 @@ def _content_rules(where: str, content: Json) -> Iterator[str]:
         yield from unknown_keys(where, part, _PART)
         if sum(kind in part for kind in _DATA) != 1:
             yield f"{where}: a part must have one of the data fields: {sorted(part)}"
+        if part in ({}, {"text": ""}):  # protobuf's JSON: nothing is set
+            yield f"{where}.parts.data: required oneof field 'data' must have one initialized field"
+        if not isinstance(part.get("functionCall", {}).get("args", {}), dict):
+            yield f"{where}: functionCall.args is no object"
         for kind, role in (("functionCall", "model"), ("functionResponse", "user")):
             if kind in part and content.get("role") != role:
                 yield f"{where}: {kind} in a {content.get('role')} turn"
