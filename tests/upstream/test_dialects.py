@@ -190,7 +190,7 @@ def test_a_whole_answer_is_openais() -> None:
     out = whole_answer({"choices": [{"index": 0, "message": message}]})
     assert out["choices"][0] == {
         "index": 0,
-        "finish_reason": None,
+        "finish_reason": "tool_calls",
         "logprobs": None,
         "message": {
             "role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL],
