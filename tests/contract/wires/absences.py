@@ -121,7 +121,6 @@ GEMINI = {
     "fields.unknown": "the API refuses unknown fields; litellm leaves them out",
     "fields.user": "the API has no user",
     "fields.verbosity": "the API has no verbosity",
-    "history.large_image": "an image that nobody can measure counts 4,128 tokens, more than the window",
     "live.done": "the API's streams have no last event: they end with the response",
     "loop.audio_expired": "the model says no audio",
     "loop.bad_arguments": "arguments are always an object",
