@@ -7,6 +7,7 @@ headers are upstream's own; the rest is in `responses_request.py` and `responses
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ BRIDGE = "responses"
 _NO_ENCRYPTED = b"encrypted content is not supported"  # by a model that does not reason
 _PLAIN_MODELS = 256  # names of such models that are remembered
 _EVENT_LIMIT_BYTES = 64 << 20  # one event; the last one repeats the whole answer
+_NO_JSON = (ValueError, RecursionError)  # bytes that are no UTF-8 too
+_LINE = re.compile(rb"\r\n|\n|\r")
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
 Json = dict[str, Any]
@@ -61,9 +64,9 @@ class ResponsesBridge:
             return await self._chat.chat(body, headers, query)
         translated, include_usage = request
         reply = await self._ask(translated, headers, query)
-        if reply.status >= 400:
+        if reply.status >= 300:
             return reply
-        if translated.get("stream"):
+        if translated.get("stream") and not _is_json(reply):
             return StreamReply(reply, include_usage)
         return await self._whole(reply)
 
@@ -91,7 +94,7 @@ class ResponsesBridge:
             if self._override(_model(body).model).bridge != BRIDGE:
                 return None
             fields = _decode(body)
-        except msgspec.DecodeError:
+        except _NO_JSON:
             return None  # upstream says what is wrong with it
         translated = to_responses(fields)
         if translated is None:
@@ -119,13 +122,19 @@ class ResponsesBridge:
             response = _decode(raw)
             failed = failure(response)
             status, answer = failed if failed is not None else (200, to_chat(response))
-        except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        except (*_NO_JSON, KeyError, TypeError, AttributeError):
             return BytesReply(reply.status, reply.headers, raw)  # no response: the client shall see it
         return BytesReply(status, reply.headers, _encode(answer))
 
 
+def _is_json(reply: Reply) -> bool:
+    """A whole answer, whatever was asked for."""
+    kinds = (value for name, value in reply.headers if name == b"content-type")
+    return any(kind.startswith(b"application/json") for kind in kinds)
+
+
 class StreamReply:
-    """A running Responses stream as a chat completion's events."""
+    """A running Responses stream as a chat completion's events; upstream's comments stay."""
 
     def __init__(self, reply: Reply, include_usage: bool) -> None:
         self.status = reply.status
@@ -137,15 +146,26 @@ class StreamReply:
         parser = _Events()
         try:
             async for data in self._reply.chunks():
-                out = [_event(chunk) for event in parser.feed(data) for chunk in self._stream.feed(event)]
-                if out:
-                    yield b"".join(out)
-            if self._stream.ended:
-                yield b"data: [DONE]\n\n"
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+                if out := self._said(parser.feed(data)):
+                    yield out
+            if out := self._said(parser.feed(b"\n\n")):  # the last event may have no blank line
+                yield out
+        except (*_NO_JSON, KeyError, TypeError, AttributeError) as error:
             raise UpstreamBroken(f"the upstream's event is none of Responses: {error!r}") from error
         finally:
             await self._reply.close()
+
+    def _said(self, found: Sequence[Json | bytes]) -> bytes:
+        """With [DONE] right behind the answer's end: upstream may keep its connection open."""
+        out: list[bytes] = []
+        for event in found:
+            if isinstance(event, bytes):
+                out.append(event)
+            elif not self._stream.ended:
+                out += [b"data: " + _encode(chunk) + b"\n\n" for chunk in self._stream.feed(event)]
+                if self._stream.ended:
+                    out.append(b"data: [DONE]\n\n")
+        return b"".join(out)
 
     def chunks(self) -> AsyncIterator[bytes]:
         return self._events()
@@ -157,30 +177,36 @@ class StreamReply:
         await self._reply.close()
 
 
-def _event(chunk: Json) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
-
-
 class _Events:
-    """Splits server-sent events, cut at any byte, and decodes their data."""
+    """Splits server-sent events, cut at any byte, whatever ends their lines, and decodes their data."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
+        self._after_cr = False
 
-    def feed(self, data: bytes) -> list[Json]:
-        """The events that are complete now. Raises UpstreamBroken for one that never ends."""
+    def feed(self, data: bytes) -> list[Json | bytes]:
+        """The events and comments (bytes) that are complete now. Raises UpstreamBroken for an event
+        that never ends, ValueError for one that is no JSON."""
         if len(self._rest) > _EVENT_LIMIT_BYTES:
             raise UpstreamBroken(f"an event of the upstream is longer than {_EVENT_LIMIT_BYTES} bytes")
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        found: list[Json] = []
-        for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                said, self._data = b"\n".join(self._data), []
-                event = None if said == b"[DONE]" else _decode(said)
-                if isinstance(event, dict):
-                    found.append(event)
-        return found
+        if self._after_cr and data:
+            data = data.removeprefix(b"\n")  # the other half of a line's end
+            self._after_cr = False
+        if b"\r" in data:
+            self._after_cr = data.endswith(b"\r")
+            *lines, self._rest = _LINE.split(self._rest + data)
+        else:
+            *lines, self._rest = (self._rest + data).split(b"\n")
+        return [event for line in lines if (event := self._line(line)) is not None]
+
+    def _line(self, line: bytes) -> Json | bytes | None:
+        if line.startswith(b"data:"):
+            self._data.append(line[5:].removeprefix(b" "))
+        elif line.startswith(b":"):
+            return line + b"\n\n"
+        elif not line and self._data:
+            said, self._data = b"\n".join(self._data), []
+            event = None if said == b"[DONE]" else _decode(said)
+            return event if isinstance(event, dict) else None
+        return None

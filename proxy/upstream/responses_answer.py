@@ -33,9 +33,11 @@ def failure(response: Json) -> tuple[int, Json] | None:
     return status, error_body(error.get("message"), code, None, status)
 
 
-def error_body(message: Any, code: Any, param: Any, status: int = 500) -> Json:
-    """An error in OpenAI's shape."""
-    kind = "invalid_request_error" if status == 400 else "server_error"
+def error_body(
+    message: Any, code: Any, param: Any, status: int = 500, kind: str | None = None
+) -> Json:
+    """An error in OpenAI's shape. `kind`: its type, if upstream says one."""
+    kind = kind or ("invalid_request_error" if status == 400 else "server_error")
     said = str(message or "The response failed.")
     return {"error": {"message": said, "type": kind, "param": param, "code": code}}
 
@@ -59,8 +61,11 @@ def to_chat(response: Json) -> Json:
             if item.get("phase"):
                 message.setdefault("phase", item["phase"])
             parts = item.get("content") or ()
-            texts.append("".join(p["text"] for p in parts if p.get("type") == "output_text"))
-            refusals += [p["refusal"] for p in parts if p.get("type") == "refusal"]
+            said = [p["text"] for p in parts if p.get("type") == "output_text"]
+            refused = [p["refusal"] for p in parts if p.get("type") == "refusal"]
+            if said or not refused:  # who only refuses has no content, not an empty one
+                texts.append("".join(said))
+            refusals += refused
             notes += [note for p in parts for a in p.get("annotations") or () for note in _citation(a)]
         elif kind in _CALLS:
             calls.append(_call(item))
@@ -204,8 +209,10 @@ class ChatStream:
             if failed is not None:
                 yield failed[1]
         elif kind == "error":
-            said = event.get("error") or event  # some servers nest it
-            yield error_body(said.get("message"), said.get("code"), said.get("param"))
+            inside = event.get("error") or {}  # OpenAI's servers nest it, their reference does not
+            said = inside or event
+            body = said.get("message"), said.get("code"), said.get("param")
+            yield error_body(*body, kind=inside.get("type"))
 
     def _begin(self, event: Json) -> Iterator[Json]:
         item = event["item"]
@@ -240,6 +247,8 @@ class ChatStream:
 
     def _end(self, response: Json) -> Iterator[Json]:
         self.ended = True
+        if response.get("service_tier"):  # only now the one that served it
+            self._identity = {**self._identity, "service_tier": response["service_tier"]}
         yield self._chunk({}, finish_reason(response, bool(self._calls)))
         if self._include_usage:
             yield {**self._chunk({}), "choices": [], "usage": usage(response)}

@@ -2,7 +2,8 @@
 
 Promises: the same conversation, tools and limits in the other API's words; what that API cannot
 express is not dropped: `to_responses` says None and the request stays with Chat Completions. Left
-out are only `seed` (which promises nothing), names on messages, and settings at their defaults.
+out are only `seed` (which promises nothing), names on messages and keys of theirs that are not of the
+API's (it refuses unknown ones), empty texts of the assistant's, and settings at their defaults.
 Reasoning items come back in front of the very item that they preceded (`reasoning_items`), or not
 at all: the API refuses one without its follower, and one that it would have to look up.
 """

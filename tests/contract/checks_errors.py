@@ -61,7 +61,7 @@ async def html(play: Play) -> None:
     play.says(refusal, inner=0)
     reply = await play.send(play.body())
     play.same_error(reply, refusal)
-    if play.wire.verbatim:
+    if play.wire.verbatim_errors:
         equal(reply.header("content-type"), "text/html", "content-type")
 
 
@@ -175,7 +175,7 @@ async def no_chat_answer(play: Play) -> None:
     body = b'{"object": "error", "message": "odd server", "code": 40}'
     play.says(Response(body), inner=0)
     reply = await play.send(play.body())
-    if play.wire.verbatim:
+    if play.wire.verbatim_errors:
         equal((reply.status, reply.body), (200, body), "status and body")
     else:  # it has to be read to be put into OpenAI's words
         expect(reply.status >= 500, f"status {reply.status}: {quote(reply.text)}")

@@ -27,6 +27,7 @@ from tests.contract.scripted import SIDE_MODEL, ScriptedUpstream
 from tests.contract.wires import Wire
 from tests.contract.wires.anthropic import AnthropicWire
 from tests.contract.wires.gemini import GeminiWire
+from tests.contract.wires.responses import ResponsesWire
 from tests.e2e.processes import ServerProcess, free_port, together, wait_for_health
 
 CACHE = Path(os.environ.get("CONTRACT_GATEWAYS", "~/.cache/llm-pager-contract")).expanduser()
@@ -37,7 +38,9 @@ PACKAGES = {
 }
 ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
 KEEPALIVE_S = 0.2
-WIRES: dict[str, Callable[[], Wire]] = {"openai": Wire, "anthropic": AnthropicWire, "gemini": GeminiWire}
+WIRES: dict[str, Callable[[], Wire]] = {
+    "openai": Wire, "responses": ResponsesWire, "anthropic": AnthropicWire, "gemini": GeminiWire,
+}
 MODELS = {  # at each provider that is called through litellm: a model, and where its API begins
     "anthropic": ("anthropic/claude-sonnet-4-5", "http://127.0.0.1:{port}"),
     "gemini": ("gemini/gemini-3-pro-preview", "http://127.0.0.1:{port}/v1beta"),
@@ -163,6 +166,16 @@ def _llm_pager_at(wire: str, upstream_port: int, running: contextlib.ExitStack) 
     return _ours(f"llm-pager/{wire}", url, url, model)
 
 
+def _llm_pager_bridged(upstream_port: int, running: contextlib.ExitStack) -> Target:
+    """Over the upstream's /v1/responses; one server, as above."""
+    bridged = {
+        "upstream": {"provider": "openai", "base_url": f"http://127.0.0.1:{upstream_port}/v1"},
+        "models": {"gpt-4o": {"bridge": "responses"}},
+    }
+    url = running.enter_context(ServerProcess({**bridged, **_SMALL_WINDOW})).base_url
+    return _ours("llm-pager/responses", url, url)
+
+
 def _litellm(upstream_port: int, running: contextlib.ExitStack, wire: str = "openai") -> Target:
     model, base = MODELS.get(wire, ("openai/gpt-4o", "http://127.0.0.1:{port}/v1"))
     called, port = model.removeprefix("openai/"), free_port()
@@ -235,7 +248,8 @@ def _run(
 
 
 PROVIDERS: dict[str, Callable[[int, contextlib.ExitStack], Target]] = {
-    f"llm-pager/{wire}": partial(_llm_pager_at, wire) for wire in MODELS
+    "llm-pager/responses": _llm_pager_bridged,
+    **{f"llm-pager/{wire}": partial(_llm_pager_at, wire) for wire in MODELS},
 }
 _OTHERS: dict[str, Callable[[int, contextlib.ExitStack], Target]] = {
     "litellm": _litellm,

@@ -235,9 +235,9 @@ class Play:
         return self.wire.messages(request["messages"]) == self.wire.messages(messages)
 
     def same_error(self, reply: Reply, refusal: Response) -> None:
-        """The client got an error of upstream's: verbatim where both speak OpenAI's protocol, else
+        """The client got an error of upstream's: verbatim where both speak OpenAI's errors, else
         its status and what its protocol says of it."""
-        if self.wire.verbatim:
+        if self.wire.verbatim_errors:
             equal((reply.status, reply.body), (refusal.status, refusal.body), "status and body")
             return
         equal(reply.status, refusal.status, "status")

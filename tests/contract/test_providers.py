@@ -1,4 +1,4 @@
-"""The same suite on `llm-pager` in front of servers that speak other providers' protocols.
+"""The same suite on `llm-pager` in front of servers that speak other protocols than Chat Completions.
 
 Promises: a check is left out only where `wires/absences.py` says why the protocol has no place for
 it; most checks are played.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from proxy.config import Config
 from proxy.upstream import Header, UpstreamBroken, join_chunks, make_upstream
 from proxy.upstream.openai import OpenAIUpstream
 from proxy.upstream.responses import ResponsesBridge, StreamReply
-from tests.e2e.answers import Hang, Stream
+from tests.e2e.answers import Hang, Response, Stream
 from tests.e2e.providers import Call, Said
 from tests.e2e.providers.responses import ResponsesServer, response_events, response_of
 from tests.e2e.recording import Recorded
@@ -63,11 +64,31 @@ def through(pieces: Sequence[bytes]) -> bytes:
 WHOLE = through([wire()])
 
 
-@given(st.lists(st.integers(0, len(wire()) - 1), max_size=30), st.sampled_from(["\n", "\r\n"]))
+@given(st.lists(st.integers(0, len(wire()) - 1), max_size=30), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_a_stream_cut_at_any_byte(cuts: list[int], newline: str) -> None:
     sent, at = wire(newline), [0, *sorted(cuts), len(wire(newline))]
     assert through([sent[a:b] for a, b in pairwise(at) if b > a]) == WHOLE
     assert WHOLE.endswith(b"data: [DONE]\n\n") and "Grüße".encode()[:3] in WHOLE
+
+
+def test_upstreams_comments_stay() -> None:
+    assert WHOLE.startswith(b": hello\n\n") and WHOLE.count(b": hello") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (', "', ',\ndata: "'),
+        ("data: ", "data:"),
+        ("data: ", "id: 7\nretry: 100\ndata: "),
+        ("\n\n", "\n\n\n\n"),
+    ],
+    ids=["several lines", "no space", "other fields", "more blank lines"],
+)
+def test_events_in_other_framings_that_end_without_a_blank_line(old: str, new: str) -> None:
+    sent = wire().replace(old.encode(), new.encode())
+    assert sent != wire()
+    assert through([sent.rstrip(b"\n")]) == WHOLE
 
 
 def test_a_stream_that_ends_early_has_no_end() -> None:
@@ -98,11 +119,12 @@ async def test_other_models_and_odd_bodies_keep_their_bytes() -> None:
         upstream = make_upstream(config(server))
         assert isinstance(upstream, ResponsesBridge)
         other = b'{ "model":"other",  "messages":[{"role":"user","content":"Hi."}] }'
-        for body in (other, b'{"model": "bridged-1", "messages": []', b"[]"):
+        no_text = b'{"model":"bridged-1","messages":[{"role":"user","content":"\xff"}]}'
+        for body in (other, b'{"model": "bridged-1", "messages": []', b"[]", no_text):
             reply = await upstream.chat(body, [(b"content-type", b"application/json")])
             await reply.read(LIMIT)
         await upstream.close()
-    assert server.calls[0].body == other
+    assert (server.calls[0].body, server.calls[-1].body) == (other, no_text)
     assert all(call.target == "/v1/chat/completions" for call in server.calls)
 
 
@@ -160,4 +182,49 @@ async def test_a_body_that_is_no_response_reaches_the_client() -> None:
         body = b'{"model":"bridged-1","messages":[{"role":"user","content":"Hi."}]}'
         for expected in odd:
             assert json.loads(await (await upstream.chat(body, [])).read(LIMIT)) == expected
+        await upstream.close()
+
+
+STREAMED = b'{"model":"bridged-1","stream":true,"messages":[{"role":"user","content":"Hi."}]}'
+
+
+async def test_the_end_arrives_though_upstream_keeps_its_connection() -> None:
+    async with ResponsesServer() as server:
+
+        def open_end(body: dict[str, object]) -> Stream:
+            whole = server.put(server.calls[-1], Said("Yes."))
+            assert isinstance(whole, Stream)
+            return Stream([*whole.steps, Hang()])
+
+        server.plan(open_end)
+        upstream = make_upstream(config(server))
+        reply = await upstream.chat(STREAMED, [])
+        seen = b""
+        async with asyncio.timeout(5):
+            async for data in reply.chunks():
+                seen += data
+                if b"[DONE]" in seen:
+                    break
+        await reply.close()
+        await upstream.close()
+    assert seen.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_whole_answer_to_a_streams_request_is_a_whole_answer() -> None:
+    async with ResponsesServer() as server:
+
+        def whole(body: dict[str, object]) -> Response:
+            request = replace(server.calls[-1], json={**body, "stream": False})
+            answer = server.put(request, Said("Yes."))
+            assert isinstance(answer, Response)
+            return answer
+
+        server.plan(whole, {"object": "something"}, Response(b"", 307, ((b"location", b"/elsewhere"),)))
+        upstream = make_upstream(config(server))
+        answer = json.loads(await (await upstream.chat(STREAMED, [])).read(LIMIT))
+        assert answer["choices"][0]["message"]["content"] == "Yes."
+        odd = await upstream.chat(STREAMED, [])
+        assert json.loads(await odd.read(LIMIT)) == {"object": "something"}
+        moved = await upstream.chat(STREAMED, [])
+        assert (moved.status, await moved.read(LIMIT)) == (307, b"")
         await upstream.close()

@@ -58,6 +58,15 @@ def test_a_stream_says_what_the_whole_answer_says(said: Said) -> None:
     assert {chunk["id"] for chunk in chunks} == {whole["id"]}
 
 
+def test_who_only_refuses_has_no_content() -> None:
+    item = {"type": "message", "id": "m", "content": [{"type": "refusal", "refusal": "No."}]}
+    response = {**given(Said("Yes.")), "output": [item]}
+    message = to_chat(response)["choices"][0]["message"]
+    assert (message["content"], message["refusal"]) == (None, "No.")
+    item["content"] = [{"type": "output_text", "text": ""}]
+    assert to_chat(response)["choices"][0]["message"]["content"] == ""
+
+
 def test_reasoning_of_calls_comes_back_where_it_was_and_that_of_an_answer_does_not() -> None:
     response = given(Said("Looking.", TWO, thinking="Hm."))
     message = to_chat(response)["choices"][0]["message"]
@@ -115,10 +124,22 @@ def test_failures(response: dict[str, Any], status: int) -> None:
     assert failure({"status": "completed", "error": None}) is None
 
 
+def test_the_tier_that_served_it_comes_with_the_end() -> None:
+    stream = ChatStream(True)
+    response = given(Said("Yes."))
+    begun = {"type": "response.created", "response": {**response, "service_tier": "auto"}}
+    done = {"type": "response.completed", "response": {**response, "service_tier": "flex"}}
+    list(stream.feed(begun))
+    assert [chunk["service_tier"] for chunk in stream.feed(done)] == ["flex", "flex"]
+
+
 def test_an_error_event_is_an_error_and_no_end() -> None:
     stream = ChatStream(False)
     event = {"type": "error", "code": "c", "message": "Broken.", "param": None}
     [told] = stream.feed(event)
     assert told["error"]["message"] == "Broken." and told["error"]["code"] == "c"
+    assert told["error"]["type"] == "server_error"
+    said = {"type": "too_many_requests", "code": "c", "message": "Slow down.", "param": "p"}
+    assert list(ChatStream(True).feed({"type": "error", "error": said})) == [{"error": said}]
     assert not stream.ended
     assert list(stream.feed({"type": "response.some_new_event"})) == []

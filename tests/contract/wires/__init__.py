@@ -33,7 +33,8 @@ class Wire:
 
     name: ClassVar[str] = "openai"
     absent: ClassVar[Mapping[str, str]] = {}
-    verbatim: ClassVar[bool] = True  # what the client gets may be what upstream wrote, byte for byte
+    verbatim: ClassVar[bool] = True  # requests and answers may be what was written, byte for byte
+    verbatim_errors: ClassVar[bool] = True  # so may errors, and what is no answer of the API's
 
     def is_chat(self, recorded: Recorded) -> bool:
         path = recorded.target.partition("?")[0]
@@ -134,6 +135,7 @@ class ProviderWire(Wire, ABC):
     """A provider's protocol; a subclass says a whole message and a stream's pieces in its words."""
 
     verbatim = False
+    verbatim_errors = False
 
     def field(self, name: str, value: Any) -> tuple[str, Any]:
         return name, ABSENT if value is None else value
@@ -161,7 +163,7 @@ class ProviderWire(Wire, ABC):
         if isinstance(reply, Stream):
             if reply.status != 200:
                 return reply
-            return Stream(list(self._steps(recorded, reply)), 200, reply.headers)
+            return Stream(list(in_pieces(self.pieces(recorded), reply.steps)), 200, reply.headers)
         if isinstance(reply, dict):
             reply = Response(json.dumps(reply).encode())
         if not isinstance(reply, Response):
@@ -177,17 +179,6 @@ class ProviderWire(Wire, ABC):
         else:  # it is no answer of OpenAI's either
             return reply
         return Response(json.dumps(made).encode(), reply.status, reply.headers)
-
-    def _steps(self, recorded: Recorded, reply: Stream) -> Iterator[Step]:
-        """The script's steps (of whole events) in other words, its pauses where they were."""
-        pieces = self.pieces(recorded)
-        for step in reply.steps:
-            if not isinstance(step, bytes):
-                yield step
-                continue
-            out = b"".join(pieces.event(data) for data in events_of(step.decode()) if data)
-            if out:
-                yield out
 
     # -- a protocol's own
 
@@ -212,6 +203,17 @@ class Pieces(ABC):
         """What stands on the wire for one event's data; b"" when nothing does."""
 
 
+def in_pieces(pieces: Pieces, steps: Sequence[Step]) -> Iterator[Step]:
+    """A script's steps (of whole events) in other words, its pauses and comments where they were."""
+    for step in steps:
+        if not isinstance(step, bytes) or step.startswith(b":"):
+            yield step
+            continue
+        out = b"".join(pieces.event(data) for data in events_of(step.decode()) if data)
+        if out:
+            yield out
+
+
 def sse(payload: Json, name: str | None = None) -> bytes:
     """One server-sent event."""
     head = f"event: {name}\n" if name else ""
@@ -226,4 +228,14 @@ def parsed(arguments: str) -> Any:
         return arguments
 
 
-__all__ = ["ABSENT", "Json", "Pieces", "ProviderWire", "Wire", "WireUpstream", "parsed", "sse"]
+__all__ = [
+    "ABSENT",
+    "Json",
+    "Pieces",
+    "ProviderWire",
+    "Wire",
+    "WireUpstream",
+    "in_pieces",
+    "parsed",
+    "sse",
+]

@@ -1,6 +1,7 @@
-"""Why a check of OpenAI's contract has no subject where a provider's API stands behind litellm.
+"""Why a check of OpenAI's contract has no subject where another API stands behind: a provider's behind
+litellm, or OpenAI's Responses behind our bridge.
 
-Promises: what is listed is a thing that the API, or litellm's way to it, has no place for; a check
+Promises: what is listed is a thing that the API, or the way to it, has no place for; a check
 that merely fails is not listed. A key is the id of a check or of a case, or the beginning of ids that
 ends in a dot; the first that fits counts.
 """
@@ -138,4 +139,44 @@ GEMINI = {
     "tools.function_call": "the spelling of arguments is litellm's; fields.function_call is asked",
     "tools.parallel_false": "the API has no parallel_tool_calls",
     "tools.parallel_true": "the API has no parallel_tool_calls",
+}
+_NO_KEYS = "the API's items take no unknown keys"
+_TOOLS = "configuring a bridge says that the model takes tools: no refusal teaches otherwise"
+RESPONSES = {
+    "framing.json_for_stream": ASKED,
+    "framing.long_line": ASKED,
+    "framing.": "chunks are not what the API streams; tests/upstream/test_responses.py cuts its events",
+    "answers.bytes": "the answer is put into Chat Completions' words",
+    "answers.extra_content": "the answer is put into Chat Completions' words",
+    "answers.null_identity": "the API's answers have an id, a date and a model",
+    "answers.odd_usage": "the API's usage has numbers",
+    "answers.reasoning": "fields of OpenRouter's; answers.reasoning_content is asked",
+    "answers.service_tier": "the API has no system_fingerprint",
+    "answers.thinking_blocks": "blocks of Anthropic's; answers.reasoning_content is asked",
+    "answers.unknown_fields": "the answer is put into Chat Completions' words",
+    "fields.bytes": "the request is put into the API's words",
+    "fields.numbers": "the request is put into the API's words",
+    "fields.order": "the request is put into the API's words",
+    "fields.seed": "the API has no seed, which promises nothing",
+    "loop.call_signature": _NO_KEYS,
+    "loop.extra_content": _NO_KEYS,
+    "loop.first_identity": "the API's ids begin otherwise; streams.identity is asked",
+    "loop.indexless": "every item has an index",
+    "loop.no_id": "every call has an id",
+    "loop.object_arguments": "arguments are always a text",
+    "loop.reasoning": "fields of OpenRouter's; loop.reasoning_content is asked",
+    "loop.thinking_blocks": "blocks of Anthropic's; loop.reasoning_content is asked",
+    "messages.call_extra": _NO_KEYS,
+    "messages.lone_surrogate": "what is no Unicode goes to /v1/chat/completions as it is",
+    "messages.names": "the API's messages have no name",
+    "messages.reasoning": "the API takes back only reasoning of its own; loop.reasoning_content is asked",
+    "messages.system_name": "the API's messages have no name",
+    "messages.unknown_keys": _NO_KEYS,
+    "refusals.tools": _TOOLS,
+    "refusals.tools_404": _TOOLS,
+    "refusals.tools_reasoning": _TOOLS,
+    "refusals.tools_vllm": _TOOLS,
+    "streams.no_finish": "the API's streams end in response.completed or response.incomplete",
+    "tools.call_extra": _NO_KEYS,
+    "tools.finish_stop": "the API does not say why an answer ended that is whole",
 }

@@ -3,7 +3,7 @@
 Promises: every request is checked against the types of the official `openai` package, unknown fields
 refused, and against the rules that are not in its types (results directly of known calls, reasoning
 never without its follower, nothing looked up that was not stored); reasoning comes back exactly as
-it was given; every answer and event is built through the package's own models.
+it was given; every answer and event fits the package's own models.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import hashlib
 import json
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pydantic
 from openai.types.responses import (
+    CustomToolParam,
     EasyInputMessageParam,
+    FunctionToolParam,
+    ResponseCustomToolCallOutputParam,
+    ResponseCustomToolCallParam,
     ResponseFunctionToolCallParam,
     ResponseReasoningItemParam,
-    ResponseStreamEvent,
-)
-from openai.types.responses import (
-    Response as OpenAIResponse,
 )
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from openai.types.responses.response_input_param import FunctionCallOutput
@@ -38,6 +39,13 @@ from tests.e2e.providers import (
     tokens_of,
     unknown_keys,
 )
+from tests.e2e.providers.responses_events import (
+    ResponseEvents,
+    empty_of,
+    fits_event,
+    fits_response,
+    text_of,
+)
 from tests.e2e.recording import Recorded
 
 REFUSAL = (
@@ -48,10 +56,14 @@ _ITEMS: dict[str, Any] = {
     "message": EasyInputMessageParam,
     "function_call": ResponseFunctionToolCallParam,
     "function_call_output": FunctionCallOutput,
+    "custom_tool_call": ResponseCustomToolCallParam,
+    "custom_tool_call_output": ResponseCustomToolCallOutputParam,
     "reasoning": ResponseReasoningItemParam,
 }
-_TOOL = ("type", "name", "description", "parameters", "strict")
-_event_type = pydantic.TypeAdapter(ResponseStreamEvent)
+_CALLS = ("function_call", "custom_tool_call")
+_TOOLS: dict[str, Any] = {"function": FunctionToolParam, "custom": CustomToolParam}
+_OUTPUT_PARTS = {"output_text": "text", "refusal": "refusal"}  # what may come back, with its text's key
+_LEAST_OUTPUT_TOKENS = 16
 
 
 class ResponsesServer(ProviderServer):
@@ -76,6 +88,8 @@ class ResponsesServer(ProviderServer):
 
     def broken_rules(self, request: Recorded) -> list[str]:
         body = request.json
+        if not isinstance(body, dict):
+            return ["We could not parse the JSON body of your request."]
         if request.target.endswith("/chat/completions"):
             return [REFUSAL.format(model=body["model"])] if body.get("tools") else []
         known = ResponseCreateParamsBase.__annotations__
@@ -84,10 +98,14 @@ class ResponsesServer(ProviderServer):
             if name in known and name not in ("input", "tools"):
                 broken += _check(name, _hint(name), value)
         for i, tool in enumerate(body.get("tools") or ()):
-            broken += unknown_keys(f"tools[{i}]", tool, _TOOL)
-            broken += [f"tools[{i}].{key} is required" for key in _TOOL[1:] if key not in tool]
-        if (body.get("max_output_tokens") or 16) < 16:
-            broken.append("max_output_tokens: Expected a value >= 16")
+            kind = _TOOLS.get(tool["type"])
+            if kind is None:
+                broken.append(f"tools[{i}]: {tool['type']} is not played here")
+                continue
+            broken += unknown_keys(f"tools[{i}]", tool, list(kind.__annotations__))
+            broken += _check(f"tools[{i}]", kind, tool)
+        if (body.get("max_output_tokens") or _LEAST_OUTPUT_TOKENS) < _LEAST_OUTPUT_TOKENS:
+            broken.append(f"max_output_tokens: Expected a value >= {_LEAST_OUTPUT_TOKENS}")
         if body.get("include") and body["model"] in self.plain_models:
             broken.append("Encrypted content is not supported with this model.")
         return broken + list(self._input_rules(body["input"]))
@@ -101,14 +119,17 @@ class ResponsesServer(ProviderServer):
                 yield f"{where}: {kind}"
                 continue
             yield from unknown_keys(where, item, list(_ITEMS[kind].__annotations__))
-            yield from _check(where, _ITEMS[kind], item)
+            if item.get("role") == "assistant" and not isinstance(item["content"], str):
+                yield from _output_rules(where, item["content"])
+            else:
+                yield from _check(where, _ITEMS[kind], item)
             if kind == "reasoning":
                 yield from self._reasoning_rules(where, item, items[i + 1 :])
             elif item.get("id"):
                 yield f"Item with id '{item['id']}' not found. Items are not persisted."
-            if kind == "function_call":
+            if kind in _CALLS:
                 called.add(item["call_id"])
-            elif kind == "function_call_output":
+            elif kind.endswith("_output"):
                 answered.add(item["call_id"])
                 if item["call_id"] not in called:
                     yield f"No tool call found for function call output with call_id {item['call_id']}."
@@ -122,7 +143,7 @@ class ResponsesServer(ProviderServer):
         elif {k: v for k, v in given.items() if k != "status"} != item:
             yield f"{where}: the encrypted content could not be verified"
         following = next((x for x in after if x.get("type") != "reasoning"), {})
-        if following.get("type") != "function_call" and following.get("role") != "assistant":
+        if following.get("type") not in _CALLS and following.get("role") != "assistant":
             yield f"Item '{item['id']}' of type 'reasoning' was provided without its required following item."
 
     # -- the answer
@@ -137,9 +158,9 @@ class ResponsesServer(ProviderServer):
         if body.get("stream"):
             events = list(response_events(response, output))
             for event in events:
-                _event_type.validate_python(event)
+                fits_event(event)
             return events_stream(events, named=True)
-        OpenAIResponse.model_validate(response)
+        fits_response(response)
         return json_response(response)
 
     def output(self, request: Recorded, said: Said) -> Iterator[Json]:
@@ -160,29 +181,40 @@ class ResponsesServer(ProviderServer):
             yield {**head, "arguments": json.dumps(c.input), "status": "completed"}
 
 
+def _output_rules(where: str, parts: Sequence[Json]) -> Iterator[str]:
+    """An earlier answer's parts. The package's type for them wants ids and annotations; the API takes
+    them without, as its own command line client sends them."""
+    for i, part in enumerate(parts):
+        key = _OUTPUT_PARTS.get(part["type"])
+        if key is None or not isinstance(part.get(key), str):
+            yield f"{where}.content[{i}]: Invalid value: {part['type']!r}"
+        else:
+            yield from unknown_keys(f"{where}.content[{i}]", part, ("type", key, "annotations"))
+
+
+@cache
 def _hint(name: str) -> Any:
     return typing.get_type_hints(ResponseCreateParamsBase)[name]
 
 
+@cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
 def _check(where: str, kind: Any, value: Any) -> list[str]:
     try:
-        pydantic.TypeAdapter(kind).validate_python(value)
+        _adapter(kind).validate_python(value)
     except pydantic.ValidationError as e:
         return [f"{where}: {e.errors()[0]['msg']} at {e.errors()[0]['loc']}"]
     return []
 
 
-def response_of(request: Recorded, output: Sequence[Json], stop: str | None) -> Json:
-    """The whole response object."""
+def response_of(
+    request: Recorded, output: Sequence[Json], stop: str | None, used: Json | None = None
+) -> Json:
+    """The whole response object. `used`: its usage, if it is not to be counted here."""
     body = request.json
-    cached = 64 if request.index else 0
-    used = {
-        "input_tokens": tokens_of(body["input"]) + tokens_of(body.get("tools") or []),
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": tokens_of(list(output)),
-        "output_tokens_details": {"reasoning_tokens": 7},
-    }
-    used["total_tokens"] = used["input_tokens"] + used["output_tokens"]  # type: ignore[operator]
     return {
         "id": f"resp_{request.index}",
         "object": "response",
@@ -199,37 +231,31 @@ def response_of(request: Recorded, output: Sequence[Json], stop: str | None) -> 
         "tool_choice": body.get("tool_choice", "auto"),
         "tools": body.get("tools", []),
         "top_p": 1.0,
-        "usage": used,
+        "usage": used or _usage(request, output),
+    }
+
+
+def _usage(request: Recorded, output: Sequence[Json]) -> Json:
+    body = request.json
+    sent = tokens_of(body["input"]) + tokens_of(body.get("tools") or [])
+    said = tokens_of(list(output))
+    cached = 64 if request.index else 0
+    return {
+        "input_tokens": sent,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": said,
+        "output_tokens_details": {"reasoning_tokens": 7},
+        "total_tokens": sent + said,
     }
 
 
 def response_events(response: Json, output: Sequence[Json]) -> Iterator[Json]:
     """The same response as a stream's events."""
-    made = 0
-
-    def event(kind: str, **fields: Any) -> Json:
-        nonlocal made
-        made += 1
-        return {"type": f"response.{kind}", **fields, "sequence_number": made - 1}
-
-    begun = {**response, "status": "in_progress", "output": [], "usage": None}
-    yield event("created", response=begun)
-    yield event("in_progress", response=begun)
-    for index, item in enumerate(output):
-        at = {"item_id": item["id"], "output_index": index}
-        empty = {"message": {"content": []}, "function_call": {"arguments": ""}}.get(item["type"], {})
-        opened = {**item, **empty}
-        if item["type"] != "reasoning":
-            opened["status"] = "in_progress"
-        yield event("output_item.added", output_index=index, item=opened)
-        for piece in pieces(item.get("arguments", "")):
-            yield event("function_call_arguments.delta", **at, delta=piece)
-        if item["type"] == "message":
-            text, at = item["content"][0], {**at, "content_index": 0}
-            yield event("content_part.added", **at, part={**text, "text": ""})
-            for piece in pieces(text["text"]):
-                yield event("output_text.delta", **at, delta=piece, logprobs=[])
-            yield event("output_text.done", **at, text=text["text"], logprobs=[])
-            yield event("content_part.done", **at, part=text)
-        yield event("output_item.done", output_index=index, item=item)
-    yield event(response["status"], response=response)
+    events = ResponseEvents()
+    yield from events.begin(response)
+    for item in output:
+        yield from events.open(empty_of(item))
+        for piece in pieces(text_of(item)):
+            yield events.more(piece)
+        yield from events.close()
+    yield events.end(response)
