@@ -288,6 +288,7 @@ class ModelOverride(Section):
         int | None, Field(ge=512, description="a whole number of tokens of at least 512")
     ] = None
     tools: Annotated[bool | None, Field(description="true or false")] = None
+    tools_with_json: Annotated[bool | None, Field(description="true or false")] = None
     developer_role: Annotated[Literal["developer", "system"] | None, _one_of("developer", "system")] = None
     tokenizer: Annotated[
         str | None, Field(min_length=1, description="a tiktoken encoding such as o200k_base")

@@ -49,9 +49,15 @@ class Archive:
 
     def after(self, turn: Turn, given: TurnInput, headers: Sequence[Header]) -> None:
         """An answered turn: save the segments that it closed, have shown pages written about."""
-        if turn.record is not None and turn.segments:
-            pages = [page for segment in turn.segments for page in segment.pages()]
-            self._save(turn.record.id, pages)
+        saves: dict[int, list[bytes]] = {}  # by how many segments were closed when a record was made
+        if turn.settled is not None:
+            saves[len(turn.settled[1].segments)] = [turn.settled[0].id]
+        if turn.record is not None:
+            saves.setdefault(len(turn.segments), []).append(turn.record.id)
+        for count, records in saves.items():
+            if count:
+                pages = [page for segment in turn.segments[:count] for page in segment.pages()]
+                self._save(records, pages)
         if self.writer.active:
             wanted = [*turn.shown, *_sounds(turn.segments, turn.pages)]
             self.writer.submit(
@@ -67,18 +73,18 @@ class Archive:
         await self.writer.close()
         await asyncio.gather(*self._saving, return_exceptions=True)
 
-    def _save(self, record_id: bytes, pages: Sequence[MemoryPage]) -> None:
+    def _save(self, records: Sequence[bytes], pages: Sequence[MemoryPage]) -> None:
         if len(self._saving) >= _SAVES_AT_ONCE:
             log.warning("too many checkpoints at once: one was left out")
             return
-        task = asyncio.ensure_future(self._checkpoint(record_id, pages))
+        task = asyncio.ensure_future(self._checkpoint(records, pages))
         self._saving.add(task)
         task.add_done_callback(self._saving.discard)
 
-    async def _checkpoint(self, record_id: bytes, pages: Sequence[MemoryPage]) -> None:
+    async def _checkpoint(self, records: Sequence[bytes], pages: Sequence[MemoryPage]) -> None:
         try:
-            made = await self.bridge.checkpoint(pages, record_id.hex())
-            await self._memory.store.commit([(b"c" + record_id, made.encode())])
+            made = await self.bridge.checkpoint(pages, records[-1].hex())
+            await self._memory.store.commit([(b"c" + i, made.encode()) for i in records])
         except (ArtifactError, StorageError) as error:
             log.warning("a checkpoint could not be saved: %s", error)
 

@@ -30,7 +30,7 @@ _WATCHED_BILLS = 4096  # conversations whose last bill is remembered
 _GROWN = 1.02  # so much larger a prompt cannot cost the same
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
-    "window_tokens", "tools", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
+    "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
 )  # fmt: skip
 
 
@@ -111,5 +111,5 @@ class Capable:
         if model is not None:
             card = model_card(model)
             assumed |= {"window_tokens": card.window_tokens, "developer_role": card.developer_role}
-            assumed |= {"tools": True, TOKENS_FACTOR: 1.0}
+            assumed |= {"tools": True, "tools_with_json": True, TOKENS_FACTOR: 1.0}
         return assumed

@@ -253,6 +253,8 @@ class ChatApi:
         if turn.record is not None and turn.window is not None and turn.record.id in stored:
             state = State(turn.window, turn.table, turn.pages.derived)
             self._memory.keep_state(turn.record, state)
+        if turn.settled is not None and turn.settled[0].id in stored:
+            self._memory.keep_settled(*turn.settled)
         if answer.learned:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
             await self.capable.learn(given.scope, given.decoded["model"], answer.learned)

@@ -10,17 +10,19 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from proxy.config import Config
 from proxy.conversation.calibration import Calibration
+from proxy.conversation.commit import Stored
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
 from proxy.conversation.pathpages import PathPages
-from proxy.conversation.state import State, restore_state
+from proxy.conversation.state import State, restore_state, restore_table
 from proxy.conversation.tree import (
     Identity,
     Node,
@@ -42,6 +44,7 @@ _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event l
 _TABLE_ENTRY_BYTES = 300
 _TABLE_ENTRIES = 32_768  # of one conversation in RAM; the others are read from storage when asked for
 _NODE_BYTES = 200
+_DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 _CALIBRATION_BYTES = 4096
 _BILLS_BETWEEN_WRITES = 32
 TOKENS_FACTOR = "tokens_factor"  # of what is learned of a model: billed tokens per counted one
@@ -121,7 +124,13 @@ class Memory:
         kept: tuple[TLBWithPageTable, Derived] | None = self.cache.take("table", record.id)
         if window is not None and kept is not None:
             return State(window, *kept)
-        if record.turn > _OFF_LOOP_MESSAGES:
+        derived: Derived | None = self.cache.get("derived", record.id)
+        off_loop = record.turn > _OFF_LOOP_MESSAGES
+        if window is not None and derived is not None:
+            work = partial(restore_table, record, self.get_record, self.get_block)
+            table = await asyncio.to_thread(work) if off_loop else work()
+            return State(window, table, derived)
+        if off_loop:
             return await asyncio.to_thread(restore_state, record, self.get_record, self.get_block)
         return restore_state(record, self.get_record, self.get_block)
 
@@ -165,12 +174,22 @@ class Memory:
         """Remember the state after a stored turn, so that the next one need not restore it."""
         window, table, derived = state
         assert window is not None
-        size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
-        self.cache.put("window", record.id, window, size)
+        self._keep_window(record, window)
         self.tlb.add(table.tlb)
         if table.in_ram > _TABLE_ENTRIES:
             table.shed(_TABLE_ENTRIES // 2)
         self.cache.put("table", record.id, (table, derived), table.in_ram * _TABLE_ENTRY_BYTES)
+
+    def keep_settled(self, record: Record, state: Stored) -> None:
+        """Remember the state before a stored turn's newest messages: where the client goes on when it
+        says these otherwise. The table, which the turn has changed since, is read again."""
+        self._keep_window(record, state.window)
+        size = _DERIVED_BYTES * (1 + len(state.derived.pages))
+        self.cache.put("derived", record.id, state.derived, size)
+
+    def _keep_window(self, record: Record, window: Window) -> None:
+        size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
+        self.cache.put("window", record.id, window, size)
 
     # -- what is known of models
 

@@ -175,6 +175,7 @@ class Placing:
             window_known=known,
             mode=VMMode(config.memory.mode),
             model_takes_tools=tools,
+            tools_with_json=_said(override.tools_with_json, facts.get("tools_with_json")),
             developer_role="developer" if role == "developer" else "system",
             faults_per_turn=config.faults.max_per_turn,
             fault_tokens=config.faults.max_tokens_per_turn,
@@ -190,6 +191,11 @@ class Placing:
             max_claims=config.segments.max_claims,
             written_by_models=config.compression.model is not None,
         )
+
+
+def _said(override: bool | None, learned: object) -> bool:
+    """What the configuration says, else what a refusal taught, else yes."""
+    return override if override is not None else bool(learned is not False)
 
 
 def _only_system(

@@ -22,6 +22,11 @@ from proxy.tokens import TokenCounter
 
 MAX_TOOLS = 128  # OpenAI's limit for one request
 TOOLS, PASSIVE = "tools", "passive"
+# Gemini's own tools, by their keys: function tools cannot stand beside them.
+_ALONE = frozenset(
+    ("codeExecution", "code_execution", "enterpriseWebSearch", "googleMaps", "googleSearch",
+     "googleSearchRetrieval", "google_search", "urlContext", "url_context")
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +64,20 @@ def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
         or len(tools) + len(names) > MAX_TOOLS
         or choice == "required"
         or (bool(fields.get("logprobs")) and bool(tools) and choice in (None, "auto"))
+        or (not limits.tools_with_json and wants_json(fields))
+        or any(isinstance(tool, dict) and not _ALONE.isdisjoint(tool) for tool in tools)
     )
     if without:
         return Channel(PASSIVE, False, names)
     if choice in (None, "auto") and not fields.get("logprobs"):
         return Channel(TOOLS, True, names)
     return Channel(PASSIVE, True, names)
+
+
+def wants_json(fields: Mapping[str, Any]) -> bool:
+    """The answer has to be JSON."""
+    wanted = fields.get("response_format")
+    return isinstance(wanted, dict) and wanted.get("type", "text") != "text"
 
 
 def vm_names(tools: Any) -> dict[str, str]:

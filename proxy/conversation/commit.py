@@ -7,9 +7,11 @@ a record and every record its parent; a turn stored twice is stored once (keys a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
+from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append
 from proxy.conversation.tree import (
     Identity,
@@ -19,17 +21,54 @@ from proxy.conversation.tree import (
     encode_record,
     record_key,
 )
+from proxy.conversation.window import Window, encode_change
+from proxy.memory.segments import Segment
 
 _pack = msgspec.msgpack.encode
 
 
+class Stored(NamedTuple):
+    """A state as a record keeps it: the window, and since the state that it was continued from the
+    encoded mutations and what was closed. `blocks` are the page table's new ones, by reference."""
+
+    window: Window
+    mutations: bytes
+    closing: bytes
+    blocks: Mapping[bytes, bytes]
+    derived: Derived
+    segments: Sequence[Segment]  # what was closed, decoded
+
+    def fields(self, before: Window | None, record: Record | None) -> dict[str, object]:
+        """A record's fields; `before` is the window after `record`, which it was continued from."""
+        fields: dict[str, object] = {
+            "window": encode_change(before, self.window),
+            "mutations": self.mutations,
+            "closing": self.closing,
+        }
+        if before is not None and record is not None:
+            fields["base"] = record.id
+            fields["closed"] = record.id if record.closing else record.closed
+        return fields
+
+
+def answered_by(path: Sequence[Node], record: Record | None) -> tuple[int, int]:
+    """(end of the answered messages that have no record yet, 0 if all have; this turn's number)."""
+    first, turn = (record.end, record.turn) if record else (0, 0)
+    answers = [i for i in range(first, len(path)) if path[i].role == "assistant"]
+    return (answers[-1] + 1 if answers else 0), turn + len(answers) + 1
+
+
 def new_records(
-    path: Sequence[Node], parent: Record | None, last: dict[str, object]
+    path: Sequence[Node],
+    parent: Record | None,
+    last: dict[str, object],
+    settled: dict[str, object] | None = None,
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer.
 
-    `path` ends with an answer; `last` are the last record's own fields (echo, window, mutations,
-    substitute), which describe the turn that is being stored.
+    `path` ends with an answer; `last` are the last record's own fields (window, mutations,
+    substitute), which describe the turn that is being stored, and `settled` those of the one before
+    it. `last`'s echo is that of the parent's answer: the first record's.
     """
     records: list[Record] = []
     first = parent.end if parent else 0
@@ -55,7 +94,15 @@ def new_records(
             )
         )
         first, above = position + 1, run[-1].id
-    return [*records[:-1], msgspec.structs.replace(records[-1], **last)] if records else []
+    if not records:
+        return []
+    replace = msgspec.structs.replace
+    echo = last.get("echo", b"")
+    records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
+    records[0] = replace(records[0], echo=echo)
+    if settled and len(records) > 1:
+        records[-2] = replace(records[-2], **settled)
+    return records
 
 
 def append_effect(

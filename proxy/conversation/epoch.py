@@ -9,7 +9,7 @@ and is not any more is a page, and the segment that leaves is summarised first.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -21,11 +21,12 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.listing import manifest_of
 from proxy.conversation.newest import cut_newest
 from proxy.conversation.pathpages import RESULT_ROLES, PathPages, group_start, groups_of
+from proxy.conversation.room import without_oldest_round
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Entry, Window
 from proxy.errors import ApiError
 from proxy.memory.context_packer import context_parts, page_parts
-from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier
+from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier, VMMode
 from proxy.memory.pins import PinnedSet, PinReason
 from proxy.memory.planner import Budget, Group, IsPinned, Plan, native_groups, plan
 from proxy.memory.segments import Segment
@@ -43,15 +44,40 @@ _NEVER = 1 << 40  # the price of a native message for a group that may not be na
 
 @dataclass(slots=True)
 class Epoch:
-    """The new window, the pages that left it, and the segment that was closed."""
+    """The new window, the pages that left it, and the segment that was closed. `tail`: what is left
+    of the request's; `folded`: rounds of it left."""
 
     window: Window
     evicted: list[str]
     segment: Segment | None
+    tail: tuple[Entry, ...]
+    folded: bool = False
 
 
 def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
-    """Rebuild down to the low watermark; raises ApiError context_length_exceeded when nothing fits."""
+    """Rebuild down to the low watermark; raises ApiError context_length_exceeded when nothing fits.
+
+    When this turn's own exchange does not fit (upstream has just said that its window is smaller),
+    the oldest rounds of it leave; without any of it, the newest message is cut anew.
+    """
+    asked, segment = request, None
+    while True:
+        epoch, segment, over = yield from _rebuild(asked, segment)
+        if epoch is not None:
+            epoch.folded = asked is not request
+            return epoch
+        if asked.after or not asked.tail:
+            break
+        tail = without_oldest_round(asked.tail)
+        asked = replace(asked, tail=tail, newest=asked.newest if tail else None)
+    raise context_length_exceeded(request.limits, request.limits.budget_tokens + over)
+
+
+def _rebuild(
+    request: EpochRequest, segment: Segment | None
+) -> Generator[Effect, Any, tuple[Epoch | None, Segment | None, int]]:
+    """The new window, or None and by how many tokens it is too large; with the segment that is closed
+    by now (`segment`: before)."""
     tail_tokens = sum(entry.tokens for entry in request.tail)
     _, low = watermarks(request.room_tokens, request.limits.working_set)
     groups = _groups(request)
@@ -62,8 +88,9 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
         cuts = yield from cut_newest(request, groups, min(limit, _loadable(request)))
     manifest = int(min(request.limits.manifest_tokens, low * _MANIFEST_SHARE))
     context = int(low * _CONTEXT_SHARE)
-    frame = _developer(request, "", "")[1] + tail_tokens
-    segment: Segment | None = None
+    rules = rules_tokens(request.mode, request.limits, request.names, request.counter)
+    frame = rules + tail_tokens
+    groups += _after(request)
     for shrink in (1.0, 0.5, 0.0):
         budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
         segment = segment or _close(request, groups, budget)
@@ -71,6 +98,7 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
         planned = plan(
             request.table, candidates, budget, request.policy, request.turn, _pinned(request.pins)
         )
+        planned.native = [g for g in planned.native if g.first < len(request.pages.path)]
         window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
         over = window.tokens - _system_tokens(window) - request.room_tokens
         if over <= 0:
@@ -78,8 +106,8 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
             for mutation in mutations:
                 request.apply(mutation)
             gone = [m.page_id for m in mutations if m.op is MutationType.EVICT]
-            return Epoch(window, gone, segment)
-    raise context_length_exceeded(request.limits, request.limits.budget_tokens + over)
+            return Epoch(window, gone, segment, request.tail), segment, 0
+    return None, segment, over
 
 
 def _pinned(pins: PinnedSet) -> IsPinned:
@@ -138,6 +166,7 @@ def _groups(request: EpochRequest) -> list[Group]:
     """Groups with a page in L0, oldest first; those before the floor can only be context lines."""
     pages, path = request.pages, request.pages.path
     last_user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
+    last_user = -1 if request.after else last_user  # the user's newest message is in the tail
     starts: list[tuple[int, int]] = []
     seen = -1
     for entry in request.table.resident():
@@ -158,11 +187,17 @@ def _groups(request: EpochRequest) -> list[Group]:
             last,
             _native_tokens(request, first, last, last_user),
             tuple(i for position in range(first, last) for i in pages.ids(position)),
-            mandatory=last == len(path) or first <= last_user < last,
+            mandatory=not request.after and (last == len(path) or first <= last_user < last),
             answer=last - first == 1 and path[first].role == "assistant",
         )
         for first, last in starts
     ]
+
+
+def _after(request: EpochRequest) -> list[Group]:
+    """The messages in the tail, whose room is taken: the newest native ones stand before them."""
+    end = len(request.pages.path)
+    return [Group(end, end + request.after, 0, (), mandatory=True)] if request.after else []
 
 
 def _derived_groups(request: EpochRequest) -> list[Group]:
@@ -276,6 +311,21 @@ def anchored(
     ]
 
 
+def client_entries(
+    pages: PathPages, anchors: Sequence[Anchor], substitutes: Callable[[bytes], Sequence[bytes]],
+    counter: TokenCounter, first: int, last: int, anchors_until: int,
+) -> list[Entry]:
+    """The client's messages at positions first..last-1, with its system messages that stand before
+    them, and behind them, up to the position `anchors_until`."""
+    entries: list[Entry] = []
+    for position in range(first, last + 1):
+        if position <= anchors_until:
+            entries.extend(anchored(anchors, position, counter))
+        if position < last:
+            entries.extend(native_entries(pages, position, substitutes, counter))
+    return entries
+
+
 def native_entries(
     pages: PathPages, position: int, substitutes: Callable[[bytes], Sequence[bytes]],
     counter: TokenCounter,
@@ -297,6 +347,14 @@ def _native(request: EpochRequest, position: int, cuts: Mapping[int, Entry]) -> 
     if position in cuts:
         return [cuts[position]]
     return native_entries(request.pages, position, request.substitutes, request.counter)
+
+
+def rules_tokens(
+    mode: VMMode, limits: Limits, names: Mapping[str, str], counter: TokenCounter
+) -> int:
+    """The developer message's tokens when there is nothing in it but the rules."""
+    text = build_vm_developer_message(mode, "", "", "", limits.faults_per_turn, names)
+    return PER_MESSAGE + counter.text(text)
 
 
 def _developer(request: EpochRequest, manifest: str, context: str) -> tuple[str, int]:

@@ -20,7 +20,8 @@ from proxy.tokens import TokenCounter
 
 @dataclass(slots=True)
 class EpochRequest:
-    """Everything a rebuild depends on. `floor`: no message before it may become native again."""
+    """Everything a rebuild depends on. `floor`: no message before it may become native again;
+    `after`: so many messages follow those of the pages, and stand in `tail`."""
 
     pages: PathPages
     table: TLBWithPageTable
@@ -38,7 +39,8 @@ class EpochRequest:
     room_tokens: int  # for everything but the client's system messages and the tools
     apply: Callable[[PageMutation], None]  # changes the table
     newest: Entry | None = None  # the newest message as this turn already sent it
-    tail: tuple[Entry, ...] = ()  # this turn's VM exchange so far
+    tail: tuple[Entry, ...] = ()  # this turn's VM exchange so far, or what comes `after`
+    after: int = 0
     shown: dict[tuple[str, int], MemoryPage] = field(default_factory=dict)  # loaded by now
 
 

@@ -1,9 +1,9 @@
 """Answers the model's VM calls: page_fault and search_pages, within the turn's limits. Pure.
 
 Promises: every call gets a result the model can use, an error included; what a turn may load is
-bounded in pages and tokens; a page that is already in front of the model costs nothing; only pages
-of this path can be named or found (invariant 6); an image comes back as it was, in a message that
-the API takes it in.
+bounded in pages and tokens; no result is longer, as the JSON that it is, than the window can take;
+a page that is already in front of the model costs nothing; only pages of this path can be named or
+found (invariant 6); an image comes back as it was, in a message that the API takes it in.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.report import FaultReport, SearchReport
 from proxy.memory.compressor import compress_text
+from proxy.memory.context_packer import quote_json
 from proxy.memory.fault_handler import FaultResult, PageFaultHandler
 from proxy.memory.models import (
     Actor,
@@ -36,6 +37,16 @@ from proxy.tokens import TokenCounter
 _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
 _DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
 _RESULT_OVERHEAD = 72  # the JSON around a page's text
+_MEDIA_OVERHEAD = 48  # the message around a page's media, and its notice
+NO_ROOM = error_result("There is no room left; answer with what you have.")
+
+
+class Room(NamedTuple):
+    """What one result may take: `tokens`, its fair part of the window, by the page's own text, and
+    `spare_tokens`, all that there is (at least `NO_ROOM`'s), by the result's text as it is sent."""
+
+    tokens: int
+    spare_tokens: int
 
 
 class Served(NamedTuple):
@@ -45,8 +56,24 @@ class Served(NamedTuple):
     parts: Sequence[dict[str, Any]] = ()
 
 
+class _Words:
+    """Counts texts: as JSON where the window could not take that. No method of the server's, which
+    would be a cycle through it: a turn is gone with its last reference."""
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        self._count = count
+        self.spare_tokens: int | None = None  # for the page whose level is being chosen
+
+    def __call__(self, text: str) -> int:
+        if self.spare_tokens is not None:
+            quoted = self._count(quote_json(text))
+            if quoted > self.spare_tokens:
+                return quoted
+        return self._count(text)
+
+
 class FaultServer:
-    """One per turn. `apply` records a mutation; `room_tokens` says how much one result may take."""
+    """One per turn. `apply` records a mutation."""
 
     def __init__(
         self,
@@ -65,6 +92,7 @@ class FaultServer:
         self._turn = turn
         self._apply = apply
         self._reason = reason
+        self._words = _Words(counter.text)
         self.handler = PageFaultHandler(
             table,
             max_faults_per_turn=limits.faults_per_turn,
@@ -72,7 +100,7 @@ class FaultServer:
             locate=pages.expand,
             apply=apply,
             compress=lambda page, level: pages.registry.compress(page, level, counter),
-            count=counter.text,
+            count=self._words,
             part_tokens=counter.part,
             overhead_tokens=_RESULT_OVERHEAD,
             turn=turn,
@@ -85,41 +113,46 @@ class FaultServer:
         return not self.handler.can_fault()
 
     def serve(
-        self, tool: str, arguments: str, room_tokens: int, media: bool = True
+        self, tool: str, arguments: str, room: Room, media: bool = True
     ) -> Generator[Effect, Any, Served]:
         """The result of one call. `media` false: no message may follow, so images stay words."""
         if tool == "search_pages":
-            return Served((yield from self._search(arguments, room_tokens)))
+            return Served((yield from self._search(arguments, room)))
         args = parse_fault_args(arguments)
         if isinstance(args, str):
-            return self._error("", 0, args)
-        return (yield from self._fault(args, room_tokens, media))
+            return self._error("", 0, args, room)
+        return (yield from self._fault(args, room, media))
 
-    def _error(self, wanted: str, level: int, message: str) -> Served:
+    def _error(self, wanted: str, level: int, message: str, room: Room) -> Served:
         self.faults.append(FaultReport(wanted, int(level), 0, message))
-        return Served(error_result(message))
+        return Served(self._says(message, room))
+
+    def _says(self, message: str, room: Room) -> str:
+        """A sentence for the model, the shortest one where there is no room for it."""
+        said = error_result(message)
+        return said if self._counter.text(said) <= room.spare_tokens else NO_ROOM
 
     # -- page_fault
 
     def _fault(
-        self, args: FaultArgs, room_tokens: int, media: bool
+        self, args: FaultArgs, room: Room, media: bool
     ) -> Generator[Effect, Any, Served]:
         wanted, level = args
         ids = self._pages.expand(wanted)
         if not ids:
             last = self._pages.ids(len(self._pages.path) - 1)[0]
-            return self._error(
-                wanted, level, f"There is no page {wanted}: pages are msg_0001 to {last}."
-            )
+            error = f"There is no page {wanted}: pages are msg_0001 to {last}."
+            return self._error(wanted, level, error, room)
         if not media and self._pages.is_medium(ids[0]):
             level = max(level, CompressionLevel.ABSTRACT)
         before = self._refaults(ids[0])
-        result = yield from self._resolve(wanted, level, room_tokens)
+        beside = _MEDIA_OVERHEAD if self._pages.is_medium(ids[0]) else 0
+        result = yield from self._resolve(wanted, level, room, beside)
         if result.resident:
             self.faults.append(FaultReport(wanted, int(level), 0))
-            return Served(error_result(f"{wanted} is already loaded: you have it above."))
+            return Served(self._says(f"{wanted} is already loaded: you have it above.", room))
         if result.page is None:
-            return self._error(wanted, level, result.error or "")
+            return self._error(wanted, level, result.error or "", room)
         shown = int(result.page.compression_level)
         refault = self._refaults(ids[0]) > before
         self.faults.append(FaultReport(wanted, shown, result.tokens, refault=refault))
@@ -131,10 +164,12 @@ class FaultServer:
         return entry.refault_count if entry is not None else 0
 
     def _resolve(
-        self, wanted: str, level: CompressionLevel, room_tokens: int
+        self, wanted: str, level: CompressionLevel, room: Room, beside_tokens: int
     ) -> Generator[Effect, Any, FaultResult]:
         """The handler's dialogue, with each page that it wants loaded by the shell."""
-        dialogue = self.handler.resolve(wanted, level, self._reason, room_tokens)
+        spare = room.spare_tokens - beside_tokens
+        dialogue = self.handler.resolve(wanted, level, self._reason, min(room.tokens, spare))
+        self._words.spare_tokens = spare - _RESULT_OVERHEAD
         page: MemoryPage | None = None
         try:
             while True:
@@ -142,15 +177,16 @@ class FaultServer:
                 page = yield Load(asked.page_id, int(asked.level))
         except StopIteration as end:
             result: FaultResult = end.value
+        self._words.spare_tokens = None
         return result
 
     # -- search_pages
 
-    def _search(self, arguments: str, room_tokens: int) -> Generator[Effect, Any, str]:
+    def _search(self, arguments: str, room: Room) -> Generator[Effect, Any, str]:
         args = parse_search_args(arguments)
         if isinstance(args, str):
             self.searches.append(SearchReport("", []))
-            return error_result(args)
+            return self._says(args, room)
         before = len(self._pages.path) - 1
         before += any(self._outside(i) for i in self._pages.ids(before))  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
@@ -167,10 +203,10 @@ class FaultServer:
                 entries.append(self._entry(wanted, hit.score))
         entries += self._derived(args, _DERIVED_RESULTS)
         left = self.handler.policy.tokens_left or 0
-        room = min(left, int(room_tokens * _SEARCH_SHARE))
+        most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)
         total = before + len(self._pages.derived.pages)
         result = search_result(entries, total)
-        while entries and self._counter.text(result) > room:
+        while entries and self._counter.text(result) > most:
             entries.pop()
             result = search_result(entries, total)
         self.handler.policy.charge(self._counter.text(result))

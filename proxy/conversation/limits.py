@@ -31,6 +31,7 @@ class Limits:
     segment_messages: int  # messages of a segment that are read for its summary and claims
     summary_tokens: int
     max_claims: int
+    tools_with_json: bool = True  # the model takes tools in a request whose answer has to be JSON
     written_by_models: bool = False  # a model writes summaries and captions off the request path
 
     @property

@@ -249,6 +249,7 @@ class LocalConversation:
             policy=self._policy,
             substitutes=self._substitutes,
             fixed_tokens=self._fixed_tokens,
+            get_record=self._get,
         )
         if state is not None:
             given.derived = state.derived

@@ -1,47 +1,45 @@
 """This turn's window: what is in it, what enters, and when it begins anew. Pure.
 
-Promises: the window covers the whole path once it is open; it grows at its end or begins a new
-epoch, nothing else; each change of the page table is in this turn's mutation log; what one VM
-result may take leaves room for the newest messages.
+Promises: the window covers the whole path once it is open; it grows at its end, is taken back to
+where the client's system messages changed, or begins a new epoch, nothing else; each change of the
+page table is in this turn's mutation log; what one VM result may take leaves room for the newest
+messages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from proxy.conversation.channel import Channel
+from proxy.conversation.closing import encode_closing
+from proxy.conversation.commit import Stored
 from proxy.conversation.compose import with_context
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import (
-    anchored,
     begin_epoch,
+    client_entries,
     context_length_exceeded,
-    native_entries,
+    rules_tokens,
 )
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages, group_start
+from proxy.conversation.newpages import new_pages
+from proxy.conversation.pathpages import RESULT_ROLES, PathPages, group_start
 from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.conversation.report import PrefetchReport, TurnReport
-from proxy.conversation.tree import Anchor
+from proxy.conversation.rewind import brought_since, differs_at, taken_back
+from proxy.conversation.room import anchor_tokens, newest_entries, spare_tokens
+from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
 from proxy.memory.core import MemoryCore
-from proxy.memory.importance import importance_of, is_standing
-from proxy.memory.models import (
-    MEDIA_PART,
-    FaultReason,
-    MutationType,
-    PageMutation,
-    PageType,
-    StorageTier,
-    VMMode,
-)
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.models import FaultReason, MutationType, PageMutation, StorageTier, VMMode
+from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.prefetcher import fresh_terms, points_back, was_used
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
@@ -75,13 +73,18 @@ class TurnWindow:
     turn: int
     whole_room_tokens: int
     report: TurnReport
+    answered: int = 0  # the messages before it are answered, and have no record yet (0: all have)
+    record: Record | None = None  # the deepest answered ancestor
+    get_record: GetRecord | None = None
     json_mode: bool = False  # the answer has to be JSON
     agent: bool = False  # the client has tools of its own
     window: Window = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)  # closed in this turn
     shown: list[Load] = field(init=False, default_factory=list)  # by this turn's last epoch
+    settled: Stored | None = field(init=False, default=None)  # the state with what is `answered`
     _brought: dict[str, Chosen] = field(init=False, default_factory=dict)  # before the call
     _tail: list[Entry] = field(init=False, default_factory=list)  # this turn's VM exchange
+    _folded: bool = field(init=False, default=False)  # rounds of it had to leave
 
     def apply(self, mutation: PageMutation) -> None:
         """The only way in which a turn changes the table."""
@@ -97,90 +100,177 @@ class TurnWindow:
         """Append the new messages, or begin an epoch when they do not fit."""
         before = self.before
         if before is not None and before.counter and before.counter != self.counter.name:
-            before = before.recount(self.counter)  # another model than in the last turn
+            self.before = before.recount(self.counter)  # another model than in the last turn
+        if self.answered:
+            yield from self._settle(self.answered)
         end = len(self.pages.path)
-        self._register(before.covered if before else 0, end)
-        if before is None:
-            yield from self._begin_epoch(1)
-            return
-        entries: list[Entry] = []
-        placed = [e.raw for e in before.entries if (e.kind, e.position) == (SYSTEM, before.covered)]
-        for position in range(before.covered, end + 1):
-            system = anchored(self.anchors, position, self.counter)
-            entries.extend(system[len(placed) :] if position == before.covered else system)
-            if position < end:
-                entries.extend(native_entries(self.pages, position, self.substitutes, self.counter))
-        self.window = before.append(entries, end)
-        high, _ = watermarks(self.room, self.limits.working_set)
-        too_full = self.window.tokens + self._prefetcher().reserve() > high
-        if too_full or self._anchors_moved(before, placed):
-            yield from self._begin_epoch(before.epoch + 1)
+        self._register(self.pages)
+        grown = self._grown(end, end)
+        if grown is None or not self._fits(grown):
+            yield from self._begin_epoch(self._next_epoch, self.pages, ())
+        else:
+            self._take_back()
+            self.window = grown
 
-    def _register(self, first: int, last: int) -> None:
-        """Enter new pages in the table; standing instructions are pinned."""
-        pages = self.pages
-        for position in range(first, last):
-            tier = StorageTier.L0 if position >= self.floor else StorageTier.L2
-            role, text = pages.path[position].role, pages.parts(position)[0]
-            weight = importance_of(role, text)
-            ids = pages.ids(position)
-            for i, tokens in zip(ids, pages.sizes(position), strict=True):
-                kind = pages.page_type(position, MEDIA_PART if pages.is_medium(i) else 0)
-                self.apply(
-                    PageMutation(
-                        MutationType.CREATE, i, self.turn, None, tier, tokens,
-                        importance=None if weight == DEFAULT_IMPORTANCE else weight,
-                        modality=pages.modality(i),
-                        page_type=None if kind is PageType.TRANSCRIPT else kind,
-                    )
-                )
-            if is_standing(role, text, pages.text_tokens(position)):
-                self.apply(PageMutation(MutationType.PIN, ids[0], self.turn))
+    def _settle(self, end: int) -> Generator[Effect, Any, None]:
+        """Open the window for the answered messages alone, as if in a turn before this one.
 
-    def _anchors_moved(self, before: Window, last: Sequence[bytes]) -> bool:
-        """The client's system messages inside the window are not what the window has.
-
-        `last` stood behind the newest message. A client that always has one there moves it along:
-        the old one may stay for a turn.
+        What a client sends behind them may be said otherwise in its next request: this state, which
+        has nothing of it, is where that one goes on. Nothing is done when there is no window yet and
+        what stands behind leaves no room for one.
         """
-        first, covered = max(before.native_from, self.start), before.covered
-        sent = [e.raw for e in before.entries if e.kind == SYSTEM and first <= e.position < covered]
-        now = [a.raw for a in self.anchors if first <= a.position < covered]
-        here = [a.raw for a in self.anchors if a.position == covered]
-        return sent != now or (bool(here) and here[: len(last)] != list(last))
+        pages = copy(self.pages)  # what comes later is not on this path
+        pages.path, last = self.pages.path[:end], len(self.pages.path)
+        behind = self._entries(end, last, last)
+        grown = self._grown(end, end - 1, strict=True)
+        fits = grown is not None and self._fits(grown.append(behind))
+        rebuilt = not fits and self._leaves_room(end, behind)
+        if self.before is None and not rebuilt:
+            return
+        self.turn -= 1
+        self._register(pages)
+        if rebuilt:
+            yield from self._begin_epoch(self._next_epoch, pages, behind, last - end)
+            self.window = self.window.until(len(self.window.entries) - len(behind), end)
+            self.pages.derived = pages.derived
+        elif fits and grown is not None:
+            self._take_back(strict=True)
+            self.window = grown
+        elif self.before is not None:  # it does not fit, and the epoch is this turn's own
+            self.window = self._continued(self.before, end, end - 1)
+        self.settled = self.snapshot()
+        self.before = self.window
+        self.turn += 1
 
-    def _begin_epoch(self, number: int) -> Generator[Effect, Any, None]:
+    @property
+    def _next_epoch(self) -> int:
+        return self.before.epoch + 1 if self.before else 1
+
+    def _leaves_room(self, end: int, behind: Sequence[Entry]) -> bool:
+        """Whether an epoch can be planned without a look at what stands behind its path."""
+        path = self.pages.path
+        if end == len(path):
+            return True
+        alone = path[end].role not in RESULT_ROLES and any(n.role == "user" for n in path[end:])
+        _, low = watermarks(self.room_for_messages, self.limits.working_set)
+        return alone and sum(entry.tokens for entry in behind) <= low
+
+    def _grown(self, end: int, anchors_until: int, strict: bool = False) -> Window | None:
+        """The log with the path up to `end`, taken back first to where the client's system messages
+        differ from it; None when there is none to go on with."""
+        before = self.before
+        if before is None:
+            return None
+        at = differs_at(before, self.anchors, self.start, strict)
+        if at is not None:
+            if self.get_record is None or not self._whole(at, before.covered):
+                return None
+            before = taken_back(before, at)
+        return self._continued(before, end, anchors_until)
+
+    def _continued(self, before: Window, end: int, anchors_until: int) -> Window:
+        first = before.covered
+        placed = sum((e.kind, e.position) == (SYSTEM, first) for e in before.entries)
+        here = sum(anchor.position == first for anchor in self.anchors)
+        entries = self._entries(first, end, anchors_until)
+        return before.append(entries[min(placed, here) :], end)
+
+    def _entries(self, first: int, last: int, anchors_until: int) -> list[Entry]:
+        return client_entries(
+            self.pages, self.anchors, self.substitutes, self.counter, first, last, anchors_until
+        )
+
+    def _fits(self, window: Window) -> bool:
+        """The window stays below the high watermark, with what may be brought in before the call."""
+        self.window = window
+        high, _ = watermarks(self.room, self.limits.working_set)
+        return window.tokens + self._prefetcher().reserve() <= high
+
+    def _whole(self, first: int, last: int) -> bool:
+        """These messages are in the window, and nothing of them was cut."""
+        entries = [self.table.lookup(i) for p in range(first, last) for i in self.pages.ids(p)]
+        return all(e and e.tier is StorageTier.L0 and not e.level for e in entries)
+
+    def _register(self, pages: PathPages) -> None:
+        """Enter new pages in the table."""
+        first = self.before.covered if self.before else 0
+        for mutation in new_pages(pages, first, self.floor, self.turn):
+            self.apply(mutation)
+
+    def _take_back(self, strict: bool = False) -> None:
+        """What was brought into the part of the log that is gone is not in the window any more."""
+        if self.before is None or self.record is None or self.get_record is None:
+            return
+        at = differs_at(self.before, self.anchors, self.start, strict)
+        if at is None:
+            return
+        self.report.taken_back = True
+        for page_id in brought_since(self.record, at, self.get_record):
+            entry = self.table.lookup(page_id)
+            if entry is not None and entry.tier is StorageTier.L0 and entry.position < at:
+                out = PageMutation(MutationType.EVICT, page_id, self.turn, tier=StorageTier.L2)
+                self.apply(out)
+
+    def snapshot(self) -> Stored:
+        """The state as it stands, for a record. Leaves of the table that are in `blocks` are whole in
+        RAM: nothing of them is read before they are stored."""
+        closing, blocks = b"", dict[bytes, bytes]()
+        if self.segments:
+            derived, most = self.pages.derived, self.limits.max_claims
+            root, blocks = self.table.checkpoint()
+            closing = encode_closing(root, self.segments, derived.end, most)
+        mutations = msgspec.msgpack.encode(encode_mutations(self.memory.log.entries))
+        closed = tuple(self.segments)
+        return Stored(self.window, mutations, closing, blocks, self.pages.derived, closed)
+
+    def _begin_epoch(
+        self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
+    ) -> Generator[Effect, Any, None]:
+        """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages."""
         room = self.room_for_messages
         if room <= 0:
             raise context_length_exceeded(self.limits, self.limits.budget_tokens - room)
-        path, before = self.pages.path, self.before
+        path, before = pages.path, self.before
         floor = max(self.floor, before.native_from if before else 0)
         asked = EpochRequest(
-            pages=self.pages,
+            pages=pages,
             table=self.table,
             policy=self.memory.policy,
             pins=self.memory.pinned,
             counter=self.counter,
             limits=self.limits,
-            anchors=self.anchors,
+            anchors=self._anchors_of(pages),
             substitutes=self.substitutes,
             names=self.channel.names,
-            mode=self.limits.mode if self.channel.listed else VMMode.PASSIVE,
+            mode=self._mode,
             turn=self.turn,
             epoch=number,
             floor=group_start(path, min(floor, len(path) - 1)),
             room_tokens=room,
             apply=self.apply,
             newest=self._newest_entry() if self._tail else None,
-            tail=tuple(self._tail),
+            tail=tuple(tail),
+            after=after,
         )
         epoch = yield from begin_epoch(asked)
         self.shown = [Load(i, level) for i, level in asked.shown]
         self.window = epoch.window
+        if epoch.folded:
+            self._tail, self._folded = list(epoch.tail), True
         self.report.new_epoch = True
         self.report.evicted_pages += epoch.evicted
         if epoch.segment is not None:
             self.segments.append(epoch.segment)
+
+    @property
+    def _mode(self) -> VMMode:
+        return self.limits.mode if self.channel.listed else VMMode.PASSIVE
+
+    def _anchors_of(self, pages: PathPages) -> Sequence[Anchor]:
+        """Those on the path of `pages`; what stands behind the messages to settle is in the tail."""
+        if pages is self.pages:
+            return self.anchors
+        return [anchor for anchor in self.anchors if anchor.position < len(pages.path)]
 
     # -- pages brought in before the call
 
@@ -262,20 +352,20 @@ class TurnWindow:
     @property
     def left(self) -> int:
         """Tokens that an epoch could make free for this turn's exchange, less a little."""
-        path = self.pages.path
-        last = len(path) - 1
-        first = group_start(path, last)
-        user = next((i for i in range(last, -1, -1) if path[i].role == "user"), last)
-        stays = sum(
-            e.tokens for e in self.window.entries if e.position >= first or e.position == user
-        )
-        stays += sum(entry.tokens for entry in self._tail) + _FRAME_TOKENS
-        return self.room - stays
+        stays = [*newest_entries(self.window, self.pages.path), *self._tail]
+        return min(self.room - sum(e.tokens for e in stays) - _FRAME_TOKENS, self.spare)
+
+    @property
+    def spare(self) -> int:
+        """All tokens that an epoch could make free for this turn's exchange."""
+        rules = rules_tokens(self._mode, self.limits, self.channel.names, self.counter)
+        newest = newest_entries(self.window, self.pages.path)
+        return spare_tokens(self.room_for_messages, rules, newest, self._tail)
 
     @property
     def result_room(self) -> int:
-        """Tokens that one VM result may take."""
-        return min(self.room // _RESULT_SHARE, self.left)
+        """Tokens that one VM result may take; none once the window could not keep all results."""
+        return 0 if self._folded else min(self.room // _RESULT_SHARE, self.left)
 
     # -- rounds
 
@@ -285,7 +375,7 @@ class TurnWindow:
         `system` are the client's system messages in front of its history.
         """
         if not self.budget.can_fit(0):
-            yield from self._begin_epoch(self.window.epoch + 1)
+            yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
         self.report.used_tokens = self.limits.budget_tokens - self.room + self.window.tokens
         head = [*system, *(a.raw for a in self.anchors if a.position < self.window.native_from)]
         as_text = not self.channel.listed
@@ -308,12 +398,3 @@ class TurnWindow:
         report.native_pages = [i for p in sorted(native) for i in self.pages.ids(p)]
         resident = self.table.resident()
         report.context_pages = [e.page_id for e in resident if e.position not in native]
-
-
-def anchor_tokens(
-    anchors: Sequence[Anchor], counter: TokenCounter, before: int | None = None
-) -> int:
-    """Tokens of the mid-conversation system messages, or of those that stand before a position."""
-    decode = msgspec.json.decode
-    wanted = [a for a in anchors if before is None or a.position < before]
-    return sum(counter.message(decode(a.raw)) for a in wanted)

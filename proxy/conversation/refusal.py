@@ -27,6 +27,12 @@ def _refused(what: str) -> re.Pattern[str]:
 
 
 _NO_TOOLS = _refused(r"\b(?:tools?|tool use|functions?|function[ _]calling|tool[ _]choice)\b(?!\[)")
+# It takes tools, but not in this company: Gemini before 3 beside JSON, and beside its own tools.
+_NO_TOOLS_WITH_JSON = re.compile(
+    rf"(?:tools?|functions?|function[ _]calling)[^.]{{0,40}}response[ _](?:mime|format)[^.]{{0,60}}{_REFUSES}"
+    rf"|(?:json mode|response[ _](?:mime|format))[^.]{{0,60}}{_REFUSES}[^.]{{0,60}}(?:tools?\b|function)"
+)
+_NO_TOOLS_BESIDE = re.compile(r"tool use with function calling")
 _NO_DEVELOPER = re.compile(rf"developer[^.]{{0,80}}{_REFUSES}|{_REFUSES}[^.]{{0,80}}developer")
 _NO_STREAM_OPTIONS = _refused(r"\b(?:stream_options|include_usage)\b")
 _NO_CACHE_KEY = _refused(r"\bprompt_cache_key\b")
@@ -136,7 +142,8 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
     """What a refusal of our request says about the model (only true if another one then passes).
 
     Only a sentence that says what the model does not take counts, not any that names a tool. Facts:
-    `stream_usage`, `prompt_cache_key`, `mid_system`, `tools` (all False) and `developer_role`.
+    `stream_usage`, `prompt_cache_key`, `mid_system`, `tools_with_json`, `tools` (all False) and
+    `developer_role`.
     """
     text = _sentence(refusal).lower()[:_READ_CHARS]
     if _NO_STREAM_OPTIONS.search(text):
@@ -147,7 +154,9 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
         return {"developer_role": "system"}
     if _NO_MID_SYSTEM.search(text):
         return {"mid_system": False}
-    return {"tools": False} if _NO_TOOLS.search(text) else {}
+    if _NO_TOOLS_WITH_JSON.search(text):
+        return {"tools_with_json": False}
+    return {"tools": False} if _NO_TOOLS.search(text) and not _NO_TOOLS_BESIDE.search(text) else {}
 
 
 def names_audio(refused: Refused) -> bool:

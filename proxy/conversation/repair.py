@@ -95,7 +95,10 @@ class Model:
         if "developer_role" in facts:
             self.limits = replace(self.limits, developer_role=facts["developer_role"])
             return channel
-        self.limits = replace(self.limits, model_takes_tools=False)
+        if "tools_with_json" in facts:
+            self.limits = replace(self.limits, tools_with_json=False)
+        else:
+            self.limits = replace(self.limits, model_takes_tools=False)
         return unlisted(channel) if channel.listed else None
 
 

@@ -53,6 +53,7 @@ class TurnReport:
     rounds: int = 0
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
     asked_back: bool = False  # the user's message points back
+    taken_back: bool = False  # the window's log was cut where the client's system messages changed
 
     @property
     def prefetched_pages(self) -> list[str]:

@@ -34,6 +34,12 @@ class State(NamedTuple):
 
 def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
     """The state after `head`; LookupError when a part of it is missing from storage."""
+    table = restore_table(head, get, get_block)
+    return State(restore(head, get), table, _derived(head, get))
+
+
+def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> TLBWithPageTable:
+    """The page table of that state, a new one; LookupError as above."""
     logs: list[bytes] = []
     at: Record | None = head
     while at is not None and not at.closing:
@@ -45,7 +51,7 @@ def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
         table = PageTable.open(table_root(at.closing), get_block)
     for log in reversed(logs):
         table.replay(decode_mutations(msgspec.msgpack.decode(log)))
-    return State(restore(head, get), TLBWithPageTable(table), _derived(head, get))
+    return TLBWithPageTable(table)
 
 
 def _derived(head: Record, get: GetRecord) -> Derived:

@@ -17,8 +17,7 @@ import msgspec
 from proxy.conversation.audio import with_transcripts
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
-from proxy.conversation.closing import encode_closing
-from proxy.conversation.commit import append_effect, new_records
+from proxy.conversation.commit import Stored, answered_by, append_effect, new_records
 from proxy.conversation.compose import (
     answer_budget,
     as_input,
@@ -31,18 +30,18 @@ from proxy.conversation.compose import (
     total_usage,
 )
 from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
-from proxy.conversation.paging import TurnWindow, anchor_tokens
+from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
 from proxy.conversation.report import TurnReport
+from proxy.conversation.room import anchor_tokens
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls
-from proxy.conversation.window import Window, encode_change
+from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
-from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
@@ -63,7 +62,7 @@ class Turn:
         self._model = Model.of(Capabilities(), given.limits, given.decoded)
         self._fixed_tokens = given.fixed_tokens
         self.path = given.path
-        self.turn = (given.record.turn if given.record else 0) + 1
+        self._answered, self.turn = answered_by(given.path, given.record)
         self.pages = PathPages(
             self.path, given.counter, given.limits.page_tokens, given.derived,
             get_record=given.get_record,
@@ -73,6 +72,7 @@ class Turn:
             table = TLBWithPageTable(PageTable(load=given.load_block))
         self.table = table
         self.record: Record | None = None
+        self.settled: tuple[Record, Stored] | None = None  # of the last answer that the request brought
         self._channel: Channel | None = None
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
@@ -191,6 +191,9 @@ class Turn:
             turn=self.turn,
             whole_room_tokens=limits.budget_tokens - self._fixed_tokens - PER_REPLY - added,
             report=self._report,
+            answered=self._answered,
+            record=given.record,
+            get_record=given.get_record,
             json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
             agent=bool(given.decoded.get("tools")),
         )
@@ -281,37 +284,24 @@ class Turn:
     def _append(self, answers: Sequence[dict[str, Any]], substitute: Sequence[bytes]) -> Effect:
         given = self._in
         last: dict[str, object] = {"echo": self._echo(), "substitute": list(substitute)}
-        blocks: Mapping[bytes, bytes] = {}
+        blocks: dict[bytes, bytes] = {}
+        before = self._paging.settled if self._paging is not None else None
+        settled = before.fields(given.window, given.record) if before is not None else None
         if self._paging is not None:
             self._paging.settle("\n".join(message_text(answer) for answer in answers))
-            state, blocks = self._state(self._paging)
-            last.update(state)
+            state = self._paging.snapshot()
+            last.update(state.fields(given.window, given.record))
+            blocks = {**state.blocks, **(before.blocks if before is not None else {})}
         heads = []
         for message in answers:
             shown = as_input(message)
             path = given.identity.extend(given.tenant, self.path, [(_json(shown), shown)])
-            heads.append((path, new_records(path, given.record, last)))
+            heads.append((path, new_records(path, given.record, last, settled)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
+        if before is not None:
+            self.settled = heads[0][1][-2], before
         return append_effect(heads, given.identity, given.tenant, given.session_key, blocks)
-
-    def _state(self, paging: TurnWindow) -> tuple[dict[str, object], Mapping[bytes, bytes]]:
-        """The fields of the record that keep this turn's window and table, and the table's blocks."""
-        given = self._in
-        state: dict[str, object] = {
-            "window": encode_change(given.window, paging.window),
-            "mutations": msgspec.msgpack.encode(encode_mutations(paging.memory.log.entries)),
-        }
-        if given.window is not None and given.record is not None:
-            state["base"] = given.record.id
-            state["closed"] = given.record.id if given.record.closing else given.record.closed
-        if not paging.segments:
-            return state, {}
-        checkpoint = self.table.checkpoint()
-        state["closing"] = encode_closing(
-            checkpoint.root, paging.segments, self.pages.derived.end, self._model.limits.max_claims
-        )
-        return state, checkpoint.blocks
 
     def _echo(self) -> bytes:
         """The previous answer in the bytes that the client has for it, when they are its own."""

@@ -2,7 +2,7 @@
 
 Promises: a call is the VM's only while the VM tools are listed; each VM call that is kept has exactly
 one result, under an id of its own, in a bounded number per round; media follow the results in a
-user message; the exchange fits the window.
+user message; the exchange fits the window: a result leaves room for those that come after it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from proxy.conversation.channel import Channel
 from proxy.conversation.compose import as_input
 from proxy.conversation.effects import Effect
-from proxy.conversation.faults import FaultServer, Served
+from proxy.conversation.faults import NO_ROOM, FaultServer, Room, Served
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.window import VM, Entry
 from proxy.memory.context_packer import context_parts
@@ -53,9 +53,12 @@ class VMCalls:
 
     def takes(self, message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> bool:
         """The window could take these calls with at least an error for each."""
-        said = as_input({**message, "tool_calls": list(calls[:_CALLS_PER_ROUND])})
-        errors = _ERROR_TOKENS * len(calls[:_CALLS_PER_ROUND])
-        return self._counter.message(said) + errors <= self._paging.left
+        served = calls[:_CALLS_PER_ROUND]
+        said = self._counter.message(as_input({**message, "tool_calls": list(served)}))
+        least = sum(self._reply(call, NO_ROOM).tokens for call in served)
+        if said + least > self._paging.spare:  # their ids may be long
+            return False
+        return said + _ERROR_TOKENS * len(served) <= self._paging.left
 
     def serve(
         self, message: Mapping[str, Any], calls: Sequence[Call], number: int
@@ -76,26 +79,35 @@ class VMCalls:
         exchange = [self._entry(said)]
         alone = len(served) == len(kept)  # else the client's results follow, and nothing else may
         media: list[dict[str, Any]] = []
-        for call in served:
-            room = self._paging.result_room - sum(entry.tokens for entry in exchange)
+        for index, call in enumerate(served):
+            given = sum(entry.tokens for entry in exchange)
+            room = self._paging.result_room - given
             room -= sum(self._counter.part(part) for part in media)
-            result = yield from self._result(call, room, alone)
+            spare = self._paging.spare if alone else self._paging.room_for_messages
+            spare -= given + sum(e.tokens for e in self._following(media))
+            spare -= sum(self._reply(later, NO_ROOM).tokens for later in served[index + 1 :])
+            spare -= self._reply(call, "").tokens
+            result = yield from self._result(call, Room(room, spare), alone)
             media += result.parts
-            reply = {"role": "tool", "tool_call_id": call["id"], "content": result.content}
-            exchange.append(self._entry(reply))
-        if media:  # a tool message takes only text
-            about = {"type": "text", "text": _MEDIA_NOTICE}
-            exchange.append(self._entry({"role": "user", "content": context_parts([about, *media])}))
-        return exchange
+            exchange.append(self._reply(call, result.content))
+        return exchange + self._following(media)
 
-    def _result(
-        self, call: Call, room_tokens: int, media: bool
-    ) -> Generator[Effect, Any, Served]:
+    def _result(self, call: Call, room: Room, media: bool) -> Generator[Effect, Any, Served]:
         body = call.get("function") or {}
         tool = PAGE_FAULT if self._names[body["name"]] == PAGE_FAULT else SEARCH_PAGES
         arguments = body.get("arguments")
         text = arguments if isinstance(arguments, str) else _json(arguments).decode()
-        return (yield from self.server.serve(tool, text, room_tokens, media))
+        return (yield from self.server.serve(tool, text, room, media))
+
+    def _reply(self, call: Mapping[str, Any], content: str) -> Entry:
+        return self._entry({"role": "tool", "tool_call_id": call.get("id"), "content": content})
+
+    def _following(self, media: Sequence[dict[str, Any]]) -> list[Entry]:
+        """The media of a round in a message behind its results: a tool message takes only text."""
+        if not media:
+            return []
+        about = {"type": "text", "text": _MEDIA_NOTICE}
+        return [self._entry({"role": "user", "content": context_parts([about, *media])})]
 
     def _entry(self, message: dict[str, Any]) -> Entry:
         return Entry(_json(message), self._counter.message(message), -1, VM)

@@ -1,7 +1,8 @@
 """The window: a log of upstream messages in epochs. Pure.
 
 Promises: within an epoch the log only grows at its end, so a request's messages begin with the exact
-bytes of the one before; the log is stored as changes per answered turn and comes back byte for byte.
+bytes of the one before; it is taken back only to where the client itself changed what stands in it;
+the log is stored as changes per answered turn and comes back byte for byte.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
             self.counter,
         )
 
+    def until(self, kept: int, covered: int) -> Window:
+        """The log taken back to its first `kept` entries, which cover the path up to `covered`."""
+        gone = sum(entry.tokens for entry in self.entries[kept:])
+        return msgspec.structs.replace(
+            self, covered=covered, entries=self.entries[:kept], tokens=self.tokens - gone
+        )
+
     def recount(self, counter: TokenCounter) -> Window:
         """The same log in another model's tokens."""
         entries = tuple(
@@ -76,6 +84,7 @@ class _Change(msgspec.Struct, array_like=True, omit_defaults=True):
     covered: int
     entries: tuple[Entry, ...] = ()
     snapshot: Window | None = None
+    kept: int = -1  # of the entries before, the first so many; -1: all of them
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -84,11 +93,16 @@ _json = msgspec.json.encode
 
 
 def encode_change(before: Window | None, after: Window) -> bytes:
-    """What a turn stores: the entries added, or the whole window when a new epoch began in it, or
-    when it was counted anew."""
+    """What a turn stores: the entries added (behind those kept), or the whole window when a new
+    epoch began in it, or when it was counted anew."""
     if before is None or before.epoch != after.epoch or before.counter != after.counter:
         return _encode(_Change(after.covered, snapshot=after))
-    return _encode(_Change(after.covered, after.entries[len(before.entries) :]))
+    old, new = before.entries, after.entries
+    if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
+        return _encode(_Change(after.covered, new[len(old) :]))
+    pairs = enumerate(zip(old, new, strict=False))
+    kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+    return _encode(_Change(after.covered, new[kept:], kept=kept))
 
 
 def restore(record: Record, get: GetRecord) -> Window | None:
@@ -100,6 +114,8 @@ def restore(record: Record, get: GetRecord) -> Window | None:
         if change.snapshot is not None:
             window = change.snapshot
             for later in reversed(changes):
+                if later.kept >= 0:
+                    window = window.until(later.kept, later.covered)
                 window = window.append(later.entries, later.covered)
             return window
         changes.append(change)

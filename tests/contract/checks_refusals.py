@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.contract import say
+from tests.contract.checks_fields import SCHEMA
 from tests.contract.model import PAGED, Check, Scenario, add, check, equal, expect, quote
 from tests.contract.play import Play
 from tests.e2e.answers import Response
@@ -101,7 +102,8 @@ async def truncator(play: Play) -> None:
     messages = play.ask()
     for turn in range(4):
         await play.chat(messages)
-        messages = [*messages, say.text("Yes."), {"role": "user", "content": f"And now, {turn}?"}]
+        more = f"And now, {turn}? " + "It has grown late since the last one. " * 20
+        messages = [*messages, say.text("Yes."), {"role": "user", "content": more}]
     sent = [play.wire.tokens(recorded.json) for recorded in play.calls]
     expect(sent[-1] <= real[0], f"tokens sent, turn by turn: {sent}, of which upstream reads {real[0]}")
 
@@ -174,6 +176,27 @@ REFUSALS: dict[str, tuple[str, Scenario]] = {
 for _name, (_promise, _scenario) in REFUSALS.items():
     add(Check(f"refusals.{_name}", f"a refusal that {_promise} is made good and remembered", _scenario,
               PAGED, "window"))
+
+
+@check("refusals.tools_with_json", "a refusal of tools beside JSON is made good and remembered, for JSON alone",
+       PAGED, needs="window")
+async def tools_with_json(play: Play) -> None:
+    def judge(request: Json) -> Any:
+        if request.get("tools") and request.get("response_format"):
+            return say.error(400, "Function calling with a response mime type: 'application/json' is unsupported")
+        return say.answer(request, say.text("{}"))
+
+    play.says(judge, inner=0)
+    messages = play.ask()
+    wanted = {"type": "json_schema", "json_schema": SCHEMA}
+    for calls in (2, 1):
+        play.script.calls.clear()
+        reply = await play.chat(messages, response_format=wanted)
+        equal(reply.content(), "{}", "the answer")
+        expect(len(play.calls) <= calls, f"{len(play.calls)} upstream calls, more than {calls}")
+        messages = [*messages, say.text("{}"), {"role": "user", "content": "And now?"}]
+    await play.chat(messages)
+    play.offered()
 
 
 @check("refusals.unchanged", "a request that was changed and is refused for no known reason is sent "

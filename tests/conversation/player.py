@@ -33,6 +33,7 @@ from proxy.conversation.tree import (
     record_key,
 )
 from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.window import render
 from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
 from proxy.search.paths import PathIndexes
 from proxy.tokens import TokenCounter, get_counter
@@ -81,6 +82,17 @@ class Played:
     replies: list[Any] = field(default_factory=list)
     stream: bytes = b""
     message: Message | None = None  # the answer as the client received it
+    system: list[bytes] = field(default_factory=list)  # the client's, in front of its history
+
+    @property
+    def settled(self) -> bytes | None:
+        """What the messages of a request begin with that says something else behind the last answer;
+        None when the turn left no such state."""
+        if self.turn.settled is None:
+            return None
+        window = self.turn.settled[1].window
+        anchors = [a.raw for a in self.place.anchors if a.position < window.native_from]
+        return render([*self.system, *anchors], window, "developer", False)[:-1]
 
     @property
     def requests(self) -> list[Message]:
@@ -132,9 +144,9 @@ class Player:
             return None
         if (kept := self._states.pop(record.id, None)) is not None:
             return kept
-        return restore_state(record, self.get_record, self._get_block)
+        return restore_state(record, self.get_record, self.get_block)
 
-    def _get_block(self, ref: bytes) -> bytes | None:
+    def get_block(self, ref: bytes) -> bytes | None:
         return self.values.get(block_key(ref))
 
     def _append(self, effect: Append) -> None:
@@ -208,10 +220,11 @@ class Player:
             found.floor, found.anchors, found.record, state.window if state else None,
             state.table if state else None, self.limits, counter, self.identity, tenant,
             session_key, ImportanceWeightedLRU(), self._substitutes, fixed,
-            derived=state.derived if state else NO_DERIVED, load_block=self._get_block,
+            derived=state.derived if state else NO_DERIVED, load_block=self.get_block,
+            get_record=self.get_record,
         )
         turn = Turn(given)
-        played = Played(None, found, turn)  # type: ignore[arg-type]
+        played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]
         self._perform(turn, given, played, model)
         return played
 

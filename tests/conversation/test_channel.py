@@ -37,6 +37,7 @@ FORCED = {"type": "function", "function": {"name": "look"}}
         ({"prediction": {"type": "content"}}, PASSIVE, False),
         ({"web_search_options": {}}, PASSIVE, False),
         ({"tools": [LOOK] * 127}, PASSIVE, False),
+        ({"tools": [{"googleSearch": {}}]}, PASSIVE, False),
         ({"tools": [LOOK] * 126}, TOOLS, True),
     ],
 )
@@ -48,6 +49,10 @@ def test_the_request_chooses(fields: dict[str, Any], name: str, listed: bool) ->
 def test_the_mode_and_the_model_choose_first() -> None:
     for limits in (limits_of(2000, mode=VMMode.PASSIVE), limits_of(2000, model_takes_tools=False)):
         assert not choose_channel({}, limits).listed
+    picky = limits_of(2000, tools_with_json=False)
+    assert not choose_channel({"response_format": {"type": "json_object"}}, picky).listed
+    assert choose_channel({"response_format": {"type": "text"}}, picky).offer
+    assert choose_channel({}, picky).offer
 
 
 def test_names_that_collide_are_prefixed_until_they_do_not() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Load
-from proxy.conversation.faults import FaultServer
+from proxy.conversation.faults import NO_ROOM, FaultServer, Room
 from proxy.conversation.pathpages import PathPages
 from proxy.memory import CompressionLevel, PageTable, StorageTier
 from proxy.memory.pages import Hit
@@ -34,9 +35,11 @@ class Setting:
         self.server = FaultServer(self.pages, self.table, COUNTER, limits, 2, self.table.apply)
         self.hits: list[Hit] = []
 
-    def ask(self, tool: str, arguments: Any, room: int = 2000) -> dict[str, Any]:
+    def ask(
+        self, tool: str, arguments: Any, room: int = 2000, spare: int = 2000
+    ) -> dict[str, Any]:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        dialogue = self.server.serve(tool, text, room)
+        dialogue = self.server.serve(tool, text, Room(room, spare))
         reply: Any = None
         try:
             while True:
@@ -75,6 +78,32 @@ def test_what_does_not_fit_comes_at_the_next_level_that_does() -> None:
     page = it.fault("msg_0003", room=150)["page"]
     assert page["level"] > 0 and COUNTER.text(page["content"]["text"]) <= 150
     assert "does not fit" in Setting().fault("msg_0003", room=0)["error"]
+
+
+def test_what_the_window_could_not_take_as_json_comes_at_the_next_level_too() -> None:
+    it = Setting()
+    text = TEXTS[3] = '"\\"\n' * 200
+    it = Setting()
+    tokens = COUNTER.text(text)
+    arguments = {"page_id": "msg_0004", "target_level": 0}
+    page = it.ask("page_fault", arguments, 2000, 2 * tokens)["page"]
+    assert page["level"] > 0
+    assert COUNTER.text(json.dumps(page)) <= 2 * tokens
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [("page_fault", {"page_id": "msg_0003"}), ("page_fault", {"page_id": "msg_9999"}),
+     ("page_fault", "no JSON"), ("search_pages", {"query": "word"}), ("search_pages", "no JSON")],
+)  # fmt: skip
+def test_no_result_is_longer_than_what_says_that_there_is_no_room(tool: str, arguments: Any) -> None:
+    it = Setting()
+    it.hits = [Hit(1, 0, 1.0)]
+    least = COUNTER.text(NO_ROOM)
+    assert COUNTER.text(json.dumps(it.ask(tool, arguments, 2000, least))) <= least + 2
+    it.fault("msg_0002")
+    it.fault("msg_0002")
+    assert it.ask("page_fault", {"page_id": "msg_0002"}, 2000, least) == json.loads(NO_ROOM)
 
 
 def test_limits_and_unknown_pages_get_a_sentence() -> None:

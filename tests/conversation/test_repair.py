@@ -141,6 +141,23 @@ def test_a_model_without_tools_is_paged_when_the_whole_would_not_fit() -> None:
     assert played.answer.report.channel == "passive"
 
 
+def test_a_model_that_takes_no_tools_beside_json_loses_them_for_json_alone() -> None:
+    def picky(request: Message) -> Message | Refused:
+        if request.get("tools") and request.get("response_format"):
+            return refusal("Function calling with a response mime type: 'application/json' is unsupported")
+        return says("{}")
+
+    player = Player(limits_of(1500, window_tokens=1600))
+    messages = [*grown(player, 20), MORE]
+    played = player.ask(messages, picky, response_format={"type": "json_object"})
+    assert len(played.bodies) == 2 and "tools" not in played.requests[1]
+    assert played.answer.learned == {"tools_with_json": False}
+    knowing = Player(limits_of(1500, window_tokens=1600, tools_with_json=False))
+    messages = [*grown(knowing, 20), MORE]
+    assert "tools" not in knowing.ask(messages, picky, response_format={"type": "json_object"}).requests[0]
+    assert "tools" in knowing.ask(messages, picky).requests[0]
+
+
 @pytest.mark.parametrize("tools", [0, 1])
 def test_a_call_that_stop_cut_is_asked_again_without_vm_tools(tools: int) -> None:
     cut = calls(call("page_fault", '{"page_id": "msg_0', "c1"))

@@ -19,13 +19,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from proxy.conversation.effects import Append, Complete, Load
-from proxy.conversation.state import history
+from proxy.conversation.state import history, restore_state
+from proxy.conversation.tree import Record
 from proxy.conversation.turn import Turn
+from proxy.conversation.window import MIXED, NATIVE
 from proxy.memory import StorageTier, VMMode
 from tests.bench.token_error import png_part, wav_part
 from tests.conversation.checks import check_full_pages, check_media_messages, upstream_tokens
@@ -73,6 +76,7 @@ class Past:
 
     key: str
     marks: set[str]
+    unseen: set[str] = field(default_factory=set)
     contexts: dict[int, list[str]] = field(default_factory=dict)  # turn: pages in the window
     last: tuple[int, str, bytes] | None = None  # epoch, model and messages of its last request
 
@@ -89,6 +93,7 @@ class Machine(RuleBasedStateMachine):
         self.mode, self.tools, self.model = mode, tools, MODELS[0]
         self.speakers = Speakers(budget)
         self.page_tokens = budget // page_share
+        self.resized = False  # pages had another size: ids in the table are not those of today
         self.limits = limits_of(budget, mode=mode, page_tokens=self.page_tokens)
         self.warm, self.cold = Player(self.limits), Player(self.limits)
         self.past: dict[bytes, Past] = {}
@@ -129,9 +134,12 @@ class Machine(RuleBasedStateMachine):
         self.cold = _replica(self.cold) if seed % 2 else self.cold
         self.cold.forget()
         again = self.cold.ask([], self.speakers.answerer(habit, seed, last), **ask)
-        self.speakers.made = after
         assert again.bodies == played.bodies, "invariants 7 and 9"
         assert self.cold.values == self.warm.values, "invariant 7: what is stored"
+        self.speakers.made = made
+        repeated = _replica(self.cold).ask([], self.speakers.answerer(habit, seed, last), **ask)
+        self.speakers.made = after
+        assert repeated.bodies == played.bodies, "invariant 7: a request that comes again"
         self.check(branch, played)
         assert played.message is not None
         return played.message
@@ -149,26 +157,64 @@ class Machine(RuleBasedStateMachine):
             return  # an equal answer was stored before: that turn's state is the one that counts
         before = self.past.get(played.place.record.id) if played.place.record else None
         past = Past(branch.key, own, dict(before.contexts) if before else {})
-        past.last = self.check_prefix(before.last if before else None, played)
+        past.last = self.check_prefix(branch, before.last if before else None, played)
         if played.turn.window is not None:
-            self.check_log(played.turn, past)
+            self.check_log(record, played.turn, past)
+            past.unseen = self.unseen(played.turn, played.turn, record.substitute)
+            if before and not played.answer.report.new_epoch and not self.resized:
+                assert past.unseen <= before.unseen, "in the window, says the table"
         self.past[record.id] = past
         for answered in played.effects[-1].records[:-1]:  # of answers that came with the request
             marks = self.marks(json.dumps(branch.spoken[: answered.end]))
             self.past.setdefault(answered.id, Past(branch.key, marks | self.standing))
+        self.check_settled(before, played)
+
+    def check_settled(self, before: Past | None, played: Played) -> None:
+        """The state before what the client may say otherwise: this turn went on from it too."""
+        if played.turn.settled is None or played.settled is None:
+            return
+        record, state = played.turn.settled
+        if self.warm.get_record(record.id) is not record:
+            return
+        past = self.past[record.id]
+        past.marks |= before.marks if before else set()
+        past.contexts.update(before.contexts if before else {})
+        restored = restore_state(record, self.warm.get_record, self.warm.get_block)
+        assert restored.window == state.window
+        past.unseen = self.unseen(played.turn, restored, [])
+        log, derived = history(record, self.warm.get_record), state.derived.pages
+        assert {m.page_id for m in log.entries} >= derived.keys()
+        past.contexts[record.turn] = sorted(log.get_context_at_turn(record.turn))
+        names = json.loads(played.bodies[0]).get("tools") or ()
+        if any(tool["function"]["name"] == "search_pages" for tool in names):
+            past.last = state.window.epoch, self.model, played.settled + b"]"
+            if played.epochs[0] == state.window.epoch:
+                assert played.messages_bytes()[0].startswith(played.settled)
 
     def check_prefix(
-        self, before: tuple[int, str, bytes] | None, played: Played
+        self, branch: Branch, before: tuple[int, str, bytes] | None, played: Played
     ) -> tuple[int, str, bytes] | None:
-        """Within an epoch and one model, each request's messages begin with those before."""
+        """Within an epoch and one model, each request's messages begin with those before, up to the
+        first system message that the client took back."""
         for epoch, body in zip(played.epochs, played.bodies, strict=True):
             tools = json.loads(body).get("tools") or ()
             listed = any(tool["function"]["name"] == "search_pages" for tool in tools)
             now = (epoch, self.model, messages_bytes(body))
             if epoch and before and before[:2] == now[:2] and listed:
-                assert now[2].startswith(before[2][:-1]), "the prefix changed within an epoch"
+                kept = self.taken_back_at(branch, before[2])
+                assert now[2].startswith(before[2][:kept]), "the prefix changed within an epoch"
             before = now if listed else None
         return before
+
+    def taken_back_at(self, branch: Branch, before: bytes) -> int:
+        """How much of a request's messages the client still has in front of its question."""
+        said, at = {json.dumps(m) for m in branch.messages}, 1
+        for raw in msgspec.json.decode(before, type=list[msgspec.Raw]):
+            message = json.loads(bytes(raw))
+            if message["role"] == "system" and json.dumps(message) not in said:
+                return at
+            at += len(bytes(raw)) + 1
+        return len(before) - 1
 
     def check_branch(self, branch: Branch, played: Played) -> set[str]:
         """Invariant 6; returns what this path may know."""
@@ -191,14 +237,26 @@ class Machine(RuleBasedStateMachine):
     def marks(self, text: str) -> set[str]:
         return set(_MARK.findall(text)) | {m for data, m in self.media.items() if data in text}
 
-    def check_log(self, turn: Turn, past: Past) -> None:
-        record, table = turn.record, turn.table
-        assert record is not None
+    def check_log(self, record: Record, turn: Turn, past: Past) -> None:
+        table = turn.table
         log = history(record, self.warm.get_record)
         assert log.replay() == table.page_table, "the log replays to the table"
+        assert turn.turn == record.turn == table.turn, "the turn's number"
         past.contexts[turn.turn] = sorted(entry.page_id for entry in table.resident())
         for number, pages in past.contexts.items():
             assert sorted(log.get_context_at_turn(number)) == pages, f"the window at turn {number}"
+
+    def unseen(self, turn: Turn, state: Any, substitute: list[bytes]) -> set[str]:
+        """Pages in the window, says the table, which nothing in it names (nor the VM's part of a mixed
+        call, which is put there in the next turn); what is in it whole the table has."""
+        window, path, table = state.window, turn.pages.path, state.table
+        native = {e.position: e for e in window.entries if e.kind in (NATIVE, MIXED)}
+        whole = [p for p, e in native.items() if e.kind == MIXED or e.raw == path[p].raw]
+        entries = [table.lookup(i) for p in whole for i in turn.pages.ids(p)]
+        assert all(e is None or (e.tier is StorageTier.L0 and not e.level) for e in entries)
+        text = window.developer + b"".join([*(e.raw for e in window.entries), *substitute]).decode()
+        resident = [e.page_id for e in table.resident() if e.position not in native]
+        return {i for i in resident if i.partition(".")[0] not in text}  # a whole, or a part of it
 
     # -- rules: turns
 
@@ -258,6 +316,28 @@ class Machine(RuleBasedStateMachine):
         branch.messages += new if behind else new[::-1]
         self.converse(branch, "answer", seed)
 
+    @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS), size=st.sampled_from(SIZES))
+    def rewritten_turns(self, seed: int, habit: str, size: str) -> None:
+        """Each newest message comes with retrieved text, and without it in the next request."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        for _ in range(rng.choice((1, 2, 4))):
+            question, at = self.speakers.say(rng, "short"), len(branch.messages)
+            context = self.speakers.say(rng, size)
+            branch.messages.append({"role": "user", "content": f"Use this: {context} {question}"})
+            self.converse(branch, rng.choice((habit, "answer")), rng.randint(0, 10**6))
+            branch.messages[at] = {"role": "user", "content": question}
+
+    @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS), behind=st.booleans())
+    def reminded_turns(self, seed: int, habit: str, behind: bool) -> None:
+        """A system message that moves along, always before or behind the newest message."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        for _ in range(rng.choice((1, 2, 4))):
+            note = {"role": "system", "content": self.speakers.text(rng, rng.choice((3, 30)))}
+            said = {"role": "user", "content": self.speakers.say(rng, "short")}
+            branch.messages += [said, note] if behind else [note, said]
+            self.converse(branch, rng.choice((habit, "answer")), rng.randint(0, 10**6))
+            branch.messages = [one for one in branch.messages if one is not note]
+
     # -- rules: branches and tenants
 
     @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS))
@@ -306,7 +386,7 @@ class Machine(RuleBasedStateMachine):
           page_share=st.sampled_from((0, *PAGE_SHARES)))  # fmt: skip
     def restart_with_other_limits(self, budget: int, faults: int, page_share: int) -> None:
         if page_share:
-            self.page_tokens = budget // page_share
+            self.page_tokens, self.resized = budget // page_share, True
         self.limits = limits_of(
             budget, mode=self.mode, page_tokens=self.page_tokens, faults_per_turn=faults
         )

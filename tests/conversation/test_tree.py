@@ -118,6 +118,17 @@ def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
     assert [n.raw for n in load_path(store[path[3].id], store.get)][1] == b"echoed"
 
 
+def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> None:
+    store = Store()
+    path = path_of([(role, f"{role}{i}") for i in range(3) for role in ("user", "assistant")])
+    store.keep(path[:2])
+    for record in new_records(path, store[path[1].id], {"echo": b"echoed", "window": b"w"}, {"window": b"s"}):
+        store[record.id] = record
+    raws = [b"echoed" if i == 1 else node.raw for i, node in enumerate(path)]
+    assert [n.raw for n in load_path(store[path[5].id], store.get)] == raws
+    assert [store[path[i].id].window for i in (3, 5)] == [b"s", b"w"]
+
+
 @many
 @given(turns, turns)
 def test_overlap_is_the_longest_agreement_with_the_first_message(one: list[Any], two: list[Any]) -> None:
@@ -138,7 +149,7 @@ def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
     path = path_of([*said, ("user", "q"), ("assistant", "x")])
     records = new_records(path, None, {"echo": b"e"})
     assert [i for r in records for i in r.ids] == [n.id for n in path]
-    assert records[-1].echo == b"e" and not any(r.echo for r in records[:-1])
+    assert records[0].echo == b"e" and not any(r.echo for r in records[1:])
     assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
     effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, b"session", {})
     puts = dict(effect.puts)

@@ -29,17 +29,21 @@ entries = st.lists(
 )
 
 
-@examples(100)
-@given(st.lists(st.tuples(st.booleans(), entries), min_size=1, max_size=8))
-def test_invariant_07_a_window_comes_back_from_its_changes(turns: list[tuple[bool, list[Entry]]]) -> None:
+@examples(200)
+@given(st.lists(st.tuples(st.booleans(), entries, st.integers(0, 9)), min_size=1, max_size=8))
+def test_invariant_07_a_window_comes_back_from_its_changes(
+    turns: list[tuple[bool, list[Entry], int]],
+) -> None:
+    """Also from changes that took it back: to the first `kept` entries."""
     store: dict[bytes, Record] = {}
     before: Window | None = None
-    for number, (new_epoch, added) in enumerate(turns):
+    for number, (new_epoch, added, kept) in enumerate(turns):
         if before is None or new_epoch:
-            window = Window(number + 1, f"rules {number}", 5, 0, 0, tuple(added), 5)
+            window = Window(number + 1, f"rules {number}", 5, 0, 0, (), 5).append(added)
         else:
-            window = before.append(added, number)
-            assert window.entries[: len(before.entries)] == before.entries
+            window = before.until(kept, number).append(added, number)
+            assert window.entries == (*before.entries[:kept], *added)
+            assert window.tokens == 5 + sum(entry.tokens for entry in window.entries)
         record = Record(b"", 0, [bytes([number])], [b""], ["assistant"], [b""], [0], number)
         record.window = encode_change(before, window)
         record.base = bytes([number - 1]) if before else b""
