@@ -315,7 +315,7 @@ class Turn:
         report = self._report
         report.rounds = len(self._responses)
         report.faults, report.searches = vm_calls.server.faults, vm_calls.server.searches
-        report.reachable_tokens = paging.table.get_stats().total_tokens
+        report.reachable_tokens = paging.table.total_tokens
         if self._in.observed:
             paging.tell()
         usage = said.usage

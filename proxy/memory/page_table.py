@@ -120,6 +120,11 @@ class PageTable(TableChanges):
         """How many entries are in RAM."""
         return len(self._entries)
 
+    @property
+    def total_tokens(self) -> int:
+        """Of all pages at their current size, in the window or not."""
+        return self._tokens
+
     def get_stats(self) -> PageTableStats:
         """Counts by tier and modality; tiers and modalities without pages are left out."""
         return PageTableStats(

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import Modality
@@ -32,6 +33,7 @@ _SHORTEST_STEM = 3
 _NAMED = 1000.0  # a query that names the page itself
 _HINT_CHARS = 4_000  # of one hint that are read
 _QUERY_CHARS = 1_000
+_HINTS_IN_RAM = 2_048
 
 
 def terms(text: str) -> list[str]:
@@ -58,6 +60,13 @@ def _stem(word: str) -> str:
     return word
 
 
+@lru_cache(maxsize=_HINTS_IN_RAM)
+def _counted(hint: str) -> tuple[tuple[tuple[str, int], ...], int]:
+    """(terms with their times, how many in all): most pages are the same at the next epoch."""
+    counts = Counter(terms(hint))
+    return tuple(counts.items()), counts.total()
+
+
 class PageSearchHandler:
     """Searches the pages it was given; `hint` is what is known of each (as far as it is read)."""
 
@@ -70,11 +79,11 @@ class PageSearchHandler:
 
     def add(self, page: AvailablePageEntry) -> None:
         """One more page to search."""
-        counts = Counter(terms(page.hint[:_HINT_CHARS]))
-        for term, times in counts.items():
+        counts, length = _counted(page.hint[:_HINT_CHARS])
+        for term, times in counts:
             self._found_in.setdefault(term, {})[len(self._pages)] = times
         self._pages.append(page)
-        self._lengths.append(counts.total())
+        self._lengths.append(length)
 
     def search(
         self,

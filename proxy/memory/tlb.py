@@ -148,6 +148,11 @@ class TLBWithPageTable(TableChanges):
         """How many entries are in RAM."""
         return self.page_table.in_ram
 
+    @property
+    def total_tokens(self) -> int:
+        """Of all pages at their current size, in the window or not."""
+        return self.page_table.total_tokens
+
     def __len__(self) -> int:
         return len(self.page_table)
 
