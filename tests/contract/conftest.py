@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 
+from tests.contract.expectation import Outcomes
 from tests.contract.gateways import started, upstream_of
-from tests.contract.judge import Outcomes
 from tests.contract.model import Case, Outcome
 from tests.contract.runner import play_all
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.contract import suite
-from tests.contract.judge import Outcomes, judge
+from tests.contract.expectation import Outcomes, expect_passed
 from tests.contract.model import Case
 
 CASES = suite.cases()
@@ -18,10 +18,10 @@ CASES = suite.cases()
 @pytest.mark.parametrize("case", [c for c in CASES if not c.check.needs], ids=lambda case: case.id)
 def test_bare_keeps_every_promise(outcomes: Outcomes, gateway: str, case: Case) -> None:
     """By construction: a check that fails here is wrong."""
-    judge(outcomes(gateway), case)
+    expect_passed(outcomes(gateway), case)
 
 
 @pytest.mark.parametrize("gateway", ["llm-pager"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_llm_pager_keeps_every_promise(outcomes: Outcomes, gateway: str, case: Case) -> None:
-    judge(outcomes(gateway), case)
+    expect_passed(outcomes(gateway), case)

@@ -13,8 +13,8 @@ import os
 import pytest
 
 from tests.contract import suite
+from tests.contract.expectation import Outcomes, expect_passed
 from tests.contract.gateways import PROVIDERS, WIRES
-from tests.contract.judge import Outcomes, judge
 from tests.contract.model import Case
 
 CASES = suite.cases()
@@ -41,7 +41,7 @@ PLAYED = [(gateway, case) for n, gateway in enumerate(PROVIDERS) for case in _pl
 
 @pytest.mark.parametrize(("gateway", "case"), PLAYED, ids=[f"{g}-{c.id}" for g, c in PLAYED])
 def test_llm_pager_keeps_every_promise_at(outcomes: Outcomes, gateway: str, case: Case) -> None:
-    judge(outcomes(gateway), case)
+    expect_passed(outcomes(gateway), case)
 
 
 @pytest.mark.parametrize("gateway", PROVIDERS)

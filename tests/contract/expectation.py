@@ -11,7 +11,7 @@ from tests.contract.model import Case, Outcome
 Outcomes = Callable[[str], Mapping[str, Outcome]]
 
 
-def judge(found: Mapping[str, Outcome], case: Case) -> None:
+def expect_passed(found: Mapping[str, Outcome], case: Case) -> None:
     """Fails with the promise and what was seen; skips what could not be asked, with the reason."""
     outcome = found[case.id]
     if outcome.status == "n/a":
