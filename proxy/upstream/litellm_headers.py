@@ -24,9 +24,15 @@ _KEPT_BACK: Final = (  # beginnings: credentials, and what hops say of each othe
     b"x-real-ip",
     b"x-llm-pager",
 )
-_NOT_RELAYED: Final = frozenset(  # of the body that litellm read, and of its connection
-    (b"content-encoding", b"content-length", b"content-type", b"date", b"server", b"set-cookie")
-)
+_NOT_RELAYED: Final = frozenset(
+    (
+        # of the body that litellm read, and of its connection
+        b"content-encoding", b"content-length", b"content-type", b"date", b"server", b"set-cookie",
+        # an exception of litellm's may hold the request's headers: no credential ever comes back
+        b"authorization", b"api-key", b"cookie", b"host", b"user-agent", b"x-amz-security-token",
+        b"x-api-key", b"x-goog-api-key",
+    )
+)  # fmt: skip
 _PREFIX: Final = "llm_provider-"  # litellm's, before the provider's own names
 _LIMITS: Final = re.compile(rb"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 

@@ -39,6 +39,13 @@ def test_the_providers_headers_come_back_also_under_openais_names() -> None:
     }  # fmt: skip
 
 
+def test_no_credential_ever_comes_back() -> None:
+    """Were the headers of an exception those of the request."""
+    ours = {"Authorization": "Bearer sk", "x-api-key": "sk", "x-goog-api-key": "sk", "api-key": "sk",
+            "x-amz-security-token": "s", "cookie": "a=b", "retry-after": "7"}  # fmt: skip
+    assert dict(relayed(ours)) == {b"retry-after": b"7"}
+
+
 def test_litellms_prefix_is_taken_off_and_no_headers_are_none() -> None:
     result = SimpleNamespace(_hidden_params={"additional_headers": {"llm_provider-x-request-id": "r"}})
     assert reply_headers(result) == [(b"x-request-id", b"r")]
