@@ -48,7 +48,7 @@ class App:
                 self._stats,
                 self.memory,
                 self._archive,
-                config.sessions.headers,
+                config.sessions,
                 self._chat.capable.table,
             )
         )

@@ -46,6 +46,7 @@ __all__ = [
     "Config",
     "ModelOverride",
     "Section",
+    "SessionsConfig",
     "effective_config",
     "effective_reserve",
     "load_config",

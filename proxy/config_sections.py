@@ -269,15 +269,19 @@ class StreamConfig(Section):
     ] = 15.0
 
 
+HeaderNames = Annotated[
+    tuple[str, ...],
+    AfterValidator(_header_names),
+    Field(
+        strict=False,
+        description="a list of different header names that do not carry credentials",
+    ),
+]
+
+
 class SessionsConfig(Section):
-    headers: Annotated[
-        tuple[str, ...],
-        AfterValidator(_header_names),
-        Field(
-            strict=False,
-            description="a list of different header names that do not carry credentials",
-        ),
-    ] = ("x-session-id",)
+    headers: HeaderNames = ("x-session-id",)
+    delta_headers: HeaderNames = ()
     reattach: Flag = True
 
 

@@ -1,28 +1,149 @@
-"""Who asks: the credentials that a request presents, and the session that its headers name.
+"""Who asks: what a request presents that may tell callers apart, and the session that it names.
 
-Promises: all credential headers count together, because upstream checks one of them, and one that it
-does not check must not choose whose history is seen; a session id is checked before it is used.
+Promises: a header, a query parameter, a cookie or a field counts by what its name speaks of, because
+nobody can list the names that gateways and front ends use; what changes with every request (trace
+ids, dates, idempotency keys) does not count, because it would cut a conversation at every turn; all
+that counts counts together, because upstream checks one credential, and one that it does not check
+must not choose whose history is seen. A session's name is any text: it is hashed, never refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
-from proxy.api.request import checked_session
+import msgspec
+
 from proxy.upstream import Header
 
-_CREDENTIALS = (b"authorization", b"api-key", b"x-api-key")
+DELTA_HEADER = "x-llm-pager-session"  # its client sends only what is new
+
+# What lets a caller in. `tokens` are the model's, not a caller's.
+_CREDENTIAL = re.compile(r"key|token(?!s)|secret|credential|passw|passphrase|jwt|cert|^(?:code|sig)$")
+_AUTH = re.compile(r"auth|oidc")  # by itself; beside a person it says who vouches for it
+# Who it is, or whose account it spends.
+_PERSON = re.compile(
+    r"user|usr|account|acct|tenant|project|organi[sz]ation|org(?![a-z])|cookie|customer|consumer"
+    r"|client[-_. ]?(?:id|name|principal|dn|s[-_]dn)|principal|identi|subject|subscri|e?mail|login"
+    r"|member|owner|employee|person|compan|team|group|workspace|(?<![a-z])(?:uid|sub|sid|upn|dn)(?![a-z])|^from$"
+)
+# What belongs to one request, to its time, or to the program that sends it.
+_PASSING = re.compile(
+    r"(?:request|trace|span|correlation|transaction|idempot\w*|message|invocation|csrf|xsrf|nonce|websocket|cache)"
+    r"[-_.]?(?:id|uuid|key|token)?$"
+    r"|(?:^|[-_. ])(?:agent|date|time|timestamp|expires|version|length|count|signature|digest|hash)$|^sec-"
+)
+_SESSION_COOKIE = re.compile(r"sess|(?<![a-z])s?sid|sso|remember")
+# Parts of a signed Authorization that are new with every request (SigV4, Digest, HMAC).
+_SIGNED = re.compile(r"[,\s]\s*(?:signature|nonce|cnonce|nc|response|timestamp|ts|mac)=[^,\s]*", re.IGNORECASE)
+
+Pair = tuple[str, str]
 
 
-def presented(
-    headers: Sequence[Header], session_headers: Collection[str]
-) -> tuple[str, str | None]:
-    """The credentials as one text, and the explicit session, if any. ApiError 400 for a bad one."""
-    keys: list[str] = []
-    session: str | None = None
-    for name, value in headers:
-        if name in _CREDENTIALS:
-            keys.append(f"{name.decode()}: {value.decode('latin-1')}")
-        elif name.decode("latin-1") in session_headers and session is None:
-            session = checked_session(value.decode("latin-1"), name.decode("latin-1"))
-    return "\n".join(sorted(keys)), session
+class Caller(NamedTuple):
+    """`credentials` and `person` are texts to hash, and "" where there are none. `label` is the
+    session's name; with `delta` its client sends only what is new."""
+
+    credentials: str
+    person: str
+    label: str | None = None
+    delta: bool = False
+
+
+@lru_cache(maxsize=4096)
+def _kind(name: str) -> str | None:
+    """What a name speaks of: a credential, a person, or neither."""
+    name = name.lower()
+    if _PASSING.search(name):
+        return None
+    if _CREDENTIAL.search(name):
+        return "credential"
+    if _PERSON.search(name):
+        return "person"
+    return "credential" if _AUTH.search(name) else None
+
+
+def caller(
+    headers: Sequence[Header],
+    query: Iterable[Pair] = (),
+    session_headers: Collection[str] = (),
+    delta_headers: Collection[str] = (),
+) -> Caller:
+    """Who sends a request with these headers (names in lower case) and query parameters."""
+    found: list[tuple[str | None, str, str]] = []
+    label: str | None = None
+    delta = False
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        if name == "cookie":
+            found.extend(("person", f"cookie {n}", v) for n, v in _cookies(value))
+        elif value[:1] == "{" and (members := _members(value)):  # metadata of a gateway
+            found.extend((_kind(n), f"{name} {n}", v) for n, v in members)
+        elif (kind := _kind(name)) is not None:
+            found.append((kind, name, _SIGNED.sub("", value) if "ignature=" in value else value))
+        if name == DELTA_HEADER or name in delta_headers:
+            label, delta = label if delta else value, True
+        elif label is None and name in session_headers:
+            label = value
+    found.extend((_kind(name), f"?{name}", value) for name, value in query)
+    texts = [_text((name, value) for kind, name, value in found if kind == wanted)
+             for wanted in ("credential", "person")]  # fmt: skip
+    return Caller(texts[0], texts[1], label or None, delta and bool(label))
+
+
+def with_body(caller: Caller, body: Mapping[str, Any]) -> Caller:
+    """The same with what the request's top-level fields say of its user and its session."""
+    told = _text(_told(body))
+    person = caller.person + told
+    if caller.label is not None:
+        return caller._replace(person=person)
+    metadata = body.get("metadata")
+    session = metadata.get("session_id") if isinstance(metadata, dict) else None
+    label = None if session is None else str(session)
+    return caller._replace(person=person, label=label or None)
+
+
+def parameters(query: bytes) -> list[Pair]:
+    """The parameters of a query string as it came."""
+    return parse_qsl(query.decode("latin-1"), keep_blank_values=True) if query else []
+
+
+def _text(pairs: Iterable[Pair]) -> str:
+    """JSON, so that no value can pass for two."""
+    told = sorted(pairs)
+    return json.dumps(told) if told else ""
+
+
+def _cookies(header: str) -> list[Pair]:
+    """The cookies that name a caller; where none does by its name, all of them. A balancer's or a
+    counter's cookie is a new one in every answer."""
+    pairs = [(n.strip(), v) for n, _, v in (piece.partition("=") for piece in header.split(";"))]
+    telling = [p for p in pairs if _kind(p[0]) or _SESSION_COOKIE.search(p[0].lower())]
+    return telling or pairs
+
+
+def _members(value: str) -> list[Pair]:
+    try:
+        members = msgspec.json.decode(value)
+    except (ValueError, RecursionError):
+        return []
+    return [(str(name), str(member)) for name, member in members.items()]
+
+
+def _told(body: Mapping[str, Any]) -> Iterator[Pair]:
+    """What the body says of its user: top-level fields (`user`, `safety_identifier` ...) and metadata.
+
+    The names of top-level fields that speak of keys and tokens are the API's own.
+    """
+    for name in body:
+        if _kind(name) == "person" and (value := body[name]) is not None:
+            yield name, str(value)
+    metadata = body.get("metadata")
+    for name, value in metadata.items() if isinstance(metadata, dict) else ():
+        if _kind(name) is not None:
+            yield f"metadata.{name}", str(value)
+

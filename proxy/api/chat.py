@@ -143,7 +143,9 @@ class ChatApi:
             if is_encoded(scope["headers"]):
                 await self._unpaged(scope, body, send)
                 return None
-            given = await self._placing.place(scope["headers"], body)
+            given = await self._placing.place(
+                scope["headers"], scope.get("query_string", b""), body
+            )
             if given.start and is_retry(scope["headers"]):
                 given = await placed_as_retry(given, self._memory)
             model = given.decoded["model"]

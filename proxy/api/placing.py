@@ -12,11 +12,12 @@ from itertools import takewhile
 
 import msgspec
 
-from proxy.api.caller import presented
+from proxy.api.caller import caller, parameters, with_body
 from proxy.api.memory import TOKENS_FACTOR, Memory
-from proxy.api.request import Decoded, max_tokens, metadata_session, validate
+from proxy.api.request import Decoded, max_tokens, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
+from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
@@ -63,38 +64,42 @@ class Placing:
         self._limits = lru_cache(maxsize=256)(self._make_limits)
         self._fixed_tokens = lru_cache(maxsize=1024)(_fixed_tokens)
 
-    async def place(self, headers: list[Header], body: bytes) -> TurnInput:
+    async def place(self, headers: list[Header], query: bytes, body: bytes) -> TurnInput:
         """Find a request's place. Raises ApiError 400 for what cannot be a chat request."""
-        memory = self._memory
-        key, session = presented(headers, self._config.sessions.headers)
-        scope = memory.identity.tenant(key, "")
+        memory, sessions = self._memory, self._config.sessions
+        identity = memory.identity
+        who = caller(headers, parameters(query), sessions.headers, sessions.delta_headers)
+        scope = identity.tenant(who.credentials, "")
         try:
             split = read_body(body, scope, memory.histories)
             decoded = Decoded(split.fields)
             validate(decoded)
+            who = with_body(who, decoded)
         except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at
             raise ApiError(400, f"The JSON body of the request is not valid UTF-8: {error}.",
                            code="invalid_json") from None
-        session = session or metadata_session(decoded)
-        user = decoded.get("safety_identifier") or decoded.get("user") or ""
-        tenant = memory.identity.tenant(key, str(user))
-        session_key = memory.identity.session(tenant, session) if session else None
+        tenant = identity.tenant(who.credentials, who.person)
+        names = NO_NAMES
+        if who.label is not None:
+            delta = identity.session(tenant, who.label) if who.delta else None
+            names = SessionNames(identity.label(tenant, who.label), delta)
         if split.known is not None and split.known.tenant != tenant:  # another user of this key
             split = read_body(body, scope, _NO_HISTORIES)
         if len(split.new) > _CHAIN_AT_ONCE:
-            nodes, anchors = await asyncio.to_thread(chain, split, memory.identity, tenant)
+            nodes, anchors = await asyncio.to_thread(chain, split, identity, tenant)
         else:
-            nodes, anchors = chain(split, memory.identity, tenant)
+            nodes, anchors = chain(split, identity, tenant)
         if not nodes:  # only system messages: nothing to remember them by but themselves
             nodes, anchors = _only_system(split, memory, tenant)
             split = split._replace(system=[], history=None)
+        tools = split.fields.get("tools")
+        frame = identity.frame(split.system, bytes(tools) if tools is not None else b"")
         found = place(
-            nodes, anchors, memory.identity, tenant, memory.library, session_key,
-            self._config.sessions.reattach,
+            nodes, anchors, identity, tenant, memory.library, frame, names.delta, sessions.reattach
         )
         if found.start == 0 and found.floor == 0:
             self._remember(split, scope, tenant, found)
-        return await self._input(body, split, decoded, scope, tenant, session_key, found)
+        return await self._input(body, split, decoded, scope, tenant, names, found)
 
     def _remember(self, split: Body, scope: bytes, tenant: bytes, found: Place) -> None:
         """Keep the history's bytes, so that the next body is recognised by them."""
@@ -120,7 +125,7 @@ class Placing:
         decoded: Decoded,
         scope: bytes,
         tenant: bytes,
-        session_key: bytes | None,
+        names: SessionNames,
         found: Place,
     ) -> TurnInput:
         memory = self._memory
@@ -140,9 +145,9 @@ class Placing:
         return TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
             found.floor, found.anchors, found.record, window, state.table if state else None,
-            limits, counter, memory.identity, tenant, session_key, self._policy,
+            limits, counter, memory.identity, tenant, names, self._policy,
             memory.substitutes, fixed, surely, self._observed, scope,
-            state.derived if state else NO_DERIVED, memory.get_block, exact,
+            state.derived if state else NO_DERIVED, memory.get_block, exact, sent=found.sent,
         )
 
     def _learned(self, scope: bytes, model: str) -> tuple[tuple[str, object], ...]:

@@ -2,12 +2,11 @@
 
 Promises: a body over the limit is not read to its end; whatever we rely on ourselves is checked, and
 a request that fails the check is the upstream's to judge, unchanged (`is_upstreams_to_judge`); only
-what is about us (size, sessions) is refused here, in OpenAI's error shape.
+its size is refused here, in OpenAI's error shape.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +17,8 @@ from proxy.conversation.body import Fields
 from proxy.errors import ApiError
 from proxy.upstream import Header
 
-# Codes of `read_body` and `validate`: the request as such. A session id is ours to judge.
+# Codes of `read_body` and `validate`: the request as such.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
-_SESSION_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class Decoded(Mapping[str, Any]):
@@ -105,26 +103,6 @@ def validate(decoded: Mapping[str, Any]) -> None:
             raise ApiError(
                 400, f"Invalid type for '{name}': expected {words}.", param=name, code="invalid_type"
             )
-
-
-def checked_session(value: str, where: str) -> str:
-    """A session id, or ApiError 400: it is untrusted input."""
-    if not _SESSION_ID.fullmatch(value):
-        raise ApiError(
-            400,
-            f"The session id in {where} must be 1 to 128 letters, digits or ._:@/+=- .",
-            param=where,
-            code="invalid_session_id",
-        )
-    return value
-
-
-def metadata_session(decoded: Mapping[str, Any]) -> str | None:
-    """The session that the body names."""
-    value = (decoded.get("metadata") or {}).get("session_id")
-    if value is None:
-        return None
-    return checked_session(str(value), "metadata.session_id")
 
 
 def max_tokens(decoded: Mapping[str, Any]) -> int | None:

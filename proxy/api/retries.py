@@ -30,7 +30,7 @@ async def placed_as_retry(given: TurnInput, memory: Memory) -> TurnInput:
     Call it for a retry only: somebody may well say the same thing twice.
     """
     last, new = given.record, given.path[given.start :]
-    if given.session_key is None or given.floor or last is None or given.start != last.end:
+    if given.names.delta is None or given.floor or last is None or given.start != last.end:
         return given
     if [node.content for node in new] != last.contents[:-1]:
         return given

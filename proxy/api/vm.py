@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -17,14 +17,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from proxy.api.archive import Archive
-from proxy.api.caller import presented
+from proxy.api.caller import Caller, caller, with_body
 from proxy.api.memory import Memory
-from proxy.api.request import checked_session
 from proxy.api.stats import Stats
+from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.mediapages import media_pages
 from proxy.conversation.state import history, restore_state
-from proxy.conversation.tree import GetRecord, Node, Record
+from proxy.conversation.tree import ID_BYTES, GetRecord, Node, Record
 from proxy.errors import ApiError
 from proxy.memory.models import MEDIA_PART
 from proxy.memory.pages import page_id, parse_page_id
@@ -33,6 +33,7 @@ from proxy.tokens import get_counter
 
 _TURN_DIGITS = 9  # more of them is no turn of anyone's
 _PAGE_ID_CHARS = 64
+_BODYS, _METADATA = ("user", "safety_identifier"), "metadata."  # of a chat request's body
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +42,19 @@ def vm_router(
     stats: Stats,
     memory: Memory,
     archive: Archive,
-    session_headers: Collection[str],
+    sessions: SessionsConfig,
     capabilities: Callable[[bytes], list[dict[str, Any]]],
 ) -> APIRouter:
     """GET /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn), /vm/provenance?page=ID.
 
     `/vm/models` says what is held of models, and why, for the credentials that come with the
-    request (`capabilities` gives it). The last two are about the session that a session header or ?session= names; ?user= is the
-    requests' `user` or `safety_identifier`, where they have one.
+    request (`capabilities` gives it). The last two are about the session that a session header or
+    ?session= names; ?user= and ?safety_identifier= are the requests', where they have them.
     """
     router = APIRouter(prefix="/vm")
 
     def head_of(request: Request) -> Record:
-        return _head(request, memory, session_headers)
+        return _head(request, memory, sessions)
 
     @router.get("/stats")
     async def read_stats() -> JSONResponse:
@@ -62,8 +63,8 @@ def vm_router(
     @router.get("/models")
     async def read_models(request: Request) -> Response:
         async def table() -> dict[str, Any]:
-            key, _ = presented(request.scope["headers"], session_headers)
-            return {"models": capabilities(memory.identity.tenant(key, ""))}
+            who = _caller(request, sessions)
+            return {"models": capabilities(memory.identity.tenant(who.credentials, ""))}
 
         return await _answer(table)
 
@@ -93,22 +94,40 @@ async def _answer(make: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
     return Response(failed.body(), failed.status, media_type="application/json")
 
 
-def _head(request: Request, memory: Memory, session_headers: Collection[str]) -> Record:
+def _caller(request: Request, sessions: SessionsConfig) -> Caller:
+    """Who asks, by the same rule as on the chat path: what a chat body would say of its user stands
+    in ?user=, ?safety_identifier= and ?metadata.NAME=."""
+    query = list(request.query_params.multi_items())
+    body: dict[str, Any] = {name: value for name, value in query if name in _BODYS}
+    body["metadata"] = {
+        name.removeprefix(_METADATA): value for name, value in query if name.startswith(_METADATA)
+    }
+    rest = [(n, v) for n, v in query if n not in body and not n.startswith(_METADATA)]
+    headers = request.scope["headers"]
+    return with_body(caller(headers, rest, sessions.headers, sessions.delta_headers), body)
+
+
+def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:
     """The last answered turn of the session that the request names."""
-    key, session = presented(request.scope["headers"], session_headers)
-    asked = request.query_params.get("session")
-    if session is None and asked:
-        session = checked_session(asked, "session")
-    if session is None:
+    who = _caller(request, sessions)
+    session = who.label or request.query_params.get("session")
+    if not session:
         raise ApiError(400, "Name the session in its header or in ?session=.", param="session",
                        code="missing_required_parameter")  # fmt: skip
-    tenant = memory.identity.tenant(key, request.query_params.get("user", ""))
-    node = memory.store.get(memory.identity.session(tenant, session))
-    head = memory.get_record(node) if node else None
+    tenant = memory.identity.tenant(who.credentials, who.person)
+    head = _last(memory.store.get(memory.identity.label(tenant, session)) or b"", memory.get_record)
     if head is None:
         raise ApiError(404, "There is no such session for these credentials.", param="session",
                        code="session_not_found")  # fmt: skip
     return head
+
+
+def _last(answers: bytes, get: GetRecord) -> Record | None:
+    """The last of a session's answers. A first turn may be an application's side request under the
+    same name, such as one for a title: it counts where there is nothing longer."""
+    ids = [answers[at : at + ID_BYTES] for at in range(0, len(answers), ID_BYTES)]
+    records = [record for node_id in reversed(ids) if (record := get(node_id)) is not None]
+    return next((r for r in records if r.turn > 1), records[0] if records else None)
 
 
 # -- what was in the window

@@ -51,6 +51,17 @@ class Stored(NamedTuple):
         return fields
 
 
+class SessionNames(NamedTuple):
+    """The storage keys of what a request calls its session: the answers given under the name, and,
+    for a client that sends only what is new, the head. None: it calls it nothing."""
+
+    label: bytes | None = None
+    delta: bytes | None = None
+
+
+NO_NAMES = SessionNames()
+
+
 def answered_by(path: Sequence[Node], record: Record | None) -> tuple[int, int]:
     """(end of the answered messages that have no record yet, 0 if all have; this turn's number)."""
     first, turn = (record.end, record.turn) if record else (0, 0)
@@ -67,7 +78,7 @@ def new_records(
     """Records for the positions after `parent`; one for each run that ends with an answer.
 
     `path` ends with an answer; `last` are the last record's own fields (window, mutations,
-    substitute), which describe the turn that is being stored, and `settled` those of the one before
+    substitute, sent), which describe the turn that is being stored, and `settled` those of the one before
     it. `last`'s echo is that of the parent's answer: the first record's.
     """
     records: list[Record] = []
@@ -109,12 +120,13 @@ def append_effect(
     heads: Sequence[tuple[list[Node], list[Record]]],
     identity: Identity,
     tenant: bytes,
-    session_key: bytes | None,
+    names: SessionNames,
     blocks: Mapping[bytes, bytes],
 ) -> Append:
     """The effect that stores (path, records) of each choice; the first is the session's head.
 
-    `blocks` are the page table's new ones, by their reference.
+    `blocks` are the page table's new ones, by their reference. Only delivered answers are found by
+    their words: what came in a request proves nothing.
     """
     puts = {block_key(ref): block for ref, block in blocks.items()}
     joins: list[tuple[bytes, bytes]] = []
@@ -123,10 +135,12 @@ def append_effect(
         for record in new:
             puts[record_key(record.id)] = encode_record(record)
             at = record.end - 1
-            if at > 0:
+            if at > 0 and record.sent is not None:
                 key = identity.pair(tenant, path[at - 1].content, path[at].content)
                 joins.append((key, record.id))
             records.append(record)
-    if session_key is not None and heads:
-        puts[session_key] = heads[0][0][-1].id
+    if heads and names.label is not None:
+        joins.append((names.label, heads[0][0][-1].id))
+    if heads and names.delta is not None:
+        puts[names.delta] = heads[0][0][-1].id
     return Append(list(puts.items()), joins, records)

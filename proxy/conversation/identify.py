@@ -1,9 +1,13 @@
 """Finds a request's place in the tree: which path it is on, and what of it the client sent.
 
-Promises: a full history is placed by its content alone; a trimmed one gets its ancestors back only
-when the overlap is at least two consecutive messages, one of them an answer, says more than a
-greeting, and matches exactly one path; a session's new messages continue its head. Everything stays inside the tenant, and what
-is ambiguous matches nothing (invariant 6). Pure: storage is handed in as functions.
+Promises: a full history is placed by its content alone. What the client did not send is put before
+its messages only when it is proved to be the same conversation (invariant 6): in a session of new
+messages, which the client asked for, and in a history that lost its front, when all of this holds:
+the same tenant, system messages and tools; everything up to the last answer stands at the end of one
+path, and of exactly one; that answer was delivered here, and says more than a greeting; and the front
+has moved on in each of the last turns, as a window does and a deletion does not. Until then such a
+history is a conversation of its own. A session's name proves nothing. Pure: storage is handed in as
+functions.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from proxy.conversation.tree import (
     Identity,
     Node,
     Record,
+    Sent,
     deepest_record,
     overlap,
 )
@@ -30,6 +35,7 @@ from proxy.memory.pages import message_text
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
 _TELLING_CHARS = 64  # so much text to count as proof
 _CANDIDATES = 32  # paths that a trimmed history is compared with; as many as storage keeps
+_MOVES = 3  # turns in a row in which the front moved on: one or two may be deletions
 
 LoadPath = Callable[[Record], list[Node]]
 
@@ -43,6 +49,7 @@ class Place:
     floor: int
     anchors: list[Anchor]
     record: Record | None
+    sent: Sent | None = None
 
 
 @dataclass(slots=True)
@@ -79,22 +86,24 @@ def place(
     identity: Identity,
     tenant: bytes,
     library: Library,
+    frame: bytes,
     session_key: bytes | None,
     reattach: bool,
 ) -> Place:
-    """Place the client's `nodes` (a path from the root, not empty) on the path they belong to."""
-    whole = Place(nodes, 0, 0, anchors, deepest_record(nodes, library.get_record))
+    """Place the client's `nodes` (a path from the root, not empty) on the path they belong to.
+
+    `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages.
+    """
+    whole = Place(nodes, 0, 0, anchors, deepest_record(nodes, library.get_record), Sent(frame))
     if whole.record is not None:
         return whole
     if session_key is not None:
         head = library.get(session_key)
         record = library.get_record(head) if head else None
         if record is not None:
-            found = _in_session(nodes, anchors, identity, library, record)
-            return found or whole
-    if reattach:
-        return _reattach(nodes, anchors, identity, tenant, library) or whole
-    return whole
+            place = _in_session(nodes, anchors, identity, library, record, frame)
+            return place or whole
+    return _trimmed(whole, identity, tenant, library, frame) if reattach else whole
 
 
 def _in_session(
@@ -103,6 +112,7 @@ def _in_session(
     identity: Identity,
     library: Library,
     head: Record,
+    frame: bytes,
 ) -> Place | None:
     """The request as the continuation of its session; None: a history of its own."""
     path = library.load_path(head)
@@ -111,12 +121,13 @@ def _in_session(
         return None  # it begins as the session began: said again from the start, not new
     answered = any(node.role == "assistant" for node in nodes[:length])
     if length and (start + length == len(path) or (length >= 2 and answered)):
-        return _join(path, start, length, nodes, anchors, identity, library)
+        sent = Sent(frame, start)
+        return _join(path, start, length, nodes, anchors, identity, library, sent)
     if any(node.role == "assistant" for node in nodes):
         return None  # a client of new messages never sends answers: this is another history
     joined = identity.rechain(path, nodes)
     moved = [Anchor(a.position + len(path), a.raw) for a in anchors]
-    return Place(joined, len(path), 0, moved, head)
+    return Place(joined, len(path), 0, moved, head, Sent(frame, len(path)))
 
 
 def _join(
@@ -127,6 +138,7 @@ def _join(
     anchors: Sequence[Anchor],
     identity: Identity,
     library: Library,
+    sent: Sent,
 ) -> Place:
     """`nodes` agree with path[start : start + length]; the rest of them follows there."""
     shared = [
@@ -138,38 +150,62 @@ def _join(
     ]
     joined = identity.rechain([*path[:start], *shared], nodes[length:])
     moved = [Anchor(a.position + start, a.raw) for a in anchors]
-    return Place(joined, start, start, moved, deepest_record(joined, library.get_record))
+    return Place(joined, start, start, moved, deepest_record(joined, library.get_record), sent)
 
 
-def _reattach(
-    nodes: list[Node],
-    anchors: Sequence[Anchor],
-    identity: Identity,
-    tenant: bytes,
-    library: Library,
-) -> Place | None:
-    """A trimmed history on the one path that has it, or None."""
-    answer = next((i for i, n in enumerate(nodes) if i and n.role == "assistant"), None)
-    if answer is None:
-        return None
-    joined = library.get(identity.pair(tenant, nodes[answer - 1].content, nodes[answer].content))
-    ids = [joined[i : i + ID_BYTES] for i in range(0, len(joined or b""), ID_BYTES)] if joined else []
-    best: list[tuple[int, Record]] = []
-    for node_id in ids[-_CANDIDATES:]:
-        record = library.get_record(node_id)
-        if record is None or not _ends_with(record, nodes[: answer + 1], library.get_record):
+def _trimmed(
+    whole: Place, identity: Identity, tenant: bytes, library: Library, frame: bytes
+) -> Place:
+    """A history of which no beginning is known: `whole`, or, once it is proved that its client drops
+    the oldest messages, on the path that it is the end of."""
+    nodes = whole.path
+    last = next((i for i in range(len(nodes) - 1, 0, -1) if nodes[i].role == "assistant"), None)
+    if last is None:
+        return whole
+    record = _ending(nodes[: last + 1], identity, tenant, library, frame)
+    if record is None or record.sent is None or not _telling(nodes[: last + 1]):
+        return whole
+    before, start = record.sent, record.end - (last + 1)
+    moves = before.moves if before.moves >= _MOVES else before.moves + 1
+    if moves < _MOVES:
+        whole.sent = Sent(frame, 0, moves, record.id, start)
+        return whole
+    path = library.load_path(record)
+    if before.above:
+        front = _front(before, library)
+        path = identity.rechain([], [*front, *path], identity.root(tenant))
+        start += len(front)
+    sent = Sent(frame, start, moves)
+    return _join(path, start, last + 1, nodes, whole.anchors, identity, library, sent)
+
+
+def _ending(
+    nodes: Sequence[Node], identity: Identity, tenant: bytes, library: Library, frame: bytes
+) -> Record | None:
+    """The delivered answer of this frame that `nodes` end with and whose path they are the end of,
+    with something before them; None also when there are two."""
+    ids = library.get(identity.pair(tenant, nodes[-2].content, nodes[-1].content)) or b""
+    found: list[Record] = []
+    for at in range(max(0, len(ids) - _CANDIDATES * ID_BYTES), len(ids), ID_BYTES):
+        record = library.get_record(ids[at : at + ID_BYTES])
+        if record is None or record.sent is None or record.sent.frame != frame:
             continue
-        length = answer + 1 + _agreement(node_id, nodes[answer + 1 :], identity, library)
-        best.append((length, record))
-    if not best:
-        return None
-    longest = max(length for length, _ in best)
-    matches = [record for length, record in best if length == longest]
-    if len(matches) != 1 or not _telling(nodes[:longest]):
-        return None
-    path = library.load_path(matches[0])
-    start = len(path) - (answer + 1)
-    return _join(path, start, answer + 1, nodes, anchors, identity, library)
+        if _ends_with(record, nodes, library.get_record):
+            found.append(record)
+    return found[0] if len(found) == 1 else None
+
+
+def _front(sent: Sent, library: Library) -> list[Node]:
+    """What stood before the first message of a request whose front had moved on."""
+    front: list[Node] = []
+    at: Sent | None = sent
+    while at is not None and at.above:
+        above = library.get_record(at.above)
+        if above is None:  # written before the record that names it, so: a damaged store
+            raise LookupError("the record that a trimmed history continues is missing")
+        front = [*library.load_path(above)[: at.above_at], *front]
+        at = above.sent
+    return front
 
 
 def _telling(nodes: Sequence[Node]) -> bool:
@@ -194,17 +230,3 @@ def _ends_with(record: Record, nodes: Sequence[Node], get: GetRecord) -> bool:
         wanted = wanted[: len(wanted) - len(have)]
         at = get(at.parent) if at.parent else None
     return before
-
-
-def _agreement(
-    node_id: bytes, nodes: Sequence[Node], identity: Identity, library: Library
-) -> int:
-    """How many of `nodes` continue the path of `node_id` as it is stored (up to its last answer)."""
-    length, parent = 0, node_id
-    for count, node in enumerate(nodes, 1):
-        parent = identity.child(parent, node.content)
-        if node.role == "assistant":
-            if library.get_record(parent) is None:
-                break
-            length = count
-    return length

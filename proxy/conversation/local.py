@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.conversation.commit import NO_NAMES
 from proxy.conversation.compose import as_input
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
@@ -245,7 +246,7 @@ class LocalConversation:
             counter=self._counter,
             identity=self._identity,
             tenant=self._tenant,
-            session_key=None,
+            names=NO_NAMES,
             policy=self._policy,
             substitutes=self._substitutes,
             fixed_tokens=self._fixed_tokens,

@@ -36,6 +36,16 @@ class Anchor(msgspec.Struct, gc=False):
     raw: bytes
 
 
+class Sent(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
+    """The request whose answer was delivered: what a history that lost its front is known by."""
+
+    frame: bytes  # its front system messages and tools (`Identity.frame`)
+    start: int = 0  # where its first message stands on the record's path
+    moves: int = 0  # how many times in a row, up to this request, the client's front had moved on
+    above: bytes = b""  # the record whose path the first message stood on, where that is another path
+    above_at: int = 0  # and where it stood on it
+
+
 class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one answered turn adds to the tree; stored under the id of its last node, immutable.
 
@@ -59,6 +69,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     counter: str = ""  # what `tokens` were counted with
     closing: bytes = b""  # what this turn's epochs closed: segments and the table's root (closing.py)
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
+    sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
 
     @property
     def id(self) -> bytes:
@@ -95,16 +106,25 @@ class Identity:
             h.update(part)
         return h.digest()
 
-    def tenant(self, api_key: str, user: str) -> bytes:
-        """The tenant of a presented API key and the request's user. The key itself is not kept."""
-        return self._hash(b"tenant", api_key.encode(), user.encode())
+    def tenant(self, credentials: str, person: str) -> bytes:
+        """The tenant of what a request presents and of whom it names. Neither is kept."""
+        parts = (text.encode("utf-8", "surrogatepass") for text in (credentials, person))
+        return self._hash(b"tenant", *parts)
 
     def root(self, tenant: bytes) -> bytes:
         return self._hash(b"root", tenant)
 
-    def session(self, tenant: bytes, session_id: str) -> bytes:
-        """The storage key of an explicit session's head, inside its tenant."""
-        return b"s" + self._hash(b"session", tenant, session_id.encode())
+    def session(self, tenant: bytes, name: str) -> bytes:
+        """The storage key of the head of a session of new messages, inside its tenant."""
+        return b"s" + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
+
+    def label(self, tenant: bytes, name: str) -> bytes:
+        """The storage key of the answers that were given under a session's name."""
+        return b"l" + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
+
+    def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
+        """What stands in front of a history, as written: another frame is another application."""
+        return self._hash(b"frame", *system, b"", tools)
 
     def pair(self, tenant: bytes, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found."""

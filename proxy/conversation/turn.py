@@ -283,7 +283,9 @@ class Turn:
 
     def _append(self, answers: Sequence[dict[str, Any]], substitute: Sequence[bytes]) -> Effect:
         given = self._in
-        last: dict[str, object] = {"echo": self._echo(), "substitute": list(substitute)}
+        last: dict[str, object] = {
+            "echo": self._echo(), "substitute": list(substitute), "sent": given.sent,
+        }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         before = self._paging.settled if self._paging is not None else None
         settled = before.fields(given.window, given.record) if before is not None else None
@@ -301,7 +303,7 @@ class Turn:
         self.record = heads[0][1][-1]
         if before is not None:
             self.settled = heads[0][1][-2], before
-        return append_effect(heads, given.identity, given.tenant, given.session_key, blocks)
+        return append_effect(heads, given.identity, given.tenant, given.names, blocks)
 
     def _echo(self) -> bytes:
         """The previous answer in the bytes that the client has for it, when they are its own."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from proxy.conversation.body import Fields
 from proxy.conversation.capability import Capabilities
+from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
 from proxy.conversation.report import TurnReport
-from proxy.conversation.tree import Anchor, Identity, Node, Record
+from proxy.conversation.tree import Anchor, Identity, Node, Record, Sent
 from proxy.conversation.window import Window
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.tlb import TLBWithPageTable
@@ -44,7 +45,7 @@ class TurnInput:
     counter: TokenCounter
     identity: Identity
     tenant: bytes
-    session_key: bytes | None
+    names: SessionNames
     policy: EvictionPolicy
     substitutes: Callable[[bytes], Sequence[bytes]]
     fixed_tokens: int  # system messages, the client's tools and schemas
@@ -57,6 +58,7 @@ class TurnInput:
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
+    sent: Sent | None = None  # how the request stood to those before it; stored with its answer
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from proxy.api.archive import Archive
+from proxy.api.caller import caller
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
 from proxy.api.stats import Stats
@@ -247,23 +248,28 @@ async def answered_in_session(
 
 
 KEY, OTHER = (b"authorization", b"Bearer a"), (b"authorization", b"Bearer b")
-SESSION = (b"x-session-id", b"s.1:a@b/c+d=e-f_")
+SESSION = (b"x-llm-pager-session", b"chat {1}: a@b|c")
+LABEL = (b"x-session-id", SESSION[1])
 
 
 async def test_a_session_continues_with_new_messages_only(tmp_path: Path) -> None:
     assert await answered_in_session(tmp_path, [KEY, SESSION], [KEY, SESSION])
 
 
-async def test_a_session_in_metadata_is_the_same_session(tmp_path: Path) -> None:
-    fields = {"metadata": {"session_id": SESSION[1].decode()}}
-    assert await answered_in_session(tmp_path, [KEY, SESSION], [KEY], {}, fields)
+async def test_invariant_2_a_sessions_name_alone_brings_nothing_back(tmp_path: Path) -> None:
+    """A title, a new chat and a summary come under the same name as the conversation."""
+    named = {"metadata": {"session_id": SESSION[1].decode()}}
+    for first in ([KEY, SESSION], [KEY, LABEL]):
+        assert not await answered_in_session(tmp_path, first, [KEY, LABEL])
+        assert not await answered_in_session(tmp_path, first, [KEY], {}, named)
+        assert not await answered_in_session(tmp_path, first, [KEY], named, named)
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
         ([KEY, SESSION], [KEY]),
-        ([KEY, SESSION], [KEY, (b"x-session-id", b"s2")]),
+        ([KEY, SESSION], [KEY, (SESSION[0], b"s2")]),
         ([KEY, SESSION], [OTHER, SESSION]),
         ([KEY, SESSION], [SESSION]),
         ([(b"api-key", b"a"), SESSION], [(b"api-key", b"b"), SESSION]),
@@ -326,13 +332,14 @@ async def test_max_tokens_raises_the_reserve_up_to_half(tmp_path: Path) -> None:
         assert [r.budget_tokens for r in one.reports] == [20_000 - 4096, 14_000, 13_000, 10_000]
 
 
-async def test_a_wrong_session_name_says_where_it_stood(tmp_path: Path) -> None:
-    async with client(tmp_path) as one:
-        status, found = await one.ask(body(), (b"x-session-id", b"a b"))
-        assert (status, found["error"]["param"]) == (400, "x-session-id")
-        status, found = await one.ask(body(metadata={"session_id": {"a": 1}}))
-        assert (status, found["error"]["param"]) == (400, "metadata.session_id")
-        assert one.upstream.bodies == []
+@pytest.mark.parametrize("name", ["", " ", "a b", "{1}", "x" * 2000, "naïve", "<script>", "日本", "\x00"])
+async def test_any_text_names_a_session(tmp_path: Path, name: str) -> None:
+    named = body(metadata={"session_id": name})
+    async with client(tmp_path, *(answered() for _ in range(4))) as one:
+        assert (await one.ask(named))[0] == (await one.ask(body(metadata={"session_id": {"a": 1}})))[0] == 200
+        for header in (b"x-session-id", b"x-llm-pager-session"):
+            assert (await one.ask(body(), (header, name.encode())))[0] == 200
+        assert one.upstream.bodies[0] == json.dumps(named).encode()
 
 
 async def test_text_that_is_not_utf8_is_upstreams_to_judge_at_every_turn(tmp_path: Path) -> None:
@@ -421,12 +428,12 @@ async def test_what_a_refusal_taught_is_kept_for_the_key_and_shown_to_it(tmp_pat
         assert (await one.ask(body(paged_messages()), key))[0] == 200
         assert (await one.ask(body(paged_messages()), key))[0] == 200
         assert len(one.upstream.bodies) == 3 and b'"tools"' not in one.upstream.bodies[2]
-        scope = one.memory.identity.tenant("authorization: Bearer a", "")
+        scope = one.memory.identity.tenant(caller([key]).credentials, "")
         (row,) = one.api.capable.table(scope)
         assert row["model"] == "gpt-4o"
         assert row["tools"] == {"value": False, "from": "learned"}
         assert row["stream_usage"] == {"value": True, "from": "assumed"}
-        assert one.api.capable.table(one.memory.identity.tenant("authorization: Bearer b", "")) == []
+        assert one.api.capable.table(one.memory.identity.tenant(caller([OTHER]).credentials, "")) == []
 
 
 async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path) -> None:
@@ -450,6 +457,6 @@ async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path)
 async def test_the_configured_policy_decides_who_leaves(tmp_path: Path, name: str) -> None:
     async with client(tmp_path, answered(), memory={"eviction": name}) as one:
         placing = one.api._placing
-        given = await placing.place([], json.dumps(body()).encode())
+        given = await placing.place([], b"", json.dumps(body()).encode())
         kinds = {"importance": "ImportanceWeightedLRU", "lru": "LRU", "modality": "ModalityAwareLRU"}
         assert type(given.policy).__name__ == kinds[name]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.api.test_chat import answered, body, client
 
-SESSION = (b"x-session-id", b"s1")
+SESSION = (b"x-llm-pager-session", b"s1")
 AGAIN = (b"x-stainless-retry-count", b"1")
 LONG = " ".join(f"word{i}" for i in range(60))
 SMALL = {"tiers.l0": {"tokens": 2000, "reserve_tokens": 500}}

@@ -16,18 +16,19 @@ import httpx
 from fastapi import FastAPI
 
 from proxy.api.archive import Archive
+from proxy.api.caller import caller
 from proxy.api.capable import Capable
 from proxy.api.memory import Memory
 from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
-from proxy.config import load_config
+from proxy.config import SessionsConfig, load_config
 from proxy.conversation.tree import record_key
 from proxy.upstream import make_upstream
 from tests.conversation.player import Message, Player, limits_of, says
 from tests.conversation.test_closing import talk
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png", "detail": "low"}}
-KEY = "authorization: key"
+KEY = caller([(b"authorization", b"key")]).credentials
 
 
 @asynccontextmanager
@@ -43,7 +44,7 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     app = FastAPI()
     capabilities = Capable(config, memory).table
     app.include_router(
-        vm_router(Stats(memory, archive.writer), memory, archive, ["x-session-id"], capabilities)
+        vm_router(Stats(memory, archive.writer), memory, archive, SessionsConfig(), capabilities)
     )
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
@@ -109,7 +110,7 @@ async def test_a_damaged_store_is_said_in_openais_shape(tmp_path: Path) -> None:
     assert middle is not None and head is not None
     del player.values[record_key(middle.id)]
     tenant = player.identity.tenant(KEY, "")
-    player.values[player.identity.session(tenant, "s")] = head.id
+    player.values[player.identity.label(tenant, "s")] = head.id
     async with looking_at(tmp_path, player) as (client, _):
         for path in ("/vm/context", "/vm/context?turn=1", "/vm/provenance?page=claim_0001"):
             reply = await client.get(path)

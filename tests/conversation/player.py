@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import message_ends, read_body
+from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.history import HistoryCache, Known
@@ -167,18 +168,21 @@ class Player:
 
     def place(
         self, body: bytes, key: str = "key", session: str | None = None
-    ) -> tuple[Any, Place, bytes, bytes | None]:
+    ) -> tuple[Any, Place, bytes, SessionNames]:
         scope = self.identity.tenant(key, session or "")
         split = read_body(body, scope, self.histories)
         user = json.loads(bytes(split.fields["user"])) if "user" in split.fields else ""
         tenant = self.identity.tenant(key, user)
         session_key = self.identity.session(tenant, session) if session else None
+        names = SessionNames(session and self.identity.label(tenant, session), session_key)
+        tools = split.fields.get("tools")
+        frame = self.identity.frame(split.system, bytes(tools) if tools is not None else b"")
         nodes, anchors = chain(split, self.identity, tenant)
         library = Library(self.get_record, self._load_path, self.values.get)
-        found = place(nodes, anchors, self.identity, tenant, library, session_key, self.reattach)
+        found = place(nodes, anchors, self.identity, tenant, library, frame, session_key, self.reattach)
         if found.start == 0 and found.floor == 0 and session_key is None:
             self._remember(split, scope, tenant, found)
-        return split, found, tenant, session_key
+        return split, found, tenant, names
 
     def _remember(self, split: Any, scope: bytes, tenant: bytes, found: Place) -> None:
         if split.history is None:
@@ -209,7 +213,7 @@ class Player:
         """One request from the client's bytes to the answer. `extra` are the body's other fields."""
         if body is None:
             body = json.dumps({"model": "gpt-4o", "messages": list(messages), **extra}).encode()
-        split, found, tenant, session_key = self.place(body, key, session)
+        split, found, tenant, names = self.place(body, key, session)
         decoded = {name: json.loads(bytes(raw)) for name, raw in split.fields.items()}
         state = self._state_after(found.record) if found.record else None
         counter = get_counter(decoded["model"])
@@ -219,9 +223,9 @@ class Player:
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
             found.floor, found.anchors, found.record, state.window if state else None,
             state.table if state else None, self.limits, counter, self.identity, tenant,
-            session_key, ImportanceWeightedLRU(), self._substitutes, fixed,
+            names, ImportanceWeightedLRU(), self._substitutes, fixed,
             derived=state.derived if state else NO_DERIVED, load_block=self.get_block,
-            get_record=self.get_record,
+            get_record=self.get_record, sent=found.sent,
         )
         turn = Turn(given)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]

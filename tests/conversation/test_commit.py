@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.conversation.commit import append_effect, new_records
+from proxy.conversation.commit import SessionNames, append_effect, new_records
 from tests.conversation.test_tree import IDENTITY, TENANT, path_of
 
 
@@ -16,6 +16,6 @@ def test_each_choice_is_a_branch_of_its_own_and_the_first_is_the_sessions_head()
     one = path_of([("user", "a"), ("assistant", "b")])
     two = path_of([("user", "a"), ("assistant", "c")])
     heads = [(path, new_records(path, None, {})) for path in (one, two)]
-    effect = append_effect(heads, IDENTITY, TENANT, b"s", {})
+    effect = append_effect(heads, IDENTITY, TENANT, SessionNames(b"l", b"s"), {})
     assert [r.id for r in effect.records] == [one[1].id, two[1].id]
-    assert dict(effect.puts)[b"s"] == one[1].id
+    assert dict(effect.puts)[b"s"] == one[1].id == dict(effect.joins)[b"l"]

@@ -1,13 +1,16 @@
-"""Where a request belongs: by content, by its session, or by what a trimmed history still shows."""
+"""Where a request belongs: by content, by the session it asked for, or by a front that moves on."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.identify import Place
 from tests.conversation.player import Message, Player, limits_of, says, script
 from tests.examples import examples
 
@@ -45,36 +48,132 @@ def telling(text: str) -> str:
     return f"{text}: words that only this one conversation has in it"
 
 
-def test_a_trimmed_history_gets_its_ancestors_back() -> None:
+_numbers = itertools.count()
+
+
+def window(player: Player, messages: list[Message], keep_last: int, turns: int, **extra: Any) -> Place:
+    """Go on with a conversation whose client sends its last messages only; where its last request
+    was placed. `messages` grows."""
+    for _ in range(turns):
+        n = next(_numbers)
+        messages.append({"role": U, "content": telling(f"u{n}")})
+        played = player.ask(messages[-keep_last:], script(says(telling(f"a{n}"))), **extra)
+        assert played.message is not None
+        messages.append(played.message)
+    return played.place
+
+
+def texts(place: Place) -> list[str]:
+    return [json.loads(node.raw)["content"] for node in place.path]
+
+
+SYSTEM = {"role": "system", "content": "You help."}
+
+
+@pytest.mark.parametrize("keep_last", [3, 5, 6])
+@pytest.mark.parametrize("before", [0, 6])
+def test_a_front_that_moved_on_three_times_gets_its_ancestors_back(keep_last: int, before: int) -> None:
+    """Also of what was dropped before that, and with everything cached gone."""
     it = player()
-    messages = [*keep(it, *map(telling, "abcdef")), {"role": U, "content": "g"}]
-    for first in range(1, 5):
-        found = it.place(json.dumps({"model": "gpt-4o", "messages": messages[first:]}).encode())[1]
-        assert len(found.path) == 7 and found.start == found.floor == first
-        assert found.record is not None and found.record.end == 6
+    messages: list[Message] = []
+    if before:
+        messages = keep(it, *map(telling, "abcdef"))
+    while len(messages) + 1 <= keep_last:
+        window(it, messages, keep_last, 1)
+    for move in (1, 2):
+        place = window(it, messages, keep_last, 1)
+        assert len(place.path) == keep_last and place.floor == 0, f"move {move} proves nothing"
+    for _ in range(3):
+        place = window(it, messages, keep_last, 1)
+        assert texts(place) == [m["content"] for m in messages[:-1]]
+        assert place.start == place.floor == len(messages) - 1 - keep_last
+        it.forget()
 
 
-def test_too_short_an_overlap_matches_nothing() -> None:
+def test_a_proved_front_may_rest() -> None:
     it = player()
-    keep(it, "a", "b", "c", "d")
-    assert placed(it, [{"role": A, "content": "d"}, {"role": U, "content": "x"}]) == ["d", "x"]
-    assert placed(it, [{"role": U, "content": "c"}, {"role": U, "content": "x"}]) == ["c", "x"]
+    messages: list[Message] = []
+    window(it, messages, 6, 8)
+    end = {"role": U, "content": "more"}
+    for first in (-6, -4, -9):
+        place = it.place(json.dumps({"model": "gpt-4o", "messages": [*messages[first:], end]}).encode())[1]
+        assert texts(place) == [m["content"] for m in [*messages, end]]
 
 
-def test_invariant_06_an_ambiguous_overlap_matches_nothing() -> None:
+def test_invariant_06_a_deletion_at_the_front_stays_deleted() -> None:
+    """Once, and twice in a row, and later again: whatever went before a rest is gone for good."""
     it = player()
-    keep(it, "a", "b", "c", "d")
-    keep(it, "z", "b", "c", "d")
-    tail = [*told("c", "d"), {"role": U, "content": "x"}]
-    assert placed(it, tail) == ["c", "d", "x"]
-    assert placed(it, [{"role": A, "content": "b"}, *tail]) == ["b", "c", "d", "x"]
+    messages = keep(it, *map(telling, "abcdef"))
+    gone = []
+    for _ in range(3):
+        for deletions in (1, 2):
+            for _ in range(deletions):
+                gone += [m["content"] for m in messages[:2]]
+                del messages[:2]
+                place = window(it, messages, 100, 1)
+                assert texts(place) == [m["content"] for m in messages[:-1]]
+            place = window(it, messages, 100, 1)
+            assert not set(texts(place)) & set(gone)
+    place = window(it, messages, 6, 6)
+    assert place.start and not set(texts(place)) & set(gone), "a window that follows brings nothing of it back"
 
 
-def test_a_longer_agreement_decides_between_two_paths() -> None:
+def test_invariant_06_a_regenerated_answer_is_on_no_later_path() -> None:
     it = player()
-    keep(it, "a", "b", "c", "d", "e", "f")
-    keep(it, "z", "b", "c", "d", "e", "other")
-    assert placed(it, [*told("c", "d", "e", "f"), {"role": U, "content": "x"}])[0] == "a"
+    messages: list[Message] = []
+    window(it, messages, 4, 6)
+    again = messages[:-1]
+    played = it.ask(again[-4:], script(says(telling("better"))))
+    assert played.message is not None
+    messages = [*again, played.message]
+    place = window(it, messages, 4, 2)
+    assert texts(place) == [m["content"] for m in messages[:-1]] and telling("better") in texts(place)
+
+
+@pytest.mark.parametrize("front", [SYSTEM, {**SYSTEM, "content": "Other."}, None])
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "other"}}]])
+def test_invariant_06_another_system_message_or_tool_is_another_application(
+    front: Message | None, tools: Any
+) -> None:
+    it = player()
+    messages: list[Message] = []
+    system = [SYSTEM]
+    for _ in range(8):
+        messages.append({"role": U, "content": telling(f"u{len(messages)}")})
+        played = it.ask([*system, *messages[-4:]], script(says(telling(f"a{len(messages)}"))))
+        assert played.message is not None
+        messages.append(played.message)
+    sent = [*([front] if front else []), *messages[-3:], {"role": U, "content": "and?"}]
+    extra = {"tools": tools} if tools else {}
+    place = it.place(json.dumps({"model": "gpt-4o", "messages": sent, **extra}).encode())[1]
+    same = front == SYSTEM and not tools
+    assert (len(place.path) == len(messages) + 1) is same
+    assert same or texts(place) == [m["content"] for m in sent if m["role"] != "system"]
+
+
+def test_invariant_06_an_answer_that_nobody_delivered_proves_nothing() -> None:
+    """An application puts the same pairs into every history, each time from further on."""
+    it = player()
+    pairs = told(*(telling(f"shot{i}") for i in range(12)))
+    secret = told("my secret is 4711", "Noted.")
+    it.ask([*secret, *pairs, {"role": U, "content": "q"}], script(says("ok")))
+    for first in (2, 4, 6, 8):
+        end = {"role": U, "content": f"other {first}"}
+        played = it.ask([*pairs[first:], end], script(says("ok")))
+        assert texts(played.place) == [m["content"] for m in [*pairs[first:], end]]
+
+
+def test_invariant_06_two_paths_that_fit_are_none() -> None:
+    """Two chats of one tenant that begin differently and then say the same, word for word."""
+    it = player()
+    chats = [keep(it, telling("red"), "ok"), keep(it, telling("blue"), "ok")]
+    for turn in range(6):
+        for chat in chats:
+            chat.append({"role": U, "content": telling(f"u{turn}")})
+            played = it.ask(chat[-4:], script(says(telling(f"a{turn}"))))
+            assert played.message is not None
+            chat.append(played.message)
+            assert not {telling("red"), telling("blue")} & set(texts(played.place)[: -4])
 
 
 def test_a_whole_history_is_never_taken_for_a_trimmed_one() -> None:
@@ -86,8 +185,8 @@ def test_a_whole_history_is_never_taken_for_a_trimmed_one() -> None:
 
 def test_reattaching_can_be_switched_off() -> None:
     it = Player(limits_of(20_000), reattach=False)
-    messages = keep(it, "a", "b", "c", "d")
-    assert placed(it, [*messages[2:], {"role": U, "content": "x"}]) == ["c", "d", "x"]
+    messages: list[Message] = []
+    assert len(window(it, messages, 4, 8).path) == 4
 
 
 def test_a_session_takes_new_messages_overlaps_and_whole_histories() -> None:
@@ -114,33 +213,27 @@ def test_an_answer_edited_in_a_session_is_a_branch() -> None:
 
 
 @many
-@given(st.lists(st.lists(st.sampled_from("abc"), min_size=2, max_size=8), min_size=1, max_size=4),
-       st.integers(0, 3), st.integers(0, 5), st.booleans())
-def test_invariant_06_a_path_is_one_that_the_tenant_said(
-    told_before: list[list[str]], which: int, first: int, again: bool
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.booleans()), min_size=4, max_size=14),
+       st.integers(1, 3))
+def test_invariant_06_nothing_stands_before_what_was_sent_but_what_its_client_said_just_before(
+    turns: list[tuple[str, int, bool]], chats: int
 ) -> None:
-    """Whatever is trimmed, the path ends with what the client sent, and what stands before it is a
-    stored beginning of that conversation, or nothing."""
+    """Chats of one tenant that say nearly the same and send any number of their last messages: a
+    path ends with what was sent, and what stands before it is that chat's own, without a gap."""
     it = player()
-    stored = []
-    for texts in told_before:
-        texts = texts[: len(texts) // 2 * 2]
-        keep(it, *texts)
-        stored.append(texts)
-    texts = stored[which % len(stored)]
-    messages = [*told(*texts)[first:], {"role": U, "content": "new"}]
-    path = placed(it, messages)
-    sent = [m["content"] for m in messages]
-    before = path[: len(path) - len(sent)]
-    assert path[len(before) :] == sent
-    assert not before or any(
-        known[: len(path) - 1][: len(before)] == before and known[len(before) :][:2] == sent[:2][: len(known)]
-        for known in stored
-    )
-    assert placed(it, messages, user="a stranger") == sent
-    if again:
-        it.forget()
-        assert placed(it, messages) == path
+    said: list[list[Message]] = [[] for _ in range(chats)]
+    for n, (word, last, forget) in enumerate(turns):
+        chat = said[n % chats]
+        chat.append({"role": U, "content": telling(word)})
+        played = it.ask(chat[-last:], script(says(telling(f"re {word}"))))
+        path, own = texts(played.place), [m["content"] for m in chat]
+        assert path == own[len(own) - len(path) :] or len(path) > len(own), (path, own)
+        if len(path) > len(own):  # another chat's, of the very same words as far as both went
+            assert path[len(path) - len(own) :] == own and chats > 1
+        assert played.message is not None
+        chat.append(played.message)
+        if forget:
+            it.forget()
 
 
 def test_invariant_06_a_greeting_is_no_proof_of_identity() -> None:
@@ -159,6 +252,8 @@ def test_mid_conversation_system_messages_keep_their_place() -> None:
         found = it.place(body)[1]
         assert [(a.position, json.loads(a.raw)["content"]) for a in found.anchors] == [(2, "n1"), (2, "n2")]
         assert len(found.path) == 4 and found.record is not None
-    tail = [*messages[-2:], {"role": "system", "content": "n3"}, {"role": U, "content": "x"}]
+    chat: list[Message] = []
+    window(it, chat, 4, 6)
+    tail = [*chat[-3:], {"role": "system", "content": "n3"}, {"role": U, "content": "x"}]
     found = it.place(json.dumps({"model": "gpt-4o", "messages": tail}).encode())[1]
-    assert [(a.position, found.start) for a in found.anchors] == [(4, 2)]
+    assert [(a.position, found.start) for a in found.anchors] == [(12, 9)]

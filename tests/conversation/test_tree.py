@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.commit import append_effect, new_records
+from proxy.conversation.commit import SessionNames, append_effect, new_records
 from proxy.conversation.tree import (
     Identity,
     Node,
     Record,
+    Sent,
     decode_record,
     deepest_record,
     encode_record,
@@ -147,14 +148,15 @@ def test_overlap_is_the_longest_agreement_with_the_first_message(one: list[Any],
 @given(turns)
 def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
     path = path_of([*said, ("user", "q"), ("assistant", "x")])
-    records = new_records(path, None, {"echo": b"e"})
+    records = new_records(path, None, {"echo": b"e", "sent": Sent(b"frame")})
     assert [i for r in records for i in r.ids] == [n.id for n in path]
     assert records[0].echo == b"e" and not any(r.echo for r in records[1:])
     assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
-    effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, b"session", {})
+    effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, SessionNames(b"label", b"session"), {})
     puts = dict(effect.puts)
     assert len(puts) == len(effect.puts) == len(records) + 1 and puts[b"session"] == path[-1].id
     assert all(decode_record(puts[record_key(r.id)]) == r for r in records)
-    at = [(path[r.end - 2].content, path[r.end - 1].content, r.id) for r in records if r.end > 1]
-    assert list(effect.joins) == 2 * [(IDENTITY.pair(TENANT, a, b), i) for a, b, i in at]
-    assert append_effect([], IDENTITY, TENANT, b"session", {}).puts == []
+    assert [r.sent is not None for r in records] == [False] * (len(records) - 1) + [True]
+    found = IDENTITY.pair(TENANT, path[-2].content, path[-1].content), path[-1].id
+    assert list(effect.joins) == [found, found, (b"label", path[-1].id)], "only what was delivered"
+    assert append_effect([], IDENTITY, TENANT, SessionNames(b"label", b"session"), {}).puts == []

@@ -330,12 +330,17 @@ def test_a_trimmed_history_that_begins_inside_a_tool_group_is_made_whole() -> No
     player = Player(limits_of(1500))
     tools = tools_of(1)
     messages = grown(player, 12, tools=tools)
+    for n in range(2):  # its front begins to move
+        messages.append({"role": "user", "content": f"turn {n}"})
+        noted = says(f"noted {n}, and there is nothing else to be said about it, now or later")
+        player.ask(messages[-3:], script(noted), tools=tools)
+        messages.append(noted)
     messages.append({"role": "user", "content": "look it up"})
-    player.ask(messages, script(calls(call("lookup", {}, "c1"))), tools=tools)
+    player.ask(messages[-3:], script(calls(call("lookup", {}, "c1"))), tools=tools)
     messages.append(calls(call("lookup", {}, "c1")))
     messages.append({"role": "tool", "tool_call_id": "c1", "content": "seven"})
     found = "seven it is, as the lookup says, and there is nothing else to be found about it"
-    player.ask(messages, script(says(found)), tools=tools)
+    player.ask(messages[-3:], script(says(found)), tools=tools)
     messages += [says(found), {"role": "user", "content": "and twice that?"}]
     played = player.ask(messages[-3:], script(says("fourteen")), tools=tools)
     assert played.place.start == len(messages) - 3

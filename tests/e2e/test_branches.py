@@ -161,7 +161,7 @@ async def test_invariant_6_the_same_history_of_another_user_has_a_window_of_its_
 async def test_invariant_6_a_session_of_another_key_or_user_is_not_there(stand: Stand) -> None:
     """The id of a session is untrusted: it names a conversation only inside its tenant."""
     script = stand.script
-    session = {"x-session-id": "shared-session"}
+    session = {"x-llm-pager-session": "shared-session"}
     owner = Chat(stand.client("owner"), keep=1, headers=session)
     marks: list[str] = []
     await talk(owner, script, "owner", TRUNK_TURNS, marks)

@@ -222,7 +222,7 @@ async def test_what_is_asked_wrongly_is_refused_in_openais_shape(stand: Stand) -
             assert error["message"] == "turn must be a whole number from 1 to 2." and "x" not in reply.headers
         for session in ("a b", "..\\data", "s" * 129, "a\r\nset-cookie: a=b", "a\x00", "é"):
             reply = await http.get("/vm/context", params={"session": session})
-            assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_session_id"), session
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "session_not_found"), session
             assert "set-cookie" not in reply.headers
         reply = await http.get("/vm/context")
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "session")

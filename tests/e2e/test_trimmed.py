@@ -1,7 +1,8 @@
 """Figure 6: clients that send only the end of their history.
 
-What they dropped is found by search_pages and loaded by page_fault; an overlap that could be two
-conversations is nobody's; a session's client of new messages has its history back.
+Once their front has moved on three times in a row, what they dropped is found by search_pages and
+loaded by page_fault; what a user deletes stays deleted; an overlap that could be two conversations is
+nobody's; a session's client of new messages has its history back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from tests.e2e.script import (
     SYSTEM,
     Chat,
     Stand,
-    complete,
     developer,
     fault,
     filler,
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KEEP = 6
 TURNS = 12
+MOVES = 3
 SESSIONS: dict[str, dict[str, Any]] = {
     "no session": {},
     "header": {"headers": {"x-session-id": "a-session"}},
@@ -61,7 +62,9 @@ async def test_what_a_trimming_client_dropped_is_found_and_loaded(
     script, marks = stand.script, list[str]()
     chat = Chat(stand.client(), keep=KEEP if when == "always" else None, **SESSIONS[session])
     await talk(chat, script, "talk", TURNS, marks)
-    chat.keep = KEEP
+    if when == "late":
+        chat.keep = KEEP
+        await talk(chat, script, "trimmed", MOVES, marks)
     script.plan("search", search("talka1q"))
     await chat.fork().say("Look for it.", "search", stream=True)
     first, second = script.calls["search"]
@@ -72,52 +75,57 @@ async def test_what_a_trimming_client_dropped_is_found_and_loaded(
     script.plan("fault", fault(page))
     await chat.fork().say("Load it.", "fault")
     assert "talka1q" in result_of(script.calls["fault"][1])["page"]["content"]["text"]
-    text = await ransack(script, chat, "all", 2 * TURNS + 1, marks)
+    text = await ransack(script, chat, "all", len(marks) + 1, marks)
     assert not (missing := [mark for mark in marks if mark not in text]), missing
 
 
+async def test_a_front_that_moved_once_or_twice_is_a_deletion(stand: Stand) -> None:
+    """What a user deletes is not sent again, however large the window is and whatever is asked."""
+    script = stand.script
+    chat = Chat(stand.client())
+    marks: list[str] = []
+    await talk(chat, script, "first", 4, marks)
+    for round_, deletions in enumerate((1, 2, 1)):
+        for turn in range(deletions):
+            del chat.messages[1:3]
+            gone, marks = marks[:2], marks[2:]
+            tag = f"deleted/{round_}/{turn}"
+            await talk(chat, script, tag, 1, marks)
+            (recorded,) = script.calls[f"{tag}/0"]
+            assert recorded.json["messages"] == chat.messages[:-1]
+            assert not [mark for mark in gone if mark in shown_to_model([recorded])]
+        await talk(chat, script, f"rest/{round_}", 1, marks)
+
+
 async def test_an_ambiguous_overlap_matches_nothing(stand: Stand) -> None:
-    """Two conversations that begin differently and end alike: the end could be of either."""
+    """Two conversations that begin differently and go on alike: the end could be of either."""
     script = stand.script
     chats = [Chat(stand.client()), Chat(stand.client())]
     marks: dict[str, list[str]] = {"red": [], "blue": []}
     for name, chat in zip(marks, chats, strict=True):
         await talk(chat, script, name, 4, marks[name])
-        await talk(chat, script, "same", 4, [])
-    assert chats[0].messages[-8:] == chats[1].messages[-8:]
-    trimmed = chats[0].fork()
-    trimmed.keep = KEEP
-    await trimmed.say("Which one am I?", "ambiguous")
-    (recorded,) = script.calls["ambiguous"]
-    assert recorded.json == {"model": "gpt-4o", "messages": [SYSTEM, *trimmed.messages[-7:-1]]}
-    await trimmed.say("And now?", "later")  # it goes on as a conversation of its own
-    text = shown_to_model(script.calls["later"])
-    assert not [mark for mark in marks["red"] + marks["blue"] if mark in text]
+        chat.keep = KEEP
+    for turn in range(TURNS):
+        for name, other in (("red", "blue"), ("blue", "red")):
+            chat = chats[name == "blue"]
+            await talk(chat, script, f"same{turn}", 1, [])
+            text = shown_to_model(script.calls[f"same{turn}/0"][-1:])
+            assert not [mark for mark in marks[other] if mark in text]
+    assert chats[0].messages[-2 * TURNS :] == chats[1].messages[-2 * TURNS :]
 
 
-async def test_a_unique_overlap_of_the_same_words_matches(stand: Stand) -> None:
-    """The control of the test above: with one such conversation the end is enough."""
-    script, marks = stand.script, list[str]()
-    chat = Chat(stand.client())
-    await talk(chat, script, "red", 4, marks)
-    await talk(chat, script, "same", 4, [])
-    chat.keep = KEEP
-    await chat.say("Which one am I?", "unique")
-    assert developer(script.calls["unique"][0]), "the older messages are not on offer"
-
-
-async def test_a_session_says_which_of_two_it_is(stand: Stand) -> None:
+async def test_a_name_does_not_say_which_of_two_it_is(stand: Stand) -> None:
+    """A session's name is a label: what is ambiguous stays so."""
     script = stand.script
     marks: dict[str, list[str]] = {"red": [], "blue": []}
     for name, own in marks.items():
         chat = Chat(stand.client(), headers={"x-session-id": name})
         await talk(chat, script, name, 4, own)
         await talk(chat, script, "same", 4, [])
-    for name, other in (("red", "blue"), ("blue", "red")):
-        chat = Chat(stand.client(), chat.messages, keep=KEEP, headers={"x-session-id": name})
-        text = await ransack(script, chat, name, 20, marks[other])
-        assert all(mark in text for mark in marks[name][:-2])
-        assert not [mark for mark in marks[other] if mark in text]
+    chat = Chat(stand.client(), chat.messages, keep=KEEP, headers={"x-session-id": "red"})
+    await chat.say("Which one am I?", "which")
+    (recorded,) = script.calls["which"]
+    assert recorded.json["messages"] == [SYSTEM, *chat.messages[-7:-1]]
 
 
 async def test_one_message_is_no_overlap(stand: Stand) -> None:
@@ -131,12 +139,10 @@ async def test_one_message_is_no_overlap(stand: Stand) -> None:
     assert recorded.json == {"model": "gpt-4o", "messages": [SYSTEM, *chat.messages[-3:-1]]}
 
 
-@pytest.mark.parametrize("session", ["header", "metadata"])
-async def test_a_session_of_new_messages_has_its_history(stand: Stand, session: str) -> None:
+async def test_a_session_of_new_messages_has_its_history(stand: Stand) -> None:
     """Natively while it fits, as a client that sends everything would have it, and then paged."""
     script, marks = stand.script, list[str]()
-    fields = SESSIONS[session]
-    chat = Chat(stand.client(), keep=1, **fields)
+    chat = Chat(stand.client(), keep=1, headers={"x-llm-pager-session": "a session"})
     native = 0
     for turn in range(TURNS):
         await talk(chat, script, f"turn{turn}x", 1, marks)
@@ -154,7 +160,7 @@ async def test_a_session_and_a_whole_history_have_the_same_window(stand: Stand) 
     """Who sends everything and who sends the new message only are told the same."""
     script = stand.script
     whole = Chat(stand.client(), user="whole")
-    parts = Chat(stand.client(), user="parts", keep=1, headers={"x-session-id": "parts"})
+    parts = Chat(stand.client(), user="parts", keep=1, headers={"x-llm-pager-session": "parts"})
     for turn in range(TURNS + 4):
         for name, chat in (("whole", whole), ("parts", parts)):
             tag = f"{name}/{turn}"
@@ -165,17 +171,3 @@ async def test_a_session_and_a_whole_history_have_the_same_window(stand: Stand) 
         for one, other in zip(script.calls[f"whole/{turn}"], script.calls[f"parts/{turn}"], strict=True):
             assert one.json["messages"] == other.json["messages"], f"turn {turn}"
     assert developer(one)
-
-
-async def test_a_wrong_session_id_is_refused(stand: Stand) -> None:
-    """It is untrusted: charset and length are checked before anything is looked up."""
-    from openai import BadRequestError
-
-    for wrong in ("with space", "x" * 129, "semi;colon"):
-        with pytest.raises(BadRequestError) as refused:
-            await complete(
-                stand.client(), [SYSTEM, {"role": "user", "content": "hi"}], "wrong",
-                headers={"x-session-id": wrong},
-            )
-        assert refused.value.code == "invalid_session_id"
-    assert not stand.script.calls

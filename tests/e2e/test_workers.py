@@ -58,7 +58,7 @@ async def test_invariant_7_turns_on_changing_workers_send_what_one_worker_sends(
                 assert hopping.messages == settled.messages
                 for name, fields in {
                     "trimming": {"keep": 6},
-                    "session": {"keep": 1, "headers": {"x-session-id": "hop"}},
+                    "session": {"keep": 1, "headers": {"x-llm-pager-session": "hop"}},
                 }.items():
                     for script, chat in zip((one, two), chats([LOOKUP], **fields), strict=True):
                         await talk(chat, script, name, 13, [])
