@@ -166,7 +166,9 @@ def _trimmed(
     if record is None or record.sent is None or not _telling(nodes[: last + 1]):
         return whole
     before, start = record.sent, record.end - (last + 1)
-    moves = before.moves if before.moves >= _MOVES else before.moves + 1
+    sent_before = record.end - 1 - before.start  # messages
+    goes_on = 2 * (last + 1) > sent_before  # a window that had moved is not suddenly a short history
+    moves = min(before.moves + 1, _MOVES) if goes_on else 1
     if moves < _MOVES:
         whole.sent = Sent(frame, 0, moves, record.id, start)
         return whole

@@ -95,9 +95,20 @@ def test_a_proved_front_may_rest() -> None:
     messages: list[Message] = []
     window(it, messages, 6, 8)
     end = {"role": U, "content": "more"}
-    for first in (-6, -4, -9):
+    for first in (-6, -5, -9):
         place = it.place(json.dumps({"model": "gpt-4o", "messages": [*messages[first:], end]}).encode())[1]
         assert texts(place) == [m["content"] for m in [*messages, end]]
+
+
+def test_invariant_06_the_last_pair_of_a_proved_window_is_not_its_history() -> None:
+    """Another chat of the tenant begins with an answer that an application kept, word for word."""
+    it = player()
+    messages: list[Message] = []
+    window(it, messages, 8, 9)
+    end = {"role": U, "content": "what did I say?"}
+    for sent in (messages[-2:], messages[-3:]):
+        place = it.place(json.dumps({"model": "gpt-4o", "messages": [*sent, end]}).encode())[1]
+        assert texts(place) == [m["content"] for m in [*sent, end]]
 
 
 def test_invariant_06_a_deletion_at_the_front_stays_deleted() -> None:

@@ -335,7 +335,7 @@ def test_a_trimmed_history_that_begins_inside_a_tool_group_is_made_whole() -> No
         noted = says(f"noted {n}, and there is nothing else to be said about it, now or later")
         player.ask(messages[-3:], script(noted), tools=tools)
         messages.append(noted)
-    messages.append({"role": "user", "content": "look it up"})
+    messages.append({"role": "user", "content": "look it up, in the one lookup that there is for things like this one"})
     player.ask(messages[-3:], script(calls(call("lookup", {}, "c1"))), tools=tools)
     messages.append(calls(call("lookup", {}, "c1")))
     messages.append({"role": "tool", "tool_call_id": "c1", "content": "seven"})
