@@ -111,4 +111,5 @@ async def reread(teller: Teller) -> str:
     chat = teller.chat.fork()
     chat.keep = 4
     assert teller.marks[0] not in str(chat.messages[-4:])
+    await talk(chat, teller.script, "moves", 3, [])  # its front has to move on before it is believed
     return await ransack(teller.script, chat, "reread", len(chat.messages), teller.marks)
