@@ -20,7 +20,7 @@ import msgspec
 
 from proxy.upstream import Header
 
-DELTA_HEADER = "x-llm-pager-session"  # its client sends only what is new
+DELTA_HEADER = b"x-llm-pager-session"  # its client sends only what is new
 
 # What lets a caller in. `tokens` are the model's, not a caller's.
 _CREDENTIAL = re.compile(r"key|token(?!s)|secret|credential|passw|passphrase|jwt|cert|^(?:code|sig)$")
@@ -55,9 +55,9 @@ class Caller(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _kind(name: str) -> str | None:
+def _kind(name: str | bytes) -> str | None:
     """What a name speaks of: a credential, a person, or neither."""
-    name = name.lower()
+    name = (name if isinstance(name, str) else name.decode("latin-1")).lower()
     if _PASSING.search(name):
         return None
     if _CREDENTIAL.search(name):
@@ -70,25 +70,27 @@ def _kind(name: str) -> str | None:
 def caller(
     headers: Sequence[Header],
     query: Iterable[Pair] = (),
-    session_headers: Collection[str] = (),
-    delta_headers: Collection[str] = (),
+    session_headers: Collection[bytes] = (),
+    delta_headers: Collection[bytes] = (),
 ) -> Caller:
-    """Who sends a request with these headers (names in lower case) and query parameters."""
+    """Who sends a request with these headers and query parameters. Names of headers are in lower case."""
     found: list[tuple[str | None, str, str]] = []
     label: str | None = None
     delta = False
-    for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        if name == "cookie":
-            found.extend(("person", f"cookie {n}", v) for n, v in _cookies(value))
-        elif value[:1] == "{" and (members := _members(value)):  # metadata of a gateway
-            found.extend((_kind(n), f"{name} {n}", v) for n, v in members)
-        elif (kind := _kind(name)) is not None:
-            found.append((kind, name, _SIGNED.sub("", value) if "ignature=" in value else value))
+    for name, raw in headers:
+        kind = _kind(name)
+        if raw[:1] == b"{" and (members := _members(raw)):  # metadata of a gateway
+            found.extend((_kind(n), f"{name!r} {n}", v) for n, v in members)
+        elif name == b"cookie":
+            found.extend(("person", f"cookie {n}", v) for n, v in _cookies(raw.decode("latin-1")))
+        elif kind is not None:
+            value = raw.decode("latin-1")
+            value = _SIGNED.sub("", value) if "ignature=" in value else value
+            found.append((kind, name.decode("latin-1"), value))
         if name == DELTA_HEADER or name in delta_headers:
-            label, delta = label if delta else value, True
+            label, delta = label if delta else raw.decode("latin-1"), True
         elif label is None and name in session_headers:
-            label = value
+            label = raw.decode("latin-1")
     found.extend((_kind(name), f"?{name}", value) for name, value in query)
     texts = [_text((name, value) for kind, name, value in found if kind == wanted)
              for wanted in ("credential", "person")]  # fmt: skip
@@ -105,6 +107,11 @@ def with_body(caller: Caller, body: Mapping[str, Any]) -> Caller:
     session = metadata.get("session_id") if isinstance(metadata, dict) else None
     label = None if session is None else str(session)
     return caller._replace(person=person, label=label or None)
+
+
+def encoded(names: Iterable[str]) -> tuple[bytes, ...]:
+    """Names of headers as they are on the wire."""
+    return tuple(name.encode() for name in names)
 
 
 def parameters(query: bytes) -> list[Pair]:
@@ -126,7 +133,7 @@ def _cookies(header: str) -> list[Pair]:
     return telling or pairs
 
 
-def _members(value: str) -> list[Pair]:
+def _members(value: bytes) -> list[Pair]:
     try:
         members = msgspec.json.decode(value)
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import msgspec
 
-from proxy.api.caller import caller, parameters, with_body
+from proxy.api.caller import caller, encoded, parameters, with_body
 from proxy.api.memory import TOKENS_FACTOR, Memory
 from proxy.api.request import Decoded, max_tokens, validate
 from proxy.config import Config, effective_reserve
@@ -60,6 +60,8 @@ class Placing:
         self._config = config
         self._memory = memory
         self._observed = observed
+        sessions = config.sessions
+        self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
         self._policy = _POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._make_limits)
         self._fixed_tokens = lru_cache(maxsize=1024)(_fixed_tokens)
@@ -68,7 +70,7 @@ class Placing:
         """Find a request's place. Raises ApiError 400 for what cannot be a chat request."""
         memory, sessions = self._memory, self._config.sessions
         identity = memory.identity
-        who = caller(headers, parameters(query), sessions.headers, sessions.delta_headers)
+        who = caller(headers, parameters(query), *self._session_headers)
         scope = identity.tenant(who.credentials, "")
         try:
             split = read_body(body, scope, memory.histories)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from proxy.api.archive import Archive
-from proxy.api.caller import Caller, caller, with_body
+from proxy.api.caller import Caller, caller, encoded, with_body
 from proxy.api.memory import Memory
 from proxy.api.stats import Stats
 from proxy.config import SessionsConfig
@@ -104,7 +104,7 @@ def _caller(request: Request, sessions: SessionsConfig) -> Caller:
     }
     rest = [(n, v) for n, v in query if n not in body and not n.startswith(_METADATA)]
     headers = request.scope["headers"]
-    return with_body(caller(headers, rest, sessions.headers, sessions.delta_headers), body)
+    return with_body(caller(headers, rest, encoded(sessions.headers), encoded(sessions.delta_headers)), body)
 
 
 def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:

@@ -43,12 +43,12 @@ x-signature x-hub-signature accept referer origin priority x-cache-key
 """.split()
 QUERY = ["key", "api_key", "api-key", "access_token", "subscription-key", "code", "sig", "user", "user_id", "tenant"]
 CHAT = {"model": "m", "messages": [], "max_tokens": 5, "prompt_cache_key": "k", "seed": 1}
-SESSIONS = ("x-session-id", "x-thread")
+SESSIONS = (b"x-session-id", b"x-thread")
 
 
 def asks(*headers: tuple[str, str], query: str = "", body: dict[str, Any] | None = None) -> Caller:
     sent: list[Header] = [(name.encode(), value.encode()) for name, value in headers]
-    who = caller(sent, parameters(query.encode()), SESSIONS, ("x-delta",))
+    who = caller(sent, parameters(query.encode()), SESSIONS, (b"x-delta",))
     return with_body(who, CHAT if body is None else body)
 
 
