@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.api.caller import presented
 from proxy.api.memory import TOKENS_FACTOR, Memory
-from proxy.api.request import Decoded, max_tokens, metadata_session, validate
+from proxy.api.request import Decoded, metadata_session, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
 from proxy.conversation.derived import NO_DERIVED
@@ -125,7 +125,7 @@ class Placing:
     ) -> TurnInput:
         memory = self._memory
         model = decoded["model"]
-        limits = self._limits(model, max_tokens(decoded), self._learned(scope, model))
+        limits = self._limits(model, self._learned(scope, model))
         state = await memory.state_after(found.record) if found.record is not None else None
         window = state.window if state else None
         override = self._config.model_override(model).tokenizer
@@ -149,7 +149,7 @@ class Placing:
         return tuple(sorted(self._memory.learned(scope, model).items()))
 
     def _make_limits(
-        self, model: str, max_tokens: int | None, learned: tuple[tuple[str, object], ...]
+        self, model: str, learned: tuple[tuple[str, object], ...]
     ) -> Limits:
         config, override = self._config, self._config.model_override(model)
         card, facts = model_card(model), dict(learned)
@@ -159,7 +159,7 @@ class Placing:
         factor = facts.get(TOKENS_FACTOR, 1.0)  # what upstream bills for a token as we count it
         factor = factor if isinstance(factor, float) else 1.0
         tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
-        reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor), max_tokens)
+        reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor))
         tools = override.tools  # a bridge is there so that the model can call them
         if tools is None:
             tools = override.bridge is not None or bool(facts.get("tools", True))

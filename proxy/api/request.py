@@ -125,9 +125,3 @@ def metadata_session(decoded: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     return checked_session(str(value), "metadata.session_id")
-
-
-def max_tokens(decoded: Mapping[str, Any]) -> int | None:
-    """What the client lets the answer have, in tokens."""
-    value = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
-    return value if isinstance(value, int) else None
