@@ -256,7 +256,7 @@ class ChatApi:
                     stored = await self._memory.append(effect)
                     reply = None
                 elif isinstance(effect, Search):
-                    reply = await self._memory.search(effect, given.path, turn.pages)
+                    reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
                     reply = await self._archive.load(given.tenant, effect, turn.pages)
         except StopIteration as end:

@@ -136,7 +136,7 @@ class Placing:
         if not surely:
             raws = tuple(bytes(split.fields[name]) for name in _COUNTED if name in split.fields)
             fixed = self._fixed_tokens(tuple(split.system), raws, counter)
-            await _count(found.path, counter)
+            await _count(found, counter)
         return TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
             found.floor, found.anchors, found.record, window, state.table if state else None,
@@ -205,18 +205,19 @@ def _only_system(
     return memory.identity.extend(tenant, [], messages), []
 
 
-async def _count(path: list[Node], counter: TokenCounter) -> None:
-    """Give nodes at the end of the path their tokens, once in their life and for each kind of model."""
+async def _count(found: Place, counter: TokenCounter) -> None:
+    """Give messages at the end of the path their tokens, once in their life and for each kind of model."""
 
-    def uncounted(node: Node) -> bool:
-        return node.tokens < 0 or bool(node.counter and node.counter != counter.name)
+    def uncounted(message: Node | Anchor) -> bool:
+        return message.tokens < 0 or bool(message.counter and message.counter != counter.name)
 
-    new = list(takewhile(uncounted, reversed(path)))
+    new: list[Node | Anchor] = list(takewhile(uncounted, reversed(found.path)))
+    new += takewhile(uncounted, reversed(found.anchors))
     if sum(len(node.raw) for node in new) > _COUNT_AT_ONCE_BYTES:
         await asyncio.to_thread(_count_all, new, counter)
 
 
-def _count_all(nodes: list[Node], counter: TokenCounter) -> None:
+def _count_all(nodes: list[Node | Anchor], counter: TokenCounter) -> None:
     for node in nodes:
         node.tokens = counter.message(msgspec.json.decode(node.raw))
         node.counter = counter.name

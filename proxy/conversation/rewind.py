@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from proxy.conversation.tree import Anchor, GetRecord, Record
-from proxy.conversation.window import SYSTEM, Window
+from proxy.conversation.window import MIXED, NATIVE, SYSTEM, Window, digest
 from proxy.memory.models import MutationType
 from proxy.memory.mutation_log import decode as decode_mutations
 
@@ -25,9 +25,10 @@ def differs_at(
     Those behind the newest message of the turn before may stay for a turn (but for `strict`): a
     client that always has one there moves it along.
     """
-    first, covered = max(before.native_from, start), before.covered
-    sent = [(e.position, e.raw) for e in before.entries if e.kind == SYSTEM and e.position >= first]
-    now = [(a.position, a.raw) for a in anchors if first <= a.position <= covered]
+    covered = before.covered
+    behind = {e.position + 1 for e in before.entries if e.kind in (NATIVE, MIXED)}
+    sent = [(e.position, e.said) for e in before.entries if e.kind == SYSTEM and e.position > start]
+    now = [(a.position, digest(a.raw)) for a in anchors if a.position > start and a.position in behind]
     last = [raw for position, raw in sent if position == covered]
     here = [raw for position, raw in now if position == covered]
     inside = [one for one in sent if one[0] < covered], [one for one in now if one[0] < covered]

@@ -34,6 +34,8 @@ class Anchor(msgspec.Struct, gc=False):
 
     position: int
     raw: bytes
+    tokens: int = -1  # as a node's
+    counter: str = ""
 
 
 class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):

@@ -32,11 +32,10 @@ from proxy.conversation.compose import (
 from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.paging import TurnWindow
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pathpages import PathPages, anchor_tokens
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
-from proxy.conversation.room import anchor_tokens
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls
@@ -66,7 +65,7 @@ class Turn:
         self._answered, self.turn = answered_by(given.path, given.record)
         self.pages = PathPages(
             self.path, given.counter, given.limits.page_tokens, given.derived,
-            get_record=given.get_record,
+            get_record=given.get_record, anchors=given.anchors,
         )
         table = given.table
         if table is None:
@@ -147,7 +146,8 @@ class Turn:
 
     def _fits(self) -> bool:
         limits = self._limits
-        total = self._fixed_tokens + PER_REPLY + anchor_tokens(self._in.anchors, self._in.counter)
+        total = self._fixed_tokens + PER_REPLY
+        total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
         for position in range(len(self.path)):
             total += self.pages.tokens(position)
             if total > limits.budget_tokens:
@@ -402,5 +402,5 @@ class Turn:
         """Tokens of the unchanged request."""
         first = self._in.start if self._in.floor else 0
         total = self._fixed_tokens + PER_REPLY
-        total += anchor_tokens(self._in.anchors, self._in.counter)
+        total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
         return total + sum(self.pages.tokens(p) for p in range(first, len(self.path)))

@@ -8,6 +8,7 @@ the log is stored as changes per answered turn and comes back byte for byte.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -24,12 +25,29 @@ KEPT = 4  # media kept from older turns, in a user message: a developer message 
 
 
 class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
-    """One upstream message as it was sent; `position` is its place on the path (-1: none)."""
+    """One upstream message as it was sent; `position` is its place on the path (-1: none), of a system
+    message that of the message behind it. `whole` is the digest of a system message that was cut."""
 
     raw: bytes
     tokens: int
     position: int = -1
     kind: int = NATIVE
+    whole: bytes = b""
+
+    @property
+    def message(self) -> int:
+        """The position of the message that leaves the window together with this entry."""
+        return self.position - 1 if self.kind == SYSTEM else self.position
+
+    @property
+    def said(self) -> bytes:
+        """The digest of a system message as the client has it."""
+        return self.whole or digest(self.raw)
+
+
+def digest(raw: bytes) -> bytes:
+    """By which a window knows a system message again."""
+    return blake2b(raw, digest_size=16).digest()
 
 
 class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -243,7 +243,7 @@ class Player:
                 elif isinstance(effect, Append):
                     reply = self._append(effect)
                 elif isinstance(effect, Search):
-                    ids = [node.id for node in given.path[: effect.before]]
+                    ids = turn.pages.index_keys(effect.before)
                     reply = ids and self.indexes.search(
                         ids, turn.pages.docs, effect.query, effect.limit, effect.skip
                     )
