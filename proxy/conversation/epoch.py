@@ -265,9 +265,13 @@ def _assemble(
     entries = _kept_media(request, [page for page in pages if page_parts(page)])
     for group in planned.native:
         for position in range(group.first, group.last):
+            notes = [
+                cuts.get((position, number)) or system_entry(note, request.counter)
+                for number, note in enumerate(request.pages.notes(position), 1)
+            ]
+            entries.extend(note for note in notes if note.position <= position)
             entries.extend(_native(request, position, cuts))
-            for number, note in enumerate(request.pages.notes(position), 1):
-                entries.append(cuts.get((position, number)) or system_entry(note, request.counter))
+            entries.extend(note for note in notes if note.position > position)
     entries.extend(request.tail)
     return Window(
         request.epoch,
@@ -278,6 +282,7 @@ def _assemble(
         tuple(entries),
         tokens + sum(entry.tokens for entry in entries),
         request.counter.name,
+        request.pages.notes_digest(first),
     )
 
 

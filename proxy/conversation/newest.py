@@ -16,12 +16,12 @@ from proxy.conversation.effects import Effect
 from proxy.conversation.epoch_request import EpochRequest, show
 from proxy.conversation.mediapages import MediaPage
 from proxy.conversation.pathpages import anchor_tokens
-from proxy.conversation.window import SYSTEM, Entry, digest
+from proxy.conversation.window import NATIVE, SYSTEM, Entry
 from proxy.memory.context_packer import context_parts
 from proxy.memory.models import CompressionLevel
 from proxy.memory.planner import Group
 
-# What is shown in place of a message, (its position, 0), or of the n-th system message that follows it.
+# What is shown in place of a message, (its position, 0), or of the n-th system message of its page.
 Cuts = dict[tuple[int, int], Entry]
 
 _LOWER = (CompressionLevel.REDUCED, CompressionLevel.ABSTRACT, CompressionLevel.REFERENCE)
@@ -31,7 +31,7 @@ def cut_newest(
     request: EpochRequest, groups: Sequence[Group], limit: int
 ) -> Generator[Effect, Any, Cuts]:
     """The mandatory groups' messages, cut so that together they stay within `limit` tokens, with the
-    system messages that follow them.
+    system messages of their pages.
 
     A mixed call is reduced to the client's part of it first.
     """
@@ -54,13 +54,15 @@ def cut_newest(
         if share >= size:
             continue
         texts = pages.ids(position)[: len(pages.parts(position))]
-        raw = pages.notes(position)[n - 1].raw if n else b""
-        message = msgspec.json.decode(raw) if n else (yield from _degrade(request, position, share))
-        message = cut_message(message, texts, share, counter)
-        cut = Entry(msgspec.json.encode(message), counter.message(message), position)
         if n:
-            cut = Entry(cut.raw, cut.tokens, position + 1, SYSTEM, digest(raw))
-        cuts[position, n] = cut
+            note = pages.notes(position)[n - 1]
+            message = cut_message(msgspec.json.decode(note.raw), texts, share, counter)
+            place = (note.position, SYSTEM, note.said)
+        else:
+            message = yield from _degrade(request, position, share)
+            message = cut_message(message, texts, share, counter)
+            place = (position, NATIVE, b"")
+        cuts[position, n] = Entry(msgspec.json.encode(message), counter.message(message), *place)
     return cuts
 
 

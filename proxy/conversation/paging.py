@@ -28,7 +28,7 @@ from proxy.conversation.epoch import (
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.limits import Limits
 from proxy.conversation.newpages import new_pages, renewed
-from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens, group_start
+from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens, group_start, owner
 from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.rewind import brought_since, differs_at, taken_back
@@ -84,6 +84,7 @@ class TurnWindow:
     settled: Stored | None = field(init=False, default=None)  # the state with what is `answered`
     _brought: dict[str, Chosen] = field(init=False, default_factory=dict)  # before the call
     _tail: list[Entry] = field(init=False, default_factory=list)  # this turn's VM exchange
+    _stood: dict[int | None, list[Anchor]] = field(init=False, default_factory=dict)
     _folded: bool = field(init=False, default=False)  # rounds of it had to leave
 
     def apply(self, mutation: PageMutation) -> None:
@@ -161,7 +162,9 @@ class TurnWindow:
         before = self.before
         if before is None:
             return None
-        at = differs_at(before, self.anchors, self.start, strict)
+        if not self.start and before.notes != self.pages.notes_digest(before.native_from):
+            return None  # what was shown of the older ones is not what the client says now
+        at = differs_at(before, self.pages.path, self.anchors, self.start, strict)
         if at is not None:
             if self.get_record is None or not self._whole(at, before.covered):
                 return None
@@ -195,7 +198,7 @@ class TurnWindow:
         """Enter new pages in the table, and anew those whose system messages are others now."""
         first = self.before.covered if self.before else 0
         if self.before is not None and first:
-            at = differs_at(self.before, self.anchors, self.start)
+            at = differs_at(self.before, self.pages.path, self.anchors, self.start)
             since = first if at is None else at
             for mutation in renewed(pages, max(0, since - 1), first, self.table, self.turn):
                 self.apply(mutation)
@@ -206,7 +209,7 @@ class TurnWindow:
         """What was brought into the part of the log that is gone is not in the window any more."""
         if self.before is None or self.record is None or self.get_record is None:
             return
-        at = differs_at(self.before, self.anchors, self.start, strict)
+        at = differs_at(self.before, self.pages.path, self.anchors, self.start, strict)
         if at is None:
             return
         self.report.taken_back = True
@@ -340,8 +343,15 @@ class TurnWindow:
         return self.whole_room_tokens - self._tokens_of(self._standing(self.window.native_from))
 
     def _standing(self, native_from: int | None = None) -> list[Anchor]:
-        most = min(_STANDING_TOKENS, self.limits.page_tokens)
-        return standing(self.anchors, self.counter, most, native_from)
+        """Standing instructions of the client's; of those before the native messages, if asked so."""
+        found = self._stood.get(native_from)
+        if found is None:
+            path, anchors = self.pages.path, self.anchors
+            if native_from is not None:
+                anchors = [a for a in anchors if owner(path, a.position) < native_from]
+            most = min(_STANDING_TOKENS, self.limits.page_tokens)
+            found = self._stood[native_from] = standing(anchors, self.counter, most)
+        return found
 
     def _tokens_of(self, anchors: Sequence[Anchor]) -> int:
         return sum(anchor_tokens(anchor, self.counter) for anchor in anchors)

@@ -1,12 +1,12 @@
 """A path's messages seen as pages: ids, texts, media, levels and sizes. Pure; bodies are on the path.
 
-Promises: a page's id and content depend only on its message, on the system messages that follow it
-and on `pages.max_tokens`, never on the window or on the model that is asked; a page at level 0 is the
+Promises: a page's id and content depend only on its message, on the system messages beside it and on
+`pages.max_tokens`, never on the window or on the model that is asked; a page at level 0 is the
 original, byte for byte (invariant 4); a tool's result is never shown without its call, nor a call
 without its results (invariant 8).
 
-A system message in mid-conversation is outside the tree and so no page of its own. It is a part of the
-page of the message before it, which often is the call that it answers.
+A system message in mid-conversation is outside the tree and so no page of its own: it is a part of the
+page of a message beside it (`owner`), with which it leaves the window and comes back.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PathPages:
         self.path = path
         self._notes: dict[int, list[Anchor]] = {}
         for anchor in anchors:
-            self._notes.setdefault(anchor.position - 1, []).append(anchor)
+            self._notes.setdefault(owner(path, anchor.position), []).append(anchor)
         self._get_record = get_record
         self.derived = derived
         self.registry = registry
@@ -86,7 +86,8 @@ class PathPages:
         """The pages of the first `end` messages, without the system messages behind the last of them."""
         other = copy(self)
         other.path = self.path[:end]
-        other._notes = {at: notes for at, notes in self._notes.items() if at < end - 1}
+        kept = {at: [n for n in notes if n.position < end] for at, notes in self._notes.items()}
+        other._notes = {at: notes for at, notes in kept.items() if notes}
         other._parts = {at: parts for at, parts in self._parts.items() if at < end - 1}
         return other
 
@@ -114,7 +115,7 @@ class PathPages:
         return node.tokens
 
     def notes(self, position: int) -> Sequence[Anchor]:
-        """The system messages between this message and the next one."""
+        """The system messages that belong to this message's page, in order."""
         return self._notes.get(position, ())
 
     def notes_tokens(self, position: int) -> int:
@@ -132,18 +133,18 @@ class PathPages:
         return found
 
     def text_tokens(self, position: int) -> int:
-        """Tokens of a message without its media, with the system messages that follow it."""
+        """Tokens of a message without its media, with the system messages of its page."""
         media = sum(page.tokens for page in self.media(position))
         return max(0, self.tokens(position) - media) + self.notes_tokens(position)
 
     def own_text(self, position: int) -> str:
-        """The message's text, without the system messages that follow it."""
+        """The message's text, without the system messages of its page."""
         names = {page.index: page.page_id for page in self.media(position)}
         return message_text(self.said(position), names)
 
     def parts(self, position: int) -> list[str]:
-        """The text of the message and of the system messages that follow it, cut into pages when it is
-        too large for one."""
+        """The text of the message, then of the system messages beside it, cut into pages when it is too
+        large for one."""
         found = self._parts.get(position)
         if found is None:
             notes = (note_text(note) for note in self.notes(position))
@@ -265,9 +266,15 @@ class PathPages:
         digest, keys = b"", []
         for position, node_id in enumerate(ids):
             for note in self.notes(position):
-                digest = blake2b(digest + note.raw, digest_size=ID_BYTES).digest()
+                digest = blake2b(digest + note.said, digest_size=ID_BYTES).digest()
             keys.append(node_id + digest)
         return keys
+
+    def notes_digest(self, end: int) -> bytes:
+        """What the system messages in the pages of positions 0..end-1 are known by; b"" for none."""
+        inside = sorted(position for position in self._notes if position < end)
+        said = [note.said for position in inside for note in self._notes[position]]
+        return blake2b(b"".join(said), digest_size=ID_BYTES).digest() if said else b""
 
     # -- contents
 
@@ -401,6 +408,13 @@ class PathPages:
     @property
     def _count(self) -> Callable[[str], int]:
         return self._counter.text
+
+
+def owner(path: Sequence[Node], position: int) -> int:
+    """The message whose page holds the system messages that stand before `position`: the one before
+    them when an answer follows (they are what it answered), or nothing yet; else the one after them."""
+    answered = position == len(path) or path[position].role == "assistant"
+    return max(0, position - 1) if answered else position
 
 
 def note_text(note: Anchor) -> str:

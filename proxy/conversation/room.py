@@ -10,25 +10,24 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from proxy.conversation.pathpages import anchor_tokens, group_start
+from proxy.conversation.pathpages import anchor_tokens, group_start, owner
 from proxy.conversation.tree import Anchor, Node
-from proxy.conversation.window import Entry, Window
+from proxy.conversation.window import SYSTEM, Entry, Window
 from proxy.memory.importance import PIN_TOKENS, is_standing
 from proxy.memory.pages import message_text
 from proxy.tokens import TokenCounter
 
 
 def standing(
-    anchors: Sequence[Anchor], counter: TokenCounter, max_tokens: int, native_from: int | None = None
+    anchors: Sequence[Anchor], counter: TokenCounter, max_tokens: int
 ) -> list[Anchor]:
-    """The standing instructions among the system messages in mid-conversation, the newest ones within
-    `max_tokens`; with `native_from`, of those that are not in the log any more. They stay in front of
-    the window, as what a user said for all later answers stays in it.
+    """The standing instructions among these system messages, the newest ones within `max_tokens`.
+
+    They stay in front of a window that does not hold them any more, as what a user said for all later
+    answers stays in it.
     """
     found: list[Anchor] = []
     for anchor in reversed(anchors):
-        if native_from is not None and anchor.position > native_from:
-            continue
         if len(anchor.raw) > 16 * PIN_TOKENS:
             continue
         tokens = anchor_tokens(anchor, counter)
@@ -43,11 +42,16 @@ def standing(
 
 def newest_entries(window: Window, path: Sequence[Node]) -> list[Entry]:
     """What no epoch of this turn can leave out: the newest group and the user's newest message,
-    with the system messages behind them."""
+    with the system messages of their pages."""
     last = len(path) - 1
     first = group_start(path, last)
     user = next((i for i in range(last, -1, -1) if path[i].role == "user"), last)
-    return [e for e in window.entries if e.message >= first or e.message == user]
+    found = []
+    for entry in window.entries:
+        at = owner(path, entry.position) if entry.kind == SYSTEM else entry.position
+        if at >= first or at == user:
+            found.append(entry)
+    return found
 
 
 def without_oldest_round(tail: Sequence[Entry]) -> tuple[Entry, ...]:

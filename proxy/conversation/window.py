@@ -8,12 +8,11 @@ the log is stored as changes per answered turn and comes back byte for byte.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from proxy.conversation.tree import GetRecord, Record
+from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.tokens import PER_MESSAGE, TokenCounter
 
 # What an entry of the log is.
@@ -35,19 +34,9 @@ class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc
     whole: bytes = b""
 
     @property
-    def message(self) -> int:
-        """The position of the message that leaves the window together with this entry."""
-        return self.position - 1 if self.kind == SYSTEM else self.position
-
-    @property
     def said(self) -> bytes:
-        """The digest of a system message as the client has it."""
-        return self.whole or digest(self.raw)
-
-
-def digest(raw: bytes) -> bytes:
-    """By which a window knows a system message again."""
-    return blake2b(raw, digest_size=16).digest()
+        """Of a system message: what the client's own is known by (`Anchor.said`)."""
+        return self.whole or Anchor(self.position, self.raw).said
 
 
 class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -62,6 +51,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     entries: tuple[Entry, ...]
     tokens: int  # developer message and entries together
     counter: str = ""  # the name of the counter of all these tokens
+    notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
         new = tuple(entries)
@@ -74,6 +64,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
             self.entries + new,
             self.tokens + sum(entry.tokens for entry in new),
             self.counter,
+            self.notes,
         )
 
     def until(self, kept: int, covered: int) -> Window:
