@@ -32,7 +32,7 @@ from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens,
 from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.rewind import brought_since, differs_at, taken_back
-from proxy.conversation.room import newest_entries, spare_tokens, standing
+from proxy.conversation.room import STANDING_TOKENS, newest_entries, spare_tokens, standing
 from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
@@ -47,7 +47,7 @@ from proxy.memory.working_set import TokenBudget, watermarks
 from proxy.tokens import TokenCounter
 
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
-_STANDING_TOKENS = 1024  # of standing instructions that stay in front of the window, at most
+_ALL = 1 << 40  # tokens
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
 
 
@@ -334,8 +334,8 @@ class TurnWindow:
 
     @property
     def room_for_messages(self) -> int:
-        """Tokens for the window when all standing instructions of the client's are in front of it."""
-        return self.whole_room_tokens - self._tokens_of(self._standing())
+        """Tokens for the window whichever standing instructions of the client's are in front of it."""
+        return self.whole_room_tokens - min(STANDING_TOKENS, self._tokens_of(self._standing()))
 
     @property
     def room(self) -> int:
@@ -343,13 +343,14 @@ class TurnWindow:
         return self.whole_room_tokens - self._tokens_of(self._standing(self.window.native_from))
 
     def _standing(self, native_from: int | None = None) -> list[Anchor]:
-        """Standing instructions of the client's; of those before the native messages, if asked so."""
+        """The standing instructions that are in front of a window whose native messages begin there;
+        None: all there are."""
         found = self._stood.get(native_from)
         if found is None:
-            path, anchors = self.pages.path, self.anchors
+            path, anchors, most = self.pages.path, self.anchors, _ALL
             if native_from is not None:
                 anchors = [a for a in anchors if owner(path, a.position) < native_from]
-            most = min(_STANDING_TOKENS, self.limits.page_tokens)
+                most = STANDING_TOKENS
             found = self._stood[native_from] = standing(anchors, self.counter, most)
         return found
 

@@ -17,9 +17,11 @@ from proxy.memory.importance import PIN_TOKENS, is_standing
 from proxy.memory.pages import message_text
 from proxy.tokens import TokenCounter
 
+STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most
+
 
 def standing(
-    anchors: Sequence[Anchor], counter: TokenCounter, max_tokens: int
+    anchors: Sequence[Anchor], counter: TokenCounter, max_tokens: int = STANDING_TOKENS
 ) -> list[Anchor]:
     """The standing instructions among these system messages, the newest ones within `max_tokens`.
 

@@ -114,6 +114,7 @@ class Turn:
         if given.surely_fits and not surely:  # not counted: it was small for the assumed window
             self._count_fixed()
         limits = self._limits
+        self._report.budget_tokens = limits.budget_tokens
         if limits.working_set.max_l0_tokens > self._model.limits.working_set.max_l0_tokens:
             self._report.warning = stretched_window(self._model.limits)
         if untouched and (surely or self._fits()):

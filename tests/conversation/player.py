@@ -20,6 +20,8 @@ from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, 
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
+from proxy.conversation.pathpages import owner
+from proxy.conversation.room import standing
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
@@ -91,8 +93,11 @@ class Played:
         if self.turn.settled is None:
             return None
         window = self.turn.settled[1].window
-        anchors = [a.raw for a in self.place.anchors if a.position < window.native_from]
-        return render([*self.system, *anchors], window, "developer", False)[:-1]
+        path, first = self.place.path, window.native_from
+        before = [a for a in self.place.anchors if owner(path, a.position) < first]
+        front = standing(before, get_counter(self.turn._report.model))
+        head = [*self.system, *(anchor.raw for anchor in front)]
+        return render(head, window, "developer", False)[:-1]
 
     @property
     def requests(self) -> list[Message]:
