@@ -100,14 +100,12 @@ class Config(Section):
         return list(_notes(self))
 
 
-def effective_reserve(l0_tokens: int, reserve_tokens: int, client_max_tokens: int | None) -> int:
-    """Tokens of an `l0_tokens` window that are kept free for the answer.
+def effective_reserve(l0_tokens: int, reserve_tokens: int) -> int:
+    """Tokens of an `l0_tokens` window that are kept free for the answer, whatever the client asks for.
 
-    The configured reserve never takes more than a quarter of the window, so that the default
-    leaves room for memory in a small one. A client that asks for a longer answer
-    (`max_tokens`, `max_completion_tokens`) gets it reserved, up to half of the window.
+    Never more than a quarter of the window, so that the default leaves room for memory in a small one.
     """
-    return max(min(reserve_tokens, l0_tokens // 4), min(client_max_tokens or 0, l0_tokens // 2))
+    return min(reserve_tokens, l0_tokens // 4)
 
 
 def load_config(
@@ -141,7 +139,7 @@ def effective_config(environ: Mapping[str, str]) -> Config:
 def _notes(config: Config) -> Iterable[str]:
     l0 = config.tiers.l0
     if isinstance(l0.tokens, int):
-        reserve = effective_reserve(l0.tokens, l0.reserve_tokens, None)
+        reserve = effective_reserve(l0.tokens, l0.reserve_tokens)
         if "reserve_tokens" in l0.model_fields_set and reserve < l0.reserve_tokens:
             yield (
                 f"tiers.l0.reserve_tokens: {l0.reserve_tokens} is more than a quarter of the "

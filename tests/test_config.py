@@ -351,18 +351,10 @@ def test_model_overrides_exact_name_first_then_the_longest_glob() -> None:
 
 
 @pytest.mark.parametrize(
-    ("l0", "configured", "asked", "reserve"),
-    [
-        (128_000, 4096, None, 4096),
-        (128_000, 4096, 16_000, 16_000),
-        (128_000, 4096, 100, 4096),
-        (4000, 4096, None, 1000),
-        (4000, 4096, 100_000, 2000),
-        (4000, 500, 0, 500),
-    ],
+    ("l0", "configured", "reserve"), [(128_000, 4096, 4096), (4000, 4096, 1000), (4000, 500, 500)]
 )
-def test_effective_reserve(l0: int, configured: int, asked: int | None, reserve: int) -> None:
-    assert effective_reserve(l0, configured, asked) == reserve
+def test_effective_reserve(l0: int, configured: int, reserve: int) -> None:
+    assert effective_reserve(l0, configured) == reserve
 
 
 def test_notes_tell_what_is_capped_or_unused() -> None:

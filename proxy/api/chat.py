@@ -44,6 +44,8 @@ from proxy.upstream import Header, Upstream, UpstreamBroken
 
 log = logging.getLogger(__name__)
 
+_WARNINGS = 256  # remembered, so that each is logged once
+
 Observer = Callable[[TurnReport], None]
 
 
@@ -67,6 +69,7 @@ class ChatApi:
         self._observer = observer
         self._placing = Placing(config, memory, observer is not None)
         self.capable = Capable(config, memory)
+        self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,6 +106,7 @@ class ChatApi:
             if answer.refused is None:  # before the end is sent: the client's next request knows of it
                 await self._bill(given, answer)
             await exchange.finish(answer, _own_headers(answer))
+            self._warn(given, answer.report.warning)
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
@@ -181,6 +185,15 @@ class ChatApi:
                            code="unsupported_content_encoding")
         await relay(reply, send)
 
+    def _warn(self, given: TurnInput, warning: str | None) -> None:
+        """One line for each model and reason: the same client says it with every request."""
+        if warning is None or (key := (given.decoded["model"], warning)) in self._warned:
+            return
+        if len(self._warned) >= _WARNINGS:
+            self._warned.clear()
+        self._warned.add(key)
+        log.warning("model %s: %s", *key)
+
     async def _bill(self, given: TurnInput, answer: Answer) -> None:
         """Compare upstream's bill for the last round with what we counted."""
         counted, billed = answer.report.used_tokens, (answer.usage or {}).get("prompt_tokens")
@@ -245,7 +258,7 @@ class ChatApi:
                     stored = await self._memory.append(effect)
                     reply = None
                 elif isinstance(effect, Search):
-                    reply = await self._memory.search(effect, given.path, turn.pages)
+                    reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
                     reply = await self._archive.load(given.tenant, effect, turn.pages)
         except StopIteration as end:
@@ -281,10 +294,13 @@ async def _fail(exchange: Exchange | None, send: Send, error: ApiError) -> None:
 
 def _own_headers(answer: Answer) -> list[Header]:
     report = answer.report
+    headers: list[Header] = []
+    if report.warning is not None:
+        headers.append((b"x-llm-pager-warning", report.warning.encode("ascii", "replace")))
     if report.channel == "bypass":
-        return []
+        return headers
     vm = (answer.usage or {}).get("vm") or {}
-    headers: list[Header] = [
+    headers += [
         (b"x-llm-pager-channel", report.channel.encode()),
         (b"x-llm-pager-rounds", b"%d" % report.rounds),
     ]

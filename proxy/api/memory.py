@@ -143,9 +143,9 @@ class Memory:
                 self.cache.put("block", ref, found, len(found))
         return found
 
-    async def search(self, effect: Search, path: Sequence[Node], pages: PathPages) -> list[Hit]:
+    async def search(self, effect: Search, pages: PathPages) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others."""
-        ids = [node.id for node in path[: effect.before]]
+        ids = pages.index_keys(effect.before)
         if not ids:
             return []
         work = (ids, pages.docs, effect.query, effect.limit, effect.skip)

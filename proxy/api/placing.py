@@ -14,7 +14,7 @@ import msgspec
 
 from proxy.api.caller import caller, encoded, parameters, with_body
 from proxy.api.memory import TOKENS_FACTOR, Memory
-from proxy.api.request import Decoded, max_tokens, validate
+from proxy.api.request import Decoded, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
 from proxy.conversation.commit import NO_NAMES, SessionNames
@@ -132,7 +132,7 @@ class Placing:
     ) -> TurnInput:
         memory = self._memory
         model = decoded["model"]
-        limits = self._limits(model, max_tokens(decoded), self._learned(scope, model))
+        limits = self._limits(model, self._learned(scope, model))
         state = await memory.state_after(found.record) if found.record is not None else None
         window = state.window if state else None
         override = self._config.model_override(model).tokenizer
@@ -143,7 +143,7 @@ class Placing:
         if not surely:
             raws = tuple(bytes(split.fields[name]) for name in _COUNTED if name in split.fields)
             fixed = self._fixed_tokens(tuple(split.system), raws, counter)
-            await _count(found.path, counter)
+            await _count(found, counter)
         return TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
             found.floor, found.anchors, found.record, window, state.table if state else None,
@@ -156,7 +156,7 @@ class Placing:
         return tuple(sorted(self._memory.learned(scope, model).items()))
 
     def _make_limits(
-        self, model: str, max_tokens: int | None, learned: tuple[tuple[str, object], ...]
+        self, model: str, learned: tuple[tuple[str, object], ...]
     ) -> Limits:
         config, override = self._config, self._config.model_override(model)
         card, facts = model_card(model), dict(learned)
@@ -166,7 +166,7 @@ class Placing:
         factor = facts.get(TOKENS_FACTOR, 1.0)  # what upstream bills for a token as we count it
         factor = factor if isinstance(factor, float) else 1.0
         tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
-        reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor), max_tokens)
+        reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor))
         tools = override.tools  # a bridge is there so that the model can call them
         if tools is None:
             tools = override.bridge is not None or bool(facts.get("tools", True))
@@ -212,18 +212,19 @@ def _only_system(
     return memory.identity.extend(tenant, [], messages), []
 
 
-async def _count(path: list[Node], counter: TokenCounter) -> None:
-    """Give nodes at the end of the path their tokens, once in their life and for each kind of model."""
+async def _count(found: Place, counter: TokenCounter) -> None:
+    """Give messages at the end of the path their tokens, once in their life and for each kind of model."""
 
-    def uncounted(node: Node) -> bool:
-        return node.tokens < 0 or bool(node.counter and node.counter != counter.name)
+    def uncounted(message: Node | Anchor) -> bool:
+        return message.tokens < 0 or bool(message.counter and message.counter != counter.name)
 
-    new = list(takewhile(uncounted, reversed(path)))
+    new: list[Node | Anchor] = list(takewhile(uncounted, reversed(found.path)))
+    new += takewhile(uncounted, reversed(found.anchors))
     if sum(len(node.raw) for node in new) > _COUNT_AT_ONCE_BYTES:
         await asyncio.to_thread(_count_all, new, counter)
 
 
-def _count_all(nodes: list[Node], counter: TokenCounter) -> None:
+def _count_all(nodes: list[Node | Anchor], counter: TokenCounter) -> None:
     for node in nodes:
         node.tokens = counter.message(msgspec.json.decode(node.raw))
         node.counter = counter.name

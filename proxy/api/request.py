@@ -103,9 +103,3 @@ def validate(decoded: Mapping[str, Any]) -> None:
             raise ApiError(
                 400, f"Invalid type for '{name}': expected {words}.", param=name, code="invalid_type"
             )
-
-
-def max_tokens(decoded: Mapping[str, Any]) -> int | None:
-    """What the client lets the answer have, in tokens."""
-    value = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
-    return value if isinstance(value, int) else None

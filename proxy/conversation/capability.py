@@ -43,16 +43,14 @@ def capabilities(
     )
 
 
-def within(limits: Limits, window_tokens: int, max_tokens: int | None) -> Limits:
+def within(limits: Limits, window_tokens: int) -> Limits:
     """The limits in a window of so many counted tokens, when that is smaller.
 
-    What is kept for the answer shrinks with it: at most a quarter of the window, but up to half of
-    it when the client asks for that much (`max_tokens`).
+    What is kept for the answer shrinks with it: at most a quarter of the window.
     """
     if window_tokens >= limits.working_set.max_l0_tokens:
         return replace(limits, window_tokens=window_tokens, window_known=True)
     reserve = min(limits.working_set.reserved_tokens, window_tokens // 4)
-    reserve = max(reserve, min(max_tokens or 0, window_tokens // 2))
     smaller = {"max_l0_tokens": window_tokens, "reserved_tokens": reserve}
     working_set = limits.working_set.model_copy(update=smaller)
     return replace(

@@ -19,8 +19,14 @@ from proxy.conversation.effects import Effect
 from proxy.conversation.epoch_request import EpochRequest, show
 from proxy.conversation.limits import Limits
 from proxy.conversation.listing import manifest_of
-from proxy.conversation.newest import cut_newest
-from proxy.conversation.pathpages import RESULT_ROLES, PathPages, group_start, groups_of
+from proxy.conversation.newest import Cuts, cut_newest
+from proxy.conversation.pathpages import (
+    RESULT_ROLES,
+    PathPages,
+    anchor_tokens,
+    group_start,
+    groups_of,
+)
 from proxy.conversation.room import without_oldest_round
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Entry, Window
@@ -66,7 +72,7 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
         if epoch is not None:
             epoch.folded = asked is not request
             return epoch
-        if asked.after or not asked.tail:
+        if asked.after or all(entry.kind == SYSTEM for entry in asked.tail):
             break
         tail = without_oldest_round(asked.tail)
         asked = replace(asked, tail=tail, newest=asked.newest if tail else None)
@@ -83,7 +89,7 @@ def _rebuild(
     groups = _groups(request)
     limit = int(request.room_tokens * _MANDATORY_SHARE) - tail_tokens
     mandatory = sum(group.tokens for group in groups if group.mandatory)
-    cuts: dict[int, Entry] = {}
+    cuts: Cuts = {}
     if mandatory > limit:
         cuts = yield from cut_newest(request, groups, min(limit, _loadable(request)))
     manifest = int(min(request.limits.manifest_tokens, low * _MANIFEST_SHARE))
@@ -100,7 +106,7 @@ def _rebuild(
         )
         planned.native = [g for g in planned.native if g.first < len(request.pages.path)]
         window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
-        over = window.tokens - _system_tokens(window) - request.room_tokens
+        over = window.tokens - request.room_tokens
         if over <= 0:
             mutations = planned.mutations + _evict_cut(request, cuts)
             for mutation in mutations:
@@ -133,11 +139,6 @@ def native_from(native: Sequence[Group], end: int) -> int:
         if group.last == first:
             first = group.first
     return first
-
-
-def _system_tokens(window: Window) -> int:
-    """Those of the system messages in the log: the room is without them."""
-    return sum(entry.tokens for entry in window.entries if entry.kind == SYSTEM)
 
 
 def _loadable(request: EpochRequest) -> int:
@@ -219,7 +220,7 @@ def _native_tokens(request: EpochRequest, first: int, last: int, last_user: int)
     pages = request.pages
     if first < request.floor and not first <= last_user < last:
         return _NEVER
-    total = sum(pages.tokens(position) for position in range(first, last))
+    total = sum(pages.tokens(p) + pages.notes_tokens(p) for p in range(first, last))
     if last - first > 1:  # a call with results may have been a mixed one
         kept = native_entries(pages, first, request.substitutes, request.counter)
         total += sum(entry.tokens for entry in kept) - pages.tokens(first)
@@ -228,7 +229,7 @@ def _native_tokens(request: EpochRequest, first: int, last: int, last_user: int)
     return total
 
 
-def _evict_cut(request: EpochRequest, cuts: Mapping[int, Entry]) -> list[PageMutation]:
+def _evict_cut(request: EpochRequest, cuts: Cuts) -> list[PageMutation]:
     """A cut message is not in the window: its pages can be faulted in."""
     return [
         PageMutation(MutationType.EVICT, i, request.turn, tier=StorageTier.L2)
@@ -238,15 +239,17 @@ def _evict_cut(request: EpochRequest, cuts: Mapping[int, Entry]) -> list[PageMut
     ]
 
 
-def _shortened(request: EpochRequest, cuts: Mapping[int, Entry]) -> set[int]:
-    return {p for p, entry in cuts.items() if entry.raw != request.pages.path[p].raw}
+def _shortened(request: EpochRequest, cuts: Cuts) -> set[int]:
+    """Positions of the messages that are not shown whole, or not all that belongs to their page."""
+    path = request.pages.path
+    return {p for (p, n), e in cuts.items() if (e.whole if n else e.raw != path[p].raw)}
 
 
 # -- the bytes
 
 
 def _assemble(
-    request: EpochRequest, planned: Plan, cuts: Mapping[int, Entry], manifest_tokens: int
+    request: EpochRequest, planned: Plan, cuts: Cuts, manifest_tokens: int
 ) -> Generator[Effect, Any, Window]:
     path = request.pages.path
     first = native_from(planned.native, len(path))
@@ -262,10 +265,13 @@ def _assemble(
     entries = _kept_media(request, [page for page in pages if page_parts(page)])
     for group in planned.native:
         for position in range(group.first, group.last):
-            if position >= first:
-                entries.extend(anchored(request.anchors, position, request.counter))
+            notes = [
+                cuts.get((position, number)) or system_entry(note, request.counter)
+                for number, note in enumerate(request.pages.notes(position), 1)
+            ]
+            entries.extend(note for note in notes if note.position <= position)
             entries.extend(_native(request, position, cuts))
-    entries.extend(anchored(request.anchors, len(path), request.counter))
+            entries.extend(note for note in notes if note.position > position)
     entries.extend(request.tail)
     return Window(
         request.epoch,
@@ -276,6 +282,7 @@ def _assemble(
         tuple(entries),
         tokens + sum(entry.tokens for entry in entries),
         request.counter.name,
+        request.pages.notes_digest(first),
     )
 
 
@@ -304,11 +311,12 @@ def anchored(
     anchors: Sequence[Anchor], position: int, counter: TokenCounter
 ) -> list[Entry]:
     """The client's system messages that stand just before `position`."""
-    return [
-        Entry(a.raw, counter.message(msgspec.json.decode(a.raw)), position, SYSTEM)
-        for a in anchors
-        if a.position == position
-    ]
+    return [system_entry(a, counter) for a in anchors if a.position == position]
+
+
+def system_entry(anchor: Anchor, counter: TokenCounter) -> Entry:
+    """A system message in mid-conversation as it stands in the log."""
+    return Entry(anchor.raw, anchor_tokens(anchor, counter), anchor.position, SYSTEM)
 
 
 def client_entries(
@@ -341,11 +349,11 @@ def native_entries(
     return [head, *(Entry(raw, size, -1, VM) for raw, size in rest)]
 
 
-def _native(request: EpochRequest, position: int, cuts: Mapping[int, Entry]) -> list[Entry]:
+def _native(request: EpochRequest, position: int, cuts: Cuts) -> list[Entry]:
     if request.newest is not None and position == len(request.pages.path) - 1:
         return [request.newest]
-    if position in cuts:
-        return [cuts[position]]
+    if (position, 0) in cuts:
+        return [cuts[position, 0]]
     return native_entries(request.pages, position, request.substitutes, request.counter)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
-from proxy.conversation.tree import Anchor
 from proxy.conversation.window import Entry
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.models import CompressionLevel, MemoryPage, PageMutation, VMMode
@@ -29,7 +28,6 @@ class EpochRequest:
     pins: PinnedSet
     counter: TokenCounter
     limits: Limits
-    anchors: Sequence[Anchor]
     substitutes: Callable[[bytes], Sequence[bytes]]
     names: Mapping[str, str]  # what the VM tools are called in this conversation
     mode: VMMode

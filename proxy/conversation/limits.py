@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
+
+_LEAST_ROOM_SHARE = 4  # of L0: messages get at least a quarter of it, whatever stands before them
+_LEAST_ROOM_TOKENS = 1024  # and no less than this, where half of L0 is that much
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +41,30 @@ class Limits:
     def budget_tokens(self) -> int:
         """What a whole upstream request may count: L0 less the reserve for the answer."""
         return self.working_set.max_l0_tokens - self.working_set.reserved_tokens
+
+
+def least_room(l0_tokens: int) -> int:
+    """Tokens for messages in an `l0_tokens` window: with less, a conversation could not go on in it."""
+    return max(l0_tokens // _LEAST_ROOM_SHARE, min(_LEAST_ROOM_TOKENS, l0_tokens // 2))
+
+
+def stretched(limits: Limits, fixed_tokens: int, answer_tokens: int | None) -> Limits:
+    """The limits of one request: `fixed_tokens` of it (system messages, tools, schemas) cannot be
+    paged, and its client lets the answer have `answer_tokens`.
+
+    The answer gets what it may have, up to half of the window, as far as the least room for messages
+    is left. Where even the configured reserve leaves less, L0 grows by what is missing, within the
+    model's window where that is known; there the reserve gives way, down to half of what is left.
+    """
+    l0, reserve = limits.working_set.max_l0_tokens, limits.working_set.reserved_tokens
+    least = least_room(l0)
+    asked = min(answer_tokens or 0, l0 // 2, l0 - fixed_tokens - least)
+    total, kept = l0, max(reserve, asked)
+    if fixed_tokens and l0 - fixed_tokens - reserve < least:
+        total = fixed_tokens + reserve + least
+        if limits.window_known and total > (most := max(l0, limits.window_tokens)):
+            total, kept = most, min(reserve, max(0, most - fixed_tokens) // 2)
+    if (total, kept) == (l0, reserve):
+        return limits
+    room = {"max_l0_tokens": total, "reserved_tokens": kept}
+    return replace(limits, working_set=limits.working_set.model_copy(update=room))

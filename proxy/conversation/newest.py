@@ -15,39 +15,54 @@ from proxy.conversation.cut import cut_message, fair_shares
 from proxy.conversation.effects import Effect
 from proxy.conversation.epoch_request import EpochRequest, show
 from proxy.conversation.mediapages import MediaPage
-from proxy.conversation.window import Entry
+from proxy.conversation.pathpages import anchor_tokens
+from proxy.conversation.window import NATIVE, SYSTEM, Entry
 from proxy.memory.context_packer import context_parts
 from proxy.memory.models import CompressionLevel
 from proxy.memory.planner import Group
+
+# What is shown in place of a message, (its position, 0), or of the n-th system message of its page.
+Cuts = dict[tuple[int, int], Entry]
 
 _LOWER = (CompressionLevel.REDUCED, CompressionLevel.ABSTRACT, CompressionLevel.REFERENCE)
 
 
 def cut_newest(
     request: EpochRequest, groups: Sequence[Group], limit: int
-) -> Generator[Effect, Any, dict[int, Entry]]:
-    """The mandatory groups' messages, by position, cut so that together they stay within `limit`
-    tokens.
+) -> Generator[Effect, Any, Cuts]:
+    """The mandatory groups' messages, cut so that together they stay within `limit` tokens, with the
+    system messages of their pages.
 
     A mixed call is reduced to the client's part of it first.
     """
     pages, counter = request.pages, request.counter
     positions = [p for g in groups if g.mandatory for p in range(g.first, g.last)]
+    told = positions
     if request.newest is not None:  # cut before, in this turn
         positions = [p for p in positions if p != len(pages.path) - 1]
         limit -= request.newest.tokens
+    notes = [(p, n) for p in told for n in range(1, len(pages.notes(p)) + 1)]
+    places = [*((p, 0) for p in positions), *notes]
     sizes = [pages.tokens(p) for p in positions]
+    sizes += [anchor_tokens(pages.notes(p)[n - 1], counter) for p, n in notes]
     cuts = {
-        p: Entry(pages.path[p].raw, size, p)
-        for p, size in zip(positions, sizes, strict=True)
+        (p, 0): Entry(pages.path[p].raw, pages.tokens(p), p)
+        for p in positions
         if pages.path[p].role == "assistant"
     }
-    for position, size, share in zip(positions, sizes, fair_shares(sizes, limit), strict=True):
-        if share < size:
+    for (position, n), size, share in zip(places, sizes, fair_shares(sizes, limit), strict=True):
+        if share >= size:
+            continue
+        texts = pages.ids(position)[: len(pages.parts(position))]
+        if n:
+            note = pages.notes(position)[n - 1]
+            message = cut_message(msgspec.json.decode(note.raw), texts, share, counter)
+            place = (note.position, SYSTEM, note.said)
+        else:
             message = yield from _degrade(request, position, share)
-            texts = pages.ids(position)[: len(pages.parts(position))]
             message = cut_message(message, texts, share, counter)
-            cuts[position] = Entry(msgspec.json.encode(message), counter.message(message), position)
+            place = (position, NATIVE, b"")
+        cuts[position, n] = Entry(msgspec.json.encode(message), counter.message(message), *place)
     return cuts
 
 

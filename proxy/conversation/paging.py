@@ -9,7 +9,6 @@ messages.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +27,12 @@ from proxy.conversation.epoch import (
 )
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.limits import Limits
-from proxy.conversation.newpages import new_pages
-from proxy.conversation.pathpages import RESULT_ROLES, PathPages, group_start
+from proxy.conversation.newpages import new_pages, renewed
+from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens, group_start, owner
 from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.rewind import brought_since, differs_at, taken_back
-from proxy.conversation.room import anchor_tokens, newest_entries, spare_tokens
+from proxy.conversation.room import STANDING_TOKENS, newest_entries, spare_tokens, standing
 from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
@@ -48,6 +47,7 @@ from proxy.memory.working_set import TokenBudget, watermarks
 from proxy.tokens import TokenCounter
 
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
+_ALL = 1 << 40  # tokens
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
 
 
@@ -84,6 +84,7 @@ class TurnWindow:
     settled: Stored | None = field(init=False, default=None)  # the state with what is `answered`
     _brought: dict[str, Chosen] = field(init=False, default_factory=dict)  # before the call
     _tail: list[Entry] = field(init=False, default_factory=list)  # this turn's VM exchange
+    _stood: dict[int | None, list[Anchor]] = field(init=False, default_factory=dict)
     _folded: bool = field(init=False, default=False)  # rounds of it had to leave
 
     def apply(self, mutation: PageMutation) -> None:
@@ -119,8 +120,7 @@ class TurnWindow:
         has nothing of it, is where that one goes on. Nothing is done when there is no window yet and
         what stands behind leaves no room for one.
         """
-        pages = copy(self.pages)  # what comes later is not on this path
-        pages.path, last = self.pages.path[:end], len(self.pages.path)
+        pages, last = self.pages.before(end), len(self.pages.path)
         behind = self._entries(end, last, last)
         grown = self._grown(end, end - 1, strict=True)
         fits = grown is not None and self._fits(grown.append(behind))
@@ -150,8 +150,9 @@ class TurnWindow:
         """Whether an epoch can be planned without a look at what stands behind its path."""
         path = self.pages.path
         if end == len(path):
-            return True
-        alone = path[end].role not in RESULT_ROLES and any(n.role == "user" for n in path[end:])
+            alone = True
+        else:
+            alone = path[end].role not in RESULT_ROLES and any(n.role == "user" for n in path[end:])
         _, low = watermarks(self.room_for_messages, self.limits.working_set)
         return alone and sum(entry.tokens for entry in behind) <= low
 
@@ -161,7 +162,9 @@ class TurnWindow:
         before = self.before
         if before is None:
             return None
-        at = differs_at(before, self.anchors, self.start, strict)
+        if not self.start and before.notes != self.pages.notes_digest(before.native_from):
+            return None  # what was shown of the older ones is not what the client says now
+        at = differs_at(before, self.pages.path, self.anchors, self.start, strict)
         if at is not None:
             if self.get_record is None or not self._whole(at, before.covered):
                 return None
@@ -192,8 +195,13 @@ class TurnWindow:
         return all(e and e.tier is StorageTier.L0 and not e.level for e in entries)
 
     def _register(self, pages: PathPages) -> None:
-        """Enter new pages in the table."""
+        """Enter new pages in the table, and anew those whose system messages are others now."""
         first = self.before.covered if self.before else 0
+        if self.before is not None and first:
+            at = differs_at(self.before, self.pages.path, self.anchors, self.start)
+            since = first if at is None else at
+            for mutation in renewed(pages, max(0, since - 1), first, self.table, self.turn):
+                self.apply(mutation)
         for mutation in new_pages(pages, first, self.floor, self.turn):
             self.apply(mutation)
 
@@ -201,7 +209,7 @@ class TurnWindow:
         """What was brought into the part of the log that is gone is not in the window any more."""
         if self.before is None or self.record is None or self.get_record is None:
             return
-        at = differs_at(self.before, self.anchors, self.start, strict)
+        at = differs_at(self.before, self.pages.path, self.anchors, self.start, strict)
         if at is None:
             return
         self.report.taken_back = True
@@ -239,7 +247,6 @@ class TurnWindow:
             pins=self.memory.pinned,
             counter=self.counter,
             limits=self.limits,
-            anchors=self._anchors_of(pages),
             substitutes=self.substitutes,
             names=self.channel.names,
             mode=self._mode,
@@ -265,12 +272,6 @@ class TurnWindow:
     @property
     def _mode(self) -> VMMode:
         return self.limits.mode if self.channel.listed else VMMode.PASSIVE
-
-    def _anchors_of(self, pages: PathPages) -> Sequence[Anchor]:
-        """Those on the path of `pages`; what stands behind the messages to settle is in the tail."""
-        if pages is self.pages:
-            return self.anchors
-        return [anchor for anchor in self.anchors if anchor.position < len(pages.path)]
 
     # -- pages brought in before the call
 
@@ -333,14 +334,28 @@ class TurnWindow:
 
     @property
     def room_for_messages(self) -> int:
-        """Tokens for the window when all of the client's system messages are in front of it."""
-        return self.whole_room_tokens - anchor_tokens(self.anchors, self.counter)
+        """Tokens for the window whichever standing instructions of the client's are in front of it."""
+        return self.whole_room_tokens - min(STANDING_TOKENS, self._tokens_of(self._standing()))
 
     @property
     def room(self) -> int:
         """Tokens for the window: what system messages before it and the tools leave of the budget."""
-        before = anchor_tokens(self.anchors, self.counter, self.window.native_from)
-        return self.whole_room_tokens - before
+        return self.whole_room_tokens - self._tokens_of(self._standing(self.window.native_from))
+
+    def _standing(self, native_from: int | None = None) -> list[Anchor]:
+        """The standing instructions that are in front of a window whose native messages begin there;
+        None: all there are."""
+        found = self._stood.get(native_from)
+        if found is None:
+            path, anchors, most = self.pages.path, self.anchors, _ALL
+            if native_from is not None:
+                anchors = [a for a in anchors if owner(path, a.position) < native_from]
+                most = STANDING_TOKENS
+            found = self._stood[native_from] = standing(anchors, self.counter, most)
+        return found
+
+    def _tokens_of(self, anchors: Sequence[Anchor]) -> int:
+        return sum(anchor_tokens(anchor, self.counter) for anchor in anchors)
 
     @property
     def budget(self) -> TokenBudget:
@@ -377,7 +392,7 @@ class TurnWindow:
         if not self.budget.can_fit(0):
             yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
         self.report.used_tokens = self.limits.budget_tokens - self.room + self.window.tokens
-        head = [*system, *(a.raw for a in self.anchors if a.position < self.window.native_from)]
+        head = [*system, *(a.raw for a in self._standing(self.window.native_from))]
         as_text = not self.channel.listed
         window = self.window
         if self.json_mode and self.limits.mode is VMMode.STRICT:  # no citation may get into the JSON

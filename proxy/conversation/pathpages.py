@@ -1,20 +1,26 @@
 """A path's messages seen as pages: ids, texts, media, levels and sizes. Pure; bodies are on the path.
 
-Promises: a page's id and content depend only on its message and on `pages.max_tokens`, never on the
-window or on the model that is asked; a page at level 0 is the original, byte for byte (invariant 4); a tool's result is never
-shown without its call, nor a call without its results (invariant 8).
+Promises: a page's id and content depend only on its message, on the system messages beside it and on
+`pages.max_tokens`, never on the window or on the model that is asked; a page at level 0 is the
+original, byte for byte (invariant 4); a tool's result is never shown without its call, nor a call
+without its results (invariant 8).
+
+A system message in mid-conversation is outside the tree and so no page of its own: it is a part of the
+page of a message beside it (`owner`), with which it leaves the window and comes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.mediapages import MediaPage, media_pages
-from proxy.conversation.tree import GetRecord, Node
+from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.memory.compressor import compress_text
 from proxy.memory.context_packer import ContextPacker
 from proxy.memory.levels import CompressorRegistry
@@ -58,8 +64,12 @@ class PathPages:
         derived: Derived = NO_DERIVED,
         registry: CompressorRegistry = _registry,
         get_record: GetRecord | None = None,
+        anchors: Sequence[Anchor] = (),
     ) -> None:
         self.path = path
+        self._notes: dict[int, list[Anchor]] = {}
+        for anchor in anchors:
+            self._notes.setdefault(owner(path, anchor.position), []).append(anchor)
         self._get_record = get_record
         self.derived = derived
         self.registry = registry
@@ -71,6 +81,15 @@ class PathPages:
         self._media: dict[int, Sequence[MediaPage]] = {}
         self._cutter = get_counter(_CUT_BY)
         self._same_encoding = _encoding(counter) == _encoding(self._cutter)
+
+    def before(self, end: int) -> PathPages:
+        """The pages of the first `end` messages, without the system messages behind the last of them."""
+        other = copy(self)
+        other.path = self.path[:end]
+        kept = {at: [n for n in notes if n.position < end] for at, notes in self._notes.items()}
+        other._notes = {at: notes for at, notes in kept.items() if notes}
+        other._parts = {at: parts for at, parts in self._parts.items() if at < end - 1}
+        return other
 
     # -- messages
 
@@ -95,6 +114,14 @@ class PathPages:
         node.counter = name
         return node.tokens
 
+    def notes(self, position: int) -> Sequence[Anchor]:
+        """The system messages that belong to this message's page, in order."""
+        return self._notes.get(position, ())
+
+    def notes_tokens(self, position: int) -> int:
+        """Tokens of these as messages of their own."""
+        return sum(anchor_tokens(note, self._counter) for note in self.notes(position))
+
     def media(self, position: int) -> Sequence[MediaPage]:
         """The images, sounds, videos and files in a message, each a page of its own."""
         found = self._media.get(position)
@@ -106,15 +133,22 @@ class PathPages:
         return found
 
     def text_tokens(self, position: int) -> int:
-        """Tokens of a message without its media."""
-        return max(0, self.tokens(position) - sum(page.tokens for page in self.media(position)))
+        """Tokens of a message without its media, with the system messages of its page."""
+        media = sum(page.tokens for page in self.media(position))
+        return max(0, self.tokens(position) - media) + self.notes_tokens(position)
+
+    def own_text(self, position: int) -> str:
+        """The message's text, without the system messages of its page."""
+        names = {page.index: page.page_id for page in self.media(position)}
+        return message_text(self.said(position), names)
 
     def parts(self, position: int) -> list[str]:
-        """The message's text, cut into pages when it is too large for one."""
+        """The text of the message, then of the system messages beside it, cut into pages when it is too
+        large for one."""
         found = self._parts.get(position)
         if found is None:
-            names = {page.index: page.page_id for page in self.media(position)}
-            text = message_text(self.said(position), names)
+            notes = (note_text(note) for note in self.notes(position))
+            text = "\n\n".join(filter(None, (self.own_text(position), *notes)))
             limit = self._page_tokens
             small = len(text) <= limit or self._is_small(position)
             found = [text] if small else split_text(text, limit, self._cutter.text)
@@ -124,13 +158,15 @@ class PathPages:
     def _is_small(self, position: int) -> bool:
         """One page holds the message's text. Counted alike for all models: the ids that a table, an
         index or a window knows stay good when the client changes its model."""
-        raw, limit = self.path[position].raw, self._page_tokens
-        if len(raw) <= limit:  # no token is shorter than a byte
+        raw, limit, notes = self.path[position].raw, self._page_tokens, self.notes(position)
+        size = len(raw) + sum(len(note.raw) for note in notes) if notes else len(raw)
+        if size <= limit:  # no token is shorter than a byte
             return True
         media = self.media(position)
         if self._same_encoding and not media:
-            return self.tokens(position) <= limit
+            return self.text_tokens(position) <= limit
         tokens = self._cutter.message(self.message(position))
+        tokens += sum(self._cutter.message(_decode(note.raw)) for note in notes)
         return tokens - sum(self._cutter.part(page.content) for page in media) <= limit
 
     # -- ids
@@ -186,7 +222,10 @@ class PathPages:
         if medium is not None:
             return medium.modality
         place = parse_page_id(wanted)
-        return Modality.TEXT if place is None else modality_of(self.message(place[0]))
+        return Modality.TEXT if place is None else self._words_as(place[0])
+
+    def _words_as(self, position: int) -> Modality:
+        return Modality.TEXT if self.notes(position) else modality_of(self.message(position))
 
     def page_type(self, position: int, part: int = 0) -> PageType:
         """Media and very long tool outputs are artifacts; the rest of a path is transcript."""
@@ -217,6 +256,25 @@ class PathPages:
             for kept in (self._messages, self._parts, self._media):
                 kept.pop(position, None)
                 kept.pop(position - 1, None)
+
+    def index_keys(self, before: int) -> list[bytes]:
+        """What the search index knows the pages of the first `before` messages by: each key names all
+        that stands there and before."""
+        ids = [node.id for node in self.path[:before]]
+        if not self._notes:
+            return ids
+        digest, keys = b"", []
+        for position, node_id in enumerate(ids):
+            for note in self.notes(position):
+                digest = blake2b(digest + note.said, digest_size=ID_BYTES).digest()
+            keys.append(node_id + digest)
+        return keys
+
+    def notes_digest(self, end: int) -> bytes:
+        """What the system messages in the pages of positions 0..end-1 are known by; b"" for none."""
+        inside = sorted(position for position in self._notes if position < end)
+        said = [note.said for position in inside for note in self._notes[position]]
+        return blake2b(b"".join(said), digest_size=ID_BYTES).digest() if said else b""
 
     # -- contents
 
@@ -255,7 +313,7 @@ class PathPages:
         plain = text == parts[part - 1 if part else 0] and not self.media(position)
         return MemoryPage(
             page_id=wanted,
-            modality=modality_of(self.message(position)),
+            modality=self._words_as(position),
             page_type=self.page_type(position),
             content=text,
             storage_tier=StorageTier.L2,
@@ -350,6 +408,26 @@ class PathPages:
     @property
     def _count(self) -> Callable[[str], int]:
         return self._counter.text
+
+
+def owner(path: Sequence[Node], position: int) -> int:
+    """The message whose page holds the system messages that stand before `position`: the one before
+    them when an answer follows (they are what it answered), or nothing yet; else the one after them."""
+    answered = position == len(path) or path[position].role == "assistant"
+    return max(0, position - 1) if answered else position
+
+
+def note_text(note: Anchor) -> str:
+    """What a page says of a system message in mid-conversation."""
+    message = _decode(note.raw)
+    return f"{message.get('role')}: {message_text(message)}"
+
+
+def anchor_tokens(anchor: Anchor, counter: TokenCounter) -> int:
+    """Tokens of a system message in mid-conversation; counted once in its life, for one kind of counting."""
+    if anchor.tokens < 0 or anchor.counter != counter.name:
+        anchor.tokens, anchor.counter = counter.message(_decode(anchor.raw)), counter.name
+    return anchor.tokens
 
 
 def _encoding(counter: TokenCounter) -> str:

@@ -49,7 +49,7 @@ class Model:
         if window is not None:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
-                self.limits = within(self.limits, tokens, self.max_tokens)
+                self.limits = within(self.limits, tokens)
 
     def shrink(self, refused: Refused, counted_tokens: int) -> bool:
         """Take the window from an overflow. `counted_tokens` is the refused request's count.
@@ -70,7 +70,7 @@ class Model:
         factor = sent / counted_tokens if said.sent_tokens and counted_tokens else 1.0
         factor = min(4.0, max(0.25, factor, self.capabilities.tokens_factor if factor == 1.0 else 0))
         self.learned["window_tokens"] = window
-        self.limits = within(self.limits, int(window / factor), self.max_tokens)
+        self.limits = within(self.limits, int(window / factor))
         return True
 
     def adapt(self, refused: Refused, ours: Iterable[str]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from proxy.conversation.limits import Limits
+
 
 @dataclass(slots=True)
 class FaultReport:
@@ -54,7 +56,32 @@ class TurnReport:
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
     asked_back: bool = False  # the user's message points back
     taken_back: bool = False  # the window's log was cut where the client's system messages changed
+    warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change
 
     @property
     def prefetched_pages(self) -> list[str]:
         return [page.page_id for page in self.prefetched]
+
+
+def stretched_window(limits: Limits) -> str:
+    """The warning of a turn whose window is larger than the one configured (`limits`)."""
+    key, tokens = _window_key(limits), limits.working_set.max_l0_tokens
+    return (
+        f"System messages, tools and schemas, which cannot be paged, leave too little of the {tokens}"
+        f" tokens of {key} for messages, so the window was stretched: raise {key}."
+    )
+
+
+def as_it_is(limits: Limits) -> str:
+    """The warning of a turn that pages nothing because nothing that could leave makes it fit."""
+    key, tokens = _window_key(limits), limits.working_set.max_l0_tokens
+    return (
+        f"What cannot be paged does not fit the {tokens} tokens of {key}, so the request went upstream"
+        f" as it came: shorten system messages and tools, or raise {key}."
+    )
+
+
+def _window_key(limits: Limits) -> str:
+    """The setting that the window's size comes from, or could come from."""
+    own = limits.working_set.max_l0_tokens >= limits.window_tokens
+    return "models.<name>.window_tokens" if own else "tiers.l0.tokens"

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy.conversation.tree import Anchor, GetRecord, Record
-from proxy.conversation.window import SYSTEM, Window
+from proxy.conversation.pathpages import owner
+from proxy.conversation.tree import Anchor, GetRecord, Node, Record
+from proxy.conversation.window import MIXED, NATIVE, SYSTEM, Window
 from proxy.memory.models import MutationType
 from proxy.memory.mutation_log import decode as decode_mutations
 
 
 def differs_at(
-    before: Window, anchors: Sequence[Anchor], start: int, strict: bool = False
+    before: Window, path: Sequence[Node], anchors: Sequence[Anchor], start: int, strict: bool = False
 ) -> int | None:
     """The first position at which the client's system messages are not what the window has; None
     when they agree. `start` is the position of the client's first message.
@@ -25,9 +26,15 @@ def differs_at(
     Those behind the newest message of the turn before may stay for a turn (but for `strict`): a
     client that always has one there moves it along.
     """
-    first, covered = max(before.native_from, start), before.covered
-    sent = [(e.position, e.raw) for e in before.entries if e.kind == SYSTEM and e.position >= first]
-    now = [(a.position, a.raw) for a in anchors if first <= a.position <= covered]
+    covered = before.covered
+    native = {e.position for e in before.entries if e.kind in (NATIVE, MIXED)}
+    sent = [(e.position, e.said) for e in before.entries if e.kind == SYSTEM and e.position > start]
+    now = [
+        (a.position, a.said)
+        for a in anchors
+        if start < a.position <= covered
+        and (a.position == covered or owner(path, a.position) in native)
+    ]
     last = [raw for position, raw in sent if position == covered]
     here = [raw for position, raw in now if position == covered]
     inside = [one for one in sent if one[0] < covered], [one for one in now if one[0] < covered]

@@ -10,28 +10,50 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from proxy.conversation.pathpages import group_start
+from proxy.conversation.pathpages import anchor_tokens, group_start, owner
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import SYSTEM, Entry, Window
+from proxy.memory.importance import PIN_TOKENS, is_standing
+from proxy.memory.pages import message_text
 from proxy.tokens import TokenCounter
 
+STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most
 
-def anchor_tokens(
-    anchors: Sequence[Anchor], counter: TokenCounter, before: int | None = None
-) -> int:
-    """Tokens of the mid-conversation system messages, or of those that stand before a position."""
-    decode = msgspec.json.decode
-    wanted = [a for a in anchors if before is None or a.position < before]
-    return sum(counter.message(decode(a.raw)) for a in wanted)
+
+def standing(
+    anchors: Sequence[Anchor], counter: TokenCounter, max_tokens: int = STANDING_TOKENS
+) -> list[Anchor]:
+    """The standing instructions among these system messages, the newest ones within `max_tokens`.
+
+    They stay in front of a window that does not hold them any more, as what a user said for all later
+    answers stays in it.
+    """
+    found: list[Anchor] = []
+    for anchor in reversed(anchors):
+        if len(anchor.raw) > 16 * PIN_TOKENS:
+            continue
+        tokens = anchor_tokens(anchor, counter)
+        message = msgspec.json.decode(anchor.raw)
+        if is_standing(str(message.get("role")), message_text(message), tokens):
+            max_tokens -= tokens
+            if max_tokens < 0:
+                break
+            found.append(anchor)
+    return found[::-1]
 
 
 def newest_entries(window: Window, path: Sequence[Node]) -> list[Entry]:
     """What no epoch of this turn can leave out: the newest group and the user's newest message,
-    with the system messages beside them."""
+    with the system messages of their pages."""
     last = len(path) - 1
     first = group_start(path, last)
     user = next((i for i in range(last, -1, -1) if path[i].role == "user"), last)
-    return [e for e in window.entries if e.position >= first or e.position == user]
+    found = []
+    for entry in window.entries:
+        at = owner(path, entry.position) if entry.kind == SYSTEM else entry.position
+        if at >= first or at == user:
+            found.append(entry)
+    return found
 
 
 def without_oldest_round(tail: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -46,8 +68,7 @@ def spare_tokens(
 ) -> int:
     """Tokens that an epoch could make free for more of this turn's exchange (`tail`).
 
-    `room_for_messages` is without the client's system messages, wherever they stand; `rules_tokens`
-    are the developer message's with nothing in it.
+    `rules_tokens` are the developer message's with nothing in it.
     """
-    kept = sum(entry.tokens for entry in newest if entry.kind != SYSTEM)
+    kept = sum(entry.tokens for entry in newest)
     return room_for_messages - rules_tokens - kept - sum(entry.tokens for entry in tail)

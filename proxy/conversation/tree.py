@@ -34,6 +34,15 @@ class Anchor(msgspec.Struct, gc=False):
 
     position: int
     raw: bytes
+    tokens: int = -1  # as a node's
+    counter: str = ""
+    digest: bytes = b""  # of `raw`; made when it is first asked for
+
+    @property
+    def said(self) -> bytes:
+        """By which it is known again: the digest of its bytes."""
+        self.digest = self.digest or blake2b(self.raw, digest_size=ID_BYTES).digest()
+        return self.digest
 
 
 class Sent(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):

@@ -30,12 +30,12 @@ from proxy.conversation.compose import (
     total_usage,
 )
 from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
+from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.paging import TurnWindow
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pathpages import PathPages, anchor_tokens
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
-from proxy.conversation.report import TurnReport
-from proxy.conversation.room import anchor_tokens
+from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls
@@ -65,7 +65,7 @@ class Turn:
         self._answered, self.turn = answered_by(given.path, given.record)
         self.pages = PathPages(
             self.path, given.counter, given.limits.page_tokens, given.derived,
-            get_record=given.get_record,
+            get_record=given.get_record, anchors=given.anchors,
         )
         table = given.table
         if table is None:
@@ -79,6 +79,11 @@ class Turn:
         self._too_long: Refused | None = None  # the refusal of the client's own bytes
         self._report = TurnReport(str(given.decoded.get("model")), "bypass", self.turn)
         self._report.budget_tokens = given.limits.budget_tokens
+
+    @property
+    def _limits(self) -> Limits:
+        """This request's: the model's as known by now, stretched by what cannot be paged."""
+        return stretched(self._model.limits, self._fixed_tokens, self._model.max_tokens)
 
     @property
     def window(self) -> Window | None:
@@ -105,26 +110,26 @@ class Turn:
         untouched = given.window is None and given.floor == 0
         if not untouched or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
             self._model = Model.of(given.capabilities(), given.limits, given.decoded)
-        surely = given.surely_fits and len(given.body) <= self._model.limits.budget_tokens
+        surely = given.surely_fits and len(given.body) <= self._limits.budget_tokens
         if given.surely_fits and not surely:  # not counted: it was small for the assumed window
             self._count_fixed()
+        limits = self._limits
+        self._report.budget_tokens = limits.budget_tokens
+        if limits.working_set.max_l0_tokens > self._model.limits.working_set.max_l0_tokens:
+            self._report.warning = stretched_window(self._model.limits)
         if untouched and (surely or self._fits()):
             answer = yield from self._pass_through(self._unchanged_body(), None)
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
             self._too_long = answer.refused
-        channel = self._channel = choose_channel(given.decoded, self._model.limits)
+        channel = self._channel = choose_channel(given.decoded, limits)
         self._report.channel = channel.name
-        self._report.budget_tokens = self._model.limits.budget_tokens
+        self._report.budget_tokens = self._limits.budget_tokens
         paging = self._turn_window(channel)
         try:
             yield from paging.open()
         except ApiError:
-            if self._too_long is not None:
-                return Answer(self._report, refused=self._too_long)
-            if paging.room_for_messages < _LEAST_ROOM_TOKENS:
-                raise  # system messages and tools alone exceed the window
-            return (yield from self._unpaged(None))  # media, say, by our rule: upstream may know better
+            return (yield from self._as_it_is())
         self._paging = paging
         yield from paging.prefetch()
         return (yield from self._rounds(paging, VMCalls(paging)))
@@ -141,10 +146,12 @@ class Turn:
     # -- without paging
 
     def _fits(self) -> bool:
-        total = self._fixed_tokens + PER_REPLY + anchor_tokens(self._in.anchors, self._in.counter)
+        limits = self._limits
+        total = self._fixed_tokens + PER_REPLY
+        total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
         for position in range(len(self.path)):
             total += self.pages.tokens(position)
-            if total > self._model.limits.budget_tokens:
+            if total > limits.budget_tokens:
                 return False
         self._report.used_tokens = total
         return True
@@ -172,7 +179,7 @@ class Turn:
     # -- with paging
 
     def _turn_window(self, channel: Channel) -> TurnWindow:
-        given, limits = self._in, self._model.limits
+        given, limits = self._in, self._limits
         added = vm_tools_tokens(channel, given.counter)
         return TurnWindow(
             pages=self.pages,
@@ -206,7 +213,12 @@ class Turn:
         while number < self._model.limits.max_rounds:
             last = full or number == self._model.limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
-            body = yield from self._request(paging, stop)
+            try:
+                body = yield from self._request(paging, stop)
+            except ApiError:  # the window shrank in this turn, or what must stay in it has grown
+                if self._told():
+                    raise
+                return (yield from self._as_it_is())
             channel = paging.channel
             said = yield Complete(body, channel.offer and not stop, through=self._many())
             if isinstance(said, Refused):
@@ -341,9 +353,10 @@ class Turn:
         if self._told():
             return False
         if model.shrink(refused, self._report.used_tokens):
-            paging.whole_room_tokens -= paging.limits.budget_tokens - model.limits.budget_tokens
-            paging.limits = model.limits
-            self._report.budget_tokens = model.limits.budget_tokens
+            limits = self._limits
+            paging.whole_room_tokens -= paging.limits.budget_tokens - limits.budget_tokens
+            paging.limits = limits
+            self._report.budget_tokens = limits.budget_tokens
             return paging.room_for_messages >= _LEAST_ROOM_TOKENS
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
         if "prompt_cache_key" not in given.fields:
@@ -355,7 +368,7 @@ class Turn:
         channel = model.without(refused, paging.channel) if repairable(refused) else None
         if channel is None:
             return False
-        self._channel, paging.channel, paging.limits = channel, channel, model.limits
+        self._channel, paging.channel, paging.limits = channel, channel, self._limits
         self._report.channel = channel.name
         return True
 
@@ -369,6 +382,13 @@ class Turn:
             return Answer(self._report, refused=self._too_long or refused)
         learned = {**self._model.learned, **learn(refused.body, self._model.limits)}
         return (yield from self._unpaged(learned))
+
+    def _as_it_is(self) -> Generator[Effect, Any, Answer]:
+        """What cannot be paged leaves no room: upstream's own word on the request is the best one."""
+        if self._too_long is not None:
+            return Answer(self._report, refused=self._too_long)
+        self._report.warning = as_it_is(self._model.limits)
+        return (yield from self._unpaged(dict(self._model.learned)))
 
     def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:
         """The whole conversation as the client means it, after paging was begun."""
@@ -385,5 +405,5 @@ class Turn:
         """Tokens of the unchanged request."""
         first = self._in.start if self._in.floor else 0
         total = self._fixed_tokens + PER_REPLY
-        total += anchor_tokens(self._in.anchors, self._in.counter)
+        total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
         return total + sum(self.pages.tokens(p) for p in range(first, len(self.path)))

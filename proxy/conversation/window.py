@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.tree import GetRecord, Record
+from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.tokens import PER_MESSAGE, TokenCounter
 
 # What an entry of the log is.
@@ -24,12 +24,19 @@ KEPT = 4  # media kept from older turns, in a user message: a developer message 
 
 
 class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
-    """One upstream message as it was sent; `position` is its place on the path (-1: none)."""
+    """One upstream message as it was sent; `position` is its place on the path (-1: none), of a system
+    message that of the message behind it. `whole` is the digest of a system message that was cut."""
 
     raw: bytes
     tokens: int
     position: int = -1
     kind: int = NATIVE
+    whole: bytes = b""
+
+    @property
+    def said(self) -> bytes:
+        """Of a system message: what the client's own is known by (`Anchor.said`)."""
+        return self.whole or Anchor(self.position, self.raw).said
 
 
 class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -44,6 +51,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     entries: tuple[Entry, ...]
     tokens: int  # developer message and entries together
     counter: str = ""  # the name of the counter of all these tokens
+    notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
         new = tuple(entries)
@@ -56,6 +64,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
             self.entries + new,
             self.tokens + sum(entry.tokens for entry in new),
             self.counter,
+            self.notes,
         )
 
     def until(self, kept: int, covered: int) -> Window:

@@ -209,7 +209,7 @@ async def _run(window_tokens: int, pace: bool, console: Console) -> View:
     with tempfile.TemporaryDirectory(prefix="llm-pager-demo-") as state:
         config = demo_config(window_tokens, Path(state))
         l0 = config.tiers.l0
-        budget_tokens = window_tokens - effective_reserve(window_tokens, l0.reserve_tokens, None)
+        budget_tokens = window_tokens - effective_reserve(window_tokens, l0.reserve_tokens)
         ledger = Ledger(get_counter(MODEL), budget_tokens)
         view = View(
             len(turns), window_tokens, l0.eviction_threshold, ledger, plain=not console.is_terminal

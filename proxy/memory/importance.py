@@ -38,8 +38,9 @@ _PREFERENCE = re.compile(
 
 
 def is_standing(role: str, text: str, tokens: int) -> bool:
-    """A short message of the user's that gives an instruction for all later answers."""
-    if role != "user" or tokens > PIN_TOKENS:
+    """A short message of the user's, or of the application's, that gives an instruction for all later
+    answers."""
+    if role not in ("user", "system", "developer") or tokens > PIN_TOKENS:
         return False
     low = text.lower()
     return any(word in low for word in _STANDING_WORDS) and bool(_STANDING.search(low))

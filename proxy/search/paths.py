@@ -21,7 +21,7 @@ DocsOf = Callable[[int, int], Iterable[Doc]]
 
 
 class _Branch:
-    """An index and the node ids whose pages it holds."""
+    """An index and the keys of the messages whose pages it holds."""
 
     def __init__(self) -> None:
         self.index = PageIndex()
@@ -51,7 +51,8 @@ class PathIndexes:
         limit: int,
         skip: Callable[[int, int], bool],
     ) -> list[Hit]:
-        """The best pages of the path with the node `ids`; `docs(first, last)` gives new pages.
+        """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
+        gives new pages.
 
         Blocks while it indexes; may be called from any thread.
         """

@@ -21,6 +21,8 @@ from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, 
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
+from proxy.conversation.pathpages import owner
+from proxy.conversation.room import standing
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
@@ -92,8 +94,11 @@ class Played:
         if self.turn.settled is None:
             return None
         window = self.turn.settled[1].window
-        anchors = [a.raw for a in self.place.anchors if a.position < window.native_from]
-        return render([*self.system, *anchors], window, "developer", False)[:-1]
+        path, first = self.place.path, window.native_from
+        before = [a for a in self.place.anchors if owner(path, a.position) < first]
+        front = standing(before, get_counter(self.turn._report.model))
+        head = [*self.system, *(anchor.raw for anchor in front)]
+        return render(head, window, "developer", False)[:-1]
 
     @property
     def requests(self) -> list[Message]:
@@ -247,7 +252,7 @@ class Player:
                 elif isinstance(effect, Append):
                     reply = self._append(effect)
                 elif isinstance(effect, Search):
-                    ids = [node.id for node in given.path[: effect.before]]
+                    ids = turn.pages.index_keys(effect.before)
                     reply = ids and self.indexes.search(
                         ids, turn.pages.docs, effect.query, effect.limit, effect.skip
                     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
@@ -37,15 +37,17 @@ COUNTER = get_counter("gpt-4o")
 many = examples(40)
 
 
-def request(messages: list[Message], room: int, **changes: Any) -> EpochRequest:
-    pages = pages_of(messages, 200)
+def request(
+    messages: list[Message], room: int, anchors: Sequence[Anchor] = (), **changes: Any
+) -> EpochRequest:
+    pages = pages_of(messages, 200, anchors=anchors)
     table = TLBWithPageTable(PageTable())
     for position in range(len(messages)):
         for i, tokens in zip(pages.ids(position), pages.sizes(position), strict=True):
             table.register_id(i, tokens, position, tier=StorageTier.L0)
     values: dict[str, Any] = {
         "pages": pages, "table": table, "policy": ImportanceWeightedLRU(), "pins": PinnedSet(), "counter": COUNTER,
-        "limits": limits_of(room), "anchors": [], "substitutes": lambda _: (), "names": {},
+        "limits": limits_of(room), "substitutes": lambda _: (), "names": {},
         "mode": VMMode.RELAXED, "turn": 9, "epoch": 2, "floor": 0, "room_tokens": room,
         "apply": table.apply,
     }

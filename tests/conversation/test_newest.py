@@ -35,11 +35,11 @@ def cut(messages: list[Message], limit: int, **changes: Any) -> dict[int, Messag
     """The messages that were cut, as they are shown."""
     asked = request(messages, 4000, **changes)
     dialogue = cut_newest(asked, [group_of(asked, messages)], limit)
-    entries: dict[int, Entry] = loaded(dialogue, asked)
-    for position, entry in entries.items():
+    entries: dict[tuple[int, int], Entry] = loaded(dialogue, asked)
+    for (position, _), entry in entries.items():
         assert entry.tokens == COUNTER.message(json.loads(entry.raw))
         assert entry.position == position
-    return {position: json.loads(entry.raw) for position, entry in entries.items()}
+    return {position: json.loads(entry.raw) for (position, _), entry in entries.items()}
 
 
 def group_of(asked: EpochRequest, messages: list[Message]) -> Group:

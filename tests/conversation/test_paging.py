@@ -10,6 +10,7 @@ import pytest
 from proxy.memory import StorageTier, VMMode, WorkingSetConfig
 from proxy.tokens import get_counter
 from tests.conversation.player import (
+    Message,
     Player,
     call,
     calls,
@@ -55,7 +56,7 @@ def test_a_full_page_can_be_loaded_in_a_window_of_4000_tokens(tokens: int) -> No
 # -- the client's own system messages
 
 
-def test_system_messages_in_mid_conversation_stay_where_they_are_and_count() -> None:
+def test_system_messages_in_mid_conversation_count_and_leave_with_the_messages_beside_them() -> None:
     player = Player(limits_of(1500))
     messages = grown(player, 6)
     for i in (2, 5, 8):
@@ -67,8 +68,115 @@ def test_system_messages_in_mid_conversation_stay_where_they_are_and_count() -> 
         for request in played.requests:
             assert count_tokens(request) <= 1500
             text = json.dumps(request["messages"])
-            assert [text.count(f"note{i}x") for i in (2, 5, 8)] == [1, 1, 1]
+            beside = ((2, "user1x"), (5, "user2x"), (8, "user3x"))  # each stands before a question
+            shown = [(text.count(f"note{number}x"), text.count(name)) for number, name in beside]
+            assert all(note <= message <= 1 for note, message in shown)
         messages.append({"role": "assistant", "content": "yes"})
+    assert [note for note, _ in shown] != [1, 1, 1]
+
+
+def output(turn: int, lines: int = 120) -> str:
+    """About 4 KB of a tool's output, with one word that stands nowhere else."""
+    rows = (f"def step_{turn}_{i}(a, b): return a * {i} + b" for i in range(lines))
+    return f"Ran block {turn}.\n" + "\n".join([*rows, f"checksum kestrel{turn}q of block {turn}"])
+
+
+@pytest.mark.parametrize("front", [[], [{"role": "system", "content": "You run what you are told."}]])
+def test_an_agent_whose_outputs_are_system_messages_goes_on_for_long(front: list[Message]) -> None:
+    """Each answer is followed by a system message alone: a hundred of them, in a window of five."""
+    player = Player(limits_of(12_000))
+    messages: list[Message] = [*front, {"role": "user", "content": "Run every block of the plan."}]
+    epochs = 0
+    for turn in range(100):
+        said = says(f"Running block {turn}.")
+        played = player.ask(messages, script(said))
+        epochs += played.answer.report.new_epoch
+        for request in played.requests:
+            assert count_tokens(request) <= 12_000
+        assert f"kestrel{turn - 1}q" in json.dumps(played.requests[-1]) or not turn
+        messages += [said, {"role": "system", "content": output(turn)}]
+        if turn in (30, 60):
+            player.forget()
+    assert played.answer.report.channel == "tools" and epochs < 40
+    for turn in (1, 20, 55, 90):
+        asked = script(calls(call("search_pages", {"query": f"kestrel{turn}q checksum"}, "s")), says("ok"))
+        played = player.ask(messages, asked)
+        found = json.loads(tool_messages(played.requests[-1])[-1]["content"])["results"]
+        page = found[0]["page_id"]
+        load = script(calls(call("page_fault", {"page_id": page, "target_level": 0}, "f")), says("ok"))
+        played = player.ask(messages, load)
+        told = json.loads(tool_messages(played.requests[-1])[-1]["content"])["page"]["content"]["text"]
+        assert f"kestrel{turn}q" in told
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("before", ["answer", "question", "front"])
+def test_a_newest_system_message_larger_than_the_window_is_cut_and_can_be_loaded(
+    role: str, before: str
+) -> None:
+    player = Player(limits_of(12_000))
+    messages: list[Message] = [{"role": "user", "content": "Run it."}]
+    if before == "answer":
+        player.ask(messages, script(says("Running.")))
+        messages.append({"role": "assistant", "content": "Running."})
+    large = {"role": role, "content": output(1, 900)}
+    messages.append(large)
+    if before == "front":
+        messages.append({"role": "user", "content": "Well?"})
+        messages.append({"role": role, "content": "Be brief in this answer."})
+    found = script(calls(call("search_pages", {"query": "step_1_450"}, "s")), says("ok"))
+    played = player.ask(messages, found)
+    for request in played.requests:
+        assert count_tokens(request) <= 12_000
+    shown = next(m for m in played.requests[0]["messages"] if m["content"].startswith("Ran block 1."))
+    assert shown["role"] == role and "are not shown; the whole is in msg_" in shown["content"]
+    assert "kestrel1q" in shown["content"]  # its end
+    results = json.loads(tool_messages(played.requests[-1])[-1]["content"])["results"]
+    page = results[0]["page_id"]
+    load = calls(call("page_fault", {"page_id": page, "target_level": 0}, "f"))
+    told = player.ask(messages, script(load, says("ok"))).requests[-1]
+    assert "step_1_450(" in json.loads(tool_messages(told)[-1]["content"])["page"]["content"]["text"]
+    for number in range(4):  # and the window goes on from there
+        messages += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": f"go on {number}"}]
+        before_bytes = played.messages_bytes()[-1]
+        played = player.ask(messages, script(says("ok")))
+        assert not played.answer.report.new_epoch or number == 0
+        assert number == 0 or played.messages_bytes()[0].startswith(before_bytes[:-1])
+
+
+def test_a_standing_instruction_of_the_applications_stays_in_front() -> None:
+    player = Player(limits_of(1500))
+    messages = grown(player, 3)
+    note = {"role": "developer", "content": "From now on answer in French."}
+    messages.append(note)
+    for i in range(20):
+        messages.append({"role": "user", "content": text_of(random.Random(i), 60, f"late{i}x")})
+        played = player.ask(messages, script(says("oui")))
+        assert played.requests[-1]["messages"].count(note) == 1
+        assert count_tokens(played.requests[-1]) <= 1500
+        messages.append({"role": "assistant", "content": "oui"})
+    assert played.requests[-1]["messages"][0] == note
+
+
+def test_an_old_system_message_that_the_client_changes_is_shown_nowhere_as_it_was() -> None:
+    """Neither quoted from the pages of the messages beside it, nor found."""
+    player = Player(limits_of(1500))
+    messages = grown(player, 4)
+    at = len(messages)
+    messages.insert(at - 1, {"role": "system", "content": "The vault code is heron1q."})
+    for i in range(12):
+        messages.append({"role": "user", "content": text_of(random.Random(i), 60, f"late{i}x")})
+        player.ask(messages, script(says("yes")))
+        messages.append({"role": "assistant", "content": "yes"})
+    messages.append({"role": "user", "content": "What did we say about the vault code?"})
+    search = calls(call("search_pages", {"query": "vault code"}, "s"))
+    assert b"heron1q" in b"".join(player.ask(messages, script(search, says("so"))).bodies)
+    messages[at - 1] = {"role": "system", "content": "The vault code is plover2q."}
+    found = b"".join(player.ask(messages, script(search, says("so"))).bodies)
+    assert b"heron1q" not in found and b"plover2q" in found
+    del messages[at - 1]
+    gone = b"".join(player.ask(messages, script(search, says("so"))).bodies)
+    assert b"heron1q" not in gone and b"plover2q" not in gone
 
 
 def test_a_system_message_that_the_client_took_back_is_gone() -> None:

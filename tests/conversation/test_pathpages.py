@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.conversation.commit import new_records
 from proxy.conversation.pathpages import PathPages, group_start, groups_of
-from proxy.conversation.tree import Identity, Node
+from proxy.conversation.tree import Anchor, Identity, Node
 from proxy.memory import message_text, page_id
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import png_part
@@ -22,10 +23,12 @@ COUNTER = get_counter("gpt-4o")
 
 
 def pages_of(
-    messages: list[dict[str, Any]], page_tokens: int = 64, counter: TokenCounter = COUNTER
+    messages: list[dict[str, Any]], page_tokens: int = 64, counter: TokenCounter = COUNTER,
+    anchors: Sequence[Anchor] = (),
 ) -> PathPages:
     raws = [(json.dumps(m).encode(), m) for m in messages]
-    return PathPages(Identity(SECRET).extend(b"t", [], raws), counter, page_tokens)
+    path = Identity(SECRET).extend(b"t", [], raws)
+    return PathPages(path, counter, page_tokens, anchors=anchors)
 
 
 @examples(60)

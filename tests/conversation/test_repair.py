@@ -214,7 +214,6 @@ def test_facts_come_from_overrides_then_lessons_then_assumptions() -> None:
 
 def test_limits_within_a_window_keep_room_for_the_answer() -> None:
     limits = limits_of(10_000)
-    smaller = within(limits, 2000, None)
+    smaller = within(limits, 2000)
     assert (smaller.working_set.max_l0_tokens, smaller.budget_tokens) == (2000, 1900)
-    assert within(limits, 2000, 5000).budget_tokens == 1000
-    assert within(limits, 50_000, None).budget_tokens == limits.budget_tokens
+    assert within(limits, 50_000).budget_tokens == limits.budget_tokens

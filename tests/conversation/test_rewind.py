@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.rewind import brought_since, differs_at, taken_back
-from proxy.conversation.tree import Anchor, Record
+from proxy.conversation.tree import Anchor, Node, Record
 from proxy.conversation.window import NATIVE, SYSTEM, VM, Entry, Window
 from proxy.memory import MutationType, PageMutation, StorageTier
 from proxy.memory.models import FaultReason
@@ -16,6 +16,7 @@ from proxy.memory.mutation_log import encode
 from tests.examples import examples
 
 END = 6
+PATH = [Node(b"", b"", "user", b"")] * (END + 1)
 
 
 def window(anchors: list[Anchor], native_from: int = 0) -> Window:
@@ -29,7 +30,7 @@ def window(anchors: list[Anchor], native_from: int = 0) -> Window:
 
 
 anchors = st.lists(
-    st.builds(Anchor, st.integers(0, END), st.sampled_from([b"a", b"b"])), max_size=4
+    st.builds(Anchor, st.integers(1, END), st.sampled_from([b"a", b"b"])), max_size=4
 ).map(lambda found: sorted(found, key=lambda anchor: anchor.position))
 
 
@@ -39,12 +40,12 @@ def test_it_is_cut_where_the_clients_system_messages_first_differ(
     old: list[Anchor], new: list[Anchor], start: int, strict: bool
 ) -> None:
     log = window(old)
-    at = differs_at(log, new, start, strict)
+    at = differs_at(log, PATH, new, start, strict)
 
     def of(found: list[Anchor], position: int) -> list[bytes]:
         return [a.raw for a in found if a.position == position]
 
-    differ = [p for p in range(start, END) if of(old, p) != of(new, p)]
+    differ = [p for p in range(start + 1, END) if of(old, p) != of(new, p)]
     last, here = of(old, END), of(new, END)
     if differ:
         assert at == differ[0]
@@ -61,7 +62,7 @@ def test_it_is_cut_where_the_clients_system_messages_first_differ(
 
 def test_system_messages_in_front_of_the_log_are_not_in_it() -> None:
     log = window([Anchor(4, b"a")], native_from=2)
-    assert differs_at(log, [Anchor(1, b"new"), Anchor(4, b"a")], 0) is None
+    assert differs_at(log, PATH, [Anchor(1, b"new"), Anchor(4, b"a")], 0) is None
 
 
 def record(number: int, *mutations: PageMutation) -> Record:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
-from proxy.errors import ApiError
 from proxy.memory import StorageTier, VMMode, message_text
 from tests.conversation.player import (
     Message,
@@ -373,12 +372,16 @@ def test_a_message_larger_than_the_window_is_shown_by_its_ends() -> None:
     assert all(count_tokens(r) <= 1500 for r in played.requests)
 
 
-def test_system_messages_that_alone_exceed_the_window_are_refused() -> None:
-    player = Player(limits_of(1500))
-    messages = [{"role": "system", "content": "word " * 2000}, {"role": "user", "content": "hi"}]
-    with pytest.raises(ApiError) as caught:
-        player.ask(messages, script(says("?")))
-    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+def test_what_the_model_itself_cannot_take_goes_up_as_it_came() -> None:
+    """Upstream says it best; and who is told why is the operator."""
+    player = Player(limits_of(1500, window_tokens=1600))
+    messages = [{"role": "system", "content": "word " * 2000}, *grown(player, 3),
+                {"role": "user", "content": "hi"}]  # fmt: skip
+    played = player.ask(messages, script(says("took it")))
+    assert [r["messages"] for r in played.requests] == [messages]
+    warning = played.answer.report.warning
+    assert warning is not None and "models.<name>.window_tokens" in warning and warning.isascii()
+    assert played.answer.report.channel == "bypass"
 
 
 # -- small parts

@@ -62,7 +62,7 @@ class DataSet:
 
     @property
     def budget_tokens(self) -> int:
-        return self.window_tokens - effective_reserve(self.window_tokens, RESERVE_TOKENS, None)
+        return self.window_tokens - effective_reserve(self.window_tokens, RESERVE_TOKENS)
 
     def conversations(self) -> tuple[Conversation, ...]:
         return load_locomo() if self.name == "locomo" else load_beam()
