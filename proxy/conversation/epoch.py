@@ -276,6 +276,7 @@ def _assemble(
         tuple(entries),
         tokens + sum(entry.tokens for entry in entries),
         request.counter.name,
+        request.limits.tokens_factor,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.conversation.body import Fields
+from proxy.conversation.calibration import Calibration
 from proxy.conversation.capability import Capabilities
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Refused
@@ -58,6 +59,9 @@ class TurnInput:
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
+    next_limits: Limits | None = None  # from the next epoch on, where they differ from `limits`
+    known_factor: float = 1.0  # what the bills of all conversations taught so far
+    calibration: Callable[[], Calibration] | None = None  # these bills, as they are stored now
 
 
 @dataclass(slots=True)
