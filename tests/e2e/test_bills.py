@@ -13,18 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.e2e.harness import (
     Answer,
     RecordingUpstream,
-    ServerProcess,
     answer,
     count_request_tokens,
-    in_process_server,
     message_of,
     together,
 )
+from tests.e2e.processes import ForkedServer, ServerProcess
 from tests.e2e.script import filler, paged_config
 
 TURNS = 60
@@ -91,7 +89,7 @@ async def killed_and_quiet(factor: float) -> tuple[Billed, Billed]:
     one, two = Billed(factor), Billed(factor)
     async with one.upstream, two.upstream:
         l0 = {"l0": {"tokens": 2000, "reserve_tokens": 256}}
-        servers = [ServerProcess(paged_config(b.upstream, tiers=l0)) for b in (one, two)]
+        servers = [ForkedServer(paged_config(b.upstream, tiers=l0)) for b in (one, two)]
         with together(*servers) as (server, quiet):
             await asyncio.gather(one.tell(server, KILLS), two.tell(quiet, {}))
     assert not one.upstream.failures and not two.upstream.failures
