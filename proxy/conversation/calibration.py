@@ -83,12 +83,15 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         repeats; but never where more was read before, or where it grows with the prompt.
         """
         counted, billed = bill.counted, bill.billed
+        same_model = bool(earlier) and earlier[0].model == bill.model
+        before = earlier[0] if same_model else Bill(bill.model)
         low = not guessed and self.truncated(counted, billed)
+        repeated = before.counted < counted and self.truncated(before.counted, before.billed)
+        if low and not repeated and before.billed:  # the conversation itself may be that dense
+            low = billed * before.counted < TRUNCATED_BELOW * counted * before.billed
         cut = _plateau(bill, earlier)
         now = self
         if cut is None and low:
-            before = earlier[0] if earlier else bill
-            repeated = before.model == bill.model and self.truncated(before.counted, before.billed) and before.counted < counted
             grew = repeated and billed > before.billed * _SAME + _SAME_TOKENS
             within = 0 < counted <= self.window_tokens or 0 < self.window_tokens < billed / _SAME
             if grew or within or billed < LEAST_WINDOW_TOKENS:
