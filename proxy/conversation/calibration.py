@@ -80,24 +80,26 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         newest first; `known_window`: the model's window is not a guess of ours; `guessed`: the count is.
 
         A bill far below our count is believed at once where the window is a guess, else when it
-        repeats; but never where more was read before, or where it grows with the prompt.
+        repeats; but never where more was read before, where it grows with the prompt, or where it is
+        what was added to the prompt.
         """
         counted, billed = bill.counted, bill.billed
         same_model = bool(earlier) and earlier[0].model == bill.model
         before = earlier[0] if same_model else Bill(bill.model)
         low = not guessed and self.truncated(counted, billed)
         repeated = before.counted < counted and self.truncated(before.counted, before.billed)
+        added = (counted - before.counted) * before.billed / max(1, before.counted)  # as billed before
+        grew = repeated and billed - before.billed > max(_SAME_TOKENS, added / 2)
         if low and not repeated and before.billed:  # the conversation itself may be that dense
             low = billed * before.counted < TRUNCATED_BELOW * counted * before.billed
         cut = _plateau(bill, earlier)
         now = self
         if cut is None and low:
-            grew = repeated and billed > before.billed * _SAME + _SAME_TOKENS
             within = 0 < counted <= self.window_tokens or 0 < self.window_tokens < billed / _SAME
             if grew or within or billed < LEAST_WINDOW_TOKENS:
                 dense = max(min(self.dense, billed / counted), 1 / counted)
                 now = _replace(self, dense=dense, window_tokens=0)
-            elif billed >= _READ_SHARE * self.most:
+            elif billed >= _READ_SHARE * self.most and (repeated or not _alike(billed, added)):
                 same = repeated and billed >= before.billed / _SAME
                 cut = billed if same or not known_window else None
         if cut is not None:
@@ -105,7 +107,7 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         elif not low:
             now = now if guessed else now.observe(counted, billed)
             if 0 < now.window_tokens < billed:
-                now = _replace(now, window_tokens=billed)
+                now = _replace(now, window_tokens=0 if grew else billed)
         return now if now.most >= billed else _replace(now, most=billed)
 
     def observe(self, counted_tokens: int, billed_tokens: int) -> Calibration:
@@ -193,6 +195,11 @@ def _number(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
+def _alike(billed_tokens: int, added_tokens: float) -> bool:
+    """The bill may be for what was added alone."""
+    return 0.8 * added_tokens <= billed_tokens <= 1.3 * added_tokens
+
+
 def _plateau(newest: Bill, earlier: Iterable[Bill]) -> int | None:
     """The bill that a conversation stopped at while its prompts went on growing, or None.
 
@@ -208,7 +215,7 @@ def _plateau(newest: Bill, earlier: Iterable[Bill]) -> int | None:
         added = after.counted - bill.counted
         if bill.model != newest.model or bill.counted < 1 or bill.billed < 1:
             return None
-        if added <= 0 or 2 * added >= after.billed:
+        if added <= 0 or 2 * added * max(1.0, bill.billed / bill.counted) >= after.billed:
             return None
         bills += 1
         if bills == 2 and bill.billed == high and newest.counted >= _SAME * bill.counted:
