@@ -13,21 +13,15 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from proxy.api.memory import TOKENS_FACTOR, Memory
+from proxy.api.memory import Memory
 from proxy.config import Config
-from proxy.conversation.capability import (
-    LEAST_WINDOW_TOKENS,
-    Capabilities,
-    capabilities,
-    describe,
-)
+from proxy.conversation.calibration import TOKENS_FACTOR
+from proxy.conversation.capability import Capabilities, capabilities, describe
 from proxy.tokens import model_card
 
 _LISTED_MODELS = 256  # of one key; of more, the latest
 _RECENT_S = 5.0
 _RECENT_MODELS = 1024  # of a key
-_WATCHED_BILLS = 4096  # conversations whose last bill is remembered
-_GROWN = 1.02  # so much larger a prompt cannot cost the same
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
     "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
@@ -41,7 +35,6 @@ class Capable:
         self._config = config
         self._memory = memory
         self._recent: dict[bytes, tuple[float, Capabilities]] = {}  # until when, and what
-        self._bills: dict[bytes, tuple[int, int]] = {}  # the last one of a conversation
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
 
@@ -61,27 +54,18 @@ class Capable:
         return found
 
     async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
-        """Keep what a refusal taught. Raises StorageError."""
-        await self._memory.learn(scope, model, dict(facts))
+        """Keep what a refusal taught, beside any turn. Raises StorageError."""
+        await self._memory.store.commit(self.lessons(scope, model, facts))
+
+    def lessons(
+        self, scope: bytes, model: str, facts: Mapping[str, Any]
+    ) -> list[tuple[bytes, bytes]]:
+        """What is stored when a model's refusal or bill taught these facts (None: one is no more)."""
         self._recent.clear()
         listed = [name for name in self._listed(scope) if name != model]
         names = [*listed, model][-_LISTED_MODELS:]
-        await self._memory.store.commit([(b"M" + scope, msgspec.msgpack.encode(names))])
-
-    def cut(
-        self, scope: bytes, model: str, conversation: bytes, size: int, billed: int
-    ) -> int | None:
-        """The window of an upstream that cuts prompts silently: a conversation grows, and its bill
-        stays the same to the token. None as long as the bills move. `size`: of the prompt, in one
-        unit for one conversation."""
-        key = scope + conversation + model.encode()
-        before = self._bills.pop(key, None)
-        self._bills[key] = size, billed
-        if len(self._bills) > _WATCHED_BILLS:
-            del self._bills[next(iter(self._bills))]
-        if before is None or billed != before[1] or billed < LEAST_WINDOW_TOKENS:
-            return None
-        return billed if size >= before[0] * _GROWN else None
+        put = self._memory.learned_put(scope, model, facts)
+        return [put, (b"M" + scope, msgspec.msgpack.encode(names))]
 
     def table(self, scope: bytes) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.

@@ -18,7 +18,7 @@ from typing import Any
 from proxy.api.archive import Archive
 from proxy.api.capable import Capable
 from proxy.api.exchange import Exchange
-from proxy.api.memory import Memory
+from proxy.api.memory import Memory, calibration_key
 from proxy.api.passthrough import (
     Receive,
     Scope,
@@ -103,8 +103,6 @@ class ChatApi:
             given, turn = placed
             exchange = self._exchange(turn, given, scope, send)
             answer = await self._run(turn, given, exchange)
-            if answer.refused is None:  # before the end is sent: the client's next request knows of it
-                await self._bill(given, answer)
             await exchange.finish(answer, _own_headers(answer))
             self._warn(given, answer.report.warning)
             if answer.refused is None:
@@ -152,10 +150,14 @@ class ChatApi:
             )
             if given.start and is_retry(scope["headers"]):
                 given = await placed_as_retry(given, self._memory)
+                self._placing.bound(given)
             model = given.decoded["model"]
             fresh = given.window is not None or not given.surely_fits
             given.capabilities = partial(self.capable.of, given.scope, model, fresh)
             given.get_record = self._memory.get_record
+            given.calibration = partial(
+                self._memory.calibration, given.scope, model, given.counter.name, given.exact_counter
+            )
             given.now_s = time.time()
             root = given.path[0].id  # keyed, and of this tenant's conversation alone
             given.cache_key = hashlib.blake2b(root, digest_size=16).hexdigest().encode()
@@ -194,24 +196,6 @@ class ChatApi:
         self._warned.add(key)
         log.warning("model %s: %s", *key)
 
-    async def _bill(self, given: TurnInput, answer: Answer) -> None:
-        """Compare upstream's bill for the last round with what we counted."""
-        counted, billed = answer.report.used_tokens, (answer.usage or {}).get("prompt_tokens")
-        if isinstance(billed, int) and billed > 0:
-            model, counter = given.decoded["model"], given.counter
-            try:
-                if counted:
-                    await self._memory.bill(
-                        given.scope, model, counter, given.exact_counter, counted, billed
-                    )
-                size = counted or len(given.body)  # not counted: bytes grow as tokens do
-                cut = self.capable.cut(given.scope, model, given.path[0].id, size, billed)
-                if cut is not None:
-                    log.warning("model %s: upstream reads %d tokens and cuts the rest", model, cut)
-                    await self.capable.learn(given.scope, model, {"window_tokens": cut})
-            except StorageError as error:  # no reason to withhold the answer: the next bill says the same
-                log.warning("a bill was not kept: %s", error)
-
     # -- the turn's effects
 
     def _exchange(
@@ -249,14 +233,15 @@ class ChatApi:
         dialogue = turn.run()
         reply: Any = None
         stored: frozenset[bytes] = frozenset()
+        appended = False
         try:
             while True:
                 effect = dialogue.send(reply)
                 if isinstance(effect, Complete):
                     reply = await exchange.complete(effect)
                 elif isinstance(effect, Append):
-                    stored = await self._memory.append(effect)
-                    reply = None
+                    stored = await self._append(effect, given)
+                    reply, appended = None, True
                 elif isinstance(effect, Search):
                     reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
@@ -270,10 +255,26 @@ class ChatApi:
             self._memory.keep_state(turn.record, state)
         if turn.settled is not None and turn.settled[0].id in stored:
             self._memory.keep_settled(*turn.settled)
+        if answer.learned and not appended:  # by an answer that cannot be remembered
+            await self.capable.learn(given.scope, given.decoded["model"], answer.learned)
         if answer.learned:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
-            await self.capable.learn(given.scope, given.decoded["model"], answer.learned)
         return answer
+
+    async def _append(self, effect: Append, given: TurnInput) -> frozenset[bytes]:
+        """Store a turn and what it taught in one commit; what is stored already was billed before."""
+        model, facts = given.decoded["model"], dict(effect.facts)
+        more: list[tuple[bytes, bytes]] = []
+        lesson, record = effect.lesson, effect.records[-1]
+        if lesson is not None and self._memory.get_record(record.id) is None:
+            key = calibration_key(given.scope, model, given.counter.name)
+            more.append((key, lesson.calibration.encode()))
+            facts |= lesson.facts
+            if lesson.warning:
+                log.warning("model %s: %s", model, lesson.warning)
+        if facts:
+            more += self.capable.lessons(given.scope, model, facts)
+        return await self._memory.append(effect, more)
 
 
 async def _whole(body: bytes) -> AsyncIterator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,19 +38,14 @@ from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.search.paths import PathIndexes
 from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
-from proxy.tokens import TokenCounter
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _TABLE_ENTRY_BYTES = 300
 _TABLE_ENTRIES = 32_768  # of one conversation in RAM; the others are read from storage when asked for
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
-_CALIBRATION_BYTES = 4096
-_BILLS_BETWEEN_WRITES = 32
-TOKENS_FACTOR = "tokens_factor"  # of what is learned of a model: billed tokens per counted one
 
 log = logging.getLogger(__name__)
-_pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
 
 
 @dataclass(slots=True)
@@ -155,14 +150,16 @@ class Memory:
 
     # -- writing
 
-    async def append(self, effect: Append) -> frozenset[bytes]:
-        """Store a turn; returns the ids of the records that are new.
+    async def append(
+        self, effect: Append, more: Sequence[tuple[bytes, bytes]] = ()
+    ) -> frozenset[bytes]:
+        """Store a turn, and `more` with it; returns the ids of the records that are new.
 
         What is already stored stays as it is: others may have built on it.
         """
         keys = {record_key(record.id) for record in effect.records}
         adds = [put for put in effect.puts if put[0] in keys]
-        puts = [put for put in effect.puts if put[0] not in keys]
+        puts = [*(put for put in effect.puts if put[0] not in keys), *more]
         known = await self.store.commit(puts, effect.joins, adds)
         new = [record for record in effect.records if record_key(record.id) not in known]
         for record in new:
@@ -198,31 +195,22 @@ class Memory:
         data = self.store.get(b"m" + scope + model.encode())
         return msgspec.msgpack.decode(data) if data else {}
 
-    async def learn(self, scope: bytes, model: str, facts: dict[str, object]) -> None:
+    def learned_put(
+        self, scope: bytes, model: str, facts: Mapping[str, object]
+    ) -> tuple[bytes, bytes]:
+        """What is stored when these facts are learned (None: such a fact is no more)."""
         merged = {**self.learned(scope, model), **facts}
-        await self.store.commit([(b"m" + scope + model.encode(), msgspec.msgpack.encode(merged))])
+        kept = {name: fact for name, fact in merged.items() if fact is not None}
+        return b"m" + scope + model.encode(), msgspec.msgpack.encode(kept)
 
-    async def bill(
-        self, scope: bytes, model: str, counter: TokenCounter, exact: bool, counted: int, billed: int
-    ) -> None:
-        """What upstream billed for a request that we counted: one factor per key, model and counter.
+    def calibration(self, scope: bytes, model: str, counter: str, exact: bool) -> Calibration:
+        """What the bills of a key's model taught: as it is stored, so the same in every process."""
+        data = self.store.get(calibration_key(scope, model, counter))
+        try:
+            return Calibration(exact) if data is None else Calibration.decode(data)
+        except ValueError:  # another version's
+            return Calibration(exact)
 
-        What decides budgets is stored (and so the same on every replica) when it changes; the
-        evidence in between is kept in RAM and now and then.
-        """
-        key = b"k" + scope + counter.name.encode() + b"/" + model.encode()
-        known: Calibration | None = self.cache.get("calibration", key)
-        if known is None:
-            data = self.store.get(key)
-            known = Calibration(exact) if data is None else Calibration.from_dict(_unpack(data))
-        if known.truncated(counted, billed):
-            log.warning(
-                "model %s: upstream billed %d tokens for a prompt of about %d; does it cut prompts?"
-                " Set models.<name>.window_tokens to what it really takes", model, billed, counted,
-            )  # fmt: skip
-        now = known.observe(counted, billed)
-        self.cache.put("calibration", key, now, _CALIBRATION_BYTES)
-        if now.factor != known.factor or now.samples % _BILLS_BETWEEN_WRITES == 1:
-            await self.store.commit([(key, _pack(now.to_dict()))])
-        if now.factor != known.factor:
-            await self.learn(scope, model, {TOKENS_FACTOR: now.factor})
+
+def calibration_key(scope: bytes, model: str, counter: str) -> bytes:
+    return b"k" + scope + counter.encode() + b"/" + model.encode()

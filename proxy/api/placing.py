@@ -7,23 +7,27 @@ what is large and new leaves the event loop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import takewhile
+from typing import Any
 
 import msgspec
 
 from proxy.api.caller import caller, encoded, parameters, with_body
-from proxy.api.memory import TOKENS_FACTOR, Memory
+from proxy.api.memory import Memory
 from proxy.api.request import Decoded, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
+from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
-from proxy.conversation.tree import Anchor, Node
+from proxy.conversation.tree import Anchor, Node, Record
 from proxy.conversation.turn import TurnInput
+from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.eviction_policy import (
     LRU,
@@ -132,9 +136,9 @@ class Placing:
     ) -> TurnInput:
         memory = self._memory
         model = decoded["model"]
-        limits = self._limits(model, self._learned(scope, model))
         state = await memory.state_after(found.record) if found.record is not None else None
         window = state.window if state else None
+        limits, following, factor = self._bounds(scope, decoded, found.record, window)
         override = self._config.model_override(model).tokenizer
         counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
@@ -149,22 +153,49 @@ class Placing:
             found.floor, found.anchors, found.record, window, state.table if state else None,
             limits, counter, memory.identity, tenant, names, self._policy,
             memory.substitutes, fixed, surely, self._observed, scope,
-            state.derived if state else NO_DERIVED, memory.get_block, exact, sent=found.sent,
+            state.derived if state else NO_DERIVED, memory.get_block, exact,
+            next_limits=following, known_factor=factor, sent=found.sent,
+        )  # fmt: skip
+
+    def bound(self, given: TurnInput) -> None:
+        """Give a turn the bounds of its place in the tree."""
+        given.limits, given.next_limits, given.known_factor = self._bounds(
+            given.scope, given.decoded, given.record, given.window
         )
 
-    def _learned(self, scope: bytes, model: str) -> tuple[tuple[str, object], ...]:
-        return tuple(sorted(self._memory.learned(scope, model).items()))
+    def _bounds(
+        self, scope: bytes, decoded: Mapping[str, Any], record: Record | None, window: Window | None
+    ) -> tuple[Limits, Limits | None, float]:
+        """The limits of a turn after `record`, those of its next epoch where they differ, and the factor
+        that all bills taught so far.
+
+        A conversation's own records say which factor its next turn begins with, and its window with
+        which one it was made: a retry, another replica or a restart finds the same bounds, whatever
+        was learned meanwhile. What its first turn begins with is what the model's bills taught by then.
+        """
+        model = decoded["model"]
+        facts = self._memory.learned(scope, model)
+        known = facts.pop(TOKENS_FACTOR, 1.0)
+        known = factor = known if isinstance(known, float) else 1.0
+        bill = record.bill if record is not None else None
+        if bill is not None and bill.model == model:
+            factor = bill.factor
+        epoch = factor
+        if window is not None and window.factor and (bill is None or bill.model == model):
+            epoch = window.factor
+        asked = model, tuple(sorted(facts.items()))
+        following = self._limits(*asked, factor) if factor != epoch else None
+        return self._limits(*asked, epoch), following, known
 
     def _make_limits(
-        self, model: str, learned: tuple[tuple[str, object], ...]
+        self, model: str, learned: tuple[tuple[str, object], ...], factor: float
     ) -> Limits:
+        """`factor`: what upstream bills for a token as we count it."""
         config, override = self._config, self._config.model_override(model)
         card, facts = model_card(model), dict(learned)
         l0 = config.tiers.l0
         known = card.known or override.window_tokens is not None
         window = override.window_tokens or card.window_tokens
-        factor = facts.get(TOKENS_FACTOR, 1.0)  # what upstream bills for a token as we count it
-        factor = factor if isinstance(factor, float) else 1.0
         tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
         reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor))
         tools = override.tools  # a bridge is there so that the model can call them
@@ -197,6 +228,7 @@ class Placing:
             summary_tokens=config.segments.summary_tokens,
             max_claims=config.segments.max_claims,
             written_by_models=config.compression.model is not None,
+            tokens_factor=factor,
         )
 
 

@@ -18,13 +18,12 @@ LEAST_WINDOW_TOKENS = 512  # a refusal that names less speaks of something else
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """Beside `Limits`: what our own additions to a request may be, and the window that a refusal
-    named (`window_tokens`: as upstream counts; `tokens_factor`: its tokens per counted one)."""
+    named or a bill showed (`window_tokens`: as upstream counts)."""
 
     stream_usage: bool = True  # stream_options.include_usage
     prompt_cache_key: bool = False
     mid_system: bool = True  # a second system message, or one after the beginning
     window_tokens: int | None = None
-    tokens_factor: float = 1.0
 
 
 def capabilities(
@@ -33,13 +32,11 @@ def capabilities(
     """The mappings are of field names; None in an override means that it says nothing."""
     known = {**assumed, **learned, **{k: v for k, v in override.items() if v is not None}}
     window = known.get("window_tokens")
-    factor = known.get("tokens_factor", 1.0)
     return Capabilities(
         stream_usage=bool(known.get("stream_usage", True)),
         prompt_cache_key=bool(known.get("prompt_cache_key", False)),
         mid_system=bool(known.get("mid_system", True)),
         window_tokens=window if isinstance(window, int) and window >= LEAST_WINDOW_TOKENS else None,
-        tokens_factor=factor if isinstance(factor, float) and factor > 0 else 1.0,
     )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append
 from proxy.conversation.tree import (
@@ -74,12 +75,14 @@ def new_records(
     parent: Record | None,
     last: dict[str, object],
     settled: dict[str, object] | None = None,
+    known: Bill | None = None,
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer.
 
     `path` ends with an answer; `last` are the last record's own fields (window, mutations,
-    substitute, sent), which describe the turn that is being stored, and `settled` those of the one before
-    it. `last`'s echo is that of the parent's answer: the first record's.
+    substitute, sent, bill), which describe the turn that is being stored, and `settled` those of the
+    one before it. `known`: what the turn began with, for all but the last. `last`'s echo is that of
+    the parent's answer: the first record's.
     """
     records: list[Record] = []
     first = parent.end if parent else 0
@@ -102,6 +105,7 @@ def new_records(
                 [node.tokens if node.counter == counter else -1 for node in run],
                 turn,
                 counter=counter,
+                bill=known,
             )
         )
         first, above = position + 1, run[-1].id

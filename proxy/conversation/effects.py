@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.conversation.calibration import Calibration
 from proxy.conversation.tree import Record
 
 
@@ -64,12 +65,28 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a turn's bill taught of its model: the evidence, and the facts that it changed (None: such
+    a fact is no more). `warning` is for the operator."""
+
+    calibration: Calibration
+    facts: Mapping[str, Any]
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Append:
-    """Answered when durable. `joins` add a node id to the set under a key."""
+    """Answered when durable. `joins` add a node id to the set under a key.
+
+    `facts` are what refusals taught of the model. `lesson` counts only when the turn is new: one that
+    is stored already was billed before.
+    """
 
     puts: Sequence[tuple[bytes, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
     records: Sequence[Record]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    lesson: Lesson | None = None
 
 
 Effect = Load | Search | Complete | Append

@@ -283,6 +283,7 @@ def _assemble(
         tokens + sum(entry.tokens for entry in entries),
         request.counter.name,
         request.pages.notes_digest(first),
+        request.limits.tokens_factor,
     )
 
 

@@ -36,6 +36,7 @@ class Limits:
     max_claims: int
     tools_with_json: bool = True  # the model takes tools in a request whose answer has to be JSON
     written_by_models: bool = False  # a model writes summaries and captions off the request path
+    tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
 
     @property
     def budget_tokens(self) -> int:

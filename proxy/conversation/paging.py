@@ -78,6 +78,7 @@ class TurnWindow:
     get_record: GetRecord | None = None
     json_mode: bool = False  # the answer has to be JSON
     agent: bool = False  # the client has tools of its own
+    next_limits: Limits | None = None  # from the next epoch on, where they differ
     window: Window = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)  # closed in this turn
     shown: list[Load] = field(init=False, default_factory=list)  # by this turn's last epoch
@@ -101,7 +102,9 @@ class TurnWindow:
         """Append the new messages, or begin an epoch when they do not fit."""
         before = self.before
         if before is not None and before.counter and before.counter != self.counter.name:
-            self.before = before.recount(self.counter)  # another model than in the last turn
+            self.before = before = before.recount(self.counter)  # another model than in the last turn
+        if before is not None and before.factor != self.limits.tokens_factor:
+            self.before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
         if self.answered:
             yield from self._settle(self.answered)
         end = len(self.pages.path)
@@ -235,6 +238,8 @@ class TurnWindow:
         self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
     ) -> Generator[Effect, Any, None]:
         """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages."""
+        if self.next_limits is not None:
+            self.resize(self.next_limits)
         room = self.room_for_messages
         if room <= 0:
             raise context_length_exceeded(self.limits, self.limits.budget_tokens - room)
@@ -268,6 +273,12 @@ class TurnWindow:
         self.report.evicted_pages += epoch.evicted
         if epoch.segment is not None:
             self.segments.append(epoch.segment)
+
+    def resize(self, limits: Limits) -> None:
+        """Other bounds from now on."""
+        self.whole_room_tokens += limits.budget_tokens - self.limits.budget_tokens
+        self.limits, self.next_limits = limits, None
+        self.report.budget_tokens = limits.budget_tokens
 
     @property
     def _mode(self) -> VMMode:

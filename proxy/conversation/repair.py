@@ -47,7 +47,7 @@ class Model:
     def __post_init__(self) -> None:
         window = self.capabilities.window_tokens
         if window is not None:
-            tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
+            tokens = max(LEAST_WINDOW_TOKENS, int(window / self.limits.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
                 self.limits = within(self.limits, tokens)
 
@@ -59,7 +59,7 @@ class Model:
         said = overflow(refused)
         if said is None or "window_tokens" in self.learned:
             return False
-        sent = said.sent_tokens or int(counted_tokens * self.capabilities.tokens_factor)
+        sent = said.sent_tokens or int(counted_tokens * self.limits.tokens_factor)
         window = said.window_tokens
         if window is None:
             least = sent - said.excess_tokens if said.excess_tokens else int(sent * _GUESSED_SHARE)
@@ -68,7 +68,7 @@ class Model:
             return False
         # Upstream's own count of this request says what its tokens are in ours.
         factor = sent / counted_tokens if said.sent_tokens and counted_tokens else 1.0
-        factor = min(4.0, max(0.25, factor, self.capabilities.tokens_factor if factor == 1.0 else 0))
+        factor = min(4.0, max(0.25, factor, self.limits.tokens_factor if factor == 1.0 else 0))
         self.learned["window_tokens"] = window
         self.limits = within(self.limits, int(window / factor))
         return True

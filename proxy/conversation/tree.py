@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.conversation.calibration import Bill
 from proxy.conversation.canonical import canonical
 
 ID_BYTES = 16
@@ -79,6 +80,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     closing: bytes = b""  # what this turn's epochs closed: segments and the table's root (closing.py)
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
+    bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
 
     @property
     def id(self) -> bytes:

@@ -10,11 +10,19 @@ as a dialogue.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from proxy.conversation.audio import with_transcripts
+from proxy.conversation.calibration import (
+    SERIES,
+    TOKENS_FACTOR,
+    Bill,
+    Calibration,
+    billed_tokens,
+)
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
 from proxy.conversation.commit import Stored, answered_by, append_effect, new_records
@@ -29,7 +37,7 @@ from proxy.conversation.compose import (
     stream_options,
     total_usage,
 )
-from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
+from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages, anchor_tokens
@@ -51,6 +59,8 @@ from proxy.tokens import PER_REPLY
 __all__ = ["Answer", "Turn", "TurnInput"]
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
+_USUAL_BYTES = 4  # of a request's body, for each of its tokens
+_MOST_BYTES = 7  # with more for each billed token, what is surely small is counted after all
 _json = msgspec.json.encode
 
 
@@ -173,7 +183,7 @@ class Turn:
             return Answer(self._report, refused=said)
         self._report.rounds = 1
         if said.messages:
-            yield self._append(said.messages, ())
+            yield self._append(said, said.messages, learned=learned)
         return Answer(self._report, said.finish_reason, said.usage, learned=learned or {})
 
     # -- with paging
@@ -203,7 +213,16 @@ class Turn:
             get_record=given.get_record,
             json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
             agent=bool(given.decoded.get("tools")),
+            next_limits=self._next_limits(),
         )
+
+    def _next_limits(self) -> Limits | None:
+        """The bounds of the next epoch; what upstream has just refused binds this one, too."""
+        given = self._in
+        if given.next_limits is None or self._too_long is not None:
+            return None
+        limits = Model.of(self._model.capabilities, given.next_limits, given.decoded).limits
+        return stretched(limits, self._fixed_tokens, self._model.max_tokens)
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
         """The fault loop: rounds until the model answers, calls a client's tool, or has to answer."""
@@ -231,10 +250,10 @@ class Turn:
                 break
             vm, client = split_calls(said.messages[0], channel)
             if not vm:
-                yield self._append(shown_messages(said, client), ())
+                yield self._append(said, shown_messages(said, client))
                 break
             if (stop or last) and not client:  # it was told not to; what it said has to do
-                yield self._append(shown_messages(said, client), ())
+                yield self._append(said, shown_messages(said, client))
                 break
             if not client and self._is_cut(said, vm):
                 if self._in.decoded.get("tools"):  # these may still be called
@@ -246,7 +265,7 @@ class Turn:
             exchange = yield from vm_calls.serve(said.messages[0], vm, len(self._responses))
             if client:
                 raws = [entry.raw for entry in exchange]
-                yield self._append(shown_messages(said, client), raws)
+                yield self._append(said, shown_messages(said, client), raws)
                 break
             paging.extend(exchange)
         return self._answer(said, paging, vm_calls)
@@ -293,10 +312,18 @@ class Turn:
 
     # -- the end
 
-    def _append(self, answers: Sequence[dict[str, Any]], substitute: Sequence[bytes]) -> Effect:
+    def _append(
+        self,
+        said: Said,
+        answers: Sequence[dict[str, Any]],
+        substitute: Sequence[bytes] = (),
+        learned: Mapping[str, Any] | None = None,
+    ) -> Effect:
         given = self._in
+        began = (given.next_limits or given.limits).tokens_factor
+        bill, lesson = self._billed(said)
         last: dict[str, object] = {
-            "echo": self._echo(), "substitute": list(substitute), "sent": given.sent,
+            "echo": self._echo(), "substitute": list(substitute), "sent": given.sent, "bill": bill,
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         before = self._paging.settled if self._paging is not None else None
@@ -310,12 +337,55 @@ class Turn:
         for message in answers:
             shown = as_input(message)
             path = given.identity.extend(given.tenant, self.path, [(_json(shown), shown)])
-            heads.append((path, new_records(path, given.record, last, settled)))
+            known = Bill(bill.model, began)
+            heads.append((path, new_records(path, given.record, last, settled, known)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
         if before is not None:
             self.settled = heads[0][1][-2], before
-        return append_effect(heads, given.identity, given.tenant, given.names, blocks)
+        effect = append_effect(heads, given.identity, given.tenant, given.names, blocks)
+        facts = self._model.learned if learned is None else learned
+        return replace(effect, facts=dict(facts), lesson=lesson)
+
+    def _billed(self, said: Said) -> tuple[Bill, Lesson | None]:
+        """The last round's bill beside our count, and what it teaches. A stream that was passed through
+        tells none."""
+        given, model = self._in, self._report.model
+        if given.calibration is None or not (said.usage or {}).get("prompt_tokens"):
+            return Bill(model, given.known_factor), None
+        before = given.calibration()
+        counted, size = self._report.used_tokens, len(given.body)
+        billed = billed_tokens(said.usage, before.factor * (counted or size // _USUAL_BYTES))
+        if not counted and _MOST_BYTES * billed < size:
+            self._count_fixed()
+            counted = self._unchanged()
+        bill = Bill(model, before.factor, counted or size // _USUAL_BYTES, billed)
+        now = before.learn(bill, self._bills(), given.limits.window_known, guessed=not counted)
+        facts: dict[str, Any] = {}
+        if now.factor != before.factor:
+            facts[TOKENS_FACTOR] = now.factor
+        if now.window_tokens != before.window_tokens:
+            facts.update(self._cut(before, now))
+        return msgspec.structs.replace(bill, factor=now.factor), Lesson(
+            now, facts, now.doubt(before, bill)
+        )
+
+    def _cut(self, before: Calibration, now: Calibration) -> dict[str, Any]:
+        """The fact that a bill changed: the window of an upstream that cuts; what a refusal taught stays."""
+        known = self._in.capabilities().window_tokens
+        if now.window_tokens and (known is None or now.window_tokens < known or known == before.window_tokens):
+            return {"window_tokens": now.window_tokens}
+        return {"window_tokens": None} if known == before.window_tokens else {}
+
+    def _bills(self) -> list[Bill]:
+        """Of the turns before this one, the newest first, as far as they are told."""
+        given = self._in
+        bills: list[Bill] = []
+        record = given.record
+        while record is not None and record.bill is not None and len(bills) < SERIES - 1:
+            bills.append(record.bill)
+            record = given.get_record(record.parent) if given.get_record and record.parent else None
+        return bills
 
     def _echo(self) -> bytes:
         """The previous answer in the bytes that the client has for it, when they are its own."""
@@ -350,13 +420,11 @@ class Turn:
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
         """The next try is another request: smaller, or without what was refused."""
         model, given = self._model, self._in
+        model.limits = paging.limits  # an epoch may have brought others
         if self._told():
             return False
         if model.shrink(refused, self._report.used_tokens):
-            limits = self._limits
-            paging.whole_room_tokens -= paging.limits.budget_tokens - limits.budget_tokens
-            paging.limits = limits
-            self._report.budget_tokens = limits.budget_tokens
+            paging.resize(self._limits)
             return paging.room_for_messages >= _LEAST_ROOM_TOKENS
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
         if "prompt_cache_key" not in given.fields:
@@ -394,6 +462,7 @@ class Turn:
         """The whole conversation as the client means it, after paging was begun."""
         self._channel = self._paging = None
         self._report.channel = "bypass"
+        self._report.used_tokens = self._unchanged()
         return (yield from self._pass_through(self._unchanged_body(), learned))
 
     def _unchanged_body(self) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.conversation.body import Fields
+from proxy.conversation.calibration import Calibration
 from proxy.conversation.capability import Capabilities
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED, Derived
@@ -60,6 +61,9 @@ class TurnInput:
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     sent: Sent | None = None  # how the request stood to those before it; stored with its answer
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
+    next_limits: Limits | None = None  # from the next epoch on, where they differ from `limits`
+    known_factor: float = 1.0  # what the bills of all conversations taught so far
+    calibration: Callable[[], Calibration] | None = None  # these bills, as they are stored now
 
 
 @dataclass(slots=True)

@@ -52,19 +52,15 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     tokens: int  # developer message and entries together
     counter: str = ""  # the name of the counter of all these tokens
     notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
+    factor: float = 0.0  # billed tokens per counted one that the epoch's budget is in; 0.0: not known
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
         new = tuple(entries)
-        return Window(
-            self.epoch,
-            self.developer,
-            self.developer_tokens,
-            self.native_from,
-            self.covered if covered is None else covered,
-            self.entries + new,
-            self.tokens + sum(entry.tokens for entry in new),
-            self.counter,
-            self.notes,
+        return msgspec.structs.replace(
+            self,
+            covered=self.covered if covered is None else covered,
+            entries=self.entries + new,
+            tokens=self.tokens + sum(entry.tokens for entry in new),
         )
 
     def until(self, kept: int, covered: int) -> Window:
@@ -104,7 +100,7 @@ _json = msgspec.json.encode
 def encode_change(before: Window | None, after: Window) -> bytes:
     """What a turn stores: the entries added (behind those kept), or the whole window when a new
     epoch began in it, or when it was counted anew."""
-    if before is None or before.epoch != after.epoch or before.counter != after.counter:
+    if before is None or _measure(before) != _measure(after):
         return _encode(_Change(after.covered, snapshot=after))
     old, new = before.entries, after.entries
     if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
@@ -112,6 +108,10 @@ def encode_change(before: Window | None, after: Window) -> bytes:
     pairs = enumerate(zip(old, new, strict=False))
     kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
     return _encode(_Change(after.covered, new[kept:], kept=kept))
+
+
+def _measure(window: Window) -> tuple[int, str, float]:
+    return window.epoch, window.counter, window.factor
 
 
 def restore(record: Record, get: GetRecord) -> Window | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from proxy.conversation.calibration import (
@@ -15,9 +16,13 @@ from proxy.conversation.calibration import (
     MAX_SAMPLES,
     MIN_RATIO,
     MIN_SAMPLES,
+    SERIES,
     STEPS,
+    Bill,
     Calibration,
+    billed_tokens,
 )
+from proxy.conversation.capability import LEAST_WINDOW_TOKENS
 from tests.examples import examples
 
 some = examples(60)
@@ -89,26 +94,24 @@ def test_small_requests_and_absurd_bills_teach_nothing(counted: int, billed: int
 
 @some
 @given(bills, st.booleans())
-def test_it_round_trips_through_json_and_stays_bounded(pairs: list[tuple[int, int]], exact: bool) -> None:
+def test_it_round_trips_and_stays_bounded(pairs: list[tuple[int, int]], exact: bool) -> None:
     now = Calibration(exact=exact)
     for counted, billed in pairs * 6:
         now = now.observe(counted, billed)
         assert MIN_RATIO <= now.factor <= MAX_RATIO
         assert (now.factor * STEPS).is_integer()
-    assert Calibration.from_dict(json.loads(json.dumps(now.to_dict()))) == now
+    assert Calibration.decode(now.encode()) == now
     assert sum(count for _, count in now.bins) <= MAX_SAMPLES
 
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"exact": True}, {"exact": 1, "samples": "x", "factor": 1.0, "bins": []},
-     {"exact": False, "samples": 0, "factor": 9.0, "bins": []},
-     {"exact": False, "samples": 1, "factor": 1.0, "bins": [[0, 5]]},
-     {"exact": False, "samples": 1, "factor": math.nan, "bins": []}],
-)
-def test_what_is_no_calibration_is_refused(data: dict[str, object]) -> None:
+    [{}, {"exact": True}, [1, "x", 1.0, []], [False, 0, 9.0, []], [False, 1, 1.0, [[0, 5]]],
+     [False, 1, math.nan, []]],
+)  # fmt: skip
+def test_what_is_no_calibration_is_refused(data: object) -> None:
     with pytest.raises(ValueError):
-        Calibration.from_dict(data)
+        Calibration.decode(msgspec.msgpack.encode(data))
 
 
 def test_invariant_03_an_exact_encoding_goes_below_one_only_when_nearly_every_bill_does() -> None:
@@ -141,3 +144,157 @@ def test_a_cut_prompt_is_noticed_and_not_learned_from() -> None:
 
 def test_odd_bills_among_the_first_do_not_make_all_true_ones_look_cut() -> None:
     assert learn([3.0, 3.0, *[0.75] * 62]).factor == pytest.approx(0.75, abs=0.02)
+
+
+# -- a prompt that was cut silently
+
+MODEL = "house-model"
+
+
+def told(
+    sizes: list[tuple[int, int]], known: bool = False, start: Calibration | None = None
+) -> list[Calibration]:
+    """What a conversation's turns, each counted and billed so, taught one after the other."""
+    now, before, out = start or Calibration(), list[Bill](), list[Calibration]()
+    for counted, billed in sizes:
+        bill = Bill(MODEL, now.factor, counted, billed)
+        now = now.learn(bill, before[: SERIES - 1], known)
+        before.insert(0, bill)
+        out.append(now)
+    return out
+
+
+@st.composite
+def conversations(
+    draw: st.DrawFn, least: float, most: float, noise: tuple[float, float] = (0.7, 1.4)
+) -> list[tuple[int, int]]:
+    """(counted, really) after each turn: what is said once stays, and costs what it cost. Each message
+    has its own ratio around the tokenizer's."""
+    factor = draw(st.floats(least, most))
+    counted = draw(st.integers(4, 8000))
+    really = max(1, round(counted * factor))
+    out = [(counted, really)]
+    for added in draw(st.lists(st.integers(12, 1200), min_size=5, max_size=40)):
+        counted += added
+        really += max(4, round(added * factor * draw(st.floats(*noise))))
+        out.append((counted, really))
+    return out
+
+
+@some
+@given(conversations(0.9, 4.0), st.booleans())
+def test_an_honest_bill_is_never_taken_for_a_cut(turns: list[tuple[int, int]], known: bool) -> None:
+    assert not any(now.window_tokens for now in told(turns, known))
+
+
+@some
+@given(conversations(0.25, 0.7))
+def test_a_tokenizer_much_denser_than_ours_is_doubted_only_until_its_bills_grow(
+    turns: list[tuple[int, int]],
+) -> None:
+    """The first bill of all may look like a cut, where the conversation was never small."""
+    for (_, billed), now in zip(turns, told(turns), strict=True):
+        first = turns[0][1]
+        doubted = first >= LEAST_WINDOW_TOKENS and billed <= first * 1.02 + 2
+        assert now.window_tokens == 0 or doubted
+    assert not any(now.window_tokens for now in told(turns, known=True))
+
+
+@some
+@given(st.floats(0.65, 3.0), st.integers(600, 60_000), st.floats(0.01, 0.019), st.integers(0, 2), st.booleans(), st.randoms())
+def test_a_cut_is_found_within_three_turns_of_slow_growth(
+    factor: float, window: int, growth: float, wobble: int, known: bool, chance: random.Random
+) -> None:
+    turns, cut = [], 0
+    counted = window / factor * 0.9
+    while cut < 3:
+        counted += max(12 / factor + 1, counted * growth * chance.uniform(0.9, 1.1))
+        really = counted * factor
+        cut += really > window + wobble
+        turns.append((round(counted), round(min(really, window - chance.randint(0, wobble)))))
+    found = told(turns, known)
+    assert not any(now.window_tokens for now in found[:-3])
+    assert abs(found[-1].window_tokens - window) <= 2 * wobble + 0.02 * window
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_server_that_cuts_whole_messages_is_found_though_its_bills_wobble(known: bool) -> None:
+    turns = [(3000 + 90 * i, 3000 + 90 * i) for i in range(12)]
+    turns += [(4080 + 90 * i, 4090 - wobble) for i, wobble in enumerate((10, 60, 30, 70, 0, 50))]
+    found = told(turns, known)
+    assert not any(now.window_tokens for now in found[:12])
+    assert found[-1].window_tokens == 4090
+
+
+def test_a_bill_far_below_the_count_is_believed_at_once_where_the_window_is_a_guess() -> None:
+    (now,) = told([(9000, 4096)])
+    assert now.window_tokens == 4096
+    assert "cuts the rest" in now.doubt(Calibration(), Bill(MODEL, 1.0, 9000, 4096))
+    first, second = told([(9000, 4096), (9150, 4096)], known=True)
+    assert (first.window_tokens, second.window_tokens) == (0, 4096)
+    assert "does it cut" in first.doubt(Calibration(), Bill(MODEL, 1.0, 9000, 4096))
+    assert second.factor == 1.0 and not second.samples, "a cut says nothing of the tokenizer"
+
+
+@pytest.mark.parametrize("constant", [1, 10, 100])
+def test_a_bill_that_is_always_the_same_small_number_is_no_window(constant: int) -> None:
+    sizes = [(300 * 2**i, constant) for i in range(8)]
+    assert not any(now.window_tokens or now.factor != 1.0 for now in told(sizes))
+
+
+@some
+@given(conversations(0.8, 1.5, noise=(0.9, 1.1)), st.booleans())
+def test_a_bill_of_what_was_not_cached_is_no_cut(turns: list[tuple[int, int]], known: bool) -> None:
+    """Some bill the whole first prompt, and of each later one what is new in it."""
+    assume(turns[0][0] >= 3000)
+    new = [turns[0], *((c, b - before) for (c, b), (_, before) in zip(turns[1:], turns, strict=False))]
+    assert not any(now.window_tokens for now in told(new, known))
+
+
+def test_a_bill_of_a_large_addition_alone_is_no_cut() -> None:
+    assert not any(now.window_tokens for now in told([(200, 210), (2100, 1900), (4700, 2600)]))
+    assert told([(2000, 2000), (9000, 4096)])[-1].window_tokens == 4096  # 7,000 were added
+
+
+def test_a_question_asked_again_and_a_window_made_smaller_show_no_cut() -> None:
+    again = [(5000, 4000)] * 6
+    rebuilt = [(9000, 9000), (4000, 4100), (3990, 4100), (3980, 4100), (3970, 4100)]
+    for sizes in (again, rebuilt):
+        assert not any(now.window_tokens for now in told(sizes))
+
+
+def test_a_window_that_a_later_bill_disproves_is_believed_no_more() -> None:
+    """The model's template drops a large array of tools: few of the counted tokens are billed."""
+    found = told([(11_000, 1000), (11_100, 1100), (11_200, 1200), (11_900, 1900)])
+    assert [now.window_tokens for now in found] == [1000, 0, 0, 0]
+    # A server that cut whole messages reads a little more than its first bill said.
+    found = told([(9000, 3900), (3800, 4020)])
+    assert found[-1].window_tokens == 4020
+
+
+@some
+@given(st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 40_000)), max_size=40), st.booleans())
+def test_whatever_is_billed_the_lessons_round_trip(pairs: list[tuple[int, int]], known: bool) -> None:
+    for now in told(pairs, known):
+        assert Calibration.decode(now.encode()) == now
+        assert now.window_tokens == 0 or now.window_tokens >= LEAST_WINDOW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected", "tokens"),
+    [
+        (None, 900, 0),
+        ({}, 900, 0),
+        ({"prompt_tokens": "many"}, 900, 0),
+        ({"prompt_tokens": 1000}, 900, 1000),
+        ({"prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 768}}, 900, 1000),
+        ({"prompt_tokens": 40, "prompt_tokens_details": {"cached_tokens": 960}}, 900, 1000),
+        ({"prompt_tokens": 600, "prompt_tokens_details": {"cached_tokens": 400}}, 1000, 1000),
+        ({"prompt_tokens": 40, "cache_read_input_tokens": 960}, 900, 1000),
+        ({"prompt_tokens": 40, "cache_creation_input_tokens": 60, "cache_read_input_tokens": 900}, 0, 1000),
+        ({"prompt_tokens": 1000, "cache_creation_input_tokens": 950}, 900, 1000),
+        ({"prompt_tokens": 1000, "prompt_tokens_details": None}, 900, 1000),
+    ],
+)  # fmt: skip
+def test_tokens_from_the_cache_are_part_of_the_prompt(usage: Any, expected: int, tokens: int) -> None:
+    assert billed_tokens(usage, expected) == tokens

@@ -201,7 +201,7 @@ def test_facts_come_from_overrides_then_lessons_then_assumptions() -> None:
         {"stream_usage": False, "window_tokens": 9000},
         {"prompt_cache_key": True},
     )
-    assert known == Capabilities(True, True, True, 9000, 1.0)
+    assert known == Capabilities(True, True, True, 9000)
     row = describe("m", {"tools": None, "mid_system": True}, {"tools": False}, {"tools": True, "x": 1})
     assert row == {
         "model": "m",
@@ -209,7 +209,7 @@ def test_facts_come_from_overrides_then_lessons_then_assumptions() -> None:
         "tools": {"value": False, "from": "learned"},
         "x": {"value": 1, "from": "assumed"},
     }
-    assert capabilities({}, {"window_tokens": 12, "tokens_factor": "?"}, {}) == Capabilities()
+    assert capabilities({}, {"window_tokens": 12}, {}) == Capabilities()
 
 
 def test_limits_within_a_window_keep_room_for_the_answer() -> None:

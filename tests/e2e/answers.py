@@ -81,8 +81,8 @@ def _identity(request: dict[str, Any]) -> str:
     return "chatcmpl-" + hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
 
 
-def _usage(request: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
-    prompt = count_request_tokens(request)
+def _usage(request: dict[str, Any], message: dict[str, Any], factor: float) -> dict[str, Any]:
+    prompt = round(count_request_tokens(request) * factor)
     out = count_text(message.get("content") or "")
     for c in message.get("tool_calls") or ():
         out += count_text(c["function"]["arguments"])
@@ -94,8 +94,9 @@ def _usage(request: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def completion(request: dict[str, Any], message: dict[str, Any]) -> Response:
-    """A chat.completion around a message. Its id depends on the request only."""
+def completion(request: dict[str, Any], message: dict[str, Any], factor: float = 1.0) -> Response:
+    """A chat.completion around a message. Its id depends on the request only. The prompt is billed at
+    `factor` tokens for one of the request's."""
     payload = {
         "id": _identity(request),
         "object": "chat.completion",
@@ -109,14 +110,14 @@ def completion(request: dict[str, Any], message: dict[str, Any]) -> Response:
                 "finish_reason": _finish_reason(message),
             }
         ],
-        "usage": _usage(request, message),
+        "usage": _usage(request, message, factor),
         "system_fingerprint": "fp_test",
     }
     return Response(json.dumps(payload, ensure_ascii=False).encode())
 
 
 def sse_chunks(
-    request: dict[str, Any], message: dict[str, Any], piece_chars: int = 12
+    request: dict[str, Any], message: dict[str, Any], piece_chars: int = 12, factor: float = 1.0
 ) -> list[bytes]:
     """The server-sent events of a message: role, text pieces, tool call deltas, finish, usage when
     the client asked for it, [DONE]. One event per item, each ending in a blank line."""
@@ -133,7 +134,7 @@ def sse_chunks(
         choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
         body = {**head, "choices": choices}
         if with_usage:
-            body["usage"] = _usage(request, message) if delta is None else None
+            body["usage"] = _usage(request, message, factor) if delta is None else None
         text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
         return b"data: " + text.encode() + b"\n\n"
 
@@ -157,12 +158,12 @@ def sse_chunks(
 
 
 def answer(
-    request: dict[str, Any], message: dict[str, Any], piece_chars: int = 12
+    request: dict[str, Any], message: dict[str, Any], piece_chars: int = 12, factor: float = 1.0
 ) -> Response | Stream:
     """The message as the request asked for it: one JSON body, or a stream in small chunks."""
     if request.get("stream"):
-        return Stream(sse_chunks(request, message, piece_chars))
-    return completion(request, message)
+        return Stream(sse_chunks(request, message, piece_chars, factor))
+    return completion(request, message, factor)
 
 
 def error(

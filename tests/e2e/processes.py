@@ -130,6 +130,64 @@ class ServerProcess:
         self._dir.cleanup()
 
 
+_FORKING = """
+import os, signal, sys
+import proxy.app, proxy.cli, uvicorn
+from proxy.tokens import get_counter
+get_counter("house-model").text("loaded")
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(2, 1)
+        os._exit(proxy.cli.main(["serve", "--config", sys.argv[1]]))
+    print(pid, flush=True)
+"""
+
+
+class ForkedServer(ServerProcess):
+    """A server that starts again in a moment: each start is a fork of a process that has imported
+    everything. For tests that kill it often."""
+
+    _parent: subprocess.Popen[str] | None = None
+    _child = 0
+
+    @property
+    def pid(self) -> int:
+        return self._child
+
+    def start(self, timeout_s: float = 60.0) -> ForkedServer:
+        if self._parent is None:
+            command = [self._command[0], "-c", _FORKING, str(self._config_file)]
+            with self._log.open("ab") as log:
+                self._parent = subprocess.Popen(
+                    command, cwd=self.dir, env=self._env, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True,
+                )  # fmt: skip
+        assert self._parent.stdin and self._parent.stdout
+        self._parent.stdin.write("start\n")
+        self._parent.stdin.flush()
+        self._child = int(self._parent.stdout.readline())
+        wait_for_health(self.port, timeout_s, lambda: Path(f"/proc/{self._child}").exists())
+        return self
+
+    restart = start
+
+    def _signal(self, number: int, timeout_s: float = 20.0) -> None:
+        child, self._child = self._child, 0
+        if child:
+            os.kill(child, number)
+            deadline = time.monotonic() + timeout_s
+            while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+                time.sleep(0.005)  # another process's child: nothing to wait on
+
+    def stop(self, timeout_s: float = 20.0) -> None:
+        super().stop(timeout_s)
+        if self._parent is not None:
+            self._parent.communicate(timeout=timeout_s)  # no more to start: it ends
+            self._parent = None
+
+
 @contextlib.contextmanager
 def together(*servers: ServerProcess) -> Iterator[tuple[ServerProcess, ...]]:
     """Several servers, which start at the same time: most of a start is Python's imports."""
