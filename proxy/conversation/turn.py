@@ -38,7 +38,7 @@ from proxy.conversation.report import TurnReport
 from proxy.conversation.room import anchor_tokens
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
-from proxy.conversation.vmcalls import VMCalls, split_calls
+from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
@@ -46,11 +46,18 @@ from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
 __all__ = ["Answer", "Turn", "TurnInput"]
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
+_ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
+_TOOL_NAMES = (PAGE_FAULT.encode(), SEARCH_PAGES.encode())
+_NO_ANSWER = ApiError(
+    502, "The model only called tools that it was told not to call, and gave no answer; send the request "
+    "again, or use another model.", "api_error", "no_answer",
+)  # fmt: skip
 _json = msgspec.json.encode
 
 
@@ -96,9 +103,14 @@ class Turn:
         return self._paging.shown if self._paging else ()
 
     @property
-    def vm_names(self) -> frozenset[str]:
-        """What the VM tools are called in this turn's requests; empty when these do not list them."""
-        return self._channel.listed_names if self._channel else frozenset()
+    def channel(self) -> Channel | None:
+        """Whose the calls of this turn's rounds are; None while all are the client's."""
+        return self._channel
+
+    def talks_of_tools(self) -> bool:
+        """The conversation itself speaks of the VM tools by name: its people may want to read one."""
+        raws = [*self._in.system, *(node.raw for node in self.path)]
+        return any(tool in raw for raw in raws for tool in _TOOL_NAMES)
 
     def run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
@@ -202,9 +214,10 @@ class Turn:
         """The fault loop: rounds until the model answers, calls a client's tool, or has to answer."""
         said: Any = None
         full = False
+        again = 0
         number = 0  # of rounds that were answered; refused ones are bounded by what can be repaired
-        while number < self._model.limits.max_rounds:
-            last = full or number == self._model.limits.max_rounds - 1
+        while True:
+            last = full or number >= self._model.limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
             body = yield from self._request(paging, stop)
             channel = paging.channel
@@ -214,16 +227,27 @@ class Turn:
                     continue
                 return (yield from self._refused(said))
             number += 1
+            if said.messages and not self._many():
+                said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
                 break
-            vm, client = split_calls(said.messages[0], channel)
-            if not vm:
+            vm, client = self._split(said, channel)
+            answered = not vm and not said.unread and not (number > 1 and self._is_empty(said))
+            if client and not vm or answered:
                 yield self._append(shown_messages(said, client), ())
                 break
-            if (stop or last) and not client:  # it was told not to; what it said has to do
-                yield self._append(shown_messages(said, client), ())
-                break
+            if not client and (stop or last or not vm or not channel.listed):
+                if again == _ASKED_AGAIN:
+                    if vm or said.unread:
+                        if not self._told():
+                            return Answer(self._report, refused=Refused(_NO_ANSWER.status, _NO_ANSWER.body()))
+                    yield self._append(shown_messages(said, client), ())
+                    break
+                again += 1
+                full = True  # it is asked once more, with nothing said of tools
+                paging.channel = unlisted(channel)
+                continue
             if not client and self._is_cut(said, vm):
                 if self._in.decoded.get("tools"):  # these may still be called
                     paging.channel = unlisted(paging.channel)
@@ -238,6 +262,25 @@ class Turn:
                 break
             paging.extend(exchange)
         return self._answer(said, paging, vm_calls)
+
+    def _split(
+        self, said: Said, channel: Channel
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The VM's calls and the client's; what goes through as it came is all the client's."""
+        if self._many():
+            return [], list(said.messages[0].get("tool_calls") or ())
+        return split_calls(said.messages[0], channel)
+
+    @staticmethod
+    def _is_empty(said: Said) -> bool:
+        """The model ended its round of itself without a word for the user."""
+        message = said.messages[0]
+        words = ("content", "tool_calls", "function_call", "refusal", "audio", "images")
+        if any(message.get(key) for key in words):
+            text = message.get("content")
+            rest = any(message.get(key) for key in words[1:])
+            return isinstance(text, str) and not text.strip() and not rest
+        return said.finish_reason in (None, "stop", "tool_calls", "function_call")
 
     def _is_cut(self, said: Said, vm: Sequence[Mapping[str, Any]]) -> bool:
         """The client's `stop` or its length limit ended the round within a VM call."""
@@ -323,8 +366,8 @@ class Turn:
             served = sum(1 for fault in report.faults if fault.error is None)
             usage = total_usage([s.usage for s in self._responses], served)
         reason = said.finish_reason
-        vm, client = split_calls(said.messages[0], paging.channel) if said.messages else ([], [])
-        if vm and not client and reason == "tool_calls":
+        vm, client = self._split(said, paging.channel) if said.messages else ([], [])
+        if vm and not client and reason in ("tool_calls", "function_call"):
             reason = "stop"
         body = None
         first = self._responses[0].response

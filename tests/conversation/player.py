@@ -278,7 +278,9 @@ class _Shell:
     @property
     def _sieve(self) -> Sieve:
         if self._lazy is None:
-            self._lazy = Sieve(self._turn.vm_names, 8, 500.0, False, True, self._count)
+            self._lazy = Sieve(
+                self._turn.channel, 8, 500.0, False, True, self._count, self._turn.talks_of_tools
+            )
         return self._lazy
 
     def complete(self, effect: Complete) -> Said | Refused:
@@ -295,7 +297,8 @@ class _Shell:
                 self._out += self._sieve.feed(chunk, 0.0)
             ended, ready = self._sieve.end_round()
             self._out += ready
-            return Said([ended.message], ended.finish_reason, usage, None, self._sieve.shown())
+            shown = self._sieve.shown()
+            return Said([ended.message], ended.finish_reason, usage, None, shown, ended.unread)
         self._last = message
         self._whole = {
             "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o",
