@@ -11,6 +11,7 @@ that a stream can hold it: text that begins like none of them is never held, and
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -110,6 +111,15 @@ def said_text(message: Mapping[str, Any]) -> str:
     parts = content if isinstance(content, list) else ()
     texts = (part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text")
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def is_silent(message: Mapping[str, Any]) -> bool:
+    """A message in which nothing stands for the user: no word after its thoughts, no call, no media."""
+    content = message.get("content")
+    if isinstance(content, str):
+        content = content.rpartition(_THOUGHT_END)[2].strip()
+    rest = ("tool_calls", "function_call", "refusal", "audio", "images")
+    return not content and not any(message.get(key) for key in rest)
 
 
 def unwrapped(arguments: object, channel: Channel) -> list[Spoken]:
@@ -377,7 +387,7 @@ def _outside(text: str, found: list[_Found], broken: int | None) -> tuple[int, i
         at = min(broken or 0, start) if start >= 0 else broken or 0
         return _count(text[:at]), 0
     between = 0
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in itertools.pairwise(found):
         between += _count(text[one.end : other.start])
     return _count(text[: found[0].start]), between + _count(text[found[-1].end :])
 

@@ -36,6 +36,7 @@ from proxy.conversation.refusal import learn, repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
 from proxy.conversation.report import TurnReport
 from proxy.conversation.room import anchor_tokens
+from proxy.conversation.textcalls import is_silent
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls, understood
@@ -54,11 +55,12 @@ __all__ = ["Answer", "Turn", "TurnInput"]
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
 _TOOL_NAMES = (PAGE_FAULT.encode(), SEARCH_PAGES.encode())
-_NO_ANSWER = ApiError(
+_ENDED = (None, "stop", "tool_calls", "function_call")  # of the model's own will
+_json = msgspec.json.encode
+_NO_ANSWER = Refused(502, ApiError(
     502, "The model only called tools that it was told not to call, and gave no answer; send the request "
     "again, or use another model.", "api_error", "no_answer",
-)  # fmt: skip
-_json = msgspec.json.encode
+).body())  # fmt: skip
 
 
 class Turn:
@@ -233,19 +235,18 @@ class Turn:
             if not said.messages:
                 break
             vm, client = self._split(said, channel)
-            answered = not vm and not said.unread and not (number > 1 and self._is_empty(said))
-            if client and not vm or answered:
+            empty = number > 1 and said.finish_reason in _ENDED and is_silent(said.messages[0])
+            if not vm and (client or not (said.unread or empty)):
                 yield self._append(shown_messages(said, client), ())
                 break
             if not client and (stop or last or not vm or not channel.listed):
                 if again == _ASKED_AGAIN:
-                    if vm or said.unread:
-                        if not self._told():
-                            return Answer(self._report, refused=Refused(_NO_ANSWER.status, _NO_ANSWER.body()))
+                    if not empty and not self._told():  # nothing that it said is for the client
+                        return Answer(self._report, refused=_NO_ANSWER)
                     yield self._append(shown_messages(said, client), ())
                     break
                 again += 1
-                full = True  # it is asked once more, with nothing said of tools
+                full = True  # it is asked once more, without tools
                 paging.channel = unlisted(channel)
                 continue
             if not client and self._is_cut(said, vm):
@@ -270,17 +271,6 @@ class Turn:
         if self._many():
             return [], list(said.messages[0].get("tool_calls") or ())
         return split_calls(said.messages[0], channel)
-
-    @staticmethod
-    def _is_empty(said: Said) -> bool:
-        """The model ended its round of itself without a word for the user."""
-        message = said.messages[0]
-        words = ("content", "tool_calls", "function_call", "refusal", "audio", "images")
-        if any(message.get(key) for key in words):
-            text = message.get("content")
-            rest = any(message.get(key) for key in words[1:])
-            return isinstance(text, str) and not text.strip() and not rest
-        return said.finish_reason in (None, "stop", "tool_calls", "function_call")
 
     def _is_cut(self, said: Said, vm: Sequence[Mapping[str, Any]]) -> bool:
         """The client's `stop` or its length limit ended the round within a VM call."""
