@@ -31,6 +31,7 @@ from proxy.conversation.sse import (
     tool_deltas,
 )
 from proxy.conversation.textcalls import (
+    THOUGHT_END,
     Spoken,
     Watch,
     as_message,
@@ -140,7 +141,9 @@ class Sieve:
         for index, call in self._calls.items():
             if call.owner is None:
                 self._settle(index, call, out, self._template())
-        if not self._vm_called and spoken is None:
+        if spoken is not None:
+            self._end_thought(said_text(message), out)
+        elif not self._vm_called:
             self._release(out)
         self._held.clear()  # the preamble of a round that stays inside
         complete = said.finish_reason is not None or self._done
@@ -155,6 +158,13 @@ class Sieve:
         if self._ours is None or not (self._watched or not self._flowing):
             return None
         return calls_in(said_text(message), self._ours, self._talked)
+
+    def _end_thought(self, text: str, out: list[bytes]) -> None:
+        """Thinking that the client has begun to read comes to its end, whatever follows it is."""
+        held = "".join(said_text(_delta(chunk)) for _, chunk in self._held)
+        thought, end, _ = held.rpartition(THOUGHT_END)
+        if end and len(held) < len(text):
+            self._emit(None, _with_delta(self._template(), {"content": thought + end}), out)
 
     @property
     def done(self) -> bool:

@@ -37,7 +37,7 @@ _ANY_PARAMETER = re.compile(r"\b(page_id|target_level|query|modality|limit)\b", 
 _MENTION = re.compile(r"page[_.\-]?fault|search[_.\-]?pages", re.IGNORECASE)
 _NAME_CHARS = re.compile(r"[\w.:/\-]*")
 _NAME_BEFORE = re.compile(r"[\w.:/\-]*$")
-_THOUGHT_END = "</think>"
+THOUGHT_END = "</think>"
 _TAG = re.compile(r"<[^<>\n]{0,120}>|\[/?[A-Z_]{3,20}\]")
 _SPECIAL = re.compile(r"<[|｜][^<>\n]{0,80}[|｜]>[\w]{0,20}|</?[｜|]?\w[^<>\n]{0,120}>|\[/?[A-Z_]{3,20}\]")
 _FENCE = re.compile(r"```[\w+\-]*")
@@ -64,7 +64,7 @@ def calls_in(
     """The VM calls that a round's whole text is; [] when it is a call that cannot be read; None for an
     answer. `talked`: the conversation itself speaks of the tools by name, asked only where that matters.
     """
-    text = text.rpartition(_THOUGHT_END)[2]
+    text = text.rpartition(THOUGHT_END)[2]
     if len(text) > LONGEST_CHARS or not _MENTION.search(text):
         return None
     if text.lstrip().startswith("<think>"):
@@ -117,7 +117,7 @@ def is_silent(message: Mapping[str, Any]) -> bool:
     """A message in which nothing stands for the user: no word after its thoughts, no call, no media."""
     content = message.get("content")
     if isinstance(content, str):
-        content = content.rpartition(_THOUGHT_END)[2].strip()
+        content = content.rpartition(THOUGHT_END)[2].strip()
     rest = ("tool_calls", "function_call", "refusal", "audio", "images")
     return not content and not any(message.get(key) for key in rest)
 
@@ -371,12 +371,14 @@ def _as_page(text: str, at: int, last: int, tool: str) -> _Args:
 
 def _like_a_call(text: str, least: int, start: int, end: int) -> bool:
     """A name stands where a call would have it: behind or before a bracket, a tag, a quote."""
-    before, behind = text[least:start].rstrip(), text[end : end + 8].lstrip()
-    if before.endswith(("`", "**")) and not behind.startswith(("(", "{")):
-        return False
-    if behind.startswith(("({", '("', "('", "{", "[ARGS", "<|", "<｜", ">")):
+    before, behind = text[least:start], text[end : end + 24].lstrip()
+    if before.endswith(("`", "**")) and before.strip("`* \n"):
+        return False  # a name that is quoted within a sentence
+    if before.endswith(('"', "'")):
+        return behind[:1] in ("", '"', "'") and bool(re.search(r"[{<\[(]", before))
+    if re.match(r"\(\s*(?:\Z|[{\"']|\w+\s*=)|\{|\[ARGS|<[|｜]|>", behind):
         return True
-    opened = before.endswith(('"', "'", "=", "]", ">", "<", ":")) or before.endswith("to")
+    opened = before.rstrip().endswith(("=", "]", ">", "<", ":"))
     return opened and bool(re.search(r"[{<\[]", before))
 
 
@@ -399,7 +401,7 @@ def _count(text: str) -> int:
 
 # -- watching a stream
 
-_PART = r"(?:page[_.\-]?(?:f(?:a(?:ul?)?)?)?|search[_.\-]?(?:p(?:a(?:ge?)?)?)?)\Z"
+_PART = r"(?:p(?:a(?:g(?:e[_.\-]?(?:f(?:a(?:ul?)?)?)?)?)?)?|s(?:e(?:a(?:r(?:c(?:h[_.\-]?(?:p(?:a(?:ge?)?)?)?)?)?)?)?)?)\Z"
 _START = re.compile(rf"[<{{\[]|`{{1,3}}(?=\Z|[\w\n{{\[<`])|page[_.\-]?fault|search[_.\-]?pages|(?<![^\W_]){_PART}", re.IGNORECASE)
 _PARTLY = re.compile(_PART, re.IGNORECASE)
 _OPEN_CHARS = 240  # of markup without a tool's name
@@ -423,16 +425,16 @@ class Watch:
 
     def feed(self, piece: str) -> bool:
         if self._off:
-            if ">" in piece and _THOUGHT_END in (rest := self._tail + piece):
-                self._text, self._off = rest.rpartition(_THOUGHT_END)[2], False
+            if ">" in piece and THOUGHT_END in (rest := self._tail + piece):
+                self._text, self._off = rest.rpartition(THOUGHT_END)[2], False
                 self._scanned = 0
             else:
                 self._tail = piece if len(piece) > 8 else (self._tail + piece)[-16:]
                 return False
         else:
             self._text += piece
-            if ">" in piece and _THOUGHT_END in self._text:
-                self._text, self._scanned = self._text.rpartition(_THOUGHT_END)[2], 0
+            if ">" in piece and THOUGHT_END in self._text:
+                self._text, self._scanned = self._text.rpartition(THOUGHT_END)[2], 0
         if self._held():
             return True
         if self._off:
@@ -530,7 +532,7 @@ def _bracket_open(piece: str) -> bool:
 
 
 def _tag_open(piece: str) -> bool:
-    if len(piece) > _OPEN_CHARS or not re.match(r"<(?:\Z|[|｜/\w])", piece):
+    if len(piece) > _OPEN_CHARS or not re.match(r"<(?:\Z|[|｜\w])", piece):
         return False
     plain = re.sub(r"<[^<>]*(?:>|\Z)", " ", piece).strip()
     unclosed = len(piece) - piece.rfind("<") if piece.rfind("<") > piece.rfind(">") else 0
