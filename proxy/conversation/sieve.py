@@ -161,10 +161,10 @@ class Sieve:
 
     def _end_thought(self, text: str, out: list[bytes]) -> None:
         """Thinking that the client has begun to read comes to its end, whatever follows it is."""
-        held = "".join(said_text(_delta(chunk)) for _, chunk in self._held)
-        thought, end, _ = held.rpartition(THOUGHT_END)
-        if end and len(held) < len(text):
-            self._emit(None, _with_delta(self._template(), {"content": thought + end}), out)
+        told = len(text) - sum(len(said_text(_delta(chunk))) for _, chunk in self._held)
+        end = text.rfind(THOUGHT_END) + len(THOUGHT_END)
+        if 0 < told < end and THOUGHT_END in text:
+            self._emit(None, _with_delta(self._template(), {"content": text[told:end]}), out)
 
     @property
     def done(self) -> bool:

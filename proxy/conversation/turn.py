@@ -36,7 +36,7 @@ from proxy.conversation.refusal import learn, repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
 from proxy.conversation.report import TurnReport
 from proxy.conversation.room import anchor_tokens
-from proxy.conversation.textcalls import is_silent
+from proxy.conversation.textcalls import is_silent, said_text
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls, understood
@@ -217,6 +217,7 @@ class Turn:
         said: Any = None
         full = False
         again = 0
+        told = 0  # characters that the client has read
         number = 0  # of rounds that were answered; refused ones are bounded by what can be repaired
         while True:
             last = full or number >= self._model.limits.max_rounds - 1
@@ -239,12 +240,15 @@ class Turn:
             if not vm and (client or not (said.unread or empty)):
                 yield self._append(shown_messages(said, client), ())
                 break
+            words = said_text(said.shown)[told:] if said.shown else said_text(said.messages[0])
+            told += len(words)
             if not client and (stop or last or not vm or not channel.listed):
-                if again == _ASKED_AGAIN:
-                    if not empty and not self._told():  # nothing that it said is for the client
-                        return Answer(self._report, refused=_NO_ANSWER)
+                done = again == _ASKED_AGAIN and (empty or self._told())
+                if done or (words.strip() and not empty and not said.unread):  # what it said has to do
                     yield self._append(shown_messages(said, client), ())
                     break
+                if again == _ASKED_AGAIN:  # nothing that it said is for the client
+                    return Answer(self._report, refused=_NO_ANSWER)
                 again += 1
                 full = True  # it is asked once more, without tools
                 paging.channel = unlisted(channel)

@@ -322,6 +322,8 @@ def sse_of(message: Message, reason: str) -> list[bytes]:
     deltas: list[Message] = [{"role": "assistant", "content": ""}]
     text = message.get("content") or ""
     deltas += [{"content": text[i : i + 9]} for i in range(0, len(text), 9)]
+    if message.get("function_call"):
+        deltas.append({"function_call": message["function_call"]})
     for index, call in enumerate(message.get("tool_calls") or ()):
         body = call["function"]
         deltas.append({"tool_calls": [{**call, "index": index, "function": {**body, "arguments": ""}}]})
