@@ -89,6 +89,7 @@ class Sieve:
         self._include_usage = include_usage
         self._count = count
         self._identity: Chunk | None = None
+        self._fixed: list[tuple[str, Any]] = []  # of it, what every chunk of the stream has
         self._shown = MessageBuilder()  # what the client has been sent
         self._role_sent = False
         self._out_calls = 0
@@ -235,7 +236,7 @@ class Sieve:
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
-        if not choices_of(chunk):
+        if not _choice(chunk) and not choices_of(chunk):
             if isinstance(usage, dict):
                 self._usage_event = event, chunk
             elif self._flowing:
@@ -245,16 +246,17 @@ class Sieve:
             return
         if self._identity is None:
             self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
+            self._fixed = [(k, chunk[k]) for k in _IDENTITY if k in chunk]
         self._choice_event(event, chunk, now_ms, out)
 
     def _choice_event(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
         choice = _choice(chunk)
         delta = _delta(chunk)
-        if self._ours is not None and (legacy := as_tool_calls(delta, self._ours)) is not delta:
-            chunk, delta = _with_delta(chunk, legacy), legacy
-            event = Event(b"", b"")
-        calls = tool_deltas(delta)
-        self._said.add({k: v for k, v in delta.items() if k != "tool_calls"})
+        if "function_call" in delta and self._ours is not None:
+            delta = as_tool_calls(delta, self._ours)
+            chunk, event = _with_delta(chunk, delta), Event(b"", b"")
+        calls = tool_deltas(delta) if "tool_calls" in delta else []
+        self._said.add({k: v for k, v in delta.items() if k != "tool_calls"} if calls else delta)
         if choice.get("finish_reason"):
             self._said.finish_reason = choice["finish_reason"]
             self._finish = event, chunk
@@ -271,9 +273,10 @@ class Sieve:
             self._text(event, chunk, now_ms, out)
 
     def _text(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
-        if self._watch is not None and (piece := said_text(_delta(chunk))):
+        delta = _delta(chunk)
+        if self._watch is not None and (piece := said_text(delta)):
             watched, self._watched = self._watched, self._watch.feed(piece)
-            if watched and not self._watched and self._flowing:
+            if watched and self._flowing and not self._watched:
                 self._release(out)
         if self._flowing and not self._watched:
             self._emit(event if event.raw else None, chunk, out)
@@ -281,7 +284,7 @@ class Sieve:
         self._held.append((event, chunk))
         if self._vm_called or not _has_delta(chunk):  # the role alone tells nothing: it can wait
             return
-        text = "".join(v for k, v in _delta(chunk).items() if isinstance(v, str) and k != "role")
+        text = "".join(v for k, v in delta.items() if isinstance(v, str) and k != "role")
         if self._held_since is None:  # whatever it is: audio has a deadline too
             self._held_since = now_ms
         if text:
@@ -405,12 +408,11 @@ class Sieve:
             out.append(event.raw if self._include_usage else self._without_usage(event, chunk))
 
     def _write(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
-        identity = self._identity or {}
-        fixed = {k: identity[k] for k in _IDENTITY if k in identity}
-        if event is not None and all(chunk.get(k) == v for k, v in fixed.items() if k in chunk):
+        different = {k: v for k, v in self._fixed if k in chunk and chunk[k] != v}
+        if event is not None and not different:
             out.append(event.raw)
             return
-        chunk = {**chunk, **{k: v for k, v in fixed.items() if k in chunk}}
+        chunk = {**chunk, **different}
         out.append(b"data: " + _encode(chunk) + b"\n\n")
 
     @staticmethod
@@ -422,13 +424,18 @@ class Sieve:
 
 
 def _choice(chunk: Chunk) -> Chunk:
-    choices = chunk.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
+    try:
+        first = chunk["choices"][0]
+    except (LookupError, TypeError):
+        return {}
     return first if isinstance(first, dict) else {}
 
 
 def _delta(chunk: Chunk) -> Chunk:
-    delta = _choice(chunk).get("delta")
+    try:
+        delta = chunk["choices"][0]["delta"]
+    except (LookupError, TypeError):
+        return {}
     return delta if isinstance(delta, dict) else {}
 
 

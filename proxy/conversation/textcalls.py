@@ -67,7 +67,7 @@ def calls_in(
     text = text.rpartition(THOUGHT_END)[2]
     if len(text) > LONGEST_CHARS or not _MENTION.search(text):
         return None
-    if text.lstrip().startswith("<think>"):
+    if "<think>" in text:
         return None  # it thinks; it has not said anything yet
     found, broken = _find(text, channel)
     if not found and broken is None:
@@ -402,7 +402,12 @@ def _count(text: str) -> int:
 # -- watching a stream
 
 _PART = r"(?:p(?:a(?:g(?:e[_.\-]?(?:f(?:a(?:ul?)?)?)?)?)?)?|s(?:e(?:a(?:r(?:c(?:h[_.\-]?(?:p(?:a(?:ge?)?)?)?)?)?)?)?)?)\Z"
-_START = re.compile(rf"[<{{\[]|`{{1,3}}(?=\Z|[\w\n{{\[<`])|page[_.\-]?fault|search[_.\-]?pages|(?<![^\W_]){_PART}", re.IGNORECASE)
+_START = re.compile(
+    rf"[<{{\[]|`{{1,3}}(?=\Z|[\w\n{{\[<`])|page[_.\-]?fault|search[_.\-]?pages|(?<![^\W_]){_PART}", re.IGNORECASE
+)
+_suspicious = re.compile(
+    rf"[<{{\[`]|[Pp][Aa][Gg][Ee][_.\-]?[Ff]|[Ss][Ee][Aa][Rr][Cc][Hh][_.\-]?[Pp]|(?<![^\W_])(?i:{_PART})"
+).search
 _PARTLY = re.compile(_PART, re.IGNORECASE)
 _OPEN_CHARS = 240  # of markup without a tool's name
 _LINE_CHARS = 120
@@ -418,43 +423,38 @@ class Watch:
     """Follows a round's text; feed() says whether what came last may be a call, and must be held."""
 
     def __init__(self) -> None:
-        self._text = ""
-        self._scanned = 0  # no call begins before it
-        self._off = False  # it is an answer by now
-        self._tail = ""
+        self._text = ""  # from where a call may have begun; empty for most of most answers
+        self._before = 0  # characters before it
+        self._scanned = 0  # no call begins before it, in the text
+        self._off = False  # it is an answer, or a thought, by now
 
     def feed(self, piece: str) -> bool:
-        if self._off:
-            if ">" in piece and THOUGHT_END in (rest := self._tail + piece):
-                self._text, self._off = rest.rpartition(THOUGHT_END)[2], False
-                self._scanned = 0
-            else:
-                self._tail = piece if len(piece) > 8 else (self._tail + piece)[-16:]
-                return False
-        else:
-            self._text += piece
-            if ">" in piece and THOUGHT_END in self._text:
-                self._text, self._scanned = self._text.rpartition(THOUGHT_END)[2], 0
-        if self._held():
+        if not self._text and not _suspicious(piece):
+            self._before += len(piece)
+            return False
+        self._text += piece
+        if THOUGHT_END in self._text:
+            self._text = self._text.rpartition(THOUGHT_END)[2]
+            self._before, self._scanned, self._off = 0, 0, False
+        if "<think>" in self._text or self._before + len(self._text) > LONGEST_CHARS:
+            self._off = True
+        if not self._off and self._held():
             return True
-        if self._off:
-            self._tail, self._text = self._text[-16:], ""
+        self._before += len(self._text)
+        tail = self._text[-len(THOUGHT_END) :]
+        self._text = tail[tail.rfind("<") :] if "<" in tail else ""  # the end of a thought, perhaps
+        self._before -= len(self._text)
+        self._scanned = len(self._text)
         return False
 
     def _held(self) -> bool:
-        text = self._text
-        if len(text) > LONGEST_CHARS or text.lstrip().startswith("<think>"):
-            self._off = True
-            return False
-        while match := _START.search(text, self._scanned):
-            if match.start() > PREAMBLE_CHARS:
-                break
-            if _open(text, match.start()):
+        while match := _START.search(self._text, self._scanned):
+            if self._before + match.start() > PREAMBLE_CHARS:
+                return False
+            if _open(self._text, match.start()):
                 self._scanned = match.start()
                 return True
             self._scanned = match.start() + 1
-        self._scanned = max(self._scanned, len(text) - 12)
-        self._off = len(text) > PREAMBLE_CHARS + LONGEST_CHARS // 10
         return False
 
 
