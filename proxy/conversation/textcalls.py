@@ -14,7 +14,7 @@ import ast
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from proxy.conversation.channel import Channel
@@ -25,16 +25,19 @@ from proxy.memory.vm_prompts import PAGE_FAULT
 LONGEST_CHARS = 2_000  # of a text that is read as calls, a preamble and all
 PREAMBLE_CHARS = 400  # what has said so much before a call is an answer
 _OUTSIDE_WORDS = 40  # beside calls, in all
+_IMAGINED_WORDS = 150  # behind a call that a text begins with: what the model thinks that came of it
 _TALKED_WORDS = 15  # before a call, where the conversation itself speaks of the tools; none after it
 _GAP_WORDS = 3  # between a tool's name and its arguments: "json", "Action Input", "arguments"
 _GAP_CHARS = 120
-_MOST_CALLS = 32
+_MOST_CALLS = 16  # that are read, and mentions that are looked at
+_MOST_OPENINGS = 24  # brackets in front of a mention that are tried as JSON
 _PARAMETERS = {
     PAGE_FAULT: ("page_id", "target_level"),
     "search_pages": ("query", "modality", "limit"),
 }
 _ANY_PARAMETER = re.compile(r"\b(page_id|target_level|query|modality|limit)\b", re.IGNORECASE)
-_MENTION = re.compile(r"page[_.\-]?fault|search[_.\-]?pages", re.IGNORECASE)
+_SEP = r"[_.\-\\]{0,2}"  # between the words of a name; some models escape it
+_MENTION = re.compile(rf"page{_SEP}fault|search{_SEP}pages", re.IGNORECASE)
 _NAME_CHARS = re.compile(r"[\w.:/\-]*")
 _NAME_BEFORE = re.compile(r"[\w.:/\-]*$")
 THOUGHT_END = "</think>"
@@ -42,6 +45,8 @@ _TAG = re.compile(r"<[^<>\n]{0,120}>|\[/?[A-Z_]{3,20}\]")
 _SPECIAL = re.compile(r"<[|｜][^<>\n]{0,80}[|｜]>[\w]{0,20}|</?[｜|]?\w[^<>\n]{0,120}>|\[/?[A-Z_]{3,20}\]")
 _FENCE = re.compile(r"```[\w+\-]*")
 _LETTERS = re.compile(r"[^\W\d_]{2,}")
+_BRACKETS = re.compile(r"\\.|[\"'{}\[\]()]", re.DOTALL)
+_CLOSING = {"{": "}", "[": "]", "(": ")"}
 _json = json.JSONDecoder(strict=False)
 
 
@@ -64,7 +69,7 @@ def calls_in(
     """The VM calls that a round's whole text is; [] when it is a call that cannot be read; None for an
     answer. `talked`: the conversation itself speaks of the tools by name, asked only where that matters.
     """
-    text = text.rpartition(THOUGHT_END)[2]
+    text = text.rpartition(THOUGHT_END)[2].replace("\\_", "_")
     if len(text) > LONGEST_CHARS or not _MENTION.search(text):
         return None
     if "<think>" in text:
@@ -73,7 +78,8 @@ def calls_in(
     if not found and broken is None:
         return None
     before, after = _outside(text, found, broken)
-    if before + after > _OUTSIDE_WORDS or (found and found[0].start > PREAMBLE_CHARS):
+    most = _OUTSIDE_WORDS if before else _IMAGINED_WORDS
+    if before + after > most or (found and found[0].start > PREAMBLE_CHARS):
         return None
     if not channel.listed and talked():
         return None
@@ -143,18 +149,19 @@ def _find(text: str, channel: Channel) -> tuple[list[_Found], int | None]:
     """The calls of a text in their order, and where a call begins that cannot be read."""
     found: list[_Found] = []
     broken: int | None = None
+    read: dict[int, tuple[Any, int] | None] = {}  # the JSON that begins at a bracket
     at = 0
-    for mention in _MENTION.finditer(text):
-        if mention.start() < at or len(found) == _MOST_CALLS:
+    for mention in itertools.islice(_MENTION.finditer(text), _MOST_CALLS):
+        if mention.start() < at:
             continue
         before = _NAME_BEFORE.search(text, at, mention.start())
         start = before.start() if before else mention.start()
         behind = _NAME_CHARS.match(text, mention.end())
         end = behind.end() if behind else mention.end()
-        tool = channel.tool(text[start:end]) or channel.tool(mention.group())
+        tool = channel.tool(text[start:end])
         if tool is None:
             continue
-        one = _json_around(text, at, mention.start(), channel) or _called(text, start, end, tool)
+        one = _json_around(text, at, mention.start(), channel, read) or _called(text, start, end, tool)
         if one is not None:
             found.append(one)
             at = one.end
@@ -163,59 +170,54 @@ def _find(text: str, channel: Channel) -> tuple[list[_Found], int | None]:
     return found, broken
 
 
-def _json_around(text: str, least: int, mention: int, channel: Channel) -> _Found | None:
+def _json_around(
+    text: str, least: int, mention: int, channel: Channel, read: dict[int, tuple[Any, int] | None]
+) -> _Found | None:
     """The JSON value that a mention stands in, read as calls."""
-    for opening in re.finditer(r"[{\[]", text[least:mention]):
+    for opening in itertools.islice(re.finditer(r"[{\[]", text[least:mention]), _MOST_OPENINGS):
         start = least + opening.start()
-        for value, end in _values(text, start):
-            if end > mention and (calls := _walk(value, channel)):
-                return _Found(start, end, calls)
+        if start not in read:
+            read[start] = _value_at(text, start) if len(read) < _MOST_OPENINGS else None
+        found = read[start]
+        if found and found[1] > mention and (calls := _walk(found[0], channel)):
+            return _Found(start, found[1], calls)
     return None
 
 
-def _values(text: str, start: int) -> Iterator[tuple[Any, int]]:
-    """What the JSON or Python literal that begins at `start` may mean, and where it ends."""
+def _value_at(text: str, start: int) -> tuple[Any, int] | None:
+    """The JSON value or Python literal that begins at `start`, and where it ends; brackets that the
+    text leaves open are closed."""
     try:
-        yield _json.raw_decode(text, start)
-        return
+        return _json.raw_decode(text, start)
     except (ValueError, RecursionError):
         pass
     end, closing = _balanced(text, start)
-    piece = text[start:end] + closing
-    for read in (_json.decode, _literal):
+    for decode in (_json.decode, ast.literal_eval):
         try:
-            yield read(piece), end
-            return
+            return decode(text[start:end] + closing), end
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-
-
-def _literal(piece: str) -> Any:
-    return ast.literal_eval(piece)
+    return None
 
 
 def _balanced(text: str, start: int) -> tuple[int, str]:
     """The end of the bracket that opens at `start`, and what would close it if the text does not."""
-    pairs = {"{": "}", "[": "]", "(": ")"}
     waiting: list[str] = []
     quote = ""
-    at = start
-    while at < len(text):
-        char = text[at]
+    for match in _BRACKETS.finditer(text, start):
+        char = match.group()
+        if char[0] == "\\":
+            continue
         if quote:
-            if char == "\\":
-                at += 1
-            elif char == quote:
-                quote = ""
+            quote = "" if char == quote else quote
         elif char in "\"'":
             quote = char
-        elif char in pairs:
-            waiting.append(pairs[char])
+        elif char in _CLOSING:
+            waiting.append(_CLOSING[char])
         elif waiting and char == waiting[-1]:
             waiting.pop()
             if not waiting:
-                return at + 1, ""
-        at += 1
+                return match.end(), ""
     return len(text), "" if quote else "".join(reversed(waiting))
 
 
@@ -265,7 +267,7 @@ def _called(text: str, start: int, end: int, tool: str) -> _Found | None:
     """A call whose arguments stand behind the name, in any of the ways."""
     following = _MENTION.search(text, end)
     last = following.start() if following else len(text)
-    for way in (_in_brackets, _as_object, _in_tags, _as_pairs, _as_page):
+    for way in (_in_brackets, _as_object, _in_tags, _as_pairs, _as_line):
         if found := way(text, end, last, tool):
             arguments, close = found
             if call := _spoken(tool, arguments):
@@ -319,12 +321,10 @@ def _as_object(text: str, at: int, last: int, tool: str) -> _Args:
         return None
     while text.startswith("{", start + 1):
         start += 1
-    for value, end in _values(text, start):
-        if isinstance(value, dict):
-            if _spoken(tool, value):
-                return value, end
-            return next(((v, end) for v in value.values() if _spoken(tool, v)), None)
-    return None
+    value, end = _value_at(text, start) or (None, start)
+    if not isinstance(value, dict) or _spoken(tool, value):
+        return (value, end) if isinstance(value, dict) else None
+    return next(((v, end) for v in value.values() if _spoken(tool, v)), None)
 
 
 def _in_tags(text: str, at: int, last: int, tool: str) -> _Args:
@@ -352,21 +352,27 @@ def _as_pairs(text: str, at: int, last: int, tool: str) -> _Args:
     """`query="x" limit=3`, or lines of `query: x`."""
     arguments: dict[str, Any] = {}
     end = at
-    pair = r"\b(%s)\b[\"'`*]*\s*[:=]\s*(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\n,;)>\]}]+)"
+    pair = r"\b(%s)\b[\"'`*]*\s*[:=]\s*(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\n,;>\]}]+)"
     for match in re.finditer(pair % "|".join(_PARAMETERS[tool]), text[at:last]):
         if len(_LETTERS.findall(_SPECIAL.sub(" ", text[end : at + match.start()]))) > _GAP_WORDS:
             break
-        arguments.setdefault(match.group(1), match.group(2).strip().strip("\"'`"))
+        value = match.group(2).strip().strip("\"'`")
+        arguments.setdefault(match.group(1), value if "(" in value else value.rstrip(")"))
         end = at + match.end()
     return (arguments, end) if arguments else None
 
 
-def _as_page(text: str, at: int, last: int, tool: str) -> _Args:
-    """`page_fault msg_0042`."""
-    match = re.compile(r"[\s:`\"'>(\[]{1,4}([a-z]+_[\d._]*\d)\b").match(text, at, last)
-    if tool != PAGE_FAULT or not match or not parse_page_id(match.group(1)):
+def _as_line(text: str, at: int, last: int, tool: str) -> _Args:
+    """`page_fault msg_0042`, `search_pages "flooring"`, `Action Input: flooring` in the next line."""
+    match = re.compile(
+        r"[\s:`\"'>(\[]{1,4}([a-z]+_[\d._]*\d)\b|\s+\"([^\"\n]+)\"|`?\s*\n[\w ]{1,20}:[ \t]*[\"'`]?([^\n\"'`]+)"
+    ).match(text, at, last)
+    if match is None:
         return None
-    return {"page_id": match.group(1)}, match.end()
+    words = next(group for group in match.groups() if group).strip()
+    if tool == PAGE_FAULT:
+        return ({"page_id": words}, match.end()) if parse_page_id(words) else None
+    return ({"query": words}, match.end()) if match.group(1) is None else None
 
 
 def _like_a_call(text: str, least: int, start: int, end: int) -> bool:
@@ -401,12 +407,14 @@ def _count(text: str) -> int:
 
 # -- watching a stream
 
-_PART = r"(?:p(?:a(?:g(?:e[_.\-]?(?:f(?:a(?:ul?)?)?)?)?)?)?|s(?:e(?:a(?:r(?:c(?:h[_.\-]?(?:p(?:a(?:ge?)?)?)?)?)?)?)?)?)\Z"
+_PART = (
+    rf"(?:p(?:a(?:g(?:e{_SEP}(?:f(?:a(?:ul?)?)?)?)?)?)?|s(?:e(?:a(?:r(?:c(?:h{_SEP}(?:p(?:a(?:ge?)?)?)?)?)?)?)?)?)\Z"
+)
 _START = re.compile(
-    rf"[<{{\[]|`{{1,3}}(?=\Z|[\w\n{{\[<`])|page[_.\-]?fault|search[_.\-]?pages|(?<![^\W_]){_PART}", re.IGNORECASE
+    rf"[<{{\[]|`{{1,3}}(?=\Z|[\w\n{{\[<`])|page{_SEP}fault|search{_SEP}pages|(?<![^\W_]){_PART}", re.IGNORECASE
 )
 _suspicious = re.compile(
-    rf"[<{{\[`]|[Pp][Aa][Gg][Ee][_.\-]?[Ff]|[Ss][Ee][Aa][Rr][Cc][Hh][_.\-]?[Pp]|(?<![^\W_])(?i:{_PART})"
+    rf"[<{{\[`]|[Pp][Aa][Gg][Ee]{_SEP}[Ff]|[Ss][Ee][Aa][Rr][Cc][Hh]{_SEP}[Pp]|(?<![^\W_])(?i:{_PART})"
 ).search
 _PARTLY = re.compile(_PART, re.IGNORECASE)
 _OPEN_CHARS = 240  # of markup without a tool's name
@@ -432,7 +440,7 @@ class Watch:
         if not self._text and not _suspicious(piece):
             self._before += len(piece)
             return False
-        self._text += piece
+        self._text = (self._text + piece).replace("\\_", "_")
         if THOUGHT_END in self._text:
             self._text = self._text.rpartition(THOUGHT_END)[2]
             self._before, self._scanned, self._off = 0, 0, False

@@ -10,6 +10,7 @@ as a dialogue.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -127,7 +128,10 @@ class Turn:
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
             self._too_long = answer.refused
-        channel = self._channel = choose_channel(given.decoded, self._model.limits)
+        channel = choose_channel(given.decoded, self._model.limits)
+        if given.given_answers:
+            channel = replace(channel, client_calls=True)
+        self._channel = channel
         self._report.channel = channel.name
         self._report.budget_tokens = self._model.limits.budget_tokens
         paging = self._turn_window(channel)
@@ -230,13 +234,13 @@ class Turn:
                     continue
                 return (yield from self._refused(said))
             number += 1
-            if said.messages and not self._many():
+            if said.messages and not (self._many() or self._in.given_answers):
                 said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
                 break
             vm, client = self._split(said, channel)
-            empty = number > 1 and said.finish_reason in _ENDED and is_silent(said.messages[0])
+            empty = number > 1 and not self._in.given_answers and said.finish_reason in _ENDED and is_silent(said.messages[0])
             if not vm and (client or not (said.unread or empty)):
                 yield self._append(shown_messages(said, client), ())
                 break
@@ -244,7 +248,7 @@ class Turn:
             told += len(words)
             if not client and (stop or last or not vm or not channel.listed):
                 done = again == _ASKED_AGAIN and (empty or self._told())
-                if done or (words.strip() and not empty and not said.unread):  # what it said has to do
+                if done or self._in.given_answers or (words.strip() and not empty and not said.unread):  # what it said has to do
                     yield self._append(shown_messages(said, client), ())
                     break
                 if again == _ASKED_AGAIN:  # nothing that it said is for the client

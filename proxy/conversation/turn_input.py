@@ -57,6 +57,8 @@ class TurnInput:
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
+    given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
+    # it says ends the turn, unless it calls a VM tool
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
 
 

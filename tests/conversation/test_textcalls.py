@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -77,6 +78,11 @@ SHAPES: dict[str, Any] = {
     "object_behind": lambda n, a: f"{n} {dump(a)}",
     "react": lambda n, a: f"Action: {n}\nAction Input: {dump(a)}",
 }  # fmt: skip
+SHAPES |= {
+    "react_words": lambda n, a: f"Action: {n}\nAction Input: {next(iter(a.values()))}",
+    "escaped": lambda n, a: dump({"name": n, "arguments": a}).replace("_", "\\_"),
+    "yaml": lambda n, a: f"{n}:\n" + "\n".join(f"  {k}: {v}" for k, v in a.items()),
+}
 DRESSES = ["{}", "functions.{}", "default_api.{}", "tools/{}", "{}_tool", "vm_{}"]
 PREAMBLES = ["", "\n", "Let me look:\n", "I need to find that first.\n\n", "<think>I could use page_fault.</think>\n\n",
              "Sure, one moment. "]  # fmt: skip
@@ -100,6 +106,8 @@ def expected(tool: str, arguments: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("call", CALLS, ids=[f"{t}{i}" for i, (t, _) in enumerate(CALLS)])
 def test_a_call_is_read_in_every_shape_and_dress(shape: str, call: tuple[str, dict[str, Any]]) -> None:
     tool, arguments = call
+    if shape == "react_words":
+        arguments = dict([next(iter(arguments.items()))])
     for dress in DRESSES:
         if shape in ("cline", "call", "fence_python", "pythonic") and "/" in dress:
             continue
@@ -146,6 +154,22 @@ ANSWERS = [
 @pytest.mark.parametrize("text", ANSWERS)
 def test_an_answer_is_an_answer_whatever_it_speaks_of(text: str) -> None:
     assert calls_in(text, OURS) is None
+
+
+def test_a_call_with_an_imagined_result_is_a_call() -> None:
+    text = SHAPES["hermes"](*CALLS[2]) + "\n<tool_response>\n" + LONG + "</tool_response>\nHe liked it."
+    assert normal(calls_in(text, OURS)) == expected(*CALLS[2])
+
+
+def test_reading_is_bounded_whatever_the_text() -> None:
+    for text in ("page_fault{" * 180, "[{" * 900 + "page_fault", "search_pages(" * 150, "<page_fault>" * 150,
+                 "{'page_fault': " * 130, '"' * 1900 + "page_fault("):  # fmt: skip
+        before = time.process_time()
+        calls_in(text, OURS)
+        watch = Watch()
+        for char in text[:600]:
+            watch.feed(char)
+        assert time.process_time() - before < 0.5
 
 
 def test_where_people_speak_of_the_tools_an_example_is_an_answer_and_a_mere_call_is_a_call() -> None:
@@ -209,6 +233,8 @@ def test_a_call_as_text_stays_inside_however_its_stream_is_cut(
 ) -> None:
     text = preamble + SHAPES[shape](*call)
     ended, shown = stream(text, cut, hold, offer)
+    if shape == "react_words":
+        call = call[0], dict([next(iter(call[1].items()))])
     made = [c["function"] for c in ended.message["tool_calls"]]
     assert normal([Spoken(c["name"], c["arguments"]) for c in made]) == expected(*call)
     assert shown.count("<think>") == shown.count("</think>")
@@ -249,7 +275,7 @@ def test_prose_flows_as_it_comes() -> None:
 
 @pytest.mark.parametrize(("text", "most"), [
     ('{"city": "Oslo", "people": 700000}', 12), ('{"name": "Jon", "age": 3, "x": "y"}', 16),
-    ("```python\ndef area(r):\n    return 3 * r * r\n```", 26), ("[1] The first source says so.", 6),
+    ("```python\ndef area(r):\n    return 3 * r * r\n```", 26), ("[1] The first source says so.", 7),
     ("<div>\n  <p>Hello there, my friend, how are you?</p></div>", 40), ("[The shop](https://x.y) has it.", 8),
 ])  # fmt: skip
 def test_what_only_begins_like_a_call_is_held_until_that_is_clear(text: str, most: int) -> None:
