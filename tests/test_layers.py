@@ -70,7 +70,7 @@ STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"search", "storage"}}
 
 PURE = {"media", "memory", "conversation"}
 PURE_STDLIB = {
-    "__future__", "abc", "array", "base64", "binascii", "bisect", "collections", "contextlib",
+    "__future__", "abc", "array", "ast", "base64", "binascii", "bisect", "collections", "contextlib",
     "copy", "dataclasses", "datetime", "decimal", "difflib", "enum", "fnmatch", "fractions",
     "functools", "hashlib", "heapq", "hmac", "html", "inspect", "itertools", "json", "math",
     "numbers", "operator", "re", "statistics", "string", "struct", "textwrap", "types", "typing",

@@ -208,12 +208,13 @@ class ChatApi:
             options = decoded.get("stream_options") or {}
             formatted = (decoded.get("response_format") or {}).get("type", "text") != "text"
             return Sieve(
-                turn.vm_names,
+                turn.channel,
                 config.hold_tokens,
                 config.hold_ms,
                 formatted,
                 bool(options.get("include_usage")),
                 given.counter.text,
+                turn.talks_of_tools,
             )
 
         return Exchange(

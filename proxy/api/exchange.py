@@ -104,9 +104,9 @@ class Exchange:
             if self._stream and _is_event_stream(reply):
                 if effect.through and self._sieve is None:
                     return await self._through(reply)
-                return await self._sift(reply, effect.offer)
+                return await self._sift(reply, effect)
             body = await reply.read(self._limit_bytes)
-            return await self._rejoin(body, effect.offer) if self._started else self._whole(body)
+            return await self._rejoin(body, effect) if self._started else self._whole(body)
         finally:
             await reply.close()
 
@@ -141,11 +141,11 @@ class Exchange:
         self._tee = tee
         return Said(tee.messages(), None, None)
 
-    async def _sift(self, reply: Reply, offer: bool) -> Said | Refused:
+    async def _sift(self, reply: Reply, effect: Complete) -> Said | Refused:
         if self._sieve is None:
             self._sieve = self._new_sieve()
         sieve = self._sieve
-        sieve.begin_round(offer)
+        sieve.begin_round(effect.offer, not effect.through)
         await self._start(reply)
         self._alive.watch()
         chunks = reply.chunks().__aiter__()
@@ -159,13 +159,13 @@ class Exchange:
             return Refused(_status_of(error.data), error.data)
         return await self._end_round(sieve)
 
-    async def _rejoin(self, body: bytes, offer: bool) -> Said:
+    async def _rejoin(self, body: bytes, effect: Complete) -> Said:
         """A whole answer after a round that was streamed: the client goes on reading its stream."""
         said = self._whole(body)
         if said.response is None or not said.messages or self._sieve is None:
             await self._write(error_event(Refused(200, body)))
             raise UpstreamBroken("the upstream's later round is no chat answer")
-        self._sieve.begin_round(offer)
+        self._sieve.begin_round(effect.offer, not effect.through)
         event = as_event(said.response)
         await self._write(b"".join(self._sieve.feed(event + DONE, _now_ms())))
         # Usage goes by itself: every whole answer has one, and the client may not have asked for it.
@@ -177,7 +177,8 @@ class Exchange:
             await self._fail(ended.error)
             raise UpstreamBroken("the upstream's stream ended before its answer did")
         await self._write(b"".join(ready))
-        return Said([ended.message], ended.finish_reason, ended.usage, None, sieve.shown())
+        shown = sieve.shown()
+        return Said([ended.message], ended.finish_reason, ended.usage, None, shown, ended.unread)
 
     async def _next(self, chunks: AsyncIterator[bytes], sieve: Sieve) -> bytes:
         """The next bytes, b"" at the end. Held text leaves at its deadline, whatever comes or not."""

@@ -4,10 +4,15 @@
 wants several choices or log probabilities, or uses what tools cannot go with), so pages are brought
 in before the call. The tools array stays the same in both wherever the API allows it, because it is
 part of the cached prefix.
+
+A VM tool is known by what its called name means, whatever stands around it (`functions.page_fault`,
+`PageFault_tool`, `page_fault<|channel|>commentary`); a name that is a client's tool, or nearer to one,
+is the client's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +27,8 @@ from proxy.tokens import TokenCounter
 
 MAX_TOOLS = 128  # OpenAI's limit for one request
 TOOLS, PASSIVE = "tools", "passive"
+_MAX_NAME_CHARS = 200  # of a called name that is looked into
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+|\d+")
 # Gemini's own tools, by their keys: function tools cannot stand beside them.
 _ALONE = frozenset(
     ("codeExecution", "code_execution", "enterpriseWebSearch", "googleMaps", "googleSearch",
@@ -33,27 +40,56 @@ _ALONE = frozenset(
 class Channel:
     """`offer`: the model may call VM tools; `listed`: they are in the tools array.
 
-    `names` maps page_fault and search_pages to what they are called beside this client's tools.
+    `names` maps page_fault and search_pages to what they are called beside this client's tools, whose
+    names are `client`. `client_calls`: the client can take a call.
     """
 
     name: str
     listed: bool
     names: Mapping[str, str]
+    client: frozenset[str] = frozenset()
+    client_calls: bool = False
 
     @property
     def offer(self) -> bool:
         return self.name == TOOLS
 
-    @property
-    def listed_names(self) -> frozenset[str]:
-        """Whose calls are the VM's: none when the VM tools are not listed."""
-        return frozenset(self.names.values()) if self.listed else frozenset()
+    def tool(self, called: object) -> str | None:
+        """The VM tool that a called name means: page_fault, search_pages, or None."""
+        if not isinstance(called, str) or called in self.client or len(called) > _MAX_NAME_CHARS:
+            return None
+        found, length = None, max((_spelled(called, own) for own in self.client), default=0)
+        for tool, name in self.names.items():
+            if (own := _spelled(called, name)) > length:
+                found, length = tool, own
+        return found
+
+
+def _words(name: str) -> list[str]:
+    return [word.casefold() for word in _WORD.findall(name)]
+
+
+def _spelled(called: str, name: str) -> int:
+    """How many letters of `name` stand in a called name, as whole words and in one piece; 0: not all."""
+    letters, words = "".join(_words(name)), _words(called)
+    for first in range(len(words)):
+        joined = ""
+        for word in words[first:]:
+            joined += word
+            if joined == letters:
+                return len(letters)
+            if not letters.startswith(joined):
+                break
+    return 0
 
 
 def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     """`fields` are the request's decoded top-level fields."""
     tools = fields.get("tools") or []
     names = vm_names(tools)
+    functions = fields.get("functions")
+    legacy = [{"function": f} for f in functions] if isinstance(functions, list) else []
+    client, takes = client_names(tools) | client_names(legacy), bool(tools or functions)
     choice = fields.get("tool_choice")
     without = (
         limits.mode is VMMode.PASSIVE
@@ -68,10 +104,10 @@ def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
         or any(isinstance(tool, dict) and not _ALONE.isdisjoint(tool) for tool in tools)
     )
     if without:
-        return Channel(PASSIVE, False, names)
+        return Channel(PASSIVE, False, names, client, takes)
     if choice in (None, "auto") and not fields.get("logprobs"):
-        return Channel(TOOLS, True, names)
-    return Channel(PASSIVE, True, names)
+        return Channel(TOOLS, True, names, client, takes)
+    return Channel(PASSIVE, True, names, client, takes)
 
 
 def wants_json(fields: Mapping[str, Any]) -> bool:
@@ -81,15 +117,21 @@ def wants_json(fields: Mapping[str, Any]) -> bool:
 
 
 def vm_names(tools: Any) -> dict[str, str]:
-    """The VM tools' names, prefixed until no tool of the client has them."""
-    taken = {_tool_name(tool) for tool in tools} if isinstance(tools, list) else set()
+    """The VM tools' names, prefixed until no tool of the client is called so, in any spelling."""
+    taken = {"".join(_words(name)) for name in client_names(tools)}
     names: dict[str, str] = {}
     for tool in (PAGE_FAULT, SEARCH_PAGES):
         name = tool
-        while name in taken:
+        while "".join(_words(name)) in taken:
             name = f"vm_{name}"
         names[tool] = name
     return names
+
+
+def client_names(tools: Any) -> frozenset[str]:
+    """What the client's own tools are called."""
+    found = (_tool_name(tool) for tool in tools) if isinstance(tools, list) else ()
+    return frozenset(name for name in found if isinstance(name, str))
 
 
 def _tool_name(tool: Any) -> Any:

@@ -46,7 +46,8 @@ class Said:
 
     `messages` has one message per choice, VM calls included; empty when the answer cannot be
     remembered. `response` is the decoded body of a non-streaming call; of a streamed one, `shown`
-    is what the client has received so far, over all rounds.
+    is what the client has received so far, over all rounds. `unread`: it was a VM call as text that
+    cannot be read.
     """
 
     messages: list[dict[str, Any]]
@@ -54,6 +55,7 @@ class Said:
     usage: dict[str, Any] | None
     response: dict[str, Any] | None = None
     shown: dict[str, Any] | None = None
+    unread: bool = False
 
 
 @dataclass(frozen=True, slots=True)

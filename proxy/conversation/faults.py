@@ -38,6 +38,7 @@ _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the w
 _DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
 _RESULT_OVERHEAD = 72  # the JSON around a page's text
 _MEDIA_OVERHEAD = 48  # the message around a page's media, and its notice
+NO_TOOL = "none"  # a call of a tool that nobody has
 NO_ROOM = error_result("There is no room left; answer with what you have.")
 
 
@@ -118,6 +119,8 @@ class FaultServer:
         """The result of one call. `media` false: no message may follow, so images stay words."""
         if tool == "search_pages":
             return Served((yield from self._search(arguments, room)))
+        if tool == NO_TOOL:
+            return self._error("", 0, "There is no such tool; answer in words.", room)
         args = parse_fault_args(arguments)
         if isinstance(args, str):
             return self._error("", 0, args, room)

@@ -239,6 +239,7 @@ class LocalConversation:
             start=0,
             floor=0,
             anchors=(),
+            given_answers=True,
             record=record,
             window=state.window if state else None,
             table=state.table if state else None,

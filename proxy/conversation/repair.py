@@ -104,7 +104,7 @@ class Model:
 
 def unlisted(channel: Channel) -> Channel:
     """The same conversation without the VM tools."""
-    return Channel(PASSIVE, False, channel.names)
+    return replace(channel, name=PASSIVE, listed=False)
 
 
 def fixed_tokens(system: Sequence[bytes], fields: Fields, counter: TokenCounter) -> int:

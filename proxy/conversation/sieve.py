@@ -2,8 +2,9 @@
 
 Promises: text leaves as it arrives, except the first few tokens of a round that may still turn out
 to be a preamble of a VM call (bounded in tokens and milliseconds), and all of a round's text under
-`response_format`. Nothing of a round leaves before it is known to be the client's, not even its
-opening delta; a round with a call of the client's is the client's, all of its text included, and the
+`response_format`; and except text that may become a VM call written as text (`textcalls.Watch`: what
+does not begin like one is not held), which ends as a call like any other. Nothing of a round leaves
+before it is known to be the client's, not even its opening delta; a round with a call of the client's is the client's, all of its text included, and the
 text that came before a call leaves before it. No VM call, VM result or inner finish reason ever leaves. The client sees one id,
 one `created`, one role delta, tool calls numbered from 0, one finish reason and one `[DONE]`, and usage
 only if it asked for it: null on every chunk, and one last chunk with the numbers and no choices.
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.conversation.channel import Channel
 from proxy.conversation.sse import (
     DONE,
     Event,
@@ -27,6 +29,16 @@ from proxy.conversation.sse import (
     choices_of,
     decode_chunk,
     tool_deltas,
+)
+from proxy.conversation.textcalls import (
+    THOUGHT_END,
+    Spoken,
+    Watch,
+    as_message,
+    as_tool_calls,
+    calls_in,
+    said_text,
+    unwrapped,
 )
 
 _encode = msgspec.json.encode
@@ -43,6 +55,7 @@ class Round:
     usage: dict[str, Any] | None
     complete: bool  # False: the stream ended before its finish reason
     error: bytes | None = None  # a late error event, as received
+    unread: bool = False  # it was a VM call as text that cannot be read
 
 
 @dataclass(slots=True)
@@ -55,24 +68,28 @@ class _Call:
 
 
 class Sieve:
-    """One per streamed request. `count` gives a text's tokens."""
+    """One per streamed request. `channel` (None: nothing is ours) tells whose a call is; `count` gives a
+    text's tokens; `talked`: see `calls_in`."""
 
     def __init__(
         self,
-        vm_names: frozenset[str],
+        channel: Channel | None,
         hold_tokens: int,
         hold_ms: float,
         hold_text: bool,
         include_usage: bool,
         count: Callable[[str], int],
+        talked: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._vm_names = vm_names
+        self._channel = channel
+        self._talked = talked
         self._hold_tokens = hold_tokens
         self._hold_ms = hold_ms
         self._hold_text = hold_text
         self._include_usage = include_usage
         self._count = count
         self._identity: Chunk | None = None
+        self._fixed: list[tuple[str, Any]] = []  # of it, what every chunk of the stream has
         self._shown = MessageBuilder()  # what the client has been sent
         self._role_sent = False
         self._out_calls = 0
@@ -84,8 +101,9 @@ class Sieve:
 
     # -- rounds
 
-    def begin_round(self, offer: bool) -> None:
-        """A new upstream stream; `offer`: the model may call VM tools in it."""
+    def begin_round(self, offer: bool, inside: bool = True) -> None:
+        """A new upstream stream; `offer`: the model may call VM tools in it; `inside`: what is not the
+        client's can be answered inside (False: all of it is the client's)."""
         self._rounds += 1
         self._offer = offer
         self._parser = EventParser()
@@ -96,6 +114,9 @@ class Sieve:
         self._held_tokens = 0
         self._held_since: float | None = None
         self._flowing = not offer and not self._hold_text
+        self._ours = self._channel if inside else None
+        self._watch = Watch() if self._ours is not None else None
+        self._watched = False  # what came last may be a call as text: it is held, however long
         self._vm_called = False
         self._done = False
         self._usage: dict[str, Any] | None = None
@@ -115,17 +136,36 @@ class Sieve:
         out: list[bytes] = []
         for event in self._parser.close():  # it lacks its blank line, and more may follow
             self._event(Event(event.raw + b"\n\n", event.data), 0.0, out)
+        said = self._said
+        message = said.build()
+        spoken = self._spoken(message)
         for index, call in self._calls.items():
             if call.owner is None:
                 self._settle(index, call, out, self._template())
-        if not self._vm_called:
+        if spoken is not None:
+            self._end_thought(said_text(message), out)
+        elif not self._vm_called:
             self._release(out)
         self._held.clear()  # the preamble of a round that stays inside
-        said = self._said
         complete = said.finish_reason is not None or self._done
         error = self._error.raw if self._error is not None else None
-        ended = Round(said.build(), said.finish_reason, self._usage, complete, error)
+        if spoken and self._ours is not None:
+            message = as_message(message, spoken, self._ours)
+        ended = Round(message, said.finish_reason, self._usage, complete, error, spoken == [])
         return ended, out
+
+    def _spoken(self, message: dict[str, Any]) -> list[Spoken] | None:
+        """The calls that the round's text is, if it is held still."""
+        if self._ours is None or not (self._watched or not self._flowing):
+            return None
+        return calls_in(said_text(message), self._ours, self._talked)
+
+    def _end_thought(self, text: str, out: list[bytes]) -> None:
+        """Thinking that the client has begun to read comes to its end, whatever follows it is."""
+        told = len(text) - sum(len(said_text(_delta(chunk))) for _, chunk in self._held)
+        end = text.rfind(THOUGHT_END) + len(THOUGHT_END)
+        if 0 < told < end and THOUGHT_END in text:
+            self._emit(None, _with_delta(self._template(), {"content": text[told:end]}), out)
 
     @property
     def done(self) -> bool:
@@ -141,7 +181,9 @@ class Sieve:
     @property
     def deadline_ms(self) -> float | None:
         """When held text must leave; the caller calls poll() then."""
-        if self._held_since is None or self._flowing or self._hold_text or self._vm_called:
+        if self._held_since is None or self._flowing or self._hold_text:
+            return None
+        if self._vm_called or self._watched:
             return None
         return self._held_since + self._hold_ms
 
@@ -194,7 +236,7 @@ class Sieve:
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
-        if not choices_of(chunk):
+        if not _choice(chunk) and not choices_of(chunk):
             if isinstance(usage, dict):
                 self._usage_event = event, chunk
             elif self._flowing:
@@ -204,13 +246,17 @@ class Sieve:
             return
         if self._identity is None:
             self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
+            self._fixed = [(k, chunk[k]) for k in _IDENTITY if k in chunk]
         self._choice_event(event, chunk, now_ms, out)
 
     def _choice_event(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
         choice = _choice(chunk)
         delta = _delta(chunk)
-        calls = tool_deltas(delta)
-        self._said.add({k: v for k, v in delta.items() if k != "tool_calls"})
+        if "function_call" in delta and self._ours is not None:
+            delta = as_tool_calls(delta, self._ours)
+            chunk, event = _with_delta(chunk, delta), Event(b"", b"")
+        calls = tool_deltas(delta) if "tool_calls" in delta else []
+        self._said.add({k: v for k, v in delta.items() if k != "tool_calls"} if calls else delta)
         if choice.get("finish_reason"):
             self._said.finish_reason = choice["finish_reason"]
             self._finish = event, chunk
@@ -227,18 +273,24 @@ class Sieve:
             self._text(event, chunk, now_ms, out)
 
     def _text(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
-        if self._flowing:
+        delta = _delta(chunk)
+        if self._watch is not None and (piece := said_text(delta)):
+            watched, self._watched = self._watched, self._watch.feed(piece)
+            if watched and self._flowing and not self._watched:
+                self._release(out)
+        if self._flowing and not self._watched:
             self._emit(event if event.raw else None, chunk, out)
             return
         self._held.append((event, chunk))
         if self._vm_called or not _has_delta(chunk):  # the role alone tells nothing: it can wait
             return
-        text = "".join(v for k, v in _delta(chunk).items() if isinstance(v, str) and k != "role")
+        text = "".join(v for k, v in delta.items() if isinstance(v, str) and k != "role")
         if self._held_since is None:  # whatever it is: audio has a deadline too
             self._held_since = now_ms
         if text:
             self._held_tokens += self._count(text)
-            if self._held_tokens > self._hold_tokens and not self._hold_text:
+            full = self._held_tokens > self._hold_tokens and not self._hold_text
+            if full and not self._watched:
                 self._release(out)
 
     def _call_event(self, event: Event, chunk: Chunk, calls: list[Any], out: list[bytes]) -> None:
@@ -268,22 +320,24 @@ class Sieve:
 
     def _owner(self, index: int) -> str | None:
         call = self._said.call(index)
-        if "custom" in call:
+        if "custom" in call and (self._ours is None or self._ours.client_calls):
             return "client"
-        body = call.get("function") or {}
-        name = body.get("name")
+        ours, name = self._ours, (call.get("function") or {}).get("name")
+        if ours is None:
+            return "client"
         if not name:
             return None
-        if not isinstance(name, str):
+        if name in ours.client:
             return "client"
-        if name in self._vm_names:
+        if ours.tool(name) is not None:
             return "vm"
-        if body.get("arguments"):
-            return "client"  # the name is whole, even if one of ours begins with it
-        return None if any(vm.startswith(name) for vm in self._vm_names) else "client"
+        return None if ours.client_calls else "vm"  # nobody's: answered inside
 
     def _open_client_call(self, call: _Call, chunk: Chunk, out: list[bytes]) -> None:
-        self._release(out)
+        if self._watched and self._spoken(self._said.build()) is not None:
+            self._held.clear()  # a call of ours as text, beside the client's
+        else:
+            self._release(out)
         call.out = self._out_calls
         self._out_calls += 1
         for earlier in call.queue or ():
@@ -292,8 +346,11 @@ class Sieve:
 
     def _settle(self, index: int, call: _Call, out: list[bytes], chunk: Chunk) -> None:
         """The round is over and the name stayed open: it is what it is."""
-        name = (self._said.call(index).get("function") or {}).get("name")
-        call.owner = "vm" if name in self._vm_names else "client"
+        call.owner = "client"
+        if self._ours is not None:
+            body = self._said.call(index).get("function") or {}
+            if not self._ours.client_calls or unwrapped(body.get("arguments"), self._ours):
+                call.owner = "vm"
         if call.owner == "client":
             self._open_client_call(call, chunk, out)
         else:
@@ -351,12 +408,11 @@ class Sieve:
             out.append(event.raw if self._include_usage else self._without_usage(event, chunk))
 
     def _write(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
-        identity = self._identity or {}
-        fixed = {k: identity[k] for k in _IDENTITY if k in identity}
-        if event is not None and all(chunk.get(k) == v for k, v in fixed.items() if k in chunk):
+        different = {k: v for k, v in self._fixed if k in chunk and chunk[k] != v}
+        if event is not None and not different:
             out.append(event.raw)
             return
-        chunk = {**chunk, **{k: v for k, v in fixed.items() if k in chunk}}
+        chunk = {**chunk, **different}
         out.append(b"data: " + _encode(chunk) + b"\n\n")
 
     @staticmethod
@@ -368,13 +424,18 @@ class Sieve:
 
 
 def _choice(chunk: Chunk) -> Chunk:
-    choices = chunk.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
+    try:
+        first = chunk["choices"][0]
+    except (LookupError, TypeError):
+        return {}
     return first if isinstance(first, dict) else {}
 
 
 def _delta(chunk: Chunk) -> Chunk:
-    delta = _choice(chunk).get("delta")
+    try:
+        delta = chunk["choices"][0]["delta"]
+    except (LookupError, TypeError):
+        return {}
     return delta if isinstance(delta, dict) else {}
 
 

@@ -44,9 +44,10 @@ from proxy.conversation.pathpages import PathPages, anchor_tokens
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
+from proxy.conversation.textcalls import is_silent, said_text
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
-from proxy.conversation.vmcalls import VMCalls, split_calls
+from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
@@ -54,6 +55,7 @@ from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
 __all__ = ["Answer", "Turn", "TurnInput"]
@@ -61,7 +63,14 @@ __all__ = ["Answer", "Turn", "TurnInput"]
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _USUAL_BYTES = 4  # of a request's body, for each of its tokens
 _MOST_BYTES = 7  # with more for each billed token, what is surely small is counted after all
+_ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
+_TOOL_NAMES = (PAGE_FAULT.encode(), SEARCH_PAGES.encode())
+_ENDED = (None, "stop", "tool_calls", "function_call")  # of the model's own will
 _json = msgspec.json.encode
+_NO_ANSWER = Refused(502, ApiError(
+    502, "The model only called tools that it was told not to call, and gave no answer; send the request "
+    "again, or use another model.", "api_error", "no_answer",
+).body())  # fmt: skip
 
 
 class Turn:
@@ -111,9 +120,14 @@ class Turn:
         return self._paging.shown if self._paging else ()
 
     @property
-    def vm_names(self) -> frozenset[str]:
-        """What the VM tools are called in this turn's requests; empty when these do not list them."""
-        return self._channel.listed_names if self._channel else frozenset()
+    def channel(self) -> Channel | None:
+        """Whose the calls of this turn's rounds are; None while all are the client's."""
+        return self._channel
+
+    def talks_of_tools(self) -> bool:
+        """The conversation itself speaks of the VM tools by name: its people may want to read one."""
+        raws = [*self._in.system, *(node.raw for node in self.path)]
+        return any(tool in raw for raw in raws for tool in _TOOL_NAMES)
 
     def run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
@@ -132,7 +146,10 @@ class Turn:
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
             self._too_long = answer.refused
-        channel = self._channel = choose_channel(given.decoded, limits)
+        channel = choose_channel(given.decoded, limits)
+        if given.given_answers:
+            channel = replace(channel, client_calls=True)
+        self._channel = channel
         self._report.channel = channel.name
         self._report.budget_tokens = self._limits.budget_tokens
         paging = self._turn_window(channel)
@@ -228,9 +245,11 @@ class Turn:
         """The fault loop: rounds until the model answers, calls a client's tool, or has to answer."""
         said: Any = None
         full = False
+        again = 0
+        told = 0  # characters that the client has read
         number = 0  # of rounds that were answered; refused ones are bounded by what can be repaired
-        while number < self._model.limits.max_rounds:
-            last = full or number == self._model.limits.max_rounds - 1
+        while True:
+            last = full or number >= self._model.limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
             try:
                 body = yield from self._request(paging, stop)
@@ -245,16 +264,29 @@ class Turn:
                     continue
                 return (yield from self._refused(said))
             number += 1
+            if said.messages and not (self._many() or self._in.given_answers):
+                said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
                 break
-            vm, client = split_calls(said.messages[0], channel)
-            if not vm:
+            vm, client = self._split(said, channel)
+            empty = number > 1 and not self._in.given_answers and said.finish_reason in _ENDED and is_silent(said.messages[0])
+            if not vm and (client or not (said.unread or empty)):
                 yield self._append(said, shown_messages(said, client))
                 break
-            if (stop or last) and not client:  # it was told not to; what it said has to do
-                yield self._append(said, shown_messages(said, client))
-                break
+            words = said_text(said.shown)[told:] if said.shown else said_text(said.messages[0])
+            told += len(words)
+            if not client and (stop or last or not vm or not channel.listed):
+                done = again == _ASKED_AGAIN and (empty or self._told())
+                if done or self._in.given_answers or (words.strip() and not empty and not said.unread):  # what it said has to do
+                    yield self._append(said, shown_messages(said, client))
+                    break
+                if again == _ASKED_AGAIN:  # nothing that it said is for the client
+                    return Answer(self._report, refused=_NO_ANSWER)
+                again += 1
+                full = True  # it is asked once more, without tools
+                paging.channel = unlisted(channel)
+                continue
             if not client and self._is_cut(said, vm):
                 if self._in.decoded.get("tools"):  # these may still be called
                     paging.channel = unlisted(paging.channel)
@@ -269,6 +301,14 @@ class Turn:
                 break
             paging.extend(exchange)
         return self._answer(said, paging, vm_calls)
+
+    def _split(
+        self, said: Said, channel: Channel
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The VM's calls and the client's; what goes through as it came is all the client's."""
+        if self._many():
+            return [], list(said.messages[0].get("tool_calls") or ())
+        return split_calls(said.messages[0], channel)
 
     def _is_cut(self, said: Said, vm: Sequence[Mapping[str, Any]]) -> bool:
         """The client's `stop` or its length limit ended the round within a VM call."""
@@ -407,8 +447,8 @@ class Turn:
             served = sum(1 for fault in report.faults if fault.error is None)
             usage = total_usage([s.usage for s in self._responses], served)
         reason = said.finish_reason
-        vm, client = split_calls(said.messages[0], paging.channel) if said.messages else ([], [])
-        if vm and not client and reason == "tool_calls":
+        vm, client = self._split(said, paging.channel) if said.messages else ([], [])
+        if vm and not client and reason in ("tool_calls", "function_call"):
             reason = "stop"
         body = None
         first = self._responses[0].response

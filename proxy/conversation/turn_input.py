@@ -60,6 +60,8 @@ class TurnInput:
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     sent: Sent | None = None  # how the request stood to those before it; stored with its answer
+    given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
+    # it says ends the turn, unless it calls a VM tool
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
     next_limits: Limits | None = None  # from the next epoch on, where they differ from `limits`
     known_factor: float = 1.0  # what the bills of all conversations taught so far

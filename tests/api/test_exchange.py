@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from proxy.api.exchange import Exchange, error_event
+from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
@@ -67,8 +68,8 @@ class Setup:
         self.grew = asyncio.Condition()
 
         def sieve() -> Sieve:
-            names = frozenset({"page_fault"})
-            return Sieve(names, 24, hold_ms, False, False, lambda text: len(text.split()))
+            ours = Channel(TOOLS, True, vm_names(None), frozenset({"read", "write"}), True)
+            return Sieve(ours, 24, hold_ms, False, False, lambda text: len(text.split()))
 
         self.exchange = Exchange(
             self._send, self, [], b"", stream, sieve, 10_000, every_s, retries, retry_wait_s  # type: ignore[arg-type]

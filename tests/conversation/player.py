@@ -287,7 +287,9 @@ class _Shell:
     @property
     def _sieve(self) -> Sieve:
         if self._lazy is None:
-            self._lazy = Sieve(self._turn.vm_names, 8, 500.0, False, True, self._count)
+            self._lazy = Sieve(
+                self._turn.channel, 8, 500.0, False, True, self._count, self._turn.talks_of_tools
+            )
         return self._lazy
 
     def complete(self, effect: Complete) -> Said | Refused:
@@ -304,7 +306,8 @@ class _Shell:
                 self._out += self._sieve.feed(chunk, 0.0)
             ended, ready = self._sieve.end_round()
             self._out += ready
-            return Said([ended.message], ended.finish_reason, usage, None, self._sieve.shown())
+            shown = self._sieve.shown()
+            return Said([ended.message], ended.finish_reason, usage, None, shown, ended.unread)
         self._last = message
         self._whole = {
             "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o",
@@ -328,6 +331,8 @@ def sse_of(message: Message, reason: str) -> list[bytes]:
     deltas: list[Message] = [{"role": "assistant", "content": ""}]
     text = message.get("content") or ""
     deltas += [{"content": text[i : i + 9]} for i in range(0, len(text), 9)]
+    if message.get("function_call"):
+        deltas.append({"function_call": message["function_call"]})
     for index, call in enumerate(message.get("tool_calls") or ()):
         body = call["function"]
         deltas.append({"tool_calls": [{**call, "index": index, "function": {**body, "arguments": ""}}]})

@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.sse import EventParser, MessageBuilder, decode_chunk
 from tests.examples import examples
 
 many = examples(100)
 VM = frozenset({"page_fault", "search_pages"})
+OURS = Channel(TOOLS, True, vm_names(None), frozenset({"look", "lookup", "page", "page_fault_2"}), True)
 Delta = dict[str, Any]
 
 
 def sieve(hold_tokens: int = 6, hold_ms: float = 100, hold_text: bool = False) -> Sieve:
-    return Sieve(VM, hold_tokens, hold_ms, hold_text, False, lambda text: len(text.split()))
+    return Sieve(OURS, hold_tokens, hold_ms, hold_text, False, lambda text: len(text.split()))
 
 
 def chunk(delta: Delta, finish: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -298,7 +300,7 @@ def test_a_stream_that_breaks_off_is_not_complete_and_a_late_error_is_kept() -> 
 
 
 def test_usage_goes_down_when_it_was_asked_for() -> None:
-    it = Sieve(VM, 6, 100, False, True, len)
+    it = Sieve(OURS, 6, 100, False, True, len)
     it.begin_round(False)
     it.feed(event(chunk({"role": "assistant", "content": "a"}, "stop")), 0.0)
     usage = {"id": "id-1", "object": "chat.completion.chunk", "created": 7, "model": "m",
@@ -316,7 +318,7 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
 
 def _stream(*chunks: dict[str, Any], asked: bool) -> list[Any]:
     """The chunks that the client gets of a round with these; the last is the usage chunk's, if any."""
-    sieve = Sieve(frozenset({"page_fault"}), 0, 500.0, False, asked, len)
+    sieve = Sieve(OURS, 0, 500.0, False, asked, len)
     sieve.begin_round(True)
     out: list[bytes] = []
     for one in chunks:
@@ -368,7 +370,7 @@ def test_calls_keep_their_order_when_one_begins_like_ours() -> None:
 
 
 def test_a_last_event_without_its_blank_line_is_whole_for_the_client() -> None:
-    sieve = Sieve(frozenset(), 0, 500.0, False, False, len)
+    sieve = Sieve(None, 0, 500.0, False, False, len)
     sieve.begin_round(False)
     out = sieve.feed(b"data: " + json.dumps(_one({"content": "a"}, "stop")).encode(), 0.0)
     ended, ready = sieve.end_round()

@@ -12,11 +12,13 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.sse import EventParser, MessageBuilder, Tee, choices_of, decode_chunk
 from tests.examples import examples
 
-VM = frozenset({"page_fault", "search_pages"})
+CLIENT = ["lookup", "page", "p", "page_faults", "search"]
+OURS = Channel(TOOLS, True, vm_names(None), frozenset(CLIENT), True)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
 noise = st.sampled_from([b": ping", b":", b"event: message", b"id: 7", b"retry: 100", b"data"])
@@ -26,7 +28,7 @@ noise = st.sampled_from([b": ping", b":", b"event: message", b"id: 7", b"retry: 
 def answers(draw: st.DrawFn) -> tuple[list[str], list[tuple[str, list[str]]], str]:
     """Pieces of text, calls of the client's tools (name, pieces of arguments), a finish reason."""
     pieces = draw(st.lists(texts, max_size=6))
-    names = st.sampled_from(["lookup", "page", "p", "page_faults", "search"])
+    names = st.sampled_from([*CLIENT, "of nobody"])
     made = draw(st.lists(st.tuples(names, st.lists(texts, min_size=1, max_size=3)), max_size=3))
     return pieces, made, draw(st.sampled_from(["stop", "tool_calls", "length"]))
 
@@ -113,7 +115,7 @@ def test_a_sieved_stream_says_what_the_model_said(
     stream: tuple[list[bytes], str, list[tuple[str, str]], str], offer: bool, hold: int
 ) -> None:
     pieces, text, made, reason = stream
-    sieve = Sieve(VM, hold, 500, False, False, len)
+    sieve = Sieve(OURS, hold, 500, False, False, len)
     sieve.begin_round(offer)
     out: list[bytes] = []
     for piece in pieces:
@@ -168,7 +170,7 @@ values = st.recursive(
 @examples(100)
 @given(st.lists(st.dictionaries(st.sampled_from(["choices", "usage", "id", "model", "error"]), values)))
 def test_no_chunk_whatever_its_shape_breaks_the_sieve(chunks: list[dict[str, Any]]) -> None:
-    sieve, tee = Sieve(VM, 4, 500, False, True, len), Tee()
+    sieve, tee = Sieve(OURS, 4, 500, False, True, len), Tee()
     sieve.begin_round(True)
     for chunk in chunks:
         data = b"data: " + json.dumps(chunk).encode() + b"\n\n"

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from proxy.conversation.channel import choose_channel
 from proxy.conversation.vmcalls import split_calls
 from tests.conversation.player import (
+    Played,
     Player,
     call,
     calls,
@@ -16,16 +23,153 @@ from tests.conversation.player import (
     tool_messages,
 )
 from tests.conversation.scenario import grown
+from tests.examples import examples
 
 
-def test_a_call_is_ours_by_its_listed_name_only() -> None:
+def test_a_call_is_ours_by_what_its_name_means() -> None:
     fault, own = call("page_fault", {}, "c1"), call("vm_page_fault", {}, "c2")
-    said, limits = calls(fault, own), limits_of(1500)
-    assert split_calls(said, choose_channel({}, limits)) == ([fault], [own])
-    taken = {"tools": [{"type": "function", "function": {"name": "page_fault"}}]}
-    assert split_calls(said, choose_channel(taken, limits)) == ([own], [fault])
-    assert split_calls(said, choose_channel({"n": 2}, limits)) == ([], [fault, own])
+    other, limits = call("lookup", {}, "c3"), limits_of(1500)
+    said = calls(fault, own, other)
+    assert split_calls(said, choose_channel({}, limits)) == ([fault, own, other], [])  # nobody else's
+    tools = {"tools": tools_of("lookup")}
+    assert split_calls(said, choose_channel(tools, limits)) == ([fault, own], [other])
+    taken = {"tools": tools_of("page_fault")}
+    assert split_calls(said, choose_channel(taken, limits)) == ([own], [fault, other])
     assert split_calls(says("x"), choose_channel({}, limits)) == ([], [])
+
+
+DECORATED = st.tuples(
+    st.sampled_from(["", "functions.", "default_api.", "tools/", "multi_tool_use.", "vm_", " ", "Tool: "]),
+    st.sampled_from(["page_fault", "PageFault", "Page-Fault", "PAGE_FAULT", "pageFault", "page.fault"]),
+    st.sampled_from(["", "_tool", "Tool", ":0", ":12", "<|channel|>commentary", "<|constrain|>json", " ", "()"]),
+).map("".join)
+
+
+@examples(60)
+@given(DECORATED)
+def test_a_decorated_name_is_ours_unless_a_clients_tool_is_nearer(name: str) -> None:
+    limits = limits_of(1500)
+    for tools in ([], tools_of("lookup"), tools_of("fault")):
+        assert choose_channel({"tools": tools}, limits).tool(name) == "page_fault"
+    assert choose_channel({"tools": tools_of(name)}, limits).tool(name) is None
+    beside = choose_channel({"tools": tools_of("page_fault")}, limits)
+    assert beside.names["page_fault"] == "vm_page_fault"
+    assert beside.tool("vm_" + name) in ("page_fault", None)
+
+
+@pytest.mark.parametrize("name", ["page", "fault", "page_faults", "search", "pages", "homepage_fault", "", None, 3])
+def test_another_name_is_not_ours(name: Any) -> None:
+    assert choose_channel({"tools": tools_of("lookup")}, limits_of(1500)).tool(name) is None
+
+
+def tools_of(*names: str) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name}} for name in names]
+
+
+def asked(*answers: Any, stream: bool = False, tools: Any = None) -> Played:
+    """A paged conversation whose model says these in turn."""
+    player = Player(limits_of(2500))
+    messages = [*grown(player, 20), {"role": "user", "content": "and now?"}]
+    extra = {"tools": tools} if tools else {}
+    return player.ask(messages, script(*answers), stream=stream, **extra)
+
+
+both = pytest.mark.parametrize("stream", [False, True])
+
+
+@both
+@pytest.mark.parametrize("name", ["functions.page_fault", "PageFault_tool", "page_fault:0", "load", "x.y z"])
+def test_a_call_in_other_words_is_served_under_a_listed_name(stream: bool, name: str) -> None:
+    played = asked(calls(call(name, {"page_id": "msg_0001"}, "c1")), says("so"), stream=stream)
+    assert played.message is not None and played.message["content"] == "so"
+    assert "tool_calls" not in played.message
+    last = played.requests[-1]
+    check_pairs(last)
+    (made,) = [c for m in last["messages"] for c in m.get("tool_calls") or ()]
+    assert made["function"]["name"] == "page_fault"
+    assert "<page_fault" not in played.bodies[-1].decode() and len(tool_messages(last)) == 1
+
+
+@both
+def test_a_call_of_nobodys_tool_is_told_so_and_the_turn_goes_on(stream: bool) -> None:
+    played = asked(calls(call("get_weather in", {"city": "Oslo"}, "c1")), says("so"), stream=stream)
+    assert (played.message or {}).get("content") == "so"
+    (result,) = tool_messages(played.requests[-1])
+    assert "no such tool" in result["content"]
+    (made,) = [c for m in played.requests[-1]["messages"] for c in m.get("tool_calls") or ()]
+    assert made["function"]["name"] == "get_weather_in"  # what an API takes
+    theirs = asked(calls(call("other", {"x": 1}, "c1")), says("so"), stream=stream, tools=tools_of("lookup"))
+    assert theirs.message is not None and theirs.message["tool_calls"][0]["function"]["name"] == "other"
+
+
+@both
+@pytest.mark.parametrize("tools", [None, tools_of("lookup")])
+def test_calls_within_a_call_are_served(stream: bool, tools: Any) -> None:
+    uses = [{"recipient_name": f"functions.{n}", "parameters": a}
+            for n, a in (("page_fault", {"page_id": "msg_0001"}), ("search_pages", {"query": "ink"}))]
+    wrapped = call("multi_tool_use.parallel", {"tool_uses": uses}, "c1")
+    played = asked(calls(wrapped), says("so"), stream=stream, tools=tools)
+    assert (played.message or {}).get("content") == "so"
+    check_pairs(played.requests[-1])
+    assert len(tool_messages(played.requests[-1])) == 2
+
+
+@both
+@pytest.mark.parametrize("text", [
+    '{"name": "page_fault", "arguments": {"page_id": "msg_0001"}}', "page_fault(page_id='msg_0001')",
+    'Let me look:\n<tool_call>{"name": "functions.page_fault", "parameters": {"page_id": "msg_0001"}}',
+])  # fmt: skip
+def test_a_call_as_text_becomes_a_clean_exchange(stream: bool, text: str) -> None:
+    played = asked(says(text), says("so"), stream=stream)
+    assert played.message is not None and (played.message["content"] or "").endswith("so")
+    assert "page_fault" not in played.message["content"]
+    last = played.requests[-1]
+    check_pairs(last)
+    (made,) = [m for m in last["messages"] if m.get("tool_calls")]
+    assert not made.get("content") and made["tool_calls"][0]["function"]["name"] == "page_fault"
+    assert [f.page_id for f in played.answer.report.faults if f.error is None] == ["msg_0001"]
+
+
+@both
+@pytest.mark.parametrize("bad", [
+    says('{"name": "page_fault", "arguments": {"pag'), says("search_pages(query="), says(""), says("<think>Hm.</think>"),
+])  # fmt: skip
+def test_a_round_without_an_answer_is_asked_once_more_without_tools(stream: bool, bad: Any) -> None:
+    first = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"))
+    played = asked(first, bad, says("so"), stream=stream)
+    assert (played.message or {}).get("content", "").endswith("so") and len(played.bodies) == 3
+    assert "tools" not in played.requests[-1] and "tool_choice" not in played.requests[-1]
+
+
+@both
+def test_an_empty_answer_without_the_memorys_doing_is_upstreams_own(stream: bool) -> None:
+    played = asked(says(""), says("so"), stream=stream)
+    assert len(played.bodies) == 1 and not (played.message or {}).get("content")
+
+
+@both
+def test_a_model_that_only_calls_ends_with_an_error_and_never_with_an_empty_answer(stream: bool) -> None:
+    played = asked(says("search_pages("), stream=stream)
+    assert played.answer.refused is not None and played.answer.refused.status == 502
+    assert len(played.bodies) == 3
+
+
+@both
+def test_a_call_as_text_beside_the_clients_own_call(stream: bool) -> None:
+    own = call("lookup", {"q": "x"}, "c1")
+    text = '{"name": "page_fault", "arguments": {"page_id": "msg_0001"}}'
+    played = asked(calls(own, text=text), stream=stream, tools=tools_of("lookup"))
+    assert played.message is not None and not played.message.get("content")
+    assert [c["function"]["name"] for c in played.message["tool_calls"]] == ["lookup"]
+
+
+@both
+def test_an_old_function_call_is_a_call(stream: bool) -> None:
+    old = {"role": "assistant", "content": None,
+           "function_call": {"name": "page_fault", "arguments": '{"page_id": "msg_0001"}'}}
+    played = asked(old, says("so"), stream=stream)
+    assert (played.message or {}).get("content") == "so"
+    check_pairs(played.requests[-1])
 
 
 def test_equal_ids_in_one_round_are_told_apart() -> None:

@@ -42,6 +42,7 @@ from tests.e2e.talk import (
     fact,
     fault,
     history,
+    names_of,
     new_key,
     raw,
     read_stream,
@@ -351,14 +352,19 @@ async def test_a_compressed_body_goes_up_as_it_is(server: ServerProcess) -> None
 
 
 class Loop:
-    """A model that goes on calling; `message(i)` is what it says in round i."""
+    """A model that goes on calling; `message(i)` is what it says in round i, `stops`: unless it may not."""
 
-    def __init__(self, message: Any) -> None:
+    def __init__(self, message: Any, stops: bool = False) -> None:
         self.message = message
+        self.stops = stops
 
     async def run(self, limits: dict[str, Any], stream: bool, **fields: Any) -> tuple[Any, str]:
         """(the upstream's calls, the client's text)."""
-        upstream = RecordingUpstream(lambda request, i: answer(request, self.message(i)))
+        def reply(request: dict[str, Any], i: int) -> Any:
+            stopped = self.stops and request.get("tool_choice") == "none"
+            return answer(request, message_of("enough") if stopped else self.message(i))
+
+        upstream = RecordingUpstream(reply)
         async with upstream:
             with in_process_server(config(upstream, faults=limits)) as base_url:
                 async with raw(base_url) as client:
@@ -373,8 +379,14 @@ class Loop:
         assert not upstream.failures
         assert upstream.violations == []
         for request in upstream.calls:
-            assert_paged(request)
+            assert_paged(request, tools="search_pages" in names_of(request))
         return upstream.calls, text
+
+
+def words_of(text: str) -> str:
+    """The text in a streamed answer."""
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    return "".join(c["delta"].get("content") or "" for one in chunks for c in one["choices"])
 
 
 def finish_of(text: str) -> list[str]:
@@ -391,13 +403,15 @@ def finish_of(text: str) -> list[str]:
 @pytest.mark.parametrize("tools", [{}, {"tools": [READ]}], ids=["alone", "with-tools"])
 async def test_a_model_that_never_stops_searching(stream: bool, tools: dict[str, Any]) -> None:
     def message(i: int) -> dict[str, Any]:
-        return search(f"nothing{i}", f"call_{i}")
+        return search(f"nothing{i}", f"call_{i}") if i < 6 else message_of("nothing found")
 
-    calls, text = await Loop(message).run({"max_rounds": 5, "max_per_turn": 100}, stream, **tools)
-    assert len(calls) == 5
-    assert calls[-1].json["tool_choice"] == "none"
-    assert all("tool_choice" not in c.json for c in calls[:-1])
-    assert len({json.dumps(c.json["tools"]) for c in calls}) == 1
+    limits = {"max_rounds": 5, "max_per_turn": 100}
+    (*listed, told, first, second), text = await Loop(message).run(limits, stream, **tools)
+    assert len(listed) == 4 and told.json["tool_choice"] == "none"
+    assert all("tool_choice" not in c.json for c in (*listed, first, second))
+    assert len({json.dumps(c.json["tools"]) for c in (*listed, told)}) == 1
+    assert "search_pages" not in names_of(first) + names_of(second)  # it was told, and called again
+    assert "nothing found" in (text if not stream else words_of(text))
     assert_no_vm(text)
     assert finish_of(text) == ["stop"]
     assert text.count("[DONE]") == (1 if stream else 0)
@@ -409,9 +423,9 @@ async def test_faults_max_per_turn(stream: bool) -> None:
         return fault(f"msg_{2 * i + 1:04d}", f"call_{i}") if i < 3 else message_of("enough")
 
     calls, text = await Loop(message).run({"max_per_turn": 2}, stream)
-    assert len(calls) == 3  # the third was told to answer
-    assert [c.json.get("tool_choice") for c in calls] == [None, None, "none"]
-    assert [r["page"]["page_id"] for r in results_of(calls[-1], 2)] == ["msg_0001", "msg_0003"]
+    assert [c.json.get("tool_choice") for c in calls] == [None, None, "none", None]
+    assert not names_of(calls[-1])  # the third was told to answer and did not: it is asked once more
+    assert [r["page"]["page_id"] for r in results_of(calls[-2], 2)] == ["msg_0001", "msg_0003"]
     assert_no_vm(text)
     assert finish_of(text) == ["stop"]
 
@@ -438,7 +452,8 @@ async def test_a_model_whose_results_fill_the_window_is_stopped_before(stream: b
     def message(i: int) -> dict[str, Any]:
         return search(f"depot {i}", f"call_{i}")
 
-    calls, text = await Loop(message).run({"max_rounds": 50, "max_per_turn": 100}, stream)
+    loop = Loop(message, stops=True)
+    calls, text = await loop.run({"max_rounds": 50, "max_per_turn": 100}, stream)
     assert 2 < len(calls) < 50
     assert calls[-1].json["tool_choice"] == "none"
     assert_no_vm(text)
