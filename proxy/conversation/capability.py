@@ -13,18 +13,29 @@ from typing import Any
 from proxy.conversation.limits import Limits
 
 LEAST_WINDOW_TOKENS = 512  # a refusal that names less speaks of something else
+_GROWTH = 1.25  # of a guessed window that a request has filled and passed
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """Beside `Limits`: what our own additions to a request may be, and the window that a refusal
-    named (`window_tokens`: as upstream counts; `tokens_factor`: its tokens per counted one)."""
+    named (`window_tokens`: as upstream counts; `tokens_factor`: its tokens per counted one).
+
+    `refused_tokens`: the window is a guess, made when so many were refused without a reason. A guess
+    is never final: it is halved when it is refused, too, and grows while requests that fill it pass,
+    as long as it stays below what was refused.
+    """
 
     stream_usage: bool = True  # stream_options.include_usage
     prompt_cache_key: bool = False
     mid_system: bool = True  # a second system message, or one after the beginning
     window_tokens: int | None = None
     tokens_factor: float = 1.0
+    refused_tokens: int = 0
+
+    def grown(self) -> int:
+        """The guessed window, one step up."""
+        return min(int((self.window_tokens or 0) * _GROWTH), self.refused_tokens - 1)
 
 
 def capabilities(
@@ -40,6 +51,7 @@ def capabilities(
         mid_system=bool(known.get("mid_system", True)),
         window_tokens=window if isinstance(window, int) and window >= LEAST_WINDOW_TOKENS else None,
         tokens_factor=factor if isinstance(factor, float) and factor > 0 else 1.0,
+        refused_tokens=int(known.get("refused_tokens") or 0),
     )
 
 

@@ -17,10 +17,21 @@ from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities, wit
 from proxy.conversation.channel import PASSIVE, Channel
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
-from proxy.conversation.refusal import learn, names_audio, overflow
+from proxy.conversation.refusal import (
+    Overflow,
+    by_numbers,
+    is_for_the_moment,
+    is_something_else,
+    learn,
+    names_audio,
+    overflow,
+)
 from proxy.tokens import TokenCounter
 
-_GUESSED_SHARE = 0.75  # of what was sent, when upstream does not say how large its window is
+_KNOWN_SHARE = 0.75  # of what was sent: a window that is known is not far off, as it seems
+_ASSUMED_SHARE = 0.5  # a window that is only assumed may be anything
+_LARGE_TOKENS = 2000  # a smaller request fits every model that is in use
+_FILLED = 0.8  # of the budget: a request that passes with so much says something of the window
 _COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
 _SYSTEM = ("system", "developer")
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
@@ -35,6 +46,9 @@ class Model:
     max_tokens: int | None
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
+    assumed: bool = False  # nobody said how large the window is
+    blind: bool = False  # it was made smaller without a word from upstream
+    doubtful: bool = False  # and upstream's refusal may have been its trouble of the moment
 
     @classmethod
     def of(
@@ -46,32 +60,59 @@ class Model:
 
     def __post_init__(self) -> None:
         window = self.capabilities.window_tokens
+        guessed = window is None or bool(self.capabilities.refused_tokens)
+        self.assumed = guessed and not self.limits.window_known
         if window is not None:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
                 self.limits = within(self.limits, tokens, self.max_tokens)
 
-    def shrink(self, refused: Refused, counted_tokens: int) -> bool:
-        """Take the window from an overflow. `counted_tokens` is the refused request's count.
+    def shrink(self, refused: Refused, counted_tokens: int, passed_tokens: int = 0) -> bool:
+        """Take the window from an overflow, in upstream's words or without.
 
-        False when the refusal is about something else, or the second one in this turn.
+        `counted_tokens` is the refused request's count; `passed_tokens`, as upstream counts, have
+        passed before, so that a refusal of no more is not about size. False when it is about
+        something else, or the second one in this turn.
         """
-        said = overflow(refused)
-        if said is None or "window_tokens" in self.learned:
+        if "window_tokens" in self.learned:
             return False
-        sent = said.sent_tokens or int(counted_tokens * self.capabilities.tokens_factor)
-        window = said.window_tokens
-        if window is None:
-            least = sent - said.excess_tokens if said.excess_tokens else int(sent * _GUESSED_SHARE)
-            window = least if said.excess_tokens else min(least, int(counted_tokens * _GUESSED_SHARE))
+        sent = int(counted_tokens * self.capabilities.tokens_factor)
+        said = overflow(refused, sent)
+        if said is None:
+            unproved = self.assumed and sent >= _LARGE_TOKENS and sent > passed_tokens
+            if not unproved or is_something_else(refused) or learn(refused.body, self.limits):
+                return False
+            said = by_numbers(refused, sent)
+            self.blind = said.window_tokens is None
+            self.doubtful = self.blind and is_for_the_moment(refused)
+        window = said.window_tokens or self._guess(said, sent, counted_tokens, passed_tokens)
         if window < LEAST_WINDOW_TOKENS:
             return False
         # Upstream's own count of this request says what its tokens are in ours.
-        factor = sent / counted_tokens if said.sent_tokens and counted_tokens else 1.0
+        factor = said.sent_tokens / counted_tokens if said.sent_tokens and counted_tokens else 1.0
         factor = min(4.0, max(0.25, factor, self.capabilities.tokens_factor if factor == 1.0 else 0))
         self.learned["window_tokens"] = window
+        if said.window_tokens is None or self.capabilities.refused_tokens:
+            self.learned["refused_tokens"] = 0 if said.window_tokens else said.sent_tokens or sent
         self.limits = within(self.limits, int(window / factor), self.max_tokens)
         return True
+
+    def _guess(self, said: Overflow, sent: int, counted: int, passed: int) -> int:
+        """The window, when upstream does not say how large it is."""
+        sent = said.sent_tokens or sent
+        if said.excess_tokens:
+            return sent - said.excess_tokens
+        share = _ASSUMED_SHARE if self.assumed else _KNOWN_SHARE
+        return max(int(min(sent, counted) * share), passed if passed < sent else 0)
+
+    def passed(self, counted_tokens: int) -> None:
+        """A request of so many tokens was answered: a guess that it filled may have been too low."""
+        known = self.capabilities
+        if "window_tokens" in self.learned or not known.refused_tokens or known.window_tokens is None:
+            return
+        filled = counted_tokens >= _FILLED * self.limits.budget_tokens
+        if filled and (window := known.grown()) > known.window_tokens:
+            self.learned["window_tokens"] = window
 
     def adapt(self, refused: Refused, ours: Iterable[str]) -> bool:
         """Leave out what a refusal names: of our additions (`ours`, facts) or the form of messages."""

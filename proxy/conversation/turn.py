@@ -3,8 +3,8 @@
 Promises: what fits is passed through untouched (invariant 2); every upstream request stays within
 the budget (3); each turn is stored whole before its answer ends (5); a request that we changed and
 upstream refuses is sent once more unchanged when it would fit (1), or without what was refused; a
-prompt that is too long for the model shrinks once. The shell performs the effects; tests play it
-as a dialogue.
+prompt that is too long for the model, or may be, shrinks once, and is answered within two further
+calls or ends with upstream's own words. The shell performs the effects; tests play it as a dialogue.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from proxy.tokens import PER_REPLY
 __all__ = ["Answer", "Turn", "TurnInput"]
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
+_FURTHER_CALLS = 2  # for a prompt that may be too long
 _json = msgspec.json.encode
 
 
@@ -76,7 +77,9 @@ class Turn:
         self._channel: Channel | None = None
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
-        self._too_long: Refused | None = None  # the refusal of the client's own bytes
+        self._too_long: Refused | None = None  # the refusal that made the window smaller
+        self._sent_unchanged = False
+        self._refusals = 0
         self._report = TurnReport(str(given.decoded.get("model")), "bypass", self.turn)
         self._report.budget_tokens = given.limits.budget_tokens
 
@@ -112,7 +115,6 @@ class Turn:
             answer = yield from self._pass_through(self._unchanged_body(), None)
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
-            self._too_long = answer.refused
         channel = self._channel = choose_channel(given.decoded, self._model.limits)
         self._report.channel = channel.name
         self._report.budget_tokens = self._model.limits.budget_tokens
@@ -133,7 +135,14 @@ class Turn:
         """The client's own bytes are too long for the model: what it takes is known now."""
         if self._in.surely_fits:
             self._count_fixed()
-        return self._model.shrink(refused, self._unchanged())
+        return self._shrunk(refused, self._unchanged())
+
+    def _shrunk(self, refused: Refused, tokens: int) -> bool:
+        """Whether the window is smaller now. `tokens`: of what was refused."""
+        if self._model.shrink(refused, tokens, self._in.passed_tokens()):
+            self._too_long = refused
+            return True
+        return False
 
     def _count_fixed(self) -> None:
         self._fixed_tokens = fixed_tokens(self._in.system, self._in.fields, self._in.counter)
@@ -162,12 +171,17 @@ class Turn:
         self, body: bytes, learned: dict[str, Any] | None
     ) -> Generator[Effect, Any, Answer]:
         said = yield Complete(body, through=True)
+        self._sent_unchanged = True
         if isinstance(said, Refused):
+            self._refusals += 1
             return Answer(self._report, refused=said)
         self._report.rounds = 1
         if said.messages:
             yield self._append(said.messages, ())
-        return Answer(self._report, said.finish_reason, said.usage, learned=learned or {})
+            self._model.passed(self._report.used_tokens)
+        if learned is None:
+            learned = dict(self._model.learned)
+        return Answer(self._report, said.finish_reason, said.usage, learned=learned)
 
     # -- with paging
 
@@ -206,10 +220,16 @@ class Turn:
         while number < self._model.limits.max_rounds:
             last = full or number == self._model.limits.max_rounds - 1
             stop = (last and number > 0) or self._stop(number, paging, vm_calls)
-            body = yield from self._request(paging, stop)
+            try:
+                body = yield from self._request(paging, stop)
+            except ApiError:
+                if self._too_long is None:
+                    raise
+                return Answer(self._report, refused=self._too_long)  # what it holds cannot be smaller
             channel = paging.channel
             said = yield Complete(body, channel.offer and not stop, through=self._many())
             if isinstance(said, Refused):
+                self._refusals += 1
                 if self._repaired(said, paging):
                     continue
                 return (yield from self._refused(said))
@@ -331,24 +351,28 @@ class Turn:
         if said.response is not None and first is not None and (len(self._responses) > 1 or vm):
             shown = shown_messages(said, client)[0]
             body = response_body(said.response, first, shown, reason, usage)
-        return Answer(report, reason, usage, body, learned=dict(self._model.learned))
+        self._model.passed(report.used_tokens)
+        learned = dict(self._model.learned)
+        return Answer(report, reason, usage, body, learned=learned, doubtful=self._model.doubtful)
 
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
         """The next try is another request: smaller, or without what was refused."""
         model, given = self._model, self._in
-        if self._told():
+        if self._told() or self._given_up():
             return False
-        if model.shrink(refused, self._report.used_tokens):
+        if self._shrunk(refused, self._report.used_tokens):
             paging.whole_room_tokens -= paging.limits.budget_tokens - model.limits.budget_tokens
             paging.limits = model.limits
             self._report.budget_tokens = model.limits.budget_tokens
+            if model.blind:  # what cannot leave stays whole
+                paging.whole_room_tokens += max(0, _LEAST_ROOM_TOKENS - paging.room_for_messages)
             return paging.room_for_messages >= _LEAST_ROOM_TOKENS
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
         if "prompt_cache_key" not in given.fields:
             ours.add("prompt_cache_key")
         if model.adapt(refused, ours):
             return True
-        if unchanged_fits(self._unchanged(), given.limits) and self._too_long is None:
+        if unchanged_fits(self._unchanged(), given.limits) and not (self._sent_unchanged or self._too_long):
             return False  # the client's own bytes are the better second try
         channel = model.without(refused, paging.channel) if repairable(refused) else None
         if channel is None:
@@ -357,16 +381,26 @@ class Turn:
         self._report.channel = channel.name
         return True
 
+    def _given_up(self) -> bool:
+        return self._too_long is not None and self._refusals > _FURTHER_CALLS
+
     def _told(self) -> bool:  # something of the answer reached the client
         return any((said.shown or {}).get("content") for said in self._responses)
 
     def _refused(self, refused: Refused) -> Generator[Effect, Any, Answer]:
         """Invariant 1: what our changes may have broken is tried once more without them."""
-        fits = unchanged_fits(self._unchanged(), self._model.limits) and self._too_long is None
+        model = self._model
+        limits = self._in.limits if model.blind else model.limits  # the smaller window was wrong
+        fits = unchanged_fits(self._unchanged(), limits) and not (self._sent_unchanged or self._given_up())
         if self._told() or not (repairable(refused) and fits):
             return Answer(self._report, refused=self._too_long or refused)
-        learned = {**self._model.learned, **learn(refused.body, self._model.limits)}
-        return (yield from self._unpaged(learned))
+        learned = {**model.learned, **learn(refused.body, model.limits)}
+        if model.blind:
+            learned = {k: v for k, v in learned.items() if k not in ("window_tokens", "refused_tokens")}
+        answer = yield from self._unpaged(learned)
+        if answer.refused is not None and self._too_long is not None:
+            answer.refused = self._too_long  # nothing helped: what was said first
+        return answer
 
     def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:
         """The whole conversation as the client means it, after paging was begun."""

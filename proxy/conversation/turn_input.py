@@ -55,6 +55,7 @@ class TurnInput:
     load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
     exact_counter: bool = False  # the model is known to be counted by this encoding
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
+    passed_tokens: Callable[[], int] = int  # of the largest request that this model answered, as it counts
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
@@ -70,3 +71,4 @@ class Answer:
     body: bytes | None = None
     refused: Refused | None = None
     learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
+    doubtful: bool = False  # the window in it has to be seen twice
