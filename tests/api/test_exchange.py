@@ -222,7 +222,7 @@ async def test_a_whole_answers_calls_after_a_streamed_round_are_numbered() -> No
 
 async def test_a_later_round_that_is_no_chat_answer_is_an_event_and_a_break() -> None:
     with pytest.raises(UpstreamBroken, match="no chat answer"):
-        await streamed_then(Reply(b'{"error": {"message": "slow"}}', headers=JSON))
+        await streamed_then(Reply(b'{"id": "job_1"}', headers=JSON))
 
 
 @pytest.mark.parametrize("through", [True, False])
@@ -443,15 +443,15 @@ async def test_a_client_that_waits_for_inner_rounds_gets_comments_and_none_at_th
 
 async def test_no_comment_falls_into_a_stream_that_passes_through() -> None:
     go_on = asyncio.Event()
-    half = event("one")
-    setup = Setup(Reply(half[:20], go_on, half[20:], DONE), every_s=0.01)
+    whole, half = event("zero"), event("one")
+    setup = Setup(Reply(whole, half[:20], go_on, half[20:], DONE), every_s=0.01)
     task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", through=True)))
-    await setup.seen(half[:20])
+    await setup.seen(whole + half[:20])
     await asyncio.sleep(0.05)
     go_on.set()
     await task
     await setup.exchange.finish(answer(), [])
-    assert setup.body == half + DONE
+    assert setup.body == whole + half + DONE
 
 
 async def test_an_idempotency_key_is_the_first_rounds_only() -> None:
