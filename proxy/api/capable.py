@@ -1,14 +1,14 @@
 """What is known of models: for the turns, and for the people who ask (GET /vm/models).
 
 Promises: an override wins over what a refusal taught, and that over what is assumed; one key's
-refusals are shown to that key only; the list of models kept per key is bounded.
+refusals are shown to that key only; the list of models kept per key is bounded. What passed and what
+failed is remembered in RAM only: it decides whether a refusal is tried again, and nothing else.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,8 +17,10 @@ import msgspec
 from proxy.api.memory import TOKENS_FACTOR, Memory
 from proxy.config import Config
 from proxy.conversation.capability import (
+    LARGE_TOKENS,
     LEAST_WINDOW_TOKENS,
     Capabilities,
+    Seen,
     capabilities,
     describe,
 )
@@ -29,21 +31,12 @@ _RECENT_S = 5.0
 _RECENT_MODELS = 1024  # of a key
 _WATCHED_BILLS = 4096  # conversations whose last bill is remembered
 _SEEN_MODELS = 4096  # of all keys: what passed and what was refused is remembered
-_REFUSALS_IN_A_ROW = 3  # so many, and what passed before proves nothing any more: the server may be another
+_FAILURES = 3  # so many, and what passed before proves nothing: the server may be another by now
 _GROWN = 1.02  # so much larger a prompt cannot cost the same
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
     "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
 )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A model behind a key, as this process saw it; tokens as upstream counts them."""
-
-    passed_tokens: int = 0  # the largest prompt that was answered
-    refusals: int = 0  # of turns, since the last one that was answered
-    doubted_tokens: int = 0  # a window that one refusal of the moment made probable
 
 
 class Capable:
@@ -53,7 +46,8 @@ class Capable:
         self._config = config
         self._memory = memory
         self._recent: dict[bytes, tuple[float, Capabilities]] = {}  # until when, and what
-        self._seen: dict[bytes, _Seen] = {}
+        self._seen: dict[bytes, Seen] = {}
+        self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
         self._bills: dict[bytes, tuple[int, int]] = {}  # the last one of a conversation
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
@@ -78,9 +72,9 @@ class Capable:
     ) -> None:
         """Keep what a refusal taught; a `doubtful` window only when it is the second time, with
         nothing larger answered in between. Raises StorageError."""
-        seen = self._seen_of(scope, model)
-        if doubtful and not seen.doubted_tokens:
-            seen.doubted_tokens = facts["window_tokens"]
+        key = scope + model.encode()
+        if doubtful and "window_tokens" in facts and key not in self._doubted:
+            _keep(self._doubted, key, facts["window_tokens"])
             facts = {k: v for k, v in facts.items() if k not in ("window_tokens", "refused_tokens")}
             if not facts:
                 return
@@ -90,33 +84,23 @@ class Capable:
         names = [*listed, model][-_LISTED_MODELS:]
         await self._memory.store.commit([(b"M" + scope, msgspec.msgpack.encode(names))])
 
-    def passed_tokens(self, scope: bytes, model: str) -> int:
-        """Of the largest prompt that was answered: a refusal of no more is not about size."""
-        seen = self._seen_of(scope, model)
-        return seen.passed_tokens if seen.refusals < _REFUSALS_IN_A_ROW else 0
+    def seen(self, scope: bytes, model: str) -> Seen:
+        """What passed, and what failed since."""
+        return self._seen.get(scope + model.encode(), Seen())
 
     def answered(self, scope: bytes, model: str, tokens: int) -> None:
-        """A prompt of so many tokens was answered (0: nobody counted it)."""
-        seen = self._seen_of(scope, model)
-        if seen.refusals >= _REFUSALS_IN_A_ROW:
-            seen.passed_tokens = 0
-        seen.refusals = 0
-        seen.passed_tokens = max(seen.passed_tokens, tokens)
-        if tokens > seen.doubted_tokens:
-            seen.doubted_tokens = 0
-
-    def refused(self, scope: bytes, model: str) -> None:
-        """A turn ended with upstream's refusal."""
-        self._seen_of(scope, model).refusals += 1
-
-    def _seen_of(self, scope: bytes, model: str) -> _Seen:
+        """A prompt of so many tokens, as upstream counts, was answered (0: nobody counted it)."""
         key = scope + model.encode()
-        seen = self._seen.get(key)
-        if seen is None:
-            if len(self._seen) >= _SEEN_MODELS:
-                del self._seen[next(iter(self._seen))]
-            seen = self._seen[key] = _Seen()
-        return seen
+        if tokens >= LARGE_TOKENS and tokens > self.seen(scope, model).passed_tokens:
+            _keep(self._seen, key, Seen(tokens))
+        if tokens > self._doubted.get(key, 0):
+            self._doubted.pop(key, None)
+
+    def failed(self, scope: bytes, model: str) -> None:
+        """A turn ended with a refusal that nobody can explain."""
+        passed, failures = self.seen(scope, model)
+        doubted = passed > 0 and failures + 1 >= _FAILURES
+        _keep(self._seen, scope + model.encode(), Seen() if doubted else Seen(passed, failures + 1))
 
     def cut(
         self, scope: bytes, model: str, conversation: bytes, size: int, billed: int
@@ -163,3 +147,11 @@ class Capable:
             assumed |= {"window_tokens": card.window_tokens, "developer_role": card.developer_role}
             assumed |= {"tools": True, "tools_with_json": True, TOKENS_FACTOR: 1.0}
         return assumed
+
+
+def _keep(table: dict[bytes, Any], key: bytes, value: Any) -> None:
+    """Enter it as the latest of a bounded table."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > _SEEN_MODELS:
+        del table[next(iter(table))]

@@ -149,7 +149,7 @@ class ChatApi:
             model = given.decoded["model"]
             fresh = given.window is not None or not given.surely_fits
             given.capabilities = partial(self.capable.of, given.scope, model, fresh)
-            given.passed_tokens = partial(self.capable.passed_tokens, given.scope, model)
+            given.seen = partial(self.capable.seen, given.scope, model)
             given.get_record = self._memory.get_record
             given.now_s = time.time()
             root = given.path[0].id  # keyed, and of this tenant's conversation alone
@@ -258,7 +258,8 @@ class ChatApi:
             self._memory.keep_settled(*turn.settled)
         model = given.decoded["model"]
         if answer.refused is not None:
-            self.capable.refused(given.scope, model)
+            if answer.unexplained:
+                self.capable.failed(given.scope, model)
         elif turn.record is not None:  # it was an answer
             billed = (answer.usage or {}).get("prompt_tokens")
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens

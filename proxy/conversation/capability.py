@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.conversation.limits import Limits
 
 LEAST_WINDOW_TOKENS = 512  # a refusal that names less speaks of something else
+LARGE_TOKENS = 2000  # a smaller request fits every model that is in use
 _GROWTH = 1.25  # of a guessed window that a request has filled and passed
+
+
+class Seen(NamedTuple):
+    """What a process saw of a model behind a key."""
+
+    passed_tokens: int = 0  # the largest prompt that was answered, as upstream counts
+    failures: int = 0  # large requests since then that failed for no reason that we know
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,13 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import Fields
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities, within
+from proxy.conversation.capability import (
+    LARGE_TOKENS,
+    LEAST_WINDOW_TOKENS,
+    Capabilities,
+    Seen,
+    within,
+)
 from proxy.conversation.channel import PASSIVE, Channel
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
@@ -29,8 +35,9 @@ from proxy.conversation.refusal import (
 from proxy.tokens import TokenCounter
 
 _KNOWN_SHARE = 0.75  # of what was sent: a window that is known is not far off, as it seems
-_ASSUMED_SHARE = 0.5  # a window that is only assumed may be anything
-_LARGE_TOKENS = 2000  # a smaller request fits every model that is in use
+_ASSUMED_SHARE = 0.5  # a window that is only assumed may be anything: half, after a failure a quarter
+_MOST_FAILURES = 2
+_NOTHING_SEEN = Seen()
 _FILLED = 0.8  # of the budget: a request that passes with so much says something of the window
 _COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
 _SYSTEM = ("system", "developer")
@@ -47,7 +54,8 @@ class Model:
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
     assumed: bool = False  # nobody said how large the window is
-    blind: bool = False  # it was made smaller without a word from upstream
+    blind: bool = False  # the window was made smaller without a word from upstream
+    unexplained: bool = False  # a refusal of a large request was
     doubtful: bool = False  # and upstream's refusal may have been its trouble of the moment
 
     @classmethod
@@ -67,25 +75,25 @@ class Model:
             if tokens < self.limits.window_tokens or not self.limits.window_known:
                 self.limits = within(self.limits, tokens, self.max_tokens)
 
-    def shrink(self, refused: Refused, counted_tokens: int, passed_tokens: int = 0) -> bool:
+    def shrink(self, refused: Refused, counted_tokens: int, seen: Seen = _NOTHING_SEEN) -> bool:
         """Take the window from an overflow, in upstream's words or without.
 
-        `counted_tokens` is the refused request's count; `passed_tokens`, as upstream counts, have
-        passed before, so that a refusal of no more is not about size. False when it is about
-        something else, or the second one in this turn.
+        `counted_tokens` is the refused request's count; a refusal of no more than has passed before
+        is not about size. False when it is about something else, or the second one in this turn.
         """
         if "window_tokens" in self.learned:
             return False
         sent = int(counted_tokens * self.capabilities.tokens_factor)
         said = overflow(refused, sent)
         if said is None:
-            unproved = self.assumed and sent >= _LARGE_TOKENS and sent > passed_tokens
-            if not unproved or is_something_else(refused) or learn(refused.body, self.limits):
+            explained = is_something_else(refused) or bool(learn(refused.body, self.limits))
+            self.unexplained = self.assumed and sent >= LARGE_TOKENS and not explained
+            if not self.unexplained or sent <= seen.passed_tokens:
                 return False
             said = by_numbers(refused, sent)
             self.blind = said.window_tokens is None
             self.doubtful = self.blind and is_for_the_moment(refused)
-        window = said.window_tokens or self._guess(said, sent, counted_tokens, passed_tokens)
+        window = said.window_tokens or self._guess(said, sent, counted_tokens, seen)
         if window < LEAST_WINDOW_TOKENS:
             return False
         # Upstream's own count of this request says what its tokens are in ours.
@@ -97,13 +105,15 @@ class Model:
         self.limits = within(self.limits, int(window / factor), self.max_tokens)
         return True
 
-    def _guess(self, said: Overflow, sent: int, counted: int, passed: int) -> int:
+    def _guess(self, said: Overflow, sent: int, counted: int, seen: Seen) -> int:
         """The window, when upstream does not say how large it is."""
         sent = said.sent_tokens or sent
         if said.excess_tokens:
             return sent - said.excess_tokens
-        share = _ASSUMED_SHARE if self.assumed else _KNOWN_SHARE
-        return max(int(min(sent, counted) * share), passed if passed < sent else 0)
+        halvings = 1 + min(seen.failures, _MOST_FAILURES)
+        share = _ASSUMED_SHARE**halvings if self.assumed else _KNOWN_SHARE
+        proved = seen.passed_tokens if seen.passed_tokens < sent else 0
+        return max(int(min(sent, counted) * share), proved)
 
     def passed(self, counted_tokens: int) -> None:
         """A request of so many tokens was answered: a guess that it filled may have been too low."""

@@ -104,6 +104,11 @@ class Turn:
         return self._channel.listed_names if self._channel else frozenset()
 
     def run(self) -> Generator[Effect, Any, Answer]:
+        answer = yield from self._run()
+        answer.doubtful, answer.unexplained = self._model.doubtful, self._model.unexplained
+        return answer
+
+    def _run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
         untouched = given.window is None and given.floor == 0
         if not untouched or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
@@ -139,7 +144,7 @@ class Turn:
 
     def _shrunk(self, refused: Refused, tokens: int) -> bool:
         """Whether the window is smaller now. `tokens`: of what was refused."""
-        if self._model.shrink(refused, tokens, self._in.passed_tokens()):
+        if self._model.shrink(refused, tokens, self._in.seen()):
             self._too_long = refused
             return True
         return False
@@ -352,8 +357,7 @@ class Turn:
             shown = shown_messages(said, client)[0]
             body = response_body(said.response, first, shown, reason, usage)
         self._model.passed(report.used_tokens)
-        learned = dict(self._model.learned)
-        return Answer(report, reason, usage, body, learned=learned, doubtful=self._model.doubtful)
+        return Answer(report, reason, usage, body, learned=dict(self._model.learned))
 
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
         """The next try is another request: smaller, or without what was refused."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.conversation.body import Fields
-from proxy.conversation.capability import Capabilities
+from proxy.conversation.capability import Capabilities, Seen
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
@@ -55,7 +55,7 @@ class TurnInput:
     load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
     exact_counter: bool = False  # the model is known to be counted by this encoding
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
-    passed_tokens: Callable[[], int] = int  # of the largest request that this model answered, as it counts
+    seen: Callable[[], Seen] = Seen  # asked only after a refusal
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
@@ -72,3 +72,4 @@ class Answer:
     refused: Refused | None = None
     learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
     doubtful: bool = False  # the window in it has to be seen twice
+    unexplained: bool = False  # a refusal was, of a request that may have been too large
