@@ -265,7 +265,8 @@ class ChatApi:
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
             self.capable.answered(given.scope, model, tokens)
         if answer.learned:
-            log.warning("model %s: learned %s", model, answer.learned)
+            doubt = " (if it happens again)" if answer.doubtful else ""
+            log.warning("model %s: learned %s%s", model, answer.learned, doubt)
             await self.capable.learn(given.scope, model, answer.learned, answer.doubtful)
         return answer
 
