@@ -73,7 +73,7 @@ class Model:
         if window is not None:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
-                self.limits = within(self.limits, tokens, self.max_tokens)
+                self._take(tokens)
 
     def shrink(self, refused: Refused, counted_tokens: int, seen: Seen = _NOTHING_SEEN) -> bool:
         """Take the window from an overflow, in upstream's words or without.
@@ -102,8 +102,14 @@ class Model:
         self.learned["window_tokens"] = window
         if said.window_tokens is None or self.capabilities.refused_tokens:
             self.learned["refused_tokens"] = 0 if said.window_tokens else said.sent_tokens or sent
-        self.limits = within(self.limits, int(window / factor), self.max_tokens)
+        self._take(int(window / factor))
         return True
+
+    def _take(self, window_tokens: int) -> None:
+        """A guess binds what can be paged, and nothing else: the window is still not known."""
+        self.limits = within(self.limits, window_tokens, self.max_tokens)
+        if self.assumed and self.learned.get("refused_tokens", self.capabilities.refused_tokens):
+            self.limits = replace(self.limits, window_known=False)
 
     def _guess(self, said: Overflow, sent: int, counted: int, seen: Seen) -> int:
         """The window, when upstream does not say how large it is."""

@@ -368,8 +368,6 @@ class Turn:
             paging.whole_room_tokens -= paging.limits.budget_tokens - model.limits.budget_tokens
             paging.limits = model.limits
             self._report.budget_tokens = model.limits.budget_tokens
-            if model.blind:  # what cannot leave stays whole
-                paging.whole_room_tokens += max(0, _LEAST_ROOM_TOKENS - paging.room_for_messages)
             return paging.room_for_messages >= _LEAST_ROOM_TOKENS
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
         if "prompt_cache_key" not in given.fields:
@@ -395,8 +393,9 @@ class Turn:
         """Invariant 1: what our changes may have broken is tried once more without them."""
         model = self._model
         limits = self._in.limits if model.blind else model.limits  # the smaller window was wrong
-        fits = unchanged_fits(self._unchanged(), limits) and not (self._sent_unchanged or self._given_up())
-        if self._told() or not (repairable(refused) and fits):
+        explained = self._too_long is not None and not model.blind
+        done = self._sent_unchanged or explained or self._given_up() or self._told()
+        if done or not (repairable(refused) and unchanged_fits(self._unchanged(), limits)):
             return Answer(self._report, refused=self._too_long or refused)
         learned = {**model.learned, **learn(refused.body, model.limits)}
         if model.blind:
