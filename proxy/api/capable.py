@@ -67,17 +67,8 @@ class Capable:
         self._recent[key] = now_s + _RECENT_S, found
         return found
 
-    async def learn(
-        self, scope: bytes, model: str, facts: Mapping[str, Any], doubtful: bool = False
-    ) -> None:
-        """Keep what a refusal taught; a `doubtful` window only when it is the second time, with
-        nothing larger answered in between. Raises StorageError."""
-        key = scope + model.encode()
-        if doubtful and "window_tokens" in facts and key not in self._doubted:
-            _keep(self._doubted, key, facts["window_tokens"])
-            facts = {k: v for k, v in facts.items() if k not in ("window_tokens", "refused_tokens")}
-            if not facts:
-                return
+    async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
+        """Keep what a refusal taught. Raises StorageError."""
         await self._memory.learn(scope, model, dict(facts))
         self._recent.clear()
         listed = [name for name in self._listed(scope) if name != model]
@@ -86,21 +77,26 @@ class Capable:
 
     def seen(self, scope: bytes, model: str) -> Seen:
         """What passed, and what failed since."""
-        return self._seen.get(scope + model.encode(), Seen())
+        key = scope + model.encode()
+        return self._seen.get(key, Seen())._replace(doubted=key in self._doubted)
 
-    def answered(self, scope: bytes, model: str, tokens: int) -> None:
-        """A prompt of so many tokens, as upstream counts, was answered (0: nobody counted it)."""
+    def answered(self, scope: bytes, model: str, tokens: int, doubted_tokens: int) -> None:
+        """A prompt of so many tokens, as upstream counts, was answered (0: nobody counted it); after
+        a refusal of the moment, in a window of `doubted_tokens`."""
         key = scope + model.encode()
         if tokens >= LARGE_TOKENS and tokens > self.seen(scope, model).passed_tokens:
             _keep(self._seen, key, Seen(tokens))
         if tokens > self._doubted.get(key, 0):
             self._doubted.pop(key, None)
+        if doubted_tokens:
+            _keep(self._doubted, key, doubted_tokens)
 
     def failed(self, scope: bytes, model: str) -> None:
         """A turn ended with a refusal that nobody can explain."""
-        passed, failures = self.seen(scope, model)
-        doubted = passed > 0 and failures + 1 >= _FAILURES
-        _keep(self._seen, scope + model.encode(), Seen() if doubted else Seen(passed, failures + 1))
+        passed, failures, _ = self.seen(scope, model)
+        proof_lapses = passed > 0 and failures + 1 >= _FAILURES
+        now = Seen() if proof_lapses else Seen(passed, failures + 1)
+        _keep(self._seen, scope + model.encode(), now)
 
     def cut(
         self, scope: bytes, model: str, conversation: bytes, size: int, billed: int

@@ -263,11 +263,10 @@ class ChatApi:
         elif turn.record is not None:  # it was an answer
             billed = (answer.usage or {}).get("prompt_tokens")
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
-            self.capable.answered(given.scope, model, tokens)
+            self.capable.answered(given.scope, model, tokens, answer.doubted_tokens)
         if answer.learned:
-            doubt = " (if it happens again)" if answer.doubtful else ""
-            log.warning("model %s: learned %s%s", model, answer.learned, doubt)
-            await self.capable.learn(given.scope, model, answer.learned, answer.doubtful)
+            log.warning("model %s: learned %s", model, answer.learned)
+            await self.capable.learn(given.scope, model, answer.learned)
         return answer
 
 

@@ -22,6 +22,7 @@ class Seen(NamedTuple):
 
     passed_tokens: int = 0  # the largest prompt that was answered, as upstream counts
     failures: int = 0  # large requests since then that failed for no reason that we know
+    doubted: bool = False  # one may have failed for its size, or for the server's trouble of the moment
 
 
 @dataclass(frozen=True, slots=True)

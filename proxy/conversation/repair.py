@@ -56,7 +56,8 @@ class Model:
     assumed: bool = False  # nobody said how large the window is
     blind: bool = False  # the window was made smaller without a word from upstream
     unexplained: bool = False  # a refusal of a large request was
-    doubtful: bool = False  # and upstream's refusal may have been its trouble of the moment
+    shrunk: bool = False  # in this turn
+    doubted_tokens: int = 0  # a window that upstream's trouble of the moment may have feigned
 
     @classmethod
     def of(
@@ -73,7 +74,7 @@ class Model:
         if window is not None:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
-                self._take(tokens)
+                self._take(tokens, guessed)
 
     def shrink(self, refused: Refused, counted_tokens: int, seen: Seen = _NOTHING_SEEN) -> bool:
         """Take the window from an overflow, in upstream's words or without.
@@ -81,7 +82,7 @@ class Model:
         `counted_tokens` is the refused request's count; a refusal of no more than has passed before
         is not about size. False when it is about something else, or the second one in this turn.
         """
-        if "window_tokens" in self.learned:
+        if self.shrunk:
             return False
         sent = int(counted_tokens * self.capabilities.tokens_factor)
         said = overflow(refused, sent)
@@ -92,23 +93,27 @@ class Model:
                 return False
             said = by_numbers(refused, sent)
             self.blind = said.window_tokens is None
-            self.doubtful = self.blind and is_for_the_moment(refused)
         window = said.window_tokens or self._guess(said, sent, counted_tokens, seen)
         if window < LEAST_WINDOW_TOKENS:
             return False
         # Upstream's own count of this request says what its tokens are in ours.
         factor = said.sent_tokens / counted_tokens if said.sent_tokens and counted_tokens else 1.0
         factor = min(4.0, max(0.25, factor, self.capabilities.tokens_factor if factor == 1.0 else 0))
-        self.learned["window_tokens"] = window
-        if said.window_tokens is None or self.capabilities.refused_tokens:
-            self.learned["refused_tokens"] = 0 if said.window_tokens else said.sent_tokens or sent
-        self._take(int(window / factor))
+        self.shrunk = True
+        guessed = said.window_tokens is None
+        if self.blind and is_for_the_moment(refused) and not seen.doubted:
+            self.doubted_tokens = window
+        else:
+            self.learned["window_tokens"] = window
+            if guessed or self.capabilities.refused_tokens:
+                self.learned["refused_tokens"] = (said.sent_tokens or sent) if guessed else 0
+        self._take(int(window / factor), guessed)
         return True
 
-    def _take(self, window_tokens: int) -> None:
+    def _take(self, window_tokens: int, guessed: bool) -> None:
         """A guess binds what can be paged, and nothing else: the window is still not known."""
         self.limits = within(self.limits, window_tokens, self.max_tokens)
-        if self.assumed and self.learned.get("refused_tokens", self.capabilities.refused_tokens):
+        if self.assumed and guessed:
             self.limits = replace(self.limits, window_known=False)
 
     def _guess(self, said: Overflow, sent: int, counted: int, seen: Seen) -> int:
@@ -124,7 +129,7 @@ class Model:
     def passed(self, counted_tokens: int) -> None:
         """A request of so many tokens was answered: a guess that it filled may have been too low."""
         known = self.capabilities
-        if "window_tokens" in self.learned or not known.refused_tokens or known.window_tokens is None:
+        if self.shrunk or not known.refused_tokens or known.window_tokens is None:
             return
         filled = counted_tokens >= _FILLED * self.limits.budget_tokens
         if filled and (window := known.grown()) > known.window_tokens:

@@ -105,7 +105,8 @@ class Turn:
 
     def run(self) -> Generator[Effect, Any, Answer]:
         answer = yield from self._run()
-        answer.doubtful, answer.unexplained = self._model.doubtful, self._model.unexplained
+        answer.unexplained = self._model.unexplained
+        answer.doubted_tokens = self._model.doubted_tokens
         return answer
 
     def _run(self) -> Generator[Effect, Any, Answer]:
@@ -183,7 +184,6 @@ class Turn:
         self._report.rounds = 1
         if said.messages:
             yield self._append(said.messages, ())
-            self._model.passed(self._report.used_tokens)
         if learned is None:
             learned = dict(self._model.learned)
         return Answer(self._report, said.finish_reason, said.usage, learned=learned)
@@ -308,6 +308,7 @@ class Turn:
 
     def _append(self, answers: Sequence[dict[str, Any]], substitute: Sequence[bytes]) -> Effect:
         given = self._in
+        self._model.passed(self._report.used_tokens)
         last: dict[str, object] = {"echo": self._echo(), "substitute": list(substitute)}
         blocks: dict[bytes, bytes] = {}
         before = self._paging.settled if self._paging is not None else None
@@ -356,7 +357,6 @@ class Turn:
         if said.response is not None and first is not None and (len(self._responses) > 1 or vm):
             shown = shown_messages(said, client)[0]
             body = response_body(said.response, first, shown, reason, usage)
-        self._model.passed(report.used_tokens)
         return Answer(report, reason, usage, body, learned=dict(self._model.learned))
 
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:

@@ -71,5 +71,5 @@ class Answer:
     body: bytes | None = None
     refused: Refused | None = None
     learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
-    doubtful: bool = False  # the window in it has to be seen twice
+    doubted_tokens: int = 0  # a window that is learned when it shows once more
     unexplained: bool = False  # a refusal was, of a request that may have been too large

@@ -331,11 +331,19 @@ def test_after_a_failure_the_next_try_is_smaller() -> None:
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
 
 
-@pytest.mark.parametrize(("status", "doubtful"), [(400, False), (500, True), (503, True)])
-def test_what_may_have_been_the_servers_trouble_is_doubtful(status: int, doubtful: bool) -> None:
+@pytest.mark.parametrize("doubted", [False, True])
+@pytest.mark.parametrize("status", [400, 408, 500, 503])
+def test_what_may_have_been_the_servers_trouble_is_learned_when_it_shows_twice(
+    status: int, doubted: bool
+) -> None:
     player = Player(limits_of(100_000, **ASSUMED))
-    played = player.ask([*grown(player, 40), MORE], refusing_above(2500, Refused(status, b"")))
-    assert played.answer.refused is None and played.answer.doubtful is doubtful
+    messages = [*grown(player, 40), MORE]
+    player.seen = Seen(doubted=doubted)
+    played = player.ask(messages, refusing_above(2500, Refused(status, b"")))
+    assert played.answer.refused is None and len(played.bodies) == 2
+    learned = status == 400 or doubted
+    assert ("window_tokens" in played.answer.learned) is learned
+    assert bool(played.answer.doubted_tokens) is not learned
 
 
 def test_a_guessed_window_grows_while_requests_that_fill_it_pass() -> None:
