@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from proxy.conversation.limits import Limits
 
 LEAST_WINDOW_TOKENS = 512  # a refusal that names less speaks of something else
-LARGE_TOKENS = 2000  # a smaller request fits every model that is in use
+LARGE_TOKENS = 1000  # a smaller request fits every model that is in use
 _GROWTH = 1.25  # of a guessed window that a request has filled and passed
 
 
