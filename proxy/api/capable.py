@@ -1,7 +1,8 @@
 """What is known of models: for the turns, and for the people who ask (GET /vm/models).
 
 Promises: an override wins over what a refusal taught, and that over what is assumed; one key's
-refusals are shown to that key only; the list of models kept per key is bounded.
+refusals are shown to that key only; the list of models kept per key is bounded. What passed and what
+failed is remembered in RAM only: it decides whether a refusal is tried again, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ import msgspec
 from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.calibration import TOKENS_FACTOR
-from proxy.conversation.capability import Capabilities, capabilities, describe
+from proxy.conversation.capability import (
+    LARGE_TOKENS,
+    Capabilities,
+    Seen,
+    capabilities,
+    describe,
+)
 from proxy.tokens import model_card
 
 _LISTED_MODELS = 256  # of one key; of more, the latest
 _RECENT_S = 5.0
 _RECENT_MODELS = 1024  # of a key
+_SEEN_MODELS = 4096  # of all keys: what passed and what was refused is remembered
+_FAILURES = 3  # so many, and what passed before proves nothing: the server may be another by now
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
     "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
@@ -35,6 +44,8 @@ class Capable:
         self._config = config
         self._memory = memory
         self._recent: dict[bytes, tuple[float, Capabilities]] = {}  # until when, and what
+        self._seen: dict[bytes, Seen] = {}
+        self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
 
@@ -67,6 +78,29 @@ class Capable:
         put = self._memory.learned_put(scope, model, facts)
         return [put, (b"M" + scope, msgspec.msgpack.encode(names))]
 
+    def seen(self, scope: bytes, model: str) -> Seen:
+        """What passed, and what failed since."""
+        key = scope + model.encode()
+        return self._seen.get(key, Seen())._replace(doubted=key in self._doubted)
+
+    def answered(self, scope: bytes, model: str, tokens: int, doubted_tokens: int) -> None:
+        """A prompt of so many tokens, as upstream counts, was answered (0: nobody counted it); after
+        a refusal of the moment, in a window of `doubted_tokens`."""
+        key = scope + model.encode()
+        if tokens >= LARGE_TOKENS and tokens > self.seen(scope, model).passed_tokens:
+            _keep(self._seen, key, Seen(tokens))
+        if tokens > self._doubted.get(key, 0):
+            self._doubted.pop(key, None)
+        if doubted_tokens:
+            _keep(self._doubted, key, doubted_tokens)
+
+    def failed(self, scope: bytes, model: str) -> None:
+        """A turn ended with a refusal that nobody can explain."""
+        passed, failures, _ = self.seen(scope, model)
+        proof_lapses = passed > 0 and failures + 1 >= _FAILURES
+        now = Seen() if proof_lapses else Seen(passed, failures + 1)
+        _keep(self._seen, scope + model.encode(), now)
+
     def table(self, scope: bytes) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.
 
@@ -97,3 +131,11 @@ class Capable:
             assumed |= {"window_tokens": card.window_tokens, "developer_role": card.developer_role}
             assumed |= {"tools": True, "tools_with_json": True, TOKENS_FACTOR: 1.0}
         return assumed
+
+
+def _keep(table: dict[bytes, Any], key: bytes, value: Any) -> None:
+    """Enter it as the latest of a bounded table."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > _SEEN_MODELS:
+        del table[next(iter(table))]

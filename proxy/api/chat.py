@@ -154,6 +154,7 @@ class ChatApi:
             model = given.decoded["model"]
             fresh = given.window is not None or not given.surely_fits
             given.capabilities = partial(self.capable.of, given.scope, model, fresh)
+            given.seen = partial(self.capable.seen, given.scope, model)
             given.get_record = self._memory.get_record
             given.calibration = partial(
                 self._memory.calibration, given.scope, model, given.counter.name, given.exact_counter
@@ -256,10 +257,18 @@ class ChatApi:
             self._memory.keep_state(turn.record, state)
         if turn.settled is not None and turn.settled[0].id in stored:
             self._memory.keep_settled(*turn.settled)
+        model = given.decoded["model"]
+        if answer.refused is not None:
+            if answer.unexplained:
+                self.capable.failed(given.scope, model)
+        elif turn.record is not None:  # it was an answer
+            billed = (answer.usage or {}).get("prompt_tokens")
+            tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
+            self.capable.answered(given.scope, model, tokens, answer.doubted_tokens)
         if answer.learned and not appended:  # by an answer that cannot be remembered
-            await self.capable.learn(given.scope, given.decoded["model"], answer.learned)
+            await self.capable.learn(given.scope, model, answer.learned)
         if answer.learned:
-            log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
+            log.warning("model %s: learned %s", model, answer.learned)
         return answer
 
     async def _append(self, effect: Append, given: TurnInput) -> frozenset[bytes]:

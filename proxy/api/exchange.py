@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -21,16 +21,28 @@ from proxy.api.passthrough import Send
 from proxy.api.patience import Patience
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.sse import DONE, EventParser, Tee, as_event, decode_chunk
+from proxy.conversation.sse import DONE, Opening, Tee, as_event, decode_chunk, says_error
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
 _QUOTED_BYTES = 2_000  # of an error page
+_PATIENT_BYTES = 6_000  # a request that may be too long: its stream's first words are waited for
 _AFTER_DONE_S = 0.2  # wait for the end of a stream that has said [DONE]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _FIRST_ROUND_ONLY = b"idempotency-key"  # a later round is another request, so it needs another key
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
+
+
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """How a refusal came, to be sent on when nothing helps: `stream` is its whole stream from the
+    error on, `event` the error alone where the rest was not kept."""
+
+    status: int
+    headers: list[Header]
+    stream: bytes = b""
+    event: bytes = b""
 
 
 class Exchange:
@@ -65,8 +77,9 @@ class Exchange:
         self._body = b""  # the last whole response body
         self._status = 200
         self._started = False
+        self._opening: Reply | None = None  # its status and headers go out with the first bytes
+        self._refused = False  # a round was: the next one's status waits until it is an answer
         self.asked = False  # upstream was called: what it said may have been paid for
-        self._error_event: bytes | None = None  # a stream's refusal, as it came
         self._alive = _KeepAlive(self._comment, keepalive_s)
 
     # -- Complete
@@ -78,6 +91,7 @@ class Exchange:
         that is likely to help.
         """
         while isinstance(said := await self._call(effect), Refused):
+            self._refused = True
             if not self._answered:
                 return said
             wait_s = self._patience.wait_s(said.status, self._last_headers, time.time())
@@ -92,7 +106,6 @@ class Exchange:
         if self.asked:
             headers = [header for header in headers if header[0] != _FIRST_ROUND_ONLY]
         self.asked = True
-        self._error_event = None
         reply = await self._upstream.chat(effect.body, headers, self._query)
         self._last_headers = reply.headers
         try:
@@ -100,20 +113,28 @@ class Exchange:
                 self._reply_headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
             self._status = reply.status
             if reply.status >= 400:
-                return Refused(reply.status, await reply.read(self._limit_bytes))
+                return Refused(reply.status, await reply.read(self._limit_bytes), self._came(reply))
             if self._stream and _is_event_stream(reply):
                 if effect.through and self._sieve is None:
-                    return await self._through(reply)
+                    return await self._through(reply, len(effect.body) > _PATIENT_BYTES)
                 return await self._sift(reply, effect)
             body = await reply.read(self._limit_bytes)
-            return await self._rejoin(body, effect) if self._started else self._whole(body)
+            said = self._whole(reply, body)
+            if isinstance(said, Refused) or not self._started:
+                return said
+            return await self._rejoin(said, body, effect)
         finally:
             await reply.close()
 
-    def _whole(self, body: bytes) -> Said:
+    def _came(self, reply: Reply, stream: bytes = b"", event: bytes = b"") -> _Came:
+        return _Came(reply.status, [h for h in reply.headers if h[0] not in _NOT_OURS], stream, event)
+
+    def _whole(self, reply: Reply, body: bytes) -> Said | Refused:
         self._body = body
         try:
             response = msgspec.json.decode(body)
+            if isinstance(response, dict) and says_error(response):
+                return Refused(_status_of(body), body, self._came(reply))
             choices = response["choices"]
             messages = [{**choice["message"]} for choice in choices]
             usage = response.get("usage")
@@ -122,22 +143,25 @@ class Exchange:
         reason = choices[0].get("finish_reason") if choices else None
         return Said(messages, reason, usage if isinstance(usage, dict) else None, response)
 
-    async def _through(self, reply: Reply) -> Said | Refused:
+    async def _through(self, reply: Reply, patient: bool) -> Said | Refused:
         """A stream that needs no change; what was said is learned on the way."""
-        await self._start(reply)
+        await self._open(reply)
         chunks = reply.chunks().__aiter__()
-        tee = Tee()
-        async for data in chunks:
-            if self._tee is None:
-                if b'"error"' in data[:_QUOTED_BYTES] and (error := _first_error(data)):
-                    self._error_event = data + await _all(chunks, self._limit_bytes)
-                    return Refused(_status_of(error), error)
-                self._tee = tee
-            if ready := tee.feed(data):
-                await self._write(ready)
-            if tee.held:
-                tee.feed(await _rest(chunks))
+        tee, opening = Tee(), Opening(patient)
+        while not opening.over and opening.error is None:
+            data = await _read_some(chunks)
+            await self._write(tee.feed(opening.feed(data) if data else opening.close()))
+            if not data:
                 break
+        if opening.error is not None:
+            stream = opening.rest() + await _all(chunks, self._limit_bytes)
+            came = self._came(reply, stream=stream)
+            return Refused(_status_of(opening.error), opening.error, came)
+        while not tee.held and (data := await _read_some(chunks)):
+            await self._write(tee.feed(data))
+        if tee.held:
+            tee.feed(await _rest(chunks))
+        await self._start(reply)
         self._tee = tee
         return Said(tee.messages(), None, None)
 
@@ -146,22 +170,19 @@ class Exchange:
             self._sieve = self._new_sieve()
         sieve = self._sieve
         sieve.begin_round(effect.offer, not effect.through)
-        await self._start(reply)
-        self._alive.watch()
+        await self._open(reply)
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):
+            if self._started:
+                self._alive.watch()
             await self._write(b"".join(sieve.feed(data, _now_ms())))
             if sieve.done:
                 await _rest(chunks)
                 break
-        if (error := sieve.refusal) is not None:  # nothing of an answer was shown: as good as a status
-            self._error_event = error.raw
-            return Refused(_status_of(error.data), error.data)
-        return await self._end_round(sieve)
+        return await self._end_round(sieve, reply)
 
-    async def _rejoin(self, body: bytes, effect: Complete) -> Said:
+    async def _rejoin(self, said: Said, body: bytes, effect: Complete) -> Said | Refused:
         """A whole answer after a round that was streamed: the client goes on reading its stream."""
-        said = self._whole(body)
         if said.response is None or not said.messages or self._sieve is None:
             await self._write(error_event(Refused(200, body)))
             raise UpstreamBroken("the upstream's later round is no chat answer")
@@ -169,10 +190,18 @@ class Exchange:
         event = as_event(said.response)
         await self._write(b"".join(self._sieve.feed(event + DONE, _now_ms())))
         # Usage goes by itself: every whole answer has one, and the client may not have asked for it.
-        return replace(await self._end_round(self._sieve), usage=said.usage)
+        ended = await self._end_round(self._sieve)
+        return replace(ended, usage=said.usage) if isinstance(ended, Said) else ended
 
-    async def _end_round(self, sieve: Sieve) -> Said:
-        ended, ready = sieve.end_round()
+    async def _end_round(self, sieve: Sieve, reply: Reply | None = None) -> Said | Refused:
+        error = sieve.refusal
+        if error is None:
+            ended, ready = sieve.end_round()
+            error = sieve.refusal
+        if error is not None and reply is not None:  # nothing of an answer was shown: as good as a status
+            return Refused(_status_of(error.data), error.data, self._came(reply, event=error.raw))
+        if reply is not None:
+            await self._start(reply)
         if ended.error is not None or not ended.complete:
             await self._fail(ended.error)
             raise UpstreamBroken("the upstream's stream ended before its answer did")
@@ -218,16 +247,18 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _refuse(self, refused: Refused) -> None:
-        if self._started:  # a later round: the status is gone, so the stream says it
-            await self._fail(self._error_event or error_event(refused))
-            if self._error_event is not None and self._sieve is None:
+        came = refused.as_came
+        assert isinstance(came, _Came)
+        if self._started:  # the status is gone, so the stream says it
+            await self._fail(came.stream or came.event or error_event(refused))
+            if came.stream:  # upstream's own, to its end
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-                return  # upstream's own stream, to its end
+                return
             raise UpstreamBroken(f"the upstream answered {refused.status} in a later round")
-        headers = [*self._reply_headers, (b"content-length", b"%d" % len(refused.body))]
-        start = {"type": "http.response.start", "status": refused.status, "headers": headers}
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": refused.body})
+        body = came.stream or came.event or refused.body
+        headers = [*came.headers, (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": came.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def fail(self, error: ApiError) -> None:
         """An error of ours, wherever the response stands."""
@@ -252,6 +283,12 @@ class Exchange:
         if event:
             await self._write(event)
 
+    async def _open(self, reply: Reply) -> None:
+        """A stream begins; behind a refusal, with its first bytes: it may be refused, too."""
+        self._opening = reply
+        if not self._refused:
+            await self._start(reply)
+
     async def _start(self, reply: Reply) -> None:
         if self._started:
             return
@@ -263,6 +300,8 @@ class Exchange:
 
     async def _write(self, data: bytes) -> None:
         if data:
+            if self._opening is not None:
+                await self._start(self._opening)
             self._alive.written()
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -351,26 +390,16 @@ async def _rest(chunks: AsyncIterator[bytes]) -> bytes:
     return rest
 
 
-def _first_error(data: bytes) -> bytes | None:
-    """The data of a stream's first event when it is an error instead of an answer."""
-    for event in EventParser().feed(data):
-        if event.data:
-            chunk = decode_chunk(event.data)
-            failed = chunk is not None and chunk.get("error") and not chunk.get("choices")
-            return event.data if failed else None
-    return None
-
-
 def _status_of(error: bytes) -> int:
-    """The HTTP status that an error event stands for."""
-    chunk = decode_chunk(error)
-    body = (chunk or {}).get("error")
-    if not isinstance(body, dict):
-        return 500
-    for name in ("code", "status", "status_code"):
-        status = body.get(name)
-        if isinstance(status, int) and 400 <= status <= 599:
-            return status
+    """The HTTP status that an error under a status of 200 stands for."""
+    whole = decode_chunk(error) or {}
+    body = whole.get("error")
+    body = body if isinstance(body, dict) else {}
+    for said in (body, whole):
+        for name in ("code", "status", "status_code"):
+            status = str(said.get(name))
+            if status.isdecimal() and 400 <= int(status[:9]) <= 599:
+                return int(status)
     return 400 if body.get("type") == "invalid_request_error" else 500
 
 

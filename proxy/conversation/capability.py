@@ -8,22 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.conversation.limits import Limits
 
 LEAST_WINDOW_TOKENS = 512  # a refusal that names less speaks of something else
+LARGE_TOKENS = 1000  # a smaller request fits every model that is in use
+_GROWTH = 1.25  # of a guessed window that a request has filled and passed
+
+
+class Seen(NamedTuple):
+    """What a process saw of a model behind a key."""
+
+    passed_tokens: int = 0  # the largest prompt that was answered, as upstream counts
+    failures: int = 0  # large requests since then that failed for no reason that we know
+    doubted: bool = False  # one may have failed for its size, or for the server's trouble of the moment
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """Beside `Limits`: what our own additions to a request may be, and the window that a refusal
-    named or a bill showed (`window_tokens`: as upstream counts)."""
+    named or a bill showed (`window_tokens`: as upstream counts).
+
+    `refused_tokens`: the window is a guess, made when so many were refused without a reason. A guess
+    is never final: it is halved when it is refused, too, and grows while requests that fill it pass,
+    as long as it stays below what was refused.
+    """
 
     stream_usage: bool = True  # stream_options.include_usage
     prompt_cache_key: bool = False
     mid_system: bool = True  # a second system message, or one after the beginning
     window_tokens: int | None = None
+    refused_tokens: int = 0
+
+    def grown(self) -> int:
+        """The guessed window, one step up."""
+        return min(int((self.window_tokens or 0) * _GROWTH), self.refused_tokens - 1)
 
 
 def capabilities(
@@ -37,6 +57,7 @@ def capabilities(
         prompt_cache_key=bool(known.get("prompt_cache_key", False)),
         mid_system=bool(known.get("mid_system", True)),
         window_tokens=window if isinstance(window, int) and window >= LEAST_WINDOW_TOKENS else None,
+        refused_tokens=int(known.get("refused_tokens") or 0),
     )
 
 

@@ -60,10 +60,12 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Upstream answered with an error status; nothing has reached the client yet."""
+    """Upstream answered with an error: a status, or an error in place of an answer under a status of
+    200, whole or as the first of a stream. Nothing of an answer has reached the client yet."""
 
-    status: int
+    status: int  # that it means
     body: bytes
+    as_came: Any = field(default=None, compare=False, repr=False)  # the shell's, to send it on
 
 
 @dataclass(frozen=True, slots=True)

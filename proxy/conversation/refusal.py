@@ -1,22 +1,27 @@
-"""What a refusal allows and teaches: in every provider's words. Pure.
+"""What a refusal allows and teaches: in every provider's words, and without any. Pure.
 
 Promises: only a refusal that our changes may have caused is tried again without them, and only when
-the unchanged request would fit the model (invariant 1); a refusal teaches by its own sentence only;
-a rate limit is never taken for a window.
+the unchanged request would fit the model (invariant 1); a refusal teaches by its own sentence only.
+A prompt may be too long whatever upstream says: `is_something_else` names the refusals that surely
+are about another matter, by their structure first. Words and numbers that we understand give the
+window exactly; a rate limit is one only where the request is larger than all that it ever allows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
+from proxy.conversation.capability import LEAST_WINDOW_TOKENS
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
 
 _READ_CHARS = 4000
+_READ_STRINGS = 32
+_NO_SENTENCES = ("code", "type", "param", "id", "request_id", "object", "status")
 _REFUSES = r"(?:not (?:support|allow|accept|permit|implement|available|enabled)|n't (?:support|allow|accept)" \
     r"|requires --|unsupported|unknown|unrecogni[sz]ed|invalid|unexpected|no support|extra inputs|extra_forbidden|no endpoints found)"
 
@@ -45,7 +50,20 @@ _NO_MID_SYSTEM = re.compile(
 )
 _NO_AUDIO = re.compile(r"\baudio\b[^.]{0,120}(?:expired|not found|no longer|does not exist|invalid)")
 _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may have caused
-_OVERFLOWING = (*_REPAIRABLE, 500)  # some local servers say it with 500
+_UNPAID = 402  # whatever it says, it is about money
+# Not about size unless they say so: no key, no right, no such path, method or model, an unreadable
+# type or version, too many requests, the law.
+_ELSEWHERE = frozenset({401, 403, 404, 405, 406, 407, 410, 415, 426, 428, 429, 451})
+# Gateways and servers say these of themselves, too: such a refusal has to come twice to teach anything.
+_FOR_THE_MOMENT = frozenset({408, 429})
+_OF_THE_PROMPT = ("messages", "input", "inputs", "prompt", "body", "contents")  # parameters that are all of it
+_ELSE_CODE = re.compile(
+    r"auth|api_?key|permission|forbidden|denied|quota|billing|payment|credit|balance|rate_?limit"
+    r"|content_?(?:filter|policy)|moderation|safety|not_?found|unsupported|unknown_|invalid_(?:value|type|json|image)"
+)
+_SPEAKS_OF_SIZE = re.compile(
+    r"context|\btokens\b|\blength\b|too (?:long|large|big|many)|longer|larger|\bsize\b|exceed|max_|maximum"
+)
 
 # -- a prompt too long, as OpenAI, Azure, OpenRouter, vLLM, SGLang, TGI, llama.cpp, Ollama, LM Studio,
 #    Mistral, Groq, Cerebras, xAI, Fireworks, Anthropic, Gemini, Bedrock, Cohere and others say it
@@ -58,9 +76,13 @@ _OVERFLOW = re.compile(
     r"|longer than the (?:maximum )?model|length of the messages|input length should be"
     r"|exceeds max length|tokens_limit_reached|max_new_tokens"
 )
-_ANOTHER_LIMIT = re.compile(
-    r"per[ -](?:minute|day|hour|second)|\btp[md]\b|rate.?limit|quota|billing|at most \d+ completion"
-)
+_PER_TIME = re.compile(r"per[ -](?:minute|min|day|hour|second)\b|\btp[md]\b|rate.?limit|quota")
+_ANOTHER_LIMIT = re.compile(r"billing|at most \d+ completion")
+_TOKENS = re.compile(r"\btokens?\b|\btp[md]\b|token_")
+_LIMIT = re.compile(r"limit(?: of|:| is)?\s{0,2}(\d(?:[,_]?\d){2,9}+)")
+_REQUESTED = re.compile(r"requested:?\s{0,2}(\d(?:[,_]?\d){0,9}+)")
+_NUMBER = re.compile(r"(?<![\w.-])(\d{1,3}(?:[,_]\d{3})++|\d{3,9}+)(?:\.0+)?(?![\w.]?\w)")
+_ALIKE = 1.6  # upstream's count of a request and ours differ by no more
 _N = r"`?(\d(?:[,_]?\d){2,9}+)`?"
 _WINDOW = tuple(
     re.compile(pattern.replace("#", _N))
@@ -108,17 +130,100 @@ class Overflow(NamedTuple):
     excess_tokens: int | None = None
 
 
-def overflow(refused: Refused) -> Overflow | None:
-    """What a refusal says of the model's window, or None when it is about something else."""
-    if refused.status not in _OVERFLOWING:
-        return None
+def overflow(refused: Refused, sent_tokens: int = 0) -> Overflow | None:
+    """What a refusal says of the model's window, or None when it says nothing that we understand.
+
+    `sent_tokens`: of the refused request; above a limit per minute it can never pass, so that one is
+    a window as well.
+    """
     text = refused.body.decode("utf-8", "replace").lower()[:_READ_CHARS]
-    if not _OVERFLOW.search(text) or _ANOTHER_LIMIT.search(text):
+    if refused.status == _UNPAID or _ANOTHER_LIMIT.search(text):
+        return None
+    if _PER_TIME.search(text):
+        limit, requested = _first((_LIMIT,), text), _first((_REQUESTED,), text)
+        if limit is None or not _TOKENS.search(text) or (requested or sent_tokens) <= limit:
+            return None
+        return Overflow(limit, None)
+    if not _OVERFLOW.search(text):
         return None
     window, sent = _first(_WINDOW, text), _first(_SENT, text)
     if window is not None and sent is not None and sent <= window // 2:
         sent = None  # another number
     return Overflow(window, sent, _first((_EXCESS,), text))
+
+
+def by_numbers(refused: Refused, sent_tokens: int) -> Overflow:
+    """An overflow in words that nobody knows: one number is about as large as the request, and the
+    largest below it is the window. Empty where no numbers are like that."""
+    said = [int(re.sub("[,_]", "", n)) for n in _NUMBER.findall(" ".join(_strings(refused.body)))]
+    alike = [n for n in said if sent_tokens / _ALIKE <= n <= sent_tokens * _ALIKE]
+    sent = min(alike, key=lambda n: abs(n - sent_tokens), default=0)
+    window = max((n for n in said if LEAST_WINDOW_TOKENS <= n < sent), default=None)
+    return Overflow(window, sent if window else None)
+
+
+def is_something_else(refused: Refused) -> bool:
+    """Whether it is surely not about the request's size: money, rights, a rate, a model that is not
+    there, or one parameter beside the messages. By status and structure; words only to the contrary."""
+    if refused.status == _UNPAID:
+        return True
+    error = _error(refused.body)
+    named = _parameter(error)
+    if named and named.lower() not in _OF_THE_PROMPT:
+        return True
+    text = _sentence(refused.body).lower()[:_READ_CHARS]
+    if refused.status == 429 or _PER_TIME.search(text):  # one that is too large was understood above
+        return "too large" not in text and "too long" not in text
+    if _SPEAKS_OF_SIZE.search(text):
+        return False
+    code = f"{error.get('code') or ''} {error.get('type') or ''}".lower()
+    return refused.status in _ELSEWHERE or bool(_ELSE_CODE.search(code))
+
+
+def is_for_the_moment(refused: Refused) -> bool:
+    """It may be the server's trouble, and gone with the next request."""
+    return refused.status >= 500 or refused.status in _FOR_THE_MOMENT
+
+
+def _error(refusal: bytes) -> Mapping[str, Any]:
+    """The error object of a refusal, wherever it stands; empty when there is none."""
+    try:
+        body = msgspec.json.decode(refusal)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(body, dict):
+        return {}
+    error = body.get("error")
+    return error if isinstance(error, dict) else body
+
+
+def _parameter(error: Mapping[str, Any]) -> str:
+    """The parameter that a refusal blames: OpenAI's `param`, or the place in a validator's list."""
+    param = error.get("param")
+    if isinstance(param, str):
+        return param
+    details = error.get("detail")
+    first = details[0] if isinstance(details, list) and details else None
+    place = first.get("loc") if isinstance(first, dict) else None
+    return ".".join(map(str, place[1:])) if isinstance(place, list) else ""
+
+
+def _strings(refusal: bytes) -> list[str]:
+    """What a refusal says in sentences, without codes and ids."""
+    try:
+        found: list[str] = []
+        left: list[Any] = [msgspec.json.decode(refusal)]
+    except (ValueError, RecursionError):
+        return [refusal.decode("utf-8", "replace")[:_READ_CHARS]]
+    while left and len(found) < _READ_STRINGS:
+        value = left.pop()
+        if isinstance(value, str):
+            found.append(value[:_READ_CHARS])
+        elif isinstance(value, dict):
+            left.extend(v for k, v in value.items() if k not in _NO_SENTENCES)
+        elif isinstance(value, list):
+            left.extend(value)
+    return found
 
 
 def _first(patterns: Sequence[re.Pattern[str]], text: str) -> int | None:

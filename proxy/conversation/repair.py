@@ -13,14 +13,32 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import Fields
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities, within
+from proxy.conversation.capability import (
+    LARGE_TOKENS,
+    LEAST_WINDOW_TOKENS,
+    Capabilities,
+    Seen,
+    within,
+)
 from proxy.conversation.channel import PASSIVE, Channel
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
-from proxy.conversation.refusal import learn, names_audio, overflow
+from proxy.conversation.refusal import (
+    Overflow,
+    by_numbers,
+    is_for_the_moment,
+    is_something_else,
+    learn,
+    names_audio,
+    overflow,
+)
 from proxy.tokens import TokenCounter
 
-_GUESSED_SHARE = 0.75  # of what was sent, when upstream does not say how large its window is
+_KNOWN_SHARE = 0.75  # of what was sent: a window that is known is not far off, as it seems
+_ASSUMED_SHARE = 0.5  # a window that is only assumed may be anything: half, after a failure a quarter
+_MOST_FAILURES = 2
+_NOTHING_SEEN = Seen()
+_FILLED = 0.8  # of the budget: a request that passes with so much says something of the window
 _COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
 _SYSTEM = ("system", "developer")
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
@@ -35,6 +53,11 @@ class Model:
     max_tokens: int | None
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
+    assumed: bool = False  # nobody said how large the window is
+    blind: bool = False  # the window was made smaller without a word from upstream
+    unexplained: bool = False  # a refusal of a large request was
+    shrunk: bool = False  # in this turn
+    doubted_tokens: int = 0  # a window that upstream's trouble of the moment may have feigned
 
     @classmethod
     def of(
@@ -46,32 +69,71 @@ class Model:
 
     def __post_init__(self) -> None:
         window = self.capabilities.window_tokens
+        guessed = window is None or bool(self.capabilities.refused_tokens)
+        self.assumed = guessed and not self.limits.window_known
         if window is not None:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.limits.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
-                self.limits = within(self.limits, tokens)
+                self._take(tokens, guessed)
 
-    def shrink(self, refused: Refused, counted_tokens: int) -> bool:
-        """Take the window from an overflow. `counted_tokens` is the refused request's count.
+    def shrink(self, refused: Refused, counted_tokens: int, seen: Seen = _NOTHING_SEEN) -> bool:
+        """Take the window from an overflow, in upstream's words or without.
 
-        False when the refusal is about something else, or the second one in this turn.
+        `counted_tokens` is the refused request's count; a refusal of no more than has passed before
+        is not about size. False when it is about something else, or the second one in this turn.
         """
-        said = overflow(refused)
-        if said is None or "window_tokens" in self.learned:
+        if self.shrunk:
             return False
-        sent = said.sent_tokens or int(counted_tokens * self.limits.tokens_factor)
-        window = said.window_tokens
-        if window is None:
-            least = sent - said.excess_tokens if said.excess_tokens else int(sent * _GUESSED_SHARE)
-            window = least if said.excess_tokens else min(least, int(counted_tokens * _GUESSED_SHARE))
+        sent = int(counted_tokens * self.limits.tokens_factor)
+        said = overflow(refused, sent)
+        if said is None:
+            explained = is_something_else(refused) or bool(learn(refused.body, self.limits))
+            self.unexplained = self.assumed and sent >= LARGE_TOKENS and not explained
+            if not self.unexplained or sent <= seen.passed_tokens:
+                return False
+            said = by_numbers(refused, sent)
+            self.blind = said.window_tokens is None
+        window = said.window_tokens or self._guess(said, sent, counted_tokens, seen)
         if window < LEAST_WINDOW_TOKENS:
             return False
         # Upstream's own count of this request says what its tokens are in ours.
-        factor = sent / counted_tokens if said.sent_tokens and counted_tokens else 1.0
+        factor = said.sent_tokens / counted_tokens if said.sent_tokens and counted_tokens else 1.0
         factor = min(4.0, max(0.25, factor, self.limits.tokens_factor if factor == 1.0 else 0))
-        self.learned["window_tokens"] = window
-        self.limits = within(self.limits, int(window / factor))
+        self.shrunk = True
+        guessed = said.window_tokens is None
+        if self.blind and is_for_the_moment(refused) and not seen.doubted:
+            self.doubted_tokens = window
+        else:
+            self.learned["window_tokens"] = window
+            if guessed or self.capabilities.refused_tokens:
+                self.learned["refused_tokens"] = (said.sent_tokens or sent) if guessed else 0
+        self._take(int(window / factor), guessed)
         return True
+
+    def _take(self, window_tokens: int, guessed: bool) -> None:
+        """A guess binds what can be paged, and nothing else: the window is still not known."""
+        self.limits = within(self.limits, window_tokens)
+        if self.assumed and guessed:
+            self.limits = replace(self.limits, window_known=False)
+
+    def _guess(self, said: Overflow, sent: int, counted: int, seen: Seen) -> int:
+        """The window, when upstream does not say how large it is."""
+        sent = said.sent_tokens or sent
+        if said.excess_tokens:
+            return sent - said.excess_tokens
+        halvings = 1 + min(seen.failures, _MOST_FAILURES)
+        share = _ASSUMED_SHARE**halvings if self.assumed else _KNOWN_SHARE
+        proved = seen.passed_tokens if seen.passed_tokens < sent else 0
+        return max(int(min(sent, counted) * share), proved)
+
+    def passed(self, counted_tokens: int) -> None:
+        """A request of so many tokens was answered: a guess that it filled may have been too low."""
+        known = self.capabilities
+        if self.shrunk or not known.refused_tokens or known.window_tokens is None:
+            return
+        filled = counted_tokens >= _FILLED * self.limits.budget_tokens
+        if filled and (window := known.grown()) > known.window_tokens:
+            self.learned["window_tokens"] = window
 
     def adapt(self, refused: Refused, ours: Iterable[str]) -> bool:
         """Leave out what a refusal names: of our additions (`ours`, facts) or the form of messages."""

@@ -28,6 +28,7 @@ from proxy.conversation.sse import (
     MessageBuilder,
     choices_of,
     decode_chunk,
+    error_in,
     tool_deltas,
 )
 from proxy.conversation.textcalls import (
@@ -222,6 +223,9 @@ class Sieve:
     # -- events
 
     def _event(self, event: Event, now_ms: float, out: list[bytes]) -> None:
+        if (error := error_in(event)) is not None:
+            self._error = Event(event.raw, error)
+            return
         if not event.data:
             if self._rounds == 1:  # comments and keep-alives
                 out.append(event.raw)
@@ -230,7 +234,7 @@ class Sieve:
             self._done = True
             return
         chunk = decode_chunk(event.data)
-        if chunk is None or (chunk.get("error") and not chunk.get("choices")):
+        if chunk is None:
             self._error = event
             return
         usage = chunk.get("usage")

@@ -13,6 +13,7 @@ import msgspec
 
 _END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # two line ends; CRLF is never taken for two
 _LINE = re.compile(rb"\r\n|\n|\r")
+_OPENING_BYTES = 65_536  # an event that is longer is no error
 _BOM = b"\xef\xbb\xbf"
 # Values that come whole, if more than once: the later one counts, they do not add up.
 _WHOLE = frozenset({"id", "type", "name", "format", "mime_type", "signature", "thought_signature"})
@@ -52,6 +53,16 @@ class EventParser:
         self._buffer = buffer[at:]
         return events
 
+    @property
+    def open_bytes(self) -> int:
+        """Of an event that has not ended."""
+        return len(self._buffer)
+
+    def rest(self) -> bytes:
+        """The bytes of an event that has not ended, which are then forgotten."""
+        rest, self._buffer = self._buffer, b""
+        return rest
+
     def close(self) -> list[Event]:
         """The last event, when the stream ended without a blank line."""
         rest, self._buffer = self._buffer, b""
@@ -72,6 +83,104 @@ def decode_chunk(data: bytes) -> dict[str, Any] | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return chunk if isinstance(chunk, dict) else None
+
+
+def says_error(body: dict[str, Any]) -> bool:
+    """An answer, or a chunk of one, that says nothing but that it failed: an error beside empty
+    choices or none, a finish reason of that name, or a gateway's own form without choices."""
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(first, dict):
+        said = first.get("delta") or first.get("message")
+        if isinstance(said, dict) and (said.get("content") or said.get("tool_calls")):
+            return False
+        return bool(body.get("error")) or first.get("finish_reason") == "error"
+    if body.get("error") or "error" in (body.get("object"), body.get("type")):
+        return True
+    detail = body.get("detail") or body.get("message")
+    return "choices" not in body and bool(
+        body.get("errors") or (detail and isinstance(detail, (str, list)))
+    )
+
+
+def error_in(event: Event) -> bytes | None:
+    """What an event says that is an error in place of a chunk, in any of the ways to write one:
+    `data:` with an error, `event: error`, a line `error:`, or bare JSON. None for all others."""
+    raw = event.raw
+    if b"error" not in raw and (b'"choices"' in raw or event.data == b"[DONE]" or raw[:1] == b":"):
+        return None
+    lines = _LINE.split(raw.removeprefix(_BOM))
+    if event.data:
+        chunk = decode_chunk(event.data)
+        named = any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines)
+        return event.data if named or (chunk is not None and says_error(chunk)) else None
+    line = next((line[6:].strip() for line in lines if line.startswith(b"error:")), None)
+    if line is not None:
+        return line
+    chunk = decode_chunk(raw) if raw.lstrip()[:1] == b"{" else None
+    return raw.strip() if chunk is not None and says_error(chunk) else None
+
+
+class Opening:
+    """The beginning of a stream, held back until it is known to be an answer or an error.
+
+    Comments pass. `patient`: chunks without a word of the answer (its role) are held, too, because an
+    error may follow them. After feed(), `over` says that all comes out again from here on; with
+    `error`, what the error says, the rest stays in `held`, as it came.
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self._patient = patient
+        self._parser = EventParser()
+        self.held = b""
+        self.over = False
+        self.error: bytes | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """What may go to the client."""
+        out = b""
+        for event in self._parser.feed(data):
+            out += self._event(event)
+        self.over = self.over or (self.error is None and self._parser.open_bytes > _OPENING_BYTES)
+        return out + self._end() if self.over else out
+
+    def close(self) -> bytes:
+        """The stream is at its end."""
+        last = self._parser.rest()
+        if last.strip():
+            self._event(Event(last, _data(last)))
+        else:
+            self.held += last
+        if self.error is not None:
+            return b""
+        self.over = True
+        return self._end()
+
+    def _event(self, event: Event) -> bytes:
+        if not (self.over or self.error is not None):
+            self.error = error_in(event)
+            if self.error is None and not event.data and not self.held:
+                return event.raw
+            self.over = self.error is None and bool(event.data) and self._speaks(event)
+        self.held += event.raw
+        return b""
+
+    def _speaks(self, event: Event) -> bool:
+        if not self._patient or event.data == b"[DONE]":
+            return True
+        chunk = decode_chunk(event.data) or {}
+        return any(
+            choice.get("finish_reason") or any(v for k, v in choice["delta"].items() if k != "role")
+            for choice in choices_of(chunk)
+        )
+
+    def _end(self) -> bytes:
+        out, self.held = self.held + self._parser.rest(), b""
+        return out
+
+    def rest(self) -> bytes:
+        """All that is held behind an error and with it."""
+        return self._end()
 
 
 def as_event(response: dict[str, Any]) -> bytes:

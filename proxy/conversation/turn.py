@@ -3,8 +3,8 @@
 Promises: what fits is passed through untouched (invariant 2); every upstream request stays within
 the budget (3); each turn is stored whole before its answer ends (5); a request that we changed and
 upstream refuses is sent once more unchanged when it would fit (1), or without what was refused; a
-prompt that is too long for the model shrinks once. The shell performs the effects; tests play it
-as a dialogue.
+prompt that is too long for the model, or may be, shrinks once, and is answered within two further
+calls or ends with upstream's own words. The shell performs the effects; tests play it as a dialogue.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ _MOST_BYTES = 7  # with more for each billed token, what is surely small is coun
 _ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
 _TOOL_NAMES = (PAGE_FAULT.encode(), SEARCH_PAGES.encode())
 _ENDED = (None, "stop", "tool_calls", "function_call")  # of the model's own will
+_FURTHER_CALLS = 2  # for a prompt that may be too long
 _json = msgspec.json.encode
 _NO_ANSWER = Refused(502, ApiError(
     502, "The model only called tools that it was told not to call, and gave no answer; send the request "
@@ -95,7 +96,9 @@ class Turn:
         self._channel: Channel | None = None
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
-        self._too_long: Refused | None = None  # the refusal of the client's own bytes
+        self._too_long: Refused | None = None  # the refusal that made the window smaller
+        self._sent_unchanged = False
+        self._refusals = 0
         self._report = TurnReport(str(given.decoded.get("model")), "bypass", self.turn)
         self._report.budget_tokens = given.limits.budget_tokens
 
@@ -130,6 +133,12 @@ class Turn:
         return any(tool in raw for raw in raws for tool in _TOOL_NAMES)
 
     def run(self) -> Generator[Effect, Any, Answer]:
+        answer = yield from self._run()
+        answer.unexplained = self._model.unexplained
+        answer.doubted_tokens = self._model.doubted_tokens
+        return answer
+
+    def _run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
         untouched = given.window is None and given.floor == 0
         if not untouched or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
@@ -145,7 +154,6 @@ class Turn:
             answer = yield from self._pass_through(self._unchanged_body(), None)
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
-            self._too_long = answer.refused
         channel = choose_channel(given.decoded, limits)
         if given.given_answers:
             channel = replace(channel, client_calls=True)
@@ -165,7 +173,14 @@ class Turn:
         """The client's own bytes are too long for the model: what it takes is known now."""
         if self._in.surely_fits:
             self._count_fixed()
-        return self._model.shrink(refused, self._unchanged())
+        return self._shrunk(refused, self._unchanged())
+
+    def _shrunk(self, refused: Refused, tokens: int) -> bool:
+        """Whether the window is smaller now. `tokens`: of what was refused."""
+        if self._model.shrink(refused, tokens, self._in.seen()):
+            self._too_long = refused
+            return True
+        return False
 
     def _count_fixed(self) -> None:
         self._fixed_tokens = fixed_tokens(self._in.system, self._in.fields, self._in.counter)
@@ -196,12 +211,16 @@ class Turn:
         self, body: bytes, learned: dict[str, Any] | None
     ) -> Generator[Effect, Any, Answer]:
         said = yield Complete(body, through=True)
+        self._sent_unchanged = True
         if isinstance(said, Refused):
+            self._refusals += 1
             return Answer(self._report, refused=said)
         self._report.rounds = 1
         if said.messages:
             yield self._append(said, said.messages, learned=learned)
-        return Answer(self._report, said.finish_reason, said.usage, learned=learned or {})
+        if learned is None:
+            learned = dict(self._model.learned)
+        return Answer(self._report, said.finish_reason, said.usage, learned=learned)
 
     # -- with paging
 
@@ -260,6 +279,7 @@ class Turn:
             channel = paging.channel
             said = yield Complete(body, channel.offer and not stop, through=self._many())
             if isinstance(said, Refused):
+                self._refusals += 1
                 if self._repaired(said, paging):
                     continue
                 return (yield from self._refused(said))
@@ -360,6 +380,7 @@ class Turn:
         learned: Mapping[str, Any] | None = None,
     ) -> Effect:
         given = self._in
+        self._model.passed(self._report.used_tokens)
         began = (given.next_limits or given.limits).tokens_factor
         bill, lesson = self._billed(said)
         last: dict[str, object] = {
@@ -461,9 +482,9 @@ class Turn:
         """The next try is another request: smaller, or without what was refused."""
         model, given = self._model, self._in
         model.limits = paging.limits  # an epoch may have brought others
-        if self._told():
+        if self._told() or self._given_up():
             return False
-        if model.shrink(refused, self._report.used_tokens):
+        if self._shrunk(refused, self._report.used_tokens):
             paging.resize(self._limits)
             return paging.room_for_messages >= _LEAST_ROOM_TOKENS
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
@@ -471,7 +492,7 @@ class Turn:
             ours.add("prompt_cache_key")
         if model.adapt(refused, ours):
             return True
-        if unchanged_fits(self._unchanged(), given.limits) and self._too_long is None:
+        if unchanged_fits(self._unchanged(), given.limits) and not (self._sent_unchanged or self._too_long):
             return False  # the client's own bytes are the better second try
         channel = model.without(refused, paging.channel) if repairable(refused) else None
         if channel is None:
@@ -480,16 +501,27 @@ class Turn:
         self._report.channel = channel.name
         return True
 
+    def _given_up(self) -> bool:
+        return self._too_long is not None and self._refusals > _FURTHER_CALLS
+
     def _told(self) -> bool:  # something of the answer reached the client
         return any((said.shown or {}).get("content") for said in self._responses)
 
     def _refused(self, refused: Refused) -> Generator[Effect, Any, Answer]:
         """Invariant 1: what our changes may have broken is tried once more without them."""
-        fits = unchanged_fits(self._unchanged(), self._model.limits) and self._too_long is None
-        if self._told() or not (repairable(refused) and fits):
+        model = self._model
+        limits = self._in.limits if model.blind else model.limits  # the smaller window was wrong
+        explained = self._too_long is not None and not model.blind
+        done = self._sent_unchanged or explained or self._given_up() or self._told()
+        if done or not (repairable(refused) and unchanged_fits(self._unchanged(), limits)):
             return Answer(self._report, refused=self._too_long or refused)
-        learned = {**self._model.learned, **learn(refused.body, self._model.limits)}
-        return (yield from self._unpaged(learned))
+        learned = {**model.learned, **learn(refused.body, model.limits)}
+        if model.blind:
+            learned = {k: v for k, v in learned.items() if k not in ("window_tokens", "refused_tokens")}
+        answer = yield from self._unpaged(learned)
+        if answer.refused is not None and self._too_long is not None:
+            answer.refused = self._too_long  # nothing helped: what was said first
+        return answer
 
     def _as_it_is(self) -> Generator[Effect, Any, Answer]:
         """What cannot be paged leaves no room: upstream's own word on the request is the best one."""

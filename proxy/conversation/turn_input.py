@@ -8,7 +8,7 @@ from typing import Any
 
 from proxy.conversation.body import Fields
 from proxy.conversation.calibration import Calibration
-from proxy.conversation.capability import Capabilities
+from proxy.conversation.capability import Capabilities, Seen
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Refused
@@ -57,6 +57,7 @@ class TurnInput:
     load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
     exact_counter: bool = False  # the model is known to be counted by this encoding
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
+    seen: Callable[[], Seen] = Seen  # asked only after a refusal
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     sent: Sent | None = None  # how the request stood to those before it; stored with its answer
@@ -78,3 +79,5 @@ class Answer:
     body: bytes | None = None
     refused: Refused | None = None
     learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
+    doubted_tokens: int = 0  # a window that is learned when it shows once more
+    unexplained: bool = False  # a refusal was, of a request that may have been too large

@@ -21,6 +21,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, UpstreamBroken, join_chunks
+from tests.conversation.test_sse import ERRORS
 
 SSE = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"r1")]
 JSON = [(b"content-type", b"application/json"), (b"content-length", b"999"), (b"x-request-id", b"r1")]
@@ -223,7 +224,7 @@ async def test_a_whole_answers_calls_after_a_streamed_round_are_numbered() -> No
 
 async def test_a_later_round_that_is_no_chat_answer_is_an_event_and_a_break() -> None:
     with pytest.raises(UpstreamBroken, match="no chat answer"):
-        await streamed_then(Reply(b'{"error": {"message": "slow"}}', headers=JSON))
+        await streamed_then(Reply(b'{"id": "job_1"}', headers=JSON))
 
 
 @pytest.mark.parametrize("through", [True, False])
@@ -444,15 +445,15 @@ async def test_a_client_that_waits_for_inner_rounds_gets_comments_and_none_at_th
 
 async def test_no_comment_falls_into_a_stream_that_passes_through() -> None:
     go_on = asyncio.Event()
-    half = event("one")
-    setup = Setup(Reply(half[:20], go_on, half[20:], DONE), every_s=0.01)
+    whole, half = event("zero"), event("one")
+    setup = Setup(Reply(whole, half[:20], go_on, half[20:], DONE), every_s=0.01)
     task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}", through=True)))
-    await setup.seen(half[:20])
+    await setup.seen(whole + half[:20])
     await asyncio.sleep(0.05)
     go_on.set()
     await task
     await setup.exchange.finish(answer(), [])
-    assert setup.body == half + DONE
+    assert setup.body == whole + half + DONE
 
 
 async def test_an_idempotency_key_is_the_first_rounds_only() -> None:
@@ -506,3 +507,82 @@ async def test_an_answer_ends_with_done_whatever_its_connection_does(
     assert isinstance(said, Said) and said.messages[0]["content"] == "ok"
     await setup.exchange.finish(answer(finish_reason="stop"), [])
     assert setup.ended and setup.body.endswith(DONE)
+
+
+LARGE = b"{%s}" % (b" " * 8000)  # a request that may have been too long
+
+
+@pytest.mark.parametrize("raw", ERRORS.values(), ids=ERRORS.keys())
+@pytest.mark.parametrize("through", [True, False])
+async def test_an_error_in_any_form_before_the_first_word_can_be_made_good(through: bool, raw: bytes) -> None:
+    """Also behind the answer's role; the client sees one answer, with one role."""
+    setup = Setup(Reply(event("", role="assistant"), raw), Reply(event("", role="assistant"), event("ok", "stop"), DONE))
+    said = await setup.exchange.complete(Complete(LARGE, through=through))
+    assert isinstance(said, Refused) and 400 <= said.status <= 599
+    again = await setup.exchange.complete(Complete(LARGE))
+    assert isinstance(again, Said) and again.messages[0]["content"] == "ok"
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    assert setup.body.count(b'"role"') == 1 and setup.body.endswith(DONE) and raw.strip() not in setup.body
+
+
+@pytest.mark.parametrize("raw", ERRORS.values(), ids=ERRORS.keys())
+async def test_an_error_in_any_form_that_stays_is_what_the_client_reads(raw: bytes) -> None:
+    setup = Setup(Reply(event("", role="assistant"), raw), Reply(b"no", status=400, headers=JSON))
+    first = await setup.exchange.complete(Complete(LARGE, through=True))
+    second = await setup.exchange.complete(Complete(LARGE))
+    assert isinstance(first, Refused) and isinstance(second, Refused)
+    await setup.exchange.finish(answer(refused=first), [])
+    assert setup.body == event("", role="assistant") + raw and setup.ended
+    assert setup.start["status"] == 200
+
+
+async def test_a_status_that_stays_is_not_spoiled_by_a_later_try() -> None:
+    """The second one begins a stream, and fails in it: the client has seen nothing of that."""
+    first = Reply(b"zu lang", status=413, headers=[*JSON, (b"x-first", b"1")])
+    setup = Setup(first, Reply(event("", role="assistant"), failed(message="no")))
+    refused = await setup.exchange.complete(Complete(LARGE, through=True))
+    assert isinstance(refused, Refused)
+    again = await setup.exchange.complete(Complete(LARGE, through=True))
+    assert isinstance(again, Refused) and setup.sent == []
+    await setup.exchange.finish(answer(refused=refused), [])
+    assert setup.start["status"] == 413 and setup.body == b"zu lang"
+    assert (b"x-first", b"1") in setup.start["headers"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"error": {"message": "no", "code": 413}}', 413),
+        (b'{"error": {"message": "no", "code": "429"}}', 429),
+        (b'{"error": {"message": "no", "type": "invalid_request_error"}}', 400),
+        (b'{"error": "no", "choices": []}', 500),
+        (b'{"object": "error", "message": "no", "code": 400}', 400),
+        (b'{"choices": [{"message": {"content": ""}, "finish_reason": "error"}]}', 500),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_error_object_in_place_of_an_answer_is_a_refusal_and_goes_on_as_it_came(
+    stream: bool, body: bytes, status: int
+) -> None:
+    setup = Setup(Reply(body, headers=JSON), stream=stream)
+    refused = await setup.exchange.complete(Complete(LARGE, through=stream))
+    assert refused == Refused(status, body) and isinstance(refused, Refused)
+    await setup.exchange.finish(answer(refused=refused), [])
+    assert setup.start["status"] == 200 and setup.body == body
+    assert dict(setup.start["headers"])[b"content-length"] == b"%d" % len(body)
+
+
+async def test_an_answer_that_speaks_of_errors_is_an_answer() -> None:
+    body = json.dumps({
+        "choices": [{"message": {"content": "an error"}, "finish_reason": "stop"}], "error": None, "message": "ok",
+    }).encode()
+    setup = Setup(Reply(body, headers=JSON), stream=False)
+    assert isinstance(await setup.exchange.complete(Complete(b"{}")), Said)
+
+
+async def test_an_error_behind_the_first_word_breaks_the_stream() -> None:
+    for raw in (ERRORS["a line"], ERRORS["data beside an empty delta"], ERRORS["a named event"]):
+        setup = Setup(Reply(event("half"), raw, DONE))
+        with pytest.raises(UpstreamBroken):
+            await setup.exchange.complete(Complete(LARGE))
+        assert setup.body == event("half") + raw

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import message_ends, read_body
+from proxy.conversation.capability import Seen, capabilities
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
@@ -120,6 +121,8 @@ class Player:
         self.limits = limits
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
+        self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.seen = Seen()
         self.identity = Identity(SECRET)
         self.forget()
 
@@ -230,8 +233,11 @@ class Player:
             state.table if state else None, self.limits, counter, self.identity, tenant,
             names, ImportanceWeightedLRU(), self._substitutes, fixed,
             derived=state.derived if state else NO_DERIVED, load_block=self.get_block,
-            get_record=self.get_record, sent=found.sent,
+            get_record=self.get_record, seen=lambda: self.seen, sent=found.sent,
         )
+        if self.learned is not None:
+            known = capabilities({}, self.learned, {})
+            given.capabilities = lambda: known
         turn = Turn(given)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]
         self._perform(turn, given, played, model)
@@ -262,6 +268,8 @@ class Player:
                 played.replies.append(reply)
         except StopIteration as end:
             played.answer = end.value
+        if self.learned is not None and played.answer.refused is None:
+            self.learned |= played.answer.learned
         played.message, played.stream = shell.received(played.answer)
         record = turn.record
         # An equal answer may have been stored before: then that turn's state is the one that counts.

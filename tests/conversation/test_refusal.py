@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.conversation.effects import Refused
-from proxy.conversation.refusal import learn, overflow
+from proxy.conversation.refusal import by_numbers, is_something_else, learn, overflow
 from tests.conversation.player import Player, limits_of, script
 from tests.conversation.scenario import grown
+from tests.examples import examples
 
 
 @pytest.mark.parametrize(
@@ -110,15 +113,108 @@ def test_ollama_says_by_how_much() -> None:
 @pytest.mark.parametrize(
     ("status", "text"),
     [
-        (413, "Request too large for model `x` on tokens per minute (TPM): Limit 6000, Requested 9000"),
-        (429, "This model's maximum context length is 8192 tokens."),
+        (429, "Rate limit reached for gpt-4o on tokens per min (TPM): Limit 30000, Used 29000, Requested "
+         "9000. Please try again in 16s."),
+        (429, "Rate limit reached on requests per day (RPD): Limit 5000, Used 5000, Requested 1."),
+        (429, "This request would exceed your organization's rate limit of 40,000 input tokens per minute."),
+        (429, "You exceeded your current quota, please check your plan and billing details."),
+        (402, "This request requires more credits: you requested 9000 tokens, but can only afford 8000."),
         (400, "max_tokens is too large: 100000. This model supports at most 16384 completion tokens"),
         (400, "Invalid type for 'messages[3].content'"),
         (404, "The model `x` does not exist"),
     ],
 )
 def test_another_limit_is_no_window(status: int, text: str) -> None:
-    assert overflow(Refused(status, text.encode())) is None
+    assert overflow(Refused(status, text.encode()), sent_tokens=9000) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "window"),
+    [
+        (429, "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, "
+         "Requested 40000. The input or output tokens must be reduced in order to run successfully.", 30000),
+        (413, "Request too large for model `x` on tokens per minute (TPM): Limit 6000, Requested 9000", 6000),
+        (429, "This request would exceed your organization's rate limit of 20,000 input tokens per minute.",
+         20000),
+    ],
+)  # fmt: skip
+def test_a_limit_per_minute_that_the_request_can_never_meet_is_a_window(
+    status: int, text: str, window: int
+) -> None:
+    assert overflow(Refused(status, text.encode()), sent_tokens=39_000) == (window, None, None)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 429, 500, 503])
+def test_the_windows_words_are_understood_under_every_status(status: int) -> None:
+    text = b"This model's maximum context length is 8192 tokens."
+    assert overflow(Refused(status, text)) == (8192, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        ('{"code": 20015, "message": "longueur de la demande 12443, longueur permise 8192", "data": null}', 8192),
+        ("Anfrage mit 12.443 Zeichen", None),  # no number is like ours
+        ('{"error": {"message": "12443 + 512 > 8192"}}', 8192),
+        ('{"detail": [{"msg": "n=12443.0, m=8192.0"}]}', 8192),
+        ('{"error": {"message": "request req-12443 failed on port 8192"}}', None),
+        ("12,443 against 8,192", 8192),
+        ('{"error": {"code": 12443, "message": "8192"}}', None),
+        ("", None),
+        ("12443 is above 64", None),  # no window is so small
+    ],
+)
+def test_two_numbers_say_what_no_words_do(text: str, window: int | None) -> None:
+    assert by_numbers(Refused(400, text.encode()), 14_000).window_tokens == window
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (401, "Incorrect API key provided: sk-12345678."),
+        (401, "Your authentication token has expired."),
+        (403, '{"error": {"message": "Country not supported"}}'),
+        (402, "Too many tokens for your balance"),
+        (404, "The model `x` does not exist"),
+        (429, ""),
+        (429, "Rate limit reached ... on tokens per min (TPM): Limit 30000, Requested 9. Try again in 2s."),
+        (400, '{"error": {"message": "No.", "code": "insufficient_quota"}}'),
+        (400, '{"error": {"message": "No.", "type": "content_filter"}}'),
+        (400, '{"error": {"message": "maximum is 2", "param": "temperature"}}'),
+        (400, '{"error": {"message": "not an image", "param": "messages[3].content[0].image_url"}}'),
+        (422, '{"detail": [{"loc": ["body", "top_p"], "msg": "ensure this value is less than 1"}]}'),
+    ],
+)  # fmt: skip
+def test_what_is_surely_not_about_size(status: int, text: str) -> None:
+    assert is_something_else(Refused(status, text.encode()))
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (400, ""),
+        (400, '{"error": "400 status code (no body)"}'),
+        (400, '{"error": {"message": "模型处理失败", "type": "invalid_request_error", "param": null}}'),
+        (400, '{"error": {"message": "no", "param": "messages"}}'),
+        (401, '{"error": {"message": "only 8K context", "type": "invalid_authentication_error"}}'),
+        (413, "<html>Request Entity Too Large</html>"),
+        (422, '{"detail": [{"loc": ["body", "messages"], "msg": "no"}]}'),
+        (429, "The request is too large for this tier."),
+        (500, "Internal Server Error"),
+        (503, '{"error": null}'),
+    ],
+)  # fmt: skip
+def test_what_may_be_about_size(status: int, text: str) -> None:
+    assert not is_something_else(Refused(status, text.encode()))
+
+
+@given(st.integers(400, 599), st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode)))
+@examples(200)
+def test_any_refusal_can_be_read(status: int, body: bytes) -> None:
+    refused = Refused(status, body)
+    overflow(refused, 9000)
+    by_numbers(refused, 9000)
+    is_something_else(refused)
 
 
 def test_what_a_refusal_says_of_our_additions() -> None:

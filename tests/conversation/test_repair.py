@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
+from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxy.conversation.capability import Capabilities, capabilities, describe, within
+from proxy.conversation.capability import Capabilities, Seen, capabilities, describe, within
 from proxy.conversation.effects import Refused
 from proxy.conversation.repair import one_system
+from proxy.memory import VMMode
 from tests.conversation.player import (
     Message,
     Player,
@@ -21,7 +26,8 @@ from tests.conversation.player import (
     says,
     script,
 )
-from tests.conversation.scenario import grown, tools_of
+from tests.conversation.scenario import grown, text_of, tools_of
+from tests.examples import examples
 
 MORE = {"role": "user", "content": "and now?"}
 
@@ -217,3 +223,205 @@ def test_limits_within_a_window_keep_room_for_the_answer() -> None:
     smaller = within(limits, 2000)
     assert (smaller.working_set.max_l0_tokens, smaller.budget_tokens) == (2000, 1900)
     assert within(limits, 50_000).budget_tokens == limits.budget_tokens
+
+
+# -- a refusal that nobody understands
+
+
+ASSUMED: dict[str, Any] = {"window_known": False, "window_tokens": 32_000}
+SILENT = Refused(400, b"")
+
+
+def refusing_above(limit: int, refused: Refused = SILENT) -> Any:
+    """An upstream that does not say why it refuses."""
+    return lambda request: refused if count_tokens(request) > limit else says("fits")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", [VMMode.RELAXED, VMMode.PASSIVE])
+@pytest.mark.parametrize("budget", [100_000, 7000], ids=["untouched", "paged"])
+def test_a_large_request_refused_without_a_reason_is_tried_at_half_its_size(
+    stream: bool, mode: VMMode, budget: int
+) -> None:
+    player = Player(limits_of(budget, mode=mode, **ASSUMED))
+    player.learned = {}
+    messages = [*grown(player, 40), MORE]
+    played = player.ask(messages, refusing_above(2000), stream=stream)
+    first, second = (count_tokens(r) for r in played.requests)
+    assert second <= first / 2
+    assert played.message is not None and played.message["content"] == "fits"
+    assert played.answer.learned["refused_tokens"] == pytest.approx(first, rel=0.02)
+    assert played.answer.learned["window_tokens"] == played.answer.learned["refused_tokens"] // 2
+    again = player.ask([*messages, says("fits"), MORE], refusing_above(2000), stream=stream)
+    assert len(again.bodies) == 1 and again.answer.refused is None
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "changes"),
+    [
+        ("", 400, {"window_known": True}),
+        ("Incorrect API key provided.", 401, ASSUMED),
+        ("Rate limit reached, try again in 2s.", 429, ASSUMED),
+        ("You have no credits.", 402, ASSUMED),
+    ],
+)
+def test_what_is_known_or_surely_another_matter_is_not_made_smaller(
+    words: str, status: int, changes: dict[str, Any]
+) -> None:
+    player = Player(limits_of(100_000, **changes))
+    played = player.ask([*grown(player, 40), MORE], script(refusal(words, status)))
+    assert len(played.bodies) == 1
+    assert played.answer.refused == refusal(words, status) and not played.answer.unexplained
+
+
+def test_a_small_request_is_not_made_smaller() -> None:
+    player = Player(limits_of(100_000, **ASSUMED))
+    assert len(player.ask([*grown(player, 4), MORE], script(SILENT)).bodies) == 1
+
+
+def test_a_size_that_has_passed_is_not_what_is_refused() -> None:
+    player = Player(limits_of(100_000, **ASSUMED))
+    messages = [*grown(player, 40), MORE]
+    player.seen = Seen(passed_tokens=50_000)
+    played = player.ask(messages, script(SILENT))
+    assert len(played.bodies) == 1 and played.answer.unexplained
+
+
+def test_what_has_passed_is_the_window_when_more_is_refused() -> None:
+    """A conversation that grows finds the true window, not half of it."""
+    player = Player(limits_of(100_000, **ASSUMED))
+    messages = [*grown(player, 40), MORE]
+    player.seen = Seen(passed_tokens=6000)
+    played = player.ask(messages, refusing_above(6100))
+    assert len(played.bodies) == 2 and played.answer.learned["window_tokens"] == 6000
+
+
+def test_when_nothing_helps_the_first_refusal_counts_and_nothing_is_learned() -> None:
+    player = Player(limits_of(5000, **ASSUMED))
+    messages = [*grown(player, 40), MORE]
+    refusals = [Refused(400, b"%d" % n) for n in range(9)]
+    played = player.ask(messages, script(*refusals))
+    assert len(played.bodies) == 3
+    assert played.requests[2]["messages"] == messages, "the last one is the client's own (invariant 1)"
+    assert played.answer.refused == refusals[0]
+    assert played.answer.learned == {} and played.answer.unexplained
+
+
+def test_invariant_01_a_smaller_request_that_fails_leaves_the_unchanged_one_its_try() -> None:
+    """It was something of ours, in words that nobody knows."""
+
+    def picky(request: Message) -> Message | Refused:
+        return refusal("nein") if request.get("tools") else says("ja")
+
+    player = Player(limits_of(5000, **ASSUMED))
+    played = player.ask([*grown(player, 40), MORE], picky)
+    assert len(played.bodies) == 3 and played.answer.refused is None
+    assert "window_tokens" not in played.answer.learned
+
+
+def test_after_a_failure_the_next_try_is_smaller() -> None:
+    player = Player(limits_of(100_000, **ASSUMED))
+    messages = [*grown(player, 60), MORE]
+    sizes = []
+    for failures in (0, 1, 2, 9):
+        player.seen = Seen(0, failures)
+        played = player.ask(messages, script(SILENT))
+        sizes.append(count_tokens(played.requests[1]))
+    assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
+
+
+@pytest.mark.parametrize("doubted", [False, True])
+@pytest.mark.parametrize("status", [400, 408, 500, 503])
+def test_what_may_have_been_the_servers_trouble_is_learned_when_it_shows_twice(
+    status: int, doubted: bool
+) -> None:
+    player = Player(limits_of(100_000, **ASSUMED))
+    messages = [*grown(player, 40), MORE]
+    player.seen = Seen(doubted=doubted)
+    played = player.ask(messages, refusing_above(2500, Refused(status, b"")))
+    assert played.answer.refused is None and len(played.bodies) == 2
+    learned = status == 400 or doubted
+    assert ("window_tokens" in played.answer.learned) is learned
+    assert bool(played.answer.doubted_tokens) is not learned
+
+
+def test_a_guessed_window_grows_while_requests_that_fill_it_pass() -> None:
+    """An accident costs memory for a while, not for ever; below what was refused it stays."""
+    player = Player(limits_of(12_000, **ASSUMED))
+    player.learned = {"window_tokens": 3000, "refused_tokens": 6000}
+    messages = grown(player, 60)
+    assert player.learned["window_tokens"] > 4000
+    grown(player, 150)
+    assert player.learned == {"window_tokens": 5999, "refused_tokens": 6000}
+    played = player.ask([*messages, MORE], refusing_above(4000))
+    assert played.answer.refused is None
+
+
+def test_upstreams_words_end_the_guessing() -> None:
+    player = Player(limits_of(12_000, **ASSUMED))
+    player.learned = {"window_tokens": 9000, "refused_tokens": 12_000}
+    messages = [*grown(player, 60), MORE]
+    played = player.ask(messages, too_long(4000))
+    assert played.answer.learned == {"window_tokens": 4000, "refused_tokens": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_that_grows_past_an_unknown_window_is_always_answered(stream: bool) -> None:
+    """Assumed 12,000, in truth 5,000, and never a word."""
+    player = Player(limits_of(12_000, **ASSUMED))
+    player.learned = {}
+    upstream = refusing_above(5000)
+    messages: list[Message] = []
+    refused = 0
+    for i in range(60):
+        messages.append({"role": "user", "content": text_of(random.Random(i), 60, f"user{i}x")})
+        played = player.ask(messages, upstream, stream=stream)
+        assert played.answer.refused is None, i
+        refused += len(played.bodies) - 1
+        messages.append(says(text_of(random.Random(-i), 60, f"answer{i}x")) | {"content": "fits"})
+        player.seen = Seen(max(player.seen.passed_tokens, count_tokens(played.requests[-1])))
+    assert 1 <= refused <= 6, "it is not paid in every turn"
+
+
+WORDLESS = st.one_of(
+    st.binary(max_size=200),
+    st.text(max_size=200).map(str.encode),
+    st.integers(0, 10**6).map(lambda n: b'{"error": {"message": "E%d"}}' % n),
+    st.sampled_from([b"x" * 100_000, b"null", b"[]", "长度超限".encode(), b"<html>413</html>", b'{"code": 400}']),
+)
+
+
+@cache
+def long_history() -> tuple[Message, ...]:
+    return tuple(grown(Player(limits_of(100_000)), 40))
+
+
+@given(
+    st.integers(400, 599), st.lists(WORDLESS, min_size=1, max_size=4), st.integers(600, 9000),
+    st.booleans(), st.sampled_from([3000, 6000, 100_000]), st.sampled_from(list(VMMode)),
+)  # fmt: skip
+@examples(60)
+def test_too_large_a_request_is_answered_within_two_further_calls_or_ends_with_upstreams_words(
+    status: int, texts: list[bytes], limit: int, stream: bool, budget: int, mode: VMMode
+) -> None:
+    refusals = [Refused(status, text) for text in texts]
+    calls_made = 0
+
+    def upstream(request: Message) -> Message | Refused:
+        nonlocal calls_made
+        calls_made += 1
+        if count_tokens(request) <= limit:
+            return says("fits")
+        return refusals[min(calls_made, len(refusals)) - 1]
+
+    player = Player(limits_of(budget, mode=mode, **ASSUMED))
+    messages = [*long_history(), MORE]
+    played = player.ask(messages, upstream, stream=stream)
+    assert len(played.bodies) <= 3
+    if played.answer.refused is not None:
+        assert played.answer.refused in refusals
+    else:
+        assert played.message is not None and played.message["content"] == "fits"
+    first = count_tokens(played.requests[0])
+    if status in (400, 413, 422, 500) and len(texts) == 1 and texts[0] == b"" and limit >= first / 2:
+        assert played.answer.refused is None

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.sse import EventParser, MessageBuilder, Tee, as_event, decode_chunk
+from proxy.conversation.sse import (
+    EventParser,
+    MessageBuilder,
+    Opening,
+    Tee,
+    as_event,
+    decode_chunk,
+    error_in,
+)
 from tests.examples import examples
 
 many = examples(100)
@@ -200,3 +209,77 @@ def test_a_byte_order_mark_and_bare_carriage_returns_are_framing() -> None:
     parser = EventParser()
     events = parser.feed(b'\xef\xbb\xbfdata: {"a":1}\r\rdata: 2\r') + parser.feed(b"\r\ndata: 3\r\n\r\n")
     assert [event.data for event in events] == [b'{"a":1}', b"2", b"3"]
+
+
+# -- an error in place of an answer
+
+
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+WORD = b'data: {"choices":[{"index":0,"delta":{"content":"error is a word"},"finish_reason":null}]}\n\n'
+ERRORS = {
+    "data": b'data: {"error": {"message": "no"}}\n\n',
+    "data with empty choices": b'data: {"choices": [], "error": {"message": "no"}}\n\n',
+    "data beside an empty delta": b'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}],'
+    b'"error":{"code":400,"message":"no"}}\n\n',
+    "a finish reason": b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"error"}]}\n\n',
+    "a line": b'error: {"message": "no"}\n\n',
+    "a named event": b'event: error\ndata: {"message": "no"}\n\n',
+    "a gateway's own form": b'data: {"code": 20015, "message": "no", "data": null}\n\n',
+    "its object says so": b'data: {"object": "error", "message": "no", "code": 400}\n\n',
+    "bare JSON": b'{"error": {"message": "no"}}\n',
+    "a list": b'{"success": false, "errors": [{"message": "no"}]}',
+}
+NO_ERRORS = {
+    "a word": WORD,
+    "a role": ROLE,
+    "nothing yet": b'data: {"choices": [], "prompt_filter_results": []}\n\n',
+    "a comment": b": error in a comment\n\n",
+    "the end": b"data: [DONE]\n\n",
+    "null": b'data: {"error": null, "choices": [{"index":0,"delta":{"content":"x"}}]}\n\n',
+    "an answer beside a warning": b'data: {"error": "slow", "choices": [{"index":0,"delta":{"content":"x"}}]}\n\n',
+}
+
+
+@pytest.mark.parametrize("raw", ERRORS.values(), ids=ERRORS.keys())
+@pytest.mark.parametrize("before", [b"", b": wait\n\n", ROLE], ids=["first", "after a comment", "after the role"])
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_an_opening_finds_an_error_in_every_form_wherever_it_is_cut(raw: bytes, before: bytes, size: int) -> None:
+    opening, out = Opening(patient=True), b""
+    data = before + raw
+    for i in range(0, len(data), size):
+        out += opening.feed(data[i : i + size])
+    if opening.error is None:
+        out += opening.close()
+    assert opening.error is not None and (b"no" in opening.error or b'"error"' in opening.error)
+    assert out == (before if before.startswith(b":") else b"")
+    assert out + opening.rest() == data
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("patient", [True, False])
+def test_an_opening_gives_back_every_byte_of_an_answer(size: int, patient: bool) -> None:
+    data = b": wait\r\n\r\n" + ROLE + NO_ERRORS["nothing yet"] + WORD + b"data: [DONE]\n\n  \n"
+    opening, out = Opening(patient), b""
+    for i in range(0, len(data), size):
+        if opening.over:
+            out += data[i:]
+            break
+        out += opening.feed(data[i : i + size])
+    assert opening.over and out == data
+
+
+def test_an_opening_waits_for_a_word_only_where_it_may_matter() -> None:
+    assert Opening(patient=False).feed(ROLE) == ROLE
+    patient = Opening(patient=True)
+    assert patient.feed(ROLE) == b"" and patient.feed(WORD) == ROLE + WORD
+
+
+def test_an_opening_holds_no_endless_event() -> None:
+    opening = Opening(patient=True)
+    assert opening.feed(b"data: " + b"x" * 70_000) and opening.over
+
+
+@pytest.mark.parametrize("raw", NO_ERRORS.values(), ids=NO_ERRORS.keys())
+def test_an_event_that_is_no_error(raw: bytes) -> None:
+    (event,) = EventParser().feed(raw)
+    assert error_in(event) is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import resource
 import shutil
 import socket
@@ -24,11 +25,13 @@ from tests.e2e.harness import (
     Drop,
     Hang,
     Recorded,
+    RecordingUpstream,
     Response,
     ServerProcess,
     Stream,
     answer,
     completion,
+    count_request_tokens,
     error,
     free_port,
     message_of,
@@ -600,3 +603,58 @@ async def test_a_fault_after_a_failure_still_finds_its_page(server: ServerProces
         assert (await client.post(CHAT, json=body(LONG))).status_code == 200
     assert upstream.calls[1].body == upstream.calls[3].body
     assert "promoted_to_working_set" in texts_of(upstream.calls[3])
+
+
+# ---------------------------------------------------------------- too long, and nobody says so
+
+LONGER = ask(pairs=80)
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[ServerProcess]:
+    """A server whose window is large enough for a request to be large."""
+    with ServerProcess(config(PORT, tiers={"l0": {"tokens": 12_000, "reserve_tokens": 500}})) as process:
+        yield process
+
+
+@pytest.mark.parametrize("seed", range(8))
+@STREAMED
+async def test_a_prompt_too_long_for_an_unknown_model_is_answered_or_upstream_is_quoted(
+    roomy: ServerProcess, stream: bool, seed: int
+) -> None:
+    """Whatever it says, within two further calls; and the same request is answered the third time."""
+    rng = random.Random(seed)
+    status = rng.choice((400, 413, 422, 500, 502, 529))
+    text = rng.choice((b"", rng.randbytes(40), "请求过长".encode(), b'{"error": {"message": "E%d"}}' % seed))
+
+    def respond(request: dict[str, Any], _: int) -> Any:
+        if count_request_tokens(request) > 4000:
+            return Response(text, status)
+        return answer(request, message_of("it fits"))
+
+    upstream = RecordingUpstream(respond)
+    upstream.port = PORT
+    async with upstream, raw(roomy.base_url) as client:
+        for calls in (range(2, 4), range(1, 4), range(1, 2)):
+            before = len(upstream.calls)
+            response = await client.post(CHAT, json=body(LONGER, model=f"house-{stream}-{seed}", stream=stream))
+            assert response.status_code == 200 and "fits" in response.text
+            assert_no_vm(response.text)
+            assert len(upstream.calls) - before in calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_unknown_models_first_words_reach_the_client_when_nothing_helps(
+    roomy: ServerProcess, stream: bool
+) -> None:
+    left = iter(range(100))
+
+    def respond(_: dict[str, Any], __: int) -> Any:
+        return Response(b"no", 418, ((b"x-nth", b"%d" % next(left)),))
+
+    upstream = RecordingUpstream(respond)
+    upstream.port = PORT
+    async with upstream, raw(roomy.base_url) as client:
+        response = await client.post(CHAT, json=body(LONGER, model=f"teapot-{stream}", stream=stream))
+    assert (response.status_code, response.text, response.headers["x-nth"]) == (418, "no", "0")
+    assert len(upstream.calls) <= 3
