@@ -30,7 +30,8 @@ _WATCHED_BILLS = 4096  # conversations whose last bill is remembered
 _GROWN = 1.02  # so much larger a prompt cannot cost the same
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
-    "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
+    "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "system_role", "alternate",
+    "stream_usage", "prompt_cache_key",
 )  # fmt: skip
 
 
@@ -106,7 +107,8 @@ class Capable:
     def _assumed(self, model: str | None) -> dict[str, Any]:
         """What holds without a word from anyone; with a model's name, its card too."""
         assumed: dict[str, Any] = {
-            "mid_system": True, "stream_usage": True, "prompt_cache_key": self._cache_key,
+            "mid_system": None, "system_role": True, "alternate": False, "stream_usage": True,
+            "prompt_cache_key": self._cache_key,
         }  # fmt: skip
         if model is not None:
             card = model_card(model)

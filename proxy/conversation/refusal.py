@@ -43,6 +43,11 @@ _NO_MID_SYSTEM = re.compile(
     r"|(?:unexpected|invalid) role '?\"?(?:system|developer)'?\"? after"
     r"|system message[^.]{0,40}not[^.]{0,20}(?:middle|after)"
 )
+_ALTERNATE = re.compile(
+    r"\broles?\b[^.]{0,40}\balternat|\balternat[^.]{0,40}\b(?:roles?|user|assistant|model)\b"
+    r"|\bconsecutive (?:user|assistant|messages)|\bsame role\b[^.]{0,40}\brow\b"
+)
+_NO_SYSTEM = _refused(r"\bsystem[ _](?:role|message|prompt|instruction)s?\b")
 _NO_AUDIO = re.compile(r"\baudio\b[^.]{0,120}(?:expired|not found|no longer|does not exist|invalid)")
 _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may have caused
 _OVERFLOWING = (*_REPAIRABLE, 500)  # some local servers say it with 500
@@ -142,8 +147,8 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
     """What a refusal of our request says about the model (only true if another one then passes).
 
     Only a sentence that says what the model does not take counts, not any that names a tool. Facts:
-    `stream_usage`, `prompt_cache_key`, `mid_system`, `tools_with_json`, `tools` (all False) and
-    `developer_role`.
+    `stream_usage`, `prompt_cache_key`, `mid_system`, `system_role`, `tools_with_json`, `tools` (all
+    False), `alternate` (True) and `developer_role`.
     """
     text = _sentence(refusal).lower()[:_READ_CHARS]
     if _NO_STREAM_OPTIONS.search(text):
@@ -152,8 +157,12 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
         return {"prompt_cache_key": False}
     if limits.developer_role == "developer" and _NO_DEVELOPER.search(text):
         return {"developer_role": "system"}
+    if _ALTERNATE.search(text):
+        return {"alternate": True}
     if _NO_MID_SYSTEM.search(text):
         return {"mid_system": False}
+    if _NO_SYSTEM.search(text):
+        return {"system_role": False}
     if _NO_TOOLS_WITH_JSON.search(text):
         return {"tools_with_json": False}
     return {"tools": False} if _NO_TOOLS.search(text) and not _NO_TOOLS_BESIDE.search(text) else {}

@@ -16,14 +16,16 @@ from proxy.conversation.body import Fields
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities, within
 from proxy.conversation.channel import PASSIVE, Channel
 from proxy.conversation.effects import Refused
+from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.refusal import learn, names_audio, overflow
 from proxy.tokens import TokenCounter
 
 _GUESSED_SHARE = 0.75  # of what was sent, when upstream does not say how large its window is
 _COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
-_SYSTEM = ("system", "developer")
-_decode, _encode = msgspec.json.decode, msgspec.json.encode
+_FORM = ("mid_system", "system_role", "alternate")  # what a refusal may say of the messages' form
+_BODY_REFUSED = (400, 422)
+_decode = msgspec.json.decode
 
 
 @dataclass(slots=True)
@@ -50,6 +52,21 @@ class Model:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.capabilities.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
                 self.limits = within(self.limits, tokens, self.max_tokens)
+
+    @property
+    def form(self) -> Form:
+        """How its messages have to look. OpenAI's own models surely read several system messages,
+        behind whatever gateway; of others nobody knows: some templates refuse a second one, some
+        drop it without a word."""
+        known = self.capabilities
+        several = known.mid_system
+        if several is None:
+            several = self.limits.developer_role == "developer"
+        alone = known.alternate or not known.system_role
+        return Form(
+            several and not alone, known.mid_system is not False and known.system_role,
+            known.system_role, alone,
+        )  # fmt: skip
 
     def shrink(self, refused: Refused, counted_tokens: int) -> bool:
         """Take the window from an overflow. `counted_tokens` is the refused request's count.
@@ -79,12 +96,27 @@ class Model:
         if names_audio(refused) and self.audio:
             self.audio = False
             return True
-        known = {k: v for k, v in facts.items() if k in (*ours, "mid_system")}
+        known = {k: v for k, v in facts.items() if k in (*ours, *_FORM)}
         if not known or all(getattr(self.capabilities, k) == v for k, v in known.items()):
             return False
         self.capabilities = replace(self.capabilities, **known)
         self.learned.update(known)
         return True
+
+    def without_exchange(
+        self, refused: Refused, channel: Channel, words: bool
+    ) -> Channel | None:
+        """The channel for a template that has no place for calls and results: the first round passed,
+        and the one that brings our exchange is refused. It goes as text from now on. `words`: only if
+        the refusal speaks of roles."""
+        if not channel.listed or "tools" in self.learned:
+            return None
+        said = "alternate" in learn(refused.body, self.limits)
+        if not (said or (not words and refused.status in _BODY_REFUSED)):
+            return None
+        self.learned["tools"] = False
+        self.limits = replace(self.limits, model_takes_tools=False)
+        return unlisted(channel)
 
     def without(self, refused: Refused, channel: Channel) -> Channel | None:
         """The channel for a model that refused tools or the developer role, or None."""
@@ -114,25 +146,3 @@ def fixed_tokens(system: Sequence[bytes], fields: Fields, counter: TokenCounter)
         value = _decode(fields[name]) if name in fields else None
         total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
     return total
-
-
-def one_system(messages: bytes) -> bytes:
-    """A messages array with one system message at its beginning; later ones speak as the user."""
-    head: list[str] = []
-    out: list[dict[str, Any]] = []
-    for message in _decode(messages):
-        if message.get("role") not in _SYSTEM:
-            out.append(message)
-        elif out:
-            out.append({**message, "role": "user"})
-        else:
-            head.append(_text(message))
-    system = [{"role": "system", "content": "\n\n".join(head)}] if head else []
-    return _encode([*system, *out])
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n\n".join(str(p.get("text") or "") for p in content if isinstance(p, dict))
-    return str(content or "")

@@ -33,7 +33,7 @@ from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.refusal import learn, repairable, unchanged_fits
-from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
+from proxy.conversation.repair import Model, fixed_tokens, unlisted
 from proxy.conversation.report import TurnReport
 from proxy.conversation.room import anchor_tokens
 from proxy.conversation.tree import Record
@@ -258,12 +258,10 @@ class Turn:
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
         given, channel, model = self._in, paging.channel, self._model.capabilities
-        messages = yield from paging.messages(given.system)
+        messages = yield from paging.messages(given.system, self._model.form)
         messages = with_transcripts(
             messages, self.path, given.get_record, given.now_s, self._model.audio
         )
-        if not model.mid_system:
-            messages = one_system(messages)
         changed: dict[str, bytes | None] = {}
         if channel.listed:
             raw = given.fields.get("tools")
@@ -346,14 +344,22 @@ class Turn:
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
         if "prompt_cache_key" not in given.fields:
             ours.add("prompt_cache_key")
+        channel = None
+        if self._responses:
+            channel = model.without_exchange(refused, paging.channel, words=True)
+        if channel is not None:
+            return self._go_on(channel, paging)
         if model.adapt(refused, ours):
             return True
         if unchanged_fits(self._unchanged(), given.limits) and self._too_long is None:
             return False  # the client's own bytes are the better second try
         channel = model.without(refused, paging.channel) if repairable(refused) else None
-        if channel is None:
-            return False
-        self._channel, paging.channel, paging.limits = channel, channel, model.limits
+        if channel is None and self._responses:
+            channel = model.without_exchange(refused, paging.channel, words=False)
+        return channel is not None and self._go_on(channel, paging)
+
+    def _go_on(self, channel: Channel, paging: TurnWindow) -> bool:
+        self._channel, paging.channel, paging.limits = channel, channel, self._model.limits
         self._report.channel = channel.name
         return True
 

@@ -17,6 +17,7 @@ import msgspec
 from proxy.conversation.body import message_ends, read_body
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
+from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
@@ -92,7 +93,7 @@ class Played:
             return None
         window = self.turn.settled[1].window
         anchors = [a.raw for a in self.place.anchors if a.position < window.native_from]
-        return render([*self.system, *anchors], window, "developer", False)[:-1]
+        return render([*self.system, *anchors], window, "developer", False, Form(several=True))[:-1]
 
     @property
     def requests(self) -> list[Message]:

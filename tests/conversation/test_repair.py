@@ -9,7 +9,6 @@ import pytest
 
 from proxy.conversation.capability import Capabilities, capabilities, describe, within
 from proxy.conversation.effects import Refused
-from proxy.conversation.repair import one_system
 from tests.conversation.player import (
     Message,
     Player,
@@ -184,24 +183,13 @@ def test_one_length_limit_holds_for_all_rounds() -> None:
         assert [r[name] for r in played.requests] == [300, 293]  # a round of the player bills 7
 
 
-def test_one_system_message_at_the_beginning_and_nothing_lost() -> None:
-    parts = [{"type": "text", "text": "b"}]
-    system, developer = {"role": "system", "content": "a"}, {"role": "developer", "content": parts}
-    later = {"role": "system", "content": "c", "name": "n"}
-    made = json.loads(one_system(json.dumps([system, developer, MORE, later, says("d")]).encode()))
-    assert made == [
-        {"role": "system", "content": "a\n\nb"}, MORE, {**later, "role": "user"}, says("d")
-    ]  # fmt: skip
-    assert json.loads(one_system(json.dumps([MORE]).encode())) == [MORE]
-
-
 def test_facts_come_from_overrides_then_lessons_then_assumptions() -> None:
     known = capabilities(
         {"stream_usage": True, "window_tokens": None},
         {"stream_usage": False, "window_tokens": 9000},
         {"prompt_cache_key": True},
     )
-    assert known == Capabilities(True, True, True, 9000, 1.0)
+    assert known == Capabilities(prompt_cache_key=True, window_tokens=9000)
     row = describe("m", {"tools": None, "mid_system": True}, {"tools": False}, {"tools": True, "x": 1})
     assert row == {
         "model": "m",
