@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from proxy.api.memory import TOKENS_FACTOR, Memory
+from proxy.api.memory import TOKENS_FACTOR, UPSTREAM_WINDOW, Memory
 from proxy.config import Config
 from proxy.conversation.capability import (
     LEAST_WINDOW_TOKENS,
@@ -61,6 +61,11 @@ class Capable:
         self._recent[key] = now_s + _RECENT_S, found
         return found
 
+    def stated(self, scope: bytes, model: str) -> int | None:
+        """The window that the upstream's own list of models states."""
+        window = self._memory.learned(scope, model).get(UPSTREAM_WINDOW)
+        return window if isinstance(window, int) else None
+
     async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
         """Keep what a refusal taught. Raises StorageError."""
         await self._memory.learn(scope, model, dict(facts))
@@ -87,14 +92,19 @@ class Capable:
     def table(self, scope: bytes) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.
 
-        `{"model", <fact>: {"value", "from": "override" | "learned" | "assumed"}}`; the facts are the
+        `{"model", <fact>: {"value", "from": "override" | "learned" | "upstream" | "assumed"}}`; the facts are the
         fields of `models:` in the configuration and `tokens_factor` (billed per counted token).
         """
         names = sorted({*self._config.models, *self._listed(scope)})
-        return [
-            describe(name, self._override(name), self._memory.learned(scope, name), self._assumed(name))
-            for name in names
-        ]
+        return [self._row(scope, name) for name in names]
+
+    def _row(self, scope: bytes, name: str) -> dict[str, Any]:
+        learned = dict(self._memory.learned(scope, name))
+        window = learned.pop(UPSTREAM_WINDOW, None)
+        row = describe(name, self._override(name), learned, self._assumed(name))
+        if window is not None and row["window_tokens"]["from"] == "assumed":
+            row["window_tokens"] = {"value": window, "from": "upstream"}
+        return row
 
     def _listed(self, scope: bytes) -> list[str]:
         data = self._memory.store.get(b"M" + scope)

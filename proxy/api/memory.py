@@ -47,6 +47,7 @@ _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 _CALIBRATION_BYTES = 4096
 _BILLS_BETWEEN_WRITES = 32
+UPSTREAM_WINDOW = "upstream_window_tokens"  # of what is learned of a model: what upstream's list states
 TOKENS_FACTOR = "tokens_factor"  # of what is learned of a model: billed tokens per counted one
 
 log = logging.getLogger(__name__)

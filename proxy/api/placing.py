@@ -13,7 +13,7 @@ from itertools import takewhile
 import msgspec
 
 from proxy.api.caller import presented
-from proxy.api.memory import TOKENS_FACTOR, Memory
+from proxy.api.memory import TOKENS_FACTOR, UPSTREAM_WINDOW, Memory
 from proxy.api.request import Decoded, max_tokens, metadata_session, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
@@ -154,11 +154,14 @@ class Placing:
         config, override = self._config, self._config.model_override(model)
         card, facts = model_card(model), dict(learned)
         l0 = config.tiers.l0
-        known = card.known or override.window_tokens is not None
-        window = override.window_tokens or card.window_tokens
+        stated = facts.get(UPSTREAM_WINDOW) if override.window_tokens is None else None
+        stated = stated if isinstance(stated, int) else None
+        known = card.known or override.window_tokens is not None or stated is not None
+        window = override.window_tokens or stated or card.window_tokens
         factor = facts.get(TOKENS_FACTOR, 1.0)  # what upstream bills for a token as we count it
         factor = factor if isinstance(factor, float) else 1.0
-        tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
+        tokens = window if l0.tokens == "auto" else min(l0.tokens, stated or l0.tokens)
+        tokens = int(tokens / factor)
         reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor), max_tokens)
         tools = override.tools  # a bridge is there so that the model can call them
         if tools is None:
