@@ -146,7 +146,8 @@ class Placing:
         )
 
     def _learned(self, scope: bytes, model: str) -> tuple[tuple[str, object], ...]:
-        return tuple(sorted(self._memory.learned(scope, model).items()))
+        facts = sorted(self._memory.learned(scope, model).items())
+        return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in facts)
 
     def _make_limits(
         self, model: str, max_tokens: int | None, learned: tuple[tuple[str, object], ...]
@@ -179,6 +180,7 @@ class Placing:
             mode=VMMode(config.memory.mode),
             model_takes_tools=tools,
             tools_with_json=_said(override.tools_with_json, facts.get("tools_with_json")),
+            not_with_tools=_names(facts.get("not_with_tools")),
             developer_role="developer" if role == "developer" else "system",
             faults_per_turn=config.faults.max_per_turn,
             fault_tokens=config.faults.max_tokens_per_turn,
@@ -194,6 +196,10 @@ class Placing:
             max_claims=config.segments.max_claims,
             written_by_models=config.compression.model is not None,
         )
+
+
+def _names(learned: object) -> frozenset[str]:
+    return frozenset(learned) if isinstance(learned, tuple) else frozenset()
 
 
 def _said(override: bool | None, learned: object) -> bool:

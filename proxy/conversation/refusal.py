@@ -8,7 +8,7 @@ a rate limit is never taken for a window.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -32,6 +32,11 @@ _NO_TOOLS_WITH_JSON = re.compile(
     rf"(?:tools?|functions?|function[ _]calling)[^.]{{0,40}}response[ _](?:mime|format)[^.]{{0,60}}{_REFUSES}"
     rf"|(?:json mode|response[ _](?:mime|format))[^.]{{0,60}}{_REFUSES}[^.]{{0,60}}(?:tools?\b|function)"
 )
+# Any other field beside tools.
+_BESIDE = r"\b(?:with|together|along|alongside|both|and|combin\w*|simultaneous\w*|same time|when|while|if)\b"
+_TOOLS = r"\b(?:tools?|functions?|function[ _]calling|tool[ _](?:choice|calls?|use))\b"
+_ALWAYS = ("messages", "model", "user")  # every request has them, or they are words of another meaning
+_LEAST_NAME = 4  # characters
 _NO_TOOLS_BESIDE = re.compile(r"tool use with function calling")
 _NO_DEVELOPER = re.compile(rf"developer[^.]{{0,80}}{_REFUSES}|{_REFUSES}[^.]{{0,80}}developer")
 _NO_STREAM_OPTIONS = _refused(r"\b(?:stream_options|include_usage)\b")
@@ -166,6 +171,20 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
     if _NO_TOOLS_WITH_JSON.search(text):
         return {"tools_with_json": False}
     return {"tools": False} if _NO_TOOLS.search(text) and not _NO_TOOLS_BESIDE.search(text) else {}
+
+
+def excluded_by(refusal: bytes, fields: Iterable[str]) -> list[str]:
+    """The fields of a request that tools cannot go with, as the refusal says it ("cannot use a grammar
+    together with tools"); sorted."""
+    text = _sentence(refusal).lower()[:_READ_CHARS]
+    found = []
+    for name in fields:
+        if name in _ALWAYS or len(name) < _LEAST_NAME or "tool" in name or "function" in name:
+            continue
+        word = rf"\b{re.escape(name.lower()).replace('_', '[ _]')}\b"
+        if re.search(rf"{word}[^.]{{0,60}}{_BESIDE}[^.]{{0,60}}{_TOOLS}|{_TOOLS}[^.]{{0,60}}{_BESIDE}[^.]{{0,60}}{word}", text):
+            found.append(name)
+    return sorted(found)
 
 
 def names_audio(refused: Refused) -> bool:

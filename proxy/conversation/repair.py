@@ -18,7 +18,7 @@ from proxy.conversation.channel import PASSIVE, Channel
 from proxy.conversation.effects import Refused
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
-from proxy.conversation.refusal import learn, names_audio, overflow
+from proxy.conversation.refusal import excluded_by, learn, names_audio, overflow
 from proxy.tokens import TokenCounter
 
 _GUESSED_SHARE = 0.75  # of what was sent, when upstream does not say how large its window is
@@ -35,6 +35,7 @@ class Model:
     capabilities: Capabilities
     limits: Limits
     max_tokens: int | None
+    fields: tuple[str, ...] = ()  # the request's
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
 
@@ -44,7 +45,8 @@ class Model:
     ) -> Model:
         """For a request with these top-level fields."""
         length = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
-        return cls(capabilities, limits, length if isinstance(length, int) else None)
+        length = length if isinstance(length, int) else None
+        return cls(capabilities, limits, length, tuple(decoded))
 
     def __post_init__(self) -> None:
         window = self.capabilities.window_tokens
@@ -103,6 +105,14 @@ class Model:
         self.learned.update(known)
         return True
 
+    def says(self, refused: Refused) -> dict[str, Any]:
+        """What the refusal teaches, if the request passes without what it names."""
+        facts = learn(refused.body, self.limits)
+        if facts.keys() - {"tools"}:
+            return facts
+        excluded = excluded_by(refused.body, self.fields)
+        return {"not_with_tools": sorted({*excluded, *self.limits.not_with_tools})} if excluded else facts
+
     def without_exchange(
         self, refused: Refused, channel: Channel, words: bool
     ) -> Channel | None:
@@ -120,14 +130,16 @@ class Model:
 
     def without(self, refused: Refused, channel: Channel) -> Channel | None:
         """The channel for a model that refused tools or the developer role, or None."""
-        facts = learn(refused.body, self.limits)
+        facts = self.says(refused)
         if not facts or facts.keys() & self.learned.keys():
             return None
         self.learned.update(facts)
         if "developer_role" in facts:
             self.limits = replace(self.limits, developer_role=facts["developer_role"])
             return channel
-        if "tools_with_json" in facts:
+        if "not_with_tools" in facts:
+            self.limits = replace(self.limits, not_with_tools=frozenset(facts["not_with_tools"]))
+        elif "tools_with_json" in facts:
             self.limits = replace(self.limits, tools_with_json=False)
         else:
             self.limits = replace(self.limits, model_takes_tools=False)

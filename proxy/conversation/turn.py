@@ -32,7 +32,7 @@ from proxy.conversation.compose import (
 from proxy.conversation.effects import Complete, Effect, Load, Refused, Said
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages
-from proxy.conversation.refusal import learn, repairable, unchanged_fits
+from proxy.conversation.refusal import repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, unlisted
 from proxy.conversation.report import TurnReport
 from proxy.conversation.room import anchor_tokens
@@ -371,7 +371,7 @@ class Turn:
         fits = unchanged_fits(self._unchanged(), self._model.limits) and self._too_long is None
         if self._told() or not (repairable(refused) and fits):
             return Answer(self._report, refused=self._too_long or refused)
-        learned = {**self._model.learned, **learn(refused.body, self._model.limits)}
+        learned = {**self._model.learned, **self._model.says(refused)}
         return (yield from self._unpaged(learned))
 
     def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:
