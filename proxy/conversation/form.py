@@ -67,11 +67,21 @@ def _one(head: Sequence[Message], text: str, role: str) -> Message | None:
 
 
 def _merged(first: Message, second: Mapping[str, Any]) -> Message:
-    """Two messages as one: texts a blank line apart, or the parts of both."""
-    one, other = first.get("content") or "", second.get("content") or ""
-    if isinstance(one, str) and isinstance(other, str):
+    """Two messages as one: their texts a blank line apart, or the parts of both where there is more in
+    them. Of several text parts some templates read the first only, so that text is one text."""
+    one, other = _text(first.get("content")), _text(second.get("content"))
+    if one is not None and other is not None:
         return {**first, "content": "\n\n".join(text for text in (one, other) if text)}
-    return {**first, "content": [*_parts(one), *_parts(other)]}
+    return {**first, "content": [*_parts(first.get("content")), *_parts(second.get("content"))]}
+
+
+def _text(content: Any) -> str | None:
+    """None: there is more in it than text."""
+    if not content or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    plain = all(isinstance(part, dict) and part.keys() == {"type", "text"} for part in parts)
+    return "\n\n".join(str(part["text"]) for part in parts) if plain else None
 
 
 def _parts(content: Any) -> list[Any]:

@@ -37,6 +37,8 @@ def test_several_system_messages_in_front_become_one_of_texts_or_parts() -> None
     [first, *rest] = made([developer, system], client(ASK))
     assert rest == [ASK] and first["role"] == "developer"
     assert first["content"] == [*parts, {"type": "text", "text": "b"}, {"type": "text", "text": RULES}]
+    plain = {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    assert made([plain], [])[0]["content"] == "a\n\nb\n\nthe rules"
 
 
 def test_a_model_that_surely_reads_several_gets_them_as_they_are() -> None:
@@ -59,7 +61,8 @@ def test_a_template_without_a_system_role_hears_all_of_it_from_the_user() -> Non
 
 
 def test_neighbours_of_one_role_join_only_where_one_is_ours() -> None:
-    ours = {"role": "user", "content": [{"type": "text", "text": "page"}]}
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    ours = {"role": "user", "content": [{"type": "text", "text": "page"}, image]}
     joined = {"role": "user", "content": [*ours["content"], {"type": "text", "text": "ask"}]}
     assert made([], [(ours, True), (ASK, False), (ASK, False)], text="") == [joined, ASK]
     assert made([], client(ASK, ASK, SAY, SAY), text="") == [ASK, ASK, SAY, SAY]
