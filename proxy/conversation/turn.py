@@ -212,7 +212,11 @@ class Turn:
             if isinstance(said, Refused):
                 if self._repaired(said, paging):
                     continue
-                return (yield from self._refused(said))
+                answer = yield from self._refused(said)
+                if self._form_refused(answer) and self._repaired(said, paging):
+                    self._paging = paging
+                    continue
+                return answer
             number += 1
             self._responses.append(said)
             if not said.messages:
@@ -362,6 +366,14 @@ class Turn:
         self._channel, paging.channel, paging.limits = channel, channel, self._model.limits
         self._report.channel = channel.name
         return True
+
+    def _form_refused(self, answer: Answer) -> bool:
+        """The client's own bytes were the second try, and the template takes them no better (a system
+        message for a model without that role): only a repaired request can pass."""
+        if answer.refused is None or self._paging is not None or self._too_long is not None:
+            return False
+        self._too_long = answer.refused
+        return bool(self._model.says(answer.refused))
 
     def _told(self) -> bool:  # something of the answer reached the client
         return any((said.shown or {}).get("content") for said in self._responses)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -128,8 +129,9 @@ async def converse(
         assert words.startswith("Noted."), words
         messages.append({"role": "assistant", "content": words})
         repairs = stage.refused[refused:]
-        mute = stage.family.tools == "mute" and mode == "relaxed"  # it learns at its first fault
-        assert len(repairs) <= (2 if turn == 0 else 1 if turn == 2 and mute else 0), (turn, repairs)
+        late = {"gemma-2": 1, "mixtral": 2, "gemma-3": 2}.get(stage.family.name)  # (1) the first turn was
+        # mended by the client's own bytes; (2) there is no place for a result: the first fault says so
+        assert len(repairs) <= (3 if turn == 0 else int(turn == late and mode == "relaxed")), (turn, repairs)
         read = stage.read[-1]
         assert stage.read[before:] and ask in read
         assert not system or SYSTEM in read
@@ -154,7 +156,7 @@ async def test_a_window_is_a_prefix_of_the_next_request(stage: Stage) -> None:
                 words = await said(await http.post("/chat/completions", json=body), False)
                 messages.append({"role": "assistant", "content": words})
     sent = [call_of.json["messages"] for call_of in stage.upstream.calls[-3:]]
-    assert [longer[: len(shorter)] == shorter for shorter, longer in zip(sent, sent[1:], strict=False)] == [True, True]
+    assert [longer[: len(shorter)] == shorter for shorter, longer in pairwise(sent)] == [True, True]
 
 
 async def test_a_client_that_begins_with_an_answer_or_speaks_twice_is_served_as_by_the_template() -> None:
