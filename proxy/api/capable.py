@@ -122,6 +122,7 @@ class Capable:
         }  # fmt: skip
         if model is not None:
             card = model_card(model)
+            assumed["mid_system"] = card.developer_role == "developer"
             assumed |= {"window_tokens": card.window_tokens, "developer_role": card.developer_role}
             assumed |= {"tools": True, "tools_with_json": True, TOKENS_FACTOR: 1.0}
         return assumed
