@@ -68,8 +68,7 @@ class ChatApi:
         self._observer = observer
         self._placing = Placing(config, memory, observer is not None)
         self.capable = Capable(config, memory)
-        listed = config.upstream.provider == "openai"
-        self._stated = StatedWindows(upstream, self.capable, listed)
+        self._stated = StatedWindows(config, upstream, memory, self.capable)
         self._forwards_encoded = config.upstream.provider == "openai"
 
     async def close(self) -> None:

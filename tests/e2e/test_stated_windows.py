@@ -80,14 +80,28 @@ async def test_a_stated_window_is_used_from_the_next_turn_on(upstream: Lists) ->
         assert [r.header("authorization") for r in upstream.lists] == ["Bearer k1", "Bearer k2"]
 
 
-async def test_a_configured_window_wins_over_a_stated_one(upstream: Lists) -> None:
-    with ServerProcess(config_of(upstream, models={MODEL: {"window_tokens": 64_000}})) as server:
+@pytest.mark.parametrize(
+    "more", [{"models": {MODEL: {"window_tokens": 64_000}}}, {"tiers": {"l0": {"tokens": 64_000}}}]
+)
+async def test_a_configured_window_asks_nobody(upstream: Lists, more: dict[str, Any]) -> None:
+    with ServerProcess(config_of(upstream, **more)) as server:
         await say(server, SHORT)
-        await asyncio.wait_for(upstream.asked.wait(), 20)
-        assert (await facts(server))["window_tokens"] == {"value": 64_000, "from": "override"}
         assert "x-llm-pager-channel" not in (await say(server, LONG)).headers or (
             len(upstream.calls[-1].json["messages"]) == len(LONG)
         )
+        assert upstream.lists == []
+
+
+async def test_a_list_is_known_after_a_kill(upstream: Lists) -> None:
+    with ServerProcess(config_of(upstream)) as server:
+        await say(server, SHORT)
+        before = await learned(server)
+        server.kill()
+        server.start()
+        assert await facts(server) == before
+        for _ in range(2):
+            await say(server, SHORT)
+        assert len(upstream.lists) == 1
 
 
 @pytest.mark.parametrize("stated", [error(401, "no"), error(500, "no"), {"data": "odd"}, []])
