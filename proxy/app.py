@@ -97,6 +97,7 @@ class App:
                 await self._upstream.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
+                await self._chat.close()
                 await self._archive.close()
                 await self._upstream.close()
                 await self.memory.close()

@@ -298,6 +298,8 @@ class ModelOverride(Section):
         str | None, Field(min_length=1, description="a tiktoken encoding such as o200k_base")
     ] = None
     mid_system: Annotated[bool | None, Field(description="true or false")] = None
+    system_role: Annotated[bool | None, Field(description="true or false")] = None
+    alternate: Annotated[bool | None, Field(description="true or false")] = None
     stream_usage: Annotated[bool | None, Field(description="true or false")] = None
     prompt_cache_key: Annotated[bool | None, Field(description="true or false")] = None
     bridge: Annotated[Literal["responses"] | None, _one_of("responses")] = None

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from proxy.api.memory import Memory
+from proxy.api.memory import UPSTREAM_WINDOW, Memory
 from proxy.config import Config
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.capability import (
@@ -33,7 +33,8 @@ _SEEN_MODELS = 4096  # of all keys: what passed and what was refused is remember
 _FAILURES = 3  # so many, and what passed before proves nothing: the server may be another by now
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
-    "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "stream_usage", "prompt_cache_key",
+    "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "system_role", "alternate",
+    "stream_usage", "prompt_cache_key",
 )  # fmt: skip
 
 
@@ -63,6 +64,11 @@ class Capable:
             self._recent.clear()
         self._recent[key] = now_s + _RECENT_S, found
         return found
+
+    def stated(self, scope: bytes, model: str) -> int | None:
+        """The window that the upstream's own list of models states."""
+        window = self._memory.learned(scope, model).get(UPSTREAM_WINDOW)
+        return window if isinstance(window, int) else None
 
     async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
         """Keep what a refusal taught, beside any turn. Raises StorageError."""
@@ -104,14 +110,19 @@ class Capable:
     def table(self, scope: bytes) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.
 
-        `{"model", <fact>: {"value", "from": "override" | "learned" | "assumed"}}`; the facts are the
+        `{"model", <fact>: {"value", "from": "override" | "learned" | "upstream" | "assumed"}}`; the facts are the
         fields of `models:` in the configuration and `tokens_factor` (billed per counted token).
         """
         names = sorted({*self._config.models, *self._listed(scope)})
-        return [
-            describe(name, self._override(name), self._memory.learned(scope, name), self._assumed(name))
-            for name in names
-        ]
+        return [self._row(scope, name) for name in names]
+
+    def _row(self, scope: bytes, name: str) -> dict[str, Any]:
+        learned = dict(self._memory.learned(scope, name))
+        window = learned.pop(UPSTREAM_WINDOW, None)
+        row = describe(name, self._override(name), learned, self._assumed(name))
+        if window is not None and row["window_tokens"]["from"] == "assumed":
+            row["window_tokens"] = {"value": window, "from": "upstream"}
+        return row
 
     def _listed(self, scope: bytes) -> list[str]:
         data = self._memory.store.get(b"M" + scope)
@@ -124,10 +135,12 @@ class Capable:
     def _assumed(self, model: str | None) -> dict[str, Any]:
         """What holds without a word from anyone; with a model's name, its card too."""
         assumed: dict[str, Any] = {
-            "mid_system": True, "stream_usage": True, "prompt_cache_key": self._cache_key,
+            "mid_system": None, "system_role": True, "alternate": False, "stream_usage": True,
+            "prompt_cache_key": self._cache_key,
         }  # fmt: skip
         if model is not None:
             card = model_card(model)
+            assumed["mid_system"] = card.developer_role == "developer"
             assumed |= {"window_tokens": card.window_tokens, "developer_role": card.developer_role}
             assumed |= {"tools": True, "tools_with_json": True, TOKENS_FACTOR: 1.0}
         return assumed

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from proxy.api.archive import Archive
+from proxy.api.asked import StatedWindows
 from proxy.api.capable import Capable
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory, calibration_key
@@ -70,7 +71,12 @@ class ChatApi:
         self._placing = Placing(config, memory, observer is not None)
         self.capable = Capable(config, memory)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
+        self._stated = StatedWindows(config, upstream, memory, self.capable)
         self._forwards_encoded = config.upstream.provider == "openai"
+
+    async def close(self) -> None:
+        """What is being asked beside the requests is given up."""
+        await self._stated.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI request."""
@@ -110,6 +116,8 @@ class ChatApi:
                 if self._observer is not None:
                     self._observer(answer.report)
                 self._archive.after(turn, given, scope["headers"])
+                query = scope.get("query_string", b"")
+                self._stated.look(given.scope, given.decoded["model"], scope["headers"], query)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from proxy.api.caller import caller, encoded, parameters, with_body
-from proxy.api.memory import Memory
+from proxy.api.memory import UPSTREAM_WINDOW, Memory
 from proxy.api.request import Decoded, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
@@ -183,7 +183,8 @@ class Placing:
         epoch = factor
         if window is not None and window.factor and (bill is None or bill.model == model):
             epoch = window.factor
-        asked = model, tuple(sorted(facts.items()))
+        learned = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+        asked = model, tuple(sorted(learned.items()))
         following = self._limits(*asked, factor) if factor != epoch else None
         return self._limits(*asked, epoch), following, known
 
@@ -194,9 +195,12 @@ class Placing:
         config, override = self._config, self._config.model_override(model)
         card, facts = model_card(model), dict(learned)
         l0 = config.tiers.l0
-        known = card.known or override.window_tokens is not None
-        window = override.window_tokens or card.window_tokens
-        tokens = int((window if l0.tokens == "auto" else l0.tokens) / factor)
+        stated = facts.get(UPSTREAM_WINDOW) if override.window_tokens is None else None
+        stated = stated if isinstance(stated, int) else None
+        known = card.known or override.window_tokens is not None or stated is not None
+        window = override.window_tokens or stated or card.window_tokens
+        tokens = window if l0.tokens == "auto" else min(l0.tokens, stated or l0.tokens)
+        tokens = int(tokens / factor)
         reserve = effective_reserve(tokens, int(l0.reserve_tokens / factor))
         tools = override.tools  # a bridge is there so that the model can call them
         if tools is None:
@@ -214,6 +218,7 @@ class Placing:
             mode=VMMode(config.memory.mode),
             model_takes_tools=tools,
             tools_with_json=_said(override.tools_with_json, facts.get("tools_with_json")),
+            not_with_tools=_names(facts.get("not_with_tools")),
             developer_role="developer" if role == "developer" else "system",
             faults_per_turn=config.faults.max_per_turn,
             fault_tokens=config.faults.max_tokens_per_turn,
@@ -230,6 +235,10 @@ class Placing:
             written_by_models=config.compression.model is not None,
             tokens_factor=factor,
         )
+
+
+def _names(learned: object) -> frozenset[str]:
+    return frozenset(learned) if isinstance(learned, tuple) else frozenset()
 
 
 def _said(override: bool | None, learned: object) -> bool:

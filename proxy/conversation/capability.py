@@ -37,7 +37,9 @@ class Capabilities:
 
     stream_usage: bool = True  # stream_options.include_usage
     prompt_cache_key: bool = False
-    mid_system: bool = True  # a second system message, or one after the beginning
+    mid_system: bool | None = None  # a second system message, or one after the beginning; None: who knows
+    system_role: bool = True  # a system message at all
+    alternate: bool = False  # user and assistant have to take turns
     window_tokens: int | None = None
     refused_tokens: int = 0
 
@@ -55,7 +57,9 @@ def capabilities(
     return Capabilities(
         stream_usage=bool(known.get("stream_usage", True)),
         prompt_cache_key=bool(known.get("prompt_cache_key", False)),
-        mid_system=bool(known.get("mid_system", True)),
+        mid_system=mid if isinstance(mid := known.get("mid_system"), bool) else None,
+        system_role=known.get("system_role") is not False,
+        alternate=known.get("alternate") is True,
         window_tokens=window if isinstance(window, int) and window >= LEAST_WINDOW_TOKENS else None,
         refused_tokens=int(known.get("refused_tokens") or 0),
     )

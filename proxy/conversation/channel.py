@@ -1,7 +1,8 @@
 """Chooses how a request that needs paging reaches its pages. Pure.
 
 `tools`: the model may call the VM tools. `passive`: it may not (the client forbids or forces a tool,
-wants several choices or log probabilities, or uses what tools cannot go with), so pages are brought
+wants several choices or log probabilities, or uses what tools cannot go with: a grammar for the answer,
+say), so pages are brought
 in before the call. The tools array stays the same in both wherever the API allows it, because it is
 part of the cached prefix.
 
@@ -34,6 +35,9 @@ _ALONE = frozenset(
     ("codeExecution", "code_execution", "enterpriseWebSearch", "googleMaps", "googleSearch",
      "googleSearchRetrieval", "google_search", "urlContext", "url_context")
 )  # fmt: skip
+# A field that holds the answer to a grammar, whatever the server calls it (llama.cpp's grammar and
+# json_schema, vLLM's guided_* and structured_outputs, SGLang's regex and ebnf): calls do not obey it.
+_CONSTRAINS = re.compile(r"grammar|ebnf|regex|guided|structur|schema|constrain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
         or choice == "required"
         or (bool(fields.get("logprobs")) and bool(tools) and choice in (None, "auto"))
         or (not limits.tools_with_json and wants_json(fields))
+        or any(_CONSTRAINS.search(key) and fields[key] for key in fields)
+        or any(fields.get(key) for key in limits.not_with_tools)
         or any(isinstance(tool, dict) and not _ALONE.isdisjoint(tool) for tool in tools)
     )
     if without:

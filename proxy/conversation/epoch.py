@@ -45,6 +45,7 @@ _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that paging.py keeps free and the result's JSON
+_OPENING = "[The messages before this one are in memory.]"
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
 
 
@@ -273,6 +274,8 @@ def _assemble(
             entries.extend(_native(request, position, cuts))
             entries.extend(note for note in notes if note.position > position)
     entries.extend(request.tail)
+    if request.limits.developer_role == "system":
+        entries = [*_opening(request, entries), *entries]
     return Window(
         request.epoch,
         developer,
@@ -305,6 +308,16 @@ def _kept_media(request: EpochRequest, pages: Sequence[MemoryPage]) -> list[Entr
         return []
     content = context_parts(request.pages.packer.pack(pages).parts)
     message = {"role": "user", "content": content}
+    return [Entry(msgspec.json.encode(message), request.counter.message(message), -1, KEPT)]
+
+
+def _opening(request: EpochRequest, entries: Sequence[Entry]) -> list[Entry]:
+    """A user message in front of a log that would begin with an answer: many templates want the user
+    to speak first, and the client's history does."""
+    spoken = next((e for e in entries if e.kind != SYSTEM), None)
+    if spoken is None or msgspec.json.decode(spoken.raw)["role"] == "user":
+        return []
+    message = {"role": "user", "content": _OPENING}
     return [Entry(msgspec.json.encode(message), request.counter.message(message), -1, KEPT)]
 
 

@@ -26,6 +26,7 @@ from proxy.conversation.epoch import (
     rules_tokens,
 )
 from proxy.conversation.epoch_request import EpochRequest
+from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.newpages import new_pages, renewed
 from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens, group_start, owner
@@ -395,7 +396,7 @@ class TurnWindow:
 
     # -- rounds
 
-    def messages(self, system: Sequence[bytes]) -> Generator[Effect, Any, bytes]:
+    def messages(self, system: Sequence[bytes], form: Form) -> Generator[Effect, Any, bytes]:
         """The next request's messages array; begins an epoch first when the log outgrew the room.
 
         `system` are the client's system messages in front of its history.
@@ -409,7 +410,7 @@ class TurnWindow:
         if self.json_mode and self.limits.mode is VMMode.STRICT:  # no citation may get into the JSON
             plain = without_citations(window.developer)
             window = msgspec.structs.replace(window, developer=plain)
-        return render(head, window, self.limits.developer_role, as_text)
+        return render(head, window, self.limits.developer_role, as_text, form)
 
     def extend(self, exchange: Sequence[Entry]) -> None:
         """Add a round's VM exchange at the end."""

@@ -10,7 +10,7 @@ window exactly; a rate limit is one only where the request is larger than all th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -37,6 +37,11 @@ _NO_TOOLS_WITH_JSON = re.compile(
     rf"(?:tools?|functions?|function[ _]calling)[^.]{{0,40}}response[ _](?:mime|format)[^.]{{0,60}}{_REFUSES}"
     rf"|(?:json mode|response[ _](?:mime|format))[^.]{{0,60}}{_REFUSES}[^.]{{0,60}}(?:tools?\b|function)"
 )
+# Any other field beside tools.
+_BESIDE = r"\b(?:with|together|along|alongside|both|and|combin\w*|simultaneous\w*|same time|when|while|if)\b"
+_TOOLS = r"\b(?:tools?|functions?|function[ _]calling|tool[ _](?:choice|calls?|use))\b"
+_ALWAYS = ("messages", "model", "user")  # every request has them, or they are words of another meaning
+_LEAST_NAME = 4  # characters
 _NO_TOOLS_BESIDE = re.compile(r"tool use with function calling")
 _NO_DEVELOPER = re.compile(rf"developer[^.]{{0,80}}{_REFUSES}|{_REFUSES}[^.]{{0,80}}developer")
 _NO_STREAM_OPTIONS = _refused(r"\b(?:stream_options|include_usage)\b")
@@ -48,6 +53,11 @@ _NO_MID_SYSTEM = re.compile(
     r"|(?:unexpected|invalid) role '?\"?(?:system|developer)'?\"? after"
     r"|system message[^.]{0,40}not[^.]{0,20}(?:middle|after)"
 )
+_ALTERNATE = re.compile(
+    r"\broles?\b[^.]{0,40}\balternat|\balternat[^.]{0,40}\b(?:roles?|user|assistant|model)\b"
+    r"|\bconsecutive (?:user|assistant|messages)|\bsame role\b[^.]{0,40}\brow\b"
+)
+_NO_SYSTEM = _refused(r"\bsystem[ _](?:role|message|prompt|instruction)s?\b")
 _NO_AUDIO = re.compile(r"\baudio\b[^.]{0,120}(?:expired|not found|no longer|does not exist|invalid)")
 _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may have caused
 _UNPAID = 402  # whatever it says, it is about money
@@ -247,8 +257,8 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
     """What a refusal of our request says about the model (only true if another one then passes).
 
     Only a sentence that says what the model does not take counts, not any that names a tool. Facts:
-    `stream_usage`, `prompt_cache_key`, `mid_system`, `tools_with_json`, `tools` (all False) and
-    `developer_role`.
+    `stream_usage`, `prompt_cache_key`, `mid_system`, `system_role`, `tools_with_json`, `tools` (all
+    False), `alternate` (True) and `developer_role`.
     """
     text = _sentence(refusal).lower()[:_READ_CHARS]
     if _NO_STREAM_OPTIONS.search(text):
@@ -257,11 +267,29 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
         return {"prompt_cache_key": False}
     if limits.developer_role == "developer" and _NO_DEVELOPER.search(text):
         return {"developer_role": "system"}
+    if _ALTERNATE.search(text):
+        return {"alternate": True}
     if _NO_MID_SYSTEM.search(text):
         return {"mid_system": False}
+    if _NO_SYSTEM.search(text):
+        return {"system_role": False}
     if _NO_TOOLS_WITH_JSON.search(text):
         return {"tools_with_json": False}
     return {"tools": False} if _NO_TOOLS.search(text) and not _NO_TOOLS_BESIDE.search(text) else {}
+
+
+def excluded_by(refusal: bytes, fields: Iterable[str]) -> list[str]:
+    """The fields of a request that tools cannot go with, as the refusal says it ("cannot use a grammar
+    together with tools"); sorted."""
+    text = _sentence(refusal).lower()[:_READ_CHARS]
+    found = []
+    for name in fields:
+        if name in _ALWAYS or len(name) < _LEAST_NAME or "tool" in name or "function" in name:
+            continue
+        word = rf"\b{re.escape(name.lower()).replace('_', '[ _]')}\b"
+        if re.search(rf"{word}[^.]{{0,60}}{_BESIDE}[^.]{{0,60}}{_TOOLS}|{_TOOLS}[^.]{{0,60}}{_BESIDE}[^.]{{0,60}}{word}", text):
+            found.append(name)
+    return sorted(found)
 
 
 def names_audio(refused: Refused) -> bool:

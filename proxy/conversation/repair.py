@@ -22,10 +22,12 @@ from proxy.conversation.capability import (
 )
 from proxy.conversation.channel import PASSIVE, Channel
 from proxy.conversation.effects import Refused
+from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.refusal import (
     Overflow,
     by_numbers,
+    excluded_by,
     is_for_the_moment,
     is_something_else,
     learn,
@@ -40,8 +42,9 @@ _MOST_FAILURES = 2
 _NOTHING_SEEN = Seen()
 _FILLED = 0.8  # of the budget: a request that passes with so much says something of the window
 _COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
-_SYSTEM = ("system", "developer")
-_decode, _encode = msgspec.json.decode, msgspec.json.encode
+_FORM = ("mid_system", "system_role", "alternate")  # what a refusal may say of the messages' form
+_BODY_REFUSED = (400, 422)
+_decode = msgspec.json.decode
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class Model:
     capabilities: Capabilities
     limits: Limits
     max_tokens: int | None
+    fields: tuple[str, ...] = ()  # the request's
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
     assumed: bool = False  # nobody said how large the window is
@@ -65,7 +69,8 @@ class Model:
     ) -> Model:
         """For a request with these top-level fields."""
         length = decoded.get("max_completion_tokens") or decoded.get("max_tokens")
-        return cls(capabilities, limits, length if isinstance(length, int) else None)
+        length = length if isinstance(length, int) else None
+        return cls(capabilities, limits, length, tuple(decoded))
 
     def __post_init__(self) -> None:
         window = self.capabilities.window_tokens
@@ -75,6 +80,21 @@ class Model:
             tokens = max(LEAST_WINDOW_TOKENS, int(window / self.limits.tokens_factor))
             if tokens < self.limits.window_tokens or not self.limits.window_known:
                 self._take(tokens, guessed)
+
+    @property
+    def form(self) -> Form:
+        """How its messages have to look. OpenAI's own models surely read several system messages,
+        behind whatever gateway; of others nobody knows: some templates refuse a second one, some
+        drop it without a word."""
+        known = self.capabilities
+        several = known.mid_system
+        if several is None:
+            several = self.limits.developer_role == "developer"
+        alone = known.alternate or not known.system_role
+        return Form(
+            several and not alone, known.mid_system is not False and known.system_role,
+            known.system_role, alone,
+        )  # fmt: skip
 
     def shrink(self, refused: Refused, counted_tokens: int, seen: Seen = _NOTHING_SEEN) -> bool:
         """Take the window from an overflow, in upstream's words or without.
@@ -141,23 +161,48 @@ class Model:
         if names_audio(refused) and self.audio:
             self.audio = False
             return True
-        known = {k: v for k, v in facts.items() if k in (*ours, "mid_system")}
+        known = {k: v for k, v in facts.items() if k in (*ours, *_FORM)}
         if not known or all(getattr(self.capabilities, k) == v for k, v in known.items()):
             return False
         self.capabilities = replace(self.capabilities, **known)
         self.learned.update(known)
         return True
 
+    def says(self, refused: Refused) -> dict[str, Any]:
+        """What the refusal teaches, if the request passes without what it names."""
+        facts = learn(refused.body, self.limits)
+        if facts.keys() - {"tools"}:
+            return facts
+        excluded = excluded_by(refused.body, self.fields)
+        return {"not_with_tools": sorted({*excluded, *self.limits.not_with_tools})} if excluded else facts
+
+    def without_exchange(
+        self, refused: Refused, channel: Channel, words: bool
+    ) -> Channel | None:
+        """The channel for a template that has no place for calls and results: the first round passed,
+        and the one that brings our exchange is refused. It goes as text from now on. `words`: only if
+        the refusal speaks of roles."""
+        if not channel.listed or "tools" in self.learned:
+            return None
+        said = "alternate" in learn(refused.body, self.limits)
+        if not (said or (not words and refused.status in _BODY_REFUSED)):
+            return None
+        self.learned["tools"] = False
+        self.limits = replace(self.limits, model_takes_tools=False)
+        return unlisted(channel)
+
     def without(self, refused: Refused, channel: Channel) -> Channel | None:
         """The channel for a model that refused tools or the developer role, or None."""
-        facts = learn(refused.body, self.limits)
+        facts = self.says(refused)
         if not facts or facts.keys() & self.learned.keys():
             return None
         self.learned.update(facts)
         if "developer_role" in facts:
             self.limits = replace(self.limits, developer_role=facts["developer_role"])
             return channel
-        if "tools_with_json" in facts:
+        if "not_with_tools" in facts:
+            self.limits = replace(self.limits, not_with_tools=frozenset(facts["not_with_tools"]))
+        elif "tools_with_json" in facts:
             self.limits = replace(self.limits, tools_with_json=False)
         else:
             self.limits = replace(self.limits, model_takes_tools=False)
@@ -176,25 +221,3 @@ def fixed_tokens(system: Sequence[bytes], fields: Fields, counter: TokenCounter)
         value = _decode(fields[name]) if name in fields else None
         total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
     return total
-
-
-def one_system(messages: bytes) -> bytes:
-    """A messages array with one system message at its beginning; later ones speak as the user."""
-    head: list[str] = []
-    out: list[dict[str, Any]] = []
-    for message in _decode(messages):
-        if message.get("role") not in _SYSTEM:
-            out.append(message)
-        elif out:
-            out.append({**message, "role": "user"})
-        else:
-            head.append(_text(message))
-    system = [{"role": "system", "content": "\n\n".join(head)}] if head else []
-    return _encode([*system, *out])
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n\n".join(str(p.get("text") or "") for p in content if isinstance(p, dict))
-    return str(content or "")

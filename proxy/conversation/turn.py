@@ -41,8 +41,8 @@ from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, 
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages, anchor_tokens
-from proxy.conversation.refusal import learn, repairable, unchanged_fits
-from proxy.conversation.repair import Model, fixed_tokens, one_system, unlisted
+from proxy.conversation.refusal import repairable, unchanged_fits
+from proxy.conversation.repair import Model, fixed_tokens, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import is_silent, said_text
 from proxy.conversation.tree import Record
@@ -282,7 +282,12 @@ class Turn:
                 self._refusals += 1
                 if self._repaired(said, paging):
                     continue
-                return (yield from self._refused(said))
+                answer = yield from self._refused(said)
+                if self._form_refused(answer) and self._repaired(said, paging):
+                    self._paging, self._channel = paging, paging.channel
+                    self._report.channel = paging.channel.name
+                    continue
+                return answer
             number += 1
             if said.messages and not (self._many() or self._in.given_answers):
                 said = understood(said, channel, self.talks_of_tools)
@@ -349,12 +354,10 @@ class Turn:
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
         given, channel, model = self._in, paging.channel, self._model.capabilities
-        messages = yield from paging.messages(given.system)
+        messages = yield from paging.messages(given.system, self._model.form)
         messages = with_transcripts(
             messages, self.path, given.get_record, given.now_s, self._model.audio
         )
-        if not model.mid_system:
-            messages = one_system(messages)
         changed: dict[str, bytes | None] = {}
         if channel.listed:
             raw = given.fields.get("tools")
@@ -490,19 +493,35 @@ class Turn:
         ours = {"stream_usage"} if stream_options(given.decoded) else set()
         if "prompt_cache_key" not in given.fields:
             ours.add("prompt_cache_key")
+        channel = None
+        if self._responses:
+            channel = model.without_exchange(refused, paging.channel, words=True)
+        if channel is not None:
+            return self._go_on(channel, paging)
         if model.adapt(refused, ours):
             return True
         if unchanged_fits(self._unchanged(), given.limits) and not (self._sent_unchanged or self._too_long):
             return False  # the client's own bytes are the better second try
         channel = model.without(refused, paging.channel) if repairable(refused) else None
-        if channel is None:
-            return False
+        if channel is None and self._responses:
+            channel = model.without_exchange(refused, paging.channel, words=False)
+        return channel is not None and self._go_on(channel, paging)
+
+    def _go_on(self, channel: Channel, paging: TurnWindow) -> bool:
         self._channel, paging.channel, paging.limits = channel, channel, self._limits
         self._report.channel = channel.name
         return True
 
     def _given_up(self) -> bool:
         return self._too_long is not None and self._refusals > _FURTHER_CALLS
+
+    def _form_refused(self, answer: Answer) -> bool:
+        """The client's own bytes were the second try, and the template takes them no better (a system
+        message for a model without that role): only a repaired request can pass."""
+        if answer.refused is None or self._paging is not None or self._too_long is not None:
+            return False
+        self._too_long = answer.refused
+        return bool(self._model.says(answer.refused))
 
     def _told(self) -> bool:  # something of the answer reached the client
         return any((said.shown or {}).get("content") for said in self._responses)
@@ -515,7 +534,7 @@ class Turn:
         done = self._sent_unchanged or explained or self._given_up() or self._told()
         if done or not (repairable(refused) and unchanged_fits(self._unchanged(), limits)):
             return Answer(self._report, refused=self._too_long or refused)
-        learned = {**model.learned, **learn(refused.body, model.limits)}
+        learned = {**model.learned, **model.says(refused)}
         if model.blind:
             learned = {k: v for k, v in learned.items() if k not in ("window_tokens", "refused_tokens")}
         answer = yield from self._unpaged(learned)

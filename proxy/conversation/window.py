@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.conversation.form import Form, Piece, formed
 from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.tokens import PER_MESSAGE, TokenCounter
 
@@ -20,7 +21,8 @@ NATIVE = 0  # a client's message, in its own role
 SYSTEM = 1  # a client's system message from the middle of the conversation
 VM = 2  # a message of the fault loop: the model's VM calls, or a result
 MIXED = 3  # the model's own message with both VM calls and the client's, in place of its echo
-KEPT = 4  # media kept from older turns, in a user message: a developer message takes only text
+KEPT = 4  # media kept from older turns, in a user message: a developer message takes only text; or
+# the user message that a log begins with whose first message of the client's is an answer
 
 
 class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
@@ -134,28 +136,27 @@ def restore(record: Record, get: GetRecord) -> Window | None:
     return None
 
 
-def render(system: Sequence[bytes], window: Window, role: str, vm_as_text: bool) -> bytes:
+def render(
+    system: Sequence[bytes], window: Window, role: str, vm_as_text: bool, form: Form
+) -> bytes:
     """The messages array of an upstream request.
 
     `role` is developer or system; `vm_as_text` is for a request that must go without the VM tools.
     """
-    raws = [*system]
-    if window.developer:
-        raws.append(_json({"role": role, "content": window.developer}))
     if vm_as_text and any(entry.kind in (VM, MIXED) for entry in window.entries):
-        raws.extend(_as_text(window.entries))
+        pieces = _as_text(window.entries)
     else:
-        raws.extend(entry.raw for entry in window.entries)
-    return b"[" + b",".join(raws) + b"]"
+        pieces = [Piece(entry.raw, entry.kind == KEPT) for entry in window.entries]
+    return b"[" + b",".join(formed(system, window.developer, role, pieces, form)) + b"]"
 
 
-def _as_text(entries: Sequence[Entry]) -> list[bytes]:
+def _as_text(entries: Sequence[Entry]) -> list[Piece]:
     """The log without VM calls: each exchange becomes one user message with the pages it brought."""
-    out: list[bytes] = []
+    out: list[Piece] = []
     at = 0
     while at < len(entries):
         if entries[at].kind not in (VM, MIXED):
-            out.append(entries[at].raw)
+            out.append(Piece(entries[at].raw, entries[at].kind == KEPT))
             at += 1
             continue
         run = [entries[at]]
@@ -163,12 +164,13 @@ def _as_text(entries: Sequence[Entry]) -> list[bytes]:
             run.append(entries[at + len(run)])
         at += len(run)
         messages = [msgspec.json.decode(entry.raw) for entry in run]
-        out.append(_json({"role": "user", "content": _results_text(messages)}))
-        out.extend(entry.raw for entry, m in zip(run, messages, strict=True) if m["role"] == "user")
+        out.append(Piece(_json({"role": "user", "content": _results_text(messages)}), ours=True))
+        media = [entry for entry, m in zip(run, messages, strict=True) if m["role"] == "user"]
+        out.extend(Piece(entry.raw, ours=True) for entry in media)
         if run[0].kind == MIXED:
             answered = {m.get("tool_call_id") for m in messages if m["role"] == "tool"}
             calls = [c for c in messages[0]["tool_calls"] if c.get("id") not in answered]
-            out.append(_json({**messages[0], "tool_calls": calls}))
+            out.append(Piece(_json({**messages[0], "tool_calls": calls})))
     return out
 
 

@@ -15,6 +15,7 @@ from proxy.tokens.counter import (
     get_counter,
     tokens_upper_bound,
 )
+from proxy.tokens.names import normal_name
 
 __all__ = [
     "DEFAULT_ENCODING",
@@ -28,5 +29,6 @@ __all__ = [
     "encoding_of",
     "get_counter",
     "model_card",
+    "normal_name",
     "tokens_upper_bound",
 ]

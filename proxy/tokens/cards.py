@@ -1,7 +1,7 @@
 """Model cards: how large a model's window is, and what its API accepts.
 
-Promises: litellm's model table, read from its file without importing it; never an exception for a
-model nobody has heard of.
+Promises: litellm's model table, read from its file without importing it; the exact name counts first,
+then what `names.normal_name` makes of it; never an exception for a model nobody has heard of.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Literal
 
 import msgspec
 
+from proxy.tokens.names import is_bare, normal_name, plain_name
+
 log = logging.getLogger(__name__)
 
 _LITELLM = importlib.util.find_spec("litellm")  # found, not imported: importing it takes seconds
 LITELLM_DIR = Path(_LITELLM.origin).parent if _LITELLM and _LITELLM.origin else None
 UNKNOWN_WINDOW_TOKENS = 32_000
 
+_CHATS = ("chat", "completion", "responses", "")
 Role = Literal["developer", "system"]
 
 
@@ -42,6 +47,11 @@ class _Row(msgspec.Struct):
     mode: str = ""
     supports_function_calling: bool = False
 
+    @property
+    def window_tokens(self) -> int | None:
+        window = self.max_input_tokens or self.max_tokens
+        return int(window) if isinstance(window, (int, float)) else None
+
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, msgspec.Raw]:
@@ -51,21 +61,47 @@ def _table() -> dict[str, msgspec.Raw]:
     return msgspec.json.decode(data, type=dict[str, msgspec.Raw])
 
 
+@lru_cache(maxsize=1)
+def _alike() -> dict[str, list[str]]:
+    """The table's names by what they have in common: 20 ms and 1 MB, once, for the first name that
+    is not in the table as it is."""
+    found = defaultdict(list)
+    for name in _table():
+        found[normal_name(name)].append(name)
+    return dict(found)
+
+
+def _rows(names: list[str]) -> Iterator[tuple[str, _Row]]:
+    """Those that state a window."""
+    for name in names:
+        raw = _table().get(name)
+        row = None if raw is None else msgspec.json.decode(raw, type=_Row)
+        if row is not None and row.window_tokens:
+            yield name, row
+
+
 def _row(model: str) -> _Row | None:
-    table = _table()
-    for name in (model, model.rsplit("/", 1)[-1]):
-        raw = table.get(name)
-        if raw is not None:
-            return msgspec.json.decode(raw, type=_Row)
-    return None
+    """The table's row for a name: its own; without the prefixes before it; else what the rows say that
+    name the same model: those without a provider, and the window that most of them state (of windows
+    as frequent the smallest: one provider's cut-down offer is not the model's window)."""
+    pieces = model.split("/")
+    for _, row in _rows(["/".join(pieces[i:]) for i in range(len(pieces))] + [plain_name(model)]):
+        return row
+    alike = [pair for pair in _rows(_alike().get(normal_name(model), [])) if pair[1].mode in _CHATS]
+    own = [row for name, row in alike if is_bare(name)] or [row for _, row in alike]
+    if not own:
+        return None
+    often = Counter(row.window_tokens or 0 for row in own)
+    window = min(often, key=lambda tokens: (-often[tokens], tokens))
+    return next(row for row in own if row.window_tokens == window)
 
 
 @lru_cache(maxsize=1024)
 def model_card(model: str) -> ModelCard:
     """The card from litellm's local table; an unknown model gets 32,000 tokens and one warning."""
     row = _row(model)
-    window = row and (row.max_input_tokens or row.max_tokens)
-    if row is None or not isinstance(window, (int, float)):
+    window = row.window_tokens if row is not None else None
+    if row is None or window is None:
         log.warning(
             "model %r is not in litellm's table: assuming a window of %d tokens; set"
             " models.<name>.window_tokens or tiers.l0.tokens to its real one",
@@ -76,10 +112,10 @@ def model_card(model: str) -> ModelCard:
     role: Role = "developer" if row.litellm_provider == "openai" and _takes_developer(model) else (
         "system"
     )
-    return ModelCard(int(window), True, row.supports_function_calling, role)
+    return ModelCard(window, True, row.supports_function_calling, role)
 
 
 def _takes_developer(model: str) -> bool:
     """gpt-3.5 and the first gpt-4 know only `system`; o1-mini and o1-preview know neither."""
     old = ("gpt-3.5*", "gpt-4", "gpt-4-*", "o1-mini*", "o1-preview*")
-    return not any(fnmatch.fnmatch(model.rsplit("/", 1)[-1], pattern) for pattern in old)
+    return not any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)

@@ -17,6 +17,7 @@ from typing import Any
 from proxy.tokens.cards import LITELLM_DIR
 from proxy.tokens.images import ImageRule, image_rule
 from proxy.tokens.media import count_medium, count_speech, largest_medium
+from proxy.tokens.names import plain_name
 from proxy.tokens.tools import ToolRule, compact, count_tools, tool_rule
 
 if LITELLM_DIR:  # must be set before tiktoken loads an encoding, or it asks the network
@@ -165,9 +166,8 @@ def _counter(encoding_name: str, images: ImageRule, tool: ToolRule) -> TokenCoun
 @lru_cache(maxsize=1024)
 def encoding_of(model: str) -> str:
     """The encoding of an OpenAI model, or o200k_base for any other."""
-    name = model.rsplit("/", 1)[-1]
     try:
-        return tiktoken.encoding_name_for_model(name)
+        return tiktoken.encoding_name_for_model(plain_name(model))
     except KeyError:
         return DEFAULT_ENCODING
 
@@ -176,7 +176,7 @@ def encoding_of(model: str) -> str:
 def encoding_is_known(model: str) -> bool:
     """Whether the model is known to use the encoding that `encoding_of` names."""
     try:
-        return bool(tiktoken.encoding_name_for_model(model.rsplit("/", 1)[-1]))
+        return bool(tiktoken.encoding_name_for_model(plain_name(model)))
     except KeyError:
         return False
 

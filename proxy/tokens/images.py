@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
+from proxy.tokens.names import plain_name
+
 Size = tuple[int, int]  # width and height in pixels
 
 
@@ -174,7 +176,7 @@ _FAMILIES: tuple[tuple[str, ImageRule], ...] = (  # the first pattern that fits 
 @lru_cache(maxsize=1024)
 def image_rule(model: str) -> ImageRule:
     """The rule of a model's family; gpt-4o's for a model that no pattern names."""
-    name = model.lower().rsplit("/", 1)[-1].removeprefix("ft:")
+    name = plain_name(model)
     for pattern, rule in _FAMILIES:
         if fnmatch.fnmatchcase(name, pattern):
             return rule

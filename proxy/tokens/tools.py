@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from proxy.tokens.names import plain_name
+
 Text = Callable[[str], int]
 
 PER_TOOLS = 12  # the namespace around a tools array ("func_end")
@@ -54,7 +56,7 @@ _OPENAI_MODELS = ("gpt-*", "chatgpt-*", "o[1-9]", "o[1-9]-*", "computer-use-*", 
 @lru_cache(maxsize=1024)
 def tool_rule(model: str) -> ToolRule:
     """The rule of a model's provider, by the model's name."""
-    name = model.lower().rsplit("/", 1)[-1].removeprefix("ft:")
+    name = plain_name(model)
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OPENAI_MODELS):
         return OPENAI
     return CLAUDE if "claude" in name else JSON

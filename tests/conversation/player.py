@@ -19,6 +19,7 @@ from proxy.conversation.capability import Seen, capabilities
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
+from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
@@ -99,7 +100,7 @@ class Played:
         before = [a for a in self.place.anchors if owner(path, a.position) < first]
         front = standing(before, get_counter(self.turn._report.model))
         head = [*self.system, *(anchor.raw for anchor in front)]
-        return render(head, window, "developer", False)[:-1]
+        return render(head, window, "developer", False, Form(several=True))[:-1]
 
     @property
     def requests(self) -> list[Message]:

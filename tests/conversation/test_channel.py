@@ -39,6 +39,11 @@ FORCED = {"type": "function", "function": {"name": "look"}}
         ({"tools": [LOOK] * 127}, PASSIVE, False),
         ({"tools": [{"googleSearch": {}}]}, PASSIVE, False),
         ({"tools": [LOOK] * 126}, TOOLS, True),
+        ({"grammar": 'root ::= "yes" | "no"'}, PASSIVE, False),
+        ({"guided_choice": ["yes", "no"]}, PASSIVE, False),
+        ({"json_schema": {"type": "object"}}, PASSIVE, False),
+        ({"structured_outputs": {"regex": "a+"}, "tools": [LOOK]}, PASSIVE, False),
+        ({"grammar": "", "guided_json": None, "chat_template_kwargs": {"x": 1}, "top_k": 5}, TOOLS, True),
     ],
 )
 def test_the_request_chooses(fields: dict[str, Any], name: str, listed: bool) -> None:
@@ -53,6 +58,9 @@ def test_the_mode_and_the_model_choose_first() -> None:
     assert not choose_channel({"response_format": {"type": "json_object"}}, picky).listed
     assert choose_channel({"response_format": {"type": "text"}}, picky).offer
     assert choose_channel({}, picky).offer
+    learned = limits_of(2000, not_with_tools=frozenset(["dry_run"]))
+    assert not choose_channel({"dry_run": True}, learned).listed
+    assert choose_channel({"dry_run": False}, learned).offer
 
 
 def test_names_that_collide_are_prefixed_until_they_do_not() -> None:

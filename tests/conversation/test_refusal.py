@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Refused
-from proxy.conversation.refusal import by_numbers, is_something_else, learn, overflow
+from proxy.conversation.refusal import by_numbers, excluded_by, is_something_else, learn, overflow
 from tests.conversation.player import Player, limits_of, script
 from tests.conversation.scenario import grown
 from tests.examples import examples
@@ -232,6 +232,30 @@ def test_what_a_refusal_says_of_our_additions() -> None:
         ("Tool use with function calling is unsupported", {}),
         ("Only one system message is supported", {"mid_system": False}),
         ("Unexpected role 'system' after role 'user'", {"mid_system": False}),
+        ("System role not supported", {"system_role": False}),
+        ("This model does not support system messages", {"system_role": False}),
+        ("Conversation roles must alternate user/assistant/user/assistant/...", {"alternate": True}),
+        ("After the optional system message, conversation roles must alternate user and assistant", {"alternate": True}),
+        ("After the (optional) system message(s), user message(s) should alternate with assistant message(s)",
+         {"alternate": True}),
+        ('messages: roles must alternate between "user" and "assistant"', {"alternate": True}),
+        ("Please ensure that multiturn requests alternate between user and model.", {"alternate": True}),
         ("No endpoints found that support tool use.", {"tools": False}),
     ):
         assert learn(refusal.encode(), limits) == fact, refusal
+
+
+@pytest.mark.parametrize(
+    ("refusal", "names"),
+    [
+        ("Cannot use custom grammar constraints with tools.", ["grammar"]),
+        ("tools cannot be combined with beam_width or dry_run", ["beam_width", "dry_run"]),
+        ("Streaming is unavailable when tools are in use", []),
+        ("No endpoints found that support tool use. To learn more about provider routing, see the guide", []),
+        ("this model does not support tools", []),
+        ("grammar: unexpected end of input", []),
+    ],
+)
+def test_a_refusal_names_the_fields_that_exclude_tools(refusal: str, names: list[str]) -> None:
+    fields = ["model", "messages", "tools", "stream", "grammar", "provider", "dry_run", "beam_width"]
+    assert excluded_by(refusal.encode(), fields) == names

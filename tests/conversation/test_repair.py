@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from proxy.conversation.capability import Capabilities, Seen, capabilities, describe, within
 from proxy.conversation.effects import Refused
-from proxy.conversation.repair import one_system
 from proxy.memory import VMMode
 from tests.conversation.player import (
     Message,
@@ -190,15 +189,50 @@ def test_one_length_limit_holds_for_all_rounds() -> None:
         assert [r[name] for r in played.requests] == [300, 293]  # a round of the player bills 7
 
 
-def test_one_system_message_at_the_beginning_and_nothing_lost() -> None:
-    parts = [{"type": "text", "text": "b"}]
-    system, developer = {"role": "system", "content": "a"}, {"role": "developer", "content": parts}
-    later = {"role": "system", "content": "c", "name": "n"}
-    made = json.loads(one_system(json.dumps([system, developer, MORE, later, says("d")]).encode()))
-    assert made == [
-        {"role": "system", "content": "a\n\nb"}, MORE, {**later, "role": "user"}, says("d")
-    ]  # fmt: skip
-    assert json.loads(one_system(json.dumps([MORE]).encode())) == [MORE]
+def test_a_field_that_excludes_tools_makes_its_requests_passive_and_no_others() -> None:
+    def picky(request: Message) -> Message | Refused:
+        if request.get("tools") and request.get("dry_run"):
+            return refusal("tools cannot be combined with dry_run")
+        return says("ok")
+
+    player = Player(limits_of(1500, window_tokens=1600))
+    messages = [*grown(player, 20), MORE]
+    played = player.ask(messages, picky, dry_run=True)
+    assert [("tools" in r, r["dry_run"]) for r in played.requests] == [(True, True), (False, True)]
+    assert played.answer.learned == {"not_with_tools": ["dry_run"]}
+    assert played.answer.report.channel == "passive"
+
+
+def test_a_template_without_a_system_role_hears_the_memory_from_the_user() -> None:
+    def picky(request: Message) -> Message | Refused:
+        if any(m["role"] in ("system", "developer") for m in request["messages"]):
+            return refusal("System role not supported")
+        return says("ok")
+
+    player = Player(limits_of(1500, developer_role="system"))
+    played = player.ask([*grown(player, 12), MORE], picky)
+    assert len(played.bodies) == 2 and played.answer.learned == {"system_role": False}
+    first = played.requests[1]["messages"][0]
+    assert first["role"] == "user" and first["content"].startswith("<VM:RULES>")
+
+
+def test_a_template_without_a_place_for_calls_gets_pages_as_text() -> None:
+    """It counts every message, and a call with its result is no turn of the user's."""
+
+    def picky(request: Message) -> Message | Refused:
+        spoken = [m["role"] for m in request["messages"] if m["role"] not in ("system", "developer")]
+        if any((role == "user") != (i % 2 == 0) for i, role in enumerate(spoken)):
+            return refusal("Conversation roles must alternate user/assistant/user/assistant/...")
+        return says("ok") if len(spoken) > 99 or not request.get("tools") else asks
+
+    asks = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"))
+    player = Player(limits_of(1500, window_tokens=1600, developer_role="system"))
+    messages = [*grown(player, 20), MORE]
+    played = player.ask(messages, picky)
+    assert played.message is not None and played.message["content"] == "ok"
+    assert len(played.bodies) == 3 and played.answer.learned["tools"] is False
+    last = played.requests[2]
+    assert "tools" not in last and "msg_0001" in last["messages"][-1]["content"]
 
 
 def test_facts_come_from_overrides_then_lessons_then_assumptions() -> None:
@@ -207,7 +241,7 @@ def test_facts_come_from_overrides_then_lessons_then_assumptions() -> None:
         {"stream_usage": False, "window_tokens": 9000},
         {"prompt_cache_key": True},
     )
-    assert known == Capabilities(True, True, True, 9000)
+    assert known == Capabilities(prompt_cache_key=True, window_tokens=9000)
     row = describe("m", {"tools": None, "mid_system": True}, {"tools": False}, {"tools": True, "x": 1})
     assert row == {
         "model": "m",

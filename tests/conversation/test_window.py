@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.form import Form
 from proxy.conversation.tree import Record
 from proxy.conversation.window import (
     MIXED,
@@ -75,13 +76,13 @@ def test_without_tools_an_exchange_becomes_the_pages_that_it_brought() -> None:
         native({"role": "tool", "tool_call_id": "v2", "content": "page two"}, VM),
         native({"role": "tool", "tool_call_id": "c1", "content": "seven"}),
     ])
-    plain = json.loads(render([b'{"role":"system"}'], window, "developer", False))
+    plain = json.loads(render([b'{"role":"system"}'], window, "developer", False, Form(several=True)))
     assert plain[0] == {"role": "system"} and plain[1] == {"role": "developer", "content": "rules"}
     check_pairs({"messages": plain})
-    shown = json.loads(render([], window, "system", True))
+    shown = json.loads(render([], window, "system", True, Form(several=True)))
     check_pairs({"messages": shown})
     assert [m["role"] for m in shown] == ["system", "user", "user", "assistant", "user", "assistant", "tool"]
     assert "page one" in shown[2]["content"] and "page two" in shown[4]["content"]
     assert [c["id"] for c in shown[5]["tool_calls"]] == ["c1"]
     bare = EMPTY.append([native({"role": "user", "content": "a"})])
-    assert render([], bare, "system", True) == render([], bare, "system", False)
+    assert render([], bare, "system", True, Form()) == render([], bare, "system", False, Form())
