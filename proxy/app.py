@@ -1,8 +1,8 @@
 """The ASGI application: the chat path handled plainly, everything else behind it.
 
-Promises: /v1/chat/completions and /chat/completions go straight to their handler; every other path
-under /v1 passes through to the upstream verbatim; /health and /ready (FastAPI) answer for the
-process. One application per worker process; workers share the state directory.
+Promises: a POST to any path that ends in /chat/completions goes straight to the chat handler; our own
+paths (/health, /ready, /metrics, /vm/...) are FastAPI's; everything else passes through to the upstream
+verbatim. One application per worker process; workers share the state directory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import health_router
 from proxy.api.memory import Memory
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
+from proxy.api.paths import is_chat, is_ours, raw_path
 from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
 from proxy.config import Config, effective_config
@@ -26,9 +27,6 @@ from proxy.runtime import tune
 from proxy.upstream import UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
-
-_CHAT = frozenset({"/v1/chat/completions", "/chat/completions"})
-
 
 class App:
     """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
@@ -59,12 +57,12 @@ class App:
             await self._lifespan(receive, send)
         elif scope["type"] != "http":
             await self._rest(scope, receive, send)
-        elif scope["path"] in _CHAT and scope["method"] == "POST":  # stored ones are upstream's
-            await self._guarded(self._chat, scope, receive, send)
-        elif scope["path"] in _CHAT or (scope["path"] + "/").startswith("/v1/"):
-            await self._guarded(self._pass, scope, receive, send)
-        else:
+        elif is_ours(scope["path"]):
             await self._rest(scope, receive, send)
+        elif scope["method"] == "POST" and is_chat(raw_path(scope)):  # stored ones are upstream's
+            await self._guarded(self._chat, scope, receive, send)
+        else:
+            await self._guarded(self._pass, scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         await passthrough(scope, receive, send, self._upstream)

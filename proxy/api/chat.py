@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a request's turn run, and its effects performed.
+"""POST /v1/chat/completions, with any prefix: a request's turn run, and its effects performed.
 
 Promises: plain ASGI on the hot path; a request that we cannot read or place goes to upstream as it
 is, and upstream's answer comes back as it is; our own errors have OpenAI's shape; a client that
@@ -11,9 +11,9 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from proxy.api.archive import Archive
 from proxy.api.capable import Capable
@@ -26,8 +26,8 @@ from proxy.api.passthrough import (
     passthrough,
     relay,
     send_error,
-    upstream_path,
 )
+from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
 from proxy.api.placing import Placing
 from proxy.api.request import is_encoded, is_upstreams_to_judge, read_bytes
 from proxy.api.retries import is_retry, placed_as_retry
@@ -40,7 +40,7 @@ from proxy.conversation.state import State
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.errors import ApiError
 from proxy.storage.l2 import StorageError
-from proxy.upstream import Header, Upstream, UpstreamBroken
+from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class ChatApi:
             await passthrough(scope, receive, send, self._upstream)
             return
         try:
+            refuse_dot_segments(raw_path(scope))
             body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
         except ApiError as error:
             await send_error(send, error)
@@ -143,7 +144,7 @@ class ChatApi:
             if is_encoded(scope["headers"]):
                 await self._unpaged(scope, body, send)
                 return None
-            given = await self._placing.place(scope["headers"], body)
+            given = await self._placing.place(scope["headers"], body, deployment(raw_path(scope)))
             if given.start and is_retry(scope["headers"]):
                 given = await placed_as_retry(given, self._memory)
             model = given.decoded["model"]
@@ -170,9 +171,9 @@ class ChatApi:
         """The request as it came, and upstream's answer as it comes. Raises as upstream does."""
         headers, query = scope["headers"], scope.get("query_string", b"")
         if not is_encoded(headers):
-            reply = await self._upstream.chat(body, headers, query)
+            reply = await self._upstream_of(scope).chat(body, headers, query)
         elif self._forwards_encoded:
-            path = upstream_path(scope)
+            path = chat_target(raw_path(scope))
             reply = await self._upstream.forward("POST", path, query, headers, _whole(body))
         else:
             raise ApiError(415, "Send the request body without content-encoding.",
@@ -197,6 +198,11 @@ class ChatApi:
             except StorageError as error:  # no reason to withhold the answer: the next bill says the same
                 log.warning("a bill was not kept: %s", error)
 
+    def _upstream_of(self, scope: Scope) -> Upstream:
+        """The upstream, at the place where it has what the client's path names."""
+        path = chat_target(raw_path(scope))
+        return self._upstream if path == CHAT_PATH else cast(Upstream, _At(self._upstream, path))
+
     # -- the turn's effects
 
     def _exchange(
@@ -219,7 +225,7 @@ class ChatApi:
 
         return Exchange(
             send,
-            self._upstream,
+            self._upstream_of(scope),
             scope["headers"],
             scope.get("query_string", b""),
             bool(decoded.get("stream")),
@@ -259,6 +265,17 @@ class ChatApi:
             log.warning("model %s: learned %s", given.decoded["model"], answer.learned)
             await self.capable.learn(given.scope, given.decoded["model"], answer.learned)
         return answer
+
+
+class _At:
+    """The chat door of an upstream at another path than the usual one."""
+
+    def __init__(self, upstream: Upstream, path: str) -> None:
+        self._upstream = upstream
+        self._path = path
+
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+        return await self._upstream.chat(body, headers, query, self._path)
 
 
 async def _whole(body: bytes) -> AsyncIterator[bytes]:

@@ -63,14 +63,16 @@ class Placing:
         self._limits = lru_cache(maxsize=256)(self._make_limits)
         self._fixed_tokens = lru_cache(maxsize=1024)(_fixed_tokens)
 
-    async def place(self, headers: list[Header], body: bytes) -> TurnInput:
-        """Find a request's place. Raises ApiError 400 for what cannot be a chat request."""
+    async def place(
+        self, headers: list[Header], body: bytes, deployment: str | None = None
+    ) -> TurnInput:
+        """Find a request's place; `deployment`: the model that its path names. Raises ApiError 400 for what cannot be a chat request."""
         memory = self._memory
         key, session = presented(headers, self._config.sessions.headers)
         scope = memory.identity.tenant(key, "")
         try:
             split = read_body(body, scope, memory.histories)
-            decoded = Decoded(split.fields)
+            decoded = Decoded(split.fields, deployment)
             validate(decoded)
         except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at
             raise ApiError(400, f"The JSON body of the request is not valid UTF-8: {error}.",

@@ -24,11 +24,14 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class Decoded(Mapping[str, Any]):
-    """The request's top-level fields, each decoded when it is asked for."""
+    """The request's top-level fields, each decoded when it is asked for. `model`: what the path names,
+    for a body without one (Azure's deployments)."""
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: Fields, model: str | None = None) -> None:
         self._fields = fields
         self._values: dict[str, Any] = {}
+        if model is not None and bytes(fields.get("model", b"null")) in (b"null", b'""'):
+            self._values["model"] = model
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:

@@ -22,8 +22,9 @@ from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from proxy.errors import ApiError
-from proxy.upstream import Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream import CHAT_PATH, Header, Reply, UpstreamBroken, join_chunks
 from proxy.upstream.hops import HOP_BY_HOP, PLAIN_CONNECTION, without_named
+from proxy.upstream.urls import chat_url, forward_url
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -137,11 +138,19 @@ class OpenAIUpstream:
         self._pooled: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
         pairs = self._headers(headers, _CHAT_DROPS)
         pairs.append(("Accept-Encoding", "identity"))
         skip = _missing_auto_headers(headers, chat=True)
         url = self._chat_url
+        if path != CHAT_PATH:
+            url = URL(chat_url(self._base_url, path), encoded=True)
         if query:  # Azure's api-version
             url = URL(f"{url}?{query.decode('latin-1')}", encoded=True)
         try:
@@ -168,8 +177,7 @@ class OpenAIUpstream:
         headers: Sequence[Header],
         body: AsyncIterator[bytes] | None,
     ) -> Reply:
-        # A path must not run into the host name: "/v1@evil" is not a way to another host.
-        target = self._base_url + (path if path.startswith("/") or not path else "/" + path)
+        target = forward_url(self._base_url, path)
         if query:
             target += "?" + query.decode("latin-1")
         pairs = self._headers(headers, _FORWARD_DROPS)
