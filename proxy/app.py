@@ -7,6 +7,7 @@ verbatim. One application per worker process; workers share the state directory.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 
@@ -17,9 +18,11 @@ from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import health_router
 from proxy.api.memory import Memory
+from proxy.api.metrics import CONTENT_TYPE, Metrics
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
-from proxy.api.paths import is_chat, is_ours, raw_path
+from proxy.api.paths import is_chat, is_ours
 from proxy.api.stats import Stats
+from proxy.api.visit import Visit, path_kind
 from proxy.api.vm import vm_router
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
@@ -50,19 +53,33 @@ class App:
                 self._chat.capable.table,
             )
         )
+        self._metrics = Metrics()
+        self._rest.add_api_route("/metrics", self._read_metrics, methods=["GET"])
         self._rest.add_exception_handler(HTTPException, _refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        elif scope["type"] != "http":
+        elif scope["type"] != "http" or is_ours(scope["path"]):
             await self._rest(scope, receive, send)
-        elif is_ours(scope["path"]):
-            await self._rest(scope, receive, send)
-        elif scope["method"] == "POST" and is_chat(raw_path(scope)):  # stored ones are upstream's
-            await self._guarded(self._chat, scope, receive, send)
         else:
-            await self._guarded(self._pass, scope, receive, send)
+            await self._visited(scope, receive, Visit(scope, send))
+
+    async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
+        try:
+            if scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
+                visit.unpaged()  # until it is placed
+                await self._guarded(self._chat, scope, receive, visit.send)
+            else:
+                visit.unpaged(path_kind(visit.path))
+                await self._guarded(self._pass, scope, receive, visit.send)
+        finally:
+            visit.ended()
+            self._metrics.count(visit)
+            self._stats.seen(visit)
+
+    async def _read_metrics(self) -> Response:
+        return Response(await asyncio.to_thread(self._metrics.text), media_type=CONTENT_TYPE)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         await passthrough(scope, receive, send, self._upstream)

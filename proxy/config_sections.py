@@ -132,6 +132,7 @@ class ServerConfig(Section):
         int, Field(ge=0, le=65_535, description="a port from 0 (any free one) to 65535")
     ] = 8080
     body_limit_bytes: Annotated[int, _count(1024)] = 67_108_864
+    body_ratio: AtLeast1 = 200
     history_cache_bytes: AtLeast0 = 268_435_456
 
 
@@ -267,6 +268,13 @@ class StreamConfig(Section):
     keepalive_s: Annotated[
         float, Field(ge=0, le=3600, description="a number of seconds from 0 (off) to 3600")
     ] = 15.0
+
+
+class LogConfig(Section):
+    format: Annotated[Literal["text", "json"], _one_of("text", "json")] = "text"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _one_of("debug", "info", "warning", "error")
+    ] = "info"
 
 
 class SessionsConfig(Section):

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from proxy.api.archive import Archive
 from proxy.api.capable import Capable
+from proxy.api.encodings import decoded, encodings, plain_headers
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory
 from proxy.api.passthrough import (
@@ -29,11 +30,12 @@ from proxy.api.passthrough import (
 )
 from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
 from proxy.api.placing import Placing
-from proxy.api.request import is_encoded, is_upstreams_to_judge, read_bytes
+from proxy.api.request import is_upstreams_to_judge, read_bytes
 from proxy.api.retries import is_retry, placed_as_retry
 from proxy.api.stats import Stats
+from proxy.api.visit import Visit
 from proxy.config import Config
-from proxy.conversation.effects import Append, Complete, Load, Search
+from proxy.conversation.effects import Append, Complete, Load, Refused, Search
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State
@@ -77,6 +79,8 @@ class ChatApi:
         try:
             refuse_dot_segments(raw_path(scope))
             body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
+            if names := encodings(scope["headers"]):
+                scope, body = await self._decoded(scope, body, names)
         except ApiError as error:
             await send_error(send, error)
             return
@@ -92,17 +96,32 @@ class ChatApi:
         if not work.cancelled() and (failure := work.exception()) is not None:
             raise failure
 
+    async def _decoded(
+        self, scope: Scope, body: bytes, names: list[str]
+    ) -> tuple[Scope, bytes]:
+        """The request with a plain body; as it came when it cannot be read. ApiError 413."""
+        server = self._config.server
+        plain = await asyncio.to_thread(
+            decoded, body, names, server.body_limit_bytes, server.body_ratio
+        )
+        if plain is None:
+            return scope, body
+        return {**scope, "headers": plain_headers(scope["headers"])}, plain
+
     async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
         exchange: Exchange | None = None
+        visit = Visit.of(scope)
         try:
             placed = await self._place(scope, body, send)
             if placed is None:
                 return
             given, turn = placed
+            visit.placed(given.decoded["model"], given.path[0].id)
             exchange = self._exchange(turn, given, scope, send)
-            answer = await self._run(turn, given, exchange)
+            answer = await self._run(turn, given, exchange, visit)
             if answer.refused is None:  # before the end is sent: the client's next request knows of it
                 await self._bill(given, answer)
+                visit.answered(answer.report, answer.usage, given.window is None)
             await exchange.finish(answer, _own_headers(answer))
             if answer.refused is None:
                 self._stats.told(answer.report)
@@ -141,7 +160,7 @@ class ChatApi:
     ) -> tuple[TurnInput, Turn] | None:
         """The request's turn; None when it was answered by upstream, as it is."""
         try:
-            if is_encoded(scope["headers"]):
+            if encodings(scope["headers"]):  # upstream may know them
                 await self._unpaged(scope, body, send)
                 return None
             given = await self._placing.place(scope["headers"], body, deployment(raw_path(scope)))
@@ -169,14 +188,15 @@ class ChatApi:
 
     async def _unpaged(self, scope: Scope, body: bytes, send: Send) -> None:
         """The request as it came, and upstream's answer as it comes. Raises as upstream does."""
+        Visit.of(scope).unpaged()
         headers, query = scope["headers"], scope.get("query_string", b"")
-        if not is_encoded(headers):
+        if not encodings(headers):
             reply = await self._upstream_of(scope).chat(body, headers, query)
         elif self._forwards_encoded:
             path = chat_target(raw_path(scope))
             reply = await self._upstream.forward("POST", path, query, headers, _whole(body))
         else:
-            raise ApiError(415, "Send the request body without content-encoding.",
+            raise ApiError(415, "The request body cannot be decoded; send it without content-encoding.",
                            code="unsupported_content_encoding")
         await relay(reply, send)
 
@@ -236,7 +256,9 @@ class ChatApi:
             self._config.upstream.retry_wait_s,
         )
 
-    async def _run(self, turn: Turn, given: TurnInput, exchange: Exchange) -> Answer:
+    async def _run(
+        self, turn: Turn, given: TurnInput, exchange: Exchange, visit: Visit
+    ) -> Answer:
         dialogue = turn.run()
         reply: Any = None
         stored: frozenset[bytes] = frozenset()
@@ -244,7 +266,10 @@ class ChatApi:
             while True:
                 effect = dialogue.send(reply)
                 if isinstance(effect, Complete):
+                    visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     reply = await exchange.complete(effect)
+                    if isinstance(reply, Refused):
+                        visit.refused(reply)
                 elif isinstance(effect, Append):
                     stored = await self._memory.append(effect)
                     reply = None
@@ -299,10 +324,7 @@ def _own_headers(answer: Answer) -> list[Header]:
     if report.channel == "bypass":
         return []
     vm = (answer.usage or {}).get("vm") or {}
-    headers: list[Header] = [
-        (b"x-llm-pager-channel", report.channel.encode()),
-        (b"x-llm-pager-rounds", b"%d" % report.rounds),
-    ]
+    headers: list[Header] = [(b"x-llm-pager-rounds", b"%d" % report.rounds)]
     if vm:
         headers.append((b"x-llm-pager-billed-prompt-tokens", b"%d" % vm["prompt_tokens"]))
     return headers

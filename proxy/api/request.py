@@ -16,7 +16,6 @@ import msgspec
 from proxy.api.passthrough import Receive, Scope
 from proxy.conversation.body import Fields
 from proxy.errors import ApiError
-from proxy.upstream import Header
 
 # Codes of `read_body` and `validate`: the request as such. A session id is ours to judge.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
@@ -62,14 +61,6 @@ async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         parts.append(part)
         if not message.get("more_body"):
             return bytes(part) if len(parts) == 1 else b"".join(parts)
-
-
-def is_encoded(headers: list[Header]) -> bool:
-    """The body is compressed: it can be handed on, but not read."""
-    return any(
-        name == b"content-encoding" and value.strip().lower() not in (b"", b"identity")
-        for name, value in headers
-    )
 
 
 def is_upstreams_to_judge(error: ApiError) -> bool:
