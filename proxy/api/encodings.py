@@ -100,8 +100,10 @@ def _unbrotlied(body: bytes) -> Iterator[bytes]:
     stream = brotli.Decompressor()
     for at in range(0, len(body), _IN_BYTES):
         yield stream.process(body[at : at + _IN_BYTES], output_buffer_limit=_AT_ONCE_BYTES)
-        while not stream.can_accept_more_data():
-            yield stream.process(b"", output_buffer_limit=_AT_ONCE_BYTES)
+        while not stream.is_finished() and (
+            piece := stream.process(b"", output_buffer_limit=_AT_ONCE_BYTES)
+        ):
+            yield piece
     if not stream.is_finished():
         raise _Broken
 
