@@ -19,6 +19,7 @@ from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import health_router
 from proxy.api.memory import Memory
 from proxy.api.metrics import CONTENT_TYPE, Metrics
+from proxy.api.origins import Origins
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
 from proxy.api.paths import is_chat, is_ours
 from proxy.api.stats import Stats
@@ -53,6 +54,7 @@ class App:
                 self._chat.capable.table,
             )
         )
+        self._origins = Origins(config)
         self._metrics = Metrics()
         self._rest.add_api_route("/metrics", self._read_metrics, methods=["GET"])
         self._rest.add_exception_handler(HTTPException, _refused)
@@ -60,14 +62,34 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        elif scope["type"] != "http" or is_ours(scope["path"]):
+        elif scope["type"] != "http":
             await self._rest(scope, receive, send)
+        else:
+            await self._answered(scope, receive, send)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
+        if origin is not None:
+            head = self._origins.preflight(scope, origin)
+            if head is not None:
+                await send({"type": "http.response.start", "status": 204, "headers": head})
+                await send({"type": "http.response.body", "body": b""})
+                return
+            send = self._origins.readable(origin, send)
+        if is_ours(scope["path"]):
+            refusal = self._origins.refusal(scope) if scope["path"].startswith("/vm/") else None
+            if refusal is not None:
+                await send_error(send, refusal)
+            else:
+                await self._rest(scope, receive, send)
         else:
             await self._visited(scope, receive, Visit(scope, send))
 
     async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
         try:
-            if scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
+            if (refusal := self._origins.refusal(scope)) is not None:
+                await send_error(visit.send, refusal)
+            elif scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
                 visit.unpaged()  # until it is placed
                 await self._guarded(self._chat, scope, receive, visit.send)
             else:

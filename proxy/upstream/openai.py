@@ -11,6 +11,8 @@ on a fresh connection is never repeated, because it may have been paid for.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
@@ -24,6 +26,7 @@ from yarl import URL
 from proxy.errors import ApiError
 from proxy.upstream import CHAT_PATH, Header, Reply, UpstreamBroken, join_chunks
 from proxy.upstream.hops import HOP_BY_HOP, PLAIN_CONNECTION, without_named
+from proxy.upstream.proxies import Proxy, proxy_for
 from proxy.upstream.urls import chat_url, forward_url
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ _READ_BUFFER_BYTES: Final = 262_144
 # request could wait for ever to be written and gets a bound of its own (3 us of CPU).
 _UNBUFFERED_BYTES: Final = 32_768
 _KEEPALIVE_S: Final = 60.0
+
+log = logging.getLogger(__name__)
 
 _reused: ContextVar[bool] = ContextVar("_reused", default=False)
 
@@ -135,6 +140,7 @@ class OpenAIUpstream:
         self._timeout_s = float(upstream.timeout_s)
         self._connect_timeout_s = float(upstream.connect_timeout_s)
         self._max_connections = int(upstream.max_connections)
+        self._proxy = _proxy(self._base_url)
         self._pooled: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
@@ -214,6 +220,11 @@ class OpenAIUpstream:
         if session is None:
             session = self._pooled = self._open(force_close=False)
         _reused.set(False)
+        proxy, proxy_headers = None, None
+        if self._proxy is not None:
+            proxy = self._proxy.url
+            if self._proxy.authorization is not None:
+                proxy_headers = {"Proxy-Authorization": self._proxy.authorization}
         try:
             return await session.request(
                 method,
@@ -223,6 +234,8 @@ class OpenAIUpstream:
                 allow_redirects=False,
                 skip_auto_headers=skip,
                 auto_decompress=decode,
+                proxy=proxy,
+                proxy_headers=proxy_headers,
             )
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
             if not _reused.get() or not _repeatable(error, body):
@@ -238,6 +251,8 @@ class OpenAIUpstream:
             allow_redirects=False,
             skip_auto_headers=skip,
             auto_decompress=decode,
+            proxy=proxy,
+            proxy_headers=proxy_headers,
         )
 
     def _open(self, *, force_close: bool) -> aiohttp.ClientSession:
@@ -293,6 +308,14 @@ class OpenAIUpstream:
             type="api_error",
             code="upstream_unreachable",
         )
+
+
+def _proxy(base_url: str) -> Proxy | None:
+    try:
+        return proxy_for(base_url, os.environ)
+    except ValueError as error:
+        log.warning("%s The upstream is asked without a proxy.", error)
+        return None
 
 
 def _text(value: bytes) -> str:
