@@ -29,6 +29,7 @@ _EXPOSED: Final = (
     b"*, x-llm-pager-channel, x-llm-pager-window-tokens, x-llm-pager-epoch, x-llm-pager-conversation,"
     b" x-llm-pager-rounds, x-llm-pager-billed-prompt-tokens, x-llm-pager-warning, x-request-id"
 )
+_PRIVATE_NETWORK: Final = b"access-control-allow-private-network"
 _PREFLIGHT_S: Final = b"600"
 _SEEN_ORIGINS: Final = 256  # that upstream's word is remembered of
 _SEEN_CHARS: Final = 256
@@ -73,6 +74,9 @@ class Origins:
                 " is yours, add it to server.allowed_hosts.",
                 code="unknown_host",
             )
+        # A browser's own word, that a page cannot forge: behind a reverse proxy it knows better than Host.
+        if site in (b"same-origin", b"none"):
+            return None
         if not (self._is_trusted(origin, host) if origin else site != b"cross-site"):
             return ApiError(
                 403,
@@ -126,6 +130,7 @@ class Origins:
             (b"access-control-allow-methods", method),
             (b"access-control-allow-headers", asked.get(b"access-control-request-headers", b"*")),
             (b"access-control-max-age", _PREFLIGHT_S),
+            *([(_PRIVATE_NETWORK, b"true")] if b"access-control-request-private-network" in asked else []),
         ]
 
     def readable(self, origin: bytes, send: Send) -> Send:
