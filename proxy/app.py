@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi, Observer
-from proxy.api.health import health_router
+from proxy.api.health import Draining, health_router
 from proxy.api.memory import Memory
 from proxy.api.metrics import CONTENT_TYPE, Metrics
 from proxy.api.origins import Origins
@@ -27,6 +27,7 @@ from proxy.api.visit import Visit, path_kind
 from proxy.api.vm import vm_router
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
+from proxy.logs import configure
 from proxy.runtime import tune
 from proxy.upstream import UpstreamBroken, make_upstream
 
@@ -44,7 +45,8 @@ class App:
             config, self._upstream, self.memory, self._archive, self._stats, observer
         )
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
-        self._rest.include_router(health_router(self.memory.store.check))
+        self._draining = Draining(config.server.drain_s)
+        self._rest.include_router(health_router(self._draining, self.memory.store.check))
         self._rest.include_router(
             vm_router(
                 self._stats,
@@ -132,6 +134,7 @@ class App:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await self._upstream.start()
+                self._draining.watch()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self._archive.close()
@@ -162,6 +165,8 @@ def create_app(config: Config, observer: Observer | None = None) -> App:
 
 def app_from_env() -> App:
     """The factory for worker processes: the effective configuration is in their environment."""
-    app = create_app(effective_config(os.environ))
+    config = effective_config(os.environ)
+    configure(config.log.format, config.log.level)
+    app = create_app(config)
     tune()
     return app

@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "runtime"},
+    "app": {*BELOW_APP, *BASE, "logs", "runtime"},
+    "serving": set(),
+    "logs": set(),
     "api": {*BELOW_APP, *BASE},
     "session": {"conversation", "memory", "tokens"},  # the library's door, for callers without a server
     "conversation": {"media", "memory", "tokens", "errors"},
@@ -62,7 +64,7 @@ IMPORTERS: dict[str, set[str]] = {
     "rich": {"demo"},
     "starlette": {"api", "app"},
     "tiktoken": {"tokens"},
-    "uvicorn": {"cli", "demo"},  # the demo serves itself
+    "uvicorn": {"cli", "demo", "serving"},  # the demo serves itself
     "xxhash": {"conversation"},
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},
