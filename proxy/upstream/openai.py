@@ -223,8 +223,11 @@ class OpenAIUpstream:
         proxy, proxy_headers = None, None
         if self._proxy is not None:
             proxy = self._proxy.url
-            if self._proxy.authorization is not None:
-                proxy_headers = {"Proxy-Authorization": self._proxy.authorization}
+            if (authorization := self._proxy.authorization) is not None:
+                if url.scheme == "https":  # for the tunnel alone
+                    proxy_headers = {"Proxy-Authorization": authorization}
+                else:
+                    pairs.append(("Proxy-Authorization", authorization))
         try:
             return await session.request(
                 method,
