@@ -44,7 +44,7 @@ class Metrics:
             " requests that could not be paged, others", ("path",), registry=own,
         )  # fmt: skip
         seconds = Histogram(
-            "llm_pager_request_seconds", "From a request's head to the end of its answer",
+            "llm_pager_chat_seconds", "From the head of a chat request to the end of its answer",
             ("channel",), buckets=_SECONDS, registry=own,
         )  # fmt: skip
         tokens = Counter(
@@ -70,9 +70,10 @@ class Metrics:
         """One request whose answer has ended."""
         channel = visit.channel
         self._requests(channel, f"{visit.status // 100}xx" if visit.status else "none").inc()
-        self._seconds(channel).observe(visit.seconds)
         if channel == "unpaged":
             self._unpaged(visit.kind).inc()
+        else:
+            self._seconds(channel).observe(visit.seconds)
         if visit.prompt_tokens:
             self._prompt.inc(visit.prompt_tokens)
         if visit.cached_tokens:

@@ -22,6 +22,10 @@ log = logging.getLogger("proxy.request")
 
 _SCOPE_KEY: Final = "llm_pager.visit"
 _PATH_CHARS: Final = 200  # of a path in the log
+_COUNTED: Final = (
+    "rounds", "faults", "searches", "used_tokens", "prompt_tokens", "cached_tokens", "completion_tokens",
+    "refusals",
+)  # fmt: skip
 _ID_BYTES: Final = 6
 _NAME: Final = re.compile(r"[\w.:/-]{1,64}")  # a code of upstream's, in the log
 
@@ -151,10 +155,10 @@ class Visit:
             about["model"] = self.model
         if self.conversation:
             about["conversation"] = self.conversation
-        for name in ("rounds", "faults", "searches", "used_tokens", "prompt_tokens", "cached_tokens",
-                     "completion_tokens", "refusals"):  # fmt: skip
-            if value := getattr(self, name):
-                about[name] = value
+        if self.channel != "unpaged" or self.refusals:
+            for name in _COUNTED:
+                if value := getattr(self, name):
+                    about[name] = value
         return about
 
 

@@ -56,7 +56,7 @@ async def test_every_answer_says_its_channel_and_is_counted(
         page = (await call(app, "GET", "/metrics"))[2].decode()
         assert f'llm_pager_requests_total{{channel="{channel}",status="{status // 100}xx"}} 1.0' in page
         assert (f'llm_pager_unpaged_total{{path="{kind}"}} 1.0' in page) == (kind is not None)
-        assert f'llm_pager_request_seconds_count{{channel="{channel}"}} 1.0' in page
+        assert (f'llm_pager_chat_seconds_count{{channel="{channel}"}} 1.0' in page) == (kind is None)
 
 
 async def test_our_own_paths_are_not_counted(
