@@ -140,6 +140,25 @@ def test_the_environments_proxy_is_asked_with_its_credentials(secret: str) -> No
     assert all((b"proxy-authorization: " + expected in head.lower()) == bool(secret) for head in heads)
 
 
+def test_a_tunnel_to_an_https_upstream_is_asked_for_with_the_credentials() -> None:
+    heads: list[bytes] = []
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        heads.append(head)
+        connection.sendall(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+
+    with peer(answer) as port:
+        env = {"https_proxy": f"http://user:p%40ss@127.0.0.1:{port}", "NO_PROXY": "", "no_proxy": ""}
+        inner = {**config(1), "upstream": {"base_url": "https://llm.corp.invalid/v1"}}
+        with ServerProcess(inner, env=env) as server:  # type: ignore[arg-type]
+            close = "connection: close\r\n"
+            head, body = rest(send(server.port, "GET /v1/models HTTP/1.1", b"", close + "authorization: Bearer k\r\n"))
+    assert b" 502 " in head and b"p@ss" not in body
+    assert heads[0].startswith(b"CONNECT llm.corp.invalid:443 ")
+    assert b"basic " + base64.b64encode(b"user:p@ss").lower() in heads[0].lower()
+    assert b"bearer" not in heads[0].lower()
+
+
 def test_ready_is_false_before_the_server_stops_and_streams_end() -> None:
     go = threading.Event()
 

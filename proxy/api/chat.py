@@ -188,7 +188,8 @@ class ChatApi:
 
     async def _unpaged(self, scope: Scope, body: bytes, send: Send) -> None:
         """The request as it came, and upstream's answer as it comes. Raises as upstream does."""
-        Visit.of(scope).unpaged()
+        visit = Visit.of(scope)
+        visit.unpaged()
         headers, query = scope["headers"], scope.get("query_string", b"")
         if not encodings(headers):
             reply = await self._upstream_of(scope).chat(body, headers, query)
@@ -198,6 +199,7 @@ class ChatApi:
         else:
             raise ApiError(415, "The request body cannot be decoded; send it without content-encoding.",
                            code="unsupported_content_encoding")
+        visit.refusals += reply.status >= 400
         await relay(reply, send)
 
     async def _bill(self, given: TurnInput, answer: Answer) -> None:

@@ -33,7 +33,7 @@ _DECODINGS: Final = 4  # times that a path is decoded to see what it may become;
 _OVERLONG: Final = ((b"\xc0\xae", b"."), (b"\xc0\xaf", b"/"), (b"\xc1\x9c", b"\\"), (b"\xe0\x80\xae", b"."))
 _PERCENT_U: Final = re.compile(rb"%u00([0-9a-fA-F]{2})")  # IIS's own encoding
 _SEPARATORS: Final = re.compile(r"[/\\]")
-_CACHED_PATHS: Final = 512
+_CACHED_PATHS: Final = 64  # clients have few; a path may be 64 KiB long
 
 
 def is_ours(path: str) -> bool:
