@@ -1,12 +1,13 @@
 """The ASGI application: the chat path handled plainly, everything else behind it.
 
-Promises: /v1/chat/completions and /chat/completions go straight to their handler; every other path
-under /v1 passes through to the upstream verbatim; /health and /ready (FastAPI) answer for the
-process. One application per worker process; workers share the state directory.
+Promises: a POST to any path that ends in /chat/completions goes straight to the chat handler; our own
+paths (/health, /ready, /metrics, /vm/...) are FastAPI's; everything else passes through to the upstream
+verbatim. One application per worker process; workers share the state directory.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 
@@ -15,20 +16,22 @@ from starlette.exceptions import HTTPException
 
 from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi, Observer
-from proxy.api.health import health_router
+from proxy.api.health import Draining, health_router
 from proxy.api.memory import Memory
+from proxy.api.metrics import CONTENT_TYPE, Metrics
+from proxy.api.origins import Origins
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
+from proxy.api.paths import is_chat, is_ours
 from proxy.api.stats import Stats
+from proxy.api.visit import Visit, path_kind
 from proxy.api.vm import vm_router
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
+from proxy.logs import configure
 from proxy.runtime import tune
 from proxy.upstream import UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
-
-_CHAT = frozenset({"/v1/chat/completions", "/chat/completions"})
-
 
 class App:
     """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
@@ -42,7 +45,8 @@ class App:
             config, self._upstream, self.memory, self._archive, self._stats, observer
         )
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
-        self._rest.include_router(health_router(self.memory.store.check))
+        self._draining = Draining(config.server.drain_s)
+        self._rest.include_router(health_router(self._draining, self.memory.store.check))
         self._rest.include_router(
             vm_router(
                 self._stats,
@@ -52,6 +56,9 @@ class App:
                 self._chat.capable.table,
             )
         )
+        self._origins = Origins(config)
+        self._metrics = Metrics()
+        self._rest.add_api_route("/metrics", self._read_metrics, methods=["GET"])
         self._rest.add_exception_handler(HTTPException, _refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,12 +66,44 @@ class App:
             await self._lifespan(receive, send)
         elif scope["type"] != "http":
             await self._rest(scope, receive, send)
-        elif scope["path"] in _CHAT and scope["method"] == "POST":  # stored ones are upstream's
-            await self._guarded(self._chat, scope, receive, send)
-        elif scope["path"] in _CHAT or (scope["path"] + "/").startswith("/v1/"):
-            await self._guarded(self._pass, scope, receive, send)
         else:
-            await self._rest(scope, receive, send)
+            await self._answered(scope, receive, send)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
+        if origin is not None:
+            head = self._origins.preflight(scope, origin)
+            if head is not None:
+                await send({"type": "http.response.start", "status": 204, "headers": head})
+                await send({"type": "http.response.body", "body": b""})
+                return
+            send = self._origins.readable(origin, send)
+        if is_ours(scope["path"]):
+            refusal = self._origins.refusal(scope) if scope["path"].startswith("/vm/") else None
+            if refusal is not None:
+                await send_error(send, refusal)
+            else:
+                await self._rest(scope, receive, send)
+        else:
+            await self._visited(scope, receive, Visit(scope, send))
+
+    async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
+        try:
+            if (refusal := self._origins.refusal(scope)) is not None:
+                await send_error(visit.send, refusal)
+            elif scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
+                visit.unpaged()  # until it is placed
+                await self._guarded(self._chat, scope, receive, visit.send)
+            else:
+                visit.unpaged(path_kind(visit.path))
+                await self._guarded(self._pass, scope, receive, visit.send)
+        finally:
+            visit.ended()
+            self._metrics.count(visit)
+            self._stats.seen(visit)
+
+    async def _read_metrics(self) -> Response:
+        return Response(await asyncio.to_thread(self._metrics.text), media_type=CONTENT_TYPE)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         await passthrough(scope, receive, send, self._upstream)
@@ -95,6 +134,7 @@ class App:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await self._upstream.start()
+                self._draining.watch()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self._chat.close()
@@ -126,6 +166,8 @@ def create_app(config: Config, observer: Observer | None = None) -> App:
 
 def app_from_env() -> App:
     """The factory for worker processes: the effective configuration is in their environment."""
-    app = create_app(effective_config(os.environ))
+    config = effective_config(os.environ)
+    configure(config.log.format, config.log.level)
+    app = create_app(config)
     tune()
     return app

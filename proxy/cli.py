@@ -13,7 +13,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ BACKLOG_CONNECTIONS = 2048
 # Clients keep idle connections for 5 to 60 s; closing first would race with their next request.
 KEEP_ALIVE_S = 75
 GRACEFUL_SHUTDOWN_S = 3
+_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 
 
 class StartError(Exception):
@@ -130,9 +132,21 @@ def serve(args: argparse.Namespace) -> int:
     # The only ways to a spawned worker are its arguments, which everybody can list, and its
     # environment, which only its owner can read.
     os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.to_json()
-    _announce(config, listener)
-    with listener:
+    _announce(config, listener, args.workers)
+    with listener, _shared_counters(args.workers):
         return _run(listener, args.workers)
+
+
+@contextmanager
+def _shared_counters(workers: int) -> Iterator[None]:
+    """Where several workers keep their counts, so that any of them can tell all (GET /metrics)."""
+    if workers == 1:
+        os.environ.pop(_METRICS_VARIABLE, None)  # somebody else's
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="llm-pager-metrics-", ignore_cleanup_errors=True) as path:
+        os.environ[_METRICS_VARIABLE] = path
+        yield
 
 
 def _require_writable(directory: Path) -> None:
@@ -188,16 +202,27 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(config: "Config", listener: socket.socket) -> None:
+def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
+    """What a person needs who has just started it, key and value a line."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
     shown = config.masked()["upstream"]
     upstream = shown["base_url"] if config.upstream.provider == "openai" else shown["provider"]
     listening = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if config.upstream.provider != "demo":
+        upstream += ", with its own key" if config.upstream.api_key else ", with each client's key"
+    tokens = config.tiers.l0.tokens
+    window = "each model's own" if tokens == "auto" else f"{tokens} tokens"
+    processes = "1 worker" if workers == 1 else f"{workers} workers"
     print(
-        f"llm-pager {__version__} on {listening}, upstream {upstream}; "
-        f"point a client at it: export OPENAI_BASE_URL={url}/v1",
+        f"llm-pager {__version__}\n"
+        f"  use it     export OPENAI_BASE_URL={url}/v1\n"
+        f"  listening  {listening}, {processes}\n"
+        f"  upstream   {upstream}\n"
+        f"  window     {window} (tiers.l0.tokens), mode {config.memory.mode}\n"
+        f"  data       {config.tiers.l2.path.absolute()}\n"
+        f"  counters   {url}/metrics, {url}/vm/stats",
         flush=True,
     )
     for note in config.notes():
@@ -213,7 +238,7 @@ def _run(listener: socket.socket, workers: int) -> int:
         factory=True,
         workers=workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http="proxy.serving:Protocol",
         ws="none",
         lifespan="on",
         log_level="warning",

@@ -19,6 +19,7 @@ from proxy.config_sections import (
     MASK,
     CompressionConfig,
     FaultsConfig,
+    LogConfig,
     ManifestConfig,
     MemoryConfig,
     ModelOverride,
@@ -70,6 +71,7 @@ class Config(Section):
     search: SearchConfig = SearchConfig()
     stream: StreamConfig = StreamConfig()
     sessions: SessionsConfig = SessionsConfig()
+    log: LogConfig = LogConfig()
     models: Annotated[
         dict[Text, ModelOverride], Field(description="a mapping of model names to overrides")
     ] = Field(default_factory=dict)

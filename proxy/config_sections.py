@@ -22,6 +22,8 @@ MASK = "***"
 _SECRET_KEYS = frozenset({"api_key"})
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "api-key"})
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s,]+")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _URL_USERINFO = re.compile(r"(?<=://)[^/?#]*@")
 _URL_SECRET = re.compile(r"(?i)([?&][^=&#]*(?:key|secret|token|password|sig)[^=&#]*=)[^&#]*")
 
@@ -63,6 +65,18 @@ def _header_names(names: tuple[str, ...]) -> tuple[str, ...]:
     if not named or len(set(lowered)) != len(lowered) or _SECRET_HEADERS.intersection(lowered):
         raise ValueError("not header names")
     return lowered
+
+
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("not origins")
+    return origins
+
+
+def _host_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(_HOST_NAME.fullmatch(name) for name in names):
+        raise ValueError("not host names")
+    return names
 
 
 def _count(at_least: int) -> Any:
@@ -132,7 +146,23 @@ class ServerConfig(Section):
         int, Field(ge=0, le=65_535, description="a port from 0 (any free one) to 65535")
     ] = 8080
     body_limit_bytes: Annotated[int, _count(1024)] = 67_108_864
+    body_ratio: AtLeast1 = 200
     history_cache_bytes: AtLeast0 = 268_435_456
+
+
+    cors_origins: Annotated[
+        tuple[str, ...],
+        AfterValidator(_origins),
+        Field(strict=False, description='a list of origins such as "https://chat.example.com", or ["*"]'),
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        AfterValidator(_host_names),
+        Field(strict=False, description="a list of host names without ports"),
+    ] = ()
+    drain_s: Annotated[
+        float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")
+    ] = 1.0
 
 
 class UpstreamConfig(Section):
@@ -267,6 +297,13 @@ class StreamConfig(Section):
     keepalive_s: Annotated[
         float, Field(ge=0, le=3600, description="a number of seconds from 0 (off) to 3600")
     ] = 15.0
+
+
+class LogConfig(Section):
+    format: Annotated[Literal["text", "json"], _one_of("text", "json")] = "text"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _one_of("debug", "info", "warning", "error")
+    ] = "info"
 
 
 HeaderNames = Annotated[

@@ -46,6 +46,7 @@ def factory():
 
     return app
 """
+BANNER_LINES = 7
 WITH_STAND_IN = "import sys, proxy.cli as c; c.APP_FACTORY = 'stand_in:factory'; sys.exit(c.main())"
 
 
@@ -138,7 +139,7 @@ def serving(directory: Path, *args: str, **extra: str) -> Iterator[tuple[subproc
     )
     try:
         assert process.stdout is not None
-        yield process, process.stdout.readline()
+        yield process, "".join(process.stdout.readline() for _ in range(BANNER_LINES))
     finally:
         if process.poll() is None:
             process.kill()
@@ -216,10 +217,15 @@ def test_serve_announces_answers_and_stops(
 ) -> None:
     port = free_port()
     args = ["--port", str(port), "--workers", str(workers), "--upstream", "http://u:pw@up/v1"]
-    with serving(tmp_path, *args, LLM_PAGER_UPSTREAM__API_KEY="sk-SECRET") as (process, line):
-        assert line == (
-            f"llm-pager {__version__} on 127.0.0.1:{port}, upstream http://***@up/v1; "
-            f"point a client at it: export OPENAI_BASE_URL=http://127.0.0.1:{port}/v1\n"
+    with serving(tmp_path, *args, LLM_PAGER_UPSTREAM__API_KEY="sk-SECRET") as (process, banner):
+        assert banner == (
+            f"llm-pager {__version__}\n"
+            f"  use it     export OPENAI_BASE_URL=http://127.0.0.1:{port}/v1\n"
+            f"  listening  127.0.0.1:{port}, {workers} worker{'s' if workers > 1 else ''}\n"
+            "  upstream   http://***@up/v1, with its own key\n"
+            "  window     each model's own (tiers.l0.tokens), mode relaxed\n"
+            f"  data       {tmp_path / 'data'}\n"
+            f"  counters   http://127.0.0.1:{port}/metrics, http://127.0.0.1:{port}/vm/stats\n"
         )
         answer, headers = ask(port)  # at once: the port listens before the line is printed
         assert answer["key"] == "sk-SECRET"
@@ -235,8 +241,8 @@ def test_serve_announces_answers_and_stops(
 
 
 def test_port_0_listens_where_it_says(tmp_path: Path) -> None:
-    with serving(tmp_path, "--port", "0") as (_, line):
-        port = re.search(r"OPENAI_BASE_URL=http://127\.0\.0\.1:(\d+)/v1", line)
+    with serving(tmp_path, "--port", "0") as (_, banner):
+        port = re.search(r"OPENAI_BASE_URL=http://127\.0\.0\.1:(\d+)/v1", banner)
         assert port is not None and ask(int(port[1]))[0]["key"] is None
 
 

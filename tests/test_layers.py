@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "runtime"},
+    "app": {*BELOW_APP, *BASE, "logs", "runtime"},
+    "serving": set(),
+    "logs": set(),
     "api": {*BELOW_APP, *BASE},
     "session": {"conversation", "memory", "tokens"},  # the library's door, for callers without a server
     "conversation": {"media", "memory", "tokens", "errors"},
@@ -48,6 +50,7 @@ IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
     "av": {"media"},
+    "brotli": {"api"},  # compressed request bodies
     "diskcache": {"storage"},
     "fastapi": {"api", "app"},  # one web face in two places: routes and their assembly
     "fsspec": {"storage"},
@@ -55,14 +58,16 @@ IMPORTERS: dict[str, set[str]] = {
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "memory", "search", "storage", "tokens", "upstream"},
+    "prometheus_client": {"api"},
     "pypdf": {"media"},
     "pydantic": {"api", "config", "config_sections", "config_sources", "memory"},  # the doors and the seeds' models
     "rich": {"demo"},
     "starlette": {"api", "app"},
     "tiktoken": {"tokens"},
-    "uvicorn": {"cli", "demo"},  # the demo serves itself
+    "uvicorn": {"cli", "demo", "serving"},  # the demo serves itself
     "xxhash": {"conversation"},
     "yarl": {"upstream"},  # aiohttp's URLs
+    "zstandard": {"api"},
     "yaml": {"cli", "config_sources"},  # printing and reading the settings
 }
 # Of the standard library, the database.
@@ -181,7 +186,7 @@ def test_dependencies_are_what_is_imported() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]}
-    names = {"pyyaml": "yaml", "pillow": "PIL"}
+    names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client"}
     declared = {names.get(name, name) for name in declared}
     imported = set()
     for path in MODULES:

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a request's turn run, and its effects performed.
+"""POST /v1/chat/completions, with any prefix: a request's turn run, and its effects performed.
 
 Promises: plain ASGI on the hot path; a request that we cannot read or place goes to upstream as it
 is, and upstream's answer comes back as it is; our own errors have OpenAI's shape; a client that
@@ -11,13 +11,14 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from proxy.api.archive import Archive
 from proxy.api.asked import StatedWindows
 from proxy.api.capable import Capable
+from proxy.api.encodings import decoded, encodings, plain_headers
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory, calibration_key
 from proxy.api.passthrough import (
@@ -27,21 +28,22 @@ from proxy.api.passthrough import (
     passthrough,
     relay,
     send_error,
-    upstream_path,
 )
+from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
 from proxy.api.placing import Placing
-from proxy.api.request import is_encoded, is_upstreams_to_judge, read_bytes
+from proxy.api.request import is_upstreams_to_judge, read_bytes
 from proxy.api.retries import is_retry, placed_as_retry
 from proxy.api.stats import Stats
+from proxy.api.visit import Visit
 from proxy.config import Config
-from proxy.conversation.effects import Append, Complete, Load, Search
+from proxy.conversation.effects import Append, Complete, Load, Refused, Search
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.errors import ApiError
 from proxy.storage.l2 import StorageError
-from proxy.upstream import Header, Upstream, UpstreamBroken
+from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,10 @@ class ChatApi:
             await passthrough(scope, receive, send, self._upstream)
             return
         try:
+            refuse_dot_segments(raw_path(scope))
             body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
+            if names := encodings(scope["headers"]):
+                scope, body = await self._decoded(scope, body, names)
         except ApiError as error:
             await send_error(send, error)
             return
@@ -100,15 +105,31 @@ class ChatApi:
         if not work.cancelled() and (failure := work.exception()) is not None:
             raise failure
 
+    async def _decoded(
+        self, scope: Scope, body: bytes, names: list[str]
+    ) -> tuple[Scope, bytes]:
+        """The request with a plain body; as it came when it cannot be read. ApiError 413."""
+        server = self._config.server
+        plain = await asyncio.to_thread(
+            decoded, body, names, server.body_limit_bytes, server.body_ratio
+        )
+        if plain is None:
+            return scope, body
+        return {**scope, "headers": plain_headers(scope["headers"])}, plain
+
     async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
         exchange: Exchange | None = None
+        visit = Visit.of(scope)
         try:
             placed = await self._place(scope, body, send)
             if placed is None:
                 return
             given, turn = placed
+            visit.placed(given.decoded["model"], given.path[0].id)
             exchange = self._exchange(turn, given, scope, send)
-            answer = await self._run(turn, given, exchange)
+            answer = await self._run(turn, given, exchange, visit)
+            if answer.refused is None:  # before the end is sent
+                visit.answered(answer.report, answer.usage, given.window is None)
             await exchange.finish(answer, _own_headers(answer))
             self._warn(given, answer.report.warning)
             if answer.refused is None:
@@ -150,11 +171,11 @@ class ChatApi:
     ) -> tuple[TurnInput, Turn] | None:
         """The request's turn; None when it was answered by upstream, as it is."""
         try:
-            if is_encoded(scope["headers"]):
+            if encodings(scope["headers"]):  # upstream may know them
                 await self._unpaged(scope, body, send)
                 return None
             given = await self._placing.place(
-                scope["headers"], scope.get("query_string", b""), body
+                scope["headers"], scope.get("query_string", b""), body, deployment(raw_path(scope))
             )
             if given.start and is_retry(scope["headers"]):
                 given = await placed_as_retry(given, self._memory)
@@ -185,15 +206,18 @@ class ChatApi:
 
     async def _unpaged(self, scope: Scope, body: bytes, send: Send) -> None:
         """The request as it came, and upstream's answer as it comes. Raises as upstream does."""
+        visit = Visit.of(scope)
+        visit.unpaged()
         headers, query = scope["headers"], scope.get("query_string", b"")
-        if not is_encoded(headers):
-            reply = await self._upstream.chat(body, headers, query)
+        if not encodings(headers):
+            reply = await self._upstream_of(scope).chat(body, headers, query)
         elif self._forwards_encoded:
-            path = upstream_path(scope)
+            path = chat_target(raw_path(scope))
             reply = await self._upstream.forward("POST", path, query, headers, _whole(body))
         else:
-            raise ApiError(415, "Send the request body without content-encoding.",
+            raise ApiError(415, "The request body cannot be decoded; send it without content-encoding.",
                            code="unsupported_content_encoding")
+        visit.refusals += reply.status >= 400
         await relay(reply, send)
 
     def _warn(self, given: TurnInput, warning: str | None) -> None:
@@ -204,6 +228,11 @@ class ChatApi:
             self._warned.clear()
         self._warned.add(key)
         log.warning("model %s: %s", *key)
+
+    def _upstream_of(self, scope: Scope) -> Upstream:
+        """The upstream, at the place where it has what the client's path names."""
+        path = chat_target(raw_path(scope))
+        return self._upstream if path == CHAT_PATH else cast(Upstream, _At(self._upstream, path))
 
     # -- the turn's effects
 
@@ -228,7 +257,7 @@ class ChatApi:
 
         return Exchange(
             send,
-            self._upstream,
+            self._upstream_of(scope),
             scope["headers"],
             scope.get("query_string", b""),
             bool(decoded.get("stream")),
@@ -239,7 +268,9 @@ class ChatApi:
             self._config.upstream.retry_wait_s,
         )
 
-    async def _run(self, turn: Turn, given: TurnInput, exchange: Exchange) -> Answer:
+    async def _run(
+        self, turn: Turn, given: TurnInput, exchange: Exchange, visit: Visit
+    ) -> Answer:
         dialogue = turn.run()
         reply: Any = None
         stored: frozenset[bytes] = frozenset()
@@ -248,7 +279,10 @@ class ChatApi:
             while True:
                 effect = dialogue.send(reply)
                 if isinstance(effect, Complete):
+                    visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     reply = await exchange.complete(effect)
+                    if isinstance(reply, Refused):
+                        visit.refused(reply)
                 elif isinstance(effect, Append):
                     stored = await self._append(effect, given)
                     reply, appended = None, True
@@ -295,6 +329,17 @@ class ChatApi:
         return await self._memory.append(effect, more)
 
 
+class _At:
+    """The chat door of an upstream at another path than the usual one."""
+
+    def __init__(self, upstream: Upstream, path: str) -> None:
+        self._upstream = upstream
+        self._path = path
+
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+        return await self._upstream.chat(body, headers, query, self._path)
+
+
 async def _whole(body: bytes) -> AsyncIterator[bytes]:
     yield body
 
@@ -313,16 +358,10 @@ async def _fail(exchange: Exchange | None, send: Send, error: ApiError) -> None:
 
 def _own_headers(answer: Answer) -> list[Header]:
     report = answer.report
-    headers: list[Header] = []
-    if report.warning is not None:
-        headers.append((b"x-llm-pager-warning", report.warning.encode("ascii", "replace")))
     if report.channel == "bypass":
-        return headers
+        return []
     vm = (answer.usage or {}).get("vm") or {}
-    headers += [
-        (b"x-llm-pager-channel", report.channel.encode()),
-        (b"x-llm-pager-rounds", b"%d" % report.rounds),
-    ]
+    headers: list[Header] = [(b"x-llm-pager-rounds", b"%d" % report.rounds)]
     if vm:
         headers.append((b"x-llm-pager-billed-prompt-tokens", b"%d" % vm["prompt_tokens"]))
     return headers

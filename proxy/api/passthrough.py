@@ -1,4 +1,4 @@
-"""Every path under /v1 that is not ours: the client's bytes up, the upstream's bytes down.
+"""Every path that is not ours: the client's bytes up, the upstream's bytes down.
 
 Promises: method, path, query, status, headers and bodies are verbatim, minus what belongs to one
 connection only; both directions stream; a client that leaves cancels the upstream call; an answer
@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, Final
-from urllib.parse import quote
 
+from proxy.api.paths import forward_target, raw_path
 from proxy.errors import ApiError
 from proxy.upstream import Header, Reply, Upstream
 
@@ -20,7 +20,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_PREFIX: Final = "/v1"
 _QUEUED_PIECES: Final = 4  # of at most 64 KiB each: uvicorn's own read limit
 
 
@@ -72,7 +71,7 @@ async def _answer(
     method: str = scope["method"]
     try:
         reply = await upstream.forward(
-            method, upstream_path(scope), scope.get("query_string", b""), scope["headers"], body
+            method, forward_target(raw_path(scope)), scope.get("query_string", b""), scope["headers"], body
         )
     except ApiError as error:
         await send_error(send, error)
@@ -105,13 +104,6 @@ async def send_error(send: Send, error: ApiError) -> None:
         headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def upstream_path(scope: Scope) -> str:
-    """What follows /v1 in the request target, percent-encoding untouched, without the query."""
-    raw = scope.get("raw_path")
-    path = raw.decode("latin-1").partition("?")[0] if raw else quote(scope["path"])
-    return path.removeprefix(_PREFIX)
 
 
 def _has_body(headers: list[Header]) -> bool:

@@ -70,15 +70,18 @@ class Placing:
         self._limits = lru_cache(maxsize=256)(self._make_limits)
         self._fixed_tokens = lru_cache(maxsize=1024)(_fixed_tokens)
 
-    async def place(self, headers: list[Header], query: bytes, body: bytes) -> TurnInput:
-        """Find a request's place. Raises ApiError 400 for what cannot be a chat request."""
+    async def place(
+        self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
+    ) -> TurnInput:
+        """Find a request's place; `deployment`: the model that its path names. Raises ApiError 400 for
+        what cannot be a chat request."""
         memory, sessions = self._memory, self._config.sessions
         identity = memory.identity
         who = caller(headers, parameters(query), *self._session_headers)
         scope = identity.tenant(who.credentials, "")
         try:
             split = read_body(body, scope, memory.histories)
-            decoded = Decoded(split.fields)
+            decoded = Decoded(split.fields, deployment)
             validate(decoded)
             who = with_body(who, decoded)
         except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at

@@ -15,18 +15,20 @@ import msgspec
 from proxy.api.passthrough import Receive, Scope
 from proxy.conversation.body import Fields
 from proxy.errors import ApiError
-from proxy.upstream import Header
 
 # Codes of `read_body` and `validate`: the request as such.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
 
 
 class Decoded(Mapping[str, Any]):
-    """The request's top-level fields, each decoded when it is asked for."""
+    """The request's top-level fields, each decoded when it is asked for. `model`: what the path names,
+    for a body without one (Azure's deployments)."""
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: Fields, model: str | None = None) -> None:
         self._fields = fields
         self._values: dict[str, Any] = {}
+        if model is not None and bytes(fields.get("model", b"null")) in (b"null", b'""'):
+            self._values["model"] = model
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
@@ -57,14 +59,6 @@ async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         parts.append(part)
         if not message.get("more_body"):
             return bytes(part) if len(parts) == 1 else b"".join(parts)
-
-
-def is_encoded(headers: list[Header]) -> bool:
-    """The body is compressed: it can be handed on, but not read."""
-    return any(
-        name == b"content-encoding" and value.strip().lower() not in (b"", b"identity")
-        for name, value in headers
-    )
 
 
 def is_upstreams_to_judge(error: ApiError) -> bool:

@@ -6,9 +6,11 @@ bounded.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from proxy.api.memory import Memory
+from proxy.api.visit import Visit
 from proxy.api.writer import Writer
 from proxy.conversation.pathpages import packed_lines
 from proxy.conversation.report import TurnReport
@@ -25,6 +27,12 @@ class Stats:
         self.turns = 0
         self.paged_turns = 0
         self.epochs = 0
+        self.unpaged: Counter[str] = Counter()  # by what their paths are of
+
+    def seen(self, visit: Visit) -> None:
+        """Count a request that went up as it came."""
+        if visit.channel == "unpaged":
+            self.unpaged[visit.kind] += 1
 
     def told(self, report: TurnReport) -> None:
         """Count one answered turn."""
@@ -52,6 +60,7 @@ class Stats:
             "turns": self.turns,
             "paged_turns": self.paged_turns,
             "epochs": self.epochs,
+            "unpaged": dict(sorted(self.unpaged.items())),
             "user_experience": self.metrics.snapshot(),
             "prefetch": {
                 source: counts.model_dump()

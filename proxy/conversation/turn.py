@@ -108,6 +108,11 @@ class Turn:
         return stretched(self._model.limits, self._fixed_tokens, self._model.max_tokens)
 
     @property
+    def report(self) -> TurnReport:
+        """What the turn has done so far."""
+        return self._report
+
+    @property
     def window(self) -> Window | None:
         """The window as it stands; None while the turn does not page."""
         return self._paging.window if self._paging else None

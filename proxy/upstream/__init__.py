@@ -11,15 +11,17 @@ Promises to its callers:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from proxy.config import Config
 
 __all__ = [
+    "CHAT_PATH",
     "BytesReply",
     "Header",
     "Reply",
+    "RootPath",
     "Upstream",
     "UpstreamBroken",
     "join_chunks",
@@ -28,6 +30,14 @@ __all__ = [
 
 Header = tuple[bytes, bytes]
 """One header as on the wire, its name in lower case."""
+
+CHAT_PATH: Final = "/chat/completions"
+
+
+class RootPath(str):
+    """A path below the server root that base_url belongs to, not below base_url."""
+
+    __slots__ = ()
 
 
 class UpstreamBroken(Exception):
@@ -65,8 +75,14 @@ class Upstream(Protocol):
         """Before the first request: what takes seconds is done. Raises ImportError."""
         ...
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
-        """POST `body` to {base_url}/chat/completions; `headers` and `query` are the client's own."""
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
+        """POST `body` to {base_url}{path}; `headers` and `query` are the client's own."""
         ...
 
     async def forward(
@@ -77,7 +93,8 @@ class Upstream(Protocol):
         headers: Sequence[Header],
         body: AsyncIterator[bytes] | None,
     ) -> Reply:
-        """Any other call. `path` is what follows /v1 as on the wire (percent-encoded)."""
+        """Any other call. `path` is what follows base_url as on the wire (percent-encoded), or a
+        `RootPath`."""
         ...
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import ApiError
 from proxy.tokens import get_counter
-from proxy.upstream import BytesReply, Header, Reply, join_chunks
+from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, join_chunks
 from proxy.upstream.demo_cache import PromptCache
 from proxy.upstream.demo_reader import read, request_hash
 
@@ -77,7 +77,13 @@ class DemoUpstream:
         self._cache = PromptCache(self._counter)
         self._pause_s = pause_s
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
         """Answers one chat completion. A body that is no chat request gets OpenAI's 400."""
         try:
             request = _checked(body)

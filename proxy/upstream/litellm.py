@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from proxy.errors import ApiError
-from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken, join_chunks
 from proxy.upstream.anthropic import is_claude
 from proxy.upstream.dialects import Chunks, asked_for_usage, prepare, whole_answer
 from proxy.upstream.gemini import is_gemini
@@ -146,7 +146,13 @@ class LitellmUpstream:
         self._models = [name for name in config.models if not set(name) & set("*?[")]
         self._loading: asyncio.Future[_Library] | None = None
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
         library = await self._library()
         fields = _decode(body)
         for field in fields:
@@ -208,7 +214,7 @@ class LitellmUpstream:
             return BytesReply(200, _JSON_HEADERS, _json_bytes({"object": "list", "data": data}))
         raise ApiError(
             404,
-            f"{method} /v1{path} is not available: with upstream.provider 'litellm' this proxy"
+            f"{method} {path} is not available: with upstream.provider 'litellm' this proxy"
             " serves only POST /v1/chat/completions and GET /v1/models.",
             code="not_found",
         )

@@ -11,6 +11,8 @@ on a fresh connection is never repeated, because it may have been paid for.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
@@ -22,8 +24,10 @@ from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from proxy.errors import ApiError
-from proxy.upstream import Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream import CHAT_PATH, Header, Reply, UpstreamBroken, join_chunks
 from proxy.upstream.hops import HOP_BY_HOP, PLAIN_CONNECTION, without_named
+from proxy.upstream.proxies import Proxy, proxy_for
+from proxy.upstream.urls import chat_url, forward_url
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -41,6 +45,8 @@ _READ_BUFFER_BYTES: Final = 262_144
 # request could wait for ever to be written and gets a bound of its own (3 us of CPU).
 _UNBUFFERED_BYTES: Final = 32_768
 _KEEPALIVE_S: Final = 60.0
+
+log = logging.getLogger(__name__)
 
 _reused: ContextVar[bool] = ContextVar("_reused", default=False)
 
@@ -134,14 +140,23 @@ class OpenAIUpstream:
         self._timeout_s = float(upstream.timeout_s)
         self._connect_timeout_s = float(upstream.connect_timeout_s)
         self._max_connections = int(upstream.max_connections)
+        self._proxy = _proxy(self._base_url)
         self._pooled: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
         pairs = self._headers(headers, _CHAT_DROPS)
         pairs.append(("Accept-Encoding", "identity"))
         skip = _missing_auto_headers(headers, chat=True)
         url = self._chat_url
+        if path != CHAT_PATH:
+            url = URL(chat_url(self._base_url, path), encoded=True)
         if query:  # Azure's api-version
             url = URL(f"{url}?{query.decode('latin-1')}", encoded=True)
         try:
@@ -168,8 +183,7 @@ class OpenAIUpstream:
         headers: Sequence[Header],
         body: AsyncIterator[bytes] | None,
     ) -> Reply:
-        # A path must not run into the host name: "/v1@evil" is not a way to another host.
-        target = self._base_url + (path if path.startswith("/") or not path else "/" + path)
+        target = forward_url(self._base_url, path)
         if query:
             target += "?" + query.decode("latin-1")
         pairs = self._headers(headers, _FORWARD_DROPS)
@@ -206,6 +220,14 @@ class OpenAIUpstream:
         if session is None:
             session = self._pooled = self._open(force_close=False)
         _reused.set(False)
+        proxy, proxy_headers = None, None
+        if self._proxy is not None:
+            proxy = self._proxy.url
+            if (authorization := self._proxy.authorization) is not None:
+                if url.scheme == "https":  # for the tunnel alone
+                    proxy_headers = {"Proxy-Authorization": authorization}
+                else:
+                    pairs.append(("Proxy-Authorization", authorization))
         try:
             return await session.request(
                 method,
@@ -215,6 +237,8 @@ class OpenAIUpstream:
                 allow_redirects=False,
                 skip_auto_headers=skip,
                 auto_decompress=decode,
+                proxy=proxy,
+                proxy_headers=proxy_headers,
             )
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
             if not _reused.get() or not _repeatable(error, body):
@@ -230,6 +254,8 @@ class OpenAIUpstream:
             allow_redirects=False,
             skip_auto_headers=skip,
             auto_decompress=decode,
+            proxy=proxy,
+            proxy_headers=proxy_headers,
         )
 
     def _open(self, *, force_close: bool) -> aiohttp.ClientSession:
@@ -285,6 +311,14 @@ class OpenAIUpstream:
             type="api_error",
             code="upstream_unreachable",
         )
+
+
+def _proxy(base_url: str) -> Proxy | None:
+    try:
+        return proxy_for(base_url, os.environ)
+    except ValueError as error:
+        log.warning("%s The upstream is asked without a proxy.", error)
+        return None
 
 
 def _text(value: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from yarl import URL
 
-from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken, join_chunks
 from proxy.upstream.openai import OpenAIUpstream
 from proxy.upstream.responses_answer import ChatStream, failure, to_chat
 from proxy.upstream.responses_request import to_responses
@@ -58,10 +58,16 @@ class ResponsesBridge:
         self._limit_bytes = config.server.body_limit_bytes
         self._plain: set[str] = set()
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"") -> Reply:
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
         request = self._bridged(body)
         if request is None:
-            return await self._chat.chat(body, headers, query)
+            return await self._chat.chat(body, headers, query, path)
         translated, include_usage = request
         reply = await self._ask(translated, headers, query)
         if reply.status >= 300:

@@ -14,7 +14,7 @@ from aiohttp import web
 from fastapi import FastAPI
 from yarl import URL
 
-from proxy.api.health import health_router
+from proxy.api.health import Draining, health_router
 from proxy.api.passthrough import Receive, Scope, Send, passthrough
 from proxy.config import load_config
 from proxy.upstream import make_upstream
@@ -231,7 +231,7 @@ async def test_health_and_readiness() -> None:
             raise OSError("the disk is full")
 
     app = FastAPI()
-    app.include_router(health_router(check))
+    app.include_router(health_router(Draining(0), check))
     async with uvicorn_on(app) as base, aiohttp.ClientSession() as client:
         async with client.get(base + "/health") as response:
             assert (response.status, await response.json()) == (200, {"status": "ok"})

@@ -452,10 +452,11 @@ async def test_usage_of_one_round_is_upstreams_own(server: ServerProcess) -> Non
         assert "x-llm-pager-billed-prompt-tokens" not in headers
 
 
-async def test_a_bypassed_answer_carries_no_header_of_ours(server: ServerProcess) -> None:
+async def test_a_bypassed_answer_says_so_and_nothing_else(server: ServerProcess) -> None:
     async with scripted(DONE, port=PORT), raw(server.base_url) as client:
         response = await client.post(CHAT, json=body([{"role": "user", "content": "hi"}]))
-    assert not [name for name in response.headers if name.startswith("x-llm-pager")]
+    ours = {k: v for k, v in response.headers.items() if k.startswith("x-llm-pager")}
+    assert ours == {"x-llm-pager-channel": "bypass"}
 
 
 @pytest.mark.parametrize("include", [True, False])

@@ -35,7 +35,7 @@ from tests.e2e.script import LOOKUP, MODEL, SYSTEM, TAG, Chat, Script, fault, pa
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding"}
-ITS_OWN = {*HOP_BY_HOP, "date", "host", "accept-encoding"}  # of each connection or of each moment
+ITS_OWN = {*HOP_BY_HOP, "date", "host", "accept-encoding", "x-llm-pager-channel"}  # of each connection or moment, and ours
 
 # ---------------------------------------------------------------- requests, as bytes
 

@@ -1,0 +1,185 @@
+"""One client request from its head to the end of its answer: what is said of it, and to whom.
+
+Promises: every answer says in `x-llm-pager-channel` whether it was paged, streams in their first head;
+one line a request is logged, which holds counts and names, never content, queries or credentials.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import Any, Final
+
+from proxy.api.passthrough import Message, Scope, Send
+from proxy.api.paths import raw_path
+from proxy.conversation.effects import Refused
+from proxy.conversation.report import TurnReport
+from proxy.conversation.sse import decode_chunk
+from proxy.upstream import Header
+
+log = logging.getLogger("proxy.request")
+
+_SCOPE_KEY: Final = "llm_pager.visit"
+_PATH_CHARS: Final = 200  # of a path in the log
+_COUNTED: Final = (
+    "rounds", "faults", "searches", "used_tokens", "prompt_tokens", "cached_tokens", "completion_tokens",
+    "refusals",
+)  # fmt: skip
+_ID_BYTES: Final = 6
+_NAME: Final = re.compile(r"[\w.:/-]{1,64}")  # a code of upstream's, in the log
+
+
+class _Line(dict[str, Any]):
+    """Fields of one line, as JSON values; as text where that is asked for."""
+
+    def __str__(self) -> str:
+        return " ".join([f"{name}={value}" for name, value in self.items()])
+
+
+class Visit:
+    """What is known of one request; the handlers fill it in as they learn it."""
+
+    __slots__ = (
+        "_headers", "_send", "cached_tokens", "channel", "completion_tokens", "conversation", "epochs",
+        "faults", "kind", "model", "path", "prompt_tokens", "refusals", "rounds", "searches", "seconds",
+        "started_s", "status", "used_tokens",
+    )  # fmt: skip
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._send = send
+        self._headers: list[Header] = [(b"x-llm-pager-channel", b"unpaged")]
+        scope[_SCOPE_KEY] = self
+        self.started_s = time.perf_counter()
+        self.seconds = 0.0
+        self.status = 0  # 0: nothing was sent
+        self.path = raw_path(scope)
+        self.channel = "unpaged"
+        self.kind = "other"  # of what is not paged: responses | messages | chat | other
+        self.conversation = ""
+        self.model = ""
+        self.rounds = self.faults = self.searches = self.epochs = self.refusals = 0
+        self.used_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+
+    @staticmethod
+    def of(scope: Scope) -> Visit:
+        """The visit that a request is part of; one that nobody asks for a handler called alone."""
+        visit = scope.get(_SCOPE_KEY)
+        return visit if isinstance(visit, Visit) else Visit(scope, _nowhere)
+
+    async def send(self, message: Message) -> None:
+        """An ASGI `send` that adds what we say to the answer's head."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            names = {name for name, _ in self._headers}  # another llm-pager upstream has them, too
+            given = [header for header in message.get("headers", ()) if header[0] not in names]
+            message = {**message, "headers": given + self._headers}
+        await self._send(message)
+
+    # -- what is learned on the way
+
+    def placed(self, model: str, root: bytes) -> None:
+        """A chat request found its conversation; `root`: the id of its first node, which is keyed."""
+        self.model = _printable(model)
+        self.conversation = root[:_ID_BYTES].hex()
+
+    def asks(self, report: TurnReport, epoch: int) -> None:
+        """The turn calls upstream: what it decided, for the head of the answer. `epoch`: 0 for none."""
+        self.channel = report.channel
+        self.used_tokens = report.used_tokens
+        self._headers = [(b"x-llm-pager-channel", report.channel.encode())]
+        if report.channel != "bypass":
+            self._headers += [
+                (b"x-llm-pager-window-tokens", b"%d" % report.budget_tokens),
+                (b"x-llm-pager-epoch", b"%d" % epoch),
+                (b"x-llm-pager-conversation", self.conversation.encode()),
+            ]
+        if report.warning is not None:
+            line = report.warning.encode("ascii", "replace")
+            self._headers.append((b"x-llm-pager-warning", line))
+
+    def unpaged(self, kind: str = "chat") -> None:
+        """It goes up as it came."""
+        self.channel, self.kind = "unpaged", kind
+        self._headers = [(b"x-llm-pager-channel", b"unpaged")]
+
+    def refused(self, refused: Refused) -> None:
+        """Upstream did not answer a call of this turn."""
+        self.refusals += 1
+        body = decode_chunk(refused.body) if len(refused.body) <= 65_536 else None
+        error = (body or {}).get("error")
+        said = (error.get("code") or error.get("type")) if isinstance(error, dict) else None
+        code = said if isinstance(said, str) and _NAME.fullmatch(said) else "no code"
+        log.warning(
+            "upstream refused: status %d, %s; model %s, %s tokens by our count, channel %s",
+            refused.status, code, self.model, self.used_tokens or "few", self.channel,
+            extra={"fields": {"event": "refusal", "status": refused.status, "code": code,
+                              "conversation": self.conversation, "model": self.model}},
+        )  # fmt: skip
+
+    def answered(self, report: TurnReport, usage: dict[str, Any] | None, first: bool) -> None:
+        """The turn has ended well. `first`: the conversation was not paged before."""
+        self.channel = report.channel
+        self.rounds, self.used_tokens = report.rounds, report.used_tokens
+        self.faults, self.searches = len(report.faults), len(report.searches)
+        self.epochs = int(report.new_epoch)
+        usage = usage or {}
+        billed = usage.get("vm") or usage
+        self.prompt_tokens = _count(billed, "prompt_tokens") or _count(usage, "prompt_tokens")
+        self.completion_tokens = _count(usage, "completion_tokens")
+        details = billed.get("prompt_tokens_details") or usage.get("prompt_tokens_details")
+        self.cached_tokens = _count(billed, "cached_tokens") or _count(details, "cached_tokens")
+        if first and report.channel != "bypass":
+            log.info(
+                "conversation %s is paged from here on: model %s, window %d tokens, %s",
+                self.conversation, self.model, report.budget_tokens, report.channel,
+                extra={"fields": {"event": "first_paging", "conversation": self.conversation,
+                                  "model": self.model, "window_tokens": report.budget_tokens}},
+            )  # fmt: skip
+
+    def ended(self) -> None:
+        """The answer is out, or the client is gone: the request's line."""
+        self.seconds = time.perf_counter() - self.started_s
+        if log.isEnabledFor(logging.INFO):
+            line = self._line()
+            log.info("%s", line, extra={"fields": line})
+
+    def _line(self) -> _Line:
+        about = _Line(
+            channel=self.channel, status=self.status, ms=round(self.seconds * 1000, 1)
+        )
+        if self.channel == "unpaged":
+            about["path"] = self.path[:_PATH_CHARS]
+        if self.model:
+            about["model"] = self.model
+        if self.conversation:
+            about["conversation"] = self.conversation
+        if self.channel != "unpaged" or self.refusals:
+            for name in _COUNTED:
+                if value := getattr(self, name):
+                    about[name] = value
+        return about
+
+
+def path_kind(path: str) -> str:
+    """Of a request that is passed on: which API it is for, as far as that API has conversations."""
+    segments = path.split("/")
+    for kind in ("responses", "messages"):
+        if kind in segments:
+            return kind
+    return "other"
+
+
+def _printable(text: str) -> str:
+    """A client's text on one line of a log."""
+    short = text[:_PATH_CHARS]
+    return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
+
+
+def _count(usage: object, name: str) -> int:
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+async def _nowhere(message: Message) -> None:
+    """No answer of its own."""
