@@ -11,7 +11,13 @@ import sys
 from pathlib import Path
 
 from tests.contract import report, suite
-from tests.contract.gateways import PAGE_ARGUMENTS, NotInstalled, started, upstream_of
+from tests.contract.gateways import (
+    CHANNEL_HEADER,
+    PAGE_ARGUMENTS,
+    NotInstalled,
+    started,
+    upstream_of,
+)
 from tests.contract.model import Case, Outcome
 from tests.contract.play import Target
 from tests.contract.runner import play_all
@@ -68,7 +74,8 @@ async def _play(
     results: dict[str, dict[str, Outcome] | str] = {}
     if asked.base_url:
         async with ScriptedUpstream(asked.upstream_port) as upstream:
-            window = {"loops": True, "window_tokens": asked.window, "arguments": PAGE_ARGUMENTS}
+            window = {"loops": True, "window_tokens": asked.window, "arguments": PAGE_ARGUMENTS,
+                      "channel_header": CHANNEL_HEADER}
             given = Target("given", asked.base_url, asked.base_url, asked.model,
                            **(window if asked.window else {}))
             return {"given": await play_all(given, upstream, chosen)}

@@ -11,7 +11,18 @@ from typing import Any
 from tests.contract import say
 from tests.contract.model import ALL, BOTH, LONG, SHORT, Check, Scenario, add, check, expect
 from tests.contract.play import Play, fact, history
-from tests.contract.talks import KEPT, Talk, answers, chatter, noted, own_words, searching, told, unseen, user
+from tests.contract.talks import (
+    KEPT,
+    Talk,
+    answers,
+    chatter,
+    noted,
+    own_words,
+    searching,
+    told,
+    unseen,
+    user,
+)
 from tests.contract.wire import Headers, Json
 
 LOOK = say.tool("look")

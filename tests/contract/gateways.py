@@ -38,6 +38,7 @@ PACKAGES = {
 }
 ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
 KEEPALIVE_S = 0.2
+CHANNEL_HEADER = "x-llm-pager-channel"
 WIRES: dict[str, Callable[[], Wire]] = {
     "openai": Wire, "responses": ResponsesWire, "anthropic": AnthropicWire, "gemini": GeminiWire,
 }
@@ -152,6 +153,7 @@ def _ours(name: str, base_url: str, paged_url: str, model: str = "gpt-4o") -> Ta
     return Target(
         name, base_url, paged_url, model, loops=True, window_tokens=WINDOW_TOKENS,
         keepalive_s=KEEPALIVE_S, arguments=PAGE_ARGUMENTS,
+        channel_header=CHANNEL_HEADER,
     )
 
 

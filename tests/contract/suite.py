@@ -2,6 +2,7 @@
 
 from tests.contract import (
     checks_answers,
+    checks_calls,
     checks_errors,
     checks_fields,
     checks_formats,
@@ -13,9 +14,12 @@ from tests.contract import (
     checks_live,
     checks_loop,
     checks_messages,
+    checks_network,
+    checks_overflow,
     checks_paths,
     checks_refusals,
     checks_sdk,
+    checks_sizes,
     checks_streams,
     checks_tools,
     checks_usage,
@@ -24,6 +28,7 @@ from tests.contract.model import cases
 
 MODULES = (
     checks_answers,
+    checks_calls,
     checks_errors,
     checks_fields,
     checks_formats,
@@ -35,9 +40,12 @@ MODULES = (
     checks_live,
     checks_loop,
     checks_messages,
+    checks_network,
+    checks_overflow,
     checks_paths,
     checks_refusals,
     checks_sdk,
+    checks_sizes,
     checks_streams,
     checks_tools,
     checks_usage,
