@@ -10,6 +10,7 @@ import json
 import posixpath
 import zlib
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import unquote
 
 import brotli
@@ -111,28 +112,46 @@ for _id, (_method, _path) in OTHERS.items():
     add(Check(f"paths.outside_{_id}", f"{_method} {_path} goes to upstream", _passes(_method, _path), (SHORT,)))
 
 
-def _unpaged(path: str, headers: Headers, key: str) -> Scenario:
+RESPONSE = {"id": "resp_1", "object": "response", "created_at": say.CREATED, "status": "completed",
+            "model": "gpt-4o", "output": [{"type": "message", "id": "msg_1", "status": "completed",
+            "role": "assistant", "content": [{"type": "output_text", "text": "Yes.", "annotations": []}]}],
+            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+            "usage": {"input_tokens": 9, "output_tokens": 2, "total_tokens": 11}}
+MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "gpt-4o", "stop_reason": "end_turn",
+           "content": [{"type": "text", "text": "Yes."}], "stop_sequence": None,
+           "usage": {"input_tokens": 9, "output_tokens": 2}}
+
+
+def _events(payload: dict[str, Any], kind: str, key: str) -> list[bytes]:
+    """The first and the last event of an answer's stream."""
+    opened, closed = {"type": f"{key}.created"}, {"type": f"{key}.completed", key: payload}
+    if kind == "message":
+        opened, closed = {"type": "message_start", key: payload}, {"type": "message_stop"}
+    return [f"event: {one['type']}\ndata: {json.dumps(one)}\n\n".encode() for one in (opened, closed)]
+
+
+def _unpaged(path: str, headers: Headers, key: str, answer: dict[str, Any]) -> Scenario:
     async def scenario(play: Play) -> None:
         words = f"{tag_text(play.tag)} " + " ".join(f"plank{i}" for i in range(9000))
         said = [user(words)]
         sent = encode({"model": "gpt-4o", key: said, "max_tokens": 64, **({"stream": True} if play.stream else {})})
-        whole = Response(MADE)
-        stream = say.streamed([b"event: first\ndata: {\"n\":1}\n\n", b"event: last\ndata: {}\n\n"])
-        play.says(stream if play.stream else whole)
+        kind = answer.get("type") or answer["object"]
+        whole, events = json.dumps(answer, indent=1).encode(), _events(answer, kind, kind)
+        play.says(say.streamed(events) if play.stream else Response(whole))
         reply = (await play.send(sent, headers, path)).ok()
         expect(play.script.others, "nothing reached upstream")
         expect(play.script.others[0].body == sent, f"the request's body was changed: "
                f"{len(play.script.others[0].body)} bytes of {len(sent)}")
-        want = b"".join(step for step in stream.steps if isinstance(step, bytes)) if play.stream else MADE
-        equal(reply.body, want, "the answer's body")
+        equal(reply.body, b"".join(events) if play.stream else whole, "the answer's body")
 
     return scenario
 
 
 add(Check("paths.responses", "/v1/responses with a long input goes and comes back verbatim, whole and streamed",
-          _unpaged("/responses", (), "input"), (LONG, *PAGED[1:])))
+          _unpaged("/responses", (), "input", RESPONSE), PAGED))
 add(Check("paths.messages", "/v1/messages (Anthropic's) with a long history goes and comes back verbatim, whole and "
-          "streamed", _unpaged("/messages", [("anthropic-version", "2023-06-01")], "messages"), PAGED))
+          "streamed", _unpaged("/messages", [("anthropic-version", "2023-06-01")], "messages",
+                                          MESSAGE), PAGED))
 
 # ---------------------------------------------------------------- encodings of the body
 
@@ -291,4 +310,5 @@ async def cors_headers(play: Play) -> None:
     for answer in (lambda request: say.answer(request, say.text("Yes."), headers=allowed), refusal):
         play.says(answer, inner=0)
         reply = await play.send(play.body(), [("Origin", "http://localhost:5173")])
-        equal(reply.header("access-control-allow-origin"), "http://localhost:5173", f"of a {reply.status}")
+        got = reply.header("access-control-allow-origin")
+        expect(got in ("*", "http://localhost:5173"), f"access-control-allow-origin of a {reply.status} is {got}")
