@@ -213,7 +213,7 @@ async def slow_cut(play: Play) -> None:
         sent.append(play.wire.tokens(play.last.json))
         words = " ".join(f"gull{number}x{i}" for i in range(80))
         messages = [*messages, say.text("Yes."), user(f"And what of these: {words}?")]
-    beyond = next(i for i, tokens in enumerate(sent) if tokens > read)
+    beyond = next((i for i, tokens in enumerate(sent) if tokens > read), len(sent))
     late = sent[beyond + 3 :]
     expect(all(tokens <= read for tokens in late), f"tokens sent: {sent}, of which upstream reads {read}")
 

@@ -180,5 +180,5 @@ async def unknown_model(play: Play) -> None:
 async def only_tools(play: Play) -> None:
     play.says(say.text("Yes."))
     tools = [say.tool(f"winch_{number}") for number in range(100)]
-    reply = await play.chat([*play.ask()[:1], user("Hello? " * 40)], model=UNKNOWN_MODEL, tools=tools)
+    reply = await play.chat([*play.ask()[:1], user("Hello? " * 40)], tools=tools)
     equal(reply.content(), "Yes.", "the answer")
