@@ -225,7 +225,7 @@ KNOWN: dict[str, str] = {
     "fine_tune": "ft:gpt-4o-2024-08-06:acme:helper:Ab12Cd",
     "upper_case": "GPT-4O-Mini",
     "dots": "anthropic/claude-opus-4.1",
-    "free": "google/gemini-2.0-flash-001:free",
+    "free": "google/gemini-2.5-flash-lite:free",
     "prefixes": "openrouter/openai/gpt-4.1-mini",
 }
 
