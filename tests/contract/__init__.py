@@ -6,7 +6,7 @@ at the upstream: what every check takes for granted passes there by construction
 the protocol that the upstream speaks where that is not OpenAI's: the same scripts, put into its words.
 
     python -m tests.contract                                  # bare and llm-pager
-    python -m tests.contract --gateways bare,llm-pager,litellm,headroom,virtual-context
+    python -m tests.contract --gateways bare,llm-pager,litellm,headroom,virtual-context,ctxkeeper
     python -m tests.contract --gateways llm-pager/anthropic,llm-pager/gemini,litellm/anthropic,litellm/gemini
     python -m tests.contract --base-url http://127.0.0.1:9000/v1 --upstream-port 9100
     python -m tests.contract.gateways install                 # venvs for the other gateways

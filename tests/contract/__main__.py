@@ -11,10 +11,16 @@ import sys
 from pathlib import Path
 
 from tests.contract import report, suite
-from tests.contract.gateways import PAGE_ARGUMENTS, NotInstalled, started, upstream_of
+from tests.contract.gateways import (
+    CHANNEL_HEADER,
+    PAGE_ARGUMENTS,
+    NotInstalled,
+    started,
+    upstream_of,
+)
 from tests.contract.model import Case, Outcome
 from tests.contract.play import Target
-from tests.contract.runner import play_all
+from tests.contract.runner import AT_ONCE, play_all
 from tests.contract.scripted import ScriptedUpstream
 
 
@@ -54,6 +60,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--brief", action="store_true", help="totals and failures only")
     parser.add_argument("--json", help="write every outcome to this file")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="CASES",
+                        help="played side by side: fewer for a gateway that is slow to answer")
     parser.add_argument("--base-url", help="a running proxy's /v1, instead of --gateways")
     parser.add_argument("--upstream-port", type=int, default=0, help="where that proxy forwards to")
     parser.add_argument("--model", default="gpt-4o", help="the model to ask that proxy for")
@@ -68,14 +76,15 @@ async def _play(
     results: dict[str, dict[str, Outcome] | str] = {}
     if asked.base_url:
         async with ScriptedUpstream(asked.upstream_port) as upstream:
-            window = {"loops": True, "window_tokens": asked.window, "arguments": PAGE_ARGUMENTS}
+            window = {"loops": True, "window_tokens": asked.window, "arguments": PAGE_ARGUMENTS,
+                      "channel_header": CHANNEL_HEADER}
             given = Target("given", asked.base_url, asked.base_url, asked.model,
                            **(window if asked.window else {}))
-            return {"given": await play_all(given, upstream, chosen)}
+            return {"given": await play_all(given, upstream, chosen, asked.at_once)}
     for name in asked.gateways.split(","):
         try:
             async with upstream_of(name) as upstream, started(name, upstream.port) as target:
-                results[name] = await play_all(target, upstream, chosen)
+                results[name] = await play_all(target, upstream, chosen, asked.at_once)
         except (NotInstalled, RuntimeError) as error:
             results[name] = str(error)
         except KeyError:

@@ -169,6 +169,9 @@ async def _left(play: Play, when: str) -> None:
             live.leave()
         else:
             task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():  # it ended by itself: its failure is no surprise to the loop
+                task.exception()
         try:
             await asyncio.wait_for(recorded.disconnected.wait(), PATIENCE_S)
         except TimeoutError:

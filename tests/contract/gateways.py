@@ -2,7 +2,8 @@
 
 Promises: other people's gateways run from virtual environments of their own under CACHE, made by
 `python -m tests.contract.gateways install`; what is missing is said and never fetched by a test.
-Each is configured as its manual says for an OpenAI-compatible upstream, retries and caches off.
+Each is configured as its manual says for an OpenAI-compatible upstream, retries and caches off. There is no
+`billion-context`, neither on PyPI nor on npm (November 2026).
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ PACKAGES = {
     "litellm": "litellm[proxy]",
     "headroom": "headroom-ai[proxy]",
     "virtual-context": "virtual-context[proxy]",
+    "ctxkeeper": "ctxkeeper",
 }
 ALIASES = {"virtual": "virtual-context", "virtual_context": "virtual-context"}
 KEEPALIVE_S = 0.2
+CHANNEL_HEADER = "x-llm-pager-channel"
 WIRES: dict[str, Callable[[], Wire]] = {
     "openai": Wire, "responses": ResponsesWire, "anthropic": AnthropicWire, "gemini": GeminiWire,
 }
@@ -63,6 +66,10 @@ _VC_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vc_find_quote", {"query": "depot 3"}),
     ("vc_expand_topic", {"tag": "depot"}),
 )
+
+
+CK_WINDOW_TOKENS = 5000  # of which 1,000 are its reserve for the answer
+_CK_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (("recall", {"pattern": "depot 3"}),)
 
 
 class NotInstalled(Exception):
@@ -152,6 +159,7 @@ def _ours(name: str, base_url: str, paged_url: str, model: str = "gpt-4o") -> Ta
     return Target(
         name, base_url, paged_url, model, loops=True, window_tokens=WINDOW_TOKENS,
         keepalive_s=KEEPALIVE_S, arguments=PAGE_ARGUMENTS,
+        channel_header=CHANNEL_HEADER,
     )
 
 
@@ -180,8 +188,11 @@ def _litellm(upstream_port: int, running: contextlib.ExitStack, wire: str = "ope
     model, base = MODELS.get(wire, ("openai/gpt-4o", "http://127.0.0.1:{port}/v1"))
     called, port = model.removeprefix("openai/"), free_port()
     parameters = {"model": model, "api_base": base.format(port=upstream_port), "api_key": "sk-gateway"}
+    # Models that it does not know by name: upstream is asked under the same one.
+    anything = {**parameters, "model": "openai/*"}
+    others = [{"model_name": "*", "litellm_params": anything}] if wire == "openai" else []
     config = {
-        "model_list": [{"model_name": called, "litellm_params": parameters}],
+        "model_list": [{"model_name": called, "litellm_params": parameters}, *others],
         "litellm_settings": {"telemetry": False, "num_retries": 0, "cache": False},
         "general_settings": {"disable_spend_logs": True, "disable_error_logs": True,
                              "forward_client_headers_to_llm_api": True},
@@ -204,6 +215,7 @@ def _headroom(upstream_port: int, running: contextlib.ExitStack) -> Target:
     line = [command("headroom", "headroom"), "proxy", "--port", str(port), "--no-cache"]
     line += ["--no-rate-limit", "--retry-max-attempts", "1"]
     line += ["--openai-api-url", f"http://127.0.0.1:{upstream_port}/v1"]
+    line += ["--anthropic-api-url", f"http://127.0.0.1:{upstream_port}"]
     env = {"HEADROOM_TELEMETRY": "off", "HEADROOM_NO_SUBSCRIPTION_TRACKING": "1",
            "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     return _run(Process("headroom", port, line, env), "/livez", 120, running)
@@ -238,6 +250,25 @@ def _virtual_context_with(
     return _run(Process("virtual-context", port, line, env), "/health", 120, running)
 
 
+def _ctxkeeper(upstream_port: int, running: contextlib.ExitStack) -> Target:
+    """Two servers, as ours: the window that it has by itself, and a small one."""
+    plain = _ctxkeeper_with([], upstream_port, running)
+    small = ["--budget", str(CK_WINDOW_TOKENS), "--reply-reserve", "1000"]
+    paged_url = _ctxkeeper_with(small, upstream_port, running).base_url
+    return replace(plain, paged_url=paged_url, loops=True, arguments=_CK_ARGUMENTS)
+
+
+def _ctxkeeper_with(
+    options: list[str], upstream_port: int, running: contextlib.ExitStack
+) -> Target:
+    port, origin = free_port(), f"http://127.0.0.1:{upstream_port}"
+    folder = running.enter_context(tempfile.TemporaryDirectory(prefix="contract-ctxkeeper-"))
+    line = [command("ctxkeeper", "ctxkeeper"), "--upstream", origin, "--port", str(port), *options]
+    line += ["--host", "127.0.0.1", "--state-dir", folder, "--upstream-retries", "0"]
+    line += ["--notes-upstream", origin, "--notes-model", SIDE_MODEL]
+    return _run(Process("ctxkeeper", port, line, {}), "/ctxkeeper/status", 60, running)
+
+
 def _run(
     process: Process, path: str, timeout_s: float, running: contextlib.ExitStack
 ) -> Target:
@@ -256,6 +287,7 @@ _OTHERS: dict[str, Callable[[int, contextlib.ExitStack], Target]] = {
     **{f"litellm/{wire}": partial(_litellm, wire=wire) for wire in MODELS},
     "headroom": _headroom,
     "virtual-context": _virtual_context,
+    "ctxkeeper": _ctxkeeper,
 }
 
 

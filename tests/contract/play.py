@@ -51,6 +51,7 @@ class Target:
     window_tokens: int = 0
     keepalive_s: float = 0.0  # of its comments while it loops; 0: it sends none
     arguments: tuple[tuple[str, Json], ...] = ()  # arguments of its own tools, by the name's end
+    channel_header: str = ""  # in which its answers say whether a request was paged
 
     def inner_call(self, own_tools: Sequence[str], id: str) -> Json | None:
         """A call of one of its own tools: the first that is on offer."""
@@ -142,6 +143,11 @@ class Play:
         return self.target.paged_url if self.long else self.target.base_url
 
     @property
+    def origin(self) -> str:
+        """The base URL without its path."""
+        return "/".join(self.base_url.split("/")[:3])
+
+    @property
     def headers(self) -> list[tuple[str, str]]:
         return [
             ("Authorization", f"Bearer {self.key}"),
@@ -169,23 +175,24 @@ class Play:
 
     async def open(
         self, body: Json | bytes | AsyncIterator[bytes] | None, headers: Headers = (),
-        path: str = CHAT, method: str = "POST",
+        path: str = CHAT, method: str = "POST", root: bool = False,
     ) -> Live:
-        """Sends a request; returns when the response's head is there."""
+        """Sends a request; returns when the response's head is there. `root`: the path is the host's."""
         self.script.begin()
         sent = encode(body) if isinstance(body, dict) else body
         named = {name.lower() for name, _ in headers}
         base = [h for h in self.headers if h[0].lower() not in named]
-        live = await self.client.open(self.base_url + path, sent, [*base, *headers], method)
+        url = (self.origin if root else self.base_url) + path
+        live = await self.client.open(url, sent, [*base, *headers], method)
         self._lives.append(live)
         return live
 
     async def send(
         self, body: Json | bytes | None, headers: Headers = (), path: str = CHAT,
-        method: str = "POST",
+        method: str = "POST", root: bool = False,
     ) -> Reply:
         """Sends a request and reads its response to the end."""
-        return await (await self.open(body, headers, path, method)).rest()
+        return await (await self.open(body, headers, path, method, root)).rest()
 
     async def chat(self, messages: Sequence[Json] | None = None, **fields: Any) -> Reply:
         """A chat request that has to be answered with 200."""

@@ -9,11 +9,16 @@ else.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
+
+import brotli
+import zstandard
 
 from tests.contract.wire import events_of
 from tests.e2e.answers import Answer, Response, Step, Stream
@@ -21,6 +26,10 @@ from tests.e2e.recording import Recorded, RecordingUpstream, messages_span
 from tests.e2e.rules import check_openai_rules, count_request_tokens
 
 Json = dict[str, Any]
+DECODERS: dict[str, Callable[[bytes], bytes]] = {
+    "identity": bytes, "gzip": gzip.decompress, "deflate": zlib.decompress, "br": brotli.decompress,
+    "zstd": zstandard.decompress,
+}
 _FUNCTION = ("name", "description", "parameters")
 ABSENT = "<absent>"  # the value of a field that a request does not have
 
@@ -37,8 +46,8 @@ class Wire:
     verbatim_errors: ClassVar[bool] = True  # so may errors, and what is no answer of the API's
 
     def is_chat(self, recorded: Recorded) -> bool:
-        path = recorded.target.partition("?")[0]
-        return recorded.method == "POST" and path.endswith("/chat/completions")
+        parts = [part for part in recorded.target.partition("?")[0].split("/") if part]
+        return recorded.method == "POST" and parts[-2:] == ["chat", "completions"]
 
     def broken_rules(self, recorded: Recorded) -> list[str]:
         return check_openai_rules(recorded.json)
@@ -116,7 +125,7 @@ class WireUpstream(RecordingUpstream):
 
     async def handle(self, connection: Any, request: Recorded) -> None:
         with contextlib.suppress(ValueError):
-            request.json = json.loads(request.body)
+            request.json = json.loads(decoded(request))
         if not self.wire.is_chat(request):
             request.index = len(self.others)
             self.others.append(request)
@@ -129,6 +138,15 @@ class WireUpstream(RecordingUpstream):
         found = self.respond(request.json, request.index)
         reply = await found if isinstance(found, Awaitable) else found
         await connection.send(request, self.wire.said(request, reply))
+
+
+def decoded(request: Recorded) -> bytes:
+    """A request's body without its encoding: a server may read compressed ones. Raises ValueError."""
+    encoding = (request.header("content-encoding") or "identity").lower()
+    try:
+        return DECODERS[encoding](request.body)
+    except (KeyError, OSError, EOFError, zlib.error, brotli.error, zstandard.ZstdError) as error:
+        raise ValueError(f"the body is no {encoding}") from error
 
 
 class ProviderWire(Wire, ABC):

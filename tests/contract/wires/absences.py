@@ -30,6 +30,9 @@ LITELLM = {
     "fields.reasoning": "a field of OpenRouter's",
     "fields.safety_identifier": "a field of OpenAI's",
     "fields.store": "a field of OpenAI's",
+    "isolation.injected_greeting": "the API's conversations begin with the user",
+    "overflow.": "a model that nobody knows is no provider's; refusals.* asks in the provider's words",
+    "sizes.unknown_model": "a model that nobody knows is no provider's",
     "headers.beta": "OpenAI-Beta is about OpenAI's API",
     "headers.openai_organization": "an organisation of OpenAI's",
     "headers.openai_project": "a project of OpenAI's",
@@ -143,6 +146,8 @@ GEMINI = {
 _NO_KEYS = "the API's items take no unknown keys"
 _TOOLS = "configuring a bridge says that the model takes tools: no refusal teaches otherwise"
 RESPONSES = {
+    "overflow.": "a bridge is for a model that is configured, behind one small window; refusals.* asks",
+    "sizes.unknown_model": "a bridge is for a model that is configured",
     "framing.json_for_stream": ASKED,
     "framing.long_line": ASKED,
     "framing.": "chunks are not what the API streams; tests/upstream/test_responses.py cuts its events",
