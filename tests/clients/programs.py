@@ -45,7 +45,7 @@ MODEL = "gpt-4o"
 APPS = Path(os.environ.get("CLIENTS_APPS_DIR") or "~/.cache/llm-pager-apps").expanduser()
 NODE = Path(os.environ.get("CLIENTS_NODE_DIR") or "~/.cache/llm-pager-clients").expanduser()
 DRIVERS = Path(__file__).with_name("apps")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 PAGES_READ = 2  # by the model, in one answer
 UNREACHABLE = "http://127.0.0.1:9"  # nobody listens there: no application gets out of the machine
 TELEMETRY = {
@@ -257,8 +257,9 @@ def play_twice(
         played.append(Played(seen, acting))
     bare, through = played
     assert_no_vm(json.dumps([through.seen, *(texts_of(c) for c in bare.model.calls)], default=repr))
+    sizes = [count_request_tokens(c.json) for c in bare.model.calls]
     windows = [c for c in through.model.calls if "<VM:RULES>" in texts_of(c)]
-    assert windows, "nothing was paged"
+    assert windows, f"nothing was paged; the application sent {sizes} tokens"
     for recorded in windows:
         assert count_request_tokens(recorded.json) <= l0_tokens - reserve_tokens
     return bare, through
@@ -279,8 +280,8 @@ def check_program(
         folder, run, model,
         l0_tokens=l0_tokens, reserve_tokens=reserve_tokens, sections=sections,
     )  # fmt: skip
-    largest = max(count_request_tokens(c.json) for c in bare.model.calls)
-    assert largest > l0_tokens - reserve_tokens, f"{largest} tokens: nothing had to be paged"
+    sizes = [count_request_tokens(c.json) for c in bare.model.calls]
+    assert max(sizes) > l0_tokens - reserve_tokens, f"{sizes} tokens: nothing had to be paged"
     assert paged.seen == bare.seen, difference(bare.seen, paged.seen)
     return paged
 
