@@ -97,8 +97,7 @@ class Where:
             cwd=self.home,
             env={**self.environment(), **more},
             input=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
             check=False,
@@ -173,7 +172,9 @@ class Model:
         for mark, said in self.asides.items():
             if mark in text:
                 return said
-        assert self.at < len(self.steps), f"request {len(self.calls)} is not in the script: {text[-2000:]}"
+        assert self.at < len(self.steps), (
+            f"request {len(self.calls)} is not in the script: {text[-2000:]}"
+        )
         step = self.steps[self.at]
         found = re.search(step.needs, text) if step.needs else None
         if step.needs and not found and step.query and self.looks <= PAGES_READ:
@@ -207,9 +208,13 @@ def plain_text(messages: Sequence[Message]) -> str:
     parts = []
     for message in messages:
         content = message.get("content")
-        for text in [content] if isinstance(content, str) else [p.get("text") for p in content or ()]:
+        for text in (
+            [content] if isinstance(content, str) else [p.get("text") for p in content or ()]
+        ):
             parts.append(text or "")
-        parts += [c["function"]["arguments"] for c in message.get("tool_calls") or () if "function" in c]
+        parts += [
+            c["function"]["arguments"] for c in message.get("tool_calls") or () if "function" in c
+        ]
     return "\n".join(parts).replace('\\"', '"').replace("\\n", "\n")
 
 
@@ -288,7 +293,10 @@ def check_program(
 
 def difference(bare: Any, paged: Any) -> str:
     """The lines that are not the same."""
-    texts = [json.dumps(x, indent=1, default=repr).replace("\\n", "\n").splitlines() for x in (bare, paged)]
+    texts = [
+        json.dumps(x, indent=1, default=repr).replace("\\n", "\n").splitlines()
+        for x in (bare, paged)
+    ]
     return "\n".join(difflib.unified_diff(*texts, "bare", "paged", n=1, lineterm=""))[:6000]
 
 

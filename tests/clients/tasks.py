@@ -23,7 +23,10 @@ AGENT_QUESTION = "Read all ledgers, one by one. Then tell me the seal that Birkd
 
 def ledger(depot: int) -> str:
     """About 500 tokens of which one sentence matters."""
-    lines = [f"Entry {j}: {(depot * 31 + j * 17) % 97} crates of {_WARES[(depot + j) % 6]}." for j in range(36)]
+    lines = [
+        f"Entry {j}: {(depot * 31 + j * 17) % 97} crates of {_WARES[(depot + j) % 6]}."
+        for j in range(36)
+    ]
     lines.insert(0, f"The seal of {_NAMES[depot]} is s{(depot + 3) * 7919}.")
     return " ".join(lines)
 

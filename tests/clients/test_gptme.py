@@ -11,8 +11,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.clients.programs import MODEL, Model, Step, Where, check_program, files_of, needs_python
-from tests.clients.programs import python_of
+from tests.clients.programs import (
+    MODEL,
+    Model,
+    Step,
+    Where,
+    check_program,
+    files_of,
+    needs_python,
+    python_of,
+)
 from tests.clients.tasks import AGENT_QUESTION, DEPOTS, RECALL_SEAL, SEAL, ledger
 from tests.e2e.harness import message_of
 

@@ -28,9 +28,7 @@ def memory() -> ChatMemoryBuffer:
 
 
 def chat() -> list[str]:
-    engine = SimpleChatEngine.from_defaults(
-        llm=llm, memory=memory(), system_prompt=given["system"]
-    )
+    engine = SimpleChatEngine.from_defaults(llm=llm, memory=memory(), system_prompt=given["system"])
     said = []
     for i, text in enumerate(given["texts"]):
         if i % 2:
@@ -47,7 +45,10 @@ async def agent() -> list[object]:
         system_prompt=given["system"],
         streaming=given["stream"],
     )
-    history = [ChatMessage(role="user", content="Hello."), ChatMessage(role="assistant", content="Hi.")]
+    history = [
+        ChatMessage(role="user", content="Hello."),
+        ChatMessage(role="assistant", content="Hi."),
+    ]
     handler = made.run(given["texts"][0], chat_history=history, memory=memory(), max_iterations=40)
     results = []
     async for event in handler.stream_events():

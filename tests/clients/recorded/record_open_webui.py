@@ -89,7 +89,11 @@ def main(program: str) -> None:
         {
             "method": r.method,
             "target": r.target,
-            "headers": [[k.decode(), v.decode()] for k, v in r.headers if k.decode().lower().startswith(KEPT)],
+            "headers": [
+                [k.decode(), v.decode()]
+                for k, v in r.headers
+                if k.decode().lower().startswith(KEPT)
+            ],
             "body": r.body.decode(),
         }
         for r in order
