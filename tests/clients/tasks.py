@@ -58,6 +58,22 @@ def chat_model() -> Model:
     return Model([*noted(), RECALL])
 
 
+CHECKS = 4
+
+
+def long_chat() -> list[str]:
+    """The chat of a client that drops its oldest messages: it goes on after the last note."""
+    return [*NOTES, *(f"Is note {n} right?" for n in range(5, 5 + CHECKS)), QUESTION]
+
+
+def long_chat_model() -> Model:
+    checked = [
+        f"Note {n} is right: I compared it with the list of the depots."
+        for n in range(5, 5 + CHECKS)
+    ]
+    return Model([*noted(), *(Step(message_of(text)) for text in checked), RECALL])
+
+
 SEAL = "The seal is s31676."
 
 

@@ -14,11 +14,10 @@ from tests.clients.programs import needs_python, play_twice
 from tests.clients.tasks import (
     CODE,
     L0_TOKENS,
-    NOTES,
-    QUESTION,
     RESERVE_TOKENS,
-    chat_model,
     given,
+    long_chat,
+    long_chat_model,
 )
 
 pytestmark = needs_python("app-libraries")
@@ -28,11 +27,11 @@ KEEP = 10
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_what_a_buffered_context_dropped_is_found(tmp_path: Path, stream: bool) -> None:
-    task = given("chat", [*NOTES, QUESTION], stream, keep=KEEP)
+    task = given("chat", long_chat(), stream, keep=KEEP)
     bare, paged = play_twice(
         tmp_path,
         lambda at: at.drive("app-libraries", "run_autogen.py", task),
-        chat_model,
+        long_chat_model,
         l0_tokens=L0_TOKENS,
         reserve_tokens=RESERVE_TOKENS,
         sections={"prefetch": {"max_pages": 0}},

@@ -24,7 +24,7 @@ llm = OpenAILike(
 
 
 def memory() -> ChatMemoryBuffer:
-    return ChatMemoryBuffer.from_defaults(token_limit=100_000)
+    return ChatMemoryBuffer.from_defaults(token_limit=given.get("keep_tokens", 100_000))
 
 
 def chat() -> list[str]:
