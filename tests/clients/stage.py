@@ -110,24 +110,33 @@ class Stage:
 
 
 @contextmanager
-def stage() -> Iterator[Stage]:
-    """The upstream in a thread, since some clients block, and the server as its own process."""
-    made: list[Stage] = []
-    upstream = RecordingUpstream(lambda request, i: made[0].respond(upstream.calls[i]))
+def upstream_in_a_thread(
+    respond: Callable[[Recorded], Answer], other: Callable[[Recorded], Answer] | None = None
+) -> Iterator[RecordingUpstream]:
+    """The recording upstream with a loop of its own, since clients block the thread of the test."""
+    upstream = RecordingUpstream(lambda request, i: respond(upstream.calls[i]), other=other)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     asyncio.run_coroutine_threadsafe(upstream.start(), loop).result(10)
-    l0 = {"tokens": L0_TOKENS, "reserve_tokens": RESERVE_TOKENS}
     try:
-        with ServerProcess(config(upstream, tiers={"l0": l0})) as server:
-            made.append(Stage(upstream, server))
-            yield made[0]
+        yield upstream
     finally:
         asyncio.run_coroutine_threadsafe(upstream.stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+@contextmanager
+def stage() -> Iterator[Stage]:
+    """The upstream in a thread, and the server as its own process."""
+    made: list[Stage] = []
+    l0 = {"tokens": L0_TOKENS, "reserve_tokens": RESERVE_TOKENS}
+    with upstream_in_a_thread(lambda recorded: made[0].respond(recorded)) as upstream:
+        with ServerProcess(config(upstream, tiers={"l0": l0})) as server:
+            made.append(Stage(upstream, server))
+            yield made[0]
     assert not upstream.failures, upstream.failures
 
 
