@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from proxy.conversation.effects import Append, Complete, Load
+from proxy.conversation.pathpages import owner
 from proxy.conversation.state import history, restore_state
 from proxy.conversation.tree import Record
 from proxy.conversation.turn import Turn
@@ -251,7 +252,9 @@ class Machine(RuleBasedStateMachine):
         call, which is put there in the next turn); what is in it whole the table has."""
         window, path, table = state.window, turn.pages.path, state.table
         native = {e.position: e for e in window.entries if e.kind in (NATIVE, MIXED)}
+        cut = {owner(path, e.position) for e in window.entries if e.whole}  # by a system message's end
         whole = [p for p, e in native.items() if e.kind == MIXED or e.raw == path[p].raw]
+        whole = [p for p in whole if p not in cut]
         entries = [table.lookup(i) for p in whole for i in turn.pages.ids(p)]
         assert all(e is None or (e.tier is StorageTier.L0 and not e.level) for e in entries)
         text = window.developer + b"".join([*(e.raw for e in window.entries), *substitute]).decode()
@@ -314,6 +317,32 @@ class Machine(RuleBasedStateMachine):
             {"role": "system", "content": self.speakers.text(rng, 10)},
         ]
         branch.messages += new if behind else new[::-1]
+        self.converse(branch, "answer", seed)
+
+    @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS), size=st.sampled_from(SIZES))
+    def system_outputs(self, seed: int, habit: str, size: str) -> None:
+        """An agent whose tools' outputs are system messages alone, one behind each answer."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        if not branch.messages or branch.messages[-1]["role"] != "assistant":
+            return
+        for _ in range(rng.choice((1, 3, 6))):
+            branch.messages.append({"role": "system", "content": self.speakers.say(rng, size)})
+            self.converse(branch, rng.choice((habit, "answer")), rng.randint(0, 10**6))
+
+    @rule(seed=st.integers(0, 10**6), gone=st.booleans())
+    def system_message_said_otherwise(self, seed: int, gone: bool) -> None:
+        """The client edits an old system message, or takes it back."""
+        branch, rng = self.pick(seed), random.Random(seed)
+        spoken = [i for i, m in enumerate(branch.messages) if m["role"] != "system"]
+        found = [i for i, m in enumerate(branch.messages)
+                 if m["role"] == "system" and spoken and i > spoken[0]]  # fmt: skip
+        if not found:
+            return
+        at = rng.choice(found)
+        branch.messages[at : at + 1] = [] if gone else [
+            {"role": "system", "content": self.speakers.text(rng, 30)}
+        ]
+        branch.messages.append({"role": "user", "content": self.speakers.say(rng, "short")})
         self.converse(branch, "answer", seed)
 
     @rule(seed=st.integers(0, 10**6), habit=st.sampled_from(HABITS), size=st.sampled_from(SIZES))
