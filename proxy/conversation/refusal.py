@@ -68,8 +68,8 @@ _ELSEWHERE = frozenset({401, 403, 404, 405, 406, 407, 410, 415, 426, 428, 429, 4
 _FOR_THE_MOMENT = frozenset({408, 429})
 _OF_THE_PROMPT = ("messages", "input", "inputs", "prompt", "body", "contents")  # parameters that are all of it
 _ELSE_CODE = re.compile(
-    r"auth|api_?key|permission|forbidden|denied|quota|billing|payment|credit|balance|rate_?limit"
-    r"|content_?(?:filter|policy)|moderation|safety|not_?found|unsupported|unknown_|invalid_(?:value|type|json|image)"
+    r"auth|api_?key|permission|forbidden|denied|quota|billing|payment|credit|insufficient_balance|rate_?limit"
+    r"|content_?(?:filter|policy)|moderation|safety|not_?found|unsupported|unknown_(?:parameter|field|argument|model|url)|invalid_(?:value|type|json|image)"
 )
 _SPEAKS_OF_SIZE = re.compile(
     r"context|\btokens\b|\blength\b|too (?:long|large|big|many)|longer|larger|\bsize\b|exceed|max_|maximum"

@@ -58,7 +58,7 @@ class Model:
     learned: dict[str, Any] = field(default_factory=dict)
     audio: bool = True  # audio ids of earlier answers are still good
     assumed: bool = False  # nobody said how large the window is
-    blind: bool = False  # the window was made smaller without a word from upstream
+    blind: bool = False  # the window was made smaller without a word that we understand
     unexplained: bool = False  # a refusal of a large request was
     shrunk: bool = False  # in this turn
     doubted_tokens: int = 0  # a window that upstream's trouble of the moment may have feigned
@@ -111,8 +111,7 @@ class Model:
             self.unexplained = self.assumed and sent >= LARGE_TOKENS and not explained
             if not self.unexplained or sent <= seen.passed_tokens:
                 return False
-            said = by_numbers(refused, sent)
-            self.blind = said.window_tokens is None
+            said, self.blind = by_numbers(refused, sent), True
         window = said.window_tokens or self._guess(said, sent, counted_tokens, seen)
         if window < LEAST_WINDOW_TOKENS:
             return False
@@ -120,8 +119,8 @@ class Model:
         factor = said.sent_tokens / counted_tokens if said.sent_tokens and counted_tokens else 1.0
         factor = min(4.0, max(0.25, factor, self.limits.tokens_factor if factor == 1.0 else 0))
         self.shrunk = True
-        guessed = said.window_tokens is None
-        if self.blind and is_for_the_moment(refused) and not seen.doubted:
+        guessed = self.blind or said.window_tokens is None
+        if said.window_tokens is None and self.blind and is_for_the_moment(refused) and not seen.doubted:
             self.doubted_tokens = window
         else:
             self.learned["window_tokens"] = window

@@ -201,6 +201,7 @@ def test_what_is_surely_not_about_size(status: int, text: str) -> None:
         (422, '{"detail": [{"loc": ["body", "messages"], "msg": "no"}]}'),
         (429, "The request is too large for this tier."),
         (500, "Internal Server Error"),
+        (500, '{"error": {"message": "?", "type": "unknown_error"}}'),
         (503, '{"error": null}'),
     ],
 )  # fmt: skip

@@ -391,6 +391,21 @@ def test_a_guessed_window_grows_while_requests_that_fill_it_pass() -> None:
     assert played.answer.refused is None
 
 
+def test_numbers_in_words_that_nobody_knows_are_a_better_guess_than_half() -> None:
+    """And no more than a guess: they may have been about something else."""
+
+    def upstream(request: Message) -> Message | Refused:
+        tokens = count_tokens(request)
+        return refusal(f"longueur {tokens}, permise 3900") if tokens > 3900 else says("fits")
+
+    player = Player(limits_of(100_000, **ASSUMED))
+    messages = [*grown(player, 60), MORE]
+    played = player.ask(messages, upstream)
+    assert played.answer.refused is None and len(played.bodies) == 2
+    assert played.answer.learned["window_tokens"] == 3900
+    assert played.answer.learned["refused_tokens"] == count_tokens(played.requests[0])
+
+
 def test_upstreams_words_end_the_guessing() -> None:
     player = Player(limits_of(12_000, **ASSUMED))
     player.learned = {"window_tokens": 9000, "refused_tokens": 12_000}
