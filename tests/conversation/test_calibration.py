@@ -255,6 +255,12 @@ def test_a_bill_of_a_large_addition_alone_is_no_cut() -> None:
     assert told([(2000, 2000), (9000, 4096)])[-1].window_tokens == 4096  # 7,000 were added
 
 
+def test_an_absurd_bill_teaches_nothing() -> None:
+    start = told([(3000, 3000)])[-1]
+    assert told([(3000, 3000), (3100, 2_000_000)])[-1] == start
+    assert told([(9000, 4096), (4000, 50_000)])[-1].window_tokens == 4096
+
+
 def test_a_question_asked_again_and_a_window_made_smaller_show_no_cut() -> None:
     again = [(5000, 4000)] * 6
     rebuilt = [(9000, 9000), (4000, 4100), (3990, 4100), (3980, 4100), (3970, 4100)]
@@ -284,6 +290,8 @@ def test_whatever_is_billed_the_lessons_round_trip(pairs: list[tuple[int, int]],
     [
         (None, 900, 0),
         ({}, 900, 0),
+        ({"prompt_tokens": 10**30}, 900, 0),
+        ({"prompt_tokens": True}, 900, 0),
         ({"prompt_tokens": "many"}, 900, 0),
         ({"prompt_tokens": 1000}, 900, 1000),
         ({"prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 768}}, 900, 1000),
