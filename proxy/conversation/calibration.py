@@ -38,6 +38,7 @@ SERIES = 8  # bills of one conversation that are looked at, with the newest
 _READ_SHARE = 0.8  # a bill below this share of the largest one is no window: more was read before
 _SAME = 1.02  # bills within 2% are the same for a prompt that grew much; so much growth is enough ...
 _SAME_TOKENS = 2  # ... when the bill stayed the same to the token; in a row of three, to two tokens
+_MOST_TOKENS = 1 << 32  # no prompt is that large
 _LEAST_GROWTH_TOKENS = 12  # over three bills, as upstream counts
 
 _replace = msgspec.structs.replace
@@ -84,6 +85,8 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         what was added to the prompt.
         """
         counted, billed = bill.counted, bill.billed
+        if billed > MAX_RATIO * max(counted, MIN_TOKENS):
+            return self  # not a bill at all
         same_model = bool(earlier) and earlier[0].model == bill.model
         before = earlier[0] if same_model else Bill(bill.model)
         low = not guessed and self.truncated(counted, billed)
@@ -92,14 +95,15 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         grew = repeated and billed - before.billed > max(_SAME_TOKENS, added / 2)
         if low and not repeated and before.billed:  # the conversation itself may be that dense
             low = billed * before.counted < TRUNCATED_BELOW * counted * before.billed
-        cut = _plateau(bill, earlier)
+        most = max([self.most, *(other.billed for other in earlier if same_model)])
+        cut = plateau(bill, earlier)
         now = self
         if cut is None and low:
             within = 0 < counted <= self.window_tokens or 0 < self.window_tokens < billed / _SAME
             if grew or within or billed < LEAST_WINDOW_TOKENS:
                 dense = max(min(self.dense, billed / counted), 1 / counted)
                 now = _replace(self, dense=dense, window_tokens=0)
-            elif billed >= _READ_SHARE * self.most and (repeated or not _alike(billed, added)):
+            elif billed >= _READ_SHARE * most and (repeated or not _alike(billed, added)):
                 same = repeated and billed >= before.billed / _SAME
                 cut = billed if same or not known_window else None
         if cut is not None:
@@ -192,7 +196,9 @@ def billed_tokens(usage: Mapping[str, Any] | None, expected_tokens: float) -> in
 
 
 def _number(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return value if 0 < value <= _MOST_TOKENS else 0
 
 
 def _alike(billed_tokens: int, added_tokens: float) -> bool:
@@ -200,7 +206,7 @@ def _alike(billed_tokens: int, added_tokens: float) -> bool:
     return 0.8 * added_tokens <= billed_tokens <= 1.3 * added_tokens
 
 
-def _plateau(newest: Bill, earlier: Iterable[Bill]) -> int | None:
+def plateau(newest: Bill, earlier: Iterable[Bill]) -> int | None:
     """The bill that a conversation stopped at while its prompts went on growing, or None.
 
     Twice the same to the token for a prompt that is larger by 2%; or three times and more no higher

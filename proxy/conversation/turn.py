@@ -22,6 +22,7 @@ from proxy.conversation.calibration import (
     Bill,
     Calibration,
     billed_tokens,
+    plateau,
 )
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
@@ -62,11 +63,12 @@ __all__ = ["Answer", "Turn", "TurnInput"]
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _USUAL_BYTES = 4  # of a request's body, for each of its tokens
-_MOST_BYTES = 7  # with more for each billed token, what is surely small is counted after all
 _ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
 _TOOL_NAMES = (PAGE_FAULT.encode(), SEARCH_PAGES.encode())
 _ENDED = (None, "stop", "tool_calls", "function_call")  # of the model's own will
 _FURTHER_CALLS = 2  # for a prompt that may be too long
+_MOST_BYTES = 7  # with more for each billed token, what is surely small is counted after all ...
+_COUNTED_BYTES = 262_144  # ... when that takes no longer than some milliseconds
 _json = msgspec.json.encode
 _NO_ANSWER = Refused(502, ApiError(
     502, "The model only called tools that it was told not to call, and gave no answer; send the request "
@@ -419,17 +421,20 @@ class Turn:
     def _billed(self, said: Said) -> tuple[Bill, Lesson | None]:
         """The last round's bill beside our count, and what it teaches. A stream that was passed through
         tells none."""
-        given, model = self._in, self._report.model
-        if given.calibration is None or not (said.usage or {}).get("prompt_tokens"):
-            return Bill(model, given.known_factor), None
-        before = given.calibration()
+        given, model, factor = self._in, self._report.model, self._in.known_factor
         counted, size = self._report.used_tokens, len(given.body)
-        billed = billed_tokens(said.usage, before.factor * (counted or size // _USUAL_BYTES))
-        if not counted and _MOST_BYTES * billed < size:
+        guess = size // _USUAL_BYTES
+        billed = billed_tokens(said.usage, factor * (counted or guess))
+        if given.calibration is None or not billed:
+            return Bill(model, factor), None
+        if not counted and _MOST_BYTES * billed < size <= _COUNTED_BYTES:
             self._count_fixed()
             counted = self._unchanged()
-        bill = Bill(model, before.factor, counted or size // _USUAL_BYTES, billed)
-        now = before.learn(bill, self._bills(), given.limits.window_known, guessed=not counted)
+        bill, earlier = Bill(model, factor, counted or guess, billed), self._bills()
+        if not counted and plateau(bill, earlier) is None:
+            return bill, None  # surely small, and billed as such
+        before = given.calibration()
+        now = before.learn(bill, earlier, given.limits.window_known, guessed=not counted)
         facts: dict[str, Any] = {}
         if now.factor != before.factor:
             facts[TOKENS_FACTOR] = now.factor

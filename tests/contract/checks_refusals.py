@@ -108,6 +108,28 @@ async def truncator(play: Play) -> None:
     expect(sent[-1] <= real[0], f"tokens sent, turn by turn: {sent}, of which upstream reads {real[0]}")
 
 
+@check("refusals.truncator_slow", "an upstream that cuts silently is noticed within three turns though the "
+       "conversation grows by a percent a turn", (PAGED[0],), needs="window")
+async def truncator_slow(play: Play) -> None:
+    real: list[int] = []
+
+    def cut(request: Json) -> Any:
+        sent = play.wire.tokens(request)
+        if not real:
+            real.append(sent + 1)
+        prompt = min(sent, real[0])
+        usage = {"prompt_tokens": prompt, "completion_tokens": 2, "total_tokens": prompt + 2}
+        return say.answer(request, say.text("Yes."), usage=usage)
+
+    play.says(cut, inner=0)
+    messages = play.ask()
+    for turn in range(5):
+        await play.chat(messages)
+        messages = [*messages, say.text("Yes."), {"role": "user", "content": f"And now, {turn}?"}]
+    sent = [play.wire.tokens(recorded.json) for recorded in play.calls]
+    expect(sent[-1] <= real[0], f"tokens sent, turn by turn: {sent}, of which upstream reads {real[0]}")
+
+
 def _picky(refuses: Callable[[Json], bool], status: int, words: str, code: str | None = None) -> Scenario:
     async def scenario(play: Play) -> None:
         def judge(request: Json) -> Any:

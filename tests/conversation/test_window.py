@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +53,18 @@ def test_invariant_07_a_window_comes_back_from_its_changes(
         before = window
         assert restore(record, store.get) == window
     assert restore(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
+
+
+def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in() -> None:
+    grown = msgspec.structs.replace(EMPTY.append([Entry(b"1", 1)]), factor=1.25)
+    first = Record(b"", 0, [b"a"], [b""], ["assistant"], [b""], [0], 1, window=encode_change(None, EMPTY))
+    then = Record(b"a", 1, [b"b"], [b""], ["assistant"], [b""], [0], 2, base=b"a")
+    then.window = encode_change(EMPTY, grown)
+    last = Record(b"b", 2, [b"c"], [b""], ["assistant"], [b""], [0], 3, base=b"b")
+    last.window = encode_change(grown, grown.append([Entry(b"2", 1)]))
+    store = {record.id: record for record in (first, then, last)}
+    found = restore(last, store.get)
+    assert found == grown.append([Entry(b"2", 1)]) and found.factor == 1.25
 
 
 def test_a_missing_beginning_is_an_error() -> None:

@@ -84,6 +84,7 @@ ANTHROPIC = {
     "loop.no_id": "every call has an id",
     "loop.object_arguments": "arguments are always an object",
     "refusals.truncator": "the API refuses what is too long and cuts nothing",
+    "refusals.truncator_slow": "the API refuses what is too long and cuts nothing",
     "loop.call_signature": "the API has no such key: it signs thinking blocks",
     "messages.audio": "the API hears no audio; it is refused with a sentence",
     "messages.audio_id": "the API says no audio",
