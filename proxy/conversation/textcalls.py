@@ -26,7 +26,7 @@ LONGEST_CHARS = 2_000  # of a text that is read as calls, a preamble and all
 PREAMBLE_CHARS = 400  # what has said so much before a call is an answer
 _OUTSIDE_WORDS = 40  # beside calls, in all
 _IMAGINED_WORDS = 150  # behind a call that a text begins with: what the model thinks that came of it
-_TALKED_WORDS = 15  # before a call, where the conversation itself speaks of the tools; none after it
+_TALKED_WORDS = 10  # before a call, where the conversation itself speaks of the tools; none after it
 _GAP_WORDS = 3  # between a tool's name and its arguments: "json", "Action Input", "arguments"
 _GAP_CHARS = 120
 _MOST_CALLS = 16  # that are read, and mentions that are looked at
@@ -41,7 +41,6 @@ _MENTION = re.compile(rf"page{_SEP}fault|search{_SEP}pages", re.IGNORECASE)
 _NAME_CHARS = re.compile(r"[\w.:/\-]*")
 _NAME_BEFORE = re.compile(r"[\w.:/\-]*$")
 THOUGHT_END = "</think>"
-_TAG = re.compile(r"<[^<>\n]{0,120}>|\[/?[A-Z_]{3,20}\]")
 _SPECIAL = re.compile(r"<[|｜][^<>\n]{0,80}[|｜]>[\w]{0,20}|</?[｜|]?\w[^<>\n]{0,120}>|\[/?[A-Z_]{3,20}\]")
 _FENCE = re.compile(r"```[\w+\-]*")
 _LETTERS = re.compile(r"[^\W\d_]{2,}")
@@ -83,10 +82,8 @@ def calls_in(
         return None
     if not channel.listed and talked():
         return None
-    if before + after and talked():
-        quoted = "`" in text
-        if after or quoted or before > _TALKED_WORDS:
-            return None
+    if before + after and talked() and (after or before > _TALKED_WORDS):
+        return None
     return [call for one in found for call in one.calls][:_MOST_CALLS]
 
 

@@ -45,7 +45,7 @@ from proxy.conversation.pathpages import PathPages, anchor_tokens
 from proxy.conversation.refusal import repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
-from proxy.conversation.textcalls import is_silent, said_text
+from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls, understood
@@ -302,17 +302,19 @@ class Turn:
             if not said.messages:
                 break
             vm, client = self._split(said, channel)
-            empty = number > 1 and not self._in.given_answers and said.finish_reason in _ENDED and is_silent(said.messages[0])
+            empty = number > 1 and said.finish_reason in _ENDED and is_silent(said.messages[0])
+            empty = empty and not self._in.given_answers
             if not vm and (client or not (said.unread or empty)):
                 yield self._append(said, shown_messages(said, client))
                 break
             words = said_text(said.shown)[told:] if said.shown else said_text(said.messages[0])
             told += len(words)
             if not client and (stop or last or not vm or not channel.listed):
-                done = again == _ASKED_AGAIN and (empty or self._told())
-                if done or self._in.given_answers or (words.strip() and not empty and not said.unread):  # what it said has to do
+                spoke = bool(words.strip() and said_text(said.messages[0])) and not empty and not said.unread
+                given_up = again == _ASKED_AGAIN and (spoke or empty or self._told())
+                if given_up or (spoke and len(words) > PREAMBLE_CHARS) or self._in.given_answers:
                     yield self._append(said, shown_messages(said, client))
-                    break
+                    break  # what it said has to do
                 if again == _ASKED_AGAIN:  # nothing that it said is for the client
                     return Answer(self._report, refused=_NO_ANSWER)
                 again += 1

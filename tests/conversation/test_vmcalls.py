@@ -66,11 +66,11 @@ def tools_of(*names: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": name}} for name in names]
 
 
-def asked(*answers: Any, stream: bool = False, tools: Any = None) -> Played:
+def asked(*answers: Any, stream: bool = False, tools: Any = None, **fields: Any) -> Played:
     """A paged conversation whose model says these in turn."""
     player = Player(limits_of(2500))
     messages = [*grown(player, 20), {"role": "user", "content": "and now?"}]
-    extra = {"tools": tools} if tools else {}
+    extra = {**fields, **({"tools": tools} if tools else {})}
     return player.ask(messages, script(*answers), stream=stream, **extra)
 
 
@@ -139,6 +139,14 @@ def test_a_round_without_an_answer_is_asked_once_more_without_tools(stream: bool
     played = asked(first, bad, says("so"), stream=stream)
     assert (played.message or {}).get("content", "").endswith("so") and len(played.bodies) == 3
     assert "tools" not in played.requests[-1] and "tool_choice" not in played.requests[-1]
+
+
+@both
+def test_a_preamble_and_a_call_that_cannot_be_served_are_no_answer(stream: bool) -> None:
+    preamble = calls(call("get_weather", {"city": "Oslo"}, "c1"), text="Let me see.")
+    played = asked(preamble, says("so"), stream=stream, logprobs=True, web_search_options={})
+    assert len(played.bodies) == 2 and (played.message or {})["content"].endswith("so")
+    assert "tool_calls" not in (played.message or {})
 
 
 @both
