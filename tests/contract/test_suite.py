@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.contract import say, suite
+from tests.contract.model import SHORT
 from tests.contract.play import Target
 from tests.contract.runner import play_all
 from tests.contract.scripted import ScriptedUpstream
 from tests.contract.wire import assemble, events_of
 
+Handler = Callable[[web.Request], Awaitable[web.Response]]
 UPSTREAM = web.AppKey("upstream", str)
 KNOWN = {"model", "messages", "stream", "tools", "tool_choice", "seed"}
 FAULTS = {
@@ -36,8 +38,15 @@ FAULTS = {
     "errors.once": "errors are tried again",
     "usage.asked": "what was asked about usage is dropped",
     "streams.broken": "a broken stream ends well",
+    "network.cors_headers": "response headers are dropped",
 }
-SOUND = ("answers.text", "fields.seed", "tools.parallel_calls", "framing.crlf", "formats.spaces")
+SOUND = ("answers.text", "fields.seed", "tools.parallel_calls", "framing.crlf", "formats.spaces",
+         "isolation.session_title", "identity.header_x-api-key", "sizes.session_json", "calls.alike_json",
+         "encodings.gzip")
+MIXED = {  # by a gateway for which everybody who names one session is one conversation
+    "isolation.session_title", "isolation.session_new_chat", "isolation.session_two_at_once",
+    "identity.header_x-api-key", "identity.query_key", "identity.body_user",
+}
 
 
 async def _careless(request: web.Request) -> web.Response:
@@ -61,11 +70,30 @@ async def _careless(request: web.Request) -> web.Response:
     return web.Response(body=body, status=200 if status == 200 else 500, content_type=kind)
 
 
+SESSIONS = web.AppKey("sessions", dict[str, list[dict[str, object]]])
+
+
+async def _mixing(request: web.Request) -> web.Response:
+    """Shows a session's earlier messages to whoever names it."""
+    asked = json.loads(await request.read())
+    named = request.headers.get("x-session-id") or request.headers.get("x-llm-pager-session") or ""
+    before = request.app[SESSIONS].setdefault(named, []) if named else []
+    system, *own = asked["messages"]
+    asked["messages"] = [system, *before, *own]
+    before += own
+    async with aiohttp.ClientSession() as session:
+        async with session.post(request.app[UPSTREAM], json=asked) as reply:
+            return web.Response(body=await reply.read(), status=reply.status, content_type=reply.content_type)
+
+
 @asynccontextmanager
-async def _careless_gateway(upstream: ScriptedUpstream) -> AsyncIterator[Target]:
+async def _careless_gateway(
+    upstream: ScriptedUpstream, handler: Handler = _careless
+) -> AsyncIterator[Target]:
     app = web.Application(client_max_size=2**24)
     app[UPSTREAM] = f"{upstream.base_url}/chat/completions"
-    app.router.add_post("/v1/chat/completions", _careless)
+    app[SESSIONS] = {}
+    app.router.add_post("/v1/chat/completions", handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -84,6 +112,16 @@ async def test_a_faulty_gateway_fails_the_checks_about_its_faults() -> None:
             found = await play_all(target, upstream, chosen)
     failed = {id.partition("[")[0] for id, outcome in found.items() if outcome.status == "failed"}
     assert failed == set(FAULTS)
+
+
+async def test_a_gateway_that_mixes_conversations_fails_the_checks_about_them() -> None:
+    wanted = {*MIXED, "isolation.other_system", "answers.text"}
+    chosen = [c for c in suite.cases() if c.check.id in wanted and c.variant == SHORT]
+    async with ScriptedUpstream() as upstream:
+        async with _careless_gateway(upstream, _mixing) as target:
+            found = await play_all(target, upstream, chosen)
+    failed = {id.partition("[")[0] for id, outcome in found.items() if outcome.status == "failed"}
+    assert failed == MIXED
 
 
 def test_every_check_has_a_category_and_a_promise() -> None:
