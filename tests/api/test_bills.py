@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from proxy.api.caller import caller
 from proxy.conversation.calibration import Calibration
 from proxy.tokens import PER_REPLY, get_counter
 from proxy.upstream import BytesReply
@@ -80,7 +81,7 @@ async def test_a_bill_far_below_the_prompt_is_said_in_the_log(
 # -- stored with the turn, once
 
 def calibration(one: Client, model: str = "house-model") -> Calibration:
-    scope = one.memory.identity.tenant("authorization: Bearer k", "")
+    scope = one.memory.identity.tenant(caller([KEY]).credentials, "")
     return one.memory.calibration(scope, model, get_counter(model).name, False)
 
 

@@ -23,7 +23,7 @@ class Site:
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
         self.upstream = Upstream()
         monkeypatch.setattr("proxy.app.make_upstream", lambda config: self.upstream)
-        given = {"tiers.l2.path": str(path / "data"), **flags}
+        given = {"tiers.l2.path": str(path / "data"), "tiers.l0.tokens": 8000, **flags}
         self.app = create_app(load_config(None, {}, given))
 
     async def ask(
