@@ -147,8 +147,8 @@ class Turn:
 
     def _run(self) -> Generator[Effect, Any, Answer]:
         given = self._in
-        untouched = given.window is None and given.floor == 0
-        if not untouched or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
+        whole = given.floor == 0 and (given.window is None or given.start == 0)
+        if given.window is not None or not whole or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
             self._model = Model.of(given.capabilities(), given.limits, given.decoded)
         surely = given.surely_fits and len(given.body) <= self._limits.budget_tokens
         if given.surely_fits and not surely:  # not counted: it was small for the assumed window
@@ -157,7 +157,7 @@ class Turn:
         self._report.budget_tokens = limits.budget_tokens
         if limits.working_set.max_l0_tokens > self._model.limits.working_set.max_l0_tokens:
             self._report.warning = stretched_window(self._model.limits)
-        if untouched and (surely or self._fits()):
+        if whole and (surely or self._fits()):
             answer = yield from self._pass_through(self._unchanged_body(), None)
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
@@ -195,7 +195,10 @@ class Turn:
     # -- without paging
 
     def _fits(self) -> bool:
+        """All that the client sent fits, also when it did not in an earlier turn (invariant 2)."""
         limits = self._limits
+        if self._in.table is not None and self._in.table.total_tokens > limits.budget_tokens:
+            return False  # what it was paged for, as nearly always
         total = self._fixed_tokens + PER_REPLY
         total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
         for position in range(len(self.path)):

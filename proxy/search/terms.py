@@ -96,9 +96,12 @@ class Tokenizer:
         """Every token of a text, in order."""
         with self._lock:
             self._db.execute("INSERT INTO line(rowid, text) VALUES (1, ?)", (text,))
-            found = self._db.execute("SELECT offset, term FROM token").fetchall()
-            self._db.execute("INSERT INTO line(line) VALUES ('delete-all')")
-        return [term for _, term in sorted(found)]
+            try:
+                found = self._db.execute("SELECT offset, CAST(term AS BLOB) FROM token").fetchall()
+            finally:  # whatever it was, it is none of the next text's
+                self._db.execute("INSERT INTO line(line) VALUES ('delete-all')")
+        # The stemmer works on bytes: what it leaves of a word may end within a character.
+        return [term.decode("utf-8", "replace") for _, term in sorted(found)]
 
 
 @functools.cache

@@ -412,3 +412,18 @@ def test_text_of_pages_is_what_the_message_says(run: Run | None = None) -> None:
         for position in range(len(played.place.path)):
             message = msgspec.json.decode(played.place.path[position].raw)
             assert "".join(pages.parts(position)) == message_text(message)
+
+
+def test_invariant_02_what_fits_again_is_untouched() -> None:
+    """A conversation was paged; then the client asks a model with a larger window, or shortens it."""
+    player = Player(limits_of(1500))
+    messages = [*grown(player, 14), {"role": "user", "content": "and now?"}]
+    assert player.ask(messages, script(says("paged"))).answer.report.channel == "tools"
+    player.limits = limits_of(20_000)
+    for content in ("paged", "untouched"):
+        played = player.ask(messages, script(says("untouched")))
+        assert played.answer.report.channel == "bypass" and played.requests[0]["messages"] == messages
+        messages += [says(content), {"role": "user", "content": "and then?"}]
+    player.limits = limits_of(1500)
+    played = player.ask(messages, script(says("paged again")))
+    assert played.answer.report.channel == "tools" and count_tokens(played.requests[0]) <= 1500
