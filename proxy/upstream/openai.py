@@ -36,6 +36,7 @@ _CHAT_REPLY_DROPS: Final = HOP_BY_HOP | {b"content-length", b"content-encoding"}
 # `expect` was answered by our own server before the body was read.
 _FORWARD_DROPS: Final = HOP_BY_HOP | {b"host", b"expect"}
 _CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b"accept-encoding"}
+_OURS: Final = b"x-llm-pager-"  # said to us, and not to another of us upstream
 # What aiohttp would add of its own when the client did not send it.
 _AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", b"content-type"))
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
@@ -286,7 +287,8 @@ class OpenAIUpstream:
         pairs = []
         for name, value in headers:
             if name not in drops:
-                pairs.append((name.decode("latin-1"), _text(value)))
+                if not name.startswith(_OURS):
+                    pairs.append((name.decode("latin-1"), _text(value)))
             elif name == b"connection" and (named := value.decode("latin-1").lower()) not in (
                 PLAIN_CONNECTION
             ):
