@@ -19,7 +19,10 @@ CHAT = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]}
 
 
 def config_in(path: Path) -> Config:
-    flags = {"tiers.l2.path": str(path / "data"), "upstream.base_url": "http://127.0.0.1:9/v1"}
+    flags = {
+        "tiers.l2.path": str(path / "data"), "upstream.base_url": "http://127.0.0.1:9/v1",
+        "tiers.l0.tokens": 8000,
+    }  # fmt: skip
     return load_config(None, {}, flags)
 
 

@@ -57,9 +57,8 @@ class Capable:
         now_s = time.monotonic()
         if not fresh and (recent := self._recent.get(key)) is not None and recent[0] > now_s:
             return recent[1]
-        found = capabilities(
-            self._override(model), self._memory.learned(scope, model), self._assumed(None)
-        )
+        assumed = self._assumed(None) | {"mid_system": self._hoisted(model) or None}
+        found = capabilities(self._override(model), self._memory.learned(scope, model), assumed)
         if len(self._recent) >= _RECENT_MODELS:
             self._recent.clear()
         self._recent[key] = now_s + _RECENT_S, found
@@ -140,10 +139,17 @@ class Capable:
         }  # fmt: skip
         if model is not None:
             card = model_card(model)
-            assumed["mid_system"] = card.developer_role == "developer"
+            assumed["mid_system"] = card.developer_role == "developer" or self._hoisted(model)
             assumed |= {"window_tokens": card.window_tokens, "developer_role": card.developer_role}
             assumed |= {"tools": True, "tools_with_json": True, TOKENS_FACTOR: 1.0}
         return assumed
+
+    def _hoisted(self, model: str) -> bool:
+        """litellm puts all system messages into the one field that these protocols have for them, each
+        a block of its own: the client's stays cached when ours is another one."""
+        name = model.lower()
+        hoists = any(house in name for house in ("anthropic", "claude", "gemini"))
+        return hoists and self._config.upstream.provider == "litellm"
 
 
 def _keep(table: dict[bytes, Any], key: bytes, value: Any) -> None:

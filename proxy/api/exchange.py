@@ -248,7 +248,8 @@ class Exchange:
 
     async def _refuse(self, refused: Refused) -> None:
         came = refused.as_came
-        assert isinstance(came, _Came)
+        if not isinstance(came, _Came):  # the turn's own word: no answer came of any round
+            came = _Came(refused.status, [(b"content-type", b"application/json")])
         if self._started:  # the status is gone, so the stream says it
             await self._fail(came.stream or came.event or error_event(refused))
             if came.stream:  # upstream's own, to its end

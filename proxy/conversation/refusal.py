@@ -65,7 +65,7 @@ _UNPAID = 402  # whatever it says, it is about money
 # type or version, too many requests, the law.
 _ELSEWHERE = frozenset({401, 403, 404, 405, 406, 407, 410, 415, 426, 428, 429, 451})
 # Gateways and servers say these of themselves, too: such a refusal has to come twice to teach anything.
-_FOR_THE_MOMENT = frozenset({408, 429})
+_FOR_THE_MOMENT = frozenset({408, 429, 502, 503, 504, 529})
 _OF_THE_PROMPT = ("messages", "input", "inputs", "prompt", "body", "contents")  # parameters that are all of it
 _ELSE_CODE = re.compile(
     r"auth|api_?key|permission|forbidden|denied|quota|billing|payment|credit|insufficient_balance|rate_?limit"
@@ -192,7 +192,7 @@ def is_something_else(refused: Refused) -> bool:
 
 def is_for_the_moment(refused: Refused) -> bool:
     """It may be the server's trouble, and gone with the next request."""
-    return refused.status >= 500 or refused.status in _FOR_THE_MOMENT
+    return refused.status in _FOR_THE_MOMENT
 
 
 def _error(refusal: bytes) -> Mapping[str, Any]:

@@ -99,6 +99,7 @@ class Turn:
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
         self._too_long: Refused | None = None  # the refusal that made the window smaller
+        self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
         self._sent_unchanged = False
         self._refusals = 0
         self._report = TurnReport(str(given.decoded.get("model")), "bypass", self.turn)
@@ -535,7 +536,9 @@ class Turn:
         message for a model without that role): only a repaired request can pass."""
         if answer.refused is None or self._paging is not None or self._too_long is not None:
             return False
-        self._too_long = answer.refused
+        if self._unchanged_refused is not None:
+            return False
+        self._unchanged_refused = answer.refused
         return bool(self._model.says(answer.refused))
 
     def _told(self) -> bool:  # something of the answer reached the client
@@ -548,7 +551,7 @@ class Turn:
         explained = self._too_long is not None and not model.blind
         done = self._sent_unchanged or explained or self._given_up() or self._told()
         if done or not (repairable(refused) and unchanged_fits(self._unchanged(), limits)):
-            return Answer(self._report, refused=self._too_long or refused)
+            return Answer(self._report, refused=self._too_long or self._unchanged_refused or refused)
         learned = {**model.learned, **model.says(refused)}
         if model.blind:
             learned = {k: v for k, v in learned.items() if k not in ("window_tokens", "refused_tokens")}

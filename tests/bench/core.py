@@ -30,6 +30,7 @@ import msgspec
 from proxy.conversation import epoch
 from proxy.conversation.channel import choose_channel
 from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages
@@ -158,7 +159,7 @@ class Conversation:
             whole_room_tokens=ROOM_TOKENS,
             report=report,
         )  # fmt: skip
-        for step in (paging.open(), paging.messages([SYSTEM])):
+        for step in (paging.open(), paging.messages([SYSTEM], Form(several=True))):
             for effect in step:
                 raise RuntimeError(f"text needs nothing from the shell, but: {effect}")
         paging.tell()

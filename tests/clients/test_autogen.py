@@ -34,9 +34,7 @@ def test_what_a_buffered_context_dropped_is_found(tmp_path: Path, stream: bool) 
         long_chat_model,
         l0_tokens=L0_TOKENS,
         reserve_tokens=RESERVE_TOKENS,
-        sections={"prefetch": {"max_pages": 0}},
     )
     assert all(len(c.json["messages"]) <= 1 + KEEP for c in bare.model.calls)
     assert paged.seen[:-1] == bare.seen[:-1]
     assert [bare.seen[-1], paged.seen[-1]] == ["I do not know.", CODE]
-    assert paged.model.memory_calls

@@ -325,7 +325,7 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
     played = client.player.ask(sent, script(says("cut")))
     window = played.turn.window
     assert window is not None and b"are not shown" in played.bodies[0]
-    larger = new_player(3 * BUDGET)
+    larger = new_player(2 * BUDGET)
     larger.values = dict(client.player.values)
     sent = [*client.history, asked, {"role": "assistant", "content": "cut"},
             {"role": "system", "content": "Reminder: second"},

@@ -20,7 +20,6 @@ from tests.e2e.recording import Recorded
 
 _STOPS = {"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP", "function_call": "STOP",
           "content_filter": "SAFETY"}
-_DEFAULT_TEMPERATURE = 1.0  # litellm's for Gemini 3
 
 
 class GeminiWire(ProviderWire):
@@ -52,8 +51,6 @@ class GeminiWire(ProviderWire):
             return "max_tokens", value
         if name == "stream":
             return name, bool(value)
-        if name == "temperature" and value is None:
-            return name, _DEFAULT_TEMPERATURE
         if name == "web_search_options":  # Google's search has none
             return name, {}
         if name == "functions" and value is not None:

@@ -14,6 +14,7 @@ from tests.contract.wires import Json, parsed
 from tests.e2e.providers.gemini import SKIPS_SIGNATURE
 
 _CHOICES = {"AUTO": "auto", "VALIDATED": "auto", "ANY": "required", "NONE": "none"}
+_DEFAULT_TEMPERATURE = 1.0
 _CONFIG = {"temperature": "temperature", "topP": "top_p", "topK": "top_k", "seed": "seed",
            "candidateCount": "n", "maxOutputTokens": "max_tokens", "stopSequences": "stop",
            "frequencyPenalty": "frequency_penalty", "presencePenalty": "presence_penalty",
@@ -46,6 +47,8 @@ def in_openais_words(target: str, body: Json) -> Json:
 
 def _settings(config: Json) -> Json:
     out = {_CONFIG[name]: value for name, value in config.items() if name in _CONFIG}
+    if out.get("temperature") == _DEFAULT_TEMPERATURE:  # some releases of litellm say it for Gemini 3
+        del out["temperature"]
     if "thinkingLevel" in (config.get("thinkingConfig") or {}):
         out["reasoning_effort"] = config["thinkingConfig"]["thinkingLevel"]
     if "responseModalities" in config:
