@@ -61,6 +61,15 @@ TELEMETRY = {
 # ---------------------------------------------------------------- where the applications are
 
 
+def every(ways: list[Any], some: list[Any]) -> list[Any]:
+    """The ways in which an application is run: once a night all of them (LLM_PAGER_E2E_FULL=1)."""
+    return ways if os.environ.get("LLM_PAGER_E2E_FULL") == "1" else some
+
+
+def how(stream: bool) -> str:
+    return "stream" if stream else "whole"
+
+
 def needs_python(group: str) -> pytest.MarkDecorator:
     """Skips where the environment of this group is not installed."""
     return pytest.mark.skipif(

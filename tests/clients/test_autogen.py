@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.programs import needs_python, play_twice
+from tests.clients.programs import every, how, needs_python, play_twice
 from tests.clients.tasks import (
     CODE,
     L0_TOKENS,
@@ -25,7 +25,7 @@ pytestmark = needs_python("app-libraries")
 KEEP = 10
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", every([False, True], [False]), ids=how)
 def test_what_a_buffered_context_dropped_is_found(tmp_path: Path, stream: bool) -> None:
     task = given("chat", long_chat(), stream, keep=KEEP)
     bare, paged = play_twice(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.programs import Model, Step, check_program, needs_python
+from tests.clients.programs import Model, Step, check_program, every, how, needs_python
 from tests.clients.tasks import AGENT_QUESTION, READS, RECALL_SEAL, SEAL, given
 from tests.e2e.harness import message_of
 
@@ -15,7 +15,7 @@ pytestmark = needs_python("app-crewai")
 SUMMARY = "Write one sentence about it."
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", every([False, True], [True]), ids=how)
 def test_crew(tmp_path: Path, stream: bool) -> None:
     task = given("crew", [AGENT_QUESTION, SUMMARY], stream)
     played = check_program(

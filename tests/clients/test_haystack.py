@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.programs import check_program, needs_python
+from tests.clients.programs import check_program, every, needs_python
 from tests.clients.tasks import (
     AGENT_QUESTION,
     CODE,
@@ -24,9 +24,9 @@ pytestmark = needs_python("app-libraries")
 
 
 @pytest.mark.parametrize(
-    "what, stream", [("chat", True), ("agent", False), ("agent", True)],
-    ids=["pipeline, stream", "agent, whole", "agent, stream"],
-)  # fmt: skip
+    ("what", "stream"),
+    every([("chat", True), ("agent", False), ("agent", True)], [("chat", True), ("agent", False)]),
+)
 def test_haystack(tmp_path: Path, what: str, stream: bool) -> None:
     agent = what == "agent"
     task = given(what, [AGENT_QUESTION] if agent else [*NOTES, QUESTION], stream)

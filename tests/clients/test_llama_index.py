@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.programs import check_program, needs_python, play_twice
+from tests.clients.programs import check_program, every, how, needs_python, play_twice
 from tests.clients.tasks import (
     AGENT_QUESTION,
     CODE,
@@ -53,7 +53,7 @@ def test_what_a_memory_buffer_dropped_is_found(tmp_path: Path) -> None:
     assert [bare.seen[-1], paged.seen[-1]] == ["I do not know.", CODE]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", every([False, True], [True]), ids=how)
 def test_function_agent(tmp_path: Path, stream: bool) -> None:
     task = given("agent", [AGENT_QUESTION], stream)
     played = check_program(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.programs import Model, Step, check_program, needs_python
+from tests.clients.programs import Model, Step, check_program, every, needs_python
 from tests.clients.tasks import (
     AGENT_QUESTION,
     DEPOTS,
@@ -58,8 +58,10 @@ def code_model() -> Model:
     return Model([*reads, Step(code("All are read.", 'final_answer("All are read.")')), end])
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("what", ["tools", "code"])
+@pytest.mark.parametrize(
+    ("what", "stream"),
+    every([("tools", False), ("tools", True), ("code", False), ("code", True)], [("tools", True), ("code", False)]),
+)
 def test_smolagents(tmp_path: Path, what: str, stream: bool) -> None:
     task = given(what, [AGENT_QUESTION, AGAIN], stream)
     played = check_program(

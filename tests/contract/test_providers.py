@@ -1,7 +1,7 @@
 """The same suite on `llm-pager` in front of servers that speak other protocols than Chat Completions.
 
 Promises: a check is left out only where `wires/absences.py` says why the protocol has no place for
-it; most checks are played. To stay in the suite's time, each is played in every second of its
+it; most checks are played. To stay in the suite's time, every second one is played in one of its
 variants, others at the next gateway, and what is decided before the wire is left to test_contract;
 `LLM_PAGER_E2E_FULL=1`, and `python -m tests.contract`, play all.
 """
@@ -30,11 +30,14 @@ def _present(gateway: str) -> list[Case]:
 
 
 def _played(gateway: str, offset: int) -> list[Case]:
-    """All of them, or every second one of each check, and at least one."""
+    """All of them, or one of every second check."""
     out: list[Case] = []
-    for _, same in itertools.groupby(_present(gateway), key=lambda case: case.check.id):
+    for n, (_, same) in enumerate(itertools.groupby(_present(gateway), key=lambda case: case.check.id)):
         cases = list(same)
-        out += cases if FULL else cases[offset % 2 % len(cases) :: 2]
+        if FULL:
+            out += cases
+        elif n % 2 == offset % 2:
+            out.append(cases[offset % len(cases)])
     return out
 
 
@@ -54,5 +57,6 @@ def test_every_absence_is_of_a_check_that_there_is_and_most_checks_are_played(ga
     assert set(absent) <= known
     checks = {case.check.id for case in CASES}
     present = {case.check.id for case in _present(gateway)}
-    assert present == {case.check.id for at, case in PLAYED if at == gateway}
+    played = {case.check.id for at, case in PLAYED if at == gateway}
+    assert played <= present and len(played) >= len(present) // (1 if FULL else 2)
     assert len(present) >= LEAST_PLAYED * len(checks)

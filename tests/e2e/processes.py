@@ -33,12 +33,64 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+_FORKING = """
+import json, os, signal, sys
+import proxy.app, proxy.cli, uvicorn
+from proxy.tokens import get_counter
+get_counter("house-model").text("loaded")
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        asked = json.loads(line)
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.chdir(asked["dir"])
+        log = os.open(asked["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for fd, at in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(fd, at)
+        os._exit(proxy.cli.main(asked["arguments"]))
+    print(pid, flush=True)
+"""
+
+
+class _Nursery:
+    """Starts servers in a moment: each is a fork of one process that has imported everything."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def start(self, arguments: list[str], directory: Path, log: Path) -> int:
+        """The process id of `llm-pager` with these arguments, in a session of its own."""
+        with self._lock:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _FORKING], env=_environment(), text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                )  # fmt: skip
+            assert self._process.stdin and self._process.stdout
+            asked = {"arguments": arguments, "dir": str(directory), "log": str(log)}
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
+
+
+_nursery = _Nursery()  # it ends with this process: its standard input does
+
+
+def _environment() -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLM_PAGER_")}
+    return {**inherited, "PYTHONPATH": str(REPO)}
+
+
 class ServerProcess:
-    """`llm-pager serve` as a subprocess with its own configuration file.
+    """`llm-pager serve` as a process of its own with its own configuration file.
 
     `config` has the sections of config.yaml; host and port are filled in. Use as a context manager.
     `kill()` is SIGKILL to the server and its workers, `restart()` starts it again on the same port
-    and directories.
+    and directories. One worker in our own environment is forked from a process that has imported
+    everything already; any other is started as its users do.
     """
 
     def __init__(
@@ -52,19 +104,21 @@ class ServerProcess:
         self._dir = tempfile.TemporaryDirectory(prefix="llm-pager-e2e-")
         self.dir = Path(self._dir.name)
         self.port = config.get("server", {}).get("port") or free_port()
-        server = {"host": "127.0.0.1", **config.get("server", {}), "port": self.port}
+        server = {"host": "127.0.0.1", "drain_s": 0, **config.get("server", {}), "port": self.port}
         l2 = {"path": str(self.dir / "data"), **config.get("tiers", {}).get("l2", {})}
         tiers = {**config.get("tiers", {}), "l2": l2}
         self.config = {**config, "server": server, "tiers": tiers}
         self._config_file = self.dir / "config.yaml"
         self._config_file.write_text(json.dumps(self.config))  # JSON is YAML
         self._log = self.dir / "server.log"
-        self._command = [python, "-m", "proxy.cli", "serve", "--config", str(self._config_file)]
+        self._arguments = ["serve", "--config", str(self._config_file)]
         if workers != 1:
-            self._command += ["--workers", str(workers)]
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLM_PAGER_")}
-        self._env = {**inherited, "PYTHONPATH": str(REPO), **(env or {})}
+            self._arguments += ["--workers", str(workers)]
+        self._env = {**_environment(), **(env or {})}
+        self._python = python
+        self._forked = workers == 1 and not env and python == sys.executable
         self._process: subprocess.Popen[bytes] | None = None
+        self._pid = 0
 
     @property
     def base_url(self) -> str:
@@ -72,8 +126,8 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+        assert self._pid
+        return self._pid
 
     @property
     def log(self) -> str:
@@ -81,24 +135,33 @@ class ServerProcess:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def start(self, timeout_s: float = 60.0) -> ServerProcess:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self.dir,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        if self._forked:
+            self._pid = _nursery.start(self._arguments, self.dir, self._log)
+        else:
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [self._python, "-m", "proxy.cli", *self._arguments],
+                    cwd=self.dir,
+                    env=self._env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self._pid = self._process.pid
         try:
-            wait_for_health(self.port, timeout_s, lambda: self._process.poll() is None)  # type: ignore[union-attr]
+            wait_for_health(self.port, timeout_s, self._alive)
         except Exception as e:
             self.kill()
             raise RuntimeError(f"llm-pager serve did not start: {e}\n{self.log[-6000:]}") from e
         return self
 
     restart = start
+
+    def _alive(self) -> bool:
+        if self._process is not None:
+            return self._process.poll() is None
+        return Path(f"/proc/{self._pid}").exists()
 
     def kill(self) -> None:
         """SIGKILL to the whole group: nothing gets a chance to finish."""
@@ -109,16 +172,17 @@ class ServerProcess:
         self._signal(signal.SIGTERM, timeout_s)
 
     def _signal(self, number: int, timeout_s: float = 20.0) -> None:
-        process, self._process = self._process, None
-        if process is None:
+        if not self._pid:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        for signum in (number, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signum)
+            deadline = time.monotonic() + timeout_s
+            while self._alive() and time.monotonic() < deadline:
+                time.sleep(0.005)  # perhaps another process's child: nothing to wait on
+            if not self._alive():
+                break
+        self._pid, self._process = 0, None
 
     def __enter__(self) -> ServerProcess:
         return self.start()
@@ -128,64 +192,6 @@ class ServerProcess:
         if kind is not None:
             print(f"--- log of llm-pager serve ---\n{self.log[-6000:]}", file=sys.stderr)
         self._dir.cleanup()
-
-
-_FORKING = """
-import os, signal, sys
-import proxy.app, proxy.cli, uvicorn
-from proxy.tokens import get_counter
-get_counter("house-model").text("loaded")
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
-for line in sys.stdin:
-    if (pid := os.fork()) == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.dup2(2, 1)
-        os._exit(proxy.cli.main(["serve", "--config", sys.argv[1]]))
-    print(pid, flush=True)
-"""
-
-
-class ForkedServer(ServerProcess):
-    """A server that starts again in a moment: each start is a fork of a process that has imported
-    everything. For tests that kill it often."""
-
-    _parent: subprocess.Popen[str] | None = None
-    _child = 0
-
-    @property
-    def pid(self) -> int:
-        return self._child
-
-    def start(self, timeout_s: float = 60.0) -> ForkedServer:
-        if self._parent is None:
-            command = [self._command[0], "-c", _FORKING, str(self._config_file)]
-            with self._log.open("ab") as log:
-                self._parent = subprocess.Popen(
-                    command, cwd=self.dir, env=self._env, stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True,
-                )  # fmt: skip
-        assert self._parent.stdin and self._parent.stdout
-        self._parent.stdin.write("start\n")
-        self._parent.stdin.flush()
-        self._child = int(self._parent.stdout.readline())
-        wait_for_health(self.port, timeout_s, lambda: Path(f"/proc/{self._child}").exists())
-        return self
-
-    restart = start
-
-    def _signal(self, number: int, timeout_s: float = 20.0) -> None:
-        child, self._child = self._child, 0
-        if child:
-            os.kill(child, number)
-            deadline = time.monotonic() + timeout_s
-            while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-                time.sleep(0.005)  # another process's child: nothing to wait on
-
-    def stop(self, timeout_s: float = 20.0) -> None:
-        super().stop(timeout_s)
-        if self._parent is not None:
-            self._parent.communicate(timeout=timeout_s)  # no more to start: it ends
-            self._parent = None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from tests.e2e.harness import (
     message_of,
     together,
 )
-from tests.e2e.processes import ForkedServer, ServerProcess
+from tests.e2e.processes import ServerProcess
 from tests.e2e.script import filler, paged_config
 
 TURNS = 60
@@ -89,7 +89,7 @@ async def killed_and_quiet(factor: float) -> tuple[Billed, Billed]:
     one, two = Billed(factor), Billed(factor)
     async with one.upstream, two.upstream:
         l0 = {"l0": {"tokens": 2000, "reserve_tokens": 256}}
-        servers = [ForkedServer(paged_config(b.upstream, tiers=l0)) for b in (one, two)]
+        servers = [ServerProcess(paged_config(b.upstream, tiers=l0)) for b in (one, two)]
         with together(*servers) as (server, quiet):
             await asyncio.gather(one.tell(server, KILLS), two.tell(quiet, {}))
     assert not one.upstream.failures and not two.upstream.failures
