@@ -95,8 +95,9 @@ def place(
     `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages.
     """
     whole = Place(nodes, 0, 0, anchors, deepest_record(nodes, library.get_record), Sent(frame))
-    if whole.record is not None:
-        return whole
+    known = whole.record
+    if known is not None and (known.sent is not None or session_key is not None):
+        return whole  # else no answer was delivered on it: its first request, said again
     if session_key is not None:
         head = library.get(session_key)
         record = library.get_record(head) if head else None

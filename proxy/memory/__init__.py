@@ -8,7 +8,8 @@ use (`test_invariant_07_...`):
     that we changed and upstream refused with a 4xx is sent once more unchanged if that fits, and
     the lesson is kept per model.
  2. Under budget, nothing is touched: the bytes up are the client's and the bytes down are
-    upstream's.
+    upstream's, whatever names a session; but for a session of new messages, which the client asked
+    for, and a history that is proved to be trimmed.
  3. The window never exceeds its budget, fixed part, tools, mapped pages and reserve included, in
     the model's tokens.
  4. A full body is never lost: pages are immutable and addressed by content, compression adds a
@@ -16,9 +17,9 @@ use (`test_invariant_07_...`):
  5. What was answered is remembered: once a client has read the end of a response, its pages survive
     `kill -9`.
  6. A miss loses memory; it never mixes it: no page of one tenant, user or abandoned branch is
-    visible to another.
+    visible to another, and a likeness is no proof.
  7. Deterministic: the same history, configuration and log give byte-identical upstream requests, on
-    any replica.
+    any replica; what was learned is part of the log.
  8. Tool calls stay whole: a call and its results are evicted, mapped and restored as one group.
  9. RAM is a cache: deleting everything in L1 at any moment changes no later prompt.
 10. Every loop, queue, cache and body has a limit, named in `config.yaml` with its unit.

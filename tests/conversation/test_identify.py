@@ -90,6 +90,22 @@ def test_a_front_that_moved_on_three_times_gets_its_ancestors_back(keep_last: in
         it.forget()
 
 
+def test_an_answer_asked_for_again_does_not_count_twice() -> None:
+    """Each request of a moving window is sent twice, and answered otherwise: three moves are three."""
+    it = player()
+    messages: list[Message] = []
+    while len(messages) < 6:
+        window(it, messages, 6, 1)
+    for move in (1, 2, 3):
+        lost = list(messages)
+        window(it, lost, 6, 1)
+        again = [*messages, lost[-2]]
+        played = it.ask(again[-6:], script(says(telling(f"better {move}"))))
+        assert (len(played.place.path) == len(again)) is (move == 3)
+        assert played.message is not None
+        messages = [*again, played.message]
+
+
 def test_a_proved_front_may_rest() -> None:
     it = player()
     messages: list[Message] = []
