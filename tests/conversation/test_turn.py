@@ -30,7 +30,7 @@ from tests.conversation.player import (
 from tests.conversation.scenario import Run, Scenario, grown, play, scenarios, text_of, tools_of
 from tests.examples import examples
 
-few = examples(25)
+few = examples(15)
 
 _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][\w]*")
 
@@ -219,7 +219,7 @@ def test_invariant_01_the_clients_own_tools_are_never_forbidden_before_the_last_
 # -- invariant 2
 
 
-@examples(40)
+@examples(25)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -7,6 +7,7 @@ would read of it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,6 +29,7 @@ from tests.e2e.harness import (
 from tests.e2e.script import filler
 from tests.e2e.templates import FAMILIES, Family, Refused
 
+FULL = os.environ.get("LLM_PAGER_E2E_FULL") == "1"  # every way of every family
 SYSTEM = "You are the house's assistant, and you answer briefly."
 TURNS = 5
 Message = dict[str, Any]
@@ -106,10 +108,12 @@ async def said(reply: httpx.Response, stream: bool) -> str:
 async def test_the_memory_reaches_the_model_and_no_refusal_the_client(stage: Stage, mode: str) -> None:
     with in_process_server(config(stage.upstream, mode)) as base_url:
         async with httpx.AsyncClient(base_url=base_url, timeout=60) as http:
-            for system in (SYSTEM, [{"type": "text", "text": SYSTEM}], None):
-                for stream in (False, True):
-                    key = f"{type(system).__name__}-{stream}"
-                    await converse(stage, http, key, system, stream, mode)
+            parts = [{"type": "text", "text": SYSTEM}]
+            ways = [(SYSTEM, False), (parts, True), (None, mode == "passive")]
+            if FULL:
+                ways = [(system, stream) for system in (SYSTEM, parts, None) for stream in (False, True)]
+            for system, stream in ways:
+                await converse(stage, http, f"{type(system).__name__}-{stream}", system, stream, mode)
 
 
 async def converse(
