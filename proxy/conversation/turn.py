@@ -433,6 +433,8 @@ class Turn:
         billed = billed_tokens(said.usage, factor * (counted or guess))
         if given.calibration is None or not billed:
             return Bill(model, factor), None
+        if not counted and billed < LEAST_WINDOW_TOKENS:
+            return Bill(model, factor, guess, billed), None  # no window is that small
         if not counted and _MOST_BYTES * billed < size <= _COUNTED_BYTES:
             self._count_fixed()
             counted = self._unchanged()
@@ -441,6 +443,8 @@ class Turn:
             return bill, None  # surely small, and billed as such
         before = given.calibration()
         now = before.learn(bill, earlier, given.limits.window_known, guessed=not counted)
+        if now == before:
+            return msgspec.structs.replace(bill, factor=now.factor), None
         facts: dict[str, Any] = {}
         if now.factor != before.factor:
             facts[TOKENS_FACTOR] = now.factor

@@ -130,7 +130,7 @@ def start_ours(upstream_port: int) -> Gateway:
         "upstream": {"provider": "openai", "base_url": f"http://127.0.0.1:{upstream_port}/v1"},
         "tiers": {"l0": {"tokens": WINDOW_TOKENS}},
     }
-    return Gateway("ours", ServerProcess(config).start())
+    return Gateway("ours", ServerProcess(config, env={"PYTHONHASHSEED": "0"}).start())
 
 
 def start_passthrough(upstream_port: int) -> Gateway:

@@ -1,6 +1,7 @@
 """The upstream of the overhead bench: as little work as possible, in a process of its own.
 
-Promises: every chat request gets one of 512 different short answers, at once; a streamed one gets
+Promises: every chat request gets one of 512 different short answers, at once, billed a token for each
+four bytes; a streamed one gets
 50 chunks, one every CHUNK_GAP_S, each in a packet of its own, so that a gateway has to pass 50
 chunks on and cannot take them in one gulp. `python -m tests.bench.upstream PORT`.
 """
@@ -21,7 +22,8 @@ CHUNK_GAP_S = 0.001
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n%b\r\n"
 
 
-def _plain(i: int, text: str) -> bytes:
+def _plain(i: int, text: str) -> tuple[bytes, bytes]:
+    """What stands before and behind the bill."""
     payload = {
         "id": f"chatcmpl-{i}",
         "object": "chat.completion",
@@ -34,10 +36,15 @@ def _plain(i: int, text: str) -> bytes:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 80, "total_tokens": 89},
+        "usage": {"completion_tokens": 80, "prompt_tokens": _BILL},
     }
     body = json.dumps(payload, separators=(",", ":")).encode()
-    return HEAD % (b"application/json", b"content-length: %d\r\n" % len(body)) + body
+    head = HEAD % (b"application/json", b"content-length: %d\r\n" % len(body))
+    before, _, behind = (head + body).partition(b"%d" % _BILL)
+    return before, behind
+
+
+_BILL = 999_999_999  # where the bill stands, as wide
 
 
 def _chunks(i: int, text: str) -> list[bytes]:
@@ -68,10 +75,10 @@ class Upstream(asyncio.Protocol):
 
     served = 0
 
-    def __init__(self, plain: list[bytes], streamed: list[list[bytes]]) -> None:
+    def __init__(self, plain: list[tuple[bytes, bytes]], streamed: list[list[bytes]]) -> None:
         self.plain, self.streamed = plain, streamed
         self.buffer = bytearray()
-        self.total = 0
+        self.total = self.size = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
@@ -98,6 +105,7 @@ class Upstream(asyncio.Protocol):
                 return
             head = bytes(self.buffer[: min(self.total, 65536)])
             del self.buffer[: self.total]
+            self.size = self.total
             self.total = 0
             self.answer(head)
 
@@ -110,7 +118,8 @@ class Upstream(asyncio.Protocol):
             )
             self.send_next(iter(self.streamed[i]))
         else:
-            self.transport.write(self.plain[i])
+            before, behind = self.plain[i]
+            self.transport.write(b"%b%9d%b" % (before, self.size // 4, behind))
 
     def send_next(self, chunks: Iterator[bytes]) -> None:
         chunk = next(chunks, None)
