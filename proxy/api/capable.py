@@ -7,7 +7,6 @@ failed is remembered in RAM only: it decides whether a refusal is tried again, a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,8 +26,6 @@ from proxy.conversation.capability import (
 from proxy.tokens import model_card
 
 _LISTED_MODELS = 256  # of one key; of more, the latest
-_RECENT_S = 5.0
-_RECENT_MODELS = 1024  # of a key
 _SEEN_MODELS = 4096  # of all keys: what passed and what was refused is remembered
 _FAILURES = 3  # so many, and what passed before proves nothing: the server may be another by now
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
@@ -44,25 +41,15 @@ class Capable:
     def __init__(self, config: Config, memory: Memory) -> None:
         self._config = config
         self._memory = memory
-        self._recent: dict[bytes, tuple[float, Capabilities]] = {}  # until when, and what
         self._seen: dict[bytes, Seen] = {}
         self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
 
-    def of(self, scope: bytes, model: str, fresh: bool = True) -> Capabilities:
-        """For a turn. `scope` is the tenant of the API key alone. Not `fresh`: what another worker
-        learned in the last seconds may be missing, which costs a request that is not paged a refusal."""
-        key = scope + model.encode()
-        now_s = time.monotonic()
-        if not fresh and (recent := self._recent.get(key)) is not None and recent[0] > now_s:
-            return recent[1]
+    def of(self, model: str, facts: Mapping[str, Any]) -> Capabilities:
+        """For a turn; `facts`: what was learned of the model by now."""
         assumed = self._assumed(None) | {"mid_system": self._hoisted(model) or None}
-        found = capabilities(self._override(model), self._memory.learned(scope, model), assumed)
-        if len(self._recent) >= _RECENT_MODELS:
-            self._recent.clear()
-        self._recent[key] = now_s + _RECENT_S, found
-        return found
+        return capabilities(self._override(model), facts, assumed)
 
     def stated(self, scope: bytes, model: str) -> int | None:
         """The window that the upstream's own list of models states."""
@@ -77,7 +64,6 @@ class Capable:
         self, scope: bytes, model: str, facts: Mapping[str, Any]
     ) -> list[tuple[bytes, bytes]]:
         """What is stored when a model's refusal or bill taught these facts (None: one is no more)."""
-        self._recent.clear()
         listed = [name for name in self._listed(scope) if name != model]
         names = [*listed, model][-_LISTED_MODELS:]
         put = self._memory.learned_put(scope, model, facts)

@@ -181,8 +181,7 @@ class ChatApi:
                 given = await placed_as_retry(given, self._memory)
                 self._placing.bound(given)
             model = given.decoded["model"]
-            fresh = given.window is not None or not given.surely_fits
-            given.capabilities = partial(self.capable.of, given.scope, model, fresh)
+            given.capabilities = partial(self.capable.of, model, given.facts)
             given.seen = partial(self.capable.seen, given.scope, model)
             given.get_record = self._memory.get_record
             given.calibration = partial(

@@ -141,7 +141,8 @@ class Placing:
         model = decoded["model"]
         state = await memory.state_after(found.record) if found.record is not None else None
         window = state.window if state else None
-        limits, following, factor = self._bounds(scope, decoded, found.record, window)
+        facts = memory.learned(scope, model)
+        limits, following, factor = self._bounds(facts, decoded, found.record, window)
         override = self._config.model_override(model).tokenizer
         counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
@@ -157,19 +158,23 @@ class Placing:
             limits, counter, memory.identity, tenant, names, self._policy,
             memory.substitutes, fixed, surely, self._observed, scope,
             state.derived if state else NO_DERIVED, memory.get_block, exact,
-            next_limits=following, known_factor=factor, sent=found.sent,
+            next_limits=following, known_factor=factor, sent=found.sent, facts=facts,
         )  # fmt: skip
 
     def bound(self, given: TurnInput) -> None:
         """Give a turn the bounds of its place in the tree."""
         given.limits, given.next_limits, given.known_factor = self._bounds(
-            given.scope, given.decoded, given.record, given.window
+            given.facts, given.decoded, given.record, given.window
         )
 
     def _bounds(
-        self, scope: bytes, decoded: Mapping[str, Any], record: Record | None, window: Window | None
+        self,
+        facts: Mapping[str, object],
+        decoded: Mapping[str, Any],
+        record: Record | None,
+        window: Window | None,
     ) -> tuple[Limits, Limits | None, float]:
-        """The limits of a turn after `record`, those of its next epoch where they differ, and the factor
+        """`facts`: what was learned of the model. The limits of a turn after `record`, those of its next epoch where they differ, and the factor
         that all bills taught so far.
 
         A conversation's own records say which factor its next turn begins with, and its window with
@@ -177,8 +182,7 @@ class Placing:
         was learned meanwhile. What its first turn begins with is what the model's bills taught by then.
         """
         model = decoded["model"]
-        facts = self._memory.learned(scope, model)
-        known = facts.pop(TOKENS_FACTOR, 1.0)
+        known = facts.get(TOKENS_FACTOR, 1.0)
         known = factor = known if isinstance(known, float) else 1.0
         bill = record.bill if record is not None else None
         if bill is not None and bill.model == model:
@@ -186,7 +190,7 @@ class Placing:
         epoch = factor
         if window is not None and window.factor and (bill is None or bill.model == model):
             epoch = window.factor
-        learned = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+        learned = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k != TOKENS_FACTOR}
         asked = model, tuple(sorted(learned.items()))
         following = self._limits(*asked, factor) if factor != epoch else None
         return self._limits(*asked, epoch), following, known

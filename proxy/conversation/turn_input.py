@@ -60,6 +60,7 @@ class TurnInput:
     seen: Callable[[], Seen] = Seen  # asked only after a refusal
     get_record: Callable[[bytes], Record | None] | None = None  # earlier answers, for their sound
     now_s: float = 0.0  # Unix time, for what upstream lets expire
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what was learned of the model
     sent: Sent | None = None  # how the request stood to those before it; stored with its answer
     given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
     # it says ends the turn, unless it calls a VM tool
