@@ -93,10 +93,10 @@ class App:
                 await send_error(visit.send, refusal)
             elif scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
                 visit.unpaged()  # until it is placed
-                await self._guarded(self._chat, scope, receive, visit.send)
+                await self._guarded(self._chat, scope, receive, visit)
             else:
                 visit.unpaged(path_kind(visit.path))
-                await self._guarded(self._pass, scope, receive, visit.send)
+                await self._guarded(self._pass, scope, receive, visit)
         finally:
             visit.ended()
             self._metrics.count(visit)
@@ -108,26 +108,21 @@ class App:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         await passthrough(scope, receive, send, self._upstream)
 
-    async def _guarded(self, handler: object, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _guarded(
+        self, handler: object, scope: Scope, receive: Receive, visit: Visit
+    ) -> None:
         """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
-        started = False
-
-        async def noting(message: object) -> None:
-            nonlocal started
-            started = True
-            await send(message)  # type: ignore[arg-type]
-
         try:
-            await handler(scope, receive, noting)  # type: ignore[operator]
+            await handler(scope, receive, visit.send)  # type: ignore[operator]
         except UpstreamBroken:
             raise  # the connection has to break, or the client takes half an answer for a whole
         except Exception:
             log.exception("failed: %s %s", scope["method"], scope["path"])
-            if started:
+            if visit.status:  # something was sent
                 raise
             error = ApiError(500, "llm-pager failed to handle this request; its log says why.",
                              "api_error", "internal_error")
-            await send_error(send, error)
+            await send_error(visit.send, error)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
