@@ -8,6 +8,7 @@ failed is remembered in RAM only: it decides whether a refusal is tried again, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ from proxy.conversation.capability import (
 from proxy.tokens import model_card
 
 _LISTED_MODELS = 256  # of one key; of more, the latest
+_NEW_MODELS = 256
 _SEEN_MODELS = 4096  # of all keys: what passed and what was refused is remembered
 _FAILURES = 3  # so many, and what passed before proves nothing: the server may be another by now
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
@@ -41,6 +43,7 @@ class Capable:
     def __init__(self, config: Config, memory: Memory) -> None:
         self._config = config
         self._memory = memory
+        self._new = lru_cache(_NEW_MODELS)(partial(self._known, facts={}))
         self._seen: dict[bytes, Seen] = {}
         self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
         host = urlsplit(config.upstream.base_url).hostname or ""
@@ -48,6 +51,9 @@ class Capable:
 
     def of(self, model: str, facts: Mapping[str, Any]) -> Capabilities:
         """For a turn; `facts`: what was learned of the model by now."""
+        return self._known(model, facts) if facts else self._new(model)  # of nearly every model nothing
+
+    def _known(self, model: str, facts: Mapping[str, Any]) -> Capabilities:
         assumed = self._assumed(None) | {"mid_system": self._hoisted(model) or None}
         return capabilities(self._override(model), facts, assumed)
 
