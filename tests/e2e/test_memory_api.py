@@ -197,6 +197,8 @@ async def test_invariant_6_another_key_or_user_finds_no_session(stand: Stand) ->
             (other, {"user": "ada"}, {}), (other, {}, {"x-session-id": SESSION}),
             (own, {"user": "ada"}, {"x-api-key": "more"}),  # upstream may check another one than before
             (own, {"user": "ada"}, {"x-session-id": "notes-2"}),  # a header counts before the query
+            (own, {"user": "ada"}, {"x-openwebui-user-id": "eve"}), (own, {"user": "ada", "api_key": "k"}, {}),
+            (own, {"safety_identifier": "ada"}, {}), (own, {"user": "ada", "metadata.user_id": "1"}, {}),
         ]  # fmt: skip
         for path in ("context", "provenance"):
             for http, params, headers in strangers:
