@@ -148,8 +148,10 @@ def test_invariant_06_two_callers_are_one_only_with_the_same_names_and_values(
 @given(st.text(string.ascii_lowercase + "-_.", min_size=1, max_size=20), values)
 def test_any_name_and_value_is_taken(name: str, value: str) -> None:
     sent: list[Header] = [(name.encode(), value.encode("latin-1"))]
-    caller(sent, [(name, value)], SESSIONS)
-    with_body(caller([]), {name: value, "metadata": {name: value}})
+    who = caller(sent, [(name, value)], SESSIONS)
+    assert who == caller(sent, [(name, value)], SESSIONS)
+    body = {name: value, "metadata": {name: value}}
+    assert with_body(who, body) == with_body(who, dict(reversed(body.items())))
 
 
 # -- sessions
