@@ -56,7 +56,8 @@ def renewed(
                     yield PageMutation(MutationType.UPDATE, i, turn, tokens=tokens)
             continue
         old = _stale(position, ids, table)
-        inside = bool(old) and all(e.tier is StorageTier.L0 and not e.level for e in old)
+        before = [*old, *(e for e in known[: len(pages.parts(position))] if e is not None)]
+        inside = bool(before) and all(e.tier is StorageTier.L0 and not e.level for e in before)
         for entry in old:
             if entry.tier is StorageTier.L0:
                 yield PageMutation(MutationType.EVICT, entry.page_id, turn, tier=StorageTier.L2)

@@ -471,3 +471,13 @@ TestHistories.settings = settings(
     max_examples=EXAMPLES or 12, stateful_step_count=20, deadline=None, database=None,
     derandomize=not EXAMPLES, suppress_health_check=list(HealthCheck), print_blob=False,
 )  # fmt: skip
+
+
+def test_a_page_that_grows_by_a_system_message_stays_in_the_window() -> None:
+    """It gets one part more than the table has of it."""
+    machine = Machine()
+    machine.begin(budget=1500, page_share=8, tools=0, words=0, mode=VMMode.RELAXED)
+    for _ in range(2):
+        machine.rewritten_turns(habit="answer", seed=0, size="short")
+    machine.system_outputs(habit="answer", seed=0, size="long")
+    machine.teardown()
