@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -39,7 +40,11 @@ _PASSING = re.compile(
 )
 _SESSION_COOKIE = re.compile(r"sess|(?<![a-z])s?sid|sso|remember")
 # Parts of a signed Authorization that are new with every request (SigV4, Digest, HMAC).
-_SIGNED = re.compile(r"[,\s]\s*(?:signature|nonce|cnonce|nc|response|timestamp|ts|mac)=[^,\s]*", re.IGNORECASE)
+_SIGNED = re.compile(r"(?<=[,\s])(?:signature|nonce|cnonce|nc|response|timestamp|ts|mac)=[^,\s]*", re.IGNORECASE)
+
+_NAME_CHARS = 200  # a longer name is no usual one: it counts, and is not looked into
+_MOST_FIELDS = 256  # of a body, and of its metadata, that are looked at
+_USERS = ("user", "safety_identifier")  # wherever they stand
 
 Pair = tuple[str, str]
 
@@ -54,9 +59,13 @@ class Caller(NamedTuple):
     delta: bool = False
 
 
-@lru_cache(maxsize=4096)
 def _kind(name: str | bytes) -> str | None:
     """What a name speaks of: a credential, a person, or neither."""
+    return "person" if len(name) > _NAME_CHARS else _kind_of(name)
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(name: str | bytes) -> str | None:
     name = (name if isinstance(name, str) else name.decode("latin-1")).lower()
     if _PASSING.search(name):
         return None
@@ -146,11 +155,11 @@ def _told(body: Mapping[str, Any]) -> Iterator[Pair]:
 
     The names of top-level fields that speak of keys and tokens are the API's own.
     """
-    for name in body:
-        if _kind(name) == "person" and (value := body[name]) is not None:
+    for name in dict.fromkeys((*islice(body, _MOST_FIELDS), *_USERS)):
+        if _kind(name) == "person" and (value := body.get(name)) is not None:
             yield name, str(value)
     metadata = body.get("metadata")
-    for name, value in metadata.items() if isinstance(metadata, dict) else ():
+    for name, value in islice(metadata.items(), _MOST_FIELDS) if isinstance(metadata, dict) else ():
         if _kind(name) is not None:
             yield f"metadata.{name}", str(value)
 

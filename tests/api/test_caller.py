@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import string
+import time
 from typing import Any
 
 import pytest
@@ -116,6 +117,15 @@ def test_a_signature_over_the_request_splits_nothing() -> None:
     signed = "AWS4-HMAC-SHA256 Credential=AKIA{}/20260101/eu/bedrock/aws4_request, SignedHeaders=host, Signature={}"
     one, again, other = (who(("authorization", signed.format(*v))) for v in ("A1", "A2", "B1"))
     assert one == again != other
+
+
+def test_hostile_names_and_values_cost_little() -> None:
+    """CPU time, not the clock: none of these may be quadratic, or be kept."""
+    began = time.process_time()
+    asks(("authorization", "Digest ignature=" + " " * 60_000), ("x-" + "a" * 60_000, "v"), ("idempot" * 8000, "v"))
+    crowded = {f"field{i}": i for i in range(300_000)} | {"user": "ann", "metadata": {"k" * 10**6: 1}}
+    assert who(body={**CHAT, **crowded}) != who(body={**CHAT, **crowded, "user": "bob"})
+    assert time.process_time() - began < 1.0
 
 
 def test_callers_are_told_apart_whatever_the_order() -> None:

@@ -479,5 +479,6 @@ def test_a_page_that_grows_by_a_system_message_stays_in_the_window() -> None:
     machine.begin(budget=1500, page_share=8, tools=0, words=0, mode=VMMode.RELAXED)
     for _ in range(2):
         machine.rewritten_turns(habit="answer", seed=0, size="short")
-    machine.system_outputs(habit="answer", seed=0, size="long")
+    machine.system_outputs(habit="answer", seed=0, size="long")  # each turn is checked
+    assert machine.pick(0).messages[-1]["role"] == "assistant"
     machine.teardown()
