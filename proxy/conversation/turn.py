@@ -383,7 +383,7 @@ class Turn:
         before = self._paging.settled if self._paging is not None else None
         settled = before.fields(came, record) if before is not None else None
         if self._paging is not None:
-            self._paging.evidence.settle("\n".join(message_text(answer) for answer in answers))
+            self._paging.settle("\n".join(message_text(answer) for answer in answers))
             state = self._paging.snapshot()
             last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}
