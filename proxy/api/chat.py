@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
-from proxy.api.archive import Archive
 from proxy.api.asked import StatedWindows
 from proxy.api.capable import Capable
 from proxy.api.encodings import decoded, encodings, plain_headers
@@ -31,10 +30,12 @@ from proxy.api.passthrough import (
 )
 from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
 from proxy.api.placing import Placing
+from proxy.api.renditions import Renditions
 from proxy.api.request import is_upstreams_to_judge, read_bytes
 from proxy.api.retries import is_retry, placed_as_retry
 from proxy.api.stats import Stats
 from proxy.api.visit import Visit
+from proxy.api.writer import Writer
 from proxy.config import Config
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
 from proxy.conversation.report import TurnReport
@@ -60,14 +61,16 @@ class ChatApi:
         config: Config,
         upstream: Upstream,
         memory: Memory,
-        archive: Archive,
+        renditions: Renditions,
+        writer: Writer,
         stats: Stats,
         observer: Observer | None,
     ) -> None:
         self._config = config
         self._upstream = upstream
         self._memory = memory
-        self._archive = archive
+        self._renditions = renditions
+        self._writer = writer
         self._stats = stats
         self._observer = observer
         self._placing = Placing(config, memory, observer is not None)
@@ -136,7 +139,9 @@ class ChatApi:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                self._archive.after(turn, given, scope["headers"])
+                self._writer.submit(
+                    given.tenant, scope["headers"], turn.pages, given.counter, turn.shown
+                )
                 query = scope.get("query_string", b"")
                 self._stated.look(given.scope, given.decoded["model"], scope["headers"], query)
         except ApiError as error:
@@ -288,7 +293,7 @@ class ChatApi:
                 elif isinstance(effect, Search):
                     reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
-                    reply = await self._archive.load(given.tenant, effect, turn.pages)
+                    reply = await self._renditions.load(given.tenant, effect, turn.pages)
         except StopIteration as end:
             answer: Answer = end.value
         finally:

@@ -237,7 +237,6 @@ class Placing:
             search_results=config.search.max_results,
             snippet_tokens=config.search.snippet_tokens,
             segment_messages=config.segments.max_messages,
-            summary_tokens=config.segments.summary_tokens,
             max_claims=config.segments.max_claims,
             written_by_models=config.compression.model is not None,
             tokens_factor=factor,

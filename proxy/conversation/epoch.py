@@ -3,7 +3,7 @@
 Promises: the new window fits the room whatever the history (or the request is refused as too large);
 the newest message is in it; the layout is the developer message with rules, manifest and kept pages,
 then kept media in a user message, then the newest groups in their own roles; what was in the window
-and is not any more is a page, and the segment that leaves is summarised first.
+and is not any more is a page, and of the segment that leaves a line says what it was about.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.closing import close_segment, created
+from proxy.conversation.derived import derive, entered
 from proxy.conversation.effects import Effect
 from proxy.conversation.epoch_request import EpochRequest, show
 from proxy.conversation.limits import Limits
@@ -35,7 +35,6 @@ from proxy.memory.context_packer import context_parts, page_parts
 from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier, VMMode
 from proxy.memory.pins import PinnedSet, PinReason
 from proxy.memory.planner import Budget, Group, IsPinned, Plan, native_groups, plan
-from proxy.memory.segments import Segment
 from proxy.memory.vm_prompts import build_vm_developer_message
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_MESSAGE, TokenCounter
@@ -51,12 +50,12 @@ _NEVER = 1 << 40  # the price of a native message for a group that may not be na
 
 @dataclass(slots=True)
 class Epoch:
-    """The new window, the pages that left it, and the segment that was closed. `tail`: what is left
-    of the request's; `folded`: rounds of it left."""
+    """The new window, the pages that left it, and those that were derived. `tail`: what is left of the
+    request's; `folded`: rounds of it left."""
 
     window: Window
     evicted: list[str]
-    segment: Segment | None
+    made: Sequence[MemoryPage]
     tail: tuple[Entry, ...]
     folded: bool = False
 
@@ -67,9 +66,9 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
     When this turn's own exchange does not fit (upstream has just said that its window is smaller),
     the oldest rounds of it leave; without any of it, the newest message is cut anew.
     """
-    asked, segment = request, None
+    asked, made = request, None
     while True:
-        epoch, segment, over = yield from _rebuild(asked, segment)
+        epoch, made, over = yield from _rebuild(asked, made)
         if epoch is not None:
             epoch.folded = asked is not request
             return epoch
@@ -81,10 +80,10 @@ def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
 
 
 def _rebuild(
-    request: EpochRequest, segment: Segment | None
-) -> Generator[Effect, Any, tuple[Epoch | None, Segment | None, int]]:
-    """The new window, or None and by how many tokens it is too large; with the segment that is closed
-    by now (`segment`: before)."""
+    request: EpochRequest, made: Sequence[MemoryPage] | None
+) -> Generator[Effect, Any, tuple[Epoch | None, Sequence[MemoryPage] | None, int]]:
+    """The new window, or None and by how many tokens it is too large; with the pages that are derived by
+    now (`made`: before)."""
     tail_tokens = sum(entry.tokens for entry in request.tail)
     _, low = watermarks(request.room_tokens, request.limits.working_set)
     groups = _groups(request)
@@ -100,7 +99,8 @@ def _rebuild(
     groups += _after(request)
     for shrink in (1.0, 0.5, 0.0):
         budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
-        segment = segment or _close(request, groups, budget)
+        if made is None:
+            made = yield from _derive(request, groups, budget)
         candidates = [*_derived_groups(request), *groups]
         planned = plan(
             request.table, candidates, budget, request.policy, request.turn, _pinned(request.pins)
@@ -113,8 +113,8 @@ def _rebuild(
             for mutation in mutations:
                 request.apply(mutation)
             gone = [m.page_id for m in mutations if m.op is MutationType.EVICT]
-            return Epoch(window, gone, segment, request.tail), segment, 0
-    return None, segment, over
+            return Epoch(window, gone, made, request.tail), made, 0
+    return None, made, over
 
 
 def _pinned(pins: PinnedSet) -> IsPinned:
@@ -122,15 +122,17 @@ def _pinned(pins: PinnedSet) -> IsPinned:
     return lambda entry, turn: pins.reason(entry, turn) > PinReason.RECENT
 
 
-def _close(request: EpochRequest, groups: Sequence[Group], budget: Budget) -> Segment | None:
+def _derive(
+    request: EpochRequest, groups: Sequence[Group], budget: Budget
+) -> Generator[Effect, Any, Sequence[MemoryPage]]:
     """Close the segment of what is about to leave; what derives from it competes for the window."""
     stays = native_groups(groups, budget.native_tokens)
     last = native_from(stays, len(request.pages.path))
-    known = request.pages.derived.pages
-    segment = close_segment(request.pages, last, request.limits, request.turn, request.counter)
-    for mutation in created(segment, request.pages, request.turn, known) if segment else ():
+    before = request.pages.derived
+    made = yield from derive(request.pages, last, request.limits, request.turn, request.counter)
+    for mutation in entered(made, before, request.pages.derived, request.turn):
         request.apply(mutation)
-    return segment
+    return made
 
 
 def native_from(native: Sequence[Group], end: int) -> int:

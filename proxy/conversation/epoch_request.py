@@ -49,7 +49,7 @@ def show(
     page = request.shown.get((wanted, int(level)))
     if page is None:
         made_elsewhere = request.limits.written_by_models or request.pages.is_medium(wanted)
-        if made_elsewhere and (level or wanted in request.pages.derived.pages):
+        if made_elsewhere and level:
             page = yield Load(wanted, int(level))
         else:
             page = request.pages.at(wanted, level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from proxy.conversation.pathpages import PathPages
-from proxy.memory.importance import importance_of, is_standing
+from proxy.memory.claims import importance_of, is_standing
 from proxy.memory.models import (
     MEDIA_PART,
     CompressionLevel,

@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.channel import Channel
-from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import Stored
 from proxy.conversation.compose import with_context
+from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import (
     begin_epoch,
@@ -38,10 +38,16 @@ from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
 from proxy.memory.core import MemoryCore
-from proxy.memory.models import FaultReason, MutationType, PageMutation, StorageTier, VMMode
+from proxy.memory.models import (
+    FaultReason,
+    MemoryPage,
+    MutationType,
+    PageMutation,
+    StorageTier,
+    VMMode,
+)
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.prefetcher import fresh_terms, points_back, was_used
-from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import without_citations
 from proxy.memory.working_set import TokenBudget, watermarks
@@ -81,8 +87,8 @@ class TurnWindow:
     agent: bool = False  # the client has tools of its own
     next_limits: Limits | None = None  # from the next epoch on, where they differ
     window: Window = field(init=False)
-    segments: list[Segment] = field(init=False, default_factory=list)  # closed in this turn
-    shown: list[Load] = field(init=False, default_factory=list)  # by this turn's last epoch
+    made: list[MemoryPage] = field(init=False, default_factory=list)  # derived in this turn
+    shown: list[Load] = field(init=False, default_factory=list)  # by the last epoch, or to be written
     settled: Stored | None = field(init=False, default=None)  # the state with what is `answered`
     _brought: dict[str, Chosen] = field(init=False, default_factory=dict)  # before the call
     _tail: list[Entry] = field(init=False, default_factory=list)  # this turn's VM exchange
@@ -227,13 +233,12 @@ class TurnWindow:
         """The state as it stands, for a record. Leaves of the table that are in `blocks` are whole in
         RAM: nothing of them is read before they are stored."""
         closing, blocks = b"", dict[bytes, bytes]()
-        if self.segments:
+        if self.made:
             derived, most = self.pages.derived, self.limits.max_claims
             root, blocks = self.table.checkpoint()
-            closing = encode_closing(root, self.segments, derived.end, most)
+            closing = encode_closing(root, self.made, derived.end, most)
         mutations = msgspec.msgpack.encode(encode_mutations(self.memory.log.entries))
-        closed = tuple(self.segments)
-        return Stored(self.window, mutations, closing, blocks, self.pages.derived, closed)
+        return Stored(self.window, mutations, closing, blocks, self.pages.derived)
 
     def _begin_epoch(
         self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
@@ -267,13 +272,13 @@ class TurnWindow:
         )
         epoch = yield from begin_epoch(asked)
         self.shown = [Load(i, level) for i, level in asked.shown]
+        self.shown += [Load(i, 0) for i in pages.derived.unwritten]
         self.window = epoch.window
         if epoch.folded:
             self._tail, self._folded = list(epoch.tail), True
         self.report.new_epoch = True
         self.report.evicted_pages += epoch.evicted
-        if epoch.segment is not None:
-            self.segments.append(epoch.segment)
+        self.made.extend(epoch.made)
 
     def resize(self, limits: Limits) -> None:
         """Other bounds from now on."""
@@ -421,6 +426,8 @@ class TurnWindow:
         """Enter the window's state in the report."""
         report = self.report
         report.epoch = self.window.epoch
+        derived = self.pages.derived
+        report.segments, report.claims = derived.segments, derived.claims_made
         native = {e.position for e in self.window.entries if e.kind == NATIVE}
         report.native_pages = [i for p in sorted(native) for i in self.pages.ids(p)]
         resident = self.table.resident()

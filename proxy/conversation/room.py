@@ -13,7 +13,7 @@ import msgspec
 from proxy.conversation.pathpages import anchor_tokens, group_start, owner
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import SYSTEM, Entry, Window
-from proxy.memory.importance import PIN_TOKENS, is_standing
+from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.pages import message_text
 from proxy.tokens import TokenCounter
 

@@ -17,7 +17,7 @@ import msgspec
 from proxy.conversation.body import message_ends, read_body
 from proxy.conversation.capability import Seen, capabilities
 from proxy.conversation.commit import SessionNames
-from proxy.conversation.derived import NO_DERIVED
+from proxy.conversation.derived import NO_DERIVED, unwritten_page
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
@@ -39,7 +39,7 @@ from proxy.conversation.tree import (
 )
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.conversation.window import render
-from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
+from proxy.memory import ImportanceWeightedLRU, MemoryPage, VMMode, WorkingSetConfig
 from proxy.search.paths import PathIndexes
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import Published
@@ -68,7 +68,6 @@ def limits_of(budget_tokens: int, **changes: Any) -> Limits:
         "search_results": 10,
         "snippet_tokens": 64,
         "segment_messages": 512,
-        "summary_tokens": 160,
         "max_claims": 128,
     }
     return Limits(**{**values, **changes})
@@ -123,6 +122,7 @@ class Player:
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
         self.identity = Identity(SECRET)
         self.forget()
@@ -265,7 +265,11 @@ class Player:
                     )
                 else:
                     assert isinstance(effect, Load)
-                    reply = turn.pages.at(effect.page_id, effect.level)
+                    segment = unwritten_page(turn.pages, effect.page_id)
+                    if segment is not None:
+                        reply = self.writes(segment)
+                    else:
+                        reply = turn.pages.at(effect.page_id, effect.level)
                 played.replies.append(reply)
         except StopIteration as end:
             played.answer = end.value

@@ -156,7 +156,7 @@ def test_invariant_03_pages_that_another_models_tokens_priced_too_low_are_left_o
     messages: list[Message] = [
         {"role": "user", "content": [part]} for part in parts
     ] + [{"role": "user", "content": "and now?"}]
-    asked = request(messages, 1100, limits=limits_of(1100, summary_tokens=0, max_claims=0))
+    asked = request(messages, 1100, limits=limits_of(1100))
     for entry in asked.table:
         entry.size_tokens = 2
     epoch = rebuild(asked)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.closing import close_segment
+from proxy.conversation.derived import derive
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.listing import manifest_of
 from proxy.conversation.pathpages import PathPages
@@ -32,7 +32,7 @@ def asked_of(count: int, ends: list[int]) -> EpochRequest:
     """A request over a path in which a segment was closed before each of `ends`."""
     asked = request(messages_of(count), 4000)
     for turn, end in enumerate(ends, 1):
-        close_segment(asked.pages, end, limits_of(4000), turn, COUNTER)
+        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
     return asked
 
 
@@ -85,7 +85,7 @@ def test_every_page_outside_is_listed_or_in_one_segments_range(
 def test_the_nearest_pages_have_entries_and_a_segments_line_its_topics() -> None:
     asked = request([{"role": "user", "content": f"Wax{n}"} for n in range(200)], 4000)
     for turn, end in enumerate((60, 120), 1):
-        close_segment(asked.pages, end, limits_of(4000), turn, COUNTER)
+        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
     manifest = listed(asked, 190, set(range(190, 200)), 1024, set())
     named = [at(entry["page_id"]) for entry in manifest["available_pages"]]
     assert named == list(range(189, 189 - len(named), -1)) and len(named) > 20
