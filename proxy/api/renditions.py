@@ -15,7 +15,7 @@ from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.storage.l2 import StorageError
@@ -50,7 +50,7 @@ class Renditions:
         page = pages.page(effect.page_id)
         if level is CompressionLevel.FULL:
             return page
-        if pages.is_medium(effect.page_id):
+        if pages.medium(effect.page_id) is not None:
             return await self._medium(tenant, await self._told(tenant, page), level, pages)
         in_words = self._written_by_models and page.page_type is PageType.TRANSCRIPT
         for source in range(level, -1, -1) if in_words else ():
@@ -62,7 +62,7 @@ class Renditions:
     async def _medium(
         self, tenant: bytes, page: MemoryPage, level: CompressionLevel, pages: PathPages
     ) -> MemoryPage:
-        kind = f"{EXTRACTIVE}/{pages.counter_name}"  # smaller by one model's rule, not by another's
+        kind = f"{EXTRACTIVE}/{pages.counter.name}"  # smaller by one model's rule, not by another's
         made = await self.find(tenant, page, level, kind)
         if made is None:
             made = await asyncio.to_thread(pages.shown, page, level)

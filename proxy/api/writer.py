@@ -20,7 +20,7 @@ from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.errors import ApiError
 from proxy.media.parts import read_part
 from proxy.memory.claims import CLAIMS_PER_SEGMENT, Claim, read_claims
@@ -135,10 +135,9 @@ class Writer:
                 level, prompt = CompressionLevel.FULL, self._about_segment(pages, segment)
                 yield Job(tenant, segment, level, limit, prompt, headers, counter)
             for i in segment.provenance:  # shown or not, below level 0 a sound is its transcript
-                for medium in pages.media(pages.position(i)):
-                    page = pages.page(medium.page_id)
+                for medium in pages[pages.position(i)].media:
                     if medium.modality is Modality.AUDIO:
-                        level = CompressionLevel.REDUCED
+                        page, level = pages.page(medium.id), CompressionLevel.REDUCED
                         job = self._about_page(tenant, headers, pages, counter, page, level)
                         if job is not None:
                             yield job

@@ -31,7 +31,7 @@ from proxy.memory.segments import ProvenanceGraph, index_id, index_page, summary
 from proxy.tokens import TokenCounter
 
 if TYPE_CHECKING:  # whose pages these are beside
-    from proxy.conversation.pathpages import PathPages
+    from proxy.conversation.pages import PathPages
 
 _SHOWN_SOURCES = 2  # message ids named behind a claim
 _ASKED_AGAIN = 4  # the newest segments that a model has not written about are asked for again
@@ -143,8 +143,8 @@ def derive(
     first = max(derived.end, last - limits.segment_messages)
     if last > first:
         positions = range(first, last)
-        ids = [pages.ids(position)[0] for position in positions]
-        texts = ["\n".join(pages.parts(position)) for position in positions]
+        ids = [pages[position].ids[0] for position in positions]
+        texts = ["\n".join(pages[position].parts) for position in positions]
         made.append(index_page(derived.segments + 1, ids, texts, turn, counter.text))
     pages.derived = derived.grown(made, max(last, derived.end), limits.max_claims)
     return made
@@ -158,7 +158,7 @@ def unwritten_page(pages: PathPages, page_id: str) -> MemoryPage | None:
         return None
     first, last = (pages.position(i) for i in derived.pages[index_id(_number(page_id))].provenance)
     known_by = f"{first}:{pages.path[last].id.hex()}:{pages.notes_digest(last + 1).hex()}"
-    sources = [pages.ids(position)[0] for position in range(first, last + 1)]
+    sources = [pages[position].ids[0] for position in range(first, last + 1)]
     return summary_page(_number(page_id), known_by, sources, 0, len)
 
 
