@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from proxy.conversation.limits import Limits
 from proxy.conversation.local import LocalConversation
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import EvictionPolicy, ImportanceWeightedLRU
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manager import MemoryManager
 from proxy.memory.manifest import ManifestBuilder, ManifestPolicies

@@ -29,7 +29,7 @@ from proxy.conversation.tree import Anchor, Node, Record
 from proxy.conversation.turn import TurnInput
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.memory.eviction_policy import (
+from proxy.memory.eviction import (
     LRU,
     EvictionPolicy,
     ImportanceWeightedLRU,

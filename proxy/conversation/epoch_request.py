@@ -10,9 +10,8 @@ from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.window import Entry
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy, PinnedSet
 from proxy.memory.models import CompressionLevel, MemoryPage, PageMutation, VMMode
-from proxy.memory.pins import PinnedSet
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import TokenCounter
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages, calls_of
-from proxy.memory.anti_thrash import AntiThrashPolicy
+from proxy.memory.eviction import AntiThrashPolicy
 from proxy.memory.models import CompressionLevel, PageType, StorageTier
 from proxy.memory.pages import Hit, message_text
 from proxy.memory.prefetcher import (

@@ -16,7 +16,7 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor, Identity, Node, Record, Sent
 from proxy.conversation.window import Window
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import TokenCounter
 

@@ -25,7 +25,6 @@ use (`test_invariant_07_...`):
 10. Every loop, queue, cache and body has a limit, named in `config.yaml` with its unit.
 """
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
 from proxy.memory.artifacts_bridge import (
     ArtifactError,
     ArtifactsBridge,
@@ -42,11 +41,13 @@ from proxy.memory.context_packer import (
     context_parts,
 )
 from proxy.memory.core import MemoryCore
-from proxy.memory.eviction_policy import (
+from proxy.memory.eviction import (
     LRU,
+    AntiThrashPolicy,
     EvictionPolicy,
     ImportanceWeightedLRU,
     ModalityAwareLRU,
+    PinnedSet,
 )
 from proxy.memory.fault_handler import (
     FaultMetrics,
@@ -91,7 +92,6 @@ from proxy.memory.pages import (
     prefix_of,
     split_text,
 )
-from proxy.memory.pins import PinnedSet
 from proxy.memory.prefetcher import Prefetcher
 from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
 from proxy.memory.artifacts_bridge import ArtifactsBridge
 from proxy.memory.claims import Claim
 from proxy.memory.compressor import hint
@@ -21,7 +20,7 @@ from proxy.memory.context_packer import (
     page_tokens,
     page_words,
 )
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import AntiThrashPolicy, EvictionPolicy, ImportanceWeightedLRU, PinnedSet
 from proxy.memory.fault_handler import PageFaultHandler
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
@@ -38,7 +37,6 @@ from proxy.memory.models import (
 from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.pack_cache import PackCache
 from proxy.memory.page_table import PageTable
-from proxy.memory.pins import PinnedSet
 from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.tlb import AnyTable, PageTLB, TLBWithPageTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager

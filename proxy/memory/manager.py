@@ -229,7 +229,7 @@ class MemoryManager(MemoryCore):
     ) -> FaultResult:
         """Bring a page into the window, within the turn's limits."""
         entry = self.page_table.lookup(page_id)
-        refault = entry is not None and self.anti_thrash.is_refault(entry, self.turn)
+        refault = entry is not None and self.anti_thrash.cooling(entry, self.turn)
         result = await self.fault_handler.handle_fault(page_id, target_level)
         self.metrics.record_recall(result.success)
         if result.success and result.page is not None and not result.resident:

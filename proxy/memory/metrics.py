@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from proxy.memory.anti_thrash import is_cooling
+from proxy.memory.eviction import is_cooling
 from proxy.memory.models import PageTableEntry
 
 MAX_SOURCES = 16  # prefetch sources told apart; further ones are counted as OTHER_SOURCE

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import CompressionLevel, MutationType, PageMutation, StorageTier
 from proxy.memory.page_table import PageTable

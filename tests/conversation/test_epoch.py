@@ -24,7 +24,7 @@ from proxy.memory import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.pins import PinnedSet
+from proxy.memory.eviction import PinnedSet
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part

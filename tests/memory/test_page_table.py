@@ -12,7 +12,7 @@ from proxy.memory import (
     StorageTier,
     page_id,
 )
-from proxy.memory.anti_thrash import EVICTION_COOLDOWN_TURNS
+from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from tests.memory.strategies import histories
 

@@ -15,7 +15,7 @@ from proxy.memory import (
     page_id,
     watermarks,
 )
-from proxy.memory.pins import PinnedSet
+from proxy.memory.eviction import PinnedSet
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.working_set import (
     MAX_PENDING_IMPORTANCE,
