@@ -1,6 +1,7 @@
 """Who leaves: one contract for every policy, and the rules that stand above them."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,10 @@ def entry(
     return made
 
 
+def change(table: PageTable, op: MutationType, turn: int, **fields: Any) -> PageTableEntry:
+    return table.apply(PageMutation(op, "msg_0001", turn, **fields))
+
+
 @every_policy
 @given(
     turn=st.integers(0, 10_000),
@@ -86,16 +91,16 @@ def test_policy_more_recent_and_more_important_never_score_lower(
 @every_policy
 def test_policy_never_lets_a_pinned_page_go(policy: EvictionPolicy) -> None:
     table = PageTable()
-    table.register_id("msg_0001", 10, turn=1)
-    table.apply(PageMutation(MutationType.PIN, "msg_0001", 1))
+    change(table, MutationType.CREATE, 1)
+    change(table, MutationType.PIN, 1)
     assert policy.score(next(iter(table)), 10_000) == math.inf
 
 
 @every_policy
 def test_policy_lets_a_page_go_whose_guessed_pin_decayed(policy: EvictionPolicy) -> None:
     table = PageTable()
-    entry = table.register_id("msg_0001", 10, turn=1)
-    table.pin("msg_0001", turn=1, kind=PinKind.INFERRED)
+    entry = change(table, MutationType.CREATE, 1)
+    change(table, MutationType.PIN, 1, pin_kind=PinKind.INFERRED)
     assert policy.score(entry, 1 + PIN_DECAY_TURNS) == math.inf
     assert math.isfinite(policy.score(entry, 2 + PIN_DECAY_TURNS))
 
@@ -103,8 +108,8 @@ def test_policy_lets_a_page_go_whose_guessed_pin_decayed(policy: EvictionPolicy)
 @every_policy
 def test_policy_a_recently_faulted_page_outlasts_every_unprotected_one(policy: EvictionPolicy) -> None:
     table = PageTable()
-    table.register_id("msg_0001", 10, turn=1)
-    table.fault_in("msg_0001", turn=50)
+    change(table, MutationType.CREATE, 1)
+    change(table, MutationType.FAULT_IN, 50)
     faulted = table.lookup("msg_0001")
     assert faulted is not None
     best = entry(60, 1.0, Modality.TEXT, PageType.CLAIM)
@@ -142,15 +147,15 @@ def test_pinned_set_pins_by_id() -> None:
 def test_pinned_set_an_explicit_pin_holds_and_an_inferred_one_decays_unless_used() -> None:
     pins = PinnedSet(decay_turns=10)
     table, made = page()
-    table.pin("msg_0001", turn=5, kind=PinKind.INFERRED)
+    change(table, MutationType.PIN, 5, pin_kind=PinKind.INFERRED)
     assert [pins.reason(made, turn) for turn in (15, 16)] == [PinReason.INFERRED, PinReason.NONE]
-    table.apply(PageMutation(MutationType.ACCESS, "msg_0001", 20))
+    change(table, MutationType.ACCESS, 20)
     assert pins.held(made, 30) and not pins.held(made, 31)
-    table.pin("msg_0001", turn=31)
+    change(table, MutationType.PIN, 31)
     assert pins.reason(made, 10_000) is PinReason.EXPLICIT
-    table.pin("msg_0001", turn=32, kind=PinKind.INFERRED)  # a guess does not weaken it
+    change(table, MutationType.PIN, 32, pin_kind=PinKind.INFERRED)  # a guess does not weaken it
     assert pins.reason(made, 10_000) is PinReason.EXPLICIT
-    table.apply(PageMutation(MutationType.UNPIN, "msg_0001", 33))
+    change(table, MutationType.UNPIN, 33)
     assert (made.pin_kind, made.pinned_turn, pins.is_pinned(made, 33)) == (None, None, False)
 
 
@@ -168,11 +173,11 @@ def test_anti_thrash_protects_what_came_and_cools_what_left() -> None:
     policy = AntiThrashPolicy(eviction_cooldown_turns=3, fault_protection_turns=2)
     assert policy == AntiThrashPolicy()
     table = PageTable()
-    made = table.register_id("msg_0001", 10, turn=1, tier=StorageTier.L0)
+    made = change(table, MutationType.CREATE, 1, tier=StorageTier.L0)
     assert not policy.protected(made, 1) and not policy.cooling(made, 1)
-    table.evict("msg_0001", turn=4)
+    change(table, MutationType.EVICT, 4, tier=StorageTier.L2)
     assert [policy.cooling(made, turn) for turn in (4, 7, 8)] == [True, True, False]
-    table.fault_in("msg_0001", turn=7)
+    change(table, MutationType.FAULT_IN, 7)
     assert not policy.cooling(made, 7)
     assert [policy.protected(made, turn) for turn in (7, 8, 9)] == [True, True, False]
 
@@ -180,13 +185,13 @@ def test_anti_thrash_protects_what_came_and_cools_what_left() -> None:
 def test_anti_thrash_sees_the_refaults_that_the_table_counts() -> None:
     policy = AntiThrashPolicy()
     table = PageTable()
-    made = table.register_id("msg_0001", 10, turn=0, tier=StorageTier.L0)
+    made = change(table, MutationType.CREATE, 0, tier=StorageTier.L0)
     turn = 0
     for pause in range(7):
-        table.evict("msg_0001", turn)
+        change(table, MutationType.EVICT, turn, tier=StorageTier.L2)
         turn += pause
         expected = made.refault_count + policy.cooling(made, turn)
-        table.fault_in("msg_0001", turn)
+        change(table, MutationType.FAULT_IN, turn)
         assert made.refault_count == expected
     assert made.refault_count == 4 and 0.5 < made.importance <= 1.0
 
