@@ -19,13 +19,13 @@ from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manager import MemoryManager
 from proxy.memory.manifest import ManifestBuilder, ManifestPolicies
 from proxy.memory.models import CompressionLevel, MemoryPage, VMMode
-from proxy.memory.vm_prompts import (
+from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,
     build_vm_developer_message,
+    error_result,
     get_vm_tools_as_dicts,
 )
-from proxy.memory.vm_results import error_result
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
 

@@ -31,12 +31,12 @@ from proxy.conversation.room import without_oldest_round
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Entry, Window
 from proxy.errors import ApiError
-from proxy.memory.context_packer import context_parts, page_parts
+from proxy.memory.context import context_parts, page_parts
 from proxy.memory.eviction import PinnedSet, PinReason
 from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier, VMMode
 from proxy.memory.planner import Budget, Group, IsPinned, Plan, native_groups, plan
 from proxy.memory.segments import Segment
-from proxy.memory.vm_prompts import build_vm_developer_message
+from proxy.memory.vm_tools import build_vm_developer_message
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_MESSAGE, TokenCounter
 

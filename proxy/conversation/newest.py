@@ -17,7 +17,7 @@ from proxy.conversation.epoch_request import EpochRequest, show
 from proxy.conversation.mediapages import MediaPage
 from proxy.conversation.pathpages import anchor_tokens
 from proxy.conversation.window import NATIVE, SYSTEM, Entry
-from proxy.memory.context_packer import context_parts
+from proxy.memory.context import context_parts
 from proxy.memory.models import CompressionLevel
 from proxy.memory.planner import Group
 

@@ -36,14 +36,14 @@ from proxy.conversation.rewind import brought_since, differs_at, taken_back
 from proxy.conversation.room import STANDING_TOKENS, newest_entries, spare_tokens, standing
 from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
-from proxy.memory.context_packer import context_block
+from proxy.memory.context import context_block
 from proxy.memory.core import MemoryCore
 from proxy.memory.models import FaultReason, MutationType, PageMutation, StorageTier, VMMode
 from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.prefetcher import fresh_terms, points_back, was_used
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import without_citations
+from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import TokenBudget, watermarks
 from proxy.tokens import TokenCounter
 

@@ -22,7 +22,7 @@ from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.mediapages import MediaPage, media_pages
 from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import ContextPacker
+from proxy.memory.context import ContextPacker
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.models import (
     MEDIA_PART,
@@ -73,7 +73,7 @@ class PathPages:
         self._get_record = get_record
         self.derived = derived
         self.registry = registry
-        self.packer = ContextPacker(counter.text, _lines, counter.part)
+        self.packer = ContextPacker(counter, _lines)
         self._counter = counter
         self._page_tokens = page_tokens
         self._messages: dict[int, dict[str, Any]] = {}

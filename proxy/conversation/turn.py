@@ -39,6 +39,7 @@ from proxy.conversation.compose import (
     total_usage,
 )
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
+from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages, anchor_tokens
@@ -48,7 +49,6 @@ from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
-from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
@@ -56,7 +56,7 @@ from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
+from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
 __all__ = ["Answer", "Turn", "TurnInput"]
@@ -362,7 +362,7 @@ class Turn:
         full = paging.result_room <= 0
         if self._in.decoded.get("tools"):
             return full and number > 0
-        return full or vm_calls.server.exhausted
+        return full or vm_calls.exhausted
 
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
@@ -482,7 +482,7 @@ class Turn:
     def _answer(self, said: Said, paging: TurnWindow, vm_calls: VMCalls) -> Answer:
         report = self._report
         report.rounds = len(self._responses)
-        report.faults, report.searches = vm_calls.server.faults, vm_calls.server.searches
+        report.faults, report.searches = vm_calls.faults, vm_calls.searches
         report.reachable_tokens = paging.table.total_tokens
         if self._in.observed:
             paging.tell()

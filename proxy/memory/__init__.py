@@ -33,7 +33,7 @@ from proxy.memory.artifacts_bridge import (
 )
 from proxy.memory.claims import Claim, extract_claims
 from proxy.memory.compressor import compress_text, hint
-from proxy.memory.context_packer import (
+from proxy.memory.context import (
     ContextPacker,
     PackedContext,
     context_block,
@@ -49,7 +49,7 @@ from proxy.memory.eviction import (
     ModalityAwareLRU,
     PinnedSet,
 )
-from proxy.memory.fault_handler import (
+from proxy.memory.faults import (
     FaultMetrics,
     FaultPolicy,
     FaultResult,
@@ -97,19 +97,16 @@ from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.segments import Segment, close_segment
 from proxy.memory.tlb import PageTLB, TLBStats, TLBWithPageTable
-from proxy.memory.vm_args import parse_fault_args, parse_search_args
-from proxy.memory.vm_prompts import (
-    build_vm_developer_message,
-    get_vm_tools,
-    get_vm_tools_as_dicts,
-)
-from proxy.memory.vm_results import (
+from proxy.memory.vm_tools import (
     FaultToolResult,
     SearchResultEntry,
     SearchToolResult,
+    build_vm_developer_message,
     error_result,
-    fault_result,
-    search_result,
+    get_vm_tools,
+    get_vm_tools_as_dicts,
+    parse_fault_args,
+    parse_search_args,
 )
 from proxy.memory.working_set import (
     TokenBudget,
@@ -187,7 +184,6 @@ __all__ = [
     "context_parts",
     "error_result",
     "extract_claims",
-    "fault_result",
     "get_vm_tools",
     "get_vm_tools_as_dicts",
     "hint",
@@ -199,7 +195,6 @@ __all__ = [
     "parse_page_id",
     "parse_search_args",
     "prefix_of",
-    "search_result",
     "split_text",
     "watermarks",
 ]

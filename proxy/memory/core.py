@@ -14,14 +14,14 @@ from functools import cached_property
 from proxy.memory.artifacts_bridge import ArtifactsBridge
 from proxy.memory.claims import Claim
 from proxy.memory.compressor import hint
-from proxy.memory.context_packer import (
+from proxy.memory.context import (
     ESTIMATES,
     ContextPacker,
     page_tokens,
     page_words,
 )
 from proxy.memory.eviction import AntiThrashPolicy, EvictionPolicy, ImportanceWeightedLRU, PinnedSet
-from proxy.memory.fault_handler import PageFaultHandler
+from proxy.memory.faults import PageFaultHandler
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
@@ -199,7 +199,7 @@ class MemoryCore:
     @cached_property
     def packer(self) -> ContextPacker:
         """Writes <VM:CONTEXT>."""
-        return ContextPacker(self._counts.text, self.pack_cache, self._counts.part)
+        return ContextPacker(self._counts, self.pack_cache)
 
     @cached_property
     def registry(self) -> CompressorRegistry:
@@ -214,9 +214,8 @@ class MemoryCore:
             self._get_page,
             *self._limits,
             apply=self.apply,
-            compress=self._compress,
-            count=self._counts.text,
-            part_tokens=self._counts.part,
+            registry=self.registry,
+            counts=self._counts,
             turn=self.turn,
         )
 
