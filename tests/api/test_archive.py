@@ -84,15 +84,14 @@ async def test_a_closed_segment_has_a_checkpoint_with_its_pages(tmp_path: Path) 
         assert (await here.ask(20))["choices"][0]["message"]["content"] == "Noted."
         assert here.reports[-1].new_epoch
         await here.archive.close()  # waits for what is being saved
-        (checkpoint,) = await here.archive.bridge.list_checkpoints()
-        assert await here.archive.checkpoint_of(bytes.fromhex(checkpoint.name)) == checkpoint.checkpoint_id
-        pages = await here.archive.bridge.load_checkpoint(checkpoint.checkpoint_id)
+        (checkpoint,) = await here.archive.bridge.backend.keys("checkpoint_")
+        pages = await here.archive.bridge.load_checkpoint(checkpoint)
         ids = [page.page_id for page in pages]
         assert ids[0] == "summary_seg_01"
         assert pages[0].provenance[0] == "msg_0001"
         assert any(i.startswith("claim_") for i in ids)
     async with room(tmp_path) as again:
-        (found,) = await again.archive.bridge.list_checkpoints()
+        (found,) = await again.archive.bridge.backend.keys("checkpoint_")
         assert found == checkpoint
 
 
@@ -100,7 +99,7 @@ async def test_a_short_conversation_leaves_nothing_behind(tmp_path: Path) -> Non
     async with room(tmp_path) as here:
         await here.ask(2)
         await here.archive.close()
-        assert await here.archive.bridge.list_checkpoints() == []
+        assert await here.archive.bridge.backend.keys("checkpoint_") == []
         assert await here.archive.checkpoint_of(b"unknown") is None
 
 

@@ -13,8 +13,9 @@ from proxy.conversation.closing import close_segment
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.listing import manifest_of
 from proxy.conversation.pathpages import PathPages
-from proxy.memory import VMMode, parse_page_id
+from proxy.memory import VMMode
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
+from proxy.memory.pages import parse_page_id
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, limits_of
 from tests.conversation.test_epoch import request

@@ -10,9 +10,9 @@ from proxy.memory import (
     MemoryPage,
     Modality,
     StorageTier,
-    page_id,
 )
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
+from proxy.memory.pages import page_id
 
 
 def count(text: str) -> int:
