@@ -21,7 +21,6 @@ import msgspec
 from proxy.conversation.channel import Channel
 from proxy.conversation.compose import as_input
 from proxy.conversation.effects import Effect, Said, Search
-from proxy.conversation.paging import TurnWindow
 from proxy.conversation.report import FaultReport, SearchReport
 from proxy.conversation.textcalls import (
     as_message,
@@ -30,6 +29,7 @@ from proxy.conversation.textcalls import (
     said_text,
     unwrapped,
 )
+from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import VM, Entry
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import context_parts
@@ -114,7 +114,7 @@ class VMCalls:
     def __init__(self, paging: TurnWindow) -> None:
         self._paging = paging
         self._pages, self._table = paging.pages, paging.table
-        self._counter, self._limits = paging.counter, paging.limits
+        self._counter, self._limits = paging.context.counter, paging.limits
         self._handler = PageFaultHandler(
             paging.table,
             max_faults_per_turn=self._limits.faults_per_turn,
@@ -122,7 +122,7 @@ class VMCalls:
             locate=paging.pages.expand,
             apply=paging.apply,
             registry=paging.pages.registry,
-            counts=paging.counter,
+            counts=self._counter,
             turn=paging.turn,
         )
         self.faults: list[FaultReport] = []
@@ -244,11 +244,11 @@ class VMCalls:
         page_id, level = args
         ids = self._pages.expand(page_id)
         if not ids:
-            last = self._pages.ids(len(self._pages.path) - 1)[0]
+            last = self._pages[len(self._pages.path) - 1].ids[0]
             error = f"There is no page {page_id}: pages are msg_0001 to {last}."
             return self._error(page_id, level, error, room)
         within = room
-        if self._pages.is_medium(ids[0]):
+        if self._pages.medium(ids[0]) is not None:
             within = Room(room.tokens, room.spare_tokens - _MEDIA_OVERHEAD)
             level = level if media else max(level, CompressionLevel.ABSTRACT)
         result = yield from self._handler.resolve(page_id, level, self._paging.fault_reason, within)
@@ -263,7 +263,7 @@ class VMCalls:
 
     def _search(self, args: SearchArgs, room: Room) -> Generator[Effect, Any, str]:
         before = len(self._pages.path) - 1
-        before += any(self._outside(i) for i in self._pages.ids(before))  # it was cut: search it too
+        before += any(self._outside(i) for i in self._pages[before].ids)  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(args.query, wide, before, self._loaded_at)
@@ -325,7 +325,7 @@ class VMCalls:
         text = self._pages.text(page_id)
         snippet = self._limits.snippet_tokens
         complete = len(text) <= snippet * 8 and self._counter.text(text) <= snippet
-        complete = complete and not self._pages.is_medium(page_id)
+        complete = complete and self._pages.medium(page_id) is None
         if not complete:
             text = compress_text(text, CompressionLevel.REDUCED, snippet, self._counter.text)
         return SearchResultEntry(

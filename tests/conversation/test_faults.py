@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proxy.conversation.channel import choose_channel
 from proxy.conversation.effects import Load
 from proxy.conversation.faults import NO_ROOM, VMCalls, split_calls
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory.faults import Room
 from proxy.memory.models import CompressionLevel, FaultReason, StorageTier
 from proxy.memory.page_table import PageTable
@@ -33,7 +33,7 @@ from tests.conversation.player import (
     tool_messages,
 )
 from tests.conversation.scenario import grown
-from tests.conversation.test_pathpages import pages_of
+from tests.conversation.test_pages import pages_of
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
@@ -45,11 +45,11 @@ class Setting:
         self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
         self.table = TLBWithPageTable(PageTable())
         for position in range(len(TEXTS)):
-            for i in self.pages.ids(position):
+            for i in self.pages[position].ids:
                 self.table.register_id(i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
         window: Any = SimpleNamespace(
-            pages=self.pages, table=self.table, counter=COUNTER, limits=limits, turn=2,
+            pages=self.pages, table=self.table, context=SimpleNamespace(counter=COUNTER), limits=limits, turn=2,
             apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE,
             channel=choose_channel({}, limits),
         )  # fmt: skip
@@ -91,7 +91,7 @@ def test_a_page_is_given_whole_and_is_in_the_window_from_then_on() -> None:
 def test_a_cut_messages_own_id_gives_all_its_parts() -> None:
     it = Setting()
     assert it.fault("msg_0003")["page"]["content"]["text"] == TEXTS[2]
-    parts = [it.table.lookup(i) for i in it.pages.ids(2)]
+    parts = [it.table.lookup(i) for i in it.pages[2].ids]
     assert len(parts) > 1 and all(e and e.tier is StorageTier.L0 for e in parts)
 
 
