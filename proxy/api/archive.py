@@ -14,6 +14,7 @@ from proxy.api.memory import Memory
 from proxy.api.renditions import Renditions
 from proxy.api.writer import Writer
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.effects import Load
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.turn import Turn, TurnInput
@@ -66,7 +67,7 @@ class Archive:
 
     async def checkpoint_of(self, record_id: bytes) -> str | None:
         """The id of the checkpoint that a turn's record made."""
-        found = self._memory.store.get(b"c" + record_id)
+        found = self._memory.store.get(keys.CHECKPOINT + record_id)
         return found.decode() if found else None
 
     async def close(self) -> None:
@@ -84,7 +85,7 @@ class Archive:
     async def _checkpoint(self, records: Sequence[bytes], pages: Sequence[MemoryPage]) -> None:
         try:
             made = await self.bridge.checkpoint(pages, records[-1].hex())
-            await self._memory.store.commit([(b"c" + i, made.encode()) for i in records])
+            await self._memory.store.commit([(keys.CHECKPOINT + i, made.encode()) for i in records])
         except (ArtifactError, StorageError) as error:
             log.warning("a checkpoint could not be saved: %s", error)
 

@@ -37,9 +37,9 @@ from proxy.api.stats import Stats
 from proxy.api.visit import Visit
 from proxy.config import Config
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
+from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.state import State
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.errors import ApiError
 from proxy.storage.l2 import StorageError

@@ -20,12 +20,12 @@ from proxy.api.request import Decoded, validate
 from proxy.config import Config, effective_reserve
 from proxy.conversation.body import Body, message_ends, read_body
 from proxy.conversation.calibration import TOKENS_FACTOR
-from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
-from proxy.conversation.tree import Anchor, Node, Record
+from proxy.conversation.records import NO_NAMES, Record, SessionNames
+from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.turn import TurnInput
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
@@ -157,7 +157,7 @@ class Placing:
             found.floor, found.anchors, found.record, window, state.table if state else None,
             limits, counter, memory.identity, tenant, names, self._policy,
             memory.substitutes, fixed, surely, self._observed, scope,
-            state.derived if state else NO_DERIVED, memory.get_block, exact,
+            state.derived if state else NO_DERIVED, exact,
             next_limits=following, known_factor=factor, sent=found.sent, facts=facts,
         )  # fmt: skip
 

@@ -6,53 +6,17 @@ is enough to continue from (the checkpoint of a conversation): the page table's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-import msgspec
-
-from proxy.conversation.derived import Derived
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
 from proxy.memory.models import MutationType, PageMutation, PageType, StorageTier
-from proxy.memory.segments import Segment, decode_segment
+from proxy.memory.segments import Segment
 from proxy.memory.segments import close_segment as close_pages
 from proxy.memory.sentences import SegmentDoc
 from proxy.tokens import TokenCounter
 
 _READ_CHARS = 8_000  # of one message; more of it is for a search to find
-
-
-class Closing(msgspec.Struct, array_like=True):
-    """What a record keeps of the segments that its turn closed. `root` is the page table's after the
-    turn; positions before `end` are in a segment; `max_claims` was the limit then."""
-
-    root: bytes
-    segments: list[bytes]
-    end: int
-    max_claims: int
-
-
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(Closing).decode
-
-
-def encode_closing(
-    root: bytes, segments: Sequence[Segment], end: int, max_claims: int
-) -> bytes:
-    return _pack(Closing(root, [segment.encode() for segment in segments], end, max_claims))
-
-
-def table_root(closing: bytes) -> bytes:
-    """The page table's root in an encoded closing."""
-    return _unpack(closing).root
-
-
-def grown(derived: Derived, closing: bytes) -> Derived:
-    """`derived` and what an encoded closing left."""
-    closed = _unpack(closing)
-    for segment in closed.segments:
-        derived = derived.with_segment(decode_segment(segment), closed.end, closed.max_claims)
-    return derived
 
 
 def close_segment(

@@ -6,16 +6,18 @@ every page can be walked to the messages that it rests on, and back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import msgspec
 
 from proxy.memory.claims import Claim, claim_of, claim_text, fold_claims
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import MemoryPage, PageType
 from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler
-from proxy.memory.segments import Segment
+from proxy.memory.segments import Segment, decode_segment
 
 _SHOWN_SOURCES = 2  # message ids named behind a claim
 
@@ -87,3 +89,39 @@ def _is_claim(page: MemoryPage) -> bool:
 
 
 NO_DERIVED = Derived()
+
+
+# -- as stored
+
+
+class Closing(msgspec.Struct, array_like=True):
+    """What a record keeps of the segments that its turn closed. `root` is the page table's after the
+    turn; positions before `end` are in a segment; `max_claims` was the limit then."""
+
+    root: bytes
+    segments: list[bytes]
+    end: int
+    max_claims: int
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(Closing).decode
+
+
+def encode_closing(
+    root: bytes, segments: Sequence[Segment], end: int, max_claims: int
+) -> bytes:
+    return _pack(Closing(root, [segment.encode() for segment in segments], end, max_claims))
+
+
+def table_root(closing: bytes) -> bytes:
+    """The page table's root in an encoded closing."""
+    return _unpack(closing).root
+
+
+def grown(derived: Derived, closing: bytes) -> Derived:
+    """`derived` and what an encoded closing left."""
+    closed = _unpack(closing)
+    for segment in closed.segments:
+        derived = derived.with_segment(decode_segment(segment), closed.end, closed.max_claims)
+    return derived

@@ -13,7 +13,7 @@ from proxy.conversation.window import Entry
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.models import CompressionLevel, MemoryPage, PageMutation, VMMode
 from proxy.memory.pins import PinnedSet
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.tokens import TokenCounter
 
 
@@ -23,7 +23,7 @@ class EpochRequest:
     `after`: so many messages follow those of the pages, and stand in `tail`."""
 
     pages: PathPages
-    table: TLBWithPageTable
+    table: PageTable
     policy: EvictionPolicy
     pins: PinnedSet
     counter: TokenCounter

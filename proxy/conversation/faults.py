@@ -29,7 +29,7 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.pages import Hit
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
 from proxy.memory.vm_results import SearchResultEntry, error_result, search_result
 from proxy.tokens import TokenCounter
@@ -79,7 +79,7 @@ class FaultServer:
     def __init__(
         self,
         pages: PathPages,
-        table: TLBWithPageTable,
+        table: PageTable,
         counter: TokenCounter,
         limits: Limits,
         turn: int,

@@ -15,31 +15,30 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.commit import NO_NAMES
 from proxy.conversation.compose import as_input
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
-from proxy.conversation.state import State, restore_state
-from proxy.conversation.tree import (
-    Identity,
-    Node,
+from proxy.conversation.records import (
+    NO_NAMES,
     Record,
+    State,
     block_key,
     decode_record,
     record_key,
+    restore_state,
 )
+from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.errors import ApiError
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import MemoryPage
-from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.mutation_log import decode as decode_mutations
 from proxy.memory.pages import Hit
 from proxy.memory.search_handler import PageSearchHandler
+from proxy.memory.table import MutationLogLite, decode_log
 from proxy.tokens import TokenCounter
 
 Message = dict[str, Any]
@@ -120,7 +119,7 @@ class LocalConversation:
         if paged and turn.record is not None:
             if not turn.record.base:  # the first turn that pages
                 self._log = MutationLogLite()
-            self._log.extend(decode_mutations(_unpack(turn.record.mutations)))
+            self._log.extend(decode_log(turn.record.mutations))
 
     # -- showing
 

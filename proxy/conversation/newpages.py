@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from proxy.conversation.pathpages import PathPages
 from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.models import (
+    DEFAULT_IMPORTANCE,
     MEDIA_PART,
     CompressionLevel,
     MutationType,
@@ -15,9 +16,8 @@ from proxy.memory.models import (
     PageType,
     StorageTier,
 )
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.pages import page_id
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 
 
 def new_pages(
@@ -43,7 +43,7 @@ def new_pages(
 
 
 def renewed(
-    pages: PathPages, first: int, last: int, table: TLBWithPageTable, turn: int
+    pages: PathPages, first: int, last: int, table: PageTable, turn: int
 ) -> Iterator[PageMutation]:
     """The pages of positions first..last-1, which the table has, where these are others now because
     the system messages behind them changed. They are where those before them were."""
@@ -70,7 +70,7 @@ def renewed(
 
 
 def _stale(
-    position: int, ids: tuple[str, ...], table: TLBWithPageTable
+    position: int, ids: tuple[str, ...], table: PageTable
 ) -> list[PageTableEntry]:
     """The text pages of a message that the table has under other ids."""
     names = [page_id(position)]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from proxy.conversation.channel import Channel
-from proxy.conversation.closing import encode_closing
-from proxy.conversation.commit import Stored
 from proxy.conversation.compose import with_context
+from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import (
     begin_epoch,
@@ -31,18 +30,18 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.newpages import new_pages, renewed
 from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens, group_start, owner
 from proxy.conversation.prefetch import Chosen, Prefetch
+from proxy.conversation.records import GetRecord, Record, Stored
 from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.rewind import brought_since, differs_at, taken_back
 from proxy.conversation.room import STANDING_TOKENS, newest_entries, spare_tokens, standing
-from proxy.conversation.tree import Anchor, GetRecord, Record
+from proxy.conversation.tree import Anchor
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
 from proxy.memory.context_packer import context_block
 from proxy.memory.core import MemoryCore
 from proxy.memory.models import FaultReason, MutationType, PageMutation, StorageTier, VMMode
-from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.prefetcher import fresh_terms, points_back, was_used
 from proxy.memory.segments import Segment
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_prompts import without_citations
 from proxy.memory.working_set import TokenBudget, watermarks
 from proxy.tokens import TokenCounter
@@ -94,8 +93,8 @@ class TurnWindow:
         self.memory.apply(mutation)
 
     @property
-    def table(self) -> TLBWithPageTable:
-        return self.memory.combined
+    def table(self) -> PageTable:
+        return cast(PageTable, self.memory.page_table)
 
     # -- opening
 
@@ -231,7 +230,7 @@ class TurnWindow:
             derived, most = self.pages.derived, self.limits.max_claims
             root, blocks = self.table.checkpoint()
             closing = encode_closing(root, self.segments, derived.end, most)
-        mutations = msgspec.msgpack.encode(encode_mutations(self.memory.log.entries))
+        mutations = encode_log(self.memory.log.entries)
         closed = tuple(self.segments)
         return Stored(self.window, mutations, closing, blocks, self.pages.derived, closed)
 

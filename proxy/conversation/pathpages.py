@@ -20,7 +20,8 @@ import msgspec
 
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.mediapages import MediaPage, media_pages
-from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
+from proxy.conversation.records import GetRecord
+from proxy.conversation.tree import ID_BYTES, Anchor, Node
 from proxy.memory.compressor import compress_text
 from proxy.memory.context_packer import ContextPacker
 from proxy.memory.levels import CompressorRegistry
@@ -38,7 +39,6 @@ from proxy.tokens import TokenCounter, get_counter
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
 
-_KEPT_LINES = 4096  # packed pages remembered: the same pages are shown epoch after epoch
 _ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
 _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
 _LONG_CHARS = 400  # and only what is longer is shortened
@@ -47,7 +47,7 @@ _SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
 _CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
-_lines = PackCache(_KEPT_LINES)
+_lines = PackCache()
 _registry = CompressorRegistry.default()
 
 
@@ -260,7 +260,7 @@ class PathPages:
     def index_keys(self, before: int) -> list[bytes]:
         """What the search index knows the pages of the first `before` messages by: each key names all
         that stands there and before."""
-        ids = [node.id for node in self.path[:before]]
+        ids: list[bytes] = [node.id for node in self.path[:before]]
         if not self._notes:
             return ids
         digest, keys = b"", []

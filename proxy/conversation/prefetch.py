@@ -25,7 +25,7 @@ from proxy.memory.prefetcher import (
     asks_back,
     points_back,
 )
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.tokens import TokenCounter
 
 _SHARE = 8  # prefetched pages take at most 1/8 of the room
@@ -56,7 +56,7 @@ class Prefetch:
     """One decision. `offer`: the model may fault for itself; `room_tokens`: the whole window's."""
 
     pages: PathPages
-    table: TLBWithPageTable
+    table: PageTable
     counter: TokenCounter
     limits: Limits
     offer: bool

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from proxy.conversation.pathpages import owner
-from proxy.conversation.tree import Anchor, GetRecord, Node, Record
+from proxy.conversation.records import GetRecord, Record
+from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import MIXED, NATIVE, SYSTEM, Window
 from proxy.memory.models import MutationType
-from proxy.memory.mutation_log import decode as decode_mutations
+from proxy.memory.table import decode_log
 
 
 def differs_at(
@@ -63,7 +62,7 @@ def brought_since(head: Record, position: int, get: GetRecord) -> list[str]:
     at: Record | None = head
     while at is not None and at.end > position:
         if at.mutations:
-            for m in decode_mutations(msgspec.msgpack.decode(at.mutations)):
+            for m in decode_log(at.mutations):
                 mapped = m.op is MutationType.MAP and m.reason is not None
                 if mapped or m.op is MutationType.FAULT_IN:
                     found[m.page_id] = None

@@ -26,7 +26,6 @@ from proxy.conversation.calibration import (
 )
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
-from proxy.conversation.commit import Stored, answered_by, append_effect, new_records
 from proxy.conversation.compose import (
     answer_budget,
     as_input,
@@ -42,20 +41,19 @@ from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, 
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages, anchor_tokens
+from proxy.conversation.records import Record, Stored, answered_by, append_effect, new_records
 from proxy.conversation.refusal import repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
-from proxy.conversation.tree import Record
 from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
-from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
@@ -91,7 +89,7 @@ class Turn:
         )
         table = given.table
         if table is None:
-            table = TLBWithPageTable(PageTable(load=given.load_block))
+            table = PageTable()
         self.table = table
         self.record: Record | None = None
         self.settled: tuple[Record, Stored] | None = None  # of the last answer that the request brought

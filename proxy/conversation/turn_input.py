@@ -9,15 +9,15 @@ from typing import Any
 from proxy.conversation.body import Fields
 from proxy.conversation.calibration import Calibration
 from proxy.conversation.capability import Capabilities, Seen
-from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
+from proxy.conversation.records import Record, Sent, SessionNames
 from proxy.conversation.report import TurnReport
-from proxy.conversation.tree import Anchor, Identity, Node, Record, Sent
+from proxy.conversation.tree import Anchor, Identity, Node
 from proxy.conversation.window import Window
 from proxy.memory.eviction_policy import EvictionPolicy
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.tokens import TokenCounter
 
 
@@ -41,7 +41,7 @@ class TurnInput:
     anchors: Sequence[Anchor]
     record: Record | None
     window: Window | None
-    table: TLBWithPageTable | None
+    table: PageTable | None
     limits: Limits
     counter: TokenCounter
     identity: Identity
@@ -54,7 +54,6 @@ class TurnInput:
     observed: bool = True  # somebody reads the report's page lists
     scope: bytes = b""  # of the API key alone: what is learned of a model holds for it
     derived: Derived = NO_DERIVED  # summaries and claims of this path
-    load_block: Callable[[bytes], bytes | None] | None = None  # reads a table's stored blocks
     exact_counter: bool = False  # the model is known to be counted by this encoding
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     seen: Callable[[], Seen] = Seen  # asked only after a refusal

@@ -2,7 +2,7 @@
 
 Promises: within an epoch the log only grows at its end, so a request's messages begin with the exact
 bytes of the one before; it is taken back only to where the client itself changed what stands in it;
-the log is stored as changes per answered turn and comes back byte for byte.
+the log is stored as changes per answered turn (records.py) and comes back byte for byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.form import Form, Piece, formed
-from proxy.conversation.tree import Anchor, GetRecord, Record
+from proxy.conversation.tree import Anchor
 from proxy.tokens import PER_MESSAGE, TokenCounter
 
 # What an entry of the log is.
@@ -87,53 +87,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
         )
 
 
-class _Change(msgspec.Struct, array_like=True, omit_defaults=True):
-    covered: int
-    entries: tuple[Entry, ...] = ()
-    snapshot: Window | None = None
-    kept: int = -1  # of the entries before, the first so many; -1: all of them
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Change).decode
 _json = msgspec.json.encode
-
-
-def encode_change(before: Window | None, after: Window) -> bytes:
-    """What a turn stores: the entries added (behind those kept), or the whole window when a new
-    epoch began in it, or when it was counted anew."""
-    if before is None or _measure(before) != _measure(after):
-        return _encode(_Change(after.covered, snapshot=after))
-    old, new = before.entries, after.entries
-    if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
-        return _encode(_Change(after.covered, new[len(old) :]))
-    pairs = enumerate(zip(old, new, strict=False))
-    kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    return _encode(_Change(after.covered, new[kept:], kept=kept))
-
-
-def _measure(window: Window) -> tuple[int, str, float]:
-    return window.epoch, window.counter, window.factor
-
-
-def restore(record: Record, get: GetRecord) -> Window | None:
-    """The window after the record's turn; None for a conversation that was never evicted from."""
-    changes: list[_Change] = []
-    at: Record | None = record
-    while at is not None and at.window:
-        change = _decode(at.window)
-        if change.snapshot is not None:
-            window = change.snapshot
-            for later in reversed(changes):
-                if later.kept >= 0:
-                    window = window.until(later.kept, later.covered)
-                window = window.append(later.entries, later.covered)
-            return window
-        changes.append(change)
-        at = get(at.base)
-    if changes:
-        raise LookupError("the beginning of an epoch's window is missing from storage")
-    return None
 
 
 def render(

@@ -80,9 +80,7 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.pack_cache import PackCache, PackCacheStats
-from proxy.memory.page_table import PageTable
 from proxy.memory.pages import (
     message_text,
     modality_of,
@@ -96,6 +94,7 @@ from proxy.memory.prefetcher import Prefetcher
 from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.segments import Segment, close_segment
+from proxy.memory.table import MutationLogLite, PageTable
 from proxy.memory.tlb import PageTLB, TLBStats, TLBWithPageTable
 from proxy.memory.vm_args import parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.models import DEFAULT_IMPORTANCE
 
 PREFERENCE_IMPORTANCE = 0.9
 PIN_TOKENS = 128  # a longer message is not pinned as a whole

@@ -22,7 +22,7 @@ from proxy.api.memory import Memory
 from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
 from proxy.config import SessionsConfig, load_config
-from proxy.conversation.tree import record_key
+from proxy.conversation.records import record_key
 from proxy.upstream import make_upstream
 from tests.conversation.player import Message, Player, limits_of, says
 from tests.conversation.test_closing import talk

@@ -41,8 +41,8 @@ from proxy.memory import planner
 from proxy.memory.core import MemoryCore
 from proxy.memory.eviction_policy import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
-from proxy.memory.page_table import PageTable
 from proxy.memory.planner import Plan
+from proxy.memory.table import PageTable
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter

@@ -16,7 +16,6 @@ import msgspec
 
 from proxy.conversation.body import message_ends, read_body
 from proxy.conversation.capability import Seen, capabilities
-from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.form import Form
@@ -24,19 +23,19 @@ from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import owner
-from proxy.conversation.room import standing
-from proxy.conversation.sieve import Sieve
-from proxy.conversation.state import State, restore_state
-from proxy.conversation.tree import (
-    ID_BYTES,
-    Identity,
-    Node,
+from proxy.conversation.records import (
     Record,
+    SessionNames,
+    State,
     block_key,
     decode_record,
     load_path,
     record_key,
+    restore_state,
 )
+from proxy.conversation.room import standing
+from proxy.conversation.sieve import Sieve
+from proxy.conversation.tree import ID_BYTES, Identity, Node
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.conversation.window import render
 from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
@@ -233,7 +232,7 @@ class Player:
             found.floor, found.anchors, found.record, state.window if state else None,
             state.table if state else None, self.limits, counter, self.identity, tenant,
             names, ImportanceWeightedLRU(), self._substitutes, fixed,
-            derived=state.derived if state else NO_DERIVED, load_block=self.get_block,
+            derived=state.derived if state else NO_DERIVED,
             get_record=self.get_record, seen=lambda: self.seen, sent=found.sent,
         )
         if self.learned is not None:
@@ -275,7 +274,6 @@ class Player:
         record = turn.record
         # An equal answer may have been stored before: then that turn's state is the one that counts.
         if record and turn.window and self.get_record(record.id) is record:
-            turn.table.shed()
             self._states[record.id] = State(turn.window, turn.table, turn.pages.derived)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import msgspec
 import pytest
 
-from proxy.conversation.closing import close_segment, created, encode_closing, grown, table_root
-from proxy.conversation.derived import NO_DERIVED
+from proxy.conversation.closing import close_segment, created
+from proxy.conversation.derived import NO_DERIVED, encode_closing, grown, table_root
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages
 from proxy.memory import MutationType, StorageTier

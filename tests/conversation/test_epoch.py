@@ -25,13 +25,13 @@ from proxy.memory import (
     VMMode,
 )
 from proxy.memory.pins import PinnedSet
-from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part
 from tests.conversation.player import Message, call, calls, check_pairs, limits_of
 from tests.conversation.scenario import text_of
 from tests.conversation.test_pathpages import pages_of
 from tests.examples import examples
+from tests.memory.doors import register_id
 
 COUNTER = get_counter("gpt-4o")
 many = examples(40)
@@ -41,10 +41,10 @@ def request(
     messages: list[Message], room: int, anchors: Sequence[Anchor] = (), **changes: Any
 ) -> EpochRequest:
     pages = pages_of(messages, 200, anchors=anchors)
-    table = TLBWithPageTable(PageTable())
+    table = PageTable()
     for position in range(len(messages)):
         for i, tokens in zip(pages.ids(position), pages.sizes(position), strict=True):
-            table.register_id(i, tokens, position, tier=StorageTier.L0)
+            register_id(table, i, tokens, position, tier=StorageTier.L0)
     values: dict[str, Any] = {
         "pages": pages, "table": table, "policy": ImportanceWeightedLRU(), "pins": PinnedSet(), "counter": COUNTER,
         "limits": limits_of(room), "substitutes": lambda _: (), "names": {},

@@ -14,11 +14,11 @@ from proxy.conversation.faults import NO_ROOM, FaultServer, Room
 from proxy.conversation.pathpages import PathPages
 from proxy.memory import CompressionLevel, PageTable, StorageTier
 from proxy.memory.pages import Hit
-from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_pathpages import pages_of
 from tests.examples import examples
+from tests.memory.doors import register_id
 
 COUNTER = get_counter("gpt-4o")
 TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
@@ -27,10 +27,10 @@ TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
 class Setting:
     def __init__(self, **changes: Any) -> None:
         self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
-        self.table = TLBWithPageTable(PageTable())
+        self.table = PageTable()
         for position in range(len(TEXTS)):
             for i in self.pages.ids(position):
-                self.table.register_id(i, self.pages.tokens(position), 1)
+                register_id(self.table, i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
         self.server = FaultServer(self.pages, self.table, COUNTER, limits, 2, self.table.apply)
         self.hits: list[Hit] = []

@@ -12,11 +12,11 @@ from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.memory import AntiThrashPolicy, CompressionLevel, PageTable, page_id
 from proxy.memory.pages import Hit
 from proxy.memory.prefetcher import asks_back
-from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_pathpages import pages_of
 from tests.examples import examples
+from tests.memory.doors import map_in, register_id
 
 COUNTER = get_counter("gpt-4o")
 
@@ -24,9 +24,9 @@ COUNTER = get_counter("gpt-4o")
 def prefetch(question: str, offer: bool = True, room: int = 4000, **changes: Any) -> Prefetch:
     texts = ["the red door", "word " * 150, "a lamp", question]
     pages = pages_of([{"role": "user", "content": text} for text in texts], 1024)
-    table = TLBWithPageTable(PageTable())
+    table = PageTable()
     for position in range(len(texts)):
-        table.register_id(page_id(position), pages.tokens(position), 1)
+        register_id(table, page_id(position), pages.tokens(position), 1)
     return Prefetch(pages, table, COUNTER, limits_of(4000, **changes), offer, room, 9, False, AntiThrashPolicy())
 
 
@@ -61,8 +61,8 @@ def test_pages_come_in_path_order_and_on_evidence_only() -> None:
 
 def test_what_is_in_the_window_whole_is_not_brought_again() -> None:
     it = prefetch("which door?")
-    it.table.map(page_id(0), 1, CompressionLevel.FULL)
-    it.table.map(page_id(2), 1, CompressionLevel.ABSTRACT)
+    map_in(it.table, page_id(0), 1, CompressionLevel.FULL)
+    map_in(it.table, page_id(2), 1, CompressionLevel.ABSTRACT)
     assert [c.position for c in choose(it, HITS)] == [1, 2]
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.records import Record
 from proxy.conversation.rewind import brought_since, differs_at, taken_back
-from proxy.conversation.tree import Anchor, Node, Record
+from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import NATIVE, SYSTEM, VM, Entry, Window
 from proxy.memory import MutationType, PageMutation, StorageTier
 from proxy.memory.models import FaultReason
-from proxy.memory.mutation_log import encode
+from proxy.memory.table import encode_log
 from tests.examples import examples
 
 END = 6
@@ -70,7 +70,7 @@ def record(number: int, *mutations: PageMutation) -> Record:
     at = [b"%d" % number] * 2
     made = Record(b"", 2 * number, at, at, ["user", "assistant"], at, [1, 1], number + 1)
     made.base = b"%d" % (number - 1) if number else b""
-    made.mutations = msgspec.msgpack.encode(encode(mutations))
+    made.mutations = encode_log(mutations)
     return made
 
 

@@ -10,17 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.form import Form
-from proxy.conversation.tree import Record
-from proxy.conversation.window import (
-    MIXED,
-    NATIVE,
-    VM,
-    Entry,
-    Window,
-    encode_change,
-    render,
-    restore,
-)
+from proxy.conversation.records import Record, encode_change, restore_window
+from proxy.conversation.window import MIXED, NATIVE, VM, Entry, Window, render
 from tests.conversation.player import call, check_pairs
 from tests.examples import examples
 
@@ -51,8 +42,8 @@ def test_invariant_07_a_window_comes_back_from_its_changes(
         record.base = bytes([number - 1]) if before else b""
         store[record.id] = record
         before = window
-        assert restore(record, store.get) == window
-    assert restore(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
+        assert restore_window(record, store.get) == window
+    assert restore_window(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
 
 
 def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in() -> None:
@@ -63,7 +54,7 @@ def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in(
     last = Record(b"b", 2, [b"c"], [b""], ["assistant"], [b""], [0], 3, base=b"b")
     last.window = encode_change(grown, grown.append([Entry(b"2", 1)]))
     store = {record.id: record for record in (first, then, last)}
-    found = restore(last, store.get)
+    found = restore_window(last, store.get)
     assert found == grown.append([Entry(b"2", 1)]) and found.factor == 1.25
 
 
@@ -71,7 +62,7 @@ def test_a_missing_beginning_is_an_error() -> None:
     record = Record(b"", 0, [b"b"], [b""], ["assistant"], [b""], [0], 2)
     record.base, record.window = b"a", encode_change(EMPTY, EMPTY.append([]))
     with pytest.raises(LookupError):
-        restore(record, {}.get)
+        restore_window(record, {}.get)
 
 
 def native(message: dict[str, object], kind: int = NATIVE) -> Entry:

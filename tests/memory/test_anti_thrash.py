@@ -2,18 +2,19 @@ import pytest
 
 from proxy.memory import PageTable, StorageTier
 from proxy.memory.anti_thrash import MAX_RECORDED_PAGES, AntiThrashPolicy
+from tests.memory.doors import evict, fault_in, register_id
 
 
 def test_views_of_an_entry() -> None:
     policy = AntiThrashPolicy(eviction_cooldown_turns=3, fault_protection_turns=2)
     assert policy == AntiThrashPolicy()
     table = PageTable()
-    entry = table.register_id("msg_0001", 10, turn=1, tier=StorageTier.L0)
+    entry = register_id(table, "msg_0001", 10, turn=1, tier=StorageTier.L0)
     assert not policy.protected(entry, 1) and not policy.cooling(entry, 1)
-    table.evict("msg_0001", turn=4)
+    evict(table, "msg_0001", turn=4)
     assert [policy.cooling(entry, turn) for turn in (4, 7, 8)] == [True, True, False]
     assert [policy.is_refault(entry, turn) for turn in (7, 8)] == [True, False]
-    table.fault_in("msg_0001", turn=7)
+    fault_in(table, "msg_0001", turn=7)
     assert not policy.cooling(entry, 7) and not policy.is_refault(entry, 7)
     assert [policy.can_evict(entry, turn) for turn in (7, 8, 9)] == [False, False, True]
 
@@ -21,13 +22,13 @@ def test_views_of_an_entry() -> None:
 def test_the_table_counts_the_refaults_that_the_policy_sees() -> None:
     policy = AntiThrashPolicy()
     table = PageTable()
-    entry = table.register_id("msg_0001", 10, turn=0, tier=StorageTier.L0)
+    entry = register_id(table, "msg_0001", 10, turn=0, tier=StorageTier.L0)
     turn = 0
     for pause in range(7):
-        table.evict("msg_0001", turn)
+        evict(table, "msg_0001", turn)
         turn += pause
         expected = entry.refault_count + policy.is_refault(entry, turn)
-        table.fault_in("msg_0001", turn)
+        fault_in(table, "msg_0001", turn)
         assert entry.refault_count == expected
     assert entry.refault_count == 4 and 0.5 < entry.importance <= 1.0
 

@@ -23,6 +23,7 @@ from proxy.memory.anti_thrash import FAULT_PROTECTION_TURNS
 from proxy.memory.eviction_policy import eviction_order
 from proxy.memory.models import PinKind
 from proxy.memory.pins import PIN_DECAY_TURNS
+from tests.memory.doors import fault_in, pin, register_id
 
 POLICIES: list[EvictionPolicy] = [LRU(), ImportanceWeightedLRU(), ModalityAwareLRU()]
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
@@ -81,7 +82,7 @@ def test_more_recent_and_more_important_never_score_lower(
 @every_policy
 def test_pinned_pages_never_leave(policy: EvictionPolicy) -> None:
     table = PageTable()
-    table.register_id("msg_0001", 10, turn=1)
+    register_id(table, "msg_0001", 10, turn=1)
     table.apply(PageMutation(MutationType.PIN, "msg_0001", 1))
     assert policy.score(next(iter(table)), 10_000) == math.inf
     assert eviction_order(table, 10_000, policy) == []
@@ -90,8 +91,8 @@ def test_pinned_pages_never_leave(policy: EvictionPolicy) -> None:
 @every_policy
 def test_a_guessed_pin_decays(policy: EvictionPolicy) -> None:
     table = PageTable()
-    entry = table.register_id("msg_0001", 10, turn=1)
-    table.pin("msg_0001", turn=1, kind=PinKind.INFERRED)
+    entry = register_id(table, "msg_0001", 10, turn=1)
+    pin(table, "msg_0001", turn=1, kind=PinKind.INFERRED)
     assert policy.score(entry, 1 + PIN_DECAY_TURNS) == math.inf
     assert math.isfinite(policy.score(entry, 2 + PIN_DECAY_TURNS))
 
@@ -99,8 +100,8 @@ def test_a_guessed_pin_decays(policy: EvictionPolicy) -> None:
 @every_policy
 def test_a_recently_faulted_page_outlasts_every_unprotected_one(policy: EvictionPolicy) -> None:
     table = PageTable()
-    table.register_id("msg_0001", 10, turn=1)
-    table.fault_in("msg_0001", turn=50)
+    register_id(table, "msg_0001", 10, turn=1)
+    fault_in(table, "msg_0001", turn=50)
     faulted = table.lookup("msg_0001")
     assert faulted is not None
     best = entry(60, 1.0, Modality.TEXT, PageType.CLAIM)
@@ -113,7 +114,7 @@ def test_a_recently_faulted_page_outlasts_every_unprotected_one(policy: Eviction
 def test_the_order_is_total_and_oldest_first_among_equals(policy: EvictionPolicy) -> None:
     table = PageTable()
     for number in (3, 1, 2):
-        table.register_id(f"msg_{number:04d}", 10, turn=1)
+        register_id(table, f"msg_{number:04d}", 10, turn=1)
     order = [e.page_id for e in eviction_order(table, 9, policy)]
     assert order == ["msg_0001", "msg_0002", "msg_0003"]
 

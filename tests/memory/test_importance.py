@@ -10,7 +10,7 @@ from proxy.memory.importance import (
     importance_of,
     is_standing,
 )
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.models import DEFAULT_IMPORTANCE
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 
 from proxy.memory import PageTable, StorageTier
 from proxy.memory.metrics import MAX_SOURCES, OTHER_SOURCE, UserExperienceMetrics
+from tests.memory.doors import evict, fault_in, register_id
 
 
 def test_without_events_every_rate_is_zero() -> None:
@@ -39,11 +40,11 @@ def test_rates_are_of_what_was_recorded() -> None:
 
 def test_a_refault_is_read_from_the_entry_before_the_fault() -> None:
     metrics, table = UserExperienceMetrics(), PageTable()
-    entry = table.register_id("msg_0001", 10, turn=1, tier=StorageTier.L0)
+    entry = register_id(table, "msg_0001", 10, turn=1, tier=StorageTier.L0)
     for left, back in ((2, 3), (4, 30)):
-        table.evict("msg_0001", left)
+        evict(table, "msg_0001", left)
         metrics.record_fault(entry, back)
-        table.fault_in("msg_0001", back)
+        fault_in(table, "msg_0001", back)
     assert (metrics.faults, metrics.refaults, entry.refault_count) == (2, 1, 1)
 
 

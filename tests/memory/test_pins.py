@@ -3,6 +3,7 @@ import pytest
 from proxy.memory import MutationType, PageMutation, PageTable, PageTableEntry, PageType
 from proxy.memory.models import PinKind
 from proxy.memory.pins import MAX_PINS, PIN_DECAY_TURNS, PinnedSet, PinReason, is_held
+from tests.memory.doors import pin, unpin
 
 
 def page(turn: int = 0, kind: PageType = PageType.TRANSCRIPT) -> tuple[PageTable, PageTableEntry]:
@@ -26,15 +27,15 @@ def test_as_in_the_seeds() -> None:
 def test_an_explicit_pin_holds_and_an_inferred_one_decays_unless_used() -> None:
     pins = PinnedSet(decay_turns=10)
     table, entry = page()
-    table.pin("msg_0001", turn=5, kind=PinKind.INFERRED)
+    pin(table, "msg_0001", turn=5, kind=PinKind.INFERRED)
     assert [pins.reason(entry, turn) for turn in (15, 16)] == [PinReason.INFERRED, PinReason.NONE]
     table.apply(PageMutation(MutationType.ACCESS, "msg_0001", 20))
     assert pins.held(entry, 30) and not pins.held(entry, 31)
-    table.pin("msg_0001", turn=31)
+    pin(table, "msg_0001", turn=31)
     assert pins.reason(entry, 10_000) is PinReason.EXPLICIT
-    table.pin("msg_0001", turn=32, kind=PinKind.INFERRED)  # a guess does not weaken it
+    pin(table, "msg_0001", turn=32, kind=PinKind.INFERRED)  # a guess does not weaken it
     assert pins.reason(entry, 10_000) is PinReason.EXPLICIT
-    table.unpin("msg_0001", turn=33)
+    unpin(table, "msg_0001", turn=33)
     assert (entry.pin_kind, entry.pinned_turn, pins.is_pinned(entry, 33)) == (None, None, False)
 
 
@@ -57,7 +58,7 @@ def test_a_pin_by_id_counts_for_the_pages_entry() -> None:
 
 def test_the_default_decay() -> None:
     table, entry = page()
-    table.pin("msg_0001", turn=0, kind=PinKind.INFERRED)
+    pin(table, "msg_0001", turn=0, kind=PinKind.INFERRED)
     assert is_held(entry, PIN_DECAY_TURNS) and not is_held(entry, PIN_DECAY_TURNS + 1)
 
 
