@@ -20,7 +20,7 @@ from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
     Record,
     State,
@@ -44,7 +44,6 @@ _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event l
 _TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
-UPSTREAM_WINDOW = "upstream_window_tokens"  # of what is learned of a model: what upstream's list states
 
 log = logging.getLogger(__name__)
 

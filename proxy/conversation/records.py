@@ -40,6 +40,7 @@ from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
 from proxy.conversation.tree import ContentId, Identity, Node, NodeId
 from proxy.conversation.window import Entry, Window
+from proxy.memory.models import MutationType
 from proxy.memory.segments import Segment
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
 
@@ -236,6 +237,20 @@ def history(head: Record, get: GetRecord) -> MutationLogLite:
         if encoded:
             log.extend(decode_log(encoded))
     return log
+
+
+def brought_since(head: Record, position: int, get: GetRecord) -> list[str]:
+    """The pages that were brought into the window, unplanned, by turns whose newest message stands at
+    `position` or behind it."""
+    found: dict[str, None] = {}
+    for record in _bases(head, get):
+        if record.end <= position:
+            break
+        for m in decode_log(record.mutations) if record.mutations else ():
+            mapped = m.op is MutationType.MAP and m.reason is not None
+            if mapped or m.op is MutationType.FAULT_IN:
+                found[m.page_id] = None
+    return list(found)
 
 
 def _bases(head: Record, get: GetRecord) -> Iterator[Record]:

@@ -26,14 +26,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from proxy.conversation.paging import TurnWindow
+from proxy.conversation.pathpages import PathPages
 
 from proxy.conversation import epoch
 from proxy.conversation.channel import choose_channel
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
-from proxy.conversation.paging import TurnWindow
-from proxy.conversation.pathpages import PathPages
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Node
 from proxy.conversation.window import Window

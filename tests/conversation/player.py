@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from proxy.conversation.pathpages import owner
+from proxy.conversation.room import standing
 
 from proxy.conversation.body import message_ends, read_body
 from proxy.conversation.capability import Seen, capabilities
@@ -22,7 +24,6 @@ from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import owner
 from proxy.conversation.records import (
     Record,
     SessionNames,
@@ -33,7 +34,6 @@ from proxy.conversation.records import (
     record_key,
     restore_state,
 )
-from proxy.conversation.room import standing
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.tree import ID_BYTES, Identity, Node
 from proxy.conversation.turn import Answer, Turn, TurnInput

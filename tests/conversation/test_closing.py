@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 import pytest
+from proxy.conversation.pathpages import PathPages
 
 from proxy.conversation.closing import close_segment, created
 from proxy.conversation.derived import NO_DERIVED, encode_closing, grown, table_root
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
 from proxy.memory import MutationType, StorageTier
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, Played, Player, limits_of, says

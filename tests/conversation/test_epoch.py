@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxy.conversation.epoch_request import EpochRequest
 
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, begin_epoch
-from proxy.conversation.epoch_request import EpochRequest
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import NATIVE
 from proxy.errors import ApiError

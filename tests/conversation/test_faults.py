@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxy.conversation.pathpages import PathPages
 
 from proxy.conversation.effects import Load
 from proxy.conversation.faults import NO_ROOM, FaultServer, Room
-from proxy.conversation.pathpages import PathPages
 from proxy.memory import CompressionLevel, PageTable, StorageTier
 from proxy.memory.pages import Hit
 from proxy.tokens import get_counter

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from proxy.conversation.pathpages import PathPages, group_start, groups_of
+
 from proxy.conversation.records import new_records
 from proxy.conversation.tree import Anchor, Identity, Node
 from proxy.memory import message_text, page_id

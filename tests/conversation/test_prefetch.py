@@ -6,9 +6,9 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from proxy.conversation.prefetch import Chosen, Prefetch
 
 from proxy.conversation.effects import Search
-from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.memory import AntiThrashPolicy, CompressionLevel, PageTable, page_id
 from proxy.memory.pages import Hit
 from proxy.memory.prefetcher import asks_back

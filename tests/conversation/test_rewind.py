@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxy.conversation.rewind import brought_since, differs_at, taken_back
 
 from proxy.conversation.records import Record
-from proxy.conversation.rewind import brought_since, differs_at, taken_back
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import NATIVE, SYSTEM, VM, Entry, Window
 from proxy.memory import MutationType, PageMutation, StorageTier

@@ -23,9 +23,9 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from proxy.conversation.pathpages import owner
 
 from proxy.conversation.effects import Append, Complete, Load
-from proxy.conversation.pathpages import owner
 from proxy.conversation.records import Record, history, restore_state
 from proxy.conversation.turn import Turn
 from proxy.conversation.window import MIXED, NATIVE
