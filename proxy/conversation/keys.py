@@ -17,7 +17,6 @@ LABEL = b"l"  # + hash of tenant, name: the answers given under a session's name
 # Replaced by what is newer:
 SESSION = b"s"  # + hash of tenant, name: the head of a session whose client sends only what is new
 RENDITION = b"v"  # + hash of tenant, version, level, kind: the artifact with that version of a page
-CHECKPOINT = b"c"  # + a record's id: the artifact with the pages of the segments that it closed
 MODEL = b"m"  # + scope, model: what refusals, bills and lists taught of a key's model
 MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting

@@ -41,7 +41,6 @@ from proxy.conversation.effects import Append
 from proxy.conversation.tree import ContentId, Identity, Node, NodeId
 from proxy.conversation.window import Entry, Window
 from proxy.memory.models import MutationType
-from proxy.memory.segments import Segment
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
 
 
@@ -273,14 +272,13 @@ def _need(record_id: bytes, get: GetRecord) -> Record:
 
 class Stored(NamedTuple):
     """A state as a record keeps it: the window, and since the state that it was continued from the
-    encoded mutations and what was closed. `blocks` are the page table's new ones, by reference."""
+    encoded mutations and what its epochs derived. `blocks` are the page table's new ones, by reference."""
 
     window: Window
     mutations: bytes
     closing: bytes
     blocks: Mapping[bytes, bytes]
     derived: Derived
-    segments: Sequence[Segment]  # what was closed, decoded
 
     def fields(self, before: Window | None, record: Record | None) -> dict[str, object]:
         """A record's fields; `before` is the window after `record`, which it was continued from."""

@@ -105,7 +105,8 @@ async def test_lost_records_are_a_miss_and_the_request_is_paged_anew(tmp_path: P
                 assert b"VM:MANIFEST" in body and len(body) < 4 * L0["tokens"] * 2
             one.memory.forget()
             await talk.until(TURNS + 1)
-            assert [r.end for r in talk.records()] == [2 * n for n in range(1, TURNS + 2)], "and stored again"
+            ends = {record.end for record in talk.records()}
+            assert ends >= {2 * turn for turn in range(DAMAGED + 1, TURNS + 2)}, "it goes on being stored"
 
 
 async def test_a_session_of_new_messages_that_lost_its_history_is_told(tmp_path: Path) -> None:

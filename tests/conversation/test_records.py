@@ -31,7 +31,7 @@ from proxy.memory import PageTable, StorageTier
 from proxy.memory.models import PageTableEntry
 from tests.conversation.player import Player, limits_of
 from tests.conversation.scenario import Scenario, play, scenarios
-from tests.conversation.test_closing import talk
+from tests.conversation.test_derived import talk
 from tests.conversation.test_tree import IDENTITY, TENANT, many, path_of, turns
 from tests.examples import examples
 
@@ -222,7 +222,7 @@ def test_a_missing_part_is_a_lookup_error_that_says_what_is_missing(data: st.Dat
 def test_the_history_is_the_log_of_every_turn() -> None:
     player = Player(limits_of(1500))
     played = [one for one in talk(player, 20) if one.turn.window is not None]
-    whole = [m for one in played for m in one.turn._paging.memory.log.entries]  # type: ignore[union-attr]
+    whole = [m for one in played for m in one.turn._paging.mutations]  # type: ignore[union-attr]
     head = played[-1].turn.record
     assert head is not None
     assert list(history(head, player.get_record).entries) == whole

@@ -23,9 +23,9 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from proxy.conversation.pathpages import owner
 
 from proxy.conversation.effects import Append, Complete, Load
+from proxy.conversation.pages import owner
 from proxy.conversation.records import Record, history, restore_state
 from proxy.conversation.turn import Turn
 from proxy.conversation.window import MIXED, NATIVE
@@ -254,7 +254,7 @@ class Machine(RuleBasedStateMachine):
         cut = {owner(path, e.position) for e in window.entries if e.whole}  # by a system message's end
         whole = [p for p, e in native.items() if e.kind == MIXED or e.raw == path[p].raw]
         whole = [p for p in whole if p not in cut]
-        entries = [table.lookup(i) for p in whole for i in turn.pages.ids(p)]
+        entries = [table.lookup(i) for p in whole for i in turn.pages[p].ids]
         assert all(e is None or (e.tier is StorageTier.L0 and not e.level) for e in entries)
         text = window.developer + b"".join([*(e.raw for e in window.entries), *substitute]).decode()
         resident = [e.page_id for e in table.resident() if e.position not in native]
@@ -435,7 +435,7 @@ class Machine(RuleBasedStateMachine):
         if turn.window is None or not outside:
             return
         position = rng.choice(outside).position
-        ids = list(turn.pages.ids(position))
+        ids = list(turn.pages[position].ids)
         lost = [i for i in ids if (e := turn.table.lookup(i)) and e.tier is not StorageTier.L0]
         if not lost:
             return  # pages had another size when this message was registered
