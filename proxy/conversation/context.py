@@ -17,7 +17,7 @@ from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
 from proxy.conversation.tree import Identity
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy
 from proxy.tokens import TokenCounter
 
 

@@ -7,19 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from proxy.conversation.calibration import Calibration
+from proxy.memory.faults import Load as Load
 
 if TYPE_CHECKING:  # records.py says what an answered turn appends
     from proxy.conversation.records import Record
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Answered with the `MemoryPage` at a level: the best version of it that there is by now. None for a summary
-    that no model has written yet; one that is new has `provenance`, what it was made from, and the `claims` that
-    were made with it in its metadata: (subject, text, page id or "")."""
-
-    page_id: str
-    level: int
 
 
 @dataclass(frozen=True, slots=True)

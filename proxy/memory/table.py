@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from proxy.memory.anti_thrash import REFAULT_GAIN, is_cooling
+from proxy.memory.eviction import REFAULT_GAIN, is_cooling
 from proxy.memory.models import (
     DEFAULT_IMPORTANCE,
     ChunkRef,

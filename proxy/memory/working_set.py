@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import (
+    AntiThrashPolicy,
+    EvictionPolicy,
+    ImportanceWeightedLRU,
+    PinnedSet,
+    PinReason,
+)
 from proxy.memory.models import (
     CompressionLevel,
     MemoryPage,
@@ -19,7 +24,6 @@ from proxy.memory.models import (
     PageTableEntry,
     StorageTier,
 )
-from proxy.memory.pins import PinnedSet, PinReason
 from proxy.memory.table import PageTable
 from proxy.memory.tlb import AnyTable
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.memory import (
+from proxy.memory.models import (
     Actor,
     CompressionLevel,
     FaultReason,
@@ -10,9 +10,9 @@ from proxy.memory import (
     MutationType,
     PageMutation,
     PageTableEntry,
+    PinKind,
     StorageTier,
 )
-from proxy.memory.models import PinKind
 from proxy.memory.tlb import AnyTable
 
 _L0 = StorageTier.L0

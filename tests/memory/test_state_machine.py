@@ -23,11 +23,10 @@ from proxy.memory import (
     PageTableEntry,
     PageType,
     StorageTier,
-    page_id,
 )
+from proxy.memory.eviction import is_held
 from proxy.memory.models import PinKind
-from proxy.memory.pages import media_page_id
-from proxy.memory.pins import is_held
+from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.table import decode_log, encode_log
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 from tests.memory.doors import fault_in, map_in

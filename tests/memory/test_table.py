@@ -14,11 +14,10 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
 )
-from proxy.memory.anti_thrash import EVICTION_COOLDOWN_TURNS
+from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
 from proxy.memory.models import DEFAULT_IMPORTANCE, PinKind
-from proxy.memory.pages import media_page_id
+from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.table import MissingBlockError, decode_log, encode_log
 from tests.memory.doors import evict, fault_in, map_in, register_id
 from tests.memory.strategies import histories

@@ -1,6 +1,12 @@
 import pytest
 
-from proxy.memory import MemoryPage, MutationLogLite, PageTable, StorageTier, page_id
+from proxy.memory import (
+    MemoryPage,
+    MutationLogLite,
+    PageTable,
+    StorageTier,
+)
+from proxy.memory.pages import page_id
 from proxy.memory.tlb import DEFAULT_TLB_ENTRIES, PageTLB, TLBWithPageTable
 from tests.memory.doors import evict, fault_in, register_id
 
