@@ -79,8 +79,8 @@ class Epoch:
 
     `tail`: this turn's VM exchange so far, or the `after` messages that follow those of the pages.
     `newest`: the newest message as this turn already sent it. After `begin()`: `evicted` pages left the
-    window, those in `made` derive from what left it before (None: not yet), `shown` are the older pages
-    in it by (id, level), and where the exchange did not fit, `tail` is what is left of it (`folded`).
+    window, `made` were derived, `shown` are the older pages in it by (id, level), and where the
+    exchange did not fit, `tail` is what is left of it (`folded`).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Epoch:
         self.newest = newest
         self.folded = False
         self.evicted: list[str] = []
-        self.made: list[MemoryPage] | None = None
+        self.made: Sequence[MemoryPage] | None = None
         self.shown: dict[tuple[str, int], MemoryPage] = {}
         floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
@@ -162,8 +162,7 @@ class Epoch:
         return None, over
 
     def _derive(self, groups: Sequence[Group], budget: Budget) -> Generator[Effect, Any, None]:
-        """Close the segment of what is about to leave; what derives from it and from those before it
-        competes for the window."""
+        """Close the segment of what is about to leave; what derives from it competes for the window."""
         if self.made is not None:
             return
         turn, pages = self.turn, self.pages
@@ -351,26 +350,27 @@ class Epoch:
         return builder.fit(max_tokens, turn.context.counter.text).model_dump_json()
 
     def _segments(self, end: int) -> list[tuple[int, int, str]]:
-        """Positions 0..end-1 as ranges (first, last, topics): the closed segments, and what is before
-        them as one."""
-        pages = self.pages
-        ranges: list[tuple[int, int, str]] = []
-        for page in reversed(list(pages.derived.pages.values())):
-            if page.page_type is not PageType.INDEX:
-                continue
-            first, last = (pages.position(i) for i in page.provenance)
-            if first < end:
-                ranges.append((first, min(last + 1, end), page.text().partition("): ")[2]))
-            if len(ranges) == _SEGMENTS:
-                break
-        ranges.reverse()
-        before = ranges[0][0] if ranges else end
-        said = ""  # by the first user message of what is before
-        if before:
-            looked_at = range(min(before, _LOOKED_AT))
-            speaker = next((p for p in looked_at if pages.path[p].role == "user"), 0)
-            said = hint(pages[speaker].parts[0], _FIRST_HINT_WORDS)
-        return [(0, before, said), *ranges]
+        """Positions 0..end-1 as ranges (first, last, topics): the newest closed segments, and what is in
+        none of them with what its first user message says."""
+        closed: list[tuple[int, int, str]] = []
+        for page in reversed(list(self.pages.derived.pages.values())):
+            if page.page_type is PageType.INDEX and len(closed) < _SEGMENTS:
+                first, last = (self.pages.position(i) for i in page.provenance)
+                if first < end:
+                    closed.append((first, min(last + 1, end), page.text().partition("): ")[2]))
+        ranges, at = list[tuple[int, int, str]](), 0
+        for first, last, topics in (*reversed(closed), (end, end, "")):
+            if at < first:
+                ranges.append((at, first, self._opening(at, first)))
+            ranges.append((first, last, topics))
+            at = last
+        return ranges
+
+    def _opening(self, first: int, last: int) -> str:
+        """What the first user message of positions first..last-1 says."""
+        looked_at = range(first, min(last, first + _LOOKED_AT))
+        speaker = next((p for p in looked_at if self.pages.path[p].role == "user"), first)
+        return hint(self.pages[speaker].parts[0], _FIRST_HINT_WORDS)
 
 
 def native_from(native: Sequence[Group], end: int) -> int:

@@ -18,7 +18,7 @@ from proxy.api.memory import Memory
 from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import load_config
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
 from proxy.memory import MemoryPage, Modality
 from proxy.memory.level_media import ImageCompressor
@@ -73,7 +73,8 @@ class Room:
         registry.register(Modality.IMAGE, self.compressor)
         raws = [(json.dumps(m).encode(), m) for m in HISTORY]
         path_ = Identity(bytes(32)).extend(b"t", [], raws)
-        self.pages = PathPages(path_, COUNTER, 1024, registry=registry)
+        self.pages = PathPages(path_, COUNTER, 1024)
+        self.pages.registry = registry
 
     async def load(self, effect: Load = THUMBNAIL, tenant: bytes = ONE) -> MemoryPage:
         page = await self.renditions.load(tenant, effect, self.pages)

@@ -24,13 +24,13 @@ from proxy.conversation.derived import (
 )
 from proxy.conversation.effects import Load
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory import MemoryPage, MutationType, StorageTier
 from proxy.memory.claims import Claim, claim_page
 from proxy.memory.segments import index_page, summary_page
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, Played, Player, limits_of, says
-from tests.conversation.test_pathpages import pages_of
+from tests.conversation.test_pages import pages_of
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
@@ -136,16 +136,8 @@ def messages_of(count: int) -> list[Message]:
     return [{"role": "user", "content": f"The port of depot{n} is {8000 + n}."} for n in range(count)]
 
 
-class Reading(PathPages):
-    """Notes which messages are decoded."""
-
-    def message(self, position: int) -> Message:
-        self.__dict__.setdefault("read", set()).add(position)
-        return super().message(position)
-
-
-def reading(count: int) -> Reading:
-    return Reading(pages_of(messages_of(count)).path, COUNTER, 64)
+def reading(count: int) -> PathPages:
+    return pages_of(messages_of(count))
 
 
 def written(segment: MemoryPage, text: str = "A summary.", *claims: Claim) -> MemoryPage:
@@ -177,7 +169,7 @@ def test_segment_reads_no_more_than_max_messages_the_newest_ones(count: int, mos
     pages = reading(count)
     (index,) = closed(pages, count - 4, limits_of(2000, segment_messages=most))
     assert pages.derived.end == count - 4
-    assert pages.__dict__["read"] == set(range(count - 4 - most, count - 4))
+    assert set(pages._messages) == set(range(count - 4 - most, count - 4))
     assert index.provenance == [f"msg_{count - 3 - most:04d}", f"msg_{count - 4:04d}"]
 
 
