@@ -115,7 +115,6 @@ class Replay:
                         self.turn,
                         tier=StorageTier.L0,
                         tokens=page.tokens,
-                        importance=page.importance,
                         modality=page.modality,
                     )
                 )
