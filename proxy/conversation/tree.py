@@ -77,7 +77,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     mutations: bytes = b""  # this turn's part of the mutation log
     substitute: list[bytes] = []
     counter: str = ""  # what `tokens` were counted with
-    closing: bytes = b""  # what this turn's epochs closed: segments and the table's root (closing.py)
+    closing: bytes = b""  # what this turn's epochs derived, and the table's root (derived.py)
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
