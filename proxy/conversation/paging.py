@@ -36,10 +36,13 @@ from proxy.conversation.rewind import brought_since, differs_at, taken_back
 from proxy.conversation.room import STANDING_TOKENS, newest_entries, spare_tokens, standing
 from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.conversation.window import NATIVE, SYSTEM, Entry, Window, render
+from proxy.memory.anti_thrash import AntiThrashPolicy
 from proxy.memory.context_packer import context_block
-from proxy.memory.core import MemoryCore
+from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.models import FaultReason, MutationType, PageMutation, StorageTier, VMMode
+from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.mutation_log import encode as encode_mutations
+from proxy.memory.pins import PinnedSet
 from proxy.memory.prefetcher import fresh_terms, points_back, was_used
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
@@ -53,6 +56,22 @@ _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of
 
 
 @dataclass(slots=True)
+class TurnMemory:
+    """The page table, its log of this turn, and who may leave it."""
+
+    combined: TLBWithPageTable
+    policy: EvictionPolicy
+    pinned: PinnedSet = field(default_factory=PinnedSet)
+    anti_thrash: AntiThrashPolicy = field(default_factory=AntiThrashPolicy)
+    log: MutationLogLite = field(default_factory=MutationLogLite)
+
+    def apply(self, mutation: PageMutation) -> None:
+        """Change the table and log it."""
+        self.combined.apply(mutation)
+        self.log.append(mutation)
+
+
+@dataclass(slots=True)
 class TurnWindow:
     """One per turn that pages; `window` is there after `open()`.
 
@@ -62,7 +81,7 @@ class TurnWindow:
     """
 
     pages: PathPages
-    memory: MemoryCore  # the page table, its log and who acts on them
+    memory: TurnMemory
     counter: TokenCounter
     limits: Limits
     channel: Channel
@@ -80,6 +99,7 @@ class TurnWindow:
     json_mode: bool = False  # the answer has to be JSON
     agent: bool = False  # the client has tools of its own
     next_limits: Limits | None = None  # from the next epoch on, where they differ
+    changes: Sequence[PageMutation] = ()
     window: Window = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)  # closed in this turn
     shown: list[Load] = field(init=False, default_factory=list)  # by this turn's last epoch
@@ -110,6 +130,8 @@ class TurnWindow:
             yield from self._settle(self.answered)
         end = len(self.pages.path)
         self._register(self.pages)
+        for mutation in self.changes:
+            self.apply(mutation)
         grown = self._grown(end, end)
         if grown is None or not self._fits(grown):
             yield from self._begin_epoch(self._next_epoch, self.pages, ())

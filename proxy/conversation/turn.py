@@ -40,7 +40,7 @@ from proxy.conversation.compose import (
 )
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.limits import Limits, stretched
-from proxy.conversation.paging import TurnWindow
+from proxy.conversation.paging import TurnMemory, TurnWindow
 from proxy.conversation.pathpages import PathPages, anchor_tokens
 from proxy.conversation.refusal import repairable, unchanged_fits
 from proxy.conversation.repair import Model, fixed_tokens, unlisted
@@ -51,7 +51,6 @@ from proxy.conversation.turn_input import Answer, TurnInput
 from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.memory.core import MemoryCore
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
@@ -240,10 +239,7 @@ class Turn:
         added = vm_tools_tokens(channel, given.counter)
         return TurnWindow(
             pages=self.pages,
-            memory=MemoryCore(
-                config=limits.working_set, policy=given.policy, counts=given.counter,
-                table=self.table, registry=self.pages.registry,
-            ),
+            memory=TurnMemory(self.table, given.policy),
             counter=given.counter,
             limits=limits,
             channel=channel,
@@ -261,6 +257,7 @@ class Turn:
             json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
             agent=bool(given.decoded.get("tools")),
             next_limits=self._next_limits(),
+            changes=given.changes,
         )
 
     def _next_limits(self) -> Limits | None:

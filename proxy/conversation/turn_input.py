@@ -17,6 +17,7 @@ from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor, Identity, Node, Record, Sent
 from proxy.conversation.window import Window
 from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.models import PageMutation
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import TokenCounter
 
@@ -64,6 +65,7 @@ class TurnInput:
     sent: Sent | None = None  # how the request stood to those before it; stored with its answer
     given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
     # it says ends the turn, unless it calls a VM tool
+    changes: Sequence[PageMutation] = ()  # pins and importances of the caller's since the last answer
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
     next_limits: Limits | None = None  # from the next epoch on, where they differ from `limits`
     known_factor: float = 1.0  # what the bills of all conversations taught so far

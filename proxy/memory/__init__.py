@@ -25,6 +25,8 @@ use (`test_invariant_07_...`):
 10. Every loop, queue, cache and body has a limit, named in `config.yaml` with its unit.
 """
 
+from typing import TYPE_CHECKING
+
 from proxy.memory.anti_thrash import AntiThrashPolicy
 from proxy.memory.artifacts_bridge import (
     ArtifactError,
@@ -41,7 +43,6 @@ from proxy.memory.context_packer import (
     context_line,
     context_parts,
 )
-from proxy.memory.core import MemoryCore
 from proxy.memory.eviction_policy import (
     LRU,
     EvictionPolicy,
@@ -55,7 +56,6 @@ from proxy.memory.fault_handler import (
     PageFaultHandler,
 )
 from proxy.memory.levels import CompressorRegistry, levels_of
-from proxy.memory.manager import ClosedSegment, MemoryManager
 from proxy.memory.manifest import (
     AvailablePageEntry,
     ManifestBuilder,
@@ -114,10 +114,11 @@ from proxy.memory.vm_results import (
 from proxy.memory.working_set import (
     TokenBudget,
     WorkingSetConfig,
-    WorkingSetManager,
-    WorkingSetStats,
     watermarks,
 )
+
+if TYPE_CHECKING:
+    from proxy.library import MemoryManager, WorkingSetManager, WorkingSetStats
 
 __all__ = [
     "LRU",
@@ -128,7 +129,6 @@ __all__ = [
     "AvailablePageEntry",
     "Checkpoint",
     "Claim",
-    "ClosedSegment",
     "CompressionLevel",
     "CompressorRegistry",
     "ContextPacker",
@@ -144,7 +144,6 @@ __all__ = [
     "InMemoryBackend",
     "ManifestBuilder",
     "ManifestPolicies",
-    "MemoryCore",
     "MemoryManager",
     "MemoryPage",
     "Modality",
@@ -203,3 +202,12 @@ __all__ = [
     "split_text",
     "watermarks",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The seeds import these from here; they stand on the turns, a floor above."""
+    if name in ("MemoryManager", "WorkingSetManager", "WorkingSetStats"):
+        from proxy import library
+
+        return getattr(library, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

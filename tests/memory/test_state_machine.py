@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from proxy.library import WorkingSetManager
 from proxy.memory import (
     CompressionLevel,
     MemoryPage,
@@ -30,7 +31,7 @@ from proxy.memory.mutation_log import decode, encode
 from proxy.memory.pages import media_page_id
 from proxy.memory.pins import is_held
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
-from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig
 
 CONFIG = WorkingSetConfig(max_l0_tokens=1200, reserved_tokens=200)
 EXAMPLES = int(os.environ.get("LLM_PAGER_EXAMPLES", "150"))
