@@ -1,20 +1,40 @@
-"""MemoryManager: messages in, Chat Completions requests out, the model's VM calls answered between.
+"""MemoryManager: one conversation's memory for a program of its own: messages in, Chat Completions
+requests out, the model's VM calls answered between. It plays the proxy's own turns, against records in RAM.
 
-Promises: a request is what the proxy would send for the same history: the same turns, window, search
-and bounds (`settings` are the proxy's). Table, log and pages are views of these turns: what a caller
-pins or weighs counts for them, what he moves by hand does not change the window.
+Promises: a request is, byte for byte, what the proxy sends for the same history with the same settings;
+a turn that is never answered leaves no trace. Table, log and pages are views of these turns: what a
+caller pins or weighs counts for them, what he moves by hand does not change the window.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
+
+import msgspec
 
 from proxy.config import Config, effective_reserve
 from proxy.conversation.channel import TOOLS, Channel, vm_names
+from proxy.conversation.commit import NO_NAMES
+from proxy.conversation.compose import as_input
+from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
 from proxy.conversation.limits import Limits
-from proxy.library.local import LocalConversation
+from proxy.conversation.newpages import new_pages
+from proxy.conversation.pathpages import PathPages
+from proxy.conversation.state import State, restore_state
+from proxy.conversation.tree import (
+    Identity,
+    Node,
+    Record,
+    block_key,
+    decode_record,
+    record_key,
+)
+from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.errors import ApiError
 from proxy.library.working_set import WorkingSetManager
 from proxy.memory.artifacts_bridge import ArtifactsBridge
 from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
@@ -30,22 +50,40 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.mutation_log import MutationLogLite
+from proxy.memory.mutation_log import decode as decode_mutations
 from proxy.memory.page_table import PageTable
-from proxy.memory.pages import page_id
+from proxy.memory.pages import Hit, page_id
 from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.memory.vm_args import parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.memory.vm_results import error_result, search_result
 from proxy.memory.working_set import WorkingSetConfig
+from proxy.search.paths import PathIndexes
 from proxy.tokens import get_counter, model_card
 
 DEFAULT_MODEL = "gpt-4o"
 _VM = Channel(TOOLS, True, vm_names([]))  # which called names mean our tools
 _NO_MORE = error_result("No more pages in this turn; answer with what is loaded.")
 _TOO_MANY = error_result("Too many calls at once; answer with what you have.")
+_LASTING = (MutationType.PIN, MutationType.UNPIN, MutationType.UPDATE)
+_json = msgspec.json.encode
+_decode = msgspec.json.decode
+_unpack = msgspec.msgpack.decode
 
 Message = dict[str, Any]
+
+
+class _OpenTurn:
+    """A turn that waits for the model: `request` is what it would ask, `offered` whether it may call
+    the VM tools.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.dialogue: Generator[Effect, Any, Answer] = turn.run()
+        self.request: dict[str, Any] = {}
+        self.offered = False
 
 
 class MemoryManager:
@@ -69,25 +107,30 @@ class MemoryManager:
     ) -> None:
         settings = settings or Config()
         self.session_id = session_id
-        self.mode = mode
         self.limits = _limits(settings, model, config, mode)
         self.config = self.limits.working_set
         self.storage = storage or ArtifactsBridge()
         self.metrics = UserExperienceMetrics()
-        self._policy = policy or ImportanceWeightedLRU()
+        self.path: list[Node] = []
+        self._model = model
         self._counter = get_counter(model)
-        self._talk = LocalConversation(
-            session_id,
-            model,
-            self.limits,
-            self._counter,
-            self._policy,
-            registry,
-            [{"role": "system", "content": system_prompt}] if system_prompt else [],
-            settings.search.index_pages,
-        )
-        self._metadata: dict[str, dict[str, Any]] = {}
-        self._pages = _Pages(self._page)
+        self._policy = policy or ImportanceWeightedLRU()
+        self._registry = registry
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self._system = [_json(message) for message in system]
+        self._fixed_tokens = sum(self._counter.message(message) for message in system)
+        self._identity = Identity(blake2b(session_id.encode(), digest_size=32).digest())
+        self._tenant = self._identity.tenant("", "")
+        self._values: dict[bytes, bytes] = {}  # the store: records and the table's blocks
+        self._indexes = PathIndexes(settings.search.index_pages)
+        self._record: Record | None = None  # of the last answer
+        self._state: State | None = None  # after it; None while everything fits
+        self._open: _OpenTurn | None = None
+        self._log = MutationLogLite()
+        self._unpaged: TLBWithPageTable | None = None
+        self._entered = 0  # messages that are in `_unpaged`
+        self._changes: list[PageMutation] = []  # the caller's, that no answered turn has yet
+        self._pages: dict[str, MemoryPage] = {}  # as they were said, and what a caller puts in
         self._calls = 0
         self._faults: tuple[TLBWithPageTable, PageFaultHandler] | None = None
 
@@ -114,44 +157,76 @@ class MemoryManager:
     def add_message(self, message: Message, metadata: Mapping[str, Any] | None = None) -> MemoryPage:
         """Any Chat Completions message; an assistant's is the answer to the last request."""
         if message.get("role") == "assistant":
-            report = self._talk.answer(message)
-            if report is not None and report.channel != "bypass":
-                report.record(self.metrics)
+            self._answer(message)
         else:
-            self._talk.add(message)
-        name = page_id(len(self._talk.path) - 1)
-        if metadata:
-            self._metadata[name] = dict(metadata)
+            self._add(message)
+        last = len(self.path) - 1
+        pages = self._path_pages()
+        for i in pages.ids(last):
+            self._pages[i] = pages.page(i)
+            self._pages[i].metadata.update(metadata or {})
+        name, (first, *_) = page_id(last), pages.ids(last)
+        if first != name:  # a long message, in parts
+            whole = {"page_id": name, "content": "".join(pages.parts(last)), "size_tokens": None}
+            self._pages[name] = self._pages[first].model_copy(update=whole)
         return self._pages[name]
+
+    def _add(self, message: Message) -> None:
+        """A message without a turn of its own; an open turn is given up."""
+        self._give_up()
+        self.path = self._identity.extend(self._tenant, self.path, [(_json(message), message)])
+
+    def _answer(self, message: Message) -> None:
+        """The end of the open turn; a message that only calls tools of the caller's is one, too."""
+        if self._open is None and self.path and self.path[-1].role != "assistant":
+            self._begin()
+        if self._open is None:
+            self._add(as_input(message))
+            return
+        opened, self._open = self._open, None
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        self._play(opened, Said([message], reason, None))
+        turn = opened.turn
+        self.path, self._record = turn.path, turn.record
+        if turn.window is None or turn.record is None:
+            self._state = None
+            return
+        turn.report.record(self.metrics)
+        self._state = State(turn.window, turn.table, turn.pages.derived)
+        self._changes.clear()
+        if not turn.record.base:  # the first turn that pages
+            self._log, self._unpaged = MutationLogLite(), None
+        self._log.extend(decode_mutations(_unpack(turn.record.mutations)))
 
     # -- showing
 
     @property
     def paged(self) -> bool:
         """Whether the conversation outgrew its window."""
-        return self._talk.paged
+        opened = self._open is not None and self._open.turn.window is not None
+        return opened or self._state is not None
 
     def request(self) -> dict[str, Any]:
-        """The body of the next request: `model`, `messages`, and `tools` once pages are outside."""
-        return self._talk.request()
+        """The body of the next request: `model`, `messages`, and `tools` when the VM's are on offer."""
+        if not self.path:
+            return {"model": self._model, "messages": [_decode(raw) for raw in self._system]}
+        if self.path[-1].role != "assistant":
+            return (self._open or self._begin()).request
+        shown = self._begin().request  # nobody is asked yet: as it would look
+        self._give_up()
+        return shown
 
     def build_request(self, user_input: str) -> dict[str, Any]:
-        """The same for what the user says now, which is added unless it was the last message."""
-        last = self._talk.path[-1:]
-        said = json.loads(last[0].raw) if last else {}
+        """`request()` for what the user says now, which is added unless it was the last message."""
+        said = json.loads(self.path[-1].raw) if self.path else {}
         if (said.get("role"), said.get("content")) != ("user", user_input):
-            self._talk.add({"role": "user", "content": user_input})
-        return self._talk.request()
+            self.add_message({"role": "user", "content": user_input})
+        return self.request()
 
     async def check_and_evict(self) -> list[str]:
         """What the next request makes room for, ahead of it: the ids of the pages that leave."""
-        self._talk.request()
-        report = self._talk.open_report
-        return list(report.evicted_pages) if report is not None else []
-
-    def get_context_at_turn(self, turn: int) -> list[str]:
-        """Ids of the pages that were in the window at the end of an answered `turn`."""
-        return self.log.get_context_at_turn(turn)
+        self.request()
+        return list(self._open.turn.report.evicted_pages) if self._open is not None else []
 
     # -- the model's calls
 
@@ -202,8 +277,8 @@ class MemoryManager:
 
     async def _answered(self, calls: Sequence[Message], content: Any) -> list[Message]:
         ours = [call for call in calls if _VM.tool(call["function"]["name"])]
-        self._talk.request()  # there is a turn to answer in
-        told = self._talk.vm_calls(ours, content) if ours else []
+        self.request()  # there is a turn to answer in
+        told = self._vm_calls(ours, content) if ours else []
         results = {m.get("tool_call_id"): m for m in told or () if m["role"] == "tool"}
         for call in calls:
             tool = _VM.tool(call["function"]["name"])
@@ -230,12 +305,41 @@ class MemoryManager:
             return error_result(result.error or "")
         return self.fault_handler.build_tool_result(result.page).model_dump_json()
 
+    def _vm_calls(self, calls: Sequence[Mapping[str, Any]], content: Any = None) -> list[Message] | None:
+        """Answer VM calls that the model made in one message: a tool message for each that is
+        answered, then their media in a user message. None when no VM call is welcome now.
+        """
+        if self._open is None or not self._open.offered:
+            return None
+        said = {"role": "assistant", "content": content, "tool_calls": [dict(c) for c in calls]}
+        if not self._play(self._open, Said([said], "tool_calls", None)):  # it was taken for the answer
+            self._give_up()
+            return None
+        after, ids = self._open.request["messages"], {call.get("id") for call in calls}
+        at = len(after)
+        while at and after[at - 1].get("role") != "assistant":
+            at -= 1
+        made = after[at - 1].get("tool_calls") if at else None
+        return after[at:] if made and made[0].get("id") in ids else []  # no room: it was left out
+
     # -- views
 
     @property
     def combined(self) -> TLBWithPageTable:
-        """The conversation's page table behind its TLB: the open turn's, else the last answered one's."""
-        return self._talk.table
+        """The page table behind its TLB: the open turn's, else that after the last answer. While
+        everything fits no turn has one; then it is what the first turn that pages will find."""
+        if self._open is not None and self._open.turn.window is not None:
+            return self._open.turn.table
+        if self._state is not None:
+            return self._state.table
+        return self._view()
+
+    @property
+    def log(self) -> MutationLogLite:
+        """All mutations up to the last answer; while everything fits, those that made `combined`."""
+        if not self.paged:
+            self._view()
+        return self._log
 
     @property
     def page_table(self) -> PageTable:
@@ -248,19 +352,19 @@ class MemoryManager:
         return self.combined.tlb
 
     @property
-    def log(self) -> MutationLogLite:
-        """What happened to the pages, up to the last answer."""
-        return self._talk.log
+    def derived(self) -> Derived:
+        """Summaries and claims after the last answer."""
+        return self._state.derived if self._state is not None else NO_DERIVED
 
     @property
     def provenance(self) -> ProvenanceGraph:
         """Which derived page rests on which, walked both ways."""
-        return self._talk.derived.provenance
+        return self.derived.provenance
 
     @property
     def working_set(self) -> WorkingSetManager:
         """The table's L0 and L1 as a budget; an importance that is set here counts for the turns."""
-        return WorkingSetManager(self.config, None, self.combined, self._policy, change=self._talk.change)
+        return WorkingSetManager(self.config, None, self.combined, self._policy, change=self._change)
 
     @property
     def fault_handler(self) -> PageFaultHandler:
@@ -278,57 +382,144 @@ class MemoryManager:
         """`fault_handler` begins again with nothing spent. (The turns begin with what is said.)"""
         self.fault_handler.new_turn()
 
+    def _view(self) -> TLBWithPageTable:
+        """What the first turn that pages will find."""
+        if self._unpaged is None:
+            self._log, self._entered = MutationLogLite(), 0
+            self._unpaged = TLBWithPageTable(PageTable(self._log.append))
+        turn = 1 + sum(node.role == "assistant" for node in self.path[: self._entered])
+        for position in range(self._entered, len(self.path)):
+            for mutation in new_pages(self._path_pages(position + 1), position, 0, turn):
+                self._unpaged.apply(mutation)
+            turn += self.path[position].role == "assistant"
+        self._entered = len(self.path)
+        return self._unpaged
+
+    # -- changing and keeping
+
     def pin(self, page_id: str) -> None:
         """Never evict this page. KeyError for an unknown one."""
-        self._talk.change(PageMutation(MutationType.PIN, page_id, self.combined.turn))
+        self._change(PageMutation(MutationType.PIN, page_id, self.combined.turn))
 
     def unpin(self, page_id: str) -> None:
         """Take a pin back."""
-        self._talk.change(PageMutation(MutationType.UNPIN, page_id, self.combined.turn))
+        self._change(PageMutation(MutationType.UNPIN, page_id, self.combined.turn))
+
+    def _change(self, mutation: PageMutation) -> None:
+        """A pin or an importance of the caller's: it holds at once, and in the log from the next
+        answered turn on. KeyError for an unknown page, ValueError for another operation."""
+        if mutation.op not in _LASTING:
+            raise ValueError(f"{mutation.op.value} is the turns' own to do")
+        self.combined.apply(mutation)
+        self._changes.append(mutation)
 
     async def checkpoint(self, name: str) -> str:
         """Store the full pages of the window under a name; returns the checkpoint's id."""
         found = [await self._get_page(entry.page_id) for entry in self.combined.resident()]
         return await self.storage.checkpoint([page for page in found if page is not None], name)
 
-    def _page(self, name: str) -> MemoryPage | None:
-        """A page of the conversation, level 0; a long message's is all of it."""
-        parts = self._talk.pages(name)
-        if not parts:
-            return None
-        update: dict[str, Any] = {"metadata": parts[0].metadata | self._metadata.get(name, {})}
-        if len(parts) > 1:
-            text = "".join(part.text() for part in parts)
-            update |= {"page_id": name, "content": text, "size_tokens": None}
-        return parts[0].model_copy(update=update)
-
     async def _get_page(self, name: str) -> MemoryPage | None:
         """A page of the conversation, or what a caller put into `_pages` or `storage`."""
-        page: MemoryPage | None = self._pages.get(name)
-        entry = self.combined.lookup(name)
+        page, entry, pages = self._pages.get(name), self.combined.lookup(name), self._path_pages()
+        if page is None and pages.expand(name) == [name]:
+            page = pages.page(name)
         if page is None and entry is not None and entry.artifact_id is not None:
             page = await self.storage.load_page(entry.artifact_id)
         return page
 
+    def _path_pages(self, end: int | None = None) -> PathPages:
+        """The pages of the first `end` messages (None: all), and what derives from them."""
+        return PathPages(self.path[:end], self._counter, self.limits.page_tokens, self.derived)
 
-class _Pages(dict[str, MemoryPage]):
-    """The conversation's pages, made when they are asked for, and those that a caller puts in."""
+    # -- turns
 
-    def __init__(self, find: Callable[[str], MemoryPage | None]) -> None:
-        super().__init__()
-        self._find = find
+    def _begin(self) -> _OpenTurn:
+        """A turn up to its first request."""
+        turn = Turn(self._input())
+        if self._registry is not None:
+            turn.pages.registry = self._registry
+        self._open = _OpenTurn(turn)
+        if not self._play(self._open, None):
+            raise ApiError(500, "A turn ended without a request.")
+        return self._open
 
-    def __missing__(self, name: str) -> MemoryPage:
-        page = self._find(name)
-        if page is None:
-            raise KeyError(name)
-        return page
+    def _give_up(self) -> None:
+        """Forget the open turn; the table that it changed comes back from the records."""
+        if self._open is None:
+            return
+        self._open.dialogue.close()
+        self._open = None
+        if self._state is not None and self._record is not None:
+            self._state = restore_state(self._record, self._get, self._block)
+            self._state.table.replay(self._changes)
 
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and self._find(name) is not None)
+    def _play(self, opened: _OpenTurn, reply: Any) -> bool:
+        """Perform effects up to the next request; False when the turn has ended."""
+        try:
+            while True:
+                effect = opened.dialogue.send(reply)
+                if isinstance(effect, Complete):
+                    opened.request, opened.offered = _decode(effect.body), effect.offer
+                    return True
+                if isinstance(effect, Append):
+                    for key, value in effect.puts:
+                        self._values.setdefault(key, value)
+                    reply = None
+                elif isinstance(effect, Search):
+                    reply = self._search(opened.turn.pages, effect)
+                else:
+                    assert isinstance(effect, Load)
+                    reply = opened.turn.pages.at(effect.page_id, effect.level)
+        except StopIteration:
+            return False
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+    def _input(self) -> TurnInput:
+        state, record = self._state, self._record
+        raws = b",".join([*self._system, *(node.raw for node in self.path)])
+        body = b'{"model":' + _json(self._model) + b',"messages":[' + raws + b"]}"
+        return TurnInput(
+            body=body,
+            fields={"model": msgspec.Raw(_json(self._model))},
+            order=["model", "messages"],
+            decoded={"model": self._model},
+            system=self._system,
+            path=self.path,
+            start=0,
+            floor=0,
+            anchors=(),
+            given_answers=True,
+            record=record,
+            window=state.window if state else None,
+            table=state.table if state else None,
+            limits=self.limits,
+            counter=self._counter,
+            identity=self._identity,
+            tenant=self._tenant,
+            names=NO_NAMES,
+            policy=self._policy,
+            substitutes=self._substitutes,
+            fixed_tokens=self._fixed_tokens,
+            get_record=self._get,
+            derived=self.derived,
+            changes=self._changes,
+        )
+
+    # -- the store
+
+    def _get(self, node_id: bytes) -> Record | None:
+        data = self._values.get(record_key(node_id))
+        return None if data is None else decode_record(data)
+
+    def _block(self, ref: bytes) -> bytes | None:
+        return self._values.get(block_key(ref))
+
+    def _substitutes(self, node_id: bytes) -> Sequence[bytes]:
+        record = self._get(node_id)
+        return record.substitute if record is not None else ()
+
+    def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
+        ids = pages.index_keys(effect.before)
+        return self._indexes.search(ids, pages.docs, effect.query, effect.limit, effect.skip)
 
 
 def tool_messages(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.config import load_config
 from proxy.library import MemoryManager
 from proxy.memory import Modality, StorageTier, VMMode, WorkingSetConfig
 from proxy.tokens import get_counter
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
+ROOMY = WorkingSetConfig(max_l0_tokens=6_000, reserved_tokens=300)  # a fault begins no epoch
 SMALL = WorkingSetConfig(max_l0_tokens=2_000, reserved_tokens=200)
 PNG = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png", "detail": "low"}}
 
@@ -54,7 +57,7 @@ async def test_the_log_replays_to_the_table_and_answers_for_any_turn() -> None:
     memory = await grown()
     assert memory.log.replay() == memory.page_table
     now = [e.page_id for e in memory.page_table.resident()]
-    assert memory.get_context_at_turn(20) == now == memory.working_set.get_l0_page_ids()
+    assert memory.log.get_context_at_turn(20) == now == memory.working_set.get_l0_page_ids()
     assert memory.working_set.get_stats().l0_pages == len(now) and memory.tlb.get_stats().hits
 
 
@@ -74,7 +77,7 @@ async def test_a_request_has_rules_manifest_and_tools_once_pages_are_outside() -
 
 
 async def test_the_models_calls_are_answered_in_one_exchange() -> None:
-    memory = await grown(60, WorkingSetConfig(max_l0_tokens=6_000, reserved_tokens=300))
+    memory = await grown(60, ROOMY)
     before = memory.build_request("go on")
     asked = [
         call("functions.search_pages", {"query": "parameter p2"}, "a"),
@@ -205,3 +208,74 @@ async def test_invariants_03_and_07_any_history_replays_and_fits(steps: list[str
         assert tokens <= 1_800
     if not memory.paged:
         assert memory.log.replay() == memory.page_table
+
+
+async def test_a_request_is_the_same_until_something_is_said() -> None:
+    memory = MemoryManager("s", SMALL)
+    assert memory.request()["messages"] == [] and not memory.paged
+    for number in range(20):
+        await memory.add_user_message(text(number))
+        assert memory.request() == memory.request()
+        await memory.add_assistant_message(f"Answer {number}")
+        assert memory.request() == memory.request()
+    assert memory.request()["messages"][-1]["content"] == "Answer 19"
+
+
+async def test_a_turn_that_is_given_up_leaves_no_trace() -> None:
+    memory, other = await grown(), await grown()
+    for said in ("first", "second"):
+        await memory.add_user_message(said)
+        await other.add_user_message(said)
+        memory.request()
+    await memory.add_user_message("third")
+    assert memory.page_table == other.page_table == memory.log.replay()
+    await other.add_user_message("third")
+    assert memory.request() == other.request()
+
+
+async def test_vm_calls_are_welcome_only_while_a_turn_is_open() -> None:
+    memory = await grown(config=ROOMY, turns=60)
+    assert "no more pages" in (await memory.page_fault("msg_0002"))["error"].lower()
+    await memory.add_user_message("go on")
+    before = memory.request()["messages"]
+    asked = call("page_fault", {"page_id": "msg_0002"})
+    told = await memory.process_response(response(asked))
+    assert isinstance(told, dict) and text(2) in json.loads(told["tool_results"][0]["content"])["page"]["content"]["text"]
+    exchange = [{"role": "assistant", "content": None, "tool_calls": [asked]}, *told["tool_results"]]
+    assert memory.request()["messages"] == [*before, *exchange]
+
+
+async def test_a_long_message_is_one_page_to_its_sender_and_several_in_the_table() -> None:
+    memory = MemoryManager("s", settings=load_config(None, {}, {"pages.max_tokens": 64}))
+    page = await memory.add_user_message("many words " * 90)
+    assert (page.page_id, page.content) == ("msg_0001", "many words " * 90)
+    ids = [entry.page_id for entry in memory.page_table]
+    assert len(ids) > 2 and ids[:2] == ["msg_0001.1", "msg_0001.2"]
+    assert "".join([memory._pages[i].content for i in ids]) == page.content
+
+
+async def test_the_table_is_there_before_a_turn_pages() -> None:
+    memory = MemoryManager("s")
+    await memory.add_user_message("a")
+    await memory.add_assistant_message("b")
+    await memory.add_user_message("c")
+    entries = [(e.page_id, e.tier, e.created_turn) for e in memory.page_table]
+    assert entries == [(f"msg_{n:04d}", StorageTier.L0, 1 + n // 3) for n in (1, 2, 3)]
+    assert memory.log.replay() == memory.page_table
+
+
+async def test_what_a_caller_changes_holds_at_once_and_gets_into_the_log() -> None:
+    memory = await grown()
+    await memory.add_user_message("go on")
+    memory.request()
+    memory.working_set.set_importance("msg_0003", 0.9)
+    memory.pin("msg_0005")
+    await memory.add_user_message("no, wait")  # the turn that was open is given up
+    for _ in range(2):
+        found = [memory.page_table.lookup(i) for i in ("msg_0003", "msg_0005")]
+        assert found[0] is not None and found[0].importance == 0.9
+        assert found[1] is not None and found[1].pinned
+        await memory.add_assistant_message("Well?")
+        assert memory.log.replay() == memory.page_table
+    with pytest.raises(KeyError):
+        memory.pin("msg_0999")
