@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "logs", "runtime"},
     "serving": set(),
     "logs": set(),
-    "api": {*BELOW_APP, *BASE},
-    "library": {"conversation", "memory", "search", *BASE},  # the doors for callers without a server
+    "api": {*BELOW_APP, *BASE, "limits"},
+    "library": {"conversation", "limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors"},
     "memory": {"media"},
     "media": set(),
@@ -53,6 +54,7 @@ IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
     "av": {"media"},
+    "cachetools": {"api"},
     "brotli": {"api"},  # compressed request bodies
     "diskcache": {"storage"},
     "fastapi": {"api", "app"},  # one web face in two places: routes and their assembly

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from proxy.config import Config, effective_reserve
+from proxy.config import Config
+from proxy.conversation.body import Body
 from proxy.conversation.channel import TOOLS, Channel, vm_names
-from proxy.conversation.commit import NO_NAMES
 from proxy.conversation.compose import as_input
+from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
-from proxy.conversation.limits import Limits
-from proxy.conversation.newpages import new_pages
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.identify import Place
+from proxy.conversation.pages import PathPages
 from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
     Identity,
@@ -33,9 +34,11 @@ from proxy.conversation.tree import (
     decode_record,
     record_key,
 )
-from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.turn import Answer, Turn
+from proxy.conversation.turn_window import created
 from proxy.errors import ApiError
 from proxy.library.working_set import WorkingSetManager
+from proxy.limits import limits_of
 from proxy.memory.artifacts_bridge import ArtifactsBridge
 from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
 from proxy.memory.fault_handler import PageFaultHandler
@@ -60,7 +63,7 @@ from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.memory.vm_results import error_result, search_result
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.search.paths import PathIndexes
-from proxy.tokens import get_counter, model_card
+from proxy.tokens import get_counter
 
 DEFAULT_MODEL = "gpt-4o"
 _VM = Channel(TOOLS, True, vm_names([]))  # which called names mean our tools
@@ -106,8 +109,9 @@ class MemoryManager:
         settings: Config | None = None,
     ) -> None:
         settings = settings or Config()
+        limits = limits_of(settings, model, {})
         self.session_id = session_id
-        self.limits = _limits(settings, model, config, mode)
+        self.limits = replace(limits, mode=mode, working_set=config or limits.working_set)
         self.config = self.limits.working_set
         self.storage = storage or ArtifactsBridge()
         self.metrics = UserExperienceMetrics()
@@ -160,14 +164,14 @@ class MemoryManager:
             self._answer(message)
         else:
             self._add(message)
-        last = len(self.path) - 1
         pages = self._path_pages()
-        for i in pages.ids(last):
+        said = pages[len(self.path) - 1]
+        for i in said.ids:
             self._pages[i] = pages.page(i)
             self._pages[i].metadata.update(metadata or {})
-        name, (first, *_) = page_id(last), pages.ids(last)
+        name, first = page_id(said.position), said.ids[0]
         if first != name:  # a long message, in parts
-            whole = {"page_id": name, "content": "".join(pages.parts(last)), "size_tokens": None}
+            whole = {"page_id": name, "content": "".join(said.parts), "size_tokens": None}
             self._pages[name] = self._pages[first].model_copy(update=whole)
         return self._pages[name]
 
@@ -389,7 +393,7 @@ class MemoryManager:
             self._unpaged = TLBWithPageTable(PageTable(self._log.append))
         turn = 1 + sum(node.role == "assistant" for node in self.path[: self._entered])
         for position in range(self._entered, len(self.path)):
-            for mutation in new_pages(self._path_pages(position + 1), position, 0, turn):
+            for mutation in created(self._path_pages(position + 1)[position], 0, turn):
                 self._unpaged.apply(mutation)
             turn += self.path[position].role == "assistant"
         self._entered = len(self.path)
@@ -435,7 +439,7 @@ class MemoryManager:
 
     def _begin(self) -> _OpenTurn:
         """A turn up to its first request."""
-        turn = Turn(self._input())
+        turn = Turn(self._context())
         if self._registry is not None:
             turn.pages.registry = self._registry
         self._open = _OpenTurn(turn)
@@ -473,35 +477,26 @@ class MemoryManager:
         except StopIteration:
             return False
 
-    def _input(self) -> TurnInput:
-        state, record = self._state, self._record
+    def _context(self) -> TurnContext:
+        model = msgspec.Raw(_json(self._model))
         raws = b",".join([*self._system, *(node.raw for node in self.path)])
-        body = b'{"model":' + _json(self._model) + b',"messages":[' + raws + b"]}"
-        return TurnInput(
-            body=body,
-            fields={"model": msgspec.Raw(_json(self._model))},
-            order=["model", "messages"],
+        return TurnContext(
+            body=b'{"model":' + bytes(model) + b',"messages":[' + raws + b"]}",
+            sent=Body({"model": model}, ["model", "messages"], self._system, None, 0, [], None),
             decoded={"model": self._model},
-            system=self._system,
-            path=self.path,
-            start=0,
-            floor=0,
-            anchors=(),
-            given_answers=True,
-            record=record,
-            window=state.window if state else None,
-            table=state.table if state else None,
+            place=Place(self.path, 0, 0, [], self._record),
+            state=self._state,
             limits=self.limits,
             counter=self._counter,
+            policy=self._policy,
             identity=self._identity,
             tenant=self._tenant,
-            names=NO_NAMES,
-            policy=self._policy,
+            fixed_tokens=lambda: self._fixed_tokens,
             substitutes=self._substitutes,
-            fixed_tokens=self._fixed_tokens,
             get_record=self._get,
-            derived=self.derived,
+            get_block=self._block,
             changes=self._changes,
+            given_answers=True,
         )
 
     # -- the store
@@ -538,39 +533,3 @@ def tool_messages(
 
 def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-
-
-def _limits(
-    settings: Config, model: str, config: WorkingSetConfig | None, mode: VMMode
-) -> Limits:
-    """The proxy's bounds for a model, with this window."""
-    card = model_card(model)
-    window, l0 = card.window_tokens, settings.tiers.l0
-    if config is None:
-        tokens = window if l0.tokens == "auto" else l0.tokens
-        config = WorkingSetConfig(
-            max_l0_tokens=tokens,
-            reserved_tokens=effective_reserve(tokens, l0.reserve_tokens),
-            eviction_threshold=l0.eviction_threshold,
-            target_utilization=l0.target_utilization,
-        )
-    return Limits(
-        working_set=config,
-        window_tokens=window,
-        window_known=card.known,
-        mode=mode,
-        model_takes_tools=True,
-        developer_role=card.developer_role,
-        faults_per_turn=settings.faults.max_per_turn,
-        fault_tokens=settings.faults.max_tokens_per_turn,
-        max_rounds=settings.faults.max_rounds,
-        prefetch_pages=settings.prefetch.max_pages,
-        prefetch_tokens=settings.prefetch.max_tokens,
-        manifest_tokens=settings.manifest.max_tokens,
-        page_tokens=settings.pages.max_tokens,
-        search_results=settings.search.max_results,
-        snippet_tokens=settings.search.snippet_tokens,
-        segment_messages=settings.segments.max_messages,
-        summary_tokens=settings.segments.summary_tokens,
-        max_claims=settings.segments.max_claims,
-    )

@@ -32,12 +32,13 @@ from proxy.conversation.channel import choose_channel
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
-from proxy.conversation.paging import TurnMemory, TurnWindow
+from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Node
 from proxy.conversation.window import Window
 from proxy.memory import planner
+from proxy.memory.core import MemoryCore
 from proxy.memory.eviction_policy import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
 from proxy.memory.page_table import PageTable
@@ -142,7 +143,10 @@ class Conversation:
         report = TurnReport("gpt-4o", "tools", self._turn)
         paging = TurnWindow(
             pages=pages,
-            memory=TurnMemory(self._table, ImportanceWeightedLRU()),
+            memory=MemoryCore(
+                config=self._limits.working_set, policy=ImportanceWeightedLRU(), counts=_counter,
+                table=self._table, registry=pages.registry,
+            ),
             counter=_counter,
             limits=self._limits,
             channel=choose_channel({}, self._limits),

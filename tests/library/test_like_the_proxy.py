@@ -13,7 +13,9 @@ import pytest
 from proxy import SessionManager
 from proxy.config import load_config
 from proxy.library import MemoryManager
+from proxy.limits import limits_of
 from proxy.memory import VMMode, WorkingSetConfig
+from proxy.tokens import model_card
 from proxy.upstream import BytesReply
 from tests.api.test_chat import JSON, Client, client
 from tests.e2e.data import load_locomo
@@ -38,10 +40,15 @@ def calls(number: int, *asked: tuple[str, Any]) -> Message:
     return {"role": "assistant", "content": None, "tool_calls": made}
 
 
-def sent(body: bytes) -> tuple[Any, Any]:
+def sent(body: bytes) -> tuple[bytes, bytes]:
     """The messages and the tools of a request."""
     found = msgspec.json.decode(body)
-    return found["messages"], found.get("tools")
+    return as_bytes(found["messages"]), as_bytes(found.get("tools"))
+
+
+def as_bytes(value: Any) -> bytes:
+    """The order of keys counts, too."""
+    return msgspec.json.encode(value)
 
 
 async def proxy_bodies(one: Client, history: Sequence[Message], *replies: Message) -> list[bytes]:
@@ -83,7 +90,7 @@ async def test_a_real_conversation_is_sent_as_the_proxy_sends_it(tmp_path: Path,
             bodies = await proxy_bodies(one, history, *asked, message)
             for i, body in enumerate(bodies):
                 request = memory.request()
-                assert (request["messages"], request.get("tools")) == sent(body), (number, i)
+                assert (as_bytes(request["messages"]), as_bytes(request.get("tools"))) == sent(body), (number, i)
                 if i < len(asked):
                     told = await memory.process_response({"choices": [{"message": asked[i]}]})
                     assert isinstance(told, dict) and len(told["tool_results"]) == len(asked[i]["tool_calls"])
@@ -104,13 +111,12 @@ def sections(flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-async def test_the_bounds_are_the_configurations(tmp_path: Path) -> None:
+def test_the_bounds_are_the_configurations() -> None:
     """Without a `config` of the caller's the window is the model's, as the proxy has it."""
-    flags = {"tiers.l0.tokens": 5_000, "pages.max_tokens": 300, "prefetch.max_pages": 2}
-    memory = MemoryManager("s", mode=VMMode.RELAXED, settings=load_config(None, {}, flags))
-    async with client(tmp_path, **sections(flags)) as one:
-        assert memory.limits == one.api._placing._limits(MODEL, (), 1.0)
-        assert MemoryManager(model=MODEL, mode=VMMode.RELAXED).config.max_l0_tokens == 128_000
+    settings = load_config(None, {}, {"tiers.l0.tokens": 5_000, "pages.max_tokens": 300})
+    memory = MemoryManager("s", mode=VMMode.RELAXED, settings=settings)
+    assert memory.limits == limits_of(settings, MODEL, {})
+    assert MemoryManager(model=MODEL).config.max_l0_tokens == model_card(MODEL).window_tokens
 
 
 async def test_a_session_sends_the_same_behind_its_rules(tmp_path: Path) -> None:
@@ -128,9 +134,9 @@ async def test_a_session_sends_the_same_behind_its_rules(tmp_path: Path) -> None
             (body,) = await proxy_bodies(one, history, message)
             messages, tools = await session.get_messages_for_llm(), session.get_tools()
             if session.vm.paged:
-                assert (messages, tools) == sent(body)
+                assert (as_bytes(messages), as_bytes(tools)) == sent(body)
             else:  # the seeds' VM:CONTEXT, as long as it fits
-                assert [m for m in messages if "<VM:RULES>" not in m["content"]] == sent(body)[0]
+                assert as_bytes([m for m in messages if "<VM:RULES>" not in m["content"]]) == sent(body)[0]
             history.append(message)
             await session.ai_responds(message["content"])
     assert session.vm.paged
