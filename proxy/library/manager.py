@@ -56,7 +56,7 @@ from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.mutation_log import decode as decode_mutations
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import Hit, page_id
-from proxy.memory.provenance import ProvenanceGraph
+from proxy.memory.segments import ProvenanceGraph
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.memory.vm_args import parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
@@ -111,7 +111,9 @@ class MemoryManager:
         settings = settings or Config()
         limits = limits_of(settings, model, {})
         self.session_id = session_id
-        self.limits = replace(limits, mode=mode, working_set=config or limits.working_set)
+        self.limits = replace(
+            limits, mode=mode, working_set=config or limits.working_set, written_by_models=False
+        )
         self.config = self.limits.working_set
         self.storage = storage or ArtifactsBridge()
         self.metrics = UserExperienceMetrics()
