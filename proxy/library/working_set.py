@@ -54,7 +54,7 @@ class WorkingSetManager:
         self.pins = PinnedSet() if pins is None else pins
         self.anti_thrash = anti_thrash or AntiThrashPolicy()
         self._change = change or self.table.apply
-        self._limits = budget
+        self._budget = budget
         self._turn = 0
 
     # how much
@@ -62,13 +62,12 @@ class WorkingSetManager:
     @property
     def budget(self) -> TokenBudget:
         """The tokens as they stand now; changing the copy changes nothing."""
-        config, limits = self.config, self._limits
-        total, reserved, used = config.max_l0_tokens, config.reserved_tokens, self.tokens_used
-        if limits is not None:
-            if limits.available < max(0, total - reserved):
-                total, reserved = limits.total_limit, limits.reserved
-            used += limits.used
-        return TokenBudget(total_limit=total, reserved=reserved, used=used)
+        config, given = self.config, self._budget
+        own = TokenBudget(total_limit=config.max_l0_tokens, reserved=config.reserved_tokens)
+        if given is None:
+            return own.model_copy(update={"used": self.tokens_used})
+        smaller = min(own, given, key=lambda budget: budget.available)
+        return smaller.model_copy(update={"used": self.tokens_used + given.used})
 
     @property
     def tokens_used(self) -> int:
@@ -128,21 +127,15 @@ class WorkingSetManager:
 
         False, and nothing is changed, when it does not fit the room: evict first.
         """
-        turn, tokens = self.turn, page.estimate_tokens()
-        entry = self.table.lookup(page.page_id)
-        inside = entry is not None and entry.tier is StorageTier.L0
-        before = entry.l0_tokens if entry is not None else 0
-        if (not inside or tokens > before) and not self.can_fit(tokens - before):
+        tokens, entry = page.estimate_tokens(), self.table.lookup(page.page_id)
+        more = tokens - (entry.l0_tokens if entry is not None else 0)
+        if more > 0 and not self.can_fit(more):
             return False
         if entry is None:
-            self.table.register(page.model_copy(update={"storage_tier": StorageTier.L0}), turn)
-        elif not inside:
-            self.table.map(page.page_id, turn, page.compression_level, tokens)
-        elif (entry.level, before) != (page.compression_level, tokens):
-            level = page.compression_level
-            self.table.apply(PageMutation(MutationType.COMPRESS, page.page_id, turn, level, tokens=tokens))
+            page = page.model_copy(update={"storage_tier": StorageTier.L0})
+            self.table.register(page, self.turn)
         else:
-            self.table.apply(PageMutation(MutationType.ACCESS, page.page_id, turn))
+            self.table.map(page.page_id, self.turn, page.compression_level, tokens)
         return True
 
     def remove_from_l0(
