@@ -3,7 +3,7 @@
 Promises: the new window fits the room whatever the history (or the request is refused as too large);
 the newest message is in it; the layout is the developer message with rules, manifest and kept pages,
 then kept media in a user message, then the newest groups in their own roles; what was in the window
-and is not any more is a page, and of the segment that leaves a line says what it was about; the manifest's cost does not
+and is not any more is a page, and of the segment that leaves a line says what it was about. The manifest's cost does not
 grow with the history: a bounded number of entries is priced, and what is older is one line per segment.
 """
 

@@ -329,7 +329,7 @@ class Turn:
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
         those, so there the VM calls get an error instead until the last round."""
-        full = paging.result_room <= 0
+        full = not paging.takes_results
         if self._context.decoded.get("tools"):
             return full and number > 0
         return full or vm_calls.server.exhausted
@@ -378,7 +378,8 @@ class Turn:
         before = self._paging.settled if self._paging is not None else None
         settled = before.fields(came, record) if before is not None else None
         if self._paging is not None:
-            self._paging.settle("\n".join(message_text(answer) for answer in answers))
+            if self._paging.brought:
+                self._paging.settle("\n".join(message_text(answer) for answer in answers))
             state = self._paging.snapshot()
             last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}

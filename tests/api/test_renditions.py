@@ -73,7 +73,8 @@ class Room:
         registry.register(Modality.IMAGE, self.compressor)
         raws = [(json.dumps(m).encode(), m) for m in HISTORY]
         path_ = Identity(bytes(32)).extend(b"t", [], raws)
-        self.pages = PathPages(path_, COUNTER, 1024, registry=registry)
+        self.pages = PathPages(path_, COUNTER, 1024)
+        self.pages.registry = registry
 
     async def load(self, effect: Load = THUMBNAIL, tenant: bytes = ONE) -> MemoryPage:
         page = await self.renditions.load(tenant, effect, self.pages)
