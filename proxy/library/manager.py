@@ -63,7 +63,7 @@ from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.memory.vm_results import error_result, search_result
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.search.paths import PathIndexes
-from proxy.tokens import get_counter
+from proxy.tokens import PER_REPLY, get_counter
 
 DEFAULT_MODEL = "gpt-4o"
 _VM = Channel(TOOLS, True, vm_names([]))  # which called names mean our tools
@@ -161,7 +161,10 @@ class MemoryManager:
         return self.add_message(result, metadata)
 
     def add_message(self, message: Message, metadata: Mapping[str, Any] | None = None) -> MemoryPage:
-        """Any Chat Completions message; an assistant's is the answer to the last request."""
+        """Any Chat Completions message but a system one (ValueError: these stand in front, as
+        `system_prompt`); an assistant's is the answer to the last request."""
+        if message.get("role") in ("system", "developer"):
+            raise ValueError("a system message is the `system_prompt` of the conversation")
         if message.get("role") == "assistant":
             self._answer(message)
         else:
@@ -211,6 +214,13 @@ class MemoryManager:
         """Whether the conversation outgrew its window."""
         opened = self._open is not None and self._open.turn.window is not None
         return opened or self._state is not None
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole conversation in one request, as long as nothing is paged."""
+        pages = self._path_pages()
+        said = sum(pages.tokens(position) for position in range(len(self.path)))
+        return self._fixed_tokens + said + PER_REPLY
 
     def request(self) -> dict[str, Any]:
         """The body of the next request: `model`, `messages`, and `tools` when the VM's are on offer."""

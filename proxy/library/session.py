@@ -108,32 +108,31 @@ class SessionManager:
         if not include_system:
             first = next((i for i, m in enumerate(messages) if not _is_system(m)), len(messages))
             return list(messages[first:])
-        notice = self._notice(messages)
         at = 1 if self.system_prompt else 0
-        return [*messages[:at], *([notice] if notice else []), *messages[at:]]
+        rules = self._rules()
+        return [*messages[:at], *([rules] if rules else []), *messages[at:]]
 
     def get_tools(self) -> list[dict[str, Any]]:
         """The VM's tools for the next request's `tools`; none without VM and in passive mode."""
         if self.vm is None:
             return []
-        request = self.vm.request()
-        tools = request.get("tools") or []
-        if not tools and self.vm_mode is not VMMode.PASSIVE and self._notice(request["messages"]):
+        tools = self.vm.request().get("tools") or []
+        if not tools and self.vm_mode is not VMMode.PASSIVE and self._rules():
             tools = get_vm_tools_as_dicts()
         return list(tools)
 
-    def _notice(self, messages: list[Message]) -> Message | None:
+    def _rules(self) -> Message | None:
         """The rules while every page is still in the window; None when they are there, or do not fit."""
         if self.vm is None or self.vm.paged:
             return None
-        passive, faults = self.vm_mode is VMMode.PASSIVE, self.vm.limits.faults_per_turn
+        mode, faults = self.vm.limits.mode, self.vm.limits.faults_per_turn
         builder = ManifestBuilder(policies=ManifestPolicies(max_faults_per_turn=faults))
-        manifest = "" if passive else builder.build().model_dump_json()
-        text = build_vm_developer_message(self.vm_mode, manifest, "", max_faults_per_turn=faults)
-        notice = {"role": "system", "content": text}
-        tokens = sum(self._counter.message(message) for message in (notice, *messages))
-        tokens += 0 if passive else self._counter.tools(get_vm_tools_as_dicts())
-        return notice if tokens < self.vm.limits.budget_tokens else None
+        tools = [] if mode is VMMode.PASSIVE else get_vm_tools_as_dicts()
+        manifest = builder.build().model_dump_json() if tools else ""
+        text = build_vm_developer_message(mode, manifest, "", max_faults_per_turn=faults)
+        rules = {"role": "system", "content": text}
+        added = self._counter.message(rules) + self._counter.tools(tools)
+        return rules if self.vm.tokens + added <= self.vm.limits.budget_tokens else None
 
     # -- the model's VM calls
 

@@ -279,3 +279,5 @@ async def test_what_a_caller_changes_holds_at_once_and_gets_into_the_log() -> No
         assert memory.log.replay() == memory.page_table
     with pytest.raises(KeyError):
         memory.pin("msg_0999")
+    with pytest.raises(ValueError, match="system_prompt"):
+        memory.add_message({"role": "system", "content": "Be kind."})
