@@ -23,7 +23,7 @@ from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.media.parts import read_part
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import ContextPacker
+from proxy.memory.context import ContextPacker
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.models import (
     MEDIA_PART,
@@ -275,7 +275,7 @@ class PathPages:
     def packer(self) -> ContextPacker:
         """Makes lines of pages."""
         if self._packer is None:
-            self._packer = ContextPacker(self.counter.text, _lines, self.counter.part)
+            self._packer = ContextPacker(self.counter, _lines)
         return self._packer
 
     def tokens(self, position: int) -> int:

@@ -67,12 +67,12 @@ class TurnReport:
         for fault in self.faults:
             metrics.record_recall(fault.error is None)
             if fault.error is None and fault.tokens:
-                metrics.record_fault(fault.page_id, self.turn, fault.refault)
+                metrics.record_fault(fault.refault)
         for search in self.searches:
             metrics.record_recall(bool(search.results))
         metrics.record_eviction(len(self.evicted_pages))
         for brought in self.prefetched:
-            metrics.record_prefetch(brought.source, used=int(brought.used))
+            metrics.record_prefetch(brought.source, brought.used)
 
     @property
     def prefetched_pages(self) -> list[str]:

@@ -40,8 +40,8 @@ from proxy.errors import ApiError
 from proxy.library.working_set import WorkingSetManager
 from proxy.limits import limits_of
 from proxy.memory.artifacts_bridge import ArtifactsBridge
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
-from proxy.memory.fault_handler import PageFaultHandler
+from proxy.memory.eviction import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.faults import PageFaultHandler
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
@@ -58,9 +58,14 @@ from proxy.memory.page_table import PageTable
 from proxy.memory.pages import Hit, page_id
 from proxy.memory.segments import ProvenanceGraph
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
-from proxy.memory.vm_args import parse_fault_args, parse_search_args
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
-from proxy.memory.vm_results import error_result, search_result
+from proxy.memory.vm_tools import (
+    PAGE_FAULT,
+    SEARCH_PAGES,
+    SearchToolResult,
+    error_result,
+    parse_fault_args,
+    parse_search_args,
+)
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.search.paths import PathIndexes
 from proxy.tokens import PER_REPLY, get_counter
@@ -312,7 +317,7 @@ class MemoryManager:
         """The result of a call while every page is in the window."""
         if tool == SEARCH_PAGES:
             search = parse_search_args(arguments)
-            return error_result(search) if isinstance(search, str) else search_result([], 0)
+            return error_result(search) if isinstance(search, str) else SearchToolResult().model_dump_json()
         fault = parse_fault_args(arguments)
         if isinstance(fault, str):
             return error_result(fault)
@@ -389,7 +394,7 @@ class MemoryManager:
         if self._faults is None or self._faults[0] is not table:
             handler = PageFaultHandler(
                 table, self._get_page, self.limits.faults_per_turn, self.limits.fault_tokens,
-                count=self._counter.text, part_tokens=self._counter.part, turn=table.turn,
+                registry=self._registry, counts=self._counter, turn=table.turn,
             )  # fmt: skip
             self._faults = table, handler
         return self._faults[1]

@@ -13,11 +13,11 @@ from uuid import uuid4
 
 from proxy.config import Config
 from proxy.library.manager import DEFAULT_MODEL, MemoryManager, Message, tool_messages
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import ManifestBuilder, ManifestPolicies
 from proxy.memory.models import CompressionLevel, VMMode
-from proxy.memory.vm_prompts import build_vm_developer_message, get_vm_tools_as_dicts
+from proxy.memory.vm_tools import build_vm_developer_message, get_vm_tools_as_dicts
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
 

@@ -9,11 +9,15 @@ from collections.abc import Callable
 
 from pydantic import BaseModel
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import (
+    AntiThrashPolicy,
+    EvictionPolicy,
+    ImportanceWeightedLRU,
+    PinnedSet,
+    PinReason,
+)
 from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier
 from proxy.memory.page_table import PageTable
-from proxy.memory.pins import PinnedSet, PinReason
 from proxy.memory.tlb import AnyTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, watermarks
 

@@ -1,4 +1,4 @@
-"""How many leave the window: its capacity and its watermarks. (Who leaves is `eviction_policy`'s to say.)
+"""How many leave the window: its capacity and its watermarks. (Who leaves is `eviction`'s to say.)
 
 Promises: watermarks are whole tokens with 0 <= low <= high <= room.
 """

@@ -10,13 +10,13 @@ from proxy.memory import (
     MutationLogLite,
     PageTable,
     PageType,
+    PinnedSet,
     StorageTier,
     TLBWithPageTable,
     TokenBudget,
     WorkingSetConfig,
-    page_id,
 )
-from proxy.memory.pins import PinnedSet
+from proxy.memory.pages import page_id
 
 
 def page(number: int, tokens: int = 100, **fields: object) -> MemoryPage:
