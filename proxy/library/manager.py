@@ -18,6 +18,7 @@ import msgspec
 
 from proxy.config import Config
 from proxy.conversation.body import Body
+from proxy.conversation.capability import capabilities
 from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.compose import as_input
 from proxy.conversation.context import TurnContext
@@ -38,9 +39,9 @@ from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.turn_window import created
 from proxy.errors import ApiError
 from proxy.library.working_set import WorkingSetManager
-from proxy.limits import limits_of
+from proxy.limits import POLICIES, limits_of
 from proxy.memory.artifacts_bridge import ArtifactsBridge
-from proxy.memory.eviction import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.faults import PageFaultHandler
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
@@ -74,7 +75,6 @@ DEFAULT_MODEL = "gpt-4o"
 _VM = Channel(TOOLS, True, vm_names([]))  # which called names mean our tools
 _NO_MORE = error_result("No more pages in this turn; answer with what is loaded.")
 _TOO_MANY = error_result("Too many calls at once; answer with what you have.")
-_LASTING = (MutationType.PIN, MutationType.UNPIN, MutationType.UPDATE)
 _json = msgspec.json.encode
 _decode = msgspec.json.decode
 _unpack = msgspec.msgpack.decode
@@ -114,7 +114,7 @@ class MemoryManager:
         settings: Config | None = None,
     ) -> None:
         settings = settings or Config()
-        limits = limits_of(settings, model, {})
+        limits, override = limits_of(settings, model, {}), settings.model_override(model)
         self.session_id = session_id
         self.limits = replace(
             limits, mode=mode, working_set=config or limits.working_set, written_by_models=False
@@ -124,8 +124,9 @@ class MemoryManager:
         self.metrics = UserExperienceMetrics()
         self.path: list[Node] = []
         self._model = model
-        self._counter = get_counter(model)
-        self._policy = policy or ImportanceWeightedLRU()
+        self._counter = get_counter(model, override.tokenizer)
+        self._capabilities = capabilities(override.model_dump(), {}, {})
+        self._policy = policy or POLICIES[settings.memory.eviction]
         self._registry = registry
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._system = [_json(message) for message in system]
@@ -261,7 +262,7 @@ class MemoryManager:
         calls = [self._plain(call) for call in _field(message, "tool_calls") or ()]
         if not calls:
             return _field(message, "content") or ""
-        return {"tool_results": await self._answered(calls, _field(message, "content"))}
+        return {"tool_results": await self._results(calls, _field(message, "content"))}
 
     async def page_fault(
         self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
@@ -283,7 +284,7 @@ class MemoryManager:
     async def call(self, name: str, arguments: str) -> dict[str, Any]:
         """The result of a VM call as the model made it (`arguments` is its JSON text)."""
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        (told, *_) = await self._answered([self._plain(call)], None)
+        (told, *_) = await self._results([self._plain(call)], None)
         result: dict[str, Any] = json.loads(told["content"])
         return result
 
@@ -296,25 +297,43 @@ class MemoryManager:
         body = {"name": name, "arguments": arguments}
         return {"id": call_id, "type": "function", "function": body}
 
-    async def _answered(self, calls: Sequence[Message], content: Any) -> list[Message]:
-        ours = [call for call in calls if _VM.tool(call["function"]["name"])]
+    async def _results(self, calls: Sequence[Message], content: Any) -> list[Message]:
+        """A tool message for each call, then the media of pages that were loaded in a user's message."""
         self.request()  # there is a turn to answer in
-        told = self._vm_calls(ours, content) if ours else []
-        results = {m.get("tool_call_id"): m for m in told or () if m["role"] == "tool"}
+        ours = [call for call in calls if _VM.tool(call["function"]["name"])]
+        exchange = self._exchange(ours, content) if ours else []
+        results = {m["tool_call_id"]: m for m in exchange or () if m["role"] == "tool"}
+        refusal = _TOO_MANY if results else _NO_MORE
         for call in calls:
-            tool = _VM.tool(call["function"]["name"])
-            if tool is None:
-                said = error_result(f"Unknown tool: {call['function']['name']}")
-            elif told is None and not self.paged:
-                said = await self._inside(tool, call["function"]["arguments"])
-            else:
-                said = _TOO_MANY if results else _NO_MORE
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            said = refusal
+            if call not in ours:
+                said = error_result(f"Unknown tool: {name}")
+            elif exchange is None and not self.paged:
+                said = await self._inside(str(_VM.tool(name)), arguments)
             result = {"role": "tool", "tool_call_id": call["id"], "content": said}
             results.setdefault(call["id"], result)
-        return [*(results[call["id"]] for call in calls), *(m for m in told or () if m["role"] == "user")]
+        media = [message for message in exchange or () if message["role"] == "user"]
+        return [*(results[call["id"]] for call in calls), *media]
+
+    def _exchange(self, calls: Sequence[Message], content: Any) -> list[Message] | None:
+        """What the open turn answers to these VM calls in one message of the model's: [] when the window
+        has no room for it, None when no VM call is welcome now."""
+        if self._open is None or not self._open.offered:
+            return None
+        said = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+        if not self._play(self._open, Said([said], "tool_calls", None)):  # it was taken for the answer
+            self._give_up()
+            return None
+        messages, ids = self._open.request["messages"], {call["id"] for call in calls}
+        at = len(messages)
+        while at and messages[at - 1]["role"] != "assistant":
+            at -= 1
+        made = messages[at - 1].get("tool_calls") if at else None
+        return list(messages[at:]) if made and made[0]["id"] in ids else []
 
     async def _inside(self, tool: str, arguments: str) -> str:
-        """The result of a call while every page is in the window."""
+        """The result of a VM call while every page is in the window."""
         if tool == SEARCH_PAGES:
             search = parse_search_args(arguments)
             return error_result(search) if isinstance(search, str) else SearchToolResult().model_dump_json()
@@ -325,23 +344,6 @@ class MemoryManager:
         if result.page is None:
             return error_result(result.error or "")
         return self.fault_handler.build_tool_result(result.page).model_dump_json()
-
-    def _vm_calls(self, calls: Sequence[Mapping[str, Any]], content: Any = None) -> list[Message] | None:
-        """Answer VM calls that the model made in one message: a tool message for each that is
-        answered, then their media in a user message. None when no VM call is welcome now.
-        """
-        if self._open is None or not self._open.offered:
-            return None
-        said = {"role": "assistant", "content": content, "tool_calls": [dict(c) for c in calls]}
-        if not self._play(self._open, Said([said], "tool_calls", None)):  # it was taken for the answer
-            self._give_up()
-            return None
-        after, ids = self._open.request["messages"], {call.get("id") for call in calls}
-        at = len(after)
-        while at and after[at - 1].get("role") != "assistant":
-            at -= 1
-        made = after[at - 1].get("tool_calls") if at else None
-        return after[at:] if made and made[0].get("id") in ids else []  # no room: it was left out
 
     # -- views
 
@@ -428,9 +430,7 @@ class MemoryManager:
 
     def _change(self, mutation: PageMutation) -> None:
         """A pin or an importance of the caller's: it holds at once, and in the log from the next
-        answered turn on. KeyError for an unknown page, ValueError for another operation."""
-        if mutation.op not in _LASTING:
-            raise ValueError(f"{mutation.op.value} is the turns' own to do")
+        answered turn on. KeyError for an unknown page."""
         self.combined.apply(mutation)
         self._changes.append(mutation)
 
@@ -441,12 +441,13 @@ class MemoryManager:
 
     async def _get_page(self, name: str) -> MemoryPage | None:
         """A page of the conversation, or what a caller put into `_pages` or `storage`."""
-        page, entry, pages = self._pages.get(name), self.combined.lookup(name), self._path_pages()
-        if page is None and pages.expand(name) == [name]:
-            page = pages.page(name)
-        if page is None and entry is not None and entry.artifact_id is not None:
-            page = await self.storage.load_page(entry.artifact_id)
-        return page
+        if name in self._pages:
+            return self._pages[name]
+        pages, entry = self._path_pages(), self.combined.lookup(name)
+        if pages.expand(name) == [name]:
+            return pages.page(name)
+        artifact_id = entry.artifact_id if entry is not None else None
+        return await self.storage.load_page(artifact_id) if artifact_id is not None else None
 
     def _path_pages(self, end: int | None = None) -> PathPages:
         """The pages of the first `end` messages (None: all), and what derives from them."""
@@ -512,6 +513,7 @@ class MemoryManager:
             substitutes=self._substitutes,
             get_record=self._get,
             get_block=self._block,
+            capabilities=lambda: self._capabilities,
             changes=self._changes,
             given_answers=True,
         )

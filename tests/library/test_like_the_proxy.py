@@ -119,6 +119,27 @@ def test_the_bounds_are_the_configurations() -> None:
     assert MemoryManager(model=MODEL).config.max_l0_tokens == model_card(MODEL).window_tokens
 
 
+async def test_what_is_said_of_a_model_holds_for_the_library_too(tmp_path: Path) -> None:
+    """Its template takes no system message; its tokens are counted by another encoding."""
+    override = {"system_role": False, "tokenizer": "cl100k_base", "window_tokens": 3_000}
+    flags = {"memory.mode": "relaxed", "memory.eviction": "lru", f"models.{MODEL}": override}
+    settings = load_config(None, {}, flags)
+    memory = MemoryManager("s", mode=VMMode.RELAXED, settings=settings)
+    history: list[Message] = []
+    async with client(tmp_path, **sections(flags)) as one:
+        for message in talk(60):
+            if message["role"] == "user":
+                history.append(message)
+                await memory.add_user_message(message["content"])
+                continue
+            (body,) = await proxy_bodies(one, history, message)
+            request = memory.request()
+            assert (as_bytes(request["messages"]), as_bytes(request.get("tools"))) == sent(body)
+            history.append(message)
+            await memory.add_assistant_message(message["content"])
+    assert memory.paged and request["messages"][0]["role"] == "user"
+
+
 async def test_a_session_sends_the_same_behind_its_rules(tmp_path: Path) -> None:
     window = WorkingSetConfig(max_l0_tokens=4_000, reserved_tokens=700)
     session = SessionManager("s", enable_vm=True, vm_mode=VMMode.RELAXED, vm_config=window)
