@@ -17,7 +17,6 @@ from proxy.tokens import (
     DEFAULT_ENCODING,
     UNKNOWN_WINDOW_TOKENS,
     encoding_is_known,
-    encoding_of,
     get_counter,
     model_card,
     tokens_upper_bound,
@@ -260,7 +259,6 @@ def test_a_long_text_is_counted_in_bounded_pieces() -> None:
     [("gpt-4o-mini", "o200k_base"), ("openai/gpt-4", "cl100k_base"), ("qwen3", DEFAULT_ENCODING)],
 )
 def test_the_encoding_of_a_model(model: str, encoding: str) -> None:
-    assert encoding_of(model) == encoding
     assert get_counter(model).encoding_name == encoding
     assert get_counter(model, "cl100k_base").encoding_name == "cl100k_base"
 

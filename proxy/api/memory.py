@@ -33,7 +33,7 @@ from proxy.conversation.tree import (
     record_key,
 )
 from proxy.conversation.window import Window
-from proxy.memory.pages import Hit
+from proxy.memory.ids import Hit
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.search.paths import PathIndexes
 from proxy.storage.l1 import Cache

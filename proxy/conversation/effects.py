@@ -20,7 +20,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Answered with a list of `proxy.memory.pages.Hit`, best first, over positions 0..before-1 of this path only."""
+    """Answered with a list of `proxy.memory.ids.Hit`, best first, over positions 0..before-1 of this path only."""
 
     query: str
     limit: int

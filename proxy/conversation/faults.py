@@ -18,6 +18,7 @@ from proxy.conversation.report import FaultReport, SearchReport
 from proxy.memory.compressor import compress_text
 from proxy.memory.context_packer import quote_json
 from proxy.memory.fault_handler import FaultResult, PageFaultHandler
+from proxy.memory.ids import Hit
 from proxy.memory.models import (
     Actor,
     CompressionLevel,
@@ -28,7 +29,6 @@ from proxy.memory.models import (
     PageMutation,
     StorageTier,
 )
-from proxy.memory.pages import Hit
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
 from proxy.memory.vm_results import SearchResultEntry, error_result, search_result

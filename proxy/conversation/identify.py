@@ -30,7 +30,7 @@ from proxy.conversation.tree import (
     deepest_record,
     overlap,
 )
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
 _TELLING_CHARS = 64  # so much text to count as proof

@@ -10,6 +10,7 @@ from bisect import bisect_left
 
 from proxy.conversation.epoch_request import EpochRequest
 from proxy.memory.compressor import hint
+from proxy.memory.ids import make_page_id
 from proxy.memory.manifest import (
     MIN_MANIFEST_TOKENS,
     AvailablePageEntry,
@@ -17,7 +18,6 @@ from proxy.memory.manifest import (
     ManifestPolicies,
 )
 from proxy.memory.models import PageType, StorageTier, VMMode
-from proxy.memory.pages import page_id
 
 _MANIFEST_ENTRIES = 64  # priced at most; the rest is one line per segment
 _SEGMENTS = 8
@@ -66,7 +66,7 @@ def _add_segments(
     def add(first: int, last: int, topics: str) -> None:
         count = last - first - (bisect_left(inside, last) - bisect_left(inside, first))
         if count > 0:
-            builder.add_segment(page_id(first), page_id(last - 1), count, topics)
+            builder.add_segment(make_page_id(first), make_page_id(last - 1), count, topics)
 
     ranges: list[tuple[int, int, str]] = []
     for page in reversed(list(request.pages.derived.pages.values())):

@@ -33,12 +33,12 @@ from proxy.conversation.tree import (
 from proxy.conversation.turn import Answer, Turn, TurnInput
 from proxy.errors import ApiError
 from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.ids import Hit
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import MemoryPage
 from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.mutation_log import decode as decode_mutations
-from proxy.memory.pages import Hit
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.tokens import TokenCounter
 

@@ -11,17 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.media.parts import read_part
+from proxy.memory.ids import MEDIA_KINDS, media_page_id
 from proxy.memory.models import MEDIA_PART, Modality
-from proxy.memory.pages import media_page_id
 from proxy.tokens import TokenCounter
-
-# How the ids of each kind begin, and what kind of page it is. A file's words are its content.
-_KINDS = {
-    "image": ("img", Modality.IMAGE),
-    "audio": ("aud", Modality.AUDIO),
-    "video": ("vid", Modality.VIDEO),
-    "file": ("file", Modality.TEXT),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +38,9 @@ def media_pages(
     content = message.get("content")
     for index, part in enumerate(content if isinstance(content, list) else ()):
         medium = read_part(part) if isinstance(part, dict) else None
-        if medium is None or medium.kind not in _KINDS:
+        if medium is None:
             continue
-        prefix, modality = _KINDS[medium.kind]
+        prefix, modality = MEDIA_KINDS[medium.kind]
         number = len(found) + 1
         found.append(
             MediaPage(

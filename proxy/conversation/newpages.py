@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from proxy.conversation.pathpages import PathPages
+from proxy.memory.ids import make_page_id
 from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.models import (
     MEDIA_PART,
@@ -16,7 +17,6 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
-from proxy.memory.pages import page_id
 from proxy.memory.tlb import TLBWithPageTable
 
 
@@ -73,8 +73,8 @@ def _stale(
     position: int, ids: tuple[str, ...], table: TLBWithPageTable
 ) -> list[PageTableEntry]:
     """The text pages of a message that the table has under other ids."""
-    names = [page_id(position)]
-    while table.lookup(more := page_id(position, len(names))) is not None:
+    names = [make_page_id(position)]
+    while table.lookup(more := make_page_id(position, len(names))) is not None:
         names.append(more)
     found = (table.lookup(name) for name in names if name not in ids)
     return [entry for entry in found if entry is not None]

@@ -23,7 +23,9 @@ from proxy.conversation.mediapages import MediaPage, media_pages
 from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.memory.compressor import compress_text
 from proxy.memory.context_packer import ContextPacker
+from proxy.memory.ids import Doc, make_page_id, parse_page_id
 from proxy.memory.levels import CompressorRegistry
+from proxy.memory.message_text import message_text, modality_of, split_text
 from proxy.memory.models import (
     MEDIA_PART,
     CompressionLevel,
@@ -33,7 +35,6 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.pack_cache import PackCache, PackCacheStats
-from proxy.memory.pages import Doc, message_text, modality_of, page_id, parse_page_id, split_text
 from proxy.tokens import TokenCounter, get_counter
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
@@ -176,8 +177,8 @@ class PathPages:
         media = tuple(page.page_id for page in self.media(position))
         count = 1 if self._is_small(position) else len(self.parts(position))
         if count == 1:
-            return (page_id(position), *media)
-        return (*(page_id(position, part) for part in range(1, count + 1)), *media)
+            return (make_page_id(position), *media)
+        return (*(make_page_id(position, part) for part in range(1, count + 1)), *media)
 
     def sizes(self, position: int) -> tuple[int, ...]:
         """Tokens of each of `ids(position)`."""
@@ -214,7 +215,7 @@ class PathPages:
             position, part = position - 1, part - MEDIA_PART
         if part >= MEDIA_PART:
             return self.media(position)[part - MEDIA_PART - 1].page_id
-        return page_id(position, part)
+        return make_page_id(position, part)
 
     def modality(self, wanted: str) -> Modality:
         """What kind of content a page holds."""
@@ -332,7 +333,7 @@ class PathPages:
             content=medium.content,
             storage_tier=StorageTier.L2,
             size_tokens=medium.tokens,
-            provenance=[page_id(position)],
+            provenance=[make_page_id(position)],
             metadata=metadata,
         )
 

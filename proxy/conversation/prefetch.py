@@ -15,8 +15,9 @@ from proxy.conversation.effects import Effect, Search
 from proxy.conversation.limits import Limits
 from proxy.conversation.pathpages import PathPages, calls_of
 from proxy.memory.anti_thrash import AntiThrashPolicy
+from proxy.memory.ids import Hit
+from proxy.memory.message_text import message_text
 from proxy.memory.models import CompressionLevel, PageType, StorageTier
-from proxy.memory.pages import Hit, message_text
 from proxy.memory.prefetcher import (
     MIN_EVIDENCE,
     Candidate,

@@ -14,7 +14,7 @@ from proxy.conversation.pathpages import anchor_tokens, group_start, owner
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import SYSTEM, Entry, Window
 from proxy.memory.importance import PIN_TOKENS, is_standing
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 from proxy.tokens import TokenCounter
 
 STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most

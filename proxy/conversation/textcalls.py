@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from proxy.conversation.channel import Channel
-from proxy.memory.pages import parse_page_id
+from proxy.memory.ids import parse_page_id
 from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import PAGE_FAULT
 

@@ -52,8 +52,8 @@ from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.core import MemoryCore
+from proxy.memory.message_text import message_text
 from proxy.memory.page_table import PageTable
-from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES

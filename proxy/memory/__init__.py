@@ -54,7 +54,8 @@ from proxy.memory.fault_handler import (
     FaultResult,
     PageFaultHandler,
 )
-from proxy.memory.levels import CompressorRegistry, levels_of
+from proxy.memory.ids import make_page_id, parse_page_id
+from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manager import ClosedSegment, MemoryManager
 from proxy.memory.manifest import (
     AvailablePageEntry,
@@ -62,6 +63,7 @@ from proxy.memory.manifest import (
     ManifestPolicies,
     VMManifest,
 )
+from proxy.memory.message_text import message_text, modality_of, prefix_of, split_text
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
     Actor,
@@ -83,14 +85,6 @@ from proxy.memory.models import (
 from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.pack_cache import PackCache, PackCacheStats
 from proxy.memory.page_table import PageTable
-from proxy.memory.pages import (
-    message_text,
-    modality_of,
-    page_id,
-    parse_page_id,
-    prefix_of,
-    split_text,
-)
 from proxy.memory.pins import PinnedSet
 from proxy.memory.prefetcher import Prefetcher
 from proxy.memory.provenance import ProvenanceGraph
@@ -191,10 +185,9 @@ __all__ = [
     "get_vm_tools",
     "get_vm_tools_as_dicts",
     "hint",
-    "levels_of",
+    "make_page_id",
     "message_text",
     "modality_of",
-    "page_id",
     "parse_fault_args",
     "parse_page_id",
     "parse_search_args",

@@ -20,7 +20,9 @@ from proxy.memory.context_packer import (
 )
 from proxy.memory.core import MemoryCore
 from proxy.memory.fault_handler import FaultResult
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.manifest import AvailablePageEntry, ManifestBuilder, ManifestPolicies
+from proxy.memory.message_text import message_text, modality_of
 from proxy.memory.models import (
     CompressionLevel,
     MemoryPage,
@@ -33,8 +35,6 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.pages import media_page_id, message_text, modality_of
-from proxy.memory.pages import page_id as message_page_id
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.segments import Segment, close_segment
 from proxy.memory.sentences import SegmentDoc
@@ -84,7 +84,7 @@ class MemoryManager(MemoryCore):
         self._messages += 1
         text = content if isinstance(content, str) else message_text({"content": content})
         words = MemoryPage(
-            page_id=message_page_id(number),
+            page_id=make_page_id(number),
             modality=modality,
             content=text,
             storage_tier=StorageTier.L0,

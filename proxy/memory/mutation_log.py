@@ -22,9 +22,9 @@ from proxy.memory.codes import (
     codes_of,
     member_of,
 )
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import CompressionLevel, MutationType, PageMutation, StorageTier
 from proxy.memory.page_table import PageTable
-from proxy.memory.pages import parse_page_id
 
 _OP_CODES = codes_of(OPS)
 _TIER_CODES = codes_of(TIERS)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from proxy.memory.anti_thrash import REFAULT_GAIN, is_cooling
 from proxy.memory.codes import MODALITIES, TIERS
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import (
     CompressionLevel,
     Modality,
@@ -27,7 +28,6 @@ from proxy.memory.models import (
     PinKind,
     StorageTier,
 )
-from proxy.memory.pages import parse_page_id
 from proxy.memory.table_blocks import Checkpoint, Load, Root, TableBlocks, TreeRef
 from proxy.memory.table_changes import TableChanges, unknown
 from proxy.memory.table_store import TableStore

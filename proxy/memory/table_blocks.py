@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from proxy.memory.codes import MODALITIES, PAGE_TYPES, PIN_KINDS, TIERS, codes_of, member_of
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import CompressionLevel, PageTableEntry, StorageTier
-from proxy.memory.pages import parse_page_id
 
 Load = Callable[[bytes], bytes | None]  # a block's bytes by its reference; None: not there
 

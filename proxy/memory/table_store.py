@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container
 
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import PageTableEntry
-from proxy.memory.pages import parse_page_id
 from proxy.memory.table_blocks import TableBlocks, leaf_number
 
 

@@ -21,8 +21,7 @@ from proxy.conversation.effects import Load
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.tree import Identity
 from proxy.memory import ArtifactsBridge, MemoryPage, Modality
-from proxy.memory.level_media import ImageCompressor
-from proxy.memory.levels import CompressorRegistry
+from proxy.memory.levels import CompressorRegistry, ImageCompressor
 from proxy.memory.models import CompressionLevel, Counts
 from proxy.storage.l3 import ArtifactStore
 from proxy.tokens import get_counter

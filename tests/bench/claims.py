@@ -14,7 +14,8 @@ from collections import Counter
 
 from proxy.memory.claims import Claim, fold_claims
 from proxy.memory.claims import claim_of as read_claim
-from proxy.memory.pages import message_text, page_id
+from proxy.memory.ids import make_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.segments import Segment, close_segment
 from proxy.memory.sentences import SegmentDoc
 from proxy.tokens import TokenCounter, get_counter
@@ -27,7 +28,7 @@ def docs_of(conversation: Conversation) -> list[SegmentDoc]:
     """The pages of a conversation, one for each message that is not the system's."""
     talk = [m for m in conversation.messages if m["role"] not in ("system", "developer")]
     return [
-        SegmentDoc(page_id(i), m["role"], str(m.get("name") or ""), message_text(m))
+        SegmentDoc(make_page_id(i), m["role"], str(m.get("name") or ""), message_text(m))
         for i, m in enumerate(talk)
     ]
 
@@ -75,7 +76,7 @@ def report(name: str, conversations: tuple[Conversation, ...], samples: int) -> 
         in_claims = {p for claim in claims for p in claim.provenance}
         shares.append(len(in_summary) / max(1, len(conversation.messages)))
         for question in conversation.questions:
-            pages = [page_id(i) for i in question.evidence]
+            pages = [make_page_id(i) for i in question.evidence]
             evidence += len(pages)
             quoted += sum(page in in_summary for page in pages)
             claimed += sum(page in in_claims for page in pages)

@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.memory.compressor import compress_text
+from proxy.memory.ids import make_page_id
 from proxy.memory.importance import importance_of, is_standing
+from proxy.memory.message_text import message_text, modality_of, split_text
 from proxy.memory.models import CompressionLevel, Modality
-from proxy.memory.pages import message_text, modality_of, page_id, split_text
 from proxy.tokens import TokenCounter
 from tests.e2e.data import Conversation
 
@@ -160,7 +161,7 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
     kind = modality_of(message)
     pages = [
         Page(
-            page_id(position, part),
+            make_page_id(position, part),
             position,
             tokens // len(texts),
             weight,

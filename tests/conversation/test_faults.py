@@ -13,7 +13,7 @@ from proxy.conversation.effects import Load
 from proxy.conversation.faults import NO_ROOM, FaultServer, Room
 from proxy.conversation.pathpages import PathPages
 from proxy.memory import CompressionLevel, PageTable, StorageTier
-from proxy.memory.pages import Hit
+from proxy.memory.ids import Hit
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from proxy.conversation.mediapages import media_pages
 from proxy.memory import Modality
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import MEDIA_PART
-from proxy.memory.pages import parse_page_id
 from proxy.tokens import get_counter
 from tests.conversation.test_pathpages import pages_of
 from tests.examples import examples

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy.conversation.effects import Search
 from proxy.conversation.prefetch import Chosen, Prefetch
 from proxy.memory import AntiThrashPolicy, CompressionLevel, PageTable, page_id
-from proxy.memory.pages import Hit
+from proxy.memory.ids import Hit
 from proxy.memory.prefetcher import asks_back
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter

@@ -13,8 +13,8 @@ from proxy.memory import (
     StorageTier,
     page_id,
 )
+from proxy.memory.ids import media_page_id
 from proxy.memory.models import PinKind
-from proxy.memory.pages import media_page_id
 
 LEVELS = st.sampled_from(CompressionLevel)
 BELOW_L0 = st.sampled_from([t for t in StorageTier if t is not StorageTier.L0])

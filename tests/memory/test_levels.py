@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from proxy.memory.compressor import ABSTRACT_TOKENS
-from proxy.memory.level_base import content_tokens
-from proxy.memory.level_json import SHAPE_TOKENS
-from proxy.memory.level_media import REFERENCE_TOKENS, clock
-from proxy.memory.levels import CompressorRegistry, TextCompressor, levels_of
+from proxy.memory.levels import (
+    AUDIO_REFERENCE_TOKENS,
+    CompressorRegistry,
+    TextCompressor,
+    clock,
+    content_tokens,
+)
+from proxy.memory.levels_json import SHAPE_TOKENS
 from proxy.memory.models import CompressionLevel, Counts, MemoryPage, Modality
 from proxy.tokens import get_counter
 from tests.media import samples
@@ -227,7 +231,7 @@ def test_audio_becomes_its_transcript_its_summary_and_its_duration() -> None:
     assert one.content == SAID
     assert "14 March" in two.content or "parse_invoice" in two.content
     assert three.content.startswith("audio 2:00, ")
-    assert (three.size_tokens or 0) <= REFERENCE_TOKENS
+    assert (three.size_tokens or 0) <= AUDIO_REFERENCE_TOKENS
     assert REGISTRY.compress(PAGES["assistant's audio"], 1, TILES).content[:30] == SAID[:30]
 
 
@@ -332,13 +336,6 @@ def test_a_registry_takes_other_compressors() -> None:
         CompressorRegistry().get(Modality.TEXT)
     with pytest.raises(ValueError):
         REGISTRY.compress(page(Modality.TEXT, "hi"), 4, TILES)
-
-
-def test_the_levels_of_a_page_are_its_own_and_those_below() -> None:
-    full = image()
-    assert levels_of(full) == [0, 1, 2, 3]
-    assert levels_of(REGISTRY.compress(full, 2, TILES)) == [2, 3]
-    assert levels_of(page(Modality.TEXT, None)) == [0]
 
 
 # ---------------------------------------------------------------- odd content

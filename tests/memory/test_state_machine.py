@@ -25,9 +25,9 @@ from proxy.memory import (
     StorageTier,
     page_id,
 )
+from proxy.memory.ids import media_page_id
 from proxy.memory.models import PinKind
 from proxy.memory.mutation_log import decode, encode
-from proxy.memory.pages import media_page_id
 from proxy.memory.pins import is_held
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager

@@ -11,7 +11,7 @@ from proxy.memory import (
     page_id,
 )
 from proxy.memory import table_blocks as module
-from proxy.memory.pages import media_page_id
+from proxy.memory.ids import media_page_id
 from proxy.memory.table_blocks import (
     MAX_CACHED_NODES,
     MissingBlockError,

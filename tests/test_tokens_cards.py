@@ -1,4 +1,4 @@
-"""Tests of proxy/tokens/names.py, and of the cards that are found by them."""
+"""What a model's name says: its plain forms, its card, its window."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.tokens import encoding_is_known, get_counter, model_card
-from proxy.tokens.names import normal_name, plain_name
+from proxy.tokens.cards import normal_name, plain_name
 
 
 @pytest.mark.parametrize(
