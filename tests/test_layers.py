@@ -25,11 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"session"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "logs", "runtime"},
     "serving": set(),
     "logs": set(),
-    "api": {*BELOW_APP, *BASE},
+    "api": {*BELOW_APP, *BASE, "limits"},
     "session": {"conversation", "memory", "tokens"},  # the library's door, for callers without a server
     "conversation": {"media", "memory", "tokens", "errors"},
     "memory": {"media"},
@@ -50,6 +51,7 @@ IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
     "av": {"media"},
+    "cachetools": {"api"},
     "brotli": {"api"},  # compressed request bodies
     "diskcache": {"storage"},
     "fastapi": {"api", "app"},  # one web face in two places: routes and their assembly
@@ -117,7 +119,7 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]
 
 
 def violations(source: str, path: str) -> list[str]:
-    """The broken rules of the module at `path` ("proxy/memory/pages.py")."""
+    """The broken rules of the module at `path` ("proxy/memory/ids.py")."""
     parts = path.removesuffix(".py").split("/")
     is_package = parts[-1] == "__init__"
     module = ".".join(parts[:-1] if is_package else parts)
