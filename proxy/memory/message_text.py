@@ -14,6 +14,7 @@ from proxy.media.parts import kind_of, read_part
 from proxy.memory.ids import MEDIA_KINDS
 from proxy.memory.levels_json import looks_like_json
 from proxy.memory.models import ContextPrefix, Modality, json_text
+from proxy.memory.words import SENTENCE_END
 
 MIN_SPLIT_TOKENS = 8  # one character can be several tokens; below this a part could not hold one
 
@@ -133,7 +134,7 @@ def prefix_of(role: str, modality: Modality = Modality.TEXT) -> ContextPrefix:
     return _ROLE_PREFIX.get(role, ContextPrefix.SUMMARY)
 
 
-_SENTENCE_END = re.compile(r"[.!?。！？…][\"')\]”’]*\s+|[。！？]")
+_SENTENCE_END = re.compile(SENTENCE_END)
 _SPACE = re.compile(r"\s")
 _FIRST_GUESS_CHARS_PER_TOKEN = 4.0
 _MAX_CHARS_PER_TOKEN = 32.0
