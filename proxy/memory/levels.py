@@ -23,7 +23,7 @@ import base64
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from proxy.media.decoders import (
     Frame,
@@ -46,19 +46,6 @@ _NAME_CHARS = 80
 _SIDES_PX = (512, 384, 256, 192, 128)  # 512: what low detail is scaled to where it has a rule
 _SCENES_AT = "; scenes at "
 _LINK = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.\-]{1,15}://")
-
-
-class Compressor(Protocol):
-    """Makes lower levels of the pages of one modality."""
-
-    def compress(
-        self,
-        page: MemoryPage,
-        level: CompressionLevel | int,
-        counts: Counts,
-        max_tokens: int | None = None,
-    ) -> MemoryPage:
-        """`page` at `level` (0..3, else ValueError), at most `max_tokens` above level 0."""
 
 
 class CompressorRegistry:
@@ -87,14 +74,12 @@ class CompressorRegistry:
         return self._compressors[modality]
 
     def compress(
-        self,
-        page: MemoryPage,
-        level: CompressionLevel | int,
-        counts: Counts,
-        max_tokens: int | None = None,
+        self, page: MemoryPage, level: CompressionLevel | int, counts: Counts
     ) -> MemoryPage:
-        """`page` at `level`; see `Compressor`. The page itself when it has no more detail than that."""
-        return self.get(page.modality).compress(page, level, counts, max_tokens)
+        """`page` at `level` (0..3, else ValueError); the page itself when it has no more detail than
+        that.
+        """
+        return self.get(page.modality).compress(page, level, counts)
 
 
 # ---------------------------------------------------------------- what all compressors share
@@ -111,17 +96,15 @@ class Step(NamedTuple):
     is_last: bool
 
 
-class StepCompressor(ABC):
-    """Goes down level by level, so that no level can cost more than the one above it."""
+class Compressor(ABC):
+    """Makes lower levels of the pages of one modality, one by one, so that none can cost more than the
+    one above it.
+    """
 
     def compress(
-        self,
-        page: MemoryPage,
-        level: CompressionLevel | int,
-        counts: Counts,
-        max_tokens: int | None = None,
+        self, page: MemoryPage, level: CompressionLevel | int, counts: Counts
     ) -> MemoryPage:
-        """`page` at `level`; see `Compressor`."""
+        """`page` at `level`; see `CompressorRegistry`."""
         target = CompressionLevel(level)
         if target <= page.compression_level:
             return page
@@ -129,8 +112,6 @@ class StepCompressor(ABC):
         learned = self.learned(page) if is_full else {}
         source = page.model_copy(update={"metadata": {**page.metadata, **learned}})
         limit = page.size_tokens or content_tokens(page.content, counts)
-        if max_tokens is not None:
-            limit = min(limit, max(0, max_tokens))
         content: Any = page.content
         for number in range(page.compression_level + 1, target + 1):
             step = Step(CompressionLevel(number), limit, counts, number == target)
@@ -182,7 +163,7 @@ def _said(page: MemoryPage, *keys: str) -> str:
 # ---------------------------------------------------------------- text, files, JSON
 
 
-class TextCompressor(StepCompressor):
+class TextCompressor(Compressor):
     """Text: a third of it, key points, topic tags. A `file` part: its words, then `file:{name}`."""
 
     def learned(self, page: MemoryPage) -> dict[str, Any]:
@@ -195,7 +176,7 @@ class TextCompressor(StepCompressor):
         return {"file_name": name, "facts": _line(medium.kind, facts)}
 
     def content_at(self, page: MemoryPage, step: Step) -> Any:
-        """See `StepCompressor`."""
+        """See `Compressor`."""
         count = step.counts.text
         name = _said(page, "file_name")
         if name and step.level == CompressionLevel.REFERENCE:
@@ -213,11 +194,11 @@ class TextCompressor(StepCompressor):
         return clip(_said(page, "summary", "caption", "facts"), min(step.limit, ABSTRACT_TOKENS), count)
 
 
-class StructuredCompressor(StepCompressor):
+class StructuredCompressor(Compressor):
     """JSON: fewer items of the same schema, key facts, shape. Any other text: as text."""
 
     def content_at(self, page: MemoryPage, step: Step) -> Any:
-        """See `StepCompressor`."""
+        """See `Compressor`."""
         return _words_at(page.text(), step)
 
 
@@ -250,7 +231,7 @@ def _outline(value: Any, limit: int, step: Step) -> str:
 # ---------------------------------------------------------------- images, sound, film
 
 
-class ImageCompressor(StepCompressor):
+class ImageCompressor(Compressor):
     """Thumbnail at low detail, caption, `image:{page_id}`."""
 
     def learned(self, page: MemoryPage) -> dict[str, Any]:
@@ -265,7 +246,7 @@ class ImageCompressor(StepCompressor):
         return {"facts": _line("image", [*facts, _size_shown(medium.data), _link_shown(medium)])}
 
     def content_at(self, page: MemoryPage, step: Step) -> Any:
-        """See `StepCompressor`."""
+        """See `Compressor`."""
         reference = f"image:{page.page_id}"
         if step.level == CompressionLevel.REFERENCE and step.counts.text(reference) <= step.limit:
             return reference
@@ -299,7 +280,7 @@ class ImageCompressor(StepCompressor):
         return best
 
 
-class AudioCompressor(StepCompressor):
+class AudioCompressor(Compressor):
     """Transcript, summary, `audio 0:42, topic`."""
 
     def learned(self, page: MemoryPage) -> dict[str, Any]:
@@ -316,7 +297,7 @@ class AudioCompressor(StepCompressor):
         return learned
 
     def content_at(self, page: MemoryPage, step: Step) -> Any:
-        """See `StepCompressor`."""
+        """See `Compressor`."""
         count = step.counts.text
         transcript = _said(page, "transcript")
         if not transcript and "facts" not in page.metadata:
@@ -338,7 +319,7 @@ class AudioCompressor(StepCompressor):
         return _caption(page, step, "", "summary", "caption")
 
 
-class VideoCompressor(StepCompressor):
+class VideoCompressor(Compressor):
     """Keyframes with their times, scene descriptions, `video:{page_id}`."""
 
     def learned(self, page: MemoryPage) -> dict[str, Any]:
@@ -353,7 +334,7 @@ class VideoCompressor(StepCompressor):
         return {"facts": _line("video", [*facts, _size_shown(medium.data), _link_shown(medium)])}
 
     def content_at(self, page: MemoryPage, step: Step) -> Any:
-        """See `StepCompressor`."""
+        """See `Compressor`."""
         reference = f"video:{page.page_id}"
         if step.level == CompressionLevel.REFERENCE and step.counts.text(reference) <= step.limit:
             return reference

@@ -24,7 +24,8 @@ import msgspec
 log = logging.getLogger(__name__)
 
 _LITELLM = importlib.util.find_spec("litellm")  # found, not imported: importing it takes seconds
-LITELLM_DIR = Path(_LITELLM.origin).parent if _LITELLM and _LITELLM.origin else None
+assert _LITELLM is not None and _LITELLM.origin is not None, "litellm is a dependency"
+LITELLM_DIR = Path(_LITELLM.origin).parent
 UNKNOWN_WINDOW_TOKENS = 32_000
 
 _DEAD = re.compile(r"(?:-v\d+)?[:@][^:@/]*$")  # a routing suffix, a version: ":free", "@001", "-v1:0"
@@ -32,7 +33,6 @@ _TUNED = re.compile(r"[:.]ft-.*$")  # "gpt-3.5-turbo:ft-acme", Azure's "gpt-4o-m
 _DATE = re.compile(r"[-@]20\d\d-?(?:0[1-9]|1[0-2])-?(?:[0-2]\d|3[01])$")
 _VENDOR = re.compile(r"^(?:[a-z-]+\.)+(?=[a-z])")  # Bedrock's "us.anthropic."
 _MARKS = re.compile(r"[^a-z0-9:@]+")
-
 
 _CHATS = ("chat", "completion", "responses", "")
 Role = Literal["developer", "system"]
@@ -76,7 +76,6 @@ class ModelCard:
 
     window_tokens: int
     known: bool
-    tools: bool
     developer_role: Role
 
 
@@ -85,7 +84,6 @@ class _Row(msgspec.Struct):
     max_tokens: float | str | None = None
     litellm_provider: str = ""
     mode: str = ""
-    supports_function_calling: bool = False
 
     @property
     def window_tokens(self) -> int | None:
@@ -95,8 +93,6 @@ class _Row(msgspec.Struct):
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, msgspec.Raw]:
-    if LITELLM_DIR is None:
-        return {}
     data = (LITELLM_DIR / "model_prices_and_context_window_backup.json").read_bytes()
     return msgspec.json.decode(data, type=dict[str, msgspec.Raw])
 
@@ -148,14 +144,9 @@ def model_card(model: str) -> ModelCard:
             model,
             UNKNOWN_WINDOW_TOKENS,
         )
-        return ModelCard(UNKNOWN_WINDOW_TOKENS, False, True, "system")
-    role: Role = "developer" if row.litellm_provider == "openai" and _takes_developer(model) else (
-        "system"
-    )
-    return ModelCard(window, True, row.supports_function_calling, role)
-
-
-def _takes_developer(model: str) -> bool:
-    """gpt-3.5 and the first gpt-4 know only `system`; o1-mini and o1-preview know neither."""
+        return ModelCard(UNKNOWN_WINDOW_TOKENS, False, "system")
+    # gpt-3.5 and the first gpt-4 know only `system`; o1-mini and o1-preview know neither.
     old = ("gpt-3.5*", "gpt-4", "gpt-4-*", "o1-mini*", "o1-preview*")
-    return not any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
+    is_old = any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
+    takes = row.litellm_provider == "openai" and not is_old
+    return ModelCard(window, True, "developer" if takes else "system")

@@ -31,10 +31,8 @@ from proxy.tokens.media import (
     largest_medium,
 )
 
-if LITELLM_DIR:  # must be set before tiktoken loads an encoding, or it asks the network
-    os.environ.setdefault(
-        "TIKTOKEN_CACHE_DIR", str(LITELLM_DIR / "litellm_core_utils" / "tokenizers")
-    )
+# Must be set before tiktoken loads an encoding, or it asks the network.
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(LITELLM_DIR / "litellm_core_utils" / "tokenizers"))
 
 import tiktoken
 
