@@ -54,7 +54,6 @@ from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.message_text import message_text
 from proxy.memory.page_table import PageTable
-from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
@@ -127,13 +126,9 @@ class Turn:
         return self._paging.window if self._paging else None
 
     @property
-    def segments(self) -> Sequence[Segment]:
-        """What this turn's epochs closed."""
-        return self._paging.segments if self._paging else ()
-
-    @property
     def shown(self) -> Sequence[Load]:
-        """Older pages that this turn put into the window in our own words."""
+        """Older pages that this turn put into the window in our own words, and summaries that nobody has
+        written: what a model may write about."""
         return self._paging.shown if self._paging else ()
 
     def talks_of_tools(self) -> bool:
@@ -334,7 +329,7 @@ class Turn:
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
         those, so there the VM calls get an error instead until the last round."""
-        full = paging.result_room <= 0
+        full = not paging.takes_results
         if self._context.decoded.get("tools"):
             return full and number > 0
         return full or vm_calls.server.exhausted
@@ -383,7 +378,8 @@ class Turn:
         before = self._paging.settled if self._paging is not None else None
         settled = before.fields(came, record) if before is not None else None
         if self._paging is not None:
-            self._paging.evidence.settle("\n".join(message_text(answer) for answer in answers))
+            if self._paging.brought:
+                self._paging.settle("\n".join(message_text(answer) for answer in answers))
             state = self._paging.snapshot()
             last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.memory.claims import importance_of, is_standing
 from proxy.memory.compressor import compress_text
 from proxy.memory.ids import make_page_id
-from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.message_text import message_text, modality_of, split_text
 from proxy.memory.models import CompressionLevel, Modality
 from proxy.tokens import TokenCounter

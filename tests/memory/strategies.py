@@ -11,7 +11,7 @@ from proxy.memory import (
     PageMutation,
     PageType,
     StorageTier,
-    page_id,
+    make_page_id,
 )
 from proxy.memory.ids import media_page_id
 from proxy.memory.models import PinKind
@@ -24,7 +24,7 @@ _LATER = [op for op in MutationType if op is not MutationType.CREATE]
 def _ids(number: int) -> st.SearchStrategy[str]:
     """Ids of a text page, a medium or a derived page that no other number has."""
     return st.one_of(
-        st.integers(0, 2).map(lambda part: page_id(number, part)),
+        st.integers(0, 2).map(lambda part: make_page_id(number, part)),
         st.sampled_from(["img", "aud", "vid", "file"]).map(
             lambda kind: media_page_id(number // 3, number + 1, kind)
         ),

@@ -10,7 +10,7 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
+    make_page_id,
 )
 from proxy.memory.anti_thrash import EVICTION_COOLDOWN_TURNS
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
@@ -59,11 +59,11 @@ def test_registering_a_known_page_keeps_its_history() -> None:
 def test_resident_is_in_conversation_order_with_levels() -> None:
     table = PageTable()
     for position in (2, 0, 1):
-        table.register_id(page_id(position), 100, turn=1)
-    table.register_id(page_id(0, 2), 100, turn=1)
-    table.map(page_id(2), 2, CompressionLevel.FULL)
-    table.map(page_id(0, 2), 2, CompressionLevel.ABSTRACT, tokens=20)
-    table.map(page_id(0), 2, CompressionLevel.FULL)
+        table.register_id(make_page_id(position), 100, turn=1)
+    table.register_id(make_page_id(0, 2), 100, turn=1)
+    table.map(make_page_id(2), 2, CompressionLevel.FULL)
+    table.map(make_page_id(0, 2), 2, CompressionLevel.ABSTRACT, tokens=20)
+    table.map(make_page_id(0), 2, CompressionLevel.FULL)
     assert [(e.page_id, int(e.level)) for e in table.resident()] == [
         ("msg_0001", 0),
         ("msg_0001.2", 2),

@@ -23,7 +23,7 @@ from proxy.memory import (
     PageTableEntry,
     PageType,
     StorageTier,
-    page_id,
+    make_page_id,
 )
 from proxy.memory.ids import media_page_id
 from proxy.memory.models import PinKind
@@ -128,7 +128,7 @@ class Memory(RuleBasedStateMachine):
 
     def name(self, kind: str) -> str:
         if kind in ("text", "part"):
-            return page_id(self.position, 2 if kind == "part" else 0)
+            return make_page_id(self.position, 2 if kind == "part" else 0)
         if kind in ("img", "aud", "file"):
             return media_page_id(self.position, 1, kind)
         return f"note-{self.number}-x" if kind == "note" else f"{kind}_{self.number:02d}"

@@ -8,7 +8,7 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
+    make_page_id,
 )
 from proxy.memory import table_blocks as module
 from proxy.memory.ids import media_page_id
@@ -41,7 +41,7 @@ def conversation(pages: int, window: int = 0) -> PageTable:
     for position in range(pages):
         inside = position >= pages - window
         tier = StorageTier.L0 if inside else StorageTier.L2
-        table.register_id(page_id(position), 100, position, tier=tier)
+        table.register_id(make_page_id(position), 100, position, tier=tier)
     return table
 
 
@@ -109,9 +109,9 @@ def test_a_small_change_writes_little_and_shares_the_rest() -> None:
     assert (len(first.blocks), len(first.root) < 150) == (157 + 3 + 1, True)
     for position in range(9_990, 10_010):
         if position >= 10_000:
-            table.register_id(page_id(position), 100, position, tier=StorageTier.L0)
+            table.register_id(make_page_id(position), 100, position, tier=StorageTier.L0)
         else:
-            table.evict(page_id(position), 10_000)
+            table.evict(make_page_id(position), 10_000)
     second = table.checkpoint()
     assert len(second.blocks) == 1 + 2  # one leaf of 64 positions and the nodes above it
     assert sum(map(len, second.blocks.values())) < 6_000
@@ -127,10 +127,10 @@ def test_opening_reads_the_window_and_looking_up_one_leaf() -> None:
     assert storage.reads <= 6
     assert (len(table), table.in_ram <= 3 * 64) == (20_000, True)
     before = storage.reads
-    entry = table.lookup(page_id(7_000))
+    entry = table.lookup(make_page_id(7_000))
     assert entry is not None and entry.position == 7_000
     assert storage.reads - before <= 3  # two nodes and a leaf
-    assert table.lookup(page_id(7_001)) is not None and table.lookup(page_id(20_000)) is None
+    assert table.lookup(make_page_id(7_001)) is not None and table.lookup(make_page_id(20_000)) is None
     assert storage.reads - before <= 3
     assert table.get_stats() == conversation(20_000, window=100).get_stats()
 
@@ -158,7 +158,7 @@ def test_pages_without_a_position_are_found_again() -> None:
 
 
 def test_positions_share_a_leaf_by_64() -> None:
-    assert [leaf_number(page_id(p), p) for p in (0, 63, 64, 4096)] == [0, 0, 1, 64]
+    assert [leaf_number(make_page_id(p), p) for p in (0, 63, 64, 4096)] == [0, 0, 1, 64]
     assert leaf_number("claim_0007", -1) == leaf_number("claim_0063", -1) == -1
     assert leaf_number("claim_0064", -1) == -2
 
@@ -168,8 +168,8 @@ def test_invariant_06_branches_of_one_root_see_nothing_of_each_other() -> None:
     root, blocks = conversation(200).checkpoint()
     storage.update(blocks)
     one, two = PageTable.open(root, storage.load), PageTable.open(root, storage.load)
-    one.fault_in(page_id(5), turn=300)
-    one.register_id(page_id(200), 1, turn=300)
+    one.fault_in(make_page_id(5), turn=300)
+    one.register_id(make_page_id(200), 1, turn=300)
     roots = {}
     for name, table in (("one", one), ("two", two)):
         made = table.checkpoint()
@@ -177,9 +177,9 @@ def test_invariant_06_branches_of_one_root_see_nothing_of_each_other() -> None:
         table.shed()
         roots[name] = made.root
     assert roots["two"] == root != roots["one"]
-    untouched = two.lookup(page_id(5))
+    untouched = two.lookup(make_page_id(5))
     assert untouched is not None and untouched.fault_count == 0
-    assert page_id(200) in one and page_id(200) not in two
+    assert make_page_id(200) in one and make_page_id(200) not in two
     assert two == conversation(200)
 
 
@@ -192,15 +192,15 @@ def test_a_missing_or_damaged_block_is_told_and_changes_nothing() -> None:
     storage.clear()
     stats = table.get_stats()
     with pytest.raises(LookupError, match="not in storage"):
-        table.lookup(page_id(3))
+        table.lookup(make_page_id(3))
     with pytest.raises(MissingBlockError, match="not in storage"):
-        table.evict(page_id(3), 900)
+        table.evict(make_page_id(3), 900)
     assert (table.get_stats(), table.turn) == (stats, 499)
     storage.update({ref: data + b"." for ref, data in kept.items()})
     with pytest.raises(MissingBlockError, match="damaged"):
-        table.lookup(page_id(3))
+        table.lookup(make_page_id(3))
     storage.update(kept)
-    assert table.lookup(page_id(3)) is not None
+    assert table.lookup(make_page_id(3)) is not None
     assert table == conversation(500, window=64)
 
 
@@ -232,15 +232,15 @@ def test_shedding_keeps_the_window_and_what_changed() -> None:
     table = PageTable(load=storage.load)
     for position in range(100):
         tier = StorageTier.L0 if position >= 90 else StorageTier.L2
-        table.register_id(page_id(position), 10, 1, tier=tier)
+        table.register_id(make_page_id(position), 10, 1, tier=tier)
     assert table.shed() == 0  # nothing of it is stored
     storage.update(table.checkpoint().blocks)
-    table.apply(PageMutation(MutationType.ACCESS, page_id(7), 2))
+    table.apply(PageMutation(MutationType.ACCESS, make_page_id(7), 2))
     assert table.shed(max_entries=50) == 50
-    assert table.shed(keep=[page_id(80), page_id(3)]) == 50 - 12
+    assert table.shed(keep=[make_page_id(80), make_page_id(3)]) == 50 - 12
     assert (table.in_ram, table.sheds) == (12, 2)
-    kept = {e.page_id for e in table.resident()} | {page_id(7), page_id(80)}
+    kept = {e.page_id for e in table.resident()} | {make_page_id(7), make_page_id(80)}
     assert set(table._entries) == kept
-    assert table.map(page_id(8), 3, CompressionLevel.FULL).access_count == 1
-    seven = table.lookup(page_id(7))
+    assert table.map(make_page_id(8), 3, CompressionLevel.FULL).access_count == 1
+    seven = table.lookup(make_page_id(7))
     assert seven is not None and seven.access_count == 1

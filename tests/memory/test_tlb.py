@@ -8,7 +8,7 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
+    make_page_id,
 )
 from proxy.memory.tlb import DEFAULT_TLB_ENTRIES, PageTLB, TLBWithPageTable
 
@@ -17,7 +17,7 @@ def filled(pages: int, tlb: PageTLB | None = None) -> TLBWithPageTable:
     storage: dict[bytes, bytes] = {}
     table = PageTable(load=storage.get)
     for position in range(pages):
-        table.register_id(page_id(position), 10, 1)
+        table.register_id(make_page_id(position), 10, 1)
     storage.update(table.checkpoint().blocks)
     return TLBWithPageTable(table, tlb)
 
@@ -38,7 +38,7 @@ def test_hits_misses_and_evictions_are_counted() -> None:
     combined = filled(10, PageTLB(max_entries=2))
     assert combined.tlb.get_stats().hit_rate == 0.0
     for position in (0, 0, 1, 2, 1, 0):
-        assert combined.lookup(page_id(position)) is not None
+        assert combined.lookup(make_page_id(position)) is not None
     assert combined.lookup("msg_9999") is None
     stats = combined.tlb.get_stats()
     assert (stats.hits, stats.misses, stats.evictions) == (2, 5, 2)
@@ -65,9 +65,9 @@ def test_the_least_recently_used_leaves_first() -> None:
 def test_invariant_10_after_a_shed_only_the_tlb_changes_and_the_window_are_in_ram() -> None:
     combined = filled(5_000, PageTLB(max_entries=16))
     for position in range(0, 5_000, 10):
-        combined.lookup(page_id(position))
-    combined.page_table.apply(PageMutation(MutationType.ACCESS, page_id(3), 2))
-    combined.map(page_id(4), 2, CompressionLevel.FULL)
+        combined.lookup(make_page_id(position))
+    combined.page_table.apply(PageMutation(MutationType.ACCESS, make_page_id(3), 2))
+    combined.map(make_page_id(4), 2, CompressionLevel.FULL)
     combined.shed()
     assert combined.in_ram == 16 + 1  # the mapped page is in the TLB too
     assert len(combined) == 5_000 == combined.get_stats().total_pages
@@ -75,22 +75,22 @@ def test_invariant_10_after_a_shed_only_the_tlb_changes_and_the_window_are_in_ra
 
 def test_a_shed_behind_its_back_leaves_no_stale_entry() -> None:
     combined = filled(200)
-    combined.lookup(page_id(5))
+    combined.lookup(make_page_id(5))
     combined.page_table.shed()
-    combined.page_table.fault_in(page_id(5), turn=7)
-    entry = combined.lookup(page_id(5))
+    combined.page_table.fault_in(make_page_id(5), turn=7)
+    entry = combined.lookup(make_page_id(5))
     assert entry is not None and entry.faulted_turn == 7
     combined.page_table.checkpoint()
-    combined.evict(page_id(5), 8)
-    assert combined.lookup(page_id(5)) is combined.page_table.lookup(page_id(5))
+    combined.evict(make_page_id(5), 8)
+    assert combined.lookup(make_page_id(5)) is combined.page_table.lookup(make_page_id(5))
 
 
 def test_a_tlb_of_another_table_brings_nothing_along() -> None:
     tlb = PageTLB()
     old = filled(3, tlb)
-    old.lookup(page_id(0))
+    old.lookup(make_page_id(0))
     new = TLBWithPageTable(PageTable(), tlb)
-    assert new.lookup(page_id(0)) is None
+    assert new.lookup(make_page_id(0)) is None
 
 
 def test_it_stands_wherever_a_table_does() -> None:
