@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -172,10 +173,19 @@ class MessagePages:
         """Its text, then its notes', cut into pages when that is too large for one."""
         if self._parts is None:
             text = "\n\n".join(filter(None, (self.own_text, *map(note_text, self.notes))))
-            limit = self._how.page_tokens
-            small = len(text) <= limit or self._is_small()
-            self._parts = [text] if small else split_text(text, limit, self._how.cutter.text)
+            small = len(text) <= self._how.page_tokens or self._is_small()
+            self._parts = [text] if small else self._cut(text)
         return self._parts
+
+    def _cut(self, text: str) -> list[str]:
+        """In pages. Cutting counts all of the text, so it is done once in the message's life."""
+        how = self._how
+        key, kept = hash((text, how.page_tokens)), self.node.cuts
+        if kept is not None and kept[0] == key:
+            return [text[start:end] for start, end in pairwise((0, *kept[1]))]
+        parts = split_text(text, how.page_tokens, how.cutter.text)
+        self.node.cuts = key, tuple(accumulate(map(len, parts)))
+        return parts
 
     def _is_small(self) -> bool:
         """One page holds the text. Counted alike for all models: the ids that a table, an index or a
