@@ -24,7 +24,7 @@ from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.media.parts import read_part
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import ContextPacker
+from proxy.memory.context import ContextPacker
 from proxy.memory.ids import MEDIA_KINDS, Doc, make_page_id, media_page_id, parse_page_id
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.message_text import message_text, modality_of, split_text
@@ -271,7 +271,7 @@ class PathPages:
     def packer(self) -> ContextPacker:
         """Makes lines of pages."""
         if self._packer is None:
-            self._packer = ContextPacker(self.counter.text, _lines, self.counter.part)
+            self._packer = ContextPacker(self.counter, _lines)
         return self._packer
 
     def tokens(self, position: int) -> int:

@@ -41,6 +41,7 @@ from proxy.conversation.compose import (
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
+from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.pages import PathPages, anchor_tokens
 from proxy.conversation.refusal import repairable, unchanged_fits
@@ -49,13 +50,12 @@ from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_window import TurnWindow
-from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.message_text import message_text
 from proxy.memory.page_table import PageTable
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
+from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
@@ -332,7 +332,7 @@ class Turn:
         full = not paging.takes_results
         if self._context.decoded.get("tools"):
             return full and number > 0
-        return full or vm_calls.server.exhausted
+        return full or vm_calls.exhausted
 
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
@@ -454,7 +454,7 @@ class Turn:
     def _answer(self, said: Said, paging: TurnWindow, vm_calls: VMCalls) -> Answer:
         report = self.report
         report.rounds = len(self._responses)
-        report.faults, report.searches = vm_calls.server.faults, vm_calls.server.searches
+        report.faults, report.searches = vm_calls.faults, vm_calls.searches
         report.reachable_tokens = paging.table.total_tokens
         if self._context.observed:
             paging.tell()

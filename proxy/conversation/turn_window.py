@@ -38,7 +38,7 @@ from proxy.conversation.window import (
     render,
 )
 from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
-from proxy.memory.context_packer import context_block
+from proxy.memory.context import context_block
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
 from proxy.memory.models import (
@@ -56,7 +56,7 @@ from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.prefetcher import points_back
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import without_citations
+from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 

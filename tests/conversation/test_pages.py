@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from proxy.conversation.commit import new_records
 from proxy.conversation.pages import Medium, Page, PathPages, group_start, groups_of
 from proxy.conversation.tree import Anchor, Identity, Node
-from proxy.memory import Modality, make_page_id, message_text
-from proxy.memory.ids import parse_page_id
+from proxy.memory import Modality
+from proxy.memory.ids import make_page_id, parse_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.models import MEDIA_PART
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import png_part

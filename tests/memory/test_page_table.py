@@ -10,9 +10,9 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    make_page_id,
 )
-from proxy.memory.anti_thrash import EVICTION_COOLDOWN_TURNS
+from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
+from proxy.memory.ids import make_page_id
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from tests.memory.strategies import histories
 

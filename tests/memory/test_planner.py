@@ -16,10 +16,9 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    make_page_id,
     planner,
 )
-from proxy.memory.ids import media_page_id
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import Modality, PageTableEntry, PageType
 from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
 from proxy.memory.tlb import TLBWithPageTable

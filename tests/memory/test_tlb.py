@@ -8,8 +8,8 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    make_page_id,
 )
+from proxy.memory.ids import make_page_id
 from proxy.memory.tlb import DEFAULT_TLB_ENTRIES, PageTLB, TLBWithPageTable
 
 
