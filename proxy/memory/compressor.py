@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 
 from proxy.memory.models import CompressionLevel
@@ -120,18 +121,7 @@ def _select(text: str, budget_chars: int, slack_chars: int) -> str:
     """
     if len(text) <= budget_chars:
         return text.strip()
-    spans = _pieces(text)
-    words = [_WORD.findall(text, start, end) for start, end in spans]
-    frequency = Counter(chain.from_iterable(words))
-    worth = {word: _worth(word, times) for word, times in frequency.items()}
-    ranked: list[tuple[float, int]] = []
-    for index, said in enumerate(words):
-        if said:
-            score = _score(said, worth)
-            if text[spans[index][1] - 1] in ":*#":  # a heading, a list's opening: little without its rest
-                score *= 0.6
-            ranked.append((-(score + 0.4 if index == 0 else score), index))
-    ranked.sort()
+    spans, ranked = _ranked(text)
     left, chosen = budget_chars, []
     taken: set[str] = set()  # logs and lists repeat themselves: once is enough
     for rank, index in ranked:
@@ -148,6 +138,24 @@ def _select(text: str, budget_chars: int, slack_chars: int) -> str:
         return text[start : start + budget_chars].strip()
     chosen.sort()
     return _join(text, [spans[index] for index in chosen])
+
+
+@lru_cache(maxsize=4)  # the levels of one page are asked for in a row
+def _ranked(text: str) -> tuple[list[tuple[int, int]], list[tuple[float, int]]]:
+    """(the text's pieces, (minus the score, index) of each that has words, best first)."""
+    spans = _pieces(text)
+    words = [_WORD.findall(text, start, end) for start, end in spans]
+    frequency = Counter(chain.from_iterable(words))
+    worth = {word: _worth(word, times) for word, times in frequency.items()}
+    ranked: list[tuple[float, int]] = []
+    for index, said in enumerate(words):
+        if said:
+            score = _score(said, worth)
+            if text[spans[index][1] - 1] in ":*#":  # a heading, a list's opening: little without its rest
+                score *= 0.6
+            ranked.append((-(score + 0.4 if index == 0 else score), index))
+    ranked.sort()
+    return spans, ranked
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
