@@ -5,7 +5,7 @@ them for text, and never an exception for a model nobody has heard of. A tools a
 cookbook's num_tokens_for_tools, carried on into nested schemas so that no word of one is left out; for
 other providers as its JSON, which is what their chat templates render. Counting is the slowest step of
 a request (about 20 MB/s, all of it tiktoken's), so callers count a message once in its life. litellm's
-own counter has the rule of an older model for tools, and guesses for media.
+own counter takes seconds to import and sums a whole request at once.
 """
 
 from __future__ import annotations
@@ -242,7 +242,6 @@ def get_counter(model: str, tokenizer: str | None = None) -> TokenCounter:
 
 
 def _count_tools(tools: Sequence[Any], rule: ToolRule, func_init: int, text: Text) -> int:
-    """Tokens of a tools array (also of legacy functions, and of any JSON values in the prompt)."""
     if not tools:
         return 0
     total, overhead = 0, _PER_TOOLS
@@ -298,32 +297,25 @@ def _schema(schema: Any, text: Text, depth: int) -> int:
     for key in ("properties", *_DEFINITIONS):
         inner = schema.get(key)
         if isinstance(inner, Mapping) and inner:
-            total += _PROP_INIT
-            total += sum(_property(str(k), prop, text, depth + 1) for k, prop in inner.items())
+            total += _PROP_INIT + _PROP_KEY * len(inner)
+            total += sum(_named(f"{key}:", prop, text, depth + 1) for key, prop in inner.items())
     for key in ("items", "additionalProperties"):
         if isinstance(schema.get(key), Mapping):
-            total += _inner(schema[key], text, depth + 1)
+            total += _named("", schema[key], text, depth + 1)
     for key in _BRANCHES:
         inner = schema.get(key)
         for branch in inner if isinstance(inner, list) else ():
-            total += 1 + _inner(branch, text, depth + 1)  # and the stroke between two
+            total += 1 + _named("", branch, text, depth + 1)  # and the stroke between two
     total += _enum(schema.get("enum"), text)
     rest = {key: value for key, value in schema.items() if key not in _STRUCTURE}
     return total + (text(compact(rest)) if rest else 0)
 
 
-def _property(key: str, prop: Any, text: Text, depth: int) -> int:
-    if not isinstance(prop, Mapping):
-        return _PROP_KEY + text(f"{key}:{compact(prop)}")
-    line = f"{key}:{_kind(prop)}:{_words(prop)}"
-    return _PROP_KEY + text(line) + _schema(prop, text, depth)
-
-
-def _inner(schema: Any, text: Text, depth: int) -> int:
-    """A schema without a name: an array's items, one of several alternatives."""
+def _named(head: str, schema: Any, text: Text, depth: int) -> int:
+    """A property's schema behind its name; without one an array's items, one of several alternatives."""
     if not isinstance(schema, Mapping):
-        return text(compact(schema))
-    return text(f"{_kind(schema)}:{_words(schema)}") + _schema(schema, text, depth)
+        return text(head + compact(schema))
+    return text(f"{head}{_kind(schema)}:{_words(schema)}") + _schema(schema, text, depth)
 
 
 def _enum(items: Any, text: Text) -> int:

@@ -5,8 +5,8 @@ Google's token guide; where the guides leave rounding open, what the API was see
 and durations where a header tells them, the rule's upper bound or a named estimate where none does; of
 a large medium only the first _HEAD_CHARS of base64 are decoded (about a millisecond, however large it
 is); no count passes `largest_medium` plus one a character of the part, so that a bound of a whole body
-needs no parsing; nothing raises on odd parts. No library does it: litellm and tiktoken count text, and
-images by one provider's rule.
+needs no parsing; nothing raises on odd parts. tiktoken counts text only; litellm has image rules among
+its private functions, and takes seconds to import.
 """
 
 from __future__ import annotations
