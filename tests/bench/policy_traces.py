@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.memory.claims import importance_of, is_standing
+from proxy.memory.claims import is_standing
 from proxy.memory.compressor import compress_text
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text, modality_of, split_text
@@ -50,7 +50,6 @@ class Page:
     page_id: str
     position: int
     tokens: int
-    importance: float
     standing: bool
     modality: Modality
     text: str
@@ -156,7 +155,6 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
     tokens, role = counter.message(message), str(message["role"])
     small = tokens <= PAGE_TOKENS
     texts = [text] if small else split_text(text, PAGE_TOKENS, counter.text)
-    weight = importance_of(role, texts[0])
     standing = is_standing(role, texts[0], tokens)
     kind = modality_of(message)
     pages = [
@@ -164,7 +162,6 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
             make_page_id(position, part),
             position,
             tokens // len(texts),
-            weight,
             standing and part < 2,
             kind,
             one,
