@@ -122,7 +122,7 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]
 
 
 def violations(source: str, path: str) -> list[str]:
-    """The broken rules of the module at `path` ("proxy/memory/pages.py")."""
+    """The broken rules of the module at `path` ("proxy/memory/ids.py")."""
     parts = path.removesuffix(".py").split("/")
     is_package = parts[-1] == "__init__"
     module = ".".join(parts[:-1] if is_package else parts)

@@ -38,6 +38,8 @@ from proxy.conversation.window import (
 )
 from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
+from proxy.memory.ids import make_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
@@ -49,8 +51,6 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.pages import message_text
-from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.prefetcher import points_back
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations

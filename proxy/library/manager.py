@@ -43,6 +43,7 @@ from proxy.limits import POLICIES, limits_of
 from proxy.memory.artifacts_bridge import ArtifactsBridge
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.faults import PageFaultHandler
+from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
@@ -53,7 +54,6 @@ from proxy.memory.models import (
     PageMutation,
     VMMode,
 )
-from proxy.memory.pages import Hit, page_id
 from proxy.memory.segments import ProvenanceGraph
 from proxy.memory.table import MutationLogLite, PageTable, decode_log
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
@@ -179,7 +179,7 @@ class MemoryManager:
         for i in said.ids:
             self._pages[i] = pages.page(i)
             self._pages[i].metadata.update(metadata or {})
-        name, first = page_id(said.position), said.ids[0]
+        name, first = make_page_id(said.position), said.ids[0]
         if first != name:  # a long message, in parts
             whole = {"page_id": name, "content": "".join(said.parts), "size_tokens": None}
             self._pages[name] = self._pages[first].model_copy(update=whole)

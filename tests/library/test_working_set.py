@@ -16,12 +16,12 @@ from proxy.memory import (
     TokenBudget,
     WorkingSetConfig,
 )
-from proxy.memory.pages import page_id
+from proxy.memory.ids import make_page_id
 from tests.memory.doors import fault_in, register_id
 
 
 def page(number: int, tokens: int = 100, **fields: object) -> MemoryPage:
-    given = {"page_id": page_id(number), "size_tokens": tokens, "storage_tier": StorageTier.L2}
+    given = {"page_id": make_page_id(number), "size_tokens": tokens, "storage_tier": StorageTier.L2}
     return MemoryPage.model_validate(given | fields)
 
 
@@ -55,11 +55,11 @@ def test_it_is_a_view_of_the_table_that_it_was_given() -> None:
     work.add_to_l0(page(0))
     assert (work.tokens_used, len(combined)) == (100, 1)
     work.add_to_l0(page(1))
-    combined.update_location(page_id(1), tier=StorageTier.L2, artifact_id="a1")
-    assert not work.remove_from_l0(page_id(1), page(1))  # is out already
-    assert work.get_l0_page_ids() == [page_id(0)]
-    assert work.remove_from_l0(page_id(0), page(0, artifact_id="a2"))
-    entry = combined.lookup(page_id(0))
+    combined.update_location(make_page_id(1), tier=StorageTier.L2, artifact_id="a1")
+    assert not work.remove_from_l0(make_page_id(1), page(1))  # is out already
+    assert work.get_l0_page_ids() == [make_page_id(0)]
+    assert work.remove_from_l0(make_page_id(0), page(0, artifact_id="a2"))
+    entry = combined.lookup(make_page_id(0))
     assert entry is not None and (entry.tier, entry.artifact_id) == (StorageTier.L2, "a2")
     assert log.replay() == combined.page_table
 
@@ -68,12 +68,12 @@ def test_adding_again_brings_the_page_up_to_date() -> None:
     work = small()
     work.add_to_l0(page(0))
     assert work.add_to_l0(page(0, 30, compression_level=CompressionLevel.ABSTRACT))
-    entry = work.table.lookup(page_id(0))
+    entry = work.table.lookup(make_page_id(0))
     assert entry is not None
     assert (entry.level, entry.l0_tokens, entry.size_tokens) == (2, 30, 100)
     assert work.add_to_l0(page(0, 30, compression_level=CompressionLevel.ABSTRACT))
     assert (entry.access_count, work.tokens_used) == (2, 30)  # each is an access
-    work.remove_from_l0(page_id(0))
+    work.remove_from_l0(make_page_id(0))
     assert work.add_to_l0(page(0, 100)) and entry.level is CompressionLevel.FULL
 
 
@@ -98,13 +98,13 @@ def test_eviction_brings_it_from_above_the_high_to_the_low_watermark() -> None:
     work.add_to_l0(page(9, 1))
     assert work.needs_eviction() and work.calculate_eviction_target() == 401
     order = [name for name, _ in work.get_eviction_candidates(from_tier=StorageTier.L0)]
-    assert order == [page_id(number) for number in range(10)]
+    assert order == [make_page_id(number) for number in range(10)]
     for name in order:
         if work.calculate_eviction_target() == 0:
             break
         work.remove_from_l0(name)
     assert (work.tokens_used, work.get_stats().needs_eviction) == (401, False)
-    left = work.table.lookup(page_id(0))
+    left = work.table.lookup(make_page_id(0))
     assert left is not None and (left.evicted_turn, work.turn) == (9, 9)
 
 
@@ -115,23 +115,23 @@ def test_what_a_rule_pins_leaves_last_and_what_somebody_pinned_never() -> None:
     for number in range(2, 6):
         work.new_turn()
         work.add_to_l0(page(number))
-    work.remove_from_l0(page_id(2))
-    fault_in(work.table, page_id(2), work.turn)
-    work.pins.pin(page_id(4))
+    work.remove_from_l0(make_page_id(2))
+    fault_in(work.table, make_page_id(2), work.turn)
+    work.pins.pin(make_page_id(4))
     order = [name for name, _ in work.get_eviction_candidates()]
-    assert order == [page_id(number) for number in (3, 2, 5, 0)]
+    assert order == [make_page_id(number) for number in (3, 2, 5, 0)]
 
 
 def test_importance_decides() -> None:
     work = small(pins=PinnedSet(pin_last_n_turns=0))
     for number in range(3):
         work.add_to_l0(page(number))
-    work.set_importance(page_id(0), 0.9)
-    work.set_importance(page_id(1), 0.7)
+    work.set_importance(make_page_id(0), 0.9)
+    work.set_importance(make_page_id(1), 0.7)
     order = [name for name, _ in work.get_eviction_candidates()]
-    assert order == [page_id(number) for number in (2, 1, 0)]
+    assert order == [make_page_id(number) for number in (2, 1, 0)]
     with pytest.raises(ValueError, match="between 0 and 1"):
-        work.set_importance(page_id(0), 1.5)
+        work.set_importance(make_page_id(0), 1.5)
 
 
 def test_l1_is_bounded_in_pages() -> None:
@@ -146,5 +146,5 @@ def test_l1_is_bounded_in_pages() -> None:
 
 def test_turns_follow_the_table_and_go_on_from_there() -> None:
     work = small()
-    register_id(work.table, page_id(0), 5, turn=7)
+    register_id(work.table, make_page_id(0), 5, turn=7)
     assert (work.turn, work.new_turn(), work.turn) == (7, 8, 8)

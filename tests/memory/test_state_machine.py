@@ -26,8 +26,8 @@ from proxy.memory import (
     StorageTier,
 )
 from proxy.memory.eviction import is_held
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import PinKind
-from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.table import decode_log, encode_log
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig
 from tests.memory.doors import fault_in, map_in
@@ -126,7 +126,7 @@ class Memory(RuleBasedStateMachine):
 
     def name(self, kind: str) -> str:
         if kind in ("text", "part"):
-            return page_id(self.position, 2 if kind == "part" else 0)
+            return make_page_id(self.position, 2 if kind == "part" else 0)
         if kind in ("img", "aud", "file"):
             return media_page_id(self.position, 1, kind)
         return f"note-{self.number}-x" if kind == "note" else f"{kind}_{self.number:02d}"

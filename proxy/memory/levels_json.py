@@ -1,7 +1,8 @@
 """Lower levels of a JSON value: fewer items, then the telling leaves, then only the shape.
 
 Promises: pure functions of a decoded value; `truncated` is always JSON again; every walk has a
-limit in depth and in items; the same value gives the same text.
+limit in depth and in items; the same value gives the same text. Libraries that cut JSON repair or
+stream it; none keeps its schema within a number of tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+
+from proxy.memory.models import json_text
 
 SHAPE_TOKENS = 16
 MAX_LEAVES = 2_000  # looked at for key facts
@@ -76,17 +79,21 @@ _SHAPES = (
 )
 
 
-def parse_json(text: str) -> tuple[bool, Any]:
-    """(True, value) for a JSON object or array; (False, None) for any other text."""
-    stripped = text.strip()
-    if (stripped[:1], stripped[-1:]) not in (("{", "}"), ("[", "]")):
-        return False, None
+def parse_json(text: str) -> Any | None:
+    """The value of a text that is a JSON object or array; None for any other text."""
+    if not looks_like_json(text):
+        return None
     try:
         # Numbers that JSON cannot write again stay as the text that they are.
-        value = json.loads(stripped, parse_float=_finite, parse_int=_short, parse_constant=str)
+        return json.loads(text.strip(), parse_float=_finite, parse_int=_short, parse_constant=str)
     except (ValueError, RecursionError):
-        return False, None
-    return True, value
+        return None
+
+
+def looks_like_json(text: str) -> bool:
+    """Whether a text begins and ends as an object or an array does."""
+    stripped = text.strip()
+    return (stripped[:1], stripped[-1:]) in (("{", "}"), ("[", "]"))
 
 
 def _finite(text: str) -> float | str:
@@ -124,10 +131,7 @@ def truncated(value: Any, original: str, limit: int, count: Callable[[str], int]
 
 
 def _encoded(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        return json.dumps(_shrunk(value, _CUTS[-1], 0), ensure_ascii=False, separators=(",", ":"))
+    return json_text(value) or json_text(_shrunk(value, _CUTS[-1], 0))  # too deep to be written
 
 
 def _shrunk(value: Any, cut: _Cut, depth: int) -> Any:
@@ -225,8 +229,7 @@ def _facts(value: Any) -> Iterator[_Fact]:
         path, key, depth, worth, here = stack.pop()
         left -= 1
         if isinstance(here, dict) and here:
-            inner = list(_first(here, 200))
-            for name, below in reversed(inner):
+            for name, below in reversed(list(_first(here, 200))):
                 short = name[:_KEY_CHARS]
                 shown = f"{path}.{short}" if path else short
                 stack.append((shown, name, depth + 1, worth - 0.5, below))
@@ -292,7 +295,7 @@ def _shape(value: Any, keys: int, inner_keys: int, depth: int) -> str:
         if not value or depth == 0:
             return "{…}" if value else "{}"
         shown = []
-        for key, inner in list(_first(value, keys)):
+        for key, inner in _first(value, keys):
             name = key if len(key) <= _KEY_CHARS else key[:_KEY_CHARS] + "…"
             nested = isinstance(inner, (dict, list)) and inner and depth > 1
             shown.append(

@@ -1,111 +1,22 @@
-"""From Chat Completions messages to pages: ids, readable text, modality and the parts of a long
-message.
+"""A message as text: its words, its modality, the letter of its line, and its parts when it is long.
 
-Promises: a message's id and its position are one-to-one; any JSON object that can stand in `messages` has a
-text (nothing raises on unknown parts); `split_text` loses and adds no character.
+Promises: any JSON object that can stand in `messages` has a text and a modality (nothing raises on
+unknown parts); `split_text` loses and adds no character.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from proxy.memory.models import MEDIA_PART, ContextPrefix, Modality
-
-
-class Doc(NamedTuple):
-    """One page's bare text and place. Part 0 is a whole message; 1, 2, ... are the parts of one too
-    large for a page."""
-
-    position: int
-    part: int
-    role: str
-    name: str
-    text: str
-
-
-class Hit(NamedTuple):
-    """One page found. `score` orders the hits of one search (higher is better) and has no unit.
-
-    `evidence`: the summed rarity of the query's content terms that the page itself contains, in
-    units of a term that stands on one page only. It tells a question from small talk ("Tell me
-    more" has one common term); 0 for a page found by its neighbours alone.
-    """
-
-    position: int
-    part: int
-    score: float
-    evidence: float = 0.0
-
+from proxy.media.parts import kind_of, read_part
+from proxy.memory.ids import MEDIA_KINDS
+from proxy.memory.levels_json import looks_like_json
+from proxy.memory.models import ContextPrefix, Modality, json_text
+from proxy.memory.words import SENTENCE_END
 
 MIN_SPLIT_TOKENS = 8  # one character can be several tokens; below this a part could not hold one
-_MAX_ID_DIGITS = 9
-
-
-_MEDIA_ID_PREFIXES = ("img", "aud", "vid", "file")
-
-
-def page_id(position: int, part: int = 0) -> str:
-    """The id of the message at the 0-based `position` along the path: 0 -> "msg_0001"; part 2 ->
-    "msg_0001.2". A medium's id is `media_page_id`'s to make: ValueError.
-    """
-    if not part:
-        return f"msg_{position + 1:04d}"
-    if part >= MEDIA_PART:
-        raise ValueError("a medium's page id needs its prefix: see media_page_id")
-    return f"msg_{position + 1:04d}.{part}"
-
-
-def media_page_id(position: int, number: int, prefix: str) -> str:
-    """The id of the `number`-th medium (from 1, all kinds counted together) of the message at
-    `position`: (41, 1, "img") -> "img_0042_1". The prefix is img, aud, vid or file, else ValueError.
-    """
-    if prefix not in _MEDIA_ID_PREFIXES or number < 1:
-        raise ValueError(f"no medium has the page id prefix {prefix!r} and the number {number}")
-    return f"{prefix}_{position + 1:04d}_{number}"
-
-
-def parse_page_id(text: str) -> tuple[int, int] | None:
-    """(position, part) of a message's or a medium's page id, leading zeros optional; a medium's part
-    is MEDIA_PART + its number. None for other strings, derived pages included.
-    """
-    if text.startswith("msg_"):
-        number, mark, part = text[4:].partition(".")
-        first = 0
-    else:
-        prefix, _, rest = text.partition("_")
-        if prefix not in _MEDIA_ID_PREFIXES:
-            return None
-        number, mark, part = rest.partition("_")
-        if not mark:
-            return None
-        first = MEDIA_PART
-    if not (_is_number(number) and (not mark or _is_number(part))):
-        return None
-    position, piece = int(number) - 1, int(part) if mark else 0
-    if position < 0 or piece >= MEDIA_PART or (mark and piece < 1):
-        return None
-    return position, first + piece
-
-
-def canonical_page_id(text: str) -> str:
-    """A message's or a medium's page id in the form that we write ("msg_42" -> "msg_0042",
-    "img_42_01" -> "img_0042_1"); any other string as it is.
-    """
-    place = parse_page_id(text)
-    if place is None:
-        return text
-    position, part = place
-    if part < MEDIA_PART:
-        return page_id(position, part)
-    return media_page_id(position, part - MEDIA_PART, text.partition("_")[0])
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= _MAX_ID_DIGITS
-
 
 _NO_NAMES: Mapping[int, str] = {}
 
@@ -124,7 +35,7 @@ def message_text(message: Mapping[str, Any], media: Mapping[int, str] = _NO_NAME
     elif isinstance(content, list):
         pieces.extend(_part_text(part, media.get(i, "")) for i, part in enumerate(content))
     elif content is not None:
-        pieces.append(_compact(content))
+        pieces.append(json_text(content))
     refusal = message.get("refusal")
     if isinstance(refusal, str):
         pieces.append(refusal)
@@ -150,59 +61,36 @@ def _part_text(part: Any, page: str = "") -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        return _compact(part)
+        return json_text(part)
     for key in ("text", "refusal"):
         value = part.get(key)
         if isinstance(value, str):
             return value
-    modality = _part_modality(part)
-    if modality is not None:
-        return _placeholder(modality.value, page)
-    if part.get("type") == "file":
-        file = part.get("file")
-        name = file.get("filename") or file.get("file_id") if isinstance(file, Mapping) else None
-        shown = f"{page} {name}".strip() if isinstance(name, str) else page
-        return _placeholder("file", shown)
-    return f"[{part.get('type', 'part')}]"
+    kind = kind_of(part)
+    if kind is None:
+        return f"[{part.get('type', 'part')}]"
+    if kind == "file":
+        medium = read_part(part)
+        page = f"{page} {medium.name or ''}".strip() if medium else page
+    return _placeholder(kind, page)
 
 
 def _call_text(call: Any) -> str:
     if not isinstance(call, Mapping):
-        return _compact(call)
+        return json_text(call)
     function = call.get("function")
     if isinstance(function, Mapping):
         return _function_text(function)
     custom = call.get("custom")
     if isinstance(custom, Mapping):
         return f"{custom.get('name', '')}({custom.get('input', '')})"
-    return _compact(call)
+    return json_text(call)
 
 
 def _function_text(function: Mapping[str, Any]) -> str:
     arguments = function.get("arguments", "")
-    shown = arguments if isinstance(arguments, str) else _compact(arguments)
+    shown = arguments if isinstance(arguments, str) else json_text(arguments)
     return f"{function.get('name', '')}({shown})"
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
-
-
-_PART_MODALITY = {
-    "image_url": Modality.IMAGE,
-    "image": Modality.IMAGE,
-    "input_image": Modality.IMAGE,
-    "input_audio": Modality.AUDIO,
-    "audio": Modality.AUDIO,
-    "video_url": Modality.VIDEO,
-    "video": Modality.VIDEO,
-    "input_video": Modality.VIDEO,
-}
-
-
-def _part_modality(part: Mapping[str, Any]) -> Modality | None:
-    kind = part.get("type")
-    return _PART_MODALITY.get(kind) if isinstance(kind, str) else None
 
 
 def modality_of(message: Mapping[str, Any]) -> Modality:
@@ -211,7 +99,7 @@ def modality_of(message: Mapping[str, Any]) -> Modality:
     """
     content = message.get("content")
     if isinstance(content, str):
-        if message.get("role") in ("tool", "function") and _looks_like_json(content):
+        if message.get("role") in ("tool", "function") and looks_like_json(content):
             return Modality.STRUCTURED
         return Modality.TEXT
     first: Modality | None = None
@@ -222,23 +110,13 @@ def modality_of(message: Mapping[str, Any]) -> Modality:
             text = part.get("text")
             if isinstance(text, str) and text.strip():
                 return Modality.TEXT
-            first = first or _part_modality(part)
+            kind = kind_of(part)
+            first = first or (MEDIA_KINDS[kind].modality if kind and kind != "file" else None)
     if first is None and isinstance(message.get("audio"), Mapping):
         first = Modality.AUDIO
     return first or Modality.TEXT
 
 
-def _looks_like_json(text: str) -> bool:
-    stripped = text.strip()
-    return (stripped[:1], stripped[-1:]) in (("{", "}"), ("[", "]"))
-
-
-_MEDIA_PREFIX = {
-    Modality.IMAGE: ContextPrefix.IMAGE,
-    Modality.AUDIO: ContextPrefix.AUDIO,
-    Modality.VIDEO: ContextPrefix.VIDEO,
-    Modality.STRUCTURED: ContextPrefix.STRUCTURED,
-}
 _ROLE_PREFIX = {
     "user": ContextPrefix.USER,
     "assistant": ContextPrefix.ASSISTANT,
@@ -251,11 +129,12 @@ def prefix_of(role: str, modality: Modality = Modality.TEXT) -> ContextPrefix:
     """The letter of a page in <VM:CONTEXT>: its medium, else its role; S (summary) for any other
     role.
     """
-    medium = _MEDIA_PREFIX.get(modality)
-    return medium if medium is not None else _ROLE_PREFIX.get(role, ContextPrefix.SUMMARY)
+    if modality is not Modality.TEXT:
+        return ContextPrefix[modality.name]
+    return _ROLE_PREFIX.get(role, ContextPrefix.SUMMARY)
 
 
-_SENTENCE_END = re.compile(r"[.!?。！？…][\"')\]”’]*\s+|[。！？]")
+_SENTENCE_END = re.compile(SENTENCE_END)
 _SPACE = re.compile(r"\s")
 _FIRST_GUESS_CHARS_PER_TOKEN = 4.0
 _MAX_CHARS_PER_TOKEN = 32.0
