@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "logs", "runtime"},
+    "app": {*BELOW_APP, *BASE, "demo", "logs", "runtime"},  # its upstream is one to choose
     "serving": set(),
     "logs": set(),
     "api": {*BELOW_APP, *BASE},

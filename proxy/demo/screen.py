@@ -18,14 +18,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from proxy.upstream.demo_cache import MIN_PREFIX_TOKENS, RULE, STEP_TOKENS
+from proxy.demo.bill import MIN_PREFIX_TOKENS, STEP_TOKENS
 
 if TYPE_CHECKING:
     from proxy.conversation.report import FaultReport, TurnReport
-    from proxy.demo.ledger import Ledger
+    from proxy.demo.bill import Ledger
 
-# RULE for a panel of 76 columns.
-_SHORT_RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of {STEP_TOKENS}, at a tenth"
+# For a panel of 76 columns.
+_RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of {STEP_TOKENS}, at a tenth"
 _SHOWN_EVENTS = 200
 _SHOWN_ANSWERS = 50
 _SHOWN_RUNS = 8  # of pages in one list
@@ -45,8 +45,10 @@ class Recall:
     question: str
     answer: str
     expect: str
-    found: bool
-    how: str  # from the window | after 1 search and 2 faults
+
+    @property
+    def found(self) -> bool:
+        return self.expect in self.answer
 
 
 @dataclass
@@ -131,11 +133,17 @@ class View:
         self.claims = max([self.claims, *claims])
         return {f"summary_seg_{n:02}" for n in summaries} | {f"claim_{n:04}" for n in claims}
 
-    def recalled(self, recall: Recall) -> None:
+    def recalled(self, question: str, answer: str, expect: str) -> None:
+        """Takes in how one recall question ended; its turn's report is in already."""
+        how = "from the window"
+        if self.report and (self.report.searches or paged_in(self.report)):
+            searches = counted(len(self.report.searches), "search", "searches")
+            how = f"after {searches} and {counted(len(paged_in(self.report)), 'fault')}"
+        recall = Recall(self.turn, question, answer, expect)
         self.recalls.append(recall)
         mark = "✓" if recall.found else "✗"
-        self._say(f"turn {recall.turn:3}  {mark} recall  {recall.question}")
-        self._say(f"                    {recall.answer}  [{recall.how}]")
+        self._say(f"turn {self.turn:3}  {mark} recall  {question}")
+        self._say(f"                    {answer}  [{how}]")
 
     @property
     def found(self) -> int:
@@ -296,7 +304,7 @@ def layout(view: View, height: int) -> Layout:
         Layout(Panel(title), size=3),
         Layout(_window_panel(view), size=8),
         Layout(name="body"),
-        Layout(Panel(Group(bill_table(view), Text(_SHORT_RULE, "dim")), title="input bill"), size=7),
+        Layout(Panel(Group(bill_table(view), Text(_RULE, "dim")), title="input bill"), size=7),
     )
     root["body"].split_row(Layout(_event_panel(view, rows)), Layout(_recall_panel(view, rows)))
     return root
@@ -331,7 +339,7 @@ def print_summary(view: View, console: Console) -> None:
         highlight=False,
     )
     console.print(bill_table(view))
-    console.print(RULE, style="dim", highlight=False)
+    console.print(_RULE, style="dim", highlight=False)
     ours = view.ledger.ours.billed_tokens
     if ours:
         rest = ", ".join(f"{a.billed_tokens / ours:.1f} times less than the {a.name}" for a in view.ledger.accounts[1:])

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from proxy.errors import ApiError
-from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, Upstream, UpstreamBroken
 from proxy.upstream.anthropic import is_claude
 from proxy.upstream.dialects import Chunks, asked_for_usage, prepare, whole_answer
 from proxy.upstream.gemini import is_gemini
@@ -130,7 +130,7 @@ class _Library:
         return is_claude(str(provider), str(name)), is_gemini(str(provider), str(name))
 
 
-class LitellmUpstream:
+class LitellmUpstream(Upstream):
     """`Upstream` over `litellm.acompletion`."""
 
     def __init__(self, config: Config) -> None:
@@ -264,7 +264,7 @@ class LitellmUpstream:
         return BytesReply(status, headers, _json_bytes({"error": error_object(error)}))
 
 
-class StreamReply:
+class StreamReply(Reply):
     """A running litellm stream as server-sent events. `with_usage`: the client asked for usage.
     litellm keeps the provider's pings to itself, so a comment of ours stands for them."""
 
@@ -275,11 +275,11 @@ class StreamReply:
         self.headers: list[Header] = [*_SSE_HEADERS, *headers]
         self._stream = stream
         self._keepalive_s = keepalive_s or None
-        self._chunks = Chunks(with_usage)
+        self._openai = Chunks(with_usage)
         self._pending: asyncio.Future[Any] | None = None
         self._closed = False
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
             while True:
                 self._pending = asyncio.ensure_future(anext(self._stream))
@@ -302,14 +302,8 @@ class StreamReply:
             await self.close()
 
     def _event(self, chunk: Any) -> bytes:
-        payload = self._chunks.chunk(chunk.model_dump(exclude_none=True, exclude_unset=True))
+        payload = self._openai.chunk(chunk.model_dump(exclude_none=True, exclude_unset=True))
         return b"data: " + _json_bytes(payload) + b"\n\n"
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self._events()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self._events(), limit_bytes)
 
     async def close(self) -> None:
         if self._closed:

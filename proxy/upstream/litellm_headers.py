@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from proxy.upstream import Header
-from proxy.upstream.hops import end_to_end
+from proxy.upstream.routing import end_to_end
 
 _PASSED: Final = frozenset((b"traceparent", b"tracestate", b"idempotency-key", b"anthropic-beta"))
 _KEPT_BACK: Final = (  # beginnings: credentials, and what hops say of each other
