@@ -18,7 +18,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -94,8 +93,6 @@ def stem(word: str) -> str:
         if w.endswith(end) and len(w) >= least and not w.endswith(("ss", "us", "is")):
             w = w[: -len(end)] + put
             break
-    if len(w) > 4 and w[-1] == w[-2] and w[-1] not in "aeiouls":
-        w = w[:-1]
     return w[:-1] if w.endswith("e") and len(w) > 3 else w
 
 
@@ -129,16 +126,9 @@ def is_question(text: str) -> bool:
 
 
 def content_terms(text: str) -> list[Term]:
-    """The content words of the part of the text that asks (of all of it when that has too few)."""
-    said = sentences(text)
-    terms = _terms([s for s in said if _asks(s)])
-    return terms if len(terms) >= 3 else _terms(said)
-
-
-def _terms(said: list[str]) -> list[Term]:
-    """One for each stem."""
+    """The content words of a text, one for each stem."""
     found: dict[str, Term] = {}
-    for s in said:
+    for s in sentences(text):
         for i, w in enumerate(_WORD.findall(s)):
             lower = w.lower().replace("’", "'")
             bare = lower.split("'")[0]
@@ -155,20 +145,16 @@ _BLOCK: Final = re.compile(r"<VM:(?P<tag>[A-Z_]+)>(?P<body>.*?)</VM:(?P=tag)>", 
 _LINE: Final = re.compile(r'^\s*(?P<kind>\w+)\s*\((?P<label>[^)]*)\)\s*:\s*(?P<text>".*")\s*$')
 _REDUCED: Final = re.compile(r"(?:\blevel|\blvl|\bl)\W*[1-9]|reduced|abstract|reference", re.IGNORECASE)
 _MEMORY: Final = re.compile(r"^\s*T \(memory\):\s*(?P<json>\{.*\})\s*$")
-_PART: Final = re.compile(r"^msg_(?P<number>\d+)(?:\.(?P<part>\d+))?$")
+_PART: Final = re.compile(r"^(?P<message>msg_\d+)\.(?P<part>\d+)$")
 
 
-@dataclass(frozen=True)
-class Passage:
+class Passage(NamedTuple):
     """One page as it stands in the window; `full` is False for a lead (a summary, a cut hint)."""
 
     page_id: str | None
     text: str
     role: str
     full: bool
-    rank: int | None = None  # place among the results of a search, 0 for the best
-    before: str = ""
-    after: str = ""
 
 
 def _text_of(content: object) -> str:
@@ -239,9 +225,9 @@ def _result_passages(result: Json) -> Iterator[Passage]:
         content = page.get("content")
         text = content.get("text") if isinstance(content, dict) else content
         yield Passage(str(page.get("page_id")), str(text or ""), "user", not page.get("level"))
-    for rank, hit in enumerate(result.get("results") or []):
+    for hit in result.get("results") or []:
         text, full = str(hit.get("hint") or ""), hit.get("complete") is True
-        yield Passage(str(hit.get("page_id")), text, "user", full, rank)
+        yield Passage(str(hit.get("page_id")), text, "user", full)
 
 
 def passages(request: Json) -> list[Passage]:
@@ -249,39 +235,21 @@ def passages(request: Json) -> list[Passage]:
     messages = request["messages"]
     vm = {call_id for call_id, name, _ in _calls(messages) if _vm_kind(name)}
     newest = _newest_user(messages)
-    paged: list[Passage] = []
+    paged: dict[str | None, Passage] = {}  # each page once, as fully as it is shown
     native: list[Passage] = []
     for i, message in enumerate(messages):
         text = _text_of(message.get("content"))
         if message["role"] == "tool" and str(message.get("tool_call_id")) in vm:
-            paged.extend(_result_passages(_json_object(text)))
-            continue
-        paged.extend(_context_passages(text))
-        own = _own_text(message)
-        if own and i != newest:
-            native.append(Passage(None, own, message["role"], True))
-    around = ["", *(p.text for p in native), ""]
-    linked = [replace(p, before=around[i], after=around[i + 2]) for i, p in enumerate(native)]
-    return [*_with_paged_neighbours(paged), *linked]
-
-
-def _with_paged_neighbours(paged: list[Passage]) -> Iterator[Passage]:
-    """Each page once, as fully as it is shown."""
-    best: dict[str, Passage] = {}
-    for p in paged:
-        key = p.page_id or p.text
-        known = best.get(key)
-        if known is None or (p.full and not known.full):
-            best[key] = p
-        elif not known.full and known.rank is None and p.rank is not None:
-            best[key] = replace(known, rank=p.rank)  # a reduced page that a search names again
-    numbers = {key: int(match["number"]) for key in best if (match := _PART.match(key))}
-    texts: dict[int, str] = {}
-    for key, number in numbers.items():
-        texts[number] = f"{texts.get(number, '')} {best[key].text}"
-    for key, p in best.items():
-        number = numbers.get(key, -9)
-        yield replace(p, before=texts.get(number - 1, ""), after=texts.get(number + 1, ""))
+            found = _result_passages(_json_object(text))
+        else:
+            found = _context_passages(text)
+            own = _own_text(message)
+            if own and i != newest:
+                native.append(Passage(None, own, message["role"], True))
+        for p in found:
+            if p.page_id not in paged or (p.full and not paged[p.page_id].full):
+                paged[p.page_id] = p
+    return [*paged.values(), *native]
 
 
 def seen_text(request: Json) -> list[str]:
@@ -291,8 +259,8 @@ def seen_text(request: Json) -> list[str]:
     parts: dict[str, dict[int, str]] = {}
     for p in full:
         match = _PART.match(p.page_id or "")
-        if match and match["part"]:
-            parts.setdefault(match["number"], {})[int(match["part"])] = p.text
+        if match:
+            parts.setdefault(match["message"], {})[int(match["part"])] = p.text
     joined = ["".join(text for _, text in sorted(of.items())) for of in parts.values()]
     return [*(p.text for p in full), *called, *joined, *filter(None, [question_of(request)])]
 
@@ -327,7 +295,7 @@ class _Question:
         keys = {t.stem for t in self.terms if t.key}
         frequency = Counter(w for p in seen for w in stems(p.text))
         self.weights = {
-            w: math.log(1 + (len(seen) + 1) / (frequency[w] + 0.5)) * (1.25 if w in keys else 1.0)
+            w: math.log(1 + (len(seen) + 1) / (frequency[w] + 0.5))
             for w in sorted(t.stem for t in self.terms)
         }
         rarest = sorted(self.weights, key=lambda w: (self.weights[w], w))[-1:]
@@ -354,8 +322,7 @@ class _Question:
             sentence, sentence_score, at = self._pick(telling)
             # A long reply has every word somewhere: what counts is what stands around the sentence.
             own = stems(" ".join(telling[max(0, at - _AROUND) : at + _AROUND + 1]))
-            near = stems(p.before) | stems(p.after) if len(telling) <= 2 * _AROUND + 1 else frozenset()
-            coverage, fits = self.coverage(own, near), self._fits(sentence)
+            coverage, fits = self.coverage(own), self._fits(sentence)
             digest = p.text.startswith(_NOTED_PREFIX)  # the reader's own words: the source says more
             plain = p.full and fits and not digest and coverage >= CONFIDENT_COVERAGE and self._rarest <= own
             score = coverage + 0.7 * sentence_score + (0.1 if p.role == "user" else 0) + (0.15 if fits else 0)
@@ -441,8 +408,7 @@ def _next_calls(request: Json, question: _Question, best: Best | None) -> list[t
     calls: list[tuple[str, Json]] = []
     if "page_fault" in tools and (searched or "search_pages" not in tools):
         leads = [p for p in question.seen if not p.full and p.page_id and p.page_id not in faulted]
-        ranks = {id(p): 0.0 if p.rank is None else 1 / (1 + p.rank) for p in leads}
-        leads.sort(key=lambda p: -question.coverage(stems(p.text)) - ranks[id(p)])
+        leads.sort(key=lambda p: -question.coverage(stems(p.text)))
         room = min(MAX_FAULTS_PER_TURN - len(faulted), MAX_CALLS_PER_ROUND)
         calls += [(tools["page_fault"], {"page_id": p.page_id}) for p in leads[: max(0, room)]]
     if "search_pages" in tools and not calls and len(searched) < MAX_SEARCHES_PER_TURN:

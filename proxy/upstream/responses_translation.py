@@ -23,6 +23,8 @@ Json = dict[str, Any]
 
 REASONING: Final = "reasoning_items"  # our key on an assistant message: [{before, item}]
 TEXT: Final = "message"  # `before` of an item that preceded the message's text
+_ITEMS: Final = {"function": "function_call", "custom": "custom_tool_call"}
+_ARGUMENTS: Final = {"function": "arguments", "custom": "input"}  # of a call, in both APIs
 _LEAST_OUTPUT_TOKENS: Final = 16  # the API's own minimum
 _NO_PARAMETERS: Final[Json] = {"type": "object", "properties": {}}
 # Said in other words below, or only about the form of the answer.
@@ -85,29 +87,20 @@ def _request(fields: Json) -> Json:
     tokens = fields.get("max_completion_tokens") or fields.get("max_tokens")
     if tokens is not None:
         body["max_output_tokens"] = max(tokens, _LEAST_OUTPUT_TOKENS)
-    if fields.get("reasoning_effort") is not None:
-        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": fields["reasoning_effort"]}
-    if text := _text_settings(fields):
-        body["text"] = text
+    if (effort := fields.get("reasoning_effort")) is not None:
+        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
+    if (form := fields.get("response_format")) is not None:
+        body["text"] = {"format": {"type": form["type"], **(form.get("json_schema") or {})}}
+    if (verbosity := fields.get("verbosity")) is not None:
+        body["text"] = {**body.get("text", {}), "verbosity": verbosity}
     if fields.get("tools"):
         body["tools"] = [_tool(tool) for tool in fields["tools"]]
-    if fields.get("tool_choice") is not None:
-        body["tool_choice"] = _tool_choice(fields["tool_choice"])
-    options = fields.get("stream_options") or {}
-    if options.get("include_obfuscation") is not None:
-        body["stream_options"] = {"include_obfuscation": options["include_obfuscation"]}
+    if (choice := fields.get("tool_choice")) is not None:
+        body["tool_choice"] = _tool_choice(choice)
+    obfuscation = (fields.get("stream_options") or {}).get("include_obfuscation")
+    if obfuscation is not None:
+        body["stream_options"] = {"include_obfuscation": obfuscation}
     return body
-
-
-def _text_settings(fields: Json) -> Json:
-    text: Json = {}
-    wanted = fields.get("response_format")
-    if wanted is not None:
-        schema = wanted.get("json_schema") or {}
-        text["format"] = {"type": wanted["type"], **schema}
-    if fields.get("verbosity") is not None:
-        text["verbosity"] = fields["verbosity"]
-    return text
 
 
 def _tool(tool: Json) -> Json:
@@ -144,26 +137,23 @@ def _items(messages: Sequence[Json]) -> Iterator[Json]:
     for message in messages:
         role = message["role"]
         if role == "assistant":
-            for item in _assistant_items(message):
-                if item["type"] == "custom_tool_call":
-                    custom.add(item["call_id"])
-                yield item
+            yield from _assistant_items(message)
+            calls = message.get("tool_calls") or ()
+            custom.update(call["id"] for call in calls if call.get("type") == "custom")
         elif role == "tool":
-            kind = "custom_tool_call" if message["tool_call_id"] in custom else "function_call"
-            output = _content(message.get("content"), "")
-            call_id = message["tool_call_id"]
+            call_id, output = message["tool_call_id"], _content(message.get("content"))
+            kind = _ITEMS["custom" if call_id in custom else "function"]
             yield {"type": f"{kind}_output", "call_id": call_id, "output": output}
         elif role in ("user", "system", "developer"):
-            content = _content(message.get("content"), "")
-            yield {"type": "message", "role": role, "content": content}
+            yield {"type": "message", "role": role, "content": _content(message.get("content"))}
         else:
             raise _Untranslatable(role)
 
 
-def _content(content: Any, empty: str) -> Any:
+def _content(content: Any) -> Any:
     """Input content: a text, or parts."""
     if content is None or isinstance(content, str):
-        return content or empty
+        return content or ""
     return [_part(part) for part in content]
 
 
@@ -216,27 +206,14 @@ def _output_parts(message: Json) -> Iterator[Json]:
 
 
 def _call_item(call: Json) -> Json:
-    if call.get("type") == "custom":
-        said = call["custom"]
-        return {
-            "type": "custom_tool_call",
-            "call_id": call["id"],
-            "name": said["name"],
-            "input": said["input"],
-        }
-    said = call["function"]
-    return {
-        "type": "function_call",
-        "call_id": call["id"],
-        "name": said["name"],
-        "arguments": said["arguments"],
-    }
+    kind = "custom" if call.get("type") == "custom" else "function"
+    key, said = _ARGUMENTS[kind], call[kind]
+    return {"type": _ITEMS[kind], "call_id": call["id"], "name": said["name"], key: said[key]}
 
 
 # ---------------------------------------------------------------- answers
 
-_CALLS: Final = {"function_call": "function", "custom_tool_call": "custom"}
-_ARGUMENTS: Final = {"function": "arguments", "custom": "input"}  # of a call, in both APIs
+_CALLS: Final = {item: kind for kind, item in _ITEMS.items()}
 _REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
 _STATUS: Final = {"rate_limit_exceeded": 429, "server_error": 500, "vector_store_timeout": 504}
 _CITED: Final = "url_citation"
@@ -250,16 +227,15 @@ def failure(response: Json) -> tuple[int, Json] | None:
     error = response.get("error") or {}
     code = error.get("code")
     status = _STATUS.get(str(code), 500 if code is None else 400)
-    return status, error_body(error.get("message"), code, None, status)
+    kind = "invalid_request_error" if status == 400 else "server_error"
+    return status, _error_body({"type": kind, **error})
 
 
-def error_body(
-    message: Any, code: Any, param: Any, status: int = 500, kind: str | None = None
-) -> Json:
-    """An error in OpenAI's shape. `kind`: its type, if upstream says one."""
-    kind = kind or ("invalid_request_error" if status == 400 else "server_error")
-    said = str(message or "The response failed.")
-    return {"error": {"message": said, "type": kind, "param": param, "code": code}}
+def _error_body(error: Json) -> Json:
+    """Upstream's error in OpenAI's shape."""
+    message, kind = error.get("message") or "The response failed.", error.get("type") or "server_error"
+    said = {"message": str(message), "type": kind, "param": error.get("param"), "code": error.get("code")}
+    return {"error": said}
 
 
 def to_chat(response: Json) -> Json:
@@ -429,10 +405,8 @@ class ChatStream:
             if failed is not None:
                 yield failed[1]
         elif kind == "error":
-            inside = event.get("error") or {}  # OpenAI's servers nest it, their reference does not
-            said = inside or event
-            body = said.get("message"), said.get("code"), said.get("param")
-            yield error_body(*body, kind=inside.get("type"))
+            # OpenAI's servers nest it, their reference does not.
+            yield _error_body(event.get("error") or {**event, "type": None})
 
     def _begin(self, event: Json) -> Iterator[Json]:
         item = event["item"]
