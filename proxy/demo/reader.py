@@ -295,7 +295,7 @@ class _Question:
         keys = {t.stem for t in self.terms if t.key}
         frequency = Counter(w for p in seen for w in stems(p.text))
         self.weights = {
-            w: math.log(1 + (len(seen) + 1) / (frequency[w] + 0.5))
+            w: math.log(1 + (len(seen) + 1) / (frequency[w] + 0.5)) * (1.25 if w in keys else 1.0)
             for w in sorted(t.stem for t in self.terms)
         }
         rarest = sorted(self.weights, key=lambda w: (self.weights[w], w))[-1:]
