@@ -15,10 +15,8 @@ def test_ranges_fold_runs_of_pages() -> None:
     )
 
 
-def test_ranges_fold_derived_pages_behind_the_messages() -> None:
-    pages = ["summary_seg_01", "claim_0002", "claim_0003", "msg_0024", "claim_0005", "msg_0025", "msg_0003.1"]
-    assert ranges(pages) == "msg_0024–0025, msg_0003.1, claim 2–3, claim 5, summary 1"
-    assert ranges(["claim_0002", "msg_0009", "claim_0003"], in_order=True) == "claim 2, msg_0009, claim 3"
+def test_ranges_in_order_are_not_folded_and_many_are_counted() -> None:
+    assert ranges(["msg_0002", "msg_0003", "msg_0001"], in_order=True) == "msg_0002, msg_0003, msg_0001"
     assert ranges([f"msg_{n:04}" for n in range(1, 21, 2)]).endswith("msg_0015 and 2 more") and ranges([]) == ""
 
 
@@ -31,14 +29,14 @@ def test_a_closed_segment_is_one_line() -> None:
         ("segment", "01 closed"), ("evict", "2 pages out: msg_0001–0002"),
     ]  # fmt: skip
     report = TurnReport("demo", "tools", 8, 3, True, 3600, 1800)  # one turn began two epochs
-    report.segments, report.claims = 3, 3
+    report.segments = 3
     report.evicted_pages = ["summary_seg_01", "claim_0001"]
     view.observe(report)
     assert [(kind, what) for _, kind, what in view.events][4:] == [
-        ("segment", "02–03 closed: 3 claims"), ("evict", "2 pages out: claim 1, summary 1"),
+        ("segment", "02–03 closed"), ("evict", "2 pages out: summary_seg_01, claim_0001"),
     ]  # fmt: skip
-    view.observe(TurnReport("demo", "tools", 9, 3, False, 3600, 1800, segments=3, claims=3))
-    assert (view.segments, view.claims, view.evicted, len(view.events)) == (3, 3, 4, 6)
+    view.observe(TurnReport("demo", "tools", 9, 3, False, 3600, 1800, segments=3))
+    assert (view.segments, view.evicted, len(view.events)) == (3, 4, 6)
 
 
 def test_a_fault_for_what_the_window_has_already_brings_nothing_in() -> None:
@@ -50,7 +48,7 @@ def test_a_fault_for_what_the_window_has_already_brings_nothing_in() -> None:
 
 
 def test_the_summary_has_the_memorys_figures_of_merit() -> None:
-    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False, segments=3, claims=12)
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False, segments=3)
     assert experience(view) == []
     view.stats = {
         "user_experience": {
@@ -60,7 +58,7 @@ def test_the_summary_has_the_memorys_figures_of_merit() -> None:
         "tlb": {"hit_rate": 0.998},
     }  # fmt: skip
     assert experience(view) == [
-        "memory: 3 segments closed, 12 claims noted; effective context 7.8 times the window",
+        "memory: 3 segments closed; effective context 7.8 times the window",
         "look-ups: 98% of 1,200 found something; thrash index 0.25; TLB hits 99.8%",
         "prefetched pages that the answer used: 1 of 4 from claim, 900 of 1,080 from search",
     ]
