@@ -16,17 +16,6 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from proxy.config import Config
 
-__all__ = [
-    "CHAT_PATH",
-    "BytesReply",
-    "Header",
-    "Reply",
-    "RootPath",
-    "Upstream",
-    "UpstreamBroken",
-    "make_upstream",
-]
-
 Header = tuple[bytes, bytes]
 """One header as on the wire, its name in lower case."""
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -38,7 +38,8 @@ _FORWARD_DROPS: Final = HOP_BY_HOP | {b"host", b"expect"}
 _CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b"accept-encoding"}
 _OURS: Final = b"x-llm-pager-"  # said to us, and not to another of us upstream
 # What aiohttp would add of its own when the client did not send it.
-_AUTO_HEADERS: Final = frozenset(("accept", "accept-encoding", "user-agent", "content-type"))
+_AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", b"content-type"))
+_CHAT_AUTO_HEADERS: Final = _AUTO_HEADERS - {b"accept-encoding"}  # which is always ours
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
 _READ_BUFFER_BYTES: Final = 262_144
@@ -141,10 +142,13 @@ class OpenAIUpstream(Upstream):
         url = chat_url(self._base_url, path)
         if query:  # Azure's api-version
             url = f"{url}?{query.decode('latin-1')}"
-        bound_s = self._timeout_s if len(body) > _UNBUFFERED_BYTES else None
-        with self._failures():
-            async with asyncio.timeout(bound_s):
-                response = await self._request("POST", url, pairs, _Body(body), decode=True)
+        skip = _not_sent(headers, _CHAT_AUTO_HEADERS)
+        large = len(body) > _UNBUFFERED_BYTES
+        try:
+            async with asyncio.timeout(self._timeout_s) if large else nullcontext():
+                response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._failure(error) from error
         return HttpReply(response, _CHAT_REPLY_DROPS)
 
     async def forward(
@@ -158,9 +162,11 @@ class OpenAIUpstream(Upstream):
         url = forward_url(self._base_url, path).replace("#", "%23")
         if query:
             url += "?" + query.decode("latin-1").replace("#", "%23")
-        pairs = self._headers(headers, _FORWARD_DROPS)
-        with self._failures():
-            response = await self._request(method, url, pairs, body, decode=False)
+        pairs, skip = self._headers(headers, _FORWARD_DROPS), _not_sent(headers, _AUTO_HEADERS)
+        try:
+            response = await self._request(method, url, pairs, skip, body, decode=False)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise self._failure(error) from error
         return HttpReply(response, HOP_BY_HOP)
 
     async def close(self) -> None:
@@ -173,6 +179,7 @@ class OpenAIUpstream(Upstream):
         method: str,
         url: str,
         pairs: list[tuple[str, str]],
+        skip: tuple[str, ...] | None,
         body: _Body | AsyncIterator[bytes] | None,
         *,
         decode: bool,
@@ -193,7 +200,7 @@ class OpenAIUpstream(Upstream):
             headers=pairs,
             data=body,
             allow_redirects=False,
-            skip_auto_headers=_missing_auto_headers(pairs),
+            skip_auto_headers=skip,
             auto_decompress=decode,
             proxy=proxy,
             proxy_headers=proxy_headers,
@@ -241,26 +248,13 @@ class OpenAIUpstream(Upstream):
             pairs.append(("Authorization", self._authorization))
         return pairs
 
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """What fails before a status, as the client is told it."""
-        try:
-            yield
-        except TimeoutError as error:
-            raise ApiError(
-                504,
-                f"The upstream {self._base_url} did not answer within {self._timeout_s:g} s"
-                f" (connecting: {self._connect_timeout_s:g} s).",
-                type="api_error",
-                code="upstream_timeout",
-            ) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ApiError(
-                502,
-                f"The upstream {self._base_url} could not be reached: {error}",
-                type="api_error",
-                code="upstream_unreachable",
-            ) from error
+    def _failure(self, error: Exception) -> ApiError:
+        """What failed before a status, as the client is told it."""
+        if isinstance(error, TimeoutError):
+            waited = f"did not answer within {self._timeout_s:g} s (connecting: {self._connect_timeout_s:g} s)."
+            return ApiError(504, f"The upstream {self._base_url} {waited}", "api_error", "upstream_timeout")
+        words = f"The upstream {self._base_url} could not be reached: {error}"
+        return ApiError(502, words, "api_error", "upstream_unreachable")
 
 
 def _proxy(base_url: str) -> Proxy | None:
@@ -279,10 +273,10 @@ def _text(value: bytes) -> str:
         return value.decode("latin-1")
 
 
-def _missing_auto_headers(pairs: Sequence[tuple[str, str]]) -> tuple[str, ...] | None:
+def _not_sent(headers: Sequence[Header], names: frozenset[bytes]) -> tuple[str, ...] | None:
     """Headers that aiohttp must not invent; None (its fast path) when the client sent them all."""
-    missing = _AUTO_HEADERS.difference(name.lower() for name, _ in pairs)
-    return tuple(sorted(missing)) or None
+    missing = names.difference([name for name, _ in headers])
+    return tuple(name.decode() for name in missing) or None
 
 
 def _repeatable(error: aiohttp.ClientError, body: _Body | AsyncIterator[bytes] | None) -> bool:
