@@ -23,7 +23,7 @@ MIN_PREFIX_TOKENS = 1024
 STEP_TOKENS = 128
 CACHED_PRICE = 0.1
 _RECENT_PROMPTS = 8
-_COUNTED_PARTS = 4096
+_COUNTED_MESSAGES = 4096
 
 
 class PromptCache:
@@ -31,20 +31,14 @@ class PromptCache:
 
     def __init__(self, counter: TokenCounter) -> None:
         self._recent: deque[list[str]] = deque(maxlen=_RECENT_PROMPTS)
-        self._text_tokens = counter.text
-
-        @lru_cache(_COUNTED_PARTS)
-        def part_tokens(part: str) -> int:
-            value = json.loads(part)
-            return counter.tools(value) if isinstance(value, list) else counter.message(value)
-
-        self._part_tokens = part_tokens
+        self._counter = counter
+        self._message_tokens = lru_cache(_COUNTED_MESSAGES)(lambda part: counter.message(json.loads(part)))
 
     def tokens(self, request: dict[str, Any]) -> tuple[int, int]:
         """The prompt's tokens, and how many of them are cached; remembered for the next requests."""
-        values = [request.get("tools") or [], *request.get("messages", [])]
-        parts = [json.dumps(value, ensure_ascii=False) for value in values]
-        tokens = [self._part_tokens(part) for part in parts]
+        tools = request.get("tools") or []
+        parts = [json.dumps(part, ensure_ascii=False, sort_keys=True) for part in (tools, *request["messages"])]
+        tokens = [self._counter.tools(tools), *map(self._message_tokens, parts[1:])]
         shared = max((self._shared(parts, tokens, old) for old in self._recent), default=0)
         self._recent.append(parts)
         cached = shared - shared % STEP_TOKENS if shared >= MIN_PREFIX_TOKENS else 0
@@ -55,7 +49,7 @@ class PromptCache:
         same = next((i for i in range(least) if new[i] != old[i]), least)
         total = sum(tokens[:same])
         if 0 < same < least:
-            total += self._text_tokens(os.path.commonprefix([new[same], old[same]]))
+            total += self._counter.text(os.path.commonprefix([new[same], old[same]]))
         return total
 
 
