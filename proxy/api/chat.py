@@ -36,6 +36,7 @@ from proxy.api.retries import is_retry, placed_as_retry
 from proxy.api.stats import Stats
 from proxy.api.visit import Visit
 from proxy.config import Config
+from proxy.conversation.channel import wants_json
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
@@ -243,15 +244,15 @@ class ChatApi:
 
         def new_sieve() -> Sieve:  # asked for at the first `Complete`: the turn's channel is known
             options = decoded.get("stream_options") or {}
-            formatted = (decoded.get("response_format") or {}).get("type", "text") != "text"
             return Sieve(
                 turn.channel,
                 config.hold_tokens,
                 config.hold_ms,
-                formatted,
+                wants_json(decoded),
                 bool(options.get("include_usage")),
                 given.counter.text,
                 turn.talks_of_tools,
+                config.event_limit_bytes,
             )
 
         return Exchange(
@@ -261,10 +262,7 @@ class ChatApi:
             scope.get("query_string", b""),
             bool(decoded.get("stream")),
             new_sieve,
-            self._config.server.body_limit_bytes,
-            config.keepalive_s,
-            self._config.upstream.retries,
-            self._config.upstream.retry_wait_s,
+            self._config,
         )
 
     async def _run(

@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from proxy.api.passthrough import Message, Scope, Send
 from proxy.api.paths import raw_path
+from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
 from proxy.conversation.report import TurnReport
-from proxy.conversation.sse import decode_chunk
 from proxy.upstream import Header
 
 log = logging.getLogger("proxy.request")

@@ -25,7 +25,13 @@ from proxy.conversation.calibration import (
     plateau,
 )
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
-from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
+from proxy.conversation.channel import (
+    Channel,
+    choose_channel,
+    tools_array,
+    vm_tools_tokens,
+    wants_json,
+)
 from proxy.conversation.commit import Stored, answered_by, append_effect, new_records
 from proxy.conversation.compose import (
     answer_budget,
@@ -258,7 +264,7 @@ class Turn:
             answered=self._answered,
             record=given.record,
             get_record=given.get_record,
-            json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
+            json_mode=wants_json(given.decoded),
             agent=bool(given.decoded.get("tools")),
             next_limits=self._next_limits(),
         )

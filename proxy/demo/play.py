@@ -31,6 +31,7 @@ from proxy.conversation.report import TurnReport
 from proxy.demo.ledger import Ledger
 from proxy.demo.screen import Recall, View, counted, layout, paged_in, print_summary
 from proxy.errors import ConfigError
+from proxy.sse import EventParser
 from proxy.tokens import get_counter
 from proxy.upstream import Upstream
 from proxy.upstream.demo import MODEL, listening
@@ -138,11 +139,11 @@ async def _ask(client: Upstream, messages: list[dict[str, Any]]) -> str:
     if reply.status != 200:
         raise DemoFailed(f"the server answered {reply.status}: {data.decode(errors='replace')[:300]}")
     text: list[str] = []
-    events = [e for e in data.split(b"\n\n") if e.startswith(b"data: ")]
-    if not events or events[-1] != b"data: [DONE]":
+    events = [event.data for event in EventParser().feed(data) if event.data]
+    if not events or events[-1] != b"[DONE]":
         raise DemoFailed("a stream ended without [DONE]")
     for event in events[:-1]:
-        for choice in json.loads(event[6:])["choices"]:
+        for choice in json.loads(event)["choices"]:
             text.append(choice["delta"].get("content") or "")
     return "".join(text)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from proxy.api.exchange import Exchange, error_event
+from proxy.api.exchange import Exchange, Patience, error_event
+from proxy.config import Config
 from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.report import TurnReport
@@ -21,7 +22,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, UpstreamBroken, join_chunks
-from tests.conversation.test_sse import ERRORS
+from tests.conversation.test_chunks import ERRORS
 
 SSE = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"r1")]
 JSON = [(b"content-type", b"application/json"), (b"content-length", b"999"), (b"x-request-id", b"r1")]
@@ -70,11 +71,13 @@ class Setup:
 
         def sieve() -> Sieve:
             ours = Channel(TOOLS, True, vm_names(None), frozenset({"read", "write"}), True)
-            return Sieve(ours, 24, hold_ms, False, False, lambda text: len(text.split()))
+            return Sieve(ours, 24, hold_ms, False, False, lambda text: len(text.split()), event_limit_bytes=9_000)
 
-        self.exchange = Exchange(
-            self._send, self, [], b"", stream, sieve, 10_000, every_s, retries, retry_wait_s  # type: ignore[arg-type]
-        )
+        config = Config.model_validate({
+            "server": {"body_limit_bytes": 10_000}, "upstream": {"retries": retries, "retry_wait_s": retry_wait_s},
+            "stream": {"keepalive_s": every_s, "event_limit_bytes": 9_000},
+        })
+        self.exchange = Exchange(self._send, self, [], b"", stream, sieve, config)  # type: ignore[arg-type]
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
@@ -586,3 +589,57 @@ async def test_an_error_behind_the_first_word_breaks_the_stream() -> None:
         with pytest.raises(UpstreamBroken):
             await setup.exchange.complete(Complete(LARGE))
         assert setup.body == event("half") + raw
+
+
+@pytest.mark.parametrize("size", [1000, 20_000])
+async def test_an_event_beyond_the_limit_passes_or_is_one_clear_error(size: int) -> None:
+    reply = [event("a"), *[b"data: " + b"x" * 8_000, b"x" * size], b"\n\n", event(None, "stop"), DONE]
+    passing = Setup(Reply(*reply))
+    said = await passing.exchange.complete(Complete(b"{}", through=True))
+    assert isinstance(said, Said) and said.messages == []
+    await passing.exchange.finish(answer(), [])
+    assert passing.body == b"".join(reply)
+    if size > 9_000:
+        sieved = Setup(Reply(*reply))
+        with pytest.raises(ApiError, match="longer than 9000 bytes"):
+            await sieved.exchange.complete(Complete(b"{}"))
+
+
+# -- patience
+
+
+NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
+
+
+@pytest.mark.parametrize(
+    "headers, wait_s",
+    [
+        ([(b"retry-after-ms", b"250"), (b"retry-after", b"3")], 0.25),
+        ([(b"retry-after", b"3")], 3.0),
+        ([(b"retry-after-ms", b"soon"), (b"retry-after", b"3")], 3.0),
+        ([(b"retry-after", b"Tue, 14 Nov 2023 22:13:24 GMT")], 4.0),
+        ([(b"retry-after", b"Tue, 14 Nov 2023 22:13:00 GMT")], 0.0),
+        ([(b"retry-after", b"-5")], 0.0),
+        ([(b"retry-after", b"later")], 0.5),
+        ([], 0.5),
+        ([(b"retry-after", b"11")], None),
+        ([(b"retry-after", b"nan")], 0.5),
+        ([(b"x-should-retry", b"false")], None),
+    ],
+)
+def test_patience_keeps_upstreams_word(headers: list[Header], wait_s: float | None) -> None:
+    assert Patience(2, 10).wait_s(429, headers, NOW_S) == wait_s
+
+
+def test_patience_is_bounded_in_tries_and_seconds_and_a_wait_doubles_by_itself() -> None:
+    patience = Patience(3, 100)
+    assert [patience.wait_s(503, [], NOW_S) for _ in range(4)] == [0.5, 1.0, 2.0, None]
+    patience = Patience(9, 5)
+    after = [(b"retry-after", b"2")]
+    assert [patience.wait_s(503, after, NOW_S) for _ in range(3)] == [2.0, 2.0, None]
+    assert patience.wait_s(503, [(b"retry-after", b"1")], NOW_S) == 1.0
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422, 501])
+def test_patience_has_none_with_what_would_be_refused_again(status: int) -> None:
+    assert Patience(2, 10).wait_s(status, [], NOW_S) is None

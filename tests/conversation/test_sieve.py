@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.channel import TOOLS, Channel, vm_names
+from proxy.conversation.chunks import MessageBuilder, decode_chunk
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.sse import EventParser, MessageBuilder, decode_chunk
+from proxy.sse import EventParser
 from tests.examples import examples
 
 many = examples(100)

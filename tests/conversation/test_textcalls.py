@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.channel import PASSIVE, TOOLS, Channel, vm_names
+from proxy.conversation.chunks import MessageBuilder, decode_chunk
 from proxy.conversation.sieve import Round, Sieve
-from proxy.conversation.sse import EventParser, MessageBuilder, decode_chunk
 from proxy.conversation.textcalls import Spoken, Watch, calls_in, unwrapped
+from proxy.sse import EventParser
 from tests.examples import examples
 
 OURS = Channel(TOOLS, True, vm_names(None))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.sse import MessageBuilder
+from proxy.conversation.chunks import MessageBuilder
 from proxy.memory.models import VMMode
 from proxy.memory.vm_prompts import build_vm_developer_message
 from proxy.upstream.anthropic import is_claude

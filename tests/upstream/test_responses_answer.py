@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.conversation.sse import MessageBuilder
+from proxy.conversation.chunks import MessageBuilder
 from proxy.upstream.responses_answer import ChatStream, failure, to_chat
 from proxy.upstream.responses_request import to_responses
 from tests.e2e.providers import Call, Said
