@@ -53,7 +53,7 @@ class App:
                 self.memory,
                 self._archive,
                 config.sessions,
-                self._chat.capable.table,
+                self._chat.model_facts.table,
             )
         )
         self._origins = Origins(config)

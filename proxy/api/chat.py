@@ -16,11 +16,10 @@ from functools import partial
 from typing import Any, cast
 
 from proxy.api.archive import Archive
-from proxy.api.asked import StatedWindows
-from proxy.api.capable import Capable
 from proxy.api.encodings import decoded, encodings, plain_headers
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory, calibration_key
+from proxy.api.model_facts import ModelFacts
 from proxy.api.passthrough import (
     Receive,
     Scope,
@@ -72,14 +71,13 @@ class ChatApi:
         self._stats = stats
         self._observer = observer
         self._placing = Placing(config, memory, observer is not None)
-        self.capable = Capable(config, memory)
+        self.model_facts = ModelFacts(config, memory, upstream)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
-        self._stated = StatedWindows(config, upstream, memory, self.capable)
         self._forwards_encoded = config.upstream.provider == "openai"
 
     async def close(self) -> None:
         """What is being asked beside the requests is given up."""
-        await self._stated.close()
+        await self.model_facts.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI request."""
@@ -139,7 +137,7 @@ class ChatApi:
                     self._observer(answer.report)
                 self._archive.after(turn, given, scope["headers"])
                 query = scope.get("query_string", b"")
-                self._stated.look(given.scope, given.decoded["model"], scope["headers"], query)
+                self.model_facts.look(given.scope, given.decoded["model"], scope["headers"], query)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -182,8 +180,8 @@ class ChatApi:
                 given = await placed_as_retry(given, self._memory)
                 self._placing.bound(given)
             model = given.decoded["model"]
-            given.capabilities = partial(self.capable.of, model, given.facts)
-            given.seen = partial(self.capable.seen, given.scope, model)
+            given.capabilities = partial(self.model_facts.of, model, given.facts)
+            given.seen = partial(self.model_facts.seen, given.scope, model)
             given.get_record = self._memory.get_record
             given.calibration = partial(
                 self._memory.calibration, given.scope, model, given.counter.name, given.exact_counter
@@ -299,13 +297,13 @@ class ChatApi:
         model = given.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:
-                self.capable.failed(given.scope, model)
+                self.model_facts.failed(given.scope, model)
         elif turn.record is not None:  # it was an answer
             billed = (answer.usage or {}).get("prompt_tokens")
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
-            self.capable.answered(given.scope, model, tokens, answer.doubted_tokens)
+            self.model_facts.answered(given.scope, model, tokens, answer.doubted_tokens)
         if answer.learned and not appended:  # by an answer that cannot be remembered
-            await self.capable.learn(given.scope, model, answer.learned)
+            await self.model_facts.learn(given.scope, model, answer.learned)
         if answer.learned:
             log.warning("model %s: learned %s", model, answer.learned)
         return answer
@@ -322,7 +320,7 @@ class ChatApi:
             if lesson.warning:
                 log.warning("model %s: %s", model, lesson.warning)
         if facts:
-            more += self.capable.lessons(given.scope, model, facts)
+            more += self.model_facts.lessons(given.scope, model, facts)
         return await self._memory.append(effect, more)
 
 

@@ -18,7 +18,7 @@ from proxy.api.caller import caller, encoded, parameters, with_body
 from proxy.api.memory import UPSTREAM_WINDOW, Memory
 from proxy.api.request import Decoded, validate
 from proxy.config import Config, effective_reserve
-from proxy.conversation.body import Body, message_ends, read_body
+from proxy.conversation.body import Body, counted_fields, fixed_tokens, message_ends, read_body
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.derived import NO_DERIVED
@@ -46,7 +46,6 @@ from proxy.tokens import (
 )
 from proxy.upstream import Header
 
-_COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
 _NO_HISTORIES = HistoryCache(0)
 _POLICIES: dict[str, EvictionPolicy] = {
     "importance": ImportanceWeightedLRU(),
@@ -68,7 +67,7 @@ class Placing:
         self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
         self._policy = _POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._make_limits)
-        self._fixed_tokens = lru_cache(maxsize=1024)(_fixed_tokens)
+        self._fixed_tokens = lru_cache(maxsize=1024)(fixed_tokens)
 
     async def place(
         self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
@@ -149,8 +148,7 @@ class Placing:
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
         fixed = 0
         if not surely:
-            raws = tuple(bytes(split.fields[name]) for name in _COUNTED if name in split.fields)
-            fixed = self._fixed_tokens(tuple(split.system), raws, counter)
+            fixed = self._fixed_tokens(tuple(split.system), counted_fields(split.fields), counter)
             await _count(found, counter)
         return TurnInput(
             body, split.fields, split.order, decoded, split.system, found.path, found.start,
@@ -276,14 +274,3 @@ def _count_all(nodes: list[Node | Anchor], counter: TokenCounter) -> None:
     for node in nodes:
         node.tokens = counter.message(msgspec.json.decode(node.raw))
         node.counter = counter.name
-
-
-def _fixed_tokens(
-    system: tuple[bytes, ...], fields: tuple[bytes, ...], counter: TokenCounter
-) -> int:
-    """Tokens of what every request of the conversation carries beside its history."""
-    total = sum(counter.message(msgspec.json.decode(raw)) for raw in system)
-    for raw in fields:
-        value = msgspec.json.decode(raw)
-        total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
-    return total

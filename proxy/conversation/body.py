@@ -15,6 +15,7 @@ import msgspec
 
 from proxy.conversation.history import HistoryCache, Known
 from proxy.errors import ApiError
+from proxy.tokens import TokenCounter
 
 # Possessive: a string is read once, whatever is in it. One that is cut off matches up to the end.
 _TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -23,6 +24,7 @@ _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
 _OPEN_ARRAY = ord("[")
+_COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
 _HEAD_LIMIT_BYTES = 1 << 20  # a head larger than this is left to the full parse
 
 Fields = dict[str, msgspec.Raw]
@@ -223,6 +225,23 @@ def _not_json(error: Exception) -> ApiError:
     return ApiError(400, "We could not parse the JSON body of your request. (HINT: This likely"
                     f" means you aren't using your HTTP library correctly: {hint}.)",
                     code="invalid_json")
+
+
+def counted_fields(fields: Fields) -> tuple[bytes, ...]:
+    """The fields that are in the prompt, as written."""
+    return tuple(bytes(fields[name]) for name in _COUNTED if name in fields)
+
+
+def fixed_tokens(
+    system: tuple[bytes, ...], counted: tuple[bytes, ...], counter: TokenCounter
+) -> int:
+    """Tokens of what every request of a conversation carries beside its history; `counted`: see
+    `counted_fields`."""
+    total = sum(counter.message(msgspec.json.decode(raw)) for raw in system)
+    for raw in counted:
+        value = msgspec.json.decode(raw)
+        total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
+    return total
 
 
 def message_ends(history: bytes, raws: list[bytes], start: int = 0) -> list[int]:

@@ -22,8 +22,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS
-
+LEAST_WINDOW_TOKENS = 512  # no window is smaller: who says so, or bills so, speaks of something else
 TOKENS_FACTOR = "tokens_factor"  # of what is learned of a model: billed tokens per counted one
 MIN_TOKENS = 200  # smaller requests are mostly overhead, and say little about the encoding
 MIN_RATIO, MAX_RATIO = 0.25, 4.0  # outside: not this model's bill, or not a bill at all

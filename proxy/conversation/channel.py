@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -114,6 +114,11 @@ def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     if choice in (None, "auto") and not fields.get("logprobs"):
         return Channel(TOOLS, True, names, client, takes)
     return Channel(PASSIVE, True, names, client, takes)
+
+
+def unlisted(channel: Channel) -> Channel:
+    """The same conversation without the VM tools."""
+    return replace(channel, name=PASSIVE, listed=False)
 
 
 def wants_json(fields: Mapping[str, Any]) -> bool:

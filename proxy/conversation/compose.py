@@ -16,7 +16,6 @@ from proxy.conversation.effects import Said
 
 _encode = msgspec.json.encode
 LEAST_ANSWER_TOKENS = 64  # a later round may say so much, or all that the client allowed if less
-_LENGTH_FIELDS = ("max_completion_tokens", "max_tokens")
 
 
 def request_body(
@@ -39,18 +38,22 @@ def request_body(
     return b"{" + b",".join(pieces) + b"}"
 
 
+def answer_limits(decoded: Mapping[str, Any]) -> dict[str, int]:
+    """How many tokens the client lets the answer have, by the field that says so."""
+    found = {name: decoded.get(name) for name in ("max_completion_tokens", "max_tokens")}
+    return {name: limit for name, limit in found.items() if type(limit) is int and limit > 0}
+
+
 def answer_budget(decoded: Mapping[str, Any], spent_tokens: int) -> dict[str, bytes | None]:
     """The client's limit for its answer, less what earlier rounds took of it: the fields to change.
 
     One limit holds for all rounds, so that memory does not make an answer dearer than the client
     allowed; but the answer itself never gets less than `LEAST_ANSWER_TOKENS` of it.
     """
-    changed: dict[str, bytes | None] = {}
-    for name in _LENGTH_FIELDS:
-        limit = decoded.get(name)
-        if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-            changed[name] = b"%d" % max(limit - spent_tokens, min(limit, LEAST_ANSWER_TOKENS))
-    return changed
+    return {
+        name: b"%d" % max(limit - spent_tokens, min(limit, LEAST_ANSWER_TOKENS))
+        for name, limit in answer_limits(decoded).items()
+    }
 
 
 def spent_tokens(

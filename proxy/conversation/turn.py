@@ -16,7 +16,9 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.audio import with_transcripts
+from proxy.conversation.body import counted_fields, fixed_tokens
 from proxy.conversation.calibration import (
+    LEAST_WINDOW_TOKENS,
     SERIES,
     TOKENS_FACTOR,
     Bill,
@@ -24,11 +26,11 @@ from proxy.conversation.calibration import (
     billed_tokens,
     plateau,
 )
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import (
     Channel,
     choose_channel,
     tools_array,
+    unlisted,
     vm_tools_tokens,
     wants_json,
 )
@@ -46,10 +48,10 @@ from proxy.conversation.compose import (
 )
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.limits import Limits, stretched
+from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages, anchor_tokens
-from proxy.conversation.refusal import repairable, unchanged_fits
-from proxy.conversation.repair import Model, fixed_tokens, unlisted
+from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.tree import Record
@@ -197,7 +199,8 @@ class Turn:
         return False
 
     def _count_fixed(self) -> None:
-        self._fixed_tokens = fixed_tokens(self._in.system, self._in.fields, self._in.counter)
+        given = self._in
+        self._fixed_tokens = fixed_tokens(tuple(given.system), counted_fields(given.fields), given.counter)
 
     # -- without paging
 

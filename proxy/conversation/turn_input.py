@@ -8,11 +8,11 @@ from typing import Any
 
 from proxy.conversation.body import Fields
 from proxy.conversation.calibration import Calibration
-from proxy.conversation.capability import Capabilities, Seen
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
+from proxy.conversation.model_facts import Capabilities, Seen
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor, Identity, Node, Record, Sent
 from proxy.conversation.window import Window

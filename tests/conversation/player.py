@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import message_ends, read_body
-from proxy.conversation.capability import Seen, capabilities
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
@@ -23,6 +22,7 @@ from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
+from proxy.conversation.model_facts import Seen, capabilities
 from proxy.conversation.pathpages import owner
 from proxy.conversation.room import standing
 from proxy.conversation.sieve import Sieve

@@ -32,7 +32,7 @@ def sent(now_s: float, usable: bool = True, echo: Any = ECHO) -> list[dict[str, 
     return made
 
 
-def test_an_id_goes_up_while_it_lasts_and_its_words_afterwards() -> None:
+def test_id_goes_up_while_it_lasts_and_its_words_afterwards() -> None:
     assert sent(now_s=999)[1] == ECHO
     assert sent(now_s=1000)[1] == {"role": "assistant", "content": "Hello, said aloud."}
     assert sent(now_s=0, usable=False)[1] == {"role": "assistant", "content": "Hello, said aloud."}
@@ -40,7 +40,7 @@ def test_an_id_goes_up_while_it_lasts_and_its_words_afterwards() -> None:
     assert sent(1000, echo=beside)[1]["content"] == "Here.\n\nHello, said aloud."
 
 
-def test_a_whole_answer_names_only_its_id() -> None:
+def test_whole_answer_names_only_its_id() -> None:
     assert sent(0, echo={"role": "assistant", "audio": SOUND})[1]["audio"] == {"id": "audio_1"}
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_known_stays() -> None:
     assert with_transcripts(body, [], {}.get, 0, False) is body
 
 
-def test_a_refused_id_is_replaced_in_the_next_try() -> None:
+def test_refused_id_is_replaced_in_the_next_try() -> None:
     player = Player(limits_of(4000))
     history = grown(player, 50)
     gone = Refused(404, b'{"error":{"message":"Audio audio_1 has expired."}}')

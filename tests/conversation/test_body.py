@@ -121,7 +121,7 @@ def remember(split: Body, cache: HistoryCache) -> None:
 
 @many
 @given(conversations())
-def test_a_warm_cache_reads_what_an_empty_one_reads(bodies: list[bytes]) -> None:
+def test_warm_cache_reads_what_an_empty_one_reads(bodies: list[bytes]) -> None:
     cache = HistoryCache(1 << 20)
     for body in bodies:
         assert outcome(body, cache) == outcome(body, HistoryCache(1 << 20))
@@ -149,7 +149,7 @@ def test_what_is_read_is_what_json_says(bodies: list[bytes]) -> None:
             assert json.loads(b"[" + split.history + b"]") == [m for _, m in split.new]
 
 
-def test_the_second_body_of_a_conversation_is_recognised_by_its_bytes() -> None:
+def test_second_body_of_a_conversation_is_recognised_by_its_bytes() -> None:
     cache = HistoryCache(1 << 20)
     messages = [{"role": "system", "content": "x"}] + [
         {"role": "user", "content": f"message {i} " * 9} for i in range(9)

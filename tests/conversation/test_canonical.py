@@ -55,7 +55,7 @@ def test_invariant_01_no_arguments_raise(arguments: str) -> None:
         ({"content": "a", "tool_calls": []}, {"content": "a", "tool_calls": None}),
     ],
 )
-def test_an_echo_is_the_answer(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_echo_is_the_answer(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert said(**one) == said(**other)
 
 

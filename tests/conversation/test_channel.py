@@ -46,12 +46,12 @@ FORCED = {"type": "function", "function": {"name": "look"}}
         ({"grammar": "", "guided_json": None, "chat_template_kwargs": {"x": 1}, "top_k": 5}, TOOLS, True),
     ],
 )
-def test_the_request_chooses(fields: dict[str, Any], name: str, listed: bool) -> None:
+def test_request_chooses(fields: dict[str, Any], name: str, listed: bool) -> None:
     channel = choose_channel(fields, limits_of(2000))
     assert (channel.name, channel.listed, channel.offer) == (name, listed, name == TOOLS)
 
 
-def test_the_mode_and_the_model_choose_first() -> None:
+def test_mode_and_the_model_choose_first() -> None:
     for limits in (limits_of(2000, mode=VMMode.PASSIVE), limits_of(2000, model_takes_tools=False)):
         assert not choose_channel({}, limits).listed
     picky = limits_of(2000, tools_with_json=False)
@@ -73,7 +73,7 @@ def test_names_that_collide_are_prefixed_until_they_do_not() -> None:
 
 
 @pytest.mark.parametrize("client", [None, b"[]", b" [ ] ", b'[{"a" : 1}]', b'\n[ {"a":1} , {} ]\n'])
-def test_the_clients_tools_keep_their_bytes_in_front_of_ours(client: bytes | None) -> None:
+def test_clients_tools_keep_their_bytes_in_front_of_ours(client: bytes | None) -> None:
     channel = Channel(TOOLS, True, vm_names(None))
     array = tools_array(client, channel)
     assert array is not None

@@ -36,7 +36,7 @@ def test_context_stands_in_front_of_the_users_own_text() -> None:
     assert with_context({"content": None}, "B")["content"] == "B\n\n"
 
 
-def test_an_answer_becomes_a_message_that_a_request_may_carry() -> None:
+def test_answer_becomes_a_message_that_a_request_may_carry() -> None:
     said = {"index": 0, "role": "assistant", "content": None, "refusal": None, "annotations": [], "x": 0}
     assert as_input(said) == {"role": "assistant", "content": "", "x": 0}
     assert as_input({"content": None, "tool_calls": [1]}) == {
@@ -54,7 +54,7 @@ def test_usage_of_several_rounds() -> None:
     assert total_usage([None], 0) is None
 
 
-def test_the_last_response_goes_down_under_the_first_ones_identity() -> None:
+def test_last_response_goes_down_under_the_first_ones_identity() -> None:
     last = {"id": "2", "created": 2, "model": "m2", "choices": [{"index": 0, "logprobs": None}], "x": 1}
     body = json.loads(response_body(last, {"id": "1", "created": 1, "model": "m"}, {"a": 1}, "stop", None))
     assert body == {
@@ -75,7 +75,7 @@ def test_calls_as_input_have_a_type_and_text_for_arguments() -> None:
     assert as_input({"tool_calls": [custom]})["tool_calls"] == [{**custom, "type": "custom"}]
 
 
-def test_a_later_round_gets_what_the_limit_leaves_but_never_too_little() -> None:
+def test_later_round_gets_what_the_limit_leaves_but_never_too_little() -> None:
     assert answer_budget({"max_tokens": 500, "max_completion_tokens": None}, 120) == {"max_tokens": b"380"}
     assert answer_budget({"max_tokens": 500}, 499) == {"max_tokens": b"%d" % LEAST_ANSWER_TOKENS}
     assert answer_budget({"max_completion_tokens": 20}, 300) == {"max_completion_tokens": b"20"}

@@ -41,7 +41,7 @@ def test_what_is_found_is_really_shared_and_at_most_what_is_shared(
     assert shared == len(history.ends) or body[start:][: history.ends[shared]] != history.history[: history.ends[shared]]
 
 
-def test_the_longest_of_several_continuations_is_found() -> None:
+def test_longest_of_several_continuations_is_found() -> None:
     cache = HistoryCache(1 << 20)
     first = [b"{" + b"a" * 100 + b"}"]
     longer = [*first, b"{b}", b"{c}"]
@@ -53,7 +53,7 @@ def test_the_longest_of_several_continuations_is_found() -> None:
 
 @many
 @given(st.lists(st.tuples(raws, st.booleans()), max_size=20), st.integers(100, 2000))
-def test_invariant_10_the_bytes_kept_are_bounded(steps: list[tuple[list[bytes], bool]], limit: int) -> None:
+def test_invariant_10_bytes_kept_are_bounded(steps: list[tuple[list[bytes], bool]], limit: int) -> None:
     cache = HistoryCache(limit)
     last: Known | None = None
     for messages, forget in steps:
@@ -68,7 +68,7 @@ def test_invariant_10_the_bytes_kept_are_bounded(steps: list[tuple[list[bytes], 
     assert cache._bytes == 0 and cache.find(b"s", b"{" + b"a" * 100 + b"}", 0) is None
 
 
-def test_a_continuation_takes_the_place_of_what_it_continues() -> None:
+def test_continuation_takes_the_place_of_what_it_continues() -> None:
     cache = HistoryCache(1 << 20)
     first = known([b"{" + b"a" * 100 + b"}"])
     second = known([b"{" + b"a" * 100 + b"}", b"{b}"])

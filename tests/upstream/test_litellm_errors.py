@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from proxy.conversation.refusal import learn
+from proxy.conversation.refusals import learn
 from proxy.upstream.litellm_errors import caused_by, error_headers, error_object, provider_status
 from tests.conversation.player import limits_of
 

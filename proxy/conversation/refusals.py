@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS
+from proxy.conversation.calibration import LEAST_WINDOW_TOKENS
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
 
