@@ -18,12 +18,11 @@ from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import Draining, health_router
 from proxy.api.memory import Memory
-from proxy.api.metrics import CONTENT_TYPE, Metrics
 from proxy.api.origins import Origins
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
 from proxy.api.paths import is_chat, is_ours
 from proxy.api.stats import Stats
-from proxy.api.visit import Visit, path_kind
+from proxy.api.visit import CONTENT_TYPE, Metrics, Visit, path_kind
 from proxy.api.vm import vm_router
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError

@@ -15,11 +15,11 @@ from functools import partial
 import msgspec
 
 from proxy.config import Config
+from proxy.conversation.body import HistoryCache
 from proxy.conversation.calibration import Calibration
 from proxy.conversation.commit import Stored
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
-from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
 from proxy.conversation.pathpages import PathPages
 from proxy.conversation.state import State, restore_state, restore_table

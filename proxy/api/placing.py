@@ -18,11 +18,17 @@ from proxy.api.caller import caller, encoded, parameters, with_body
 from proxy.api.memory import UPSTREAM_WINDOW, Memory
 from proxy.api.request import Decoded, validate
 from proxy.config import Config, effective_reserve
-from proxy.conversation.body import Body, counted_fields, fixed_tokens, message_ends, read_body
+from proxy.conversation.body import (
+    Body,
+    HistoryCache,
+    counted_fields,
+    fixed_tokens,
+    read_body,
+    remembered,
+)
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.derived import NO_DERIVED
-from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.tree import Anchor, Node, Record
@@ -106,25 +112,10 @@ class Placing:
             nodes, anchors, identity, tenant, memory.library, frame, names.delta, sessions.reattach
         )
         if found.start == 0 and found.floor == 0:
-            self._remember(split, scope, tenant, found)
+            known = remembered(split, found.path, found.anchors, tenant)
+            if known is not None:
+                memory.histories.add(scope, known, split.known)
         return await self._input(body, split, decoded, scope, tenant, names, found)
-
-    def _remember(self, split: Body, scope: bytes, tenant: bytes, found: Place) -> None:
-        """Keep the history's bytes, so that the next body is recognised by them."""
-        if split.history is None:
-            return
-        known, shared = split.known, split.shared
-        ends = known.ends[:shared] if known else []
-        counts = known.counts[:shared] if known else []
-        ends = ends + message_ends(
-            split.history, [raw for raw, _ in split.new], ends[-1] if ends else 0
-        )
-        nodes = counts[-1] if counts else 0
-        for _, message in split.new:
-            nodes += message.get("role") not in ("system", "developer")
-            counts.append(nodes)
-        new = Known(split.history, ends, counts, found.path, found.anchors, tenant)
-        self._memory.histories.add(scope, new, known)
 
     async def _input(
         self,

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.body import Body
+from proxy.conversation.body import Body, is_system
 from proxy.conversation.tree import (
     ID_BYTES,
     Anchor,
@@ -73,7 +73,7 @@ def chain(body: Body, identity: Identity, tenant: bytes) -> tuple[list[Node], li
         anchors = body.known.anchors[: body.shared - count]
     new: list[tuple[bytes, dict[str, Any]]] = []
     for raw, message in body.new:
-        if message.get("role") in ("system", "developer"):
+        if is_system(message):
             anchors = [*anchors, Anchor(len(path) + len(new), raw)]
         else:
             new.append((raw, message))

@@ -17,7 +17,7 @@ import msgspec
 from proxy.conversation.channel import Channel
 from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import Stored
-from proxy.conversation.compose import with_context
+from proxy.conversation.compose import Form, with_context
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import (
     begin_epoch,
@@ -26,7 +26,6 @@ from proxy.conversation.epoch import (
     rules_tokens,
 )
 from proxy.conversation.epoch_request import EpochRequest
-from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.newpages import new_pages, renewed
 from proxy.conversation.pathpages import RESULT_ROLES, PathPages, anchor_tokens, group_start, owner

@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.audio import with_transcripts
 from proxy.conversation.body import counted_fields, fixed_tokens
 from proxy.conversation.calibration import (
     LEAST_WINDOW_TOKENS,
@@ -45,6 +44,7 @@ from proxy.conversation.compose import (
     spent_tokens,
     stream_options,
     total_usage,
+    with_transcripts,
 )
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.limits import Limits, stretched

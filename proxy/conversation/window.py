@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.form import Form, Piece, formed
+from proxy.conversation.compose import Form, Piece, formed
 from proxy.conversation.tree import Anchor, GetRecord, Record
 from proxy.tokens import PER_MESSAGE, TokenCounter
 

@@ -29,8 +29,8 @@ import msgspec
 
 from proxy.conversation import epoch
 from proxy.conversation.channel import choose_channel
+from proxy.conversation.compose import Form
 from proxy.conversation.derived import NO_DERIVED, Derived
-from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.paging import TurnWindow
 from proxy.conversation.pathpages import PathPages

@@ -1,20 +1,34 @@
-"""What is written changes only what has to change."""
+"""What is written changes only what has to change; messages have the form that a template reads; a spoken
+answer goes by its id while it lasts, then in words."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from typing import Any
 
 import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.conversation.compose import (
     LEAST_ANSWER_TOKENS,
+    Form,
+    Piece,
     answer_budget,
     as_input,
+    formed,
     request_body,
     response_body,
     total_usage,
     with_context,
+    with_transcripts,
 )
+from proxy.conversation.effects import Refused
+from proxy.conversation.tree import Identity, Record
+from proxy.conversation.turn import Turn
+from tests.conversation.player import Player, limits_of, says, script
+from tests.conversation.scenario import grown
 
 
 def test_fields_keep_their_bytes_and_places() -> None:
@@ -80,3 +94,153 @@ def test_later_round_gets_what_the_limit_leaves_but_never_too_little() -> None:
     assert answer_budget({"max_tokens": 500}, 499) == {"max_tokens": b"%d" % LEAST_ANSWER_TOKENS}
     assert answer_budget({"max_completion_tokens": 20}, 300) == {"max_completion_tokens": b"20"}
     assert answer_budget({"max_tokens": "many"}, 3) == {}
+
+
+# -- the form that a chat template reads
+
+RULES, PLAIN = "the rules", Form()
+ASK, SAY = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
+
+
+def made(head: list[Any], pieces: list[tuple[Any, bool]], form: Form = PLAIN, text: str = RULES) -> list[Any]:
+    raws = [Piece(json.dumps(message).encode(), ours) for message, ours in pieces]
+    return [json.loads(raw) for raw in formed([json.dumps(m).encode() for m in head], text, "system", raws, form)]
+
+
+def client(*messages: Any) -> list[tuple[Any, bool]]:
+    return [(message, False) for message in messages]
+
+
+def test_memorys_text_is_a_part_of_the_clients_system_message() -> None:
+    system = {"role": "system", "content": "Be kind.", "name": "house"}
+    assert made([system], client(ASK)) == [{**system, "content": "Be kind.\n\nthe rules"}, ASK]
+    assert made([], client(ASK)) == [{"role": "system", "content": RULES}, ASK]
+    assert made([], client(ASK), text="") == [ASK]
+
+
+def test_several_system_messages_in_front_become_one_of_texts_or_parts() -> None:
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]
+    developer, system = {"role": "developer", "content": parts}, {"role": "system", "content": "b"}
+    [first, *rest] = made([developer, system], client(ASK))
+    assert rest == [ASK] and first["role"] == "developer"
+    assert first["content"] == [*parts, {"type": "text", "text": "b"}, {"type": "text", "text": RULES}]
+    plain = {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    assert made([plain], [])[0]["content"] == "a\n\nb\n\nthe rules"
+
+
+def test_model_that_surely_reads_several_gets_them_as_they_are() -> None:
+    system = {"role": "system", "content": "b"}
+    assert made([system], client(ASK), Form(several=True)) == [system, {"role": "system", "content": RULES}, ASK]
+
+
+def test_late_system_message_stays_until_it_was_refused() -> None:
+    late = {"role": "system", "content": "c", "name": "n"}
+    assert made([], client(ASK, late, SAY))[2] == late
+    refused = made([], client(ASK, late, SAY), Form(late=False))
+    assert refused == [{"role": "system", "content": RULES}, {"role": "user", "content": "ask\n\nc"}, SAY]
+
+
+def test_template_without_a_system_role_hears_all_of_it_from_the_user() -> None:
+    form = Form(late=False, system=False, alternate=True)
+    system = {"role": "system", "content": "Be kind."}
+    assert made([system], client(ASK, SAY), form) == [{"role": "user", "content": "Be kind.\n\nthe rules\n\nask"}, SAY]
+    assert made([], client(SAY), form) == [{"role": "user", "content": RULES}, SAY]
+
+
+def test_neighbours_of_one_role_join_only_where_one_is_ours() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    ours = {"role": "user", "content": [{"type": "text", "text": "page"}, image]}
+    joined = {"role": "user", "content": [*ours["content"], {"type": "text", "text": "ask"}]}
+    assert made([], [(ours, True), (ASK, False), (ASK, False)], text="") == [joined, ASK]
+    assert made([], client(ASK, ASK, SAY, SAY), text="") == [ASK, ASK, SAY, SAY]
+    twice = made([], client(ASK, ASK, SAY, SAY), Form(alternate=True), text="")
+    assert twice == [{"role": "user", "content": "ask\n\nask"}, {"role": "assistant", "content": "say\n\nsay"}]
+
+
+def test_calls_and_results_are_never_joined() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in "12"]
+    messages = [ASK, call, *results, SAY, call, *results]
+    assert made([], client(*messages), Form(alternate=True), text="") == messages
+
+
+ROLES = st.sampled_from(["user", "assistant", "system"])
+MESSAGES = st.lists(st.tuples(st.builds(lambda r, t: {"role": r, "content": t}, ROLES, st.text("ab", min_size=1)), st.booleans()))
+
+
+@given(MESSAGES, st.booleans(), st.booleans())
+def test_nothing_is_lost_and_a_prefix_stays_a_prefix(messages: list[Any], system: bool, alternate: bool) -> None:
+    form = Form(late=False, system=system, alternate=alternate)
+    shown = made([], messages, form)
+    texts = "".join(m["content"] for m in shown).replace("\n\n", "")
+    assert texts == RULES + "".join(m["content"] for m, _ in messages)
+    assert [m["role"] for m in shown[1:]].count("system") == 0
+    if alternate:
+        assert all(a["role"] != b["role"] for a, b in pairwise(shown))
+    longer = made([], [*messages, (SAY, False)], form)
+    assert longer[: len(shown) - 1] == shown[:-1]
+
+
+# -- spoken answers
+
+SOUND = {"id": "audio_1", "data": "UklGRg==", "expires_at": 1000, "transcript": "Hello, said aloud."}
+ECHO = {"role": "assistant", "audio": {"id": "audio_1"}}
+ASKED = {"role": "user", "content": "say it"}
+
+
+def sent(now_s: float, usable: bool = True, echo: Any = ECHO) -> list[dict[str, Any]]:
+    """What goes upstream for a conversation whose answer was heard here."""
+    messages = [ASKED, echo, {"role": "user", "content": "again"}]
+    raws = [(json.dumps(m).encode(), m) for m in messages]
+    path = Identity(b"s" * 32).extend(b"t", [], raws)
+    whole = json.dumps({"role": "assistant", "content": None, "audio": SOUND}).encode()
+    ids = [node.id for node in path[:2]]
+    record = Record(b"", 0, ids, ids, ["user", "assistant"], [path[0].raw, whole], [1, 1], 1)
+    bytes_ = json.dumps(messages).encode()
+    found = with_transcripts(bytes_, path, {path[1].id: record}.get, now_s, usable)
+    assert found is bytes_ or found != bytes_
+    made: list[dict[str, Any]] = json.loads(found)
+    return made
+
+
+def test_id_goes_up_while_it_lasts_and_its_words_afterwards() -> None:
+    assert sent(now_s=999)[1] == ECHO
+    assert sent(now_s=1000)[1] == {"role": "assistant", "content": "Hello, said aloud."}
+    assert sent(now_s=0, usable=False)[1] == {"role": "assistant", "content": "Hello, said aloud."}
+    beside = {**ECHO, "content": "Here."}
+    assert sent(1000, echo=beside)[1]["content"] == "Here.\n\nHello, said aloud."
+
+
+def test_whole_answer_names_only_its_id() -> None:
+    assert sent(0, echo={"role": "assistant", "audio": SOUND})[1]["audio"] == {"id": "audio_1"}
+
+
+def test_what_is_not_known_stays() -> None:
+    other = {"role": "assistant", "audio": {"id": "audio_2"}}
+    assert sent(2000, usable=False, echo=other)[1] == other
+    body = b'[{"role":"user","content":"the \\"audio\\""}]'
+    assert with_transcripts(body, [], {}.get, 0, False) is body
+
+
+def test_refused_id_is_replaced_in_the_next_try() -> None:
+    player = Player(limits_of(4000))
+    history = grown(player, 50)
+    gone = Refused(404, b'{"error":{"message":"Audio audio_1 has expired."}}')
+    spoken = {"role": "assistant", "content": None, "audio": SOUND}
+    first = player.ask([*history, ASKED], script(spoken))
+    assert first.message is not None and first.message["audio"] == SOUND
+    messages = [*history, ASKED, ECHO, {"role": "user", "content": "again"}]
+    get, run = player.get_record, Turn.__init__
+
+    def knowing(turn: Turn, given: Any) -> None:
+        given.get_record = get
+        run(turn, given)
+
+    Turn.__init__ = knowing  # type: ignore[method-assign]
+    try:
+        played = player.ask(messages, script(gone, says("ok")))
+    finally:
+        Turn.__init__ = run  # type: ignore[method-assign]
+    assert len(played.bodies) == 2
+    assert ECHO in played.requests[0]["messages"]
+    assert SOUND["transcript"] in [m.get("content") for m in played.requests[1]["messages"]]

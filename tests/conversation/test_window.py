@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.form import Form
+from proxy.conversation.compose import Form
 from proxy.conversation.tree import Record
 from proxy.conversation.window import (
     MIXED,
