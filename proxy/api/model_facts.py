@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from proxy.api.memory import UPSTREAM_WINDOW, Memory
+from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.model_facts import (
@@ -36,6 +36,7 @@ from proxy.conversation.model_facts import (
     window_of,
 )
 from proxy.errors import ApiError
+from proxy.limits import UPSTREAM_WINDOW
 from proxy.storage.l2 import StorageError
 from proxy.tokens import model_card
 from proxy.upstream import Header, Upstream, UpstreamBroken

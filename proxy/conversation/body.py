@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -253,9 +254,7 @@ def counted_fields(fields: Fields) -> tuple[bytes, ...]:
     return tuple(bytes(fields[name]) for name in _COUNTED if name in fields)
 
 
-def fixed_tokens(
-    system: tuple[bytes, ...], counted: tuple[bytes, ...], counter: TokenCounter
-) -> int:
+def fixed_tokens(system: Sequence[bytes], counted: Sequence[bytes], counter: TokenCounter) -> int:
     """Tokens of what every request of a conversation carries beside its history; `counted`: see
     `counted_fields`."""
     total = sum(counter.message(msgspec.json.decode(raw)) for raw in system)

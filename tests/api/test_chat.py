@@ -414,9 +414,9 @@ async def test_what_cannot_be_paged_goes_up_as_it_is(
 
     async with client(tmp_path, answered(), answered(), **SMALL) as one:
         sent = json.dumps(body(paged_messages())).encode()
-        monkeypatch.setattr("proxy.conversation.paging.TurnWindow.open", broken)
+        monkeypatch.setattr("proxy.conversation.turn_window.TurnWindow.open", broken)
         assert (await one.ask(sent))[0] == 200
-        monkeypatch.setattr("proxy.api.placing.place", broken)
+        monkeypatch.setattr("proxy.api.admission.place", broken)
         assert (await one.ask(sent))[0] == 200
         assert one.upstream.bodies == [sent, sent]
 
@@ -456,7 +456,6 @@ async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path)
 @pytest.mark.parametrize("name", ["importance", "lru", "modality"])
 async def test_the_configured_policy_decides_who_leaves(tmp_path: Path, name: str) -> None:
     async with client(tmp_path, answered(), memory={"eviction": name}) as one:
-        placing = one.api._placing
-        given = await placing.place([], b"", json.dumps(body()).encode())
+        given = await one.api._admission.admit([], b"", json.dumps(body()).encode())
         kinds = {"importance": "ImportanceWeightedLRU", "lru": "LRU", "modality": "ModalityAwareLRU"}
         assert type(given.policy).__name__ == kinds[name]

@@ -18,7 +18,7 @@ from proxy.api.memory import Memory
 from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import load_config
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
 from proxy.memory import ArtifactsBridge, MemoryPage, Modality
 from proxy.memory.level_media import ImageCompressor

@@ -19,7 +19,7 @@ from proxy.api.stats import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
 from proxy.errors import ApiError
 from proxy.memory.compressor import ABSTRACT_TOKENS

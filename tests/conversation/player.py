@@ -17,13 +17,11 @@ import msgspec
 from proxy.conversation.body import HistoryCache, read_body, remembered
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.compose import Form
-from proxy.conversation.derived import NO_DERIVED
+from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.model_facts import Seen, capabilities
-from proxy.conversation.pathpages import owner
-from proxy.conversation.room import standing
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
@@ -36,7 +34,7 @@ from proxy.conversation.tree import (
     load_path,
     record_key,
 )
-from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.window import render
 from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
 from proxy.search.paths import PathIndexes
@@ -95,9 +93,8 @@ class Played:
         if self.turn.settled is None:
             return None
         window = self.turn.settled[1].window
-        path, first = self.place.path, window.native_from
-        before = [a for a in self.place.anchors if owner(path, a.position) < first]
-        front = standing(before, get_counter(self.turn._report.model))
+        assert self.turn._paging is not None
+        front = self.turn._paging._standing(window.native_from)
         head = [*self.system, *(anchor.raw for anchor in front)]
         return render(head, window, "developer", False, Form(several=True))[:-1]
 
@@ -214,24 +211,20 @@ class Player:
         counter = get_counter(decoded["model"])
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
-        given = TurnInput(
-            body, split.fields, split.order, decoded, split.system, found.path, found.start,
-            found.floor, found.anchors, found.record, state.window if state else None,
-            state.table if state else None, self.limits, counter, self.identity, tenant,
-            names, ImportanceWeightedLRU(), self._substitutes, fixed,
-            derived=state.derived if state else NO_DERIVED, load_block=self.get_block,
-            get_record=self.get_record, seen=lambda: self.seen, sent=found.sent,
+        known = capabilities({}, self.learned or {}, {})
+        context = TurnContext(
+            body=body, sent=split, decoded=decoded, place=found, state=state, limits=self.limits, counter=counter,
+            policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
+            fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
+            get_block=self.get_block, capabilities=lambda: known, seen=lambda: self.seen,
         )
-        if self.learned is not None:
-            known = capabilities({}, self.learned, {})
-            given.capabilities = lambda: known
-        turn = Turn(given)
+        turn = Turn(context)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]
-        self._perform(turn, given, played, model)
+        self._perform(turn, context, played, model)
         return played
 
-    def _perform(self, turn: Turn, given: TurnInput, played: Played, model: Model) -> None:
-        shell = _Shell(turn, given, model, bool(given.decoded.get("stream")))
+    def _perform(self, turn: Turn, context: TurnContext, played: Played, model: Model) -> None:
+        shell = _Shell(turn, context, model, bool(context.decoded.get("stream")))
         dialogue = turn.run()
         reply: Any = None
         try:
@@ -268,9 +261,9 @@ class Player:
 class _Shell:
     """Performs `Complete`: whole answers, or streams through the sieve."""
 
-    def __init__(self, turn: Turn, given: TurnInput, model: Model, stream: bool) -> None:
+    def __init__(self, turn: Turn, context: TurnContext, model: Model, stream: bool) -> None:
         self._turn = turn
-        self._count = given.counter.text
+        self._count = context.counter.text
         self._model = model
         self._stream = stream
         self._whole: dict[str, Any] | None = None

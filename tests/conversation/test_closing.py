@@ -12,11 +12,11 @@ import pytest
 from proxy.conversation.closing import close_segment, created, encode_closing, grown, table_root
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory import MutationType, StorageTier
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, Played, Player, limits_of, says
-from tests.conversation.test_pathpages import pages_of
+from tests.conversation.test_pages import pages_of
 
 COUNTER = get_counter("gpt-4o")
 LIMITS = limits_of(2000)
@@ -26,17 +26,8 @@ def messages_of(count: int, first: int = 0) -> list[Message]:
     return [{"role": "user", "content": f"The port of depot{n} is {8000 + n}."} for n in range(first, first + count)]
 
 
-class Reading(PathPages):
-    """Notes which messages are decoded."""
-
-    def message(self, position: int) -> Message:
-        self.__dict__.setdefault("read", set()).add(position)
-        return super().message(position)
-
-
-def reading(count: int) -> Reading:
-    pages = pages_of(messages_of(count))
-    return Reading(pages.path, COUNTER, 64)
+def reading(count: int) -> PathPages:
+    return pages_of(messages_of(count))
 
 
 def kinds(page_ids: Iterable[str]) -> set[str]:
@@ -48,7 +39,7 @@ def test_no_more_than_max_messages_are_read_the_newest_ones(count: int, most: in
     pages = reading(count)
     segment = close_segment(pages, count - 4, limits_of(2000, segment_messages=most), 1, COUNTER)
     assert segment is not None and pages.derived.end == count - 4
-    assert pages.__dict__["read"] == set(range(count - 4 - most, count - 4))
+    assert set(pages._messages) == set(range(count - 4 - most, count - 4))
     assert (segment.first_page_id, segment.last_page_id) == (f"msg_{count - 3 - most:04d}", f"msg_{count - 4:04d}")
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from proxy.conversation.effects import Load
 from proxy.conversation.faults import NO_ROOM, FaultServer, Room
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory import CompressionLevel, PageTable, StorageTier
 from proxy.memory.pages import Hit
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
-from tests.conversation.test_pathpages import pages_of
+from tests.conversation.test_pages import pages_of
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
@@ -29,7 +29,7 @@ class Setting:
         self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
         self.table = TLBWithPageTable(PageTable())
         for position in range(len(TEXTS)):
-            for i in self.pages.ids(position):
+            for i in self.pages[position].ids:
                 self.table.register_id(i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
         self.server = FaultServer(self.pages, self.table, COUNTER, limits, 2, self.table.apply)
@@ -69,7 +69,7 @@ def test_a_page_is_given_whole_and_is_in_the_window_from_then_on() -> None:
 def test_a_cut_messages_own_id_gives_all_its_parts() -> None:
     it = Setting()
     assert it.fault("msg_0003")["page"]["content"]["text"] == TEXTS[2]
-    parts = [it.table.lookup(i) for i in it.pages.ids(2)]
+    parts = [it.table.lookup(i) for i in it.pages[2].ids]
     assert len(parts) > 1 and all(e and e.tier is StorageTier.L0 for e in parts)
 
 

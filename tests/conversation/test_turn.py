@@ -411,7 +411,7 @@ def test_text_of_pages_is_what_the_message_says(run: Run | None = None) -> None:
         pages = played.turn.pages
         for position in range(len(played.place.path)):
             message = msgspec.json.decode(played.place.path[position].raw)
-            assert "".join(pages.parts(position)) == message_text(message)
+            assert "".join(pages[position].parts) == message_text(message)
 
 
 def test_invariant_02_what_fits_again_is_untouched() -> None:
