@@ -251,6 +251,5 @@ def _limits(config: WorkingSetConfig, mode: VMMode) -> Limits:
         search_results=10,
         snippet_tokens=64,
         segment_messages=512,
-        summary_tokens=160,
         max_claims=128,
     )

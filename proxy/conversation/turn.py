@@ -54,7 +54,6 @@ from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
-from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
@@ -127,13 +126,9 @@ class Turn:
         return self._paging.window if self._paging else None
 
     @property
-    def segments(self) -> Sequence[Segment]:
-        """What this turn's epochs closed."""
-        return self._paging.segments if self._paging else ()
-
-    @property
     def shown(self) -> Sequence[Load]:
-        """Older pages that this turn put into the window in our own words."""
+        """Older pages that this turn put into the window in our own words, and summaries that nobody has
+        written: what a model may write about."""
         return self._paging.shown if self._paging else ()
 
     def talks_of_tools(self) -> bool:

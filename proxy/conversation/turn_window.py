@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
-from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import Stored
 from proxy.conversation.compose import Form, with_context
 from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
 from proxy.conversation.evidence import Shown, choose, reserve, used
@@ -36,11 +36,12 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
+from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
 from proxy.memory.context_packer import context_block
-from proxy.memory.importance import PIN_TOKENS, importance_of, is_standing
 from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
+    MemoryPage,
     MutationType,
     PageMutation,
     PageTableEntry,
@@ -53,7 +54,6 @@ from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.pages import message_text
 from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.prefetcher import points_back
-from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import without_citations
 from proxy.memory.working_set import watermarks
@@ -96,8 +96,8 @@ class TurnWindow:
         self.turn = report.turn
         self.before = context.state.window if context.state else None  # what this turn goes on with
         self.mutations: list[PageMutation] = []
-        self.segments: list[Segment] = []  # closed in this turn
-        self.shown: list[Load] = []  # by this turn's last epoch
+        self.made: list[MemoryPage] = []  # derived in this turn
+        self.shown: list[Load] = []  # by the last epoch, or to be written
         self.settled: Stored | None = None  # the state with what is `answered`
         self._brought: list[Shown] = []  # before the call
         self._query: str | None = None
@@ -303,11 +303,11 @@ class TurnWindow:
         RAM: nothing of them is read before they are stored."""
         closing, blocks = b"", dict[bytes, bytes]()
         derived = self.pages.derived
-        if self.segments:
+        if self.made:
             root, blocks = self.table.checkpoint()
-            closing = encode_closing(root, self.segments, derived.end, self.limits.max_claims)
+            closing = encode_closing(root, self.made, derived.end, self.limits.max_claims)
         mutations = msgspec.msgpack.encode(encode_mutations(self.mutations))
-        return Stored(self.window, mutations, closing, blocks, derived, tuple(self.segments))
+        return Stored(self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(
         self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
@@ -323,12 +323,12 @@ class TurnWindow:
         epoch = Epoch(self, pages, number, room, tuple(tail), after, newest)
         self.window = yield from epoch.begin()
         self.shown = [Load(page_id, level) for page_id, level in epoch.shown]
+        self.shown += [Load(page_id, 0) for page_id in pages.derived.unwritten]
         if epoch.folded:
             self._tail, self._folded = list(epoch.tail), True
         self.report.new_epoch = True
         self.report.evicted_pages += epoch.evicted
-        if epoch.segment is not None:
-            self.segments.append(epoch.segment)
+        self.made += epoch.made or ()
 
     def resize(self, limits: Limits) -> None:
         """Other bounds from now on."""
@@ -475,6 +475,8 @@ class TurnWindow:
         """Enter the window's state in the report."""
         report = self.report
         report.epoch = self.window.epoch
+        derived = self.pages.derived
+        report.segments, report.claims = derived.segments, derived.claims_made
         native = {e.position for e in self.window.entries if e.kind == NATIVE}
         report.native_pages = [i for p in sorted(native) for i in self.pages[p].ids]
         resident = self.table.resident()

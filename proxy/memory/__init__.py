@@ -32,7 +32,7 @@ from proxy.memory.artifacts_bridge import (
     Checkpoint,
     InMemoryBackend,
 )
-from proxy.memory.claims import Claim, extract_claims
+from proxy.memory.claims import Claim
 from proxy.memory.compressor import compress_text, hint
 from proxy.memory.context_packer import (
     ContextPacker,
@@ -93,9 +93,8 @@ from proxy.memory.pages import (
 )
 from proxy.memory.pins import PinnedSet
 from proxy.memory.prefetcher import Prefetcher
-from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler
-from proxy.memory.segments import Segment, close_segment
+from proxy.memory.segments import ProvenanceGraph
 from proxy.memory.tlb import PageTLB, TLBStats, TLBWithPageTable
 from proxy.memory.vm_args import parse_fault_args, parse_search_args
 from proxy.memory.vm_prompts import (
@@ -168,7 +167,6 @@ __all__ = [
     "ProvenanceGraph",
     "SearchResultEntry",
     "SearchToolResult",
-    "Segment",
     "StorageTier",
     "TLBStats",
     "TLBWithPageTable",
@@ -180,13 +178,11 @@ __all__ = [
     "WorkingSetManager",
     "WorkingSetStats",
     "build_vm_developer_message",
-    "close_segment",
     "compress_text",
     "context_block",
     "context_line",
     "context_parts",
     "error_result",
-    "extract_claims",
     "fault_result",
     "get_vm_tools",
     "get_vm_tools_as_dicts",

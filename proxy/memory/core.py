@@ -13,7 +13,6 @@ from functools import cached_property
 
 from proxy.memory.anti_thrash import AntiThrashPolicy
 from proxy.memory.artifacts_bridge import ArtifactsBridge
-from proxy.memory.claims import Claim
 from proxy.memory.compressor import hint
 from proxy.memory.context_packer import (
     ESTIMATES,
@@ -39,7 +38,7 @@ from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.pack_cache import PackCache
 from proxy.memory.page_table import PageTable
 from proxy.memory.pins import PinnedSet
-from proxy.memory.provenance import ProvenanceGraph
+from proxy.memory.segments import ProvenanceGraph
 from proxy.memory.tlb import AnyTable, PageTLB, TLBWithPageTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 
@@ -95,8 +94,6 @@ class MemoryCore:
         self._pages: dict[str, MemoryPage] = {}  # full bodies of what is in the window
         self._shown: dict[str, MemoryPage] = {}  # what the window shows of those that it compressed
         self._hints: dict[str, str] = {}
-        self._claims: tuple[Claim, ...] = ()
-        self._claims_made = 0
         self._segments = 0
 
     # -- the synchronous core

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from proxy.api.archive import Archive
 from proxy.api.caller import caller
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
+from proxy.api.writer import Writer
 from proxy.config import Config, load_config
 from proxy.conversation.report import TurnReport
 from proxy.errors import ApiError
@@ -76,10 +77,11 @@ class Client:
         self.memory = Memory(config)
         self.reports: list[TurnReport] = []
         self.upstream = upstream
-        self.archive = Archive(config, self.memory, upstream)
-        stats = Stats(self.memory, self.archive.writer)
+        renditions = Renditions(config, self.memory)
+        self.writer = Writer(config, upstream, renditions)
+        stats = Stats(self.memory, self.writer)
         self.api = ChatApi(
-            config, upstream, self.memory, self.archive, stats, self.reports.append
+            config, upstream, self.memory, renditions, self.writer, stats, self.reports.append
         )
 
     async def send(

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from proxy.api.archive import Archive
 from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
+from proxy.api.writer import Writer
 from proxy.config import load_config
 from proxy.conversation.report import FaultReport, PrefetchReport, SearchReport, TurnReport
 from proxy.memory.metrics import MAX_SOURCES
@@ -27,7 +28,7 @@ async def stats_in(folder: Path) -> AsyncIterator[tuple[Stats, Memory]]:
     config = load_config(file, {}, {})
     memory, upstream = Memory(config), make_upstream(config)
     try:
-        yield Stats(memory, Archive(config, memory, upstream).writer), memory
+        yield Stats(memory, Writer(config, upstream, Renditions(config, memory))), memory
     finally:
         await memory.close()
         await upstream.close()

@@ -80,7 +80,6 @@ def limits_of(room_tokens: int) -> Limits:
         search_results=10,
         snippet_tokens=64,
         segment_messages=512,
-        summary_tokens=160,
         max_claims=128,
     )
 

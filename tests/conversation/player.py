@@ -18,6 +18,7 @@ from proxy.conversation.body import HistoryCache, read_body, remembered
 from proxy.conversation.commit import SessionNames
 from proxy.conversation.compose import Form
 from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
@@ -36,7 +37,7 @@ from proxy.conversation.tree import (
 )
 from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.window import render
-from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
+from proxy.memory import ImportanceWeightedLRU, MemoryPage, VMMode, WorkingSetConfig
 from proxy.search.paths import PathIndexes
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import Published
@@ -65,7 +66,6 @@ def limits_of(budget_tokens: int, **changes: Any) -> Limits:
         "search_results": 10,
         "snippet_tokens": 64,
         "segment_messages": 512,
-        "summary_tokens": 160,
         "max_claims": 128,
     }
     return Limits(**{**values, **changes})
@@ -119,6 +119,7 @@ class Player:
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
         self.identity = Identity(SECRET)
         self.forget()
@@ -244,7 +245,11 @@ class Player:
                     )
                 else:
                     assert isinstance(effect, Load)
-                    reply = turn.pages.at(effect.page_id, effect.level)
+                    segment = unwritten_page(turn.pages, effect.page_id)
+                    if segment is not None:
+                        reply = self.writes(segment)
+                    else:
+                        reply = turn.pages.at(effect.page_id, effect.level)
                 played.replies.append(reply)
         except StopIteration as end:
             played.answer = end.value

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from proxy.conversation.body import Body
 from proxy.conversation.channel import PASSIVE, TOOLS, Channel, vm_names
-from proxy.conversation.closing import close_segment
 from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import derive
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch
 from proxy.conversation.identify import Place
@@ -170,7 +170,7 @@ def test_invariant_03_pages_that_another_models_tokens_priced_too_low_are_left_o
     messages: list[Message] = [
         {"role": "user", "content": [part]} for part in parts
     ] + [{"role": "user", "content": "and now?"}]
-    epoch = epoch_of(messages, 1100, limits=limits_of(1100, summary_tokens=0, max_claims=0))
+    epoch = epoch_of(messages, 1100, limits=limits_of(1100))
     for entry in epoch.turn.table:
         entry.size_tokens = 2
     assert rebuilt(epoch).tokens <= 1100
@@ -188,7 +188,7 @@ def told_of(count: int, ends: list[int]) -> Epoch:
     """A request over a path in which a segment was closed before each of `ends`."""
     asked = epoch_of(messages_of(count), 4000)
     for turn, end in enumerate(ends, 1):
-        close_segment(asked.pages, end, limits_of(4000), turn, COUNTER)
+        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
     return asked
 
 
@@ -241,7 +241,7 @@ def test_every_page_outside_is_listed_or_in_one_segments_range(
 def test_the_nearest_pages_have_entries_and_a_segments_line_its_topics() -> None:
     asked = epoch_of([{"role": "user", "content": f"Wax{n}"} for n in range(200)], 4000)
     for turn, end in enumerate((60, 120), 1):
-        close_segment(asked.pages, end, limits_of(4000), turn, COUNTER)
+        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
     manifest = listed(asked, 190, set(range(190, 200)), 1024, set())
     named = [at(entry["page_id"]) for entry in manifest["available_pages"]]
     assert named == list(range(189, 189 - len(named), -1)) and len(named) > 20
