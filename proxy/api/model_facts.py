@@ -16,8 +16,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,9 +44,11 @@ from proxy.upstream import Header, Upstream, UpstreamBroken
 log = logging.getLogger(__name__)
 
 _LISTED_MODELS = 256  # of one key; of more, the latest
-_NEW_MODELS = 256
+_MODELS = 256  # whose capabilities are not put together again
+_CAPABILITIES = tuple(one.name for one in fields(Capabilities))
 _SEEN_MODELS = 4096  # of all keys: what passed and what was refused is remembered
 _FAILURES = 3  # so many, and what passed before proves nothing: the server may be another by now
+_NOTHING_SEEN = Seen()
 _KNOWN_HOSTS = ("api.openai.com",)  # whose API has prompt_cache_key
 _OVERRIDES = (
     "window_tokens", "tools", "tools_with_json", "developer_role", "mid_system", "system_role", "alternate",
@@ -83,7 +85,7 @@ class ModelFacts:
         self._lists_count = config.upstream.provider == "openai" and config.tiers.l0.tokens == "auto"
         self._lists: dict[bytes, _List] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._new = lru_cache(_NEW_MODELS)(partial(self._known, facts={}))
+        self._capabilities = lru_cache(_MODELS)(self._known)
         self._seen: dict[bytes, Seen] = {}
         self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
         host = urlsplit(config.upstream.base_url).hostname or ""
@@ -91,11 +93,11 @@ class ModelFacts:
 
     def of(self, model: str, facts: Mapping[str, Any]) -> Capabilities:
         """For a turn; `facts`: what was learned of the model by now."""
-        return self._known(model, facts) if facts else self._new(model)  # of nearly every model nothing
+        return self._capabilities(model, tuple((name, facts[name]) for name in _CAPABILITIES if name in facts))
 
-    def _known(self, model: str, facts: Mapping[str, Any]) -> Capabilities:
+    def _known(self, model: str, facts: Sequence[tuple[str, Any]]) -> Capabilities:
         assumed = self._assumed(None) | {"mid_system": self._hoisted(model) or None}
-        return capabilities(self._override(model), facts, assumed)
+        return capabilities(self._override(model), dict(facts), assumed)
 
     async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
         """Keep what a refusal taught, beside any turn. Raises StorageError."""
@@ -113,13 +115,13 @@ class ModelFacts:
     def seen(self, scope: bytes, model: str) -> Seen:
         """What passed, and what failed since."""
         key = scope + model.encode()
-        return self._seen.get(key, Seen())._replace(doubted=key in self._doubted)
+        return self._seen.get(key, _NOTHING_SEEN)._replace(doubted=key in self._doubted)
 
     def answered(self, scope: bytes, model: str, tokens: int, doubted_tokens: int) -> None:
         """A prompt of so many tokens, as upstream counts, was answered (0: nobody counted it); after
         a refusal of the moment, in a window of `doubted_tokens`."""
         key = scope + model.encode()
-        if tokens >= LARGE_TOKENS and tokens > self.seen(scope, model).passed_tokens:
+        if tokens >= LARGE_TOKENS and tokens > self._seen.get(key, _NOTHING_SEEN).passed_tokens:
             _keep(self._seen, key, Seen(tokens), _SEEN_MODELS)
         if tokens > self._doubted.get(key, 0):
             self._doubted.pop(key, None)

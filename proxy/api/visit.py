@@ -108,7 +108,8 @@ class Visit:
 
     def placed(self, model: str, root: bytes) -> None:
         """A chat request found its conversation; `root`: the id of its first node, which is keyed."""
-        self.model = _printable(model)
+        short = model[:_PATH_CHARS]  # a client's text, on one line of a log
+        self.model = "".join(c if c.isprintable() else "?" for c in short)
         self.conversation = root[:_ID_BYTES].hex()
 
     def asks(self, report: TurnReport, epoch: int) -> None:
@@ -240,12 +241,6 @@ def path_kind(path: str) -> str:
         if kind in segments:
             return kind
     return "other"
-
-
-def _printable(text: str) -> str:
-    """A client's text on one line of a log."""
-    short = text[:_PATH_CHARS]
-    return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
 
 
 def _count(usage: object, name: str) -> int:

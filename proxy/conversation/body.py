@@ -125,7 +125,8 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         if end is None:
             return None
         try:
-            if not _is_system(body[start:end]):
+            raw = body[start:end]  # most messages do not name the role at all
+            if not (_SYSTEM.search(raw) and is_system(_object(raw))):
                 return _Head(array, system, start)
         except _MALFORMED:
             return None
@@ -152,12 +153,6 @@ def _object_end(body: bytes, start: int) -> int | None:
             if depth == 0:
                 return match.end()
     return None
-
-
-def _is_system(raw: bytes) -> bool:
-    if not _SYSTEM.search(raw):  # cheap: most messages do not name the role at all
-        return False
-    return is_system(_object(raw))
 
 
 def is_system(message: dict[str, Any]) -> bool:
@@ -188,19 +183,19 @@ def _read_tail(body: bytes, head: _Head, known: Known, shared: int) -> Body | No
     if len(order) != len(set(order)):
         return None  # a doubled key: the last one counts, which only the full parse knows
     system = [body[a:b] for a, b in head.system]
-    return Body({**before, **after}, order, system, known, shared, new, _history(body, head, new, at))
-
-
-def _history(body: bytes, head: _Head, new: list[RawMessage], at: int) -> bytes:
-    """The bytes from the first history message to the last, given that `new` begin at `at`."""
-    end = at
-    for raw, _ in new:
-        end = body.index(raw, end) + len(raw)
-    return body[head.history : end].rstrip(_SPACE + b",")
+    for raw in raws:  # to the end of the last one
+        at = body.index(raw, at) + len(raw)
+    history = body[head.history : at].rstrip(_SPACE + b",")
+    return Body({**before, **after}, order, system, known, shared, new, history)
 
 
 def _read_all(body: bytes, head: _Head | None) -> Body:
-    fields = _decode_fields(body)
+    try:
+        fields = _fields(body)
+    except msgspec.ValidationError:
+        raise ApiError(400, "The request body must be a JSON object.", code="invalid_type") from None
+    except _MALFORMED as error:
+        raise _not_json(error) from None
     array = fields.get("messages")
     if array is None:
         raise ApiError(400, "Missing required parameter: 'messages'.", param="messages",
@@ -229,15 +224,6 @@ def _read_all(body: bytes, head: _Head | None) -> Body:
             end = head.array - 1 + len(text.rstrip(_SPACE + b"]"))
             history = body[head.history : end]
     return Body(fields, order, system, None, 0, messages[count:], history)
-
-
-def _decode_fields(body: bytes) -> Fields:
-    try:
-        return _fields(body)
-    except msgspec.ValidationError:
-        raise ApiError(400, "The request body must be a JSON object.", code="invalid_type") from None
-    except _MALFORMED as error:
-        raise _not_json(error) from None
 
 
 def _not_json(error: Exception) -> ApiError:

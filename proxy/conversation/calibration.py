@@ -128,7 +128,11 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         if sum(bins.values()) > MAX_SAMPLES:
             bins = _halved(bins)
         more = _replace(self, samples=self.samples + 1, bins=tuple(sorted(bins.items())))
-        return _replace(more, factor=more._decided()) if _is_look(more.samples) else more
+        if more.samples < STEPS:  # looks grow rarer
+            look = more.samples in (MIN_SAMPLES, 8, 16, 32)
+        else:
+            look = more.samples % STEPS == 0
+        return _replace(more, factor=more._decided()) if look else more
 
     def truncated(self, counted_tokens: int, billed_tokens: int) -> bool:
         """Whether upstream may have cut the prompt silently: it billed far less than was sent."""
@@ -232,13 +236,6 @@ def plateau(newest: Bill, earlier: Iterable[Bill]) -> int | None:
             return high
         after = bill
     return None
-
-
-def _is_look(samples: int) -> bool:
-    """Whether the factor is decided anew after this many bills."""
-    if samples < STEPS:
-        return samples == MIN_SAMPLES or (samples >= 8 and samples & (samples - 1) == 0)
-    return samples % STEPS == 0
 
 
 def _halved(bins: Mapping[int, int]) -> dict[int, int]:

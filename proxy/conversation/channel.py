@@ -14,7 +14,7 @@ is the client's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -90,10 +90,12 @@ def _spelled(called: str, name: str) -> int:
 def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     """`fields` are the request's decoded top-level fields."""
     tools = fields.get("tools") or []
-    names = vm_names(tools)
+    client = client_names(tools)
+    names = vm_names(client)
     functions = fields.get("functions")
-    legacy = [{"function": f} for f in functions] if isinstance(functions, list) else []
-    client, takes = client_names(tools) | client_names(legacy), bool(tools or functions)
+    if isinstance(functions, list):
+        client |= client_names([{"function": function} for function in functions])
+    takes = bool(tools or functions)
     choice = fields.get("tool_choice")
     without = (
         limits.mode is VMMode.PASSIVE
@@ -127,13 +129,13 @@ def wants_json(fields: Mapping[str, Any]) -> bool:
     return isinstance(wanted, dict) and wanted.get("type", "text") != "text"
 
 
-def vm_names(tools: Any) -> dict[str, str]:
+def vm_names(client: Iterable[str] = ()) -> dict[str, str]:
     """The VM tools' names, prefixed until no tool of the client is called so, in any spelling."""
-    taken = {"".join(_words(name)) for name in client_names(tools)}
+    taken = {"".join(_words(name)) for name in client}
     names: dict[str, str] = {}
     for tool in (PAGE_FAULT, SEARCH_PAGES):
         name = tool
-        while "".join(_words(name)) in taken:
+        while taken and "".join(_words(name)) in taken:
             name = f"vm_{name}"
         names[tool] = name
     return names

@@ -70,7 +70,7 @@ class Setup:
         self.grew = asyncio.Condition()
 
         def sieve() -> Sieve:
-            ours = Channel(TOOLS, True, vm_names(None), frozenset({"read", "write"}), True)
+            ours = Channel(TOOLS, True, vm_names(), frozenset({"read", "write"}), True)
             return Sieve(ours, 24, hold_ms, False, False, lambda text: len(text.split()), event_limit_bytes=9_000)
 
         config = Config.model_validate({

@@ -12,6 +12,7 @@ from proxy.conversation.channel import (
     TOOLS,
     Channel,
     choose_channel,
+    client_names,
     tools_array,
     vm_names,
 )
@@ -67,18 +68,18 @@ def test_names_that_collide_are_prefixed_until_they_do_not() -> None:
     def named(*names: str) -> list[Any]:
         return [{"function": {"name": n}} for n in names] + [{"custom": {"name": "x"}}, {}, 7]
 
-    assert vm_names(named("page_fault", "vm_page_fault"))["page_fault"] == "vm_vm_page_fault"
-    assert vm_names(named("a")) == {"page_fault": "page_fault", "search_pages": "search_pages"}
-    assert vm_names("odd") == vm_names(None)
+    assert vm_names(client_names(named("page_fault", "vm_page_fault")))["page_fault"] == "vm_vm_page_fault"
+    assert vm_names(client_names(named("a"))) == {"page_fault": "page_fault", "search_pages": "search_pages"}
+    assert client_names("odd") == client_names(None) == frozenset()
 
 
 @pytest.mark.parametrize("client", [None, b"[]", b" [ ] ", b'[{"a" : 1}]', b'\n[ {"a":1} , {} ]\n'])
 def test_clients_tools_keep_their_bytes_in_front_of_ours(client: bytes | None) -> None:
-    channel = Channel(TOOLS, True, vm_names(None))
+    channel = Channel(TOOLS, True, vm_names())
     array = tools_array(client, channel)
     assert array is not None
     tools, own = json.loads(array), json.loads(client or b"[]")
     assert tools[: len(own)] == own
     assert [t["function"]["name"] for t in tools[len(own) :]] == ["page_fault", "search_pages"]
     assert (client or b"[]").strip()[1:-1].strip() in array
-    assert tools_array(client, Channel(PASSIVE, False, vm_names(None))) == client
+    assert tools_array(client, Channel(PASSIVE, False, vm_names())) == client

@@ -267,7 +267,7 @@ def test_error_is_not_seen_in_what_is_none(raw: bytes) -> None:
 
 
 CLIENT = ["lookup", "page", "p", "page_faults", "search"]
-OURS = Channel(TOOLS, True, vm_names(None), frozenset(CLIENT), True)
+OURS = Channel(TOOLS, True, vm_names(), frozenset(CLIENT), True)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
 noise = st.sampled_from([b": ping", b":", b"event: message", b"id: 7", b"retry: 100", b"data"])

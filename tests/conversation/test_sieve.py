@@ -17,7 +17,7 @@ from tests.examples import examples
 
 many = examples(100)
 VM = frozenset({"page_fault", "search_pages"})
-OURS = Channel(TOOLS, True, vm_names(None), frozenset({"look", "lookup", "page", "page_fault_2"}), True)
+OURS = Channel(TOOLS, True, vm_names(), frozenset({"look", "lookup", "page", "page_fault_2"}), True)
 Delta = dict[str, Any]
 
 

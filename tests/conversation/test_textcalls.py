@@ -18,7 +18,7 @@ from proxy.conversation.textcalls import Spoken, Watch, calls_in, unwrapped
 from proxy.sse import EventParser
 from tests.examples import examples
 
-OURS = Channel(TOOLS, True, vm_names(None))
+OURS = Channel(TOOLS, True, vm_names())
 FAULT, SEARCH = "page_fault", "search_pages"
 dump = json.dumps
 
@@ -179,14 +179,13 @@ def test_where_people_speak_of_the_tools_an_example_is_an_answer_and_a_mere_call
     assert calls_in(example, OURS, lambda: True) is None
     assert calls_in(call, OURS, lambda: True) and calls_in(f"```json\n{call}\n```", OURS, lambda: True)
     assert calls_in(f"Let me look:\n{call}", OURS, lambda: True)
-    passive = Channel(PASSIVE, False, vm_names(None))  # nobody offered it: people asked for the text
+    passive = Channel(PASSIVE, False, vm_names())  # nobody offered it: people asked for the text
     assert calls_in(call, passive, lambda: True) is None
     assert calls_in(call, passive, lambda: False)
 
 
 def test_text_that_calls_a_clients_tool_is_the_clients() -> None:
-    tools = [{"type": "function", "function": {"name": "page_fault"}}]
-    channel = Channel(TOOLS, True, vm_names(tools), frozenset({"page_fault"}), True)
+    channel = Channel(TOOLS, True, vm_names(["page_fault"]), frozenset({"page_fault"}), True)
     assert calls_in(SHAPES["bare"](FAULT, {"page_id": "msg_0036"}), channel) is None
     ours = calls_in(SHAPES["bare"]("vm_page_fault", {"page_id": "msg_0036"}), channel)
     assert normal(ours) == expected(FAULT, {"page_id": "msg_0036"})
