@@ -157,7 +157,7 @@ class Admission:
         tools = split.fields.get("tools")
         frame = identity.frame(split.system, bytes(tools) if tools is not None else b"")
         reattach = self._config.sessions.reattach
-        found = place(nodes, anchors, identity, tenant, memory.library, frame, names.delta, reattach)
+        found = place(nodes, anchors, tenant, memory.library, frame, names.delta, reattach)
         if found.start == 0 and found.floor == 0:
             known = remembered(split, found.path, found.anchors, tenant)
             if known is not None:

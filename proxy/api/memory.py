@@ -77,7 +77,7 @@ class Memory:
         self.histories = HistoryCache(config.server.history_cache_bytes)
         self.indexes = PathIndexes(config.search.index_pages)
         self.tlb = TableLookups()
-        self.library = Library(self.get_record, self.load_path, self.store.get)
+        self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:
         await self.store.close()

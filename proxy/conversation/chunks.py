@@ -79,14 +79,19 @@ def as_event(response: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
+class _Growing(list[str]):
+    """A string that goes on, in its pieces: joined only when the message is asked for."""
+
+
 class MessageBuilder:
-    """Assembles one choice's deltas."""
+    """Assembles one choice's deltas, in time linear in their text."""
 
     def __init__(self) -> None:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self.finish_reason: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
         self._last = -1
+        self._growing: list[tuple[dict[str, Any], str]] = []  # where the strings are that go on
 
     def add(self, delta: dict[str, Any]) -> None:
         for key, value in delta.items():
@@ -96,7 +101,7 @@ class MessageBuilder:
             elif key == "role":
                 self.message["role"] = value or "assistant"
             else:
-                _merge(self.message, key, value)
+                self._merge(self.message, key, value)
 
     def call_index(self, call: dict[str, Any]) -> int:
         """Which call a delta belongs to; one without an index goes on with the last, or opens one."""
@@ -120,7 +125,7 @@ class MessageBuilder:
                 body = call.setdefault(key, {})
                 for field, piece in value.items():
                     if field in ("arguments", "input"):
-                        body[field] = (body.get(field) or "") + _as_text(piece)
+                        self._grow(body, field, _as_text(piece))
                     elif piece or field not in body:
                         body[field] = piece
             elif key != "index" and (value or key not in call):
@@ -128,16 +133,69 @@ class MessageBuilder:
         return index
 
     def call(self, index: int) -> dict[str, Any]:
+        self._join()
         return self._calls[index]
 
     def build(self) -> dict[str, Any]:
         """The message; tool calls in the order of their index."""
+        self._join()
         if not self._calls:
             return self.message
         calls = [self._calls[index] for index in sorted(self._calls)]
         for call in calls:
             call.setdefault("type", "custom" if "custom" in call else "function")
         return {**self.message, "tool_calls": calls}
+
+    def _grow(self, into: dict[str, Any], key: str, piece: str) -> None:
+        old = into.get(key)
+        if isinstance(old, _Growing):
+            old.append(piece)
+        elif old and piece:
+            into[key] = _Growing((old, piece))
+            self._growing.append((into, key))
+        else:
+            into[key] = old or piece
+
+    def _join(self) -> None:
+        for into, key in self._growing:
+            if isinstance(into[key], _Growing):
+                into[key] = "".join(into[key])
+        self._growing.clear()
+
+    def _merge(self, into: dict[str, Any], key: str, value: Any) -> None:
+        old: Any = into.get(key)
+        if value is None:
+            into.setdefault(key, None)
+        elif isinstance(old, str | _Growing) and isinstance(value, str):
+            if key in _WHOLE:
+                into[key] = value
+            else:
+                self._grow(into, key, value)
+        elif isinstance(value, list) or (isinstance(old, list) and isinstance(value, str)):
+            into[key] = self._merged_list("".join(old) if isinstance(old, _Growing) else old, value)
+        elif isinstance(old, dict) and isinstance(value, dict):
+            for inner, piece in value.items():
+                self._merge(old, inner, piece)
+        else:
+            into[key] = msgspec.to_builtins(value) if isinstance(value, dict) else value
+
+    def _merged_list(self, old: Any, value: Any) -> list[Any]:
+        """A list with the items of a delta: pieces of one item are put together.
+
+        Pieces say which item they are of by an `index`, or they are text or thinking that goes on with
+        the last item of their type. All else is an item of its own (annotations, images).
+        """
+        out: list[Any] = old if isinstance(old, list) else []
+        if isinstance(old, str) and old:
+            out.append(_text_part(old))
+        for item in [_text_part(value)] if isinstance(value, str) else value:
+            into = _item_of(out, item) if isinstance(item, dict) else None
+            if into is None:
+                out.append(msgspec.to_builtins(item) if isinstance(item, dict | list) else item)
+                continue
+            for key, piece in item.items():
+                self._merge(into, key, piece)
+        return out
 
 
 def tool_deltas(delta: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,40 +223,6 @@ def choices_of(chunk: dict[str, Any]) -> list[dict[str, Any]]:
 def _name(call: dict[str, Any]) -> Any:
     body = call.get("function") or call.get("custom")
     return body.get("name") if isinstance(body, dict) else None
-
-
-def _merge(into: dict[str, Any], key: str, value: Any) -> None:
-    old: Any = into.get(key)
-    if value is None:
-        into.setdefault(key, None)
-    elif isinstance(old, str) and isinstance(value, str):
-        into[key] = value if key in _WHOLE else old + value
-    elif isinstance(value, list) or (isinstance(old, list) and isinstance(value, str)):
-        into[key] = _merged_list(old, value)
-    elif isinstance(old, dict) and isinstance(value, dict):
-        for inner, piece in value.items():
-            _merge(old, inner, piece)
-    else:
-        into[key] = msgspec.to_builtins(value) if isinstance(value, dict) else value
-
-
-def _merged_list(old: Any, value: Any) -> list[Any]:
-    """A list with the items of a delta: pieces of one item are put together.
-
-    Pieces say which item they are of by an `index`, or they are text or thinking that goes on with
-    the last item of their type. All else is an item of its own (annotations, images).
-    """
-    out: list[Any] = old if isinstance(old, list) else []
-    if isinstance(old, str) and old:
-        out.append(_text_part(old))
-    for item in [_text_part(value)] if isinstance(value, str) else value:
-        into = _item_of(out, item) if isinstance(item, dict) else None
-        if into is None:
-            out.append(msgspec.to_builtins(item) if isinstance(item, dict | list) else item)
-            continue
-        for key, piece in item.items():
-            _merge(into, key, piece)
-    return out
 
 
 def _text_part(text: str) -> dict[str, Any]:

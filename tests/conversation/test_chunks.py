@@ -73,6 +73,22 @@ def test_calls_assemble_with_an_index_an_id_or_a_name_alone(
     assert all(c["type"] == "function" for c in built)
 
 
+@pytest.mark.parametrize("key", ["content", "arguments", "audio"])
+def test_message_of_20_mb_in_pieces_is_assembled_in_linear_time(key: str) -> None:
+    builder, piece, before = MessageBuilder(), "x" * 4096, time.process_time()
+    for _ in range(5000):
+        if key == "arguments":
+            builder.add_call({"index": 0, "function": {"arguments": piece}})
+        else:
+            builder.add({key: piece if key == "content" else {"data": piece}})
+    built = builder.build()
+    assert time.process_time() - before < 0.5
+    found = built["tool_calls"][0]["function"]["arguments"] if key == "arguments" else built[key]
+    assert len(found if key != "audio" else found["data"]) == 20_480_000
+    builder.add({"content": "y"})
+    assert str(builder.build()["content"]).endswith("y")
+
+
 def test_chunk_is_a_json_object_or_nothing() -> None:
     assert decode_chunk(b'{"a":1}') == {"a": 1}
     assert [decode_chunk(d) for d in (b"", b"[]", b"{", b'"\xff"')] == [None] * 4
