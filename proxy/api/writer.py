@@ -25,7 +25,7 @@ from proxy.errors import ApiError
 from proxy.media.parts import read_part
 from proxy.memory.claims import CLAIMS_PER_SEGMENT, Claim, read_claims
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip
-from proxy.memory.context_packer import page_parts, quote
+from proxy.memory.context import page_parts, quote
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.storage.l2 import StorageError
 from proxy.tokens import TokenCounter

@@ -23,7 +23,7 @@ from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.media.parts import read_part
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import ContextPacker
+from proxy.memory.context import ContextPacker
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.models import (
     MEDIA_PART,
@@ -103,21 +103,37 @@ class _Reading:
 
 
 class MessagePages:
-    """One message of a path, with the system messages beside it (`notes`, in order); each thing about it
-    is made once, when it is first asked for. (It knows nothing of the path, nor a page of it: without
-    circles, what a request held is free when it ends.)"""
+    """One message of a path, with the system messages beside it (`notes`, in order).
 
-    __slots__ = ("_how", "_media", "_message", "_pages", "_parts", "node", "notes", "position")
+    `tokens` are the native message's, `notes_tokens` those of the notes as messages of their own,
+    `text_tokens` both without the media; `media` are the pages of its images, sounds, videos and files.
+    What costs more is made once, when it is first asked for. (It knows nothing of the path, nor a page of
+    it: without circles, what a request held is free when it ends.)
+    """
+
+    __slots__ = (
+        "_how", "_message", "_pages", "_parts", "is_plain", "media", "node", "notes", "notes_tokens", "position",
+        "text_tokens", "tokens",
+    )  # fmt: skip
 
     def __init__(self, how: _Reading, position: int, node: Node, notes: Sequence[Anchor]) -> None:
         self._how = how
+        self._message: dict[str, Any] | None = None
+        self._parts: list[str] | None = None
+        self._pages: tuple[Page, ...] | None = None
         self.position = position
         self.node = node
         self.notes = notes
-        self._message: dict[str, Any] | None = None
-        self._media: tuple[Page, ...] | None = None
-        self._parts: list[str] | None = None
-        self._pages: tuple[Page, ...] | None = None
+        self.is_plain = b'"type"' not in node.raw and b'"audio"' not in node.raw  # words, told without decoding
+        counter = how.counter
+        if node.tokens < 0 or (node.counter and node.counter != counter.name):  # once in the node's life
+            node.tokens = counter.message(self.message)
+        node.counter = counter.name
+        self.tokens = node.tokens
+        self.notes_tokens = sum(anchor_tokens(note, counter) for note in notes) if notes else 0
+        self.media = () if self.is_plain else self._read_media()
+        words = self.tokens if self.is_plain else max(0, self.tokens - sum(page.tokens for page in self.media))
+        self.text_tokens = words + self.notes_tokens
 
     @property
     def message(self) -> dict[str, Any]:
@@ -134,55 +150,11 @@ class MessagePages:
         return self.message if record is None else _decode(record.raws[-1])
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the native message, without its notes; counted once in the node's life, for one kind
-        of counting."""
-        node, counter = self.node, self._how.counter
-        if node.tokens < 0 or (node.counter and node.counter != counter.name):
-            node.tokens = counter.message(self.message)
-        node.counter = counter.name
-        return node.tokens
-
-    @property
-    def notes_tokens(self) -> int:
-        """Tokens of the notes as messages of their own."""
-        return sum(anchor_tokens(note, self._how.counter) for note in self.notes)
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens without the media, with the notes."""
-        return max(0, self.tokens - sum(page.tokens for page in self.media)) + self.notes_tokens
-
-    @property
-    def page_type(self) -> PageType:
-        """Very long tool outputs are artifacts; other words are transcript."""
-        long = self.node.role in RESULT_ROLES and self.tokens > _ARTIFACT_TOKENS
-        return PageType.ARTIFACT if long else PageType.TRANSCRIPT
-
-    @property
-    def modality(self) -> Modality:
-        """What kind of content its words are."""
-        if self.notes or (self._is_plain and self.node.role not in RESULT_ROLES):
-            return Modality.TEXT
-        return modality_of(self.message)
-
-    @property
     def own_text(self) -> str:
         """The message's text, without its notes."""
-        names = {page.medium.index: page.id for page in self.media if page.medium is not None}
-        return message_text(self.said, names)
-
-    @property
-    def _is_plain(self) -> bool:
-        """A text message, told without decoding it."""
-        return b'"type"' not in self.node.raw and b'"audio"' not in self.node.raw
-
-    @property
-    def media(self) -> tuple[Page, ...]:
-        """The images, sounds, videos and files in it, in order."""
-        if self._media is None:
-            self._media = () if self._is_plain else self._read_media()
-        return self._media
+        if self.is_plain:
+            return message_text(self.message)
+        return message_text(self.said, {page.medium.index: page.id for page in self.media if page.medium})
 
     def _read_media(self) -> tuple[Page, ...]:
         found: list[Page] = []
@@ -236,9 +208,13 @@ class MessagePages:
     def pages(self) -> tuple[Page, ...]:
         """Its text's page, or one for each part of it, then its media's."""
         if self._pages is None:
+            at, is_result = self.position, self.node.role in RESULT_ROLES
             count = 1 if self._is_small() else len(self.parts)
-            tokens, modality, kind = self.text_tokens // count, self.modality, self.page_type
-            at = self.position
+            tokens = self.text_tokens // count
+            plain = bool(self.notes) or (self.is_plain and not is_result)
+            modality = Modality.TEXT if plain else modality_of(self.message)
+            long = is_result and self.tokens > _ARTIFACT_TOKENS
+            kind = PageType.ARTIFACT if long else PageType.TRANSCRIPT
             numbers = (0,) if count == 1 else range(1, count + 1)
             texts = [Page(make_page_id(at, n), at, n, tokens, modality, kind) for n in numbers]
             self._pages = (*texts, *self.media)
@@ -270,7 +246,7 @@ class PathPages:
         self.counter = counter
         self.derived = derived
         self.registry = _registry
-        self.packer = ContextPacker(counter.text, _lines, counter.part)
+        self._packer: ContextPacker | None = None
         cutter = get_counter(_CUT_BY)
         alike = counter.name.partition("/")[0] == cutter.name.partition("/")[0]
         self._how = _Reading(counter, page_tokens, get_record, cutter, alike)
@@ -294,6 +270,13 @@ class PathPages:
             found = MessagePages(self._how, position, self.path[position], self._notes.get(position, ()))
             self._messages[position] = found
         return found
+
+    @property
+    def packer(self) -> ContextPacker:
+        """Makes lines of pages."""
+        if self._packer is None:
+            self._packer = ContextPacker(self.counter, _lines)
+        return self._packer
 
     def tokens(self, position: int) -> int:
         """Tokens of the native message."""
@@ -341,7 +324,7 @@ class PathPages:
         if medium is not None:
             return medium.modality
         position = self.position(page_id)
-        return Modality.TEXT if position < 0 else self[position].modality
+        return Modality.TEXT if position < 0 else self[position].pages[0].modality
 
     # -- for the search index
 
@@ -441,8 +424,8 @@ class PathPages:
         plain = text == parts[part - 1 if part else 0] and not here.media
         return MemoryPage(
             page_id=page_id,
-            modality=here.modality,
-            page_type=here.page_type,
+            modality=here.pages[0].modality,
+            page_type=here.pages[0].page_type,
             content=text,
             storage_tier=StorageTier.L2,
             size_tokens=here.text_tokens // len(parts) if plain else None,

@@ -37,7 +37,7 @@ from proxy.conversation.window import (
     render,
 )
 from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
-from proxy.memory.context_packer import context_block
+from proxy.memory.context import context_block
 from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
@@ -55,7 +55,7 @@ from proxy.memory.pages import message_text
 from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.prefetcher import points_back
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import without_citations
+from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
@@ -99,7 +99,7 @@ class TurnWindow:
         self.made: list[MemoryPage] = []  # derived in this turn
         self.shown: list[Load] = []  # by the last epoch, or to be written
         self.settled: Stored | None = None  # the state with what is `answered`
-        self._brought: list[Shown] = []  # before the call
+        self.brought: list[Shown] = []  # before the call
         self._query: str | None = None
         self._answered = answered
         self._next_limits = next_limits
@@ -108,7 +108,7 @@ class TurnWindow:
         self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - added
         self._tail: list[Entry] = []  # this turn's VM exchange
         self._folded = False  # rounds of it had to leave
-        self._stood: dict[int | None, list[Anchor]] = {}
+        self._stood: dict[int | None, tuple[list[Anchor], int]] = {}
 
     def apply(self, mutation: PageMutation) -> None:
         """The only way in which a turn changes the table."""
@@ -351,16 +351,16 @@ class TurnWindow:
         if entry is None:
             return
         self.report.asked_back = points_back(self.query)
-        self._brought = yield from choose(self, max(0, self.free_tokens))
-        for page in self._brought:
+        self.brought = yield from choose(self, max(0, self.free_tokens))
+        for page in self.brought:
             self.apply(
                 PageMutation(
                     MutationType.MAP, page.page_id, self.turn, page.level, StorageTier.L0,
                     page.tokens, reason=FaultReason.SPECULATIVE,
                 )
             )  # fmt: skip
-        if self._brought:
-            block = context_block(page.line for page in self._brought)
+        if self.brought:
+            block = context_block(page.line for page in self.brought)
             message = with_context(msgspec.json.decode(entry.raw), block)
             new = Entry(msgspec.json.encode(message), self.context.counter.message(message), entry.position)
             entries = tuple(new if e is entry else e for e in self.window.entries)
@@ -369,7 +369,7 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
-        for page in self._brought:
+        for page in self.brought:
             served = used(page, self.pages, self.query, answer)
             self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, served))
             if served:
@@ -392,40 +392,37 @@ class TurnWindow:
     @property
     def room_for_messages(self) -> int:
         """Tokens for the window whichever standing instructions of the client's are in front of it."""
-        return self._whole_room_tokens - min(STANDING_TOKENS, self._standing_tokens(None))
+        return self._whole_room_tokens - min(STANDING_TOKENS, self._standing(None)[1])
 
     @property
     def room(self) -> int:
         """Tokens for the window: what system messages before it and the tools leave of the budget."""
-        return self._whole_room_tokens - self._standing_tokens(self.window.native_from)
+        return self._whole_room_tokens - self._standing(self.window.native_from)[1]
 
-    def _standing_tokens(self, native_from: int | None) -> int:
-        return sum(anchor_tokens(anchor, self.context.counter) for anchor in self._standing(native_from))
-
-    def _standing(self, native_from: int | None) -> list[Anchor]:
+    def _standing(self, native_from: int | None) -> tuple[list[Anchor], int]:
         """The standing instructions that are in front of a window whose native messages begin there
-        (None: all there are), the newest ones within their share. They stay in front of a window that
-        does not hold them any more, as what a user said for all later answers stays in it."""
-        found = self._stood.get(native_from)
-        if found is None:
-            anchors, left = self.context.place.anchors, _ALL
-            if native_from is not None:
-                anchors = [a for a in anchors if owner(self.pages.path, a.position) < native_from]
-                left = STANDING_TOKENS
-            found = []
-            for anchor in reversed(anchors):
-                if len(anchor.raw) > 16 * PIN_TOKENS:
-                    continue
-                tokens = anchor_tokens(anchor, self.context.counter)
-                message = msgspec.json.decode(anchor.raw)
-                if is_standing(str(message.get("role")), message_text(message), tokens):
-                    left -= tokens
-                    if left < 0:
-                        break
-                    found.append(anchor)
-            found.reverse()
-            self._stood[native_from] = found
-        return found
+        (None: all there are), the newest ones within their share, and their tokens. They stay in front of
+        a window that does not hold them any more, as what a user said for all later answers stays in it."""
+        known = self._stood.get(native_from)
+        if known is not None:
+            return known
+        anchors, most, total = self.context.place.anchors, _ALL, 0
+        if native_from is not None:
+            anchors = [a for a in anchors if owner(self.pages.path, a.position) < native_from]
+            most = STANDING_TOKENS
+        found: list[Anchor] = []
+        for anchor in reversed(anchors):
+            if len(anchor.raw) > 16 * PIN_TOKENS:
+                continue
+            tokens = anchor_tokens(anchor, self.context.counter)
+            message = msgspec.json.decode(anchor.raw)
+            if is_standing(str(message.get("role")), message_text(message), tokens):
+                if total + tokens > most:
+                    break
+                total += tokens
+                found.append(anchor)
+        self._stood[native_from] = found[::-1], total
+        return self._stood[native_from]
 
     @property
     def free_tokens(self) -> int:
@@ -447,6 +444,12 @@ class TurnWindow:
         return self.room_for_messages - rules - sum(entry.tokens for entry in kept)
 
     @property
+    def takes_results(self) -> bool:
+        """A VM result has room; told without counting where there is plenty."""
+        plenty = self.free_tokens > _FRAME_TOKENS + STANDING_TOKENS
+        return (plenty and not self._folded) or self.result_room > 0
+
+    @property
     def result_room(self) -> int:
         """Tokens that one VM result may take; none once the window could not keep all results."""
         return 0 if self._folded else min(self.room // _RESULT_SHARE, self.left)
@@ -458,7 +461,7 @@ class TurnWindow:
         if self.free_tokens < 0:
             yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
         self.report.used_tokens = self.limits.budget_tokens - self.free_tokens
-        standing = self._standing(self.window.native_from)
+        standing, _ = self._standing(self.window.native_from)
         head = [*self.context.sent.system, *(anchor.raw for anchor in standing)]
         window = self.window
         if self.limits.mode is VMMode.STRICT and wants_json(self.context.decoded):

@@ -12,13 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from proxy.memory.context_packer import (
+from proxy.memory.context import (
     PackedContext,
     context_parts,
     page_words,
 )
 from proxy.memory.core import MemoryCore
-from proxy.memory.fault_handler import FaultResult
+from proxy.memory.faults import FaultResult
 from proxy.memory.manifest import AvailablePageEntry, ManifestBuilder, ManifestPolicies
 from proxy.memory.models import (
     CompressionLevel,
@@ -32,14 +32,16 @@ from proxy.memory.pages import media_page_id, message_text, modality_of
 from proxy.memory.pages import page_id as message_page_id
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.segments import index_page
-from proxy.memory.vm_args import parse_fault_args, parse_search_args
-from proxy.memory.vm_prompts import (
+from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,
+    SearchToolResult,
     build_vm_developer_message,
+    error_result,
     get_vm_tools_as_dicts,
+    parse_fault_args,
+    parse_search_args,
 )
-from proxy.memory.vm_results import SearchToolResult, error_result
 
 _MANIFEST_ENTRIES = 64  # listed at most; older pages are one line per segment
 _MANIFEST_TOKENS = 1_024
@@ -217,12 +219,10 @@ class MemoryManager(MemoryCore):
         self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
     ) -> FaultResult:
         """Bring a page into the window, within the turn's limits."""
-        entry = self.page_table.lookup(page_id)
-        refault = entry is not None and self.anti_thrash.is_refault(entry, self.turn)
         result = await self.fault_handler.handle_fault(page_id, target_level)
         self.metrics.record_recall(result.success)
         if result.success and result.page is not None and not result.resident:
-            self.metrics.record_fault(page_id, self.turn, refault)
+            self.metrics.record_fault(result.refault)
             self._shown[page_id] = result.page
             body = await self._get_page(page_id)
             if body is not None:

@@ -42,7 +42,7 @@ from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.memory import planner
-from proxy.memory.eviction_policy import ImportanceWeightedLRU
+from proxy.memory.eviction import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
 from proxy.memory.page_table import PageTable
 from proxy.memory.planner import Plan

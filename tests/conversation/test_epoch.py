@@ -25,14 +25,9 @@ from proxy.conversation.tree import Anchor, Identity
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import NATIVE, Entry, Window
 from proxy.errors import ApiError
-from proxy.memory import (
-    ImportanceWeightedLRU,
-    PageTable,
-    StorageTier,
-    VMMode,
-    parse_page_id,
-)
+from proxy.memory import ImportanceWeightedLRU, PageTable, StorageTier, VMMode
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
+from proxy.memory.pages import parse_page_id
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part

@@ -11,8 +11,8 @@ from proxy.conversation import evidence
 from proxy.conversation.effects import Search
 from proxy.conversation.evidence import Shown, reserve
 from proxy.conversation.turn_window import TurnWindow
-from proxy.memory import CompressionLevel, StorageTier, page_id
-from proxy.memory.pages import Hit
+from proxy.memory import CompressionLevel, StorageTier
+from proxy.memory.pages import Hit, page_id
 from proxy.memory.prefetcher import asks_back
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from proxy.conversation.commit import new_records
 from proxy.conversation.pages import Medium, Page, PathPages, group_start, groups_of
 from proxy.conversation.tree import Anchor, Identity, Node
-from proxy.memory import Modality, message_text, page_id
+from proxy.memory import Modality
 from proxy.memory.models import MEDIA_PART
-from proxy.memory.pages import parse_page_id
+from proxy.memory.pages import message_text, page_id, parse_page_id
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import png_part
 from tests.conversation.player import SECRET, call, calls

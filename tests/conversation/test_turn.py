@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
-from proxy.memory import StorageTier, VMMode, message_text
+from proxy.memory import StorageTier, VMMode
+from proxy.memory.pages import message_text
 from tests.conversation.player import (
     Message,
     Played,
