@@ -19,7 +19,7 @@ from math import isfinite
 
 import msgspec
 
-from proxy.api.passthrough import Send
+from proxy.api.passthrough import Send, send_error
 from proxy.config import Config
 from proxy.conversation.chunks import DONE, Tee, as_event, decode_chunk, says_error
 from proxy.conversation.effects import Complete, Refused, Said
@@ -241,20 +241,20 @@ class Exchange:
         if answer.refused is not None:
             await self._refuse(answer.refused)
         elif self.started:
-            await self._end_stream(answer)
+            if self._tee is not None:
+                last = self._tee.held
+            else:
+                assert self._sieve is not None
+                last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             body = self._body if answer.body is None else answer.body
-            headers = [*self._reply_headers, *extra, (b"content-length", b"%d" % len(body))]
-            await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
-            await self._send({"type": "http.response.body", "body": body})
+            await self._send_whole(self._status, [*self._reply_headers, *extra], body)
 
-    async def _end_stream(self, answer: Answer) -> None:
-        if self._sieve is not None and self._tee is None:
-            last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
-        else:
-            assert self._tee is not None
-            last = self._tee.held
-        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+    async def _send_whole(self, status: int, headers: list[Header], body: bytes) -> None:
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def _refuse(self, refused: Refused) -> None:
         came = refused.as_came
@@ -266,10 +266,7 @@ class Exchange:
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
             raise UpstreamBroken(f"the upstream answered {refused.status} in a later round")
-        body = came.stream or came.event or refused.body
-        headers = [*came.headers, (b"content-length", b"%d" % len(body))]
-        await self._send({"type": "http.response.start", "status": came.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send_whole(came.status, came.headers, came.stream or came.event or refused.body)
 
     async def fail(self, error: ApiError) -> None:
         """An error of ours, wherever the response stands."""
@@ -277,14 +274,7 @@ class Exchange:
         if self.started:
             await self._write(b"data: " + error.body() + b"\n\n")
             raise UpstreamBroken(error.message)
-        body = error.body()
-        headers: list[Header] = [(b"content-type", b"application/json")]
-        headers += [(k.lower().encode(), v.encode("latin-1")) for k, v in error.headers.items()]
-        headers.append((b"content-length", b"%d" % len(body)))
-        await self._send(
-            {"type": "http.response.start", "status": error.status, "headers": headers}
-        )
-        await self._send({"type": "http.response.body", "body": body})
+        await send_error(self._send, error)
 
     async def _open(self, reply: Reply) -> None:
         """A stream begins; behind a refusal, with its first bytes: it may be refused, too."""
