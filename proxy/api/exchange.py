@@ -119,7 +119,8 @@ class Exchange:
             self._status = reply.status
             if reply.status >= 400:
                 return Refused(reply.status, await reply.read(self._limit_bytes), self._came(reply))
-            if self._stream and _is_event_stream(reply):
+            whole = any(k == b"content-type" and v.startswith(b"application/json") for k, v in reply.headers)
+            if self._stream and not whole:
                 if effect.through and self._sieve is None:
                     return await self._through(reply, len(effect.body) > _PATIENT_BYTES)
                 return await self._sift(reply, effect)
@@ -398,11 +399,6 @@ def _status_of(error: bytes) -> int:
 
 def _now_ms() -> float:
     return time.monotonic() * 1000
-
-
-def _is_event_stream(reply: Reply) -> bool:
-    kind = next((v for k, v in reply.headers if k == b"content-type"), b"text/event-stream")
-    return not kind.startswith(b"application/json")
 
 
 def error_event(refused: Refused) -> bytes:

@@ -163,17 +163,12 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
 
     def _decided(self) -> float:
         target = min(MAX_RATIO, max(MIN_RATIO, self.ratio))
-        if self.exact and target < 1.0 and not self._surely_low():
-            target = 1.0
+        if self.exact and target < 1.0:
+            low = self.samples >= MIN_SAMPLES_TO_LOWER and _quantile(self.bins, 0.9) <= 1.0 - 1.0 / STEPS
+            target = target if low else 1.0
         if abs(target - self.factor) <= _DEAD_BAND * max(1.0, target):
             return self.factor
         return round(target * STEPS) / STEPS
-
-    def _surely_low(self) -> bool:
-        return (
-            self.samples >= MIN_SAMPLES_TO_LOWER
-            and _quantile(self.bins, 0.9) <= 1.0 - 1.0 / STEPS
-        )
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -143,15 +143,10 @@ def vm_names(client: Iterable[str] = ()) -> dict[str, str]:
 
 def client_names(tools: Any) -> frozenset[str]:
     """What the client's own tools are called."""
-    found = (_tool_name(tool) for tool in tools) if isinstance(tools, list) else ()
-    return frozenset(name for name in found if isinstance(name, str))
-
-
-def _tool_name(tool: Any) -> Any:
-    if not isinstance(tool, dict):
-        return None
-    body = tool.get("function") or tool.get("custom")
-    return body.get("name") if isinstance(body, dict) else None
+    found = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    bodies = (tool.get("function") or tool.get("custom") for tool in found)
+    names = (body.get("name") for body in bodies if isinstance(body, dict))
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def tools_array(client: bytes | None, channel: Channel) -> bytes | None:

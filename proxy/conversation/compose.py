@@ -150,6 +150,8 @@ def total_usage(usages: Sequence[Mapping[str, Any] | None], faults: int) -> dict
     known = [usage for usage in usages if usage]
     if not known:
         return None
+    details = [usage.get("prompt_tokens_details") for usage in known]
+    cached = [one.get("cached_tokens") for one in details if isinstance(one, dict)]
     last = dict(known[-1])
     completion = sum(int(usage.get("completion_tokens") or 0) for usage in known)
     prompt = int(last.get("prompt_tokens") or 0)
@@ -159,15 +161,10 @@ def total_usage(usages: Sequence[Mapping[str, Any] | None], faults: int) -> dict
         "rounds": len(usages),
         "faults": faults,
         "prompt_tokens": sum(int(usage.get("prompt_tokens") or 0) for usage in known),
-        "cached_tokens": sum(_cached(usage) for usage in known),
+        "cached_tokens": sum(int(tokens or 0) for tokens in cached),
         "completion_tokens": completion,
     }
     return last
-
-
-def _cached(usage: Mapping[str, Any]) -> int:
-    details = usage.get("prompt_tokens_details")
-    return int(details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
 
 
 def response_body(
@@ -274,20 +271,15 @@ def _alternating(pieces: Sequence[Piece], everywhere: bool) -> list[bytes]:
         if out and (everywhere or piece.ours or out[-1].ours):
             last = last if last is not None else _decode(out[-1].raw)
             now = _decode(piece.raw)
-            if _joins(last, now):
+            same = last.get("role") == now.get("role")
+            calls = last.get("tool_calls") or now.get("tool_calls")
+            if same and (now.get("role") == "user" or (now.get("role") == "assistant" and not calls)):
                 last = _merged(last, now)
                 out[-1] = Piece(_encode(last), piece.ours)
                 continue
         out.append(piece)
         last = now
     return [piece.raw for piece in out]
-
-
-def _joins(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    if first.get("role") != second.get("role"):
-        return False
-    said = first.get("role") == "assistant" and not (first.get("tool_calls") or second.get("tool_calls"))
-    return said or first.get("role") == "user"
 
 
 # -- spoken answers
@@ -313,8 +305,9 @@ def with_transcripts(
     for message in spoken:
         audio = message["audio"]
         answer = known.get(_audio_id(message), audio)
-        words = answer.get("transcript")
-        if isinstance(words, str) and (not usable or _expired(answer, now_s)):
+        words, expires = answer.get("transcript"), answer.get("expires_at")
+        gone = not usable or (isinstance(expires, int | float) and expires <= now_s)
+        if isinstance(words, str) and gone:
             del message["audio"]
             text = message.get("content")
             message["content"] = f"{text}\n\n{words}" if isinstance(text, str) and text else words
@@ -348,8 +341,3 @@ def _audio_id(message: dict[str, Any]) -> str | None:
     audio = message.get("audio")
     found = audio.get("id") if isinstance(audio, dict) else None
     return found if isinstance(found, str) else None
-
-
-def _expired(audio: dict[str, Any], now_s: float) -> bool:
-    expires = audio.get("expires_at")
-    return isinstance(expires, int | float) and expires <= now_s
