@@ -72,7 +72,8 @@ class Exchange:
         self._limit_bytes = config.server.body_limit_bytes
         self._event_limit_bytes = config.stream.event_limit_bytes
         self._keepalive_s = config.stream.keepalive_s
-        self._patience = Patience(config.upstream.retries, config.upstream.retry_wait_s)
+        self._retries = config.upstream.retries, config.upstream.retry_wait_s
+        self._patience: Patience | None = None  # from the first refusal of a later round on
         self._sieve: Sieve | None = None
         self._tee: Tee | None = None
         self._answered = False  # a round was answered: what comes is a later one
@@ -99,6 +100,7 @@ class Exchange:
             self._refused = True
             if not self._answered:
                 return said
+            self._patience = self._patience or Patience(*self._retries)
             wait_s = self._patience.wait_s(said.status, self._last_headers, time.time())
             if wait_s is None:
                 return said

@@ -121,8 +121,14 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         start = _skip(body, at)
         if body[start : start + 1] != b"{":
             return None
-        end = _object_end(body, start)
-        if end is None:
+        end, depth = start, 0
+        for match in _TOKEN.finditer(body, start):
+            first = body[match.start()]  # not the token: it may be megabytes
+            depth += (first in b"{[") - (first in b"}]")
+            if depth == 0:
+                end = match.end()
+                break
+        if end == start:
             return None
         try:
             raw = body[start:end]  # most messages do not name the role at all
@@ -140,19 +146,6 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
 def _skip(body: bytes, at: int) -> int:
     match = _SKIP.match(body, at)
     return match.end() if match else at
-
-
-def _object_end(body: bytes, start: int) -> int | None:
-    depth = 0
-    for match in _TOKEN.finditer(body, start):
-        first = body[match.start()]  # not the token: it may be megabytes
-        if first in b"{[":
-            depth += 1
-        elif first in b"}]":
-            depth -= 1
-            if depth == 0:
-                return match.end()
-    return None
 
 
 def is_system(message: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -100,35 +100,29 @@ def within(limits: Limits, window_tokens: int) -> Limits:
     return replace(limits, working_set=working_set, window_tokens=window_tokens, window_known=True)
 
 
-@dataclass(slots=True)
 class Model:
-    """What this turn knows of its model; changed by refusals. `learned` are the new facts."""
+    """What this turn knows of its model, changed by refusals; for a request with the top-level fields
+    `decoded`. `learned` are the new facts."""
 
-    capabilities: Capabilities
-    limits: Limits
-    max_tokens: int | None
-    fields: tuple[str, ...] = ()  # the request's
-    learned: dict[str, Any] = field(default_factory=dict)
-    audio: bool = True  # audio ids of earlier answers are still good
-    assumed: bool = False  # nobody said how large the window is
-    blind: bool = False  # the window was made smaller without a word that we understand
-    unexplained: bool = False  # a refusal of a large request was
-    shrunk: bool = False  # in this turn
-    doubted_tokens: int = 0  # a window that upstream's trouble of the moment may have feigned
-
-    @classmethod
-    def of(cls, capabilities: Capabilities, limits: Limits, decoded: Mapping[str, Any]) -> Model:
-        """For a request with these top-level fields."""
-        length = next(iter(answer_limits(decoded).values()), None)
-        return cls(capabilities, limits, length, tuple(decoded))
-
-    def __post_init__(self) -> None:
-        window = self.capabilities.window_tokens
-        guessed = window is None or bool(self.capabilities.refused_tokens)
-        self.assumed = guessed and not self.limits.window_known
+    def __init__(
+        self, capabilities: Capabilities, limits: Limits, decoded: Mapping[str, Any]
+    ) -> None:
+        self.capabilities = capabilities
+        self.limits = limits
+        self.max_tokens = next(iter(answer_limits(decoded).values()), None)
+        self.learned: dict[str, Any] = {}
+        self.audio = True  # audio ids of earlier answers are still good
+        self.blind = False  # the window was made smaller without a word that we understand
+        self.unexplained = False  # a refusal of a large request was
+        self.shrunk = False  # in this turn
+        self.doubted_tokens = 0  # a window that upstream's trouble of the moment may have feigned
+        self._fields = decoded.keys()
+        window = capabilities.window_tokens
+        guessed = window is None or bool(capabilities.refused_tokens)
+        self.assumed = guessed and not limits.window_known  # nobody said how large the window is
         if window is not None:
-            tokens = max(LEAST_WINDOW_TOKENS, int(window / self.limits.tokens_factor))
-            if tokens < self.limits.window_tokens or not self.limits.window_known:
+            tokens = max(LEAST_WINDOW_TOKENS, int(window / limits.tokens_factor))
+            if tokens < limits.window_tokens or not limits.window_known:
                 self._take(tokens, guessed)
 
     @property
@@ -222,7 +216,7 @@ class Model:
         facts = learn(refused.body, self.limits)
         if facts.keys() - {"tools"}:
             return facts
-        excluded = excluded_by(refused.body, self.fields)
+        excluded = excluded_by(refused.body, self._fields)
         return {"not_with_tools": sorted({*excluded, *self.limits.not_with_tools})} if excluded else facts
 
     def without_exchange(self, refused: Refused, channel: Channel, words: bool) -> Channel | None:

@@ -94,7 +94,7 @@ class Turn:
     def __init__(self, context: TurnContext) -> None:
         place, state = context.place, context.state
         self._context = context
-        self._model = Model.of(Capabilities(), context.limits, context.decoded)
+        self._model = Model(Capabilities(), context.limits, context.decoded)
         self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
         self.path = place.path
         self._answered, turn = answered_by(place.path, place.record)
@@ -147,7 +147,7 @@ class Turn:
         paged = context.state is not None
         whole = place.floor == 0 and (not paged or place.start == 0)
         if paged or not whole or len(context.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
-            self._model = Model.of(context.capabilities(), context.limits, context.decoded)
+            self._model = Model(context.capabilities(), context.limits, context.decoded)
         surely = context.surely_fits and len(context.body) <= self._limits.budget_tokens
         if context.surely_fits and not surely:  # not counted: it was small for the assumed window
             self._fixed_tokens = context.fixed_tokens()
@@ -238,7 +238,7 @@ class Turn:
         context = self._context
         if context.next_limits is None or self._too_long is not None:
             return None
-        limits = Model.of(self._model.capabilities, context.next_limits, context.decoded).limits
+        limits = Model(self._model.capabilities, context.next_limits, context.decoded).limits
         return stretched(limits, self._fixed_tokens, self._model.max_tokens)
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
