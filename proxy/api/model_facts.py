@@ -25,6 +25,7 @@ import msgspec
 
 from proxy.api.memory import Memory
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.model_facts import (
     LARGE_TOKENS,
@@ -110,7 +111,7 @@ class ModelFacts:
         listed = [name for name in self._listed(scope) if name != model]
         names = [*listed, model][-_LISTED_MODELS:]
         put = self._memory.learned_put(scope, model, facts)
-        return [put, (b"M" + scope, msgspec.msgpack.encode(names))]
+        return [put, (keys.MODELS + scope, msgspec.msgpack.encode(names))]
 
     def seen(self, scope: bytes, model: str) -> Seen:
         """What passed, and what failed since."""
@@ -153,7 +154,7 @@ class ModelFacts:
         return row
 
     def _listed(self, scope: bytes) -> list[str]:
-        data = self._memory.store.get(b"M" + scope)
+        data = self._memory.store.get(keys.MODELS + scope)
         return msgspec.msgpack.decode(data, type=list[str]) if data else []
 
     def _override(self, model: str) -> dict[str, Any]:
@@ -213,7 +214,7 @@ class ModelFacts:
     def _stored_list(self, scope: bytes, now_s: float) -> _List | None:
         """What any process on this storage was told; a damaged word is none."""
         try:
-            data = self._memory.store.get(b"L" + scope)
+            data = self._memory.store.get(keys.STATED + scope)
             if data is None:
                 return None
             until_s, windows = msgspec.msgpack.decode(data, type=tuple[float, dict[str, int]])
@@ -241,7 +242,7 @@ class ModelFacts:
             listed.until_s = time.time() + _AGAIN_S
         data = msgspec.msgpack.encode((listed.until_s, listed.windows))
         try:
-            await self._memory.store.commit([(b"L" + scope, data)])
+            await self._memory.store.commit([(keys.STATED + scope, data)])
         except StorageError as error:
             log.warning("an upstream's list of models was not kept: %s", error)
         await self._look_up(listed, scope, model)

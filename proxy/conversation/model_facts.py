@@ -20,8 +20,9 @@ import msgspec
 
 from proxy.conversation.calibration import LEAST_WINDOW_TOKENS
 from proxy.conversation.channel import Channel, unlisted
-from proxy.conversation.compose import Form, answer_limits
+from proxy.conversation.compose import answer_limits
 from proxy.conversation.effects import Refused
+from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.refusals import (
     Overflow,

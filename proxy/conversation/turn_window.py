@@ -14,15 +14,16 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
-from proxy.conversation.commit import Stored
-from proxy.conversation.compose import Form, with_context
+from proxy.conversation.compose import with_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
 from proxy.conversation.evidence import Shown, choose, reserve, used
+from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
+from proxy.conversation.records import Stored, brought_since
 from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import (
@@ -30,7 +31,6 @@ from proxy.conversation.window import (
     SYSTEM,
     Entry,
     Window,
-    brought_since,
     client_entries,
     differs_at,
     newest_entries,
@@ -39,6 +39,7 @@ from proxy.conversation.window import (
 from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
 from proxy.memory.context import context_block
 from proxy.memory.models import (
+    DEFAULT_IMPORTANCE,
     CompressionLevel,
     FaultReason,
     MemoryPage,
@@ -49,12 +50,10 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.mutation_log import encode as encode_mutations
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.pages import message_text
 from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.prefetcher import points_back
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
@@ -79,7 +78,7 @@ class TurnWindow:
         self,
         context: TurnContext,
         pages: PathPages,
-        table: TLBWithPageTable,
+        table: PageTable,
         channel: Channel,
         limits: Limits,
         next_limits: Limits | None,
@@ -306,7 +305,7 @@ class TurnWindow:
         if self.made:
             root, blocks = self.table.checkpoint()
             closing = encode_closing(root, self.made, derived.end, self.limits.max_claims)
-        mutations = msgspec.msgpack.encode(encode_mutations(self.mutations))
+        mutations = encode_log(self.mutations)
         return Stored(self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(

@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from proxy.memory.compressor import clip
-from proxy.memory.models import MemoryPage, PageType, StorageTier
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.models import DEFAULT_IMPORTANCE, MemoryPage, PageType, StorageTier
 
 # -- what the user marks (English). A standing instruction rules every later answer and shares no word with the
 # questions that it rules, so no search would find it in time.

@@ -30,22 +30,22 @@ import msgspec
 from proxy.conversation import epoch
 from proxy.conversation.body import Body
 from proxy.conversation.channel import choose_channel
-from proxy.conversation.compose import Form
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.form import Form
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import PathPages
+from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
-from proxy.conversation.state import State
 from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.memory import planner
 from proxy.memory.eviction import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
-from proxy.memory.page_table import PageTable
 from proxy.memory.planner import Plan
+from proxy.memory.table import PageTable
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
@@ -149,7 +149,7 @@ class Conversation:
             body=b"", sent=Body({}, [], [SYSTEM], None, 0, [], None), decoded={"model": "gpt-4o"},
             place=Place(self.path, 0, 0, [], None), state=state, limits=self._limits, counter=_counter,
             policy=ImportanceWeightedLRU(), identity=Identity(bytes(32)), tenant=b"", fixed_tokens=lambda: 0,
-            substitutes=lambda _: (), get_record=lambda _: None, get_block=lambda _: None,
+            substitutes=lambda _: (), get_record=lambda _: None,
         )  # fmt: skip
         channel = choose_channel({}, self._limits)
         paging = TurnWindow(context, pages, self._table, channel, self._limits, None, 0, report)

@@ -19,8 +19,7 @@ from proxy.memory.claims import (
     is_standing,
     read_claims,
 )
-from proxy.memory.models import PageType
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.models import DEFAULT_IMPORTANCE, PageType
 
 SOURCES = ["msg_0004", "msg_0005", "msg_0009"]
 
