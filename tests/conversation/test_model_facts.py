@@ -72,7 +72,7 @@ def test_prompt_that_never_left_its_window_shrinks_to_the_real_one(stream: bool)
 @pytest.mark.parametrize("stream", [False, True])
 def test_paged_prompt_shrinks_too_and_is_sent_once_more_only(stream: bool) -> None:
     player = Player(limits_of(3000))
-    messages = [*grown(player, 40), MORE]
+    messages = [*grown(player, 43), MORE]
     played = player.ask(messages, too_long(1800), stream=stream)
     assert len(played.bodies) == 2
     assert count_tokens(played.requests[1]) <= 1800
