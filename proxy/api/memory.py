@@ -137,9 +137,9 @@ class Memory:
 
         What is already stored stays as it is: others may have built on it.
         """
-        keys = {record_key(record.id) for record in effect.records}
-        adds = [put for put in effect.puts if put[0] in keys]
-        puts = [*(put for put in effect.puts if put[0] not in keys), *more]
+        ours = {record_key(record.id) for record in effect.records}
+        adds = [put for put in effect.puts if put[0] in ours]
+        puts = [*(put for put in effect.puts if put[0] not in ours), *more]
         known = await self.store.commit(puts, effect.joins, adds)
         new = [record for record in effect.records if record_key(record.id) not in known]
         for record in new:

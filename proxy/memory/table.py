@@ -58,10 +58,6 @@ class Checkpoint(NamedTuple):
     blocks: dict[bytes, bytes]
 
 
-class MissingBlockError(LookupError):
-    """A block that the table refers to cannot be read, and there is no log to make it again from."""
-
-
 class _Root(msgspec.Struct, array_like=True, gc=False):
     """What a table knows without its entries."""
 
@@ -106,12 +102,12 @@ class PageTable:
         rebuild: Callable[[], PageTable] | None = None,
     ) -> PageTable:
         """The table of a checkpoint. `rebuild` replays its log, when a block is missing or damaged;
-        without it that is a `MissingBlockError`, then or at a later look-up."""
+        without it that is a `LookupError`, then or at a later look-up."""
         ref = ChunkRef(root)
         data = _intact(ref, get)
         if data is None:
             if rebuild is None:
-                raise MissingBlockError(f"the page table's root {ref.hex()} is missing or damaged")
+                raise LookupError(f"the page table's root {ref.hex()} is missing or damaged")
             return rebuild()
         table = cls()
         table._root, table._ref = _decode_root(data), ref
@@ -213,7 +209,7 @@ class PageTable:
             for lost in sorted(self._stored):
                 self._bring(lost, made._chunks[lost])
         else:
-            raise MissingBlockError(f"chunk {ref.hex()} of the page table is missing or damaged")
+            raise LookupError(f"chunk {ref.hex()} of the page table is missing or damaged")
 
     def _bring(self, number: int, entries: list[PageTableEntry]) -> None:
         self._stored.discard(number)

@@ -241,8 +241,8 @@ class Machine(RuleBasedStateMachine):
         table = turn.table
         log = history(record, self.warm.get_record)
         assert log.replay() == table, "the log replays to the table"
-        assert turn.turn == record.turn == table.turn, "the turn's number"
-        past.contexts[turn.turn] = sorted(entry.page_id for entry in table.resident())
+        assert turn.report.turn == record.turn == table.turn, "the turn's number"
+        past.contexts[turn.report.turn] = sorted(entry.page_id for entry in table.resident())
         for number, pages in past.contexts.items():
             assert sorted(log.get_context_at_turn(number)) == pages, f"the window at turn {number}"
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from proxy.memory import (
+from proxy.memory.models import (
+    Actor,
     CompressionLevel,
     FaultReason,
     Modality,
     MutationType,
     PageMutation,
     PageTableEntry,
+    PinKind,
     StorageTier,
 )
-from proxy.memory.models import Actor, PinKind
 from proxy.memory.tlb import AnyTable
 
 _L0 = StorageTier.L0

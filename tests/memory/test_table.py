@@ -18,7 +18,7 @@ from proxy.memory import (
 from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
 from proxy.memory.models import DEFAULT_IMPORTANCE, PinKind
 from proxy.memory.pages import media_page_id, page_id
-from proxy.memory.table import MissingBlockError, decode_log, encode_log
+from proxy.memory.table import decode_log, encode_log
 from tests.memory.doors import evict, fault_in, map_in, register_id
 from tests.memory.strategies import histories
 
@@ -312,13 +312,13 @@ def test_what_is_lost_with_its_log_is_told_and_changes_nothing() -> None:
     table = PageTable.open(root, storage.load)
     kept, stats = dict(storage), table.get_stats()
     storage.clear()
-    with pytest.raises(MissingBlockError, match="missing"):
+    with pytest.raises(LookupError, match="missing"):
         PageTable.open(root, storage.load)
     with pytest.raises(LookupError, match="missing"):
         evict(table, page_id(3), 900)
     assert (table.get_stats(), table.turn) == (stats, 499)
     storage.update({ref: data + b"." for ref, data in kept.items()})
-    with pytest.raises(MissingBlockError, match="damaged"):
+    with pytest.raises(LookupError, match="damaged"):
         table.lookup(page_id(3))
     storage.update(kept)
     assert table == conversation(500, window=64)
