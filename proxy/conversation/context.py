@@ -12,9 +12,9 @@ from typing import Any
 
 from proxy.conversation.body import Body
 from proxy.conversation.calibration import Calibration
-from proxy.conversation.capability import Capabilities, Seen
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
+from proxy.conversation.model_facts import Capabilities, Seen
 from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
 from proxy.conversation.tree import Identity
 from proxy.memory.eviction import EvictionPolicy

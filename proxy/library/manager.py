@@ -18,13 +18,13 @@ import msgspec
 
 from proxy.config import Config
 from proxy.conversation.body import Body
-from proxy.conversation.capability import capabilities
 from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.compose import as_input
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
 from proxy.conversation.identify import Place
+from proxy.conversation.model_facts import capabilities
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
     Record,
