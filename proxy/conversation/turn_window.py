@@ -36,10 +36,9 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
+from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
 from proxy.memory.models import (
-    DEFAULT_IMPORTANCE,
     CompressionLevel,
     FaultReason,
     MemoryPage,
@@ -242,17 +241,14 @@ class TurnWindow:
         """A new message stands in the window, but for those before the floor; a standing instruction
         is pinned."""
         tier = StorageTier.L0 if message.position >= self.context.place.floor else StorageTier.L2
-        role, text = message.node.role, message.own_text
-        weight = importance_of(role, text)
         for page in message.pages:
             kind = page.page_type
             yield PageMutation(
                 MutationType.CREATE, page.id, self.turn, None, tier, page.tokens,
-                importance=None if weight == DEFAULT_IMPORTANCE else weight,
                 modality=page.modality,
                 page_type=None if kind is PageType.TRANSCRIPT else kind,
             )  # fmt: skip
-        if is_standing(role, text, message.text_tokens):
+        if is_standing(message.node.role, message.own_text, message.text_tokens):
             yield PageMutation(MutationType.PIN, message.pages[0].id, self.turn)
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:

@@ -3,12 +3,12 @@ conversation.
 
 Run from the repository's root: `python -m tests.bench.core [--sizes 100,1000,10000]`. For each
 number of pages a conversation grows turn by turn, paged as `proxy.conversation.turn` pages it, so
-that it has every summary, claim and index that its segments left; then TURNS more turns come.
+that it has every index that its segments left; then TURNS more turns come.
 Printed are the medians in microseconds of
 
 - `append`: a turn whose message is added to the window (page table, log, window, the messages'
   bytes);
-- `rebuild`: a turn that begins an epoch (the segment's summary and claims, the plan, the kept pages
+- `rebuild`: a turn that begins an epoch (the segment, the plan, the kept pages
   at their levels, the manifest, the bytes);
 - `plan`: the planner alone, on the groups that the rebuild had;
 

@@ -116,7 +116,6 @@ class Replay:
                         self.turn,
                         tier=StorageTier.L0,
                         tokens=page.tokens,
-                        importance=page.importance,
                         modality=page.modality,
                     )
                 )
