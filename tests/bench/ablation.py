@@ -559,11 +559,15 @@ def main() -> None:
         for row, data, job in jobs:
             results[row][data] = job.result()
             print(f"{row}: {data}", file=sys.stderr, flush=True)
+            if asked.json:
+                _keep(asked.json, results)
     default = results[DEFAULT]
     print(show([cells(name, found, default) for name, found in results.items()], asked.markdown))
-    if asked.json:
-        plain = {n: {d: vars(r) for d, r in found.items()} for n, found in results.items()}
-        asked.json.write_text(json.dumps(plain))
+
+
+def _keep(file: Path, results: dict[str, Results]) -> None:
+    plain = {n: {d: vars(r) for d, r in found.items()} for n, found in results.items()}
+    file.write_text(json.dumps(plain))
 
 
 if __name__ == "__main__":
