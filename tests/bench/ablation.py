@@ -11,7 +11,8 @@ their questions are asked, each as a fork of the full history, and the demo read
   stand in the request. The demo's are answered when the expected words are in the answer.
 - `instr`, `pref`: BEAM's questions about standing instructions and preferences, whose evidence no search
   finds: so many have it in the first round's window.
-- `bill`: input tokens of all requests, a cached prefix at a tenth. `CPU` is the proxy's own, without upstream,
+- `bill`: input tokens of the conversations' requests, a cached prefix at a tenth; `questions'`: of the
+  questions', which are many for so short a chat. One figure for each data set, in its order. `CPU` is the proxy's own, without upstream,
   client and reader. `disk`: the state directory at the end. Each relative to the default of the same run.
 - `gain`: on what the part gains more than twice the standard error (a bill: at least 0.5 %, and 2 % where
   there is one conversation), and what is better without it.
@@ -288,7 +289,8 @@ class Result:
     """What one row showed on one data set."""
 
     asked: dict[str, tuple[str, bool, bool]] = field(default_factory=dict)  # category, window, answered
-    bills: dict[str, float] = field(default_factory=dict)  # by conversation
+    bills: dict[str, float] = field(default_factory=dict)  # by conversation, of its turns
+    asked_bills: dict[str, float] = field(default_factory=dict)  # of its questions
     cpu_s: float = 0.0
     disk_bytes: int = 0
     epochs: int = 0
@@ -324,7 +326,6 @@ class Bench:
                 for conversation in conversations:
                     self.upstream.begin()
                     await self._play(app, conversation)
-                    self.result.bills[conversation.id] = self.upstream.billed
                 await _shut_down(app)
                 self.result.cpu_s, self.result.reached = self.meter.seconds(), reached()
             files = (path for path in Path(folder).rglob("*") if path.is_file())
@@ -335,6 +336,7 @@ class Bench:
         name = self.data.name
         if name == "demo":
             await self._play_demo(app, conversation)
+            self.result.bills[name] = self.upstream.billed
             return
         tools = tools_of(conversation) if name == "agents" else []
         messages = conversation.messages
@@ -346,6 +348,7 @@ class Bench:
                 if name == "agents":
                     with self.meter.outside():
                         self._judge_call(f"{conversation.id}/{at}", messages, at)
+        self.result.bills[conversation.id] = replayed = self.upstream.billed
         self.upstream.recorded = None
         for number, question in enumerate(conversation.questions):
             if number % self.data.every and question.category not in STANDING and not self.full:
@@ -358,6 +361,8 @@ class Bench:
                 window, answered = (_shows(request, evidence) for request in ends)
                 key = f"{conversation.id}/{number}"
                 self.result.asked[key] = question.category, window, answered
+        if conversation.questions:
+            self.result.asked_bills[conversation.id] = self.upstream.billed - replayed
 
     async def _play_demo(self, app: Any, conversation: Conversation) -> None:
         messages = list(conversation.messages)
@@ -466,10 +471,12 @@ def _difference(row: Result, default: Result) -> tuple[float, float]:
     return 100 * statistics.fmean(lost), 100 * spread / math.sqrt(len(lost))
 
 
-def _bill(row: Result, default: Result) -> tuple[float, float]:
+def _bill(row: dict[str, float], default: dict[str, float]) -> tuple[float, float]:
     """(percent that is billed more without the part, what of it may be noise)."""
-    ratios = [100 * (row.bills[key] / default.bills[key] - 1) for key in default.bills]
-    more = 100 * (sum(row.bills.values()) / sum(default.bills.values()) - 1)
+    ratios = [100 * (row[key] / default[key] - 1) for key in default]
+    if not ratios:
+        return 0.0, 0.0
+    more = 100 * (sum(row.values()) / sum(default.values()) - 1)
     if len(ratios) == 1:
         return more, 2.0
     return more, max(0.5, 2 * statistics.stdev(ratios) / math.sqrt(len(ratios)))
@@ -480,8 +487,9 @@ def _gain(row: Results, default: Results) -> str:
     good, bad = [], []
     for data, result in row.items():
         recall, error = _difference(result, default[data])
-        billed, noise = _bill(result, default[data])
-        for what, value, least in (("recall", recall, 2 * error), ("bill", billed, noise)):
+        bill = _bill(result.bills, default[data].bills)
+        asked = _bill(result.asked_bills, default[data].asked_bills)
+        for what, value, least in (("recall", recall, 2 * error), ("bill", *bill), ("questions' bill", *asked)):
             if abs(value) > max(least, 0.001):
                 (good if value > 0 else bad).append(f"{what} {data} {abs(value):.1f}")
     words = ", ".join(good) or "nothing outside its noise"
@@ -520,10 +528,13 @@ def cells(name: str, results: Results, default: Results) -> dict[str, str]:
     line["instr"], line["pref"] = (_standing(results, category) for category in STANDING)
     pairs = [(results[data], default[data]) for data in results]
     first = results is default
-    bills = [sum(r.bills.values()) if first else _bill(r, d)[0] for r, d in pairs]
-    line["bill %"] = " ".join(f"{bill / 1e6:.2f}M" if first else f"{bill:+.1f}" for bill in bills)
+    for column, of in (("bill %", "bills"), ("questions' %", "asked_bills")):
+        both = [(getattr(r, of), getattr(d, of)) for r, d in pairs if getattr(d, of)]
+        line[column] = " ".join(
+            f"{sum(now.values()) / 1e6:.2f}M" if first else f"{_bill(now, was)[0]:+.1f}" for now, was in both
+        )
     cpus, disks = [[r.cpu_s, d.cpu_s] for r, d in pairs], [[r.disk_bytes, d.disk_bytes] for r, d in pairs]
-    (cpu, cpu_was), (disk, disk_was) = (map(sum, zip(*both, strict=True)) for both in (cpus, disks))
+    (cpu, cpu_was), (disk, disk_was) = (map(sum, zip(*all_of, strict=True)) for all_of in (cpus, disks))
     line["CPU %"] = f"{cpu:.1f} s" if first else _change(cpu, cpu_was)
     line["disk %"] = f"{disk / 1e6:.1f} MB" if first else _change(disk, disk_was)
     line["epochs"] = " ".join(str(r.epochs) for r, _ in pairs)
