@@ -25,11 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"session"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "logs", "runtime"},
     "serving": set(),
     "logs": set(),
-    "api": {*BELOW_APP, *BASE},
+    "api": {*BELOW_APP, *BASE, "limits"},
     "session": {"conversation", "memory", "tokens"},  # the library's door, for callers without a server
     "conversation": {"media", "memory", "tokens", "errors"},
     "memory": {"media"},
@@ -50,6 +51,7 @@ IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
     "av": {"media"},
+    "cachetools": {"api"},
     "brotli": {"api"},  # compressed request bodies
     "diskcache": {"storage"},
     "fastapi": {"api", "app"},  # one web face in two places: routes and their assembly

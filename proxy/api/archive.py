@@ -14,9 +14,10 @@ from proxy.api.memory import Memory
 from proxy.api.renditions import Renditions
 from proxy.api.writer import Writer
 from proxy.config import Config
+from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
-from proxy.conversation.turn import Turn, TurnInput
+from proxy.conversation.pages import PathPages
+from proxy.conversation.turn import Turn
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality
 from proxy.memory.segments import Segment
@@ -47,7 +48,7 @@ class Archive:
         """A page at a level, for a turn."""
         return await self._renditions.load(tenant, effect, pages)
 
-    def after(self, turn: Turn, given: TurnInput, headers: Sequence[Header]) -> None:
+    def after(self, turn: Turn, context: TurnContext, headers: Sequence[Header]) -> None:
         """An answered turn: save the segments that it closed, have shown pages written about."""
         saves: dict[int, list[bytes]] = {}  # by how many segments were closed when a record was made
         if turn.settled is not None:
@@ -61,7 +62,7 @@ class Archive:
         if self.writer.active:
             wanted = [*turn.shown, *_sounds(turn.segments, turn.pages)]
             self.writer.submit(
-                given.tenant, headers, turn.pages, given.counter, wanted, self._summary_tokens
+                context.tenant, headers, turn.pages, context.counter, wanted, self._summary_tokens
             )
 
     async def checkpoint_of(self, record_id: bytes) -> str | None:
@@ -94,6 +95,6 @@ def _sounds(segments: Sequence[Segment], pages: PathPages) -> Iterator[Load]:
     for segment in segments:
         first, last = pages.position(segment.first_page_id), pages.position(segment.last_page_id)
         for position in range(first, last + 1):
-            for medium in pages.media(position):
-                if medium.modality is Modality.AUDIO:
-                    yield Load(medium.page_id, CompressionLevel.REDUCED)
+            for page in pages[position].media:
+                if page.modality is Modality.AUDIO:
+                    yield Load(page.id, CompressionLevel.REDUCED)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from proxy.api.capable import Capable
-from proxy.api.memory import UPSTREAM_WINDOW, Memory
+from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.stated import stated_windows, window_of
 from proxy.errors import ApiError
+from proxy.limits import UPSTREAM_WINDOW
 from proxy.storage.l2 import StorageError
 from proxy.upstream import Header, Upstream, UpstreamBroken
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from proxy.api.memory import UPSTREAM_WINDOW, Memory
+from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.capability import (
@@ -24,6 +24,7 @@ from proxy.conversation.capability import (
     capabilities,
     describe,
 )
+from proxy.limits import UPSTREAM_WINDOW
 from proxy.tokens import model_card
 
 _LISTED_MODELS = 256  # of one key; of more, the latest

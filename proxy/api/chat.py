@@ -8,13 +8,11 @@ leaves cancels everything, and nothing half-said is stored.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
+from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
 from proxy.api.archive import Archive
 from proxy.api.asked import StatedWindows
 from proxy.api.capable import Capable
@@ -30,17 +28,15 @@ from proxy.api.passthrough import (
     send_error,
 )
 from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
-from proxy.api.placing import Placing
-from proxy.api.request import is_upstreams_to_judge, read_bytes
-from proxy.api.retries import is_retry, placed_as_retry
 from proxy.api.stats import Stats
 from proxy.api.visit import Visit
 from proxy.config import Config
+from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State
-from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
@@ -70,8 +66,8 @@ class ChatApi:
         self._archive = archive
         self._stats = stats
         self._observer = observer
-        self._placing = Placing(config, memory, observer is not None)
         self.capable = Capable(config, memory)
+        self._admission = Admission(config, memory, self.capable, observer is not None)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
         self._stated = StatedWindows(config, upstream, memory, self.capable)
         self._forwards_encoded = config.upstream.provider == "openai"
@@ -121,24 +117,24 @@ class ChatApi:
         exchange: Exchange | None = None
         visit = Visit.of(scope)
         try:
-            placed = await self._place(scope, body, send)
-            if placed is None:
+            context = await self._admitted(scope, body, send)
+            if context is None:
                 return
-            given, turn = placed
-            visit.placed(given.decoded["model"], given.path[0].id)
-            exchange = self._exchange(turn, given, scope, send)
-            answer = await self._run(turn, given, exchange, visit)
+            turn = Turn(context)
+            visit.placed(context.model, context.place.path[0].id)
+            exchange = self._exchange(turn, context, scope, send)
+            answer = await self._run(turn, context, exchange, visit)
             if answer.refused is None:  # before the end is sent
-                visit.answered(answer.report, answer.usage, given.window is None)
+                visit.answered(answer.report, answer.usage, context.state is None)
             await exchange.finish(answer, _own_headers(answer))
-            self._warn(given, answer.report.warning)
+            self._warn(context.model, answer.report.warning)
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                self._archive.after(turn, given, scope["headers"])
+                self._archive.after(turn, context, scope["headers"])
                 query = scope.get("query_string", b"")
-                self._stated.look(given.scope, given.decoded["model"], scope["headers"], query)
+                self._stated.look(context.scope, context.model, scope["headers"], query)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -166,31 +162,13 @@ class ChatApi:
             if exchange is not None:
                 await exchange.close()
 
-    async def _place(
-        self, scope: Scope, body: bytes, send: Send
-    ) -> tuple[TurnInput, Turn] | None:
+    async def _admitted(self, scope: Scope, body: bytes, send: Send) -> TurnContext | None:
         """The request's turn; None when it was answered by upstream, as it is."""
+        headers = scope["headers"]
         try:
-            if encodings(scope["headers"]):  # upstream may know them
-                await self._unpaged(scope, body, send)
-                return None
-            given = await self._placing.place(
-                scope["headers"], scope.get("query_string", b""), body, deployment(raw_path(scope))
-            )
-            if given.start and is_retry(scope["headers"]):
-                given = await placed_as_retry(given, self._memory)
-                self._placing.bound(given)
-            model = given.decoded["model"]
-            given.capabilities = partial(self.capable.of, model, given.facts)
-            given.seen = partial(self.capable.seen, given.scope, model)
-            given.get_record = self._memory.get_record
-            given.calibration = partial(
-                self._memory.calibration, given.scope, model, given.counter.name, given.exact_counter
-            )
-            given.now_s = time.time()
-            root = given.path[0].id  # keyed, and of this tenant's conversation alone
-            given.cache_key = hashlib.blake2b(root, digest_size=16).hexdigest().encode()
-            return given, Turn(given)
+            if not encodings(headers):  # else upstream may know them
+                query = scope.get("query_string", b"")
+                return await self._admission.admit(headers, query, body, deployment(raw_path(scope)))
         except ApiError as error:
             if not is_upstreams_to_judge(error):
                 raise
@@ -219,9 +197,9 @@ class ChatApi:
         visit.refusals += reply.status >= 400
         await relay(reply, send)
 
-    def _warn(self, given: TurnInput, warning: str | None) -> None:
+    def _warn(self, model: str, warning: str | None) -> None:
         """One line for each model and reason: the same client says it with every request."""
-        if warning is None or (key := (given.decoded["model"], warning)) in self._warned:
+        if warning is None or (key := (model, warning)) in self._warned:
             return
         if len(self._warned) >= _WARNINGS:
             self._warned.clear()
@@ -236,9 +214,9 @@ class ChatApi:
     # -- the turn's effects
 
     def _exchange(
-        self, turn: Turn, given: TurnInput, scope: Scope, send: Send
+        self, turn: Turn, context: TurnContext, scope: Scope, send: Send
     ) -> Exchange:
-        decoded = given.decoded
+        decoded = context.decoded
         config = self._config.stream
 
         def new_sieve() -> Sieve:  # asked for at the first `Complete`: the turn's channel is known
@@ -250,7 +228,7 @@ class ChatApi:
                 config.hold_ms,
                 formatted,
                 bool(options.get("include_usage")),
-                given.counter.text,
+                context.counter.text,
                 turn.talks_of_tools,
             )
 
@@ -268,7 +246,7 @@ class ChatApi:
         )
 
     async def _run(
-        self, turn: Turn, given: TurnInput, exchange: Exchange, visit: Visit
+        self, turn: Turn, context: TurnContext, exchange: Exchange, visit: Visit
     ) -> Answer:
         dialogue = turn.run()
         reply: Any = None
@@ -283,12 +261,12 @@ class ChatApi:
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                 elif isinstance(effect, Append):
-                    stored = await self._append(effect, given)
+                    stored = await self._append(effect, context)
                     reply, appended = None, True
                 elif isinstance(effect, Search):
                     reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
-                    reply = await self._archive.load(given.tenant, effect, turn.pages)
+                    reply = await self._archive.load(context.tenant, effect, turn.pages)
         except StopIteration as end:
             answer: Answer = end.value
         finally:
@@ -298,33 +276,33 @@ class ChatApi:
             self._memory.keep_state(turn.record, state)
         if turn.settled is not None and turn.settled[0].id in stored:
             self._memory.keep_settled(*turn.settled)
-        model = given.decoded["model"]
+        model = context.model
         if answer.refused is not None:
             if answer.unexplained:
-                self.capable.failed(given.scope, model)
+                self.capable.failed(context.scope, model)
         elif turn.record is not None:  # it was an answer
             billed = (answer.usage or {}).get("prompt_tokens")
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
-            self.capable.answered(given.scope, model, tokens, answer.doubted_tokens)
+            self.capable.answered(context.scope, model, tokens, answer.doubted_tokens)
         if answer.learned and not appended:  # by an answer that cannot be remembered
-            await self.capable.learn(given.scope, model, answer.learned)
+            await self.capable.learn(context.scope, model, answer.learned)
         if answer.learned:
             log.warning("model %s: learned %s", model, answer.learned)
         return answer
 
-    async def _append(self, effect: Append, given: TurnInput) -> frozenset[bytes]:
+    async def _append(self, effect: Append, context: TurnContext) -> frozenset[bytes]:
         """Store a turn and what it taught in one commit; what is stored already was billed before."""
-        model, facts = given.decoded["model"], dict(effect.facts)
+        model, facts = context.model, dict(effect.facts)
         more: list[tuple[bytes, bytes]] = []
         lesson, record = effect.lesson, effect.records[-1]
         if lesson is not None and self._memory.get_record(record.id) is None:
-            key = calibration_key(given.scope, model, given.counter.name)
+            key = calibration_key(context.scope, model, context.counter.name)
             more.append((key, lesson.calibration.encode()))
             facts |= lesson.facts
             if lesson.warning:
                 log.warning("model %s: %s", model, lesson.warning)
         if facts:
-            more += self.capable.lessons(given.scope, model, facts)
+            more += self.capable.lessons(context.scope, model, facts)
         return await self._memory.append(effect, more)
 
 

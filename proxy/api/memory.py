@@ -21,7 +21,7 @@ from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.state import State, restore_state, restore_table
 from proxy.conversation.tree import (
     Identity,
@@ -44,7 +44,6 @@ _TABLE_ENTRY_BYTES = 300
 _TABLE_ENTRIES = 32_768  # of one conversation in RAM; the others are read from storage when asked for
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
-UPSTREAM_WINDOW = "upstream_window_tokens"  # of what is learned of a model: what upstream's list states
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from proxy.api.memory import Memory
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.storage.l2 import StorageError
@@ -42,7 +42,7 @@ class Renditions:
         page = pages.page(effect.page_id)
         if level is CompressionLevel.FULL and page.page_type is not PageType.SUMMARY:
             return page
-        if pages.is_medium(effect.page_id):
+        if pages.medium(effect.page_id) is not None:
             return await self._medium(tenant, await self._told(tenant, page), level, pages)
         for source in range(level, -1, -1) if self.written_by_models else ():
             written = await self.find(tenant, page, CompressionLevel(source), WRITTEN)
@@ -53,7 +53,7 @@ class Renditions:
     async def _medium(
         self, tenant: bytes, page: MemoryPage, level: CompressionLevel, pages: PathPages
     ) -> MemoryPage:
-        kind = f"{EXTRACTIVE}/{pages.counter_name}"  # smaller by one model's rule, not by another's
+        kind = f"{EXTRACTIVE}/{pages.counter.name}"  # smaller by one model's rule, not by another's
         made = await self.find(tenant, page, level, kind)
         if made is None:
             made = await asyncio.to_thread(pages.shown, page, level)

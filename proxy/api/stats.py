@@ -12,7 +12,7 @@ from typing import Any
 from proxy.api.memory import Memory
 from proxy.api.visit import Visit
 from proxy.api.writer import Writer
-from proxy.conversation.pathpages import packed_lines
+from proxy.conversation.pages import packed_lines
 from proxy.conversation.report import TurnReport
 from proxy.memory.metrics import UserExperienceMetrics
 

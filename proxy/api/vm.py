@@ -12,7 +12,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -22,9 +21,9 @@ from proxy.api.memory import Memory
 from proxy.api.stats import Stats
 from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
-from proxy.conversation.mediapages import media_pages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.state import history, restore_state
-from proxy.conversation.tree import ID_BYTES, GetRecord, Node, Record
+from proxy.conversation.tree import ID_BYTES, GetRecord, Record
 from proxy.errors import ApiError
 from proxy.memory.models import MEDIA_PART
 from proxy.memory.pages import page_id, parse_page_id
@@ -211,7 +210,9 @@ def _provenance_of(wanted: str, head: Record, memory: Memory) -> dict[str, Any] 
         if place is None or place[0] >= head.end:
             return None
         position, part = place
-        media = _media(memory.load_path(head)[position], position)
+        # The ids of media do not depend on how tokens are counted.
+        pages = PathPages(memory.load_path(head), get_counter(""), 1, get_record=memory.get_record)
+        media = [page.id for page in pages[position].media]
         if part >= MEDIA_PART:  # a medium comes out of its message
             if wanted not in media:
                 return None
@@ -229,8 +230,3 @@ def _provenance_of(wanted: str, head: Record, memory: Memory) -> dict[str, Any] 
         "superseded_by": derived.superseded.get(wanted),
     }
 
-
-def _media(node: Node, position: int) -> list[str]:
-    """The ids of a message's media, which do not depend on how tokens are counted."""
-    pages = media_pages(position, msgspec.json.decode(node.raw), get_counter(""))
-    return [page.page_id for page in pages]

@@ -19,7 +19,7 @@ import msgspec
 from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import CompressionConfig
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.errors import ApiError
 from proxy.media.parts import read_part
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip

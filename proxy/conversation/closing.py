@@ -12,7 +12,7 @@ import msgspec
 
 from proxy.conversation.derived import Derived
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.memory.models import MutationType, PageMutation, PageType, StorageTier
 from proxy.memory.segments import Segment, decode_segment
 from proxy.memory.segments import close_segment as close_pages
@@ -82,12 +82,12 @@ def close_segment(
 
 
 def _doc(pages: PathPages, position: int) -> SegmentDoc:
-    name = pages.message(position).get("name")
+    name = pages[position].message.get("name")
     return SegmentDoc(
-        pages.ids(position)[0],
+        pages[position].ids[0],
         pages.path[position].role,
         name if isinstance(name, str) else "",
-        "\n".join(pages.parts(position))[:_READ_CHARS],
+        "\n".join(pages[position].parts)[:_READ_CHARS],
     )
 
 

@@ -3,134 +3,374 @@
 Promises: the new window fits the room whatever the history (or the request is refused as too large);
 the newest message is in it; the layout is the developer message with rules, manifest and kept pages,
 then kept media in a user message, then the newest groups in their own roles; what was in the window
-and is not any more is a page, and the segment that leaves is summarised first.
+and is not any more is a page, and the segment that leaves is closed first. The manifest's cost does not
+grow with the history: a bounded number of entries is priced, and what is older is one line per segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from proxy.conversation.closing import close_segment, created
-from proxy.conversation.effects import Effect
-from proxy.conversation.epoch_request import EpochRequest, show
+from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
-from proxy.conversation.listing import manifest_of
-from proxy.conversation.newest import Cuts, cut_newest
-from proxy.conversation.pathpages import (
-    RESULT_ROLES,
-    PathPages,
-    anchor_tokens,
-    group_start,
-    groups_of,
+from proxy.conversation.oversized import Cuts, cut_newest
+from proxy.conversation.pages import RESULT_ROLES, PathPages, group_start, groups_of
+from proxy.conversation.window import (
+    KEPT,
+    SYSTEM,
+    Entry,
+    Window,
+    native_entries,
+    system_entry,
+    without_oldest_round,
 )
-from proxy.conversation.room import without_oldest_round
-from proxy.conversation.tree import Anchor
-from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Entry, Window
 from proxy.errors import ApiError
+from proxy.memory.compressor import hint
 from proxy.memory.context_packer import context_parts, page_parts
-from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier, VMMode
+from proxy.memory.manifest import (
+    MIN_MANIFEST_TOKENS,
+    AvailablePageEntry,
+    ManifestBuilder,
+    ManifestPolicies,
+)
+from proxy.memory.models import (
+    CompressionLevel,
+    MemoryPage,
+    MutationType,
+    PageMutation,
+    PageTableEntry,
+    PageType,
+    StorageTier,
+    VMMode,
+)
+from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.pins import PinnedSet, PinReason
-from proxy.memory.planner import Budget, Group, IsPinned, Plan, native_groups, plan
+from proxy.memory.planner import Budget, Group, Plan, native_groups, plan
 from proxy.memory.segments import Segment
 from proxy.memory.vm_prompts import build_vm_developer_message
 from proxy.memory.working_set import watermarks
-from proxy.tokens import PER_MESSAGE, TokenCounter
+from proxy.tokens import PER_MESSAGE
+
+if TYPE_CHECKING:
+    from proxy.conversation.turn_window import TurnWindow
 
 _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
 _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
 _MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
-_LOAD_TOKENS = 480  # beside a loaded page: the frame that paging.py keeps free and the result's JSON
+_LOAD_TOKENS = 480  # beside a loaded page: the frame that a VM result keeps free and the result's JSON
 _OPENING = "[The messages before this one are in memory.]"
 _NEVER = 1 << 40  # the price of a native message for a group that may not be native
+_MANIFEST_ENTRIES = 64  # priced at most; the rest is one line per segment
+_MANIFEST_ENTRY_TOKENS = 24  # no entry is shorter
+_SEGMENTS = 8
+_LOOKED_AT = 16  # messages, for one of the user's
+_FIRST_HINT_WORDS = 10
+
+_PINS = PinnedSet()
 
 
-@dataclass(slots=True)
 class Epoch:
-    """The new window, the pages that left it, and the segment that was closed. `tail`: what is left
-    of the request's; `folded`: rounds of it left."""
+    """One rebuild of `turn`'s window over `pages`, down to the low watermark of `room_tokens`.
 
-    window: Window
-    evicted: list[str]
-    segment: Segment | None
-    tail: tuple[Entry, ...]
-    folded: bool = False
-
-
-def begin_epoch(request: EpochRequest) -> Generator[Effect, Any, Epoch]:
-    """Rebuild down to the low watermark; raises ApiError context_length_exceeded when nothing fits.
-
-    When this turn's own exchange does not fit (upstream has just said that its window is smaller),
-    the oldest rounds of it leave; without any of it, the newest message is cut anew.
+    `tail`: this turn's VM exchange so far, or the `after` messages that follow those of the pages.
+    `newest`: the newest message as this turn already sent it. After `begin()`: `evicted` pages left the
+    window, `segment` was closed, `shown` are the older pages in it by (id, level), and where the
+    exchange did not fit, `tail` is what is left of it (`folded`).
     """
-    asked, segment = request, None
-    while True:
-        epoch, segment, over = yield from _rebuild(asked, segment)
-        if epoch is not None:
-            epoch.folded = asked is not request
-            return epoch
-        if asked.after or all(entry.kind == SYSTEM for entry in asked.tail):
-            break
-        tail = without_oldest_round(asked.tail)
-        asked = replace(asked, tail=tail, newest=asked.newest if tail else None)
-    raise context_length_exceeded(request.limits, request.limits.budget_tokens + over)
 
+    def __init__(
+        self,
+        turn: TurnWindow,
+        pages: PathPages,
+        number: int,
+        room_tokens: int,
+        tail: tuple[Entry, ...],
+        after: int,
+        newest: Entry | None,
+    ) -> None:
+        self.turn = turn
+        self.pages = pages
+        self.number = number
+        self.room_tokens = room_tokens
+        self.tail = tail
+        self.after = after
+        self.newest = newest
+        self.folded = False
+        self.evicted: list[str] = []
+        self.segment: Segment | None = None
+        self.shown: dict[tuple[str, int], MemoryPage] = {}
+        floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
+        self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
+        self._end = len(pages.path)
+        users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
+        self._last_user = -1 if after else next(users, -1)  # else the user's newest message is in the tail
+        self._cuts: Cuts = {}
 
-def _rebuild(
-    request: EpochRequest, segment: Segment | None
-) -> Generator[Effect, Any, tuple[Epoch | None, Segment | None, int]]:
-    """The new window, or None and by how many tokens it is too large; with the segment that is closed
-    by now (`segment`: before)."""
-    tail_tokens = sum(entry.tokens for entry in request.tail)
-    _, low = watermarks(request.room_tokens, request.limits.working_set)
-    groups = _groups(request)
-    limit = int(request.room_tokens * _MANDATORY_SHARE) - tail_tokens
-    mandatory = sum(group.tokens for group in groups if group.mandatory)
-    cuts: Cuts = {}
-    if mandatory > limit:
-        cuts = yield from cut_newest(request, groups, min(limit, _loadable(request)))
-    manifest = int(min(request.limits.manifest_tokens, low * _MANIFEST_SHARE))
-    context = int(low * _CONTEXT_SHARE)
-    rules = rules_tokens(request.mode, request.limits, request.names, request.counter)
-    frame = rules + tail_tokens
-    groups += _after(request)
-    for shrink in (1.0, 0.5, 0.0):
-        budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
-        segment = segment or _close(request, groups, budget)
-        candidates = [*_derived_groups(request), *groups]
-        planned = plan(
-            request.table, candidates, budget, request.policy, request.turn, _pinned(request.pins)
+    def begin(self) -> Generator[Effect, Any, Window]:
+        """The new window; ApiError context_length_exceeded when nothing fits.
+
+        When this turn's own exchange does not fit (upstream has just said that its window is smaller),
+        the oldest rounds of it leave; without any of it, the newest message is cut anew.
+        """
+        while True:
+            window, over = yield from self._rebuild()
+            if window is not None:
+                return window
+            if self.after or all(entry.kind == SYSTEM for entry in self.tail):
+                limits = self.turn.limits
+                raise context_length_exceeded(limits, limits.budget_tokens + over)
+            self.tail, self.folded = without_oldest_round(self.tail), True
+            self.newest = self.newest if self.tail else None
+
+    def _rebuild(self) -> Generator[Effect, Any, tuple[Window | None, int]]:
+        """The new window, or None and by how many tokens it is too large."""
+        turn, room = self.turn, self.room_tokens
+        tail_tokens = sum(entry.tokens for entry in self.tail)
+        _, low = watermarks(room, turn.limits.working_set)
+        groups = self._groups()
+        limit = int(room * _MANDATORY_SHARE) - tail_tokens
+        self._cuts = {}
+        if sum(group.tokens for group in groups if group.mandatory) > limit:
+            # So that one of its parts can still be loaded beside what is shown of it.
+            loadable = max(int(room * _MIN_CUT_SHARE), room - turn.limits.page_tokens - _LOAD_TOKENS)
+            self._cuts = yield from cut_newest(self, groups, min(limit, loadable))
+        manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE))
+        context = int(low * _CONTEXT_SHARE)
+        frame = rules_tokens(turn) + tail_tokens
+        if self.after:  # their room is taken: the newest native messages stand before them
+            groups.append(Group(self._end, self._end + self.after, 0, (), mandatory=True))
+        over = 0
+        for shrink in (1.0, 0.5, 0.0):
+            budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
+            self._close(groups, budget)
+            candidates = [*self._derived_groups(), *groups]
+            planned = plan(turn.table, candidates, budget, turn.context.policy, turn.turn, _is_pinned)
+            planned.native = [g for g in planned.native if g.first < self._end]
+            window = yield from self._assemble(planned, int(manifest * shrink))
+            over = window.tokens - room
+            if over <= 0:
+                mutations = planned.mutations + self._evict_cut()
+                for mutation in mutations:
+                    turn.apply(mutation)
+                self.evicted = [m.page_id for m in mutations if m.op is MutationType.EVICT]
+                return window, 0
+        return None, over
+
+    def _close(self, groups: Sequence[Group], budget: Budget) -> None:
+        """Close the segment of what is about to leave; what derives from it competes for the window."""
+        if self.segment is not None:
+            return
+        turn, pages = self.turn, self.pages
+        last = native_from(native_groups(groups, budget.native_tokens), self._end)
+        known = pages.derived.pages
+        self.segment = close_segment(pages, last, turn.limits, turn.turn, turn.context.counter)
+        for mutation in created(self.segment, pages, turn.turn, known) if self.segment else ():
+            turn.apply(mutation)
+
+    # -- what may stay native
+
+    def _groups(self) -> list[Group]:
+        """Groups with a page in L0, oldest first; those before the floor can only be context lines."""
+        path, floor = self.pages.path, self._floor
+        starts: list[tuple[int, int]] = []
+        seen = -1
+        for entry in self.turn.table.resident():
+            if entry.position >= floor:
+                break
+            if entry.position <= seen or entry.position < 0:
+                continue
+            first = group_start(path, entry.position)
+            end = first + 1
+            while end < min(floor, self._end) and path[end].role in RESULT_ROLES:
+                end += 1
+            starts.extend(groups_of(path, first, end))
+            seen = starts[-1][1] - 1
+        starts.extend(groups_of(path, floor, self._end))
+        user = self._last_user
+        if 0 <= user < floor and all(not a <= user < b for a, b in starts):
+            starts.append((user, user + 1))
+            starts.sort()
+        return [
+            Group(
+                first,
+                last,
+                self._native_tokens(first, last),
+                tuple(i for position in range(first, last) for i in self.pages[position].ids),
+                mandatory=not self.after and (last == self._end or first <= user < last),
+                answer=last - first == 1 and path[first].role == "assistant",
+            )
+            for first, last in starts
+        ]
+
+    def _native_tokens(self, first: int, last: int) -> int:
+        pages = self.pages
+        if first < self._floor and not first <= self._last_user < last:
+            return _NEVER
+        total = sum(pages.tokens(p) + pages[p].notes_tokens for p in range(first, last))
+        if last - first > 1:  # a call with results may have been a mixed one
+            kept = native_entries(pages, first, self.turn.context.substitutes)
+            total += sum(entry.tokens for entry in kept) - pages.tokens(first)
+        if self.newest is not None and last == self._end:
+            total += self.newest.tokens - pages.tokens(last - 1)
+        return total
+
+    def _derived_groups(self) -> list[Group]:
+        """Summaries and claims in L0: in front of all messages, in the order of their making."""
+        known = self.pages.derived.pages
+        resident = self.turn.table.resident()
+        ids = [e.page_id for e in resident if e.position < 0 and e.page_id in known]
+        return [Group(i - len(ids), i - len(ids), _NEVER, (page_id,)) for i, page_id in enumerate(ids)]
+
+    def _evict_cut(self) -> list[PageMutation]:
+        """A cut message is not in the window: its pages can be faulted in."""
+        table, turn = self.turn.table, self.turn.turn
+        return [
+            PageMutation(MutationType.EVICT, page_id, turn, tier=StorageTier.L2)
+            for position in self._shortened()
+            for page_id in self.pages[position].ids
+            if (entry := table.lookup(page_id)) and entry.tier is StorageTier.L0
+        ]
+
+    def _shortened(self) -> set[int]:
+        """Positions of the messages that are not shown whole, or not all that belongs to their page."""
+        path = self.pages.path
+        return {p for (p, n), e in self._cuts.items() if (e.whole if n else e.raw != path[p].raw)}
+
+    # -- the bytes
+
+    def show(self, page_id: str, level: CompressionLevel) -> Generator[Effect, Any, MemoryPage]:
+        """A page at a level: from the shell where that takes a codec or a model, else made here."""
+        page = self.shown.get((page_id, int(level)))
+        if page is None:
+            pages = self.pages
+            made_elsewhere = self.turn.limits.written_by_models or pages.medium(page_id) is not None
+            if made_elsewhere and (level or page_id in pages.derived.pages):
+                page = yield Load(page_id, int(level))
+            else:
+                page = pages.at(page_id, level)
+            self.shown[page_id, int(level)] = page
+        return page
+
+    def _assemble(self, planned: Plan, manifest_tokens: int) -> Generator[Effect, Any, Window]:
+        turn, pages, counter = self.turn, self.pages, self.turn.context.counter
+        first = native_from(planned.native, self._end)
+        kept: list[MemoryPage] = []  # of older turns, each at its level
+        for group, level in planned.context:
+            for page_id in group.pages:
+                page = yield from self.show(page_id, level)
+                kept.append(page)
+        cut = self._shortened()
+        resident = {p for g in planned.native for p in range(g.first, g.last)} - cut
+        resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
+        manifest = self._manifest(first, resident, cut, manifest_tokens)
+        context = pages.packer.pack([page for page in kept if not page_parts(page)]).content
+        developer = _developer(turn, manifest, context)
+        developer_tokens = PER_MESSAGE + counter.text(developer)
+        entries: list[Entry] = []
+        if media := [page for page in kept if page_parts(page)]:
+            # Images and frames of older turns go in a user message, as the API wants it.
+            entries.append(self._user_entry(context_parts(pages.packer.pack(media).parts)))
+        for group in planned.native:
+            for position in range(group.first, group.last):
+                entries.extend(self._native(position))
+        entries.extend(self.tail)
+        if turn.limits.developer_role == "system":
+            spoken = next((e for e in entries if e.kind != SYSTEM), None)
+            if spoken is not None and msgspec.json.decode(spoken.raw)["role"] != "user":
+                # Many templates want the user to speak first, and the client's history does.
+                entries.insert(0, self._user_entry(_OPENING))
+        return Window(
+            self.number,
+            developer,
+            developer_tokens,
+            first,
+            self._end,
+            tuple(entries),
+            developer_tokens + sum(entry.tokens for entry in entries),
+            counter.name,
+            pages.notes_digest(first),
+            turn.limits.tokens_factor,
         )
-        planned.native = [g for g in planned.native if g.first < len(request.pages.path)]
-        window = yield from _assemble(request, planned, cuts, int(manifest * shrink))
-        over = window.tokens - request.room_tokens
-        if over <= 0:
-            mutations = planned.mutations + _evict_cut(request, cuts)
-            for mutation in mutations:
-                request.apply(mutation)
-            gone = [m.page_id for m in mutations if m.op is MutationType.EVICT]
-            return Epoch(window, gone, segment, request.tail), segment, 0
-    return None, segment, over
 
+    def _native(self, position: int) -> list[Entry]:
+        """A message in its own role, between the system messages of its page."""
+        counter = self.turn.context.counter
+        notes = [
+            self._cuts.get((position, number)) or system_entry(note, counter)
+            for number, note in enumerate(self.pages[position].notes, 1)
+        ]
+        if self.newest is not None and position == self._end - 1:
+            own = [self.newest]
+        elif (position, 0) in self._cuts:
+            own = [self._cuts[position, 0]]
+        else:
+            own = native_entries(self.pages, position, self.turn.context.substitutes)
+        before = [note for note in notes if note.position <= position]
+        return [*before, *own, *(note for note in notes if note.position > position)]
 
-def _pinned(pins: PinnedSet) -> IsPinned:
-    """Pinned for more than its age: the newest messages are in the window as they are."""
-    return lambda entry, turn: pins.reason(entry, turn) > PinReason.RECENT
+    def _user_entry(self, content: Any) -> Entry:
+        message = {"role": "user", "content": content}
+        return Entry(msgspec.json.encode(message), self.turn.context.counter.message(message), -1, KEPT)
 
+    # -- the manifest
 
-def _close(request: EpochRequest, groups: Sequence[Group], budget: Budget) -> Segment | None:
-    """Close the segment of what is about to leave; what derives from it competes for the window."""
-    stays = native_groups(groups, budget.native_tokens)
-    last = native_from(stays, len(request.pages.path))
-    known = request.pages.derived.pages
-    segment = close_segment(request.pages, last, request.limits, request.turn, request.counter)
-    for mutation in created(segment, request.pages, request.turn, known) if segment else ():
-        request.apply(mutation)
-    return segment
+    def _manifest(self, native_from: int, resident: set[int], cut: set[int], max_tokens: int) -> str:
+        """The pages outside the window: those that were cut, then the nearest, then segments."""
+        turn, pages = self.turn, self.pages
+        if max_tokens < MIN_MANIFEST_TOKENS or turn.mode is VMMode.PASSIVE:
+            return ""
+        builder = ManifestBuilder(policies=ManifestPolicies(max_faults_per_turn=turn.limits.faults_per_turn))
+        outside = sorted(cut, reverse=True)
+        position = native_from - 1
+        limit = min(_MANIFEST_ENTRIES, max_tokens // _MANIFEST_ENTRY_TOKENS)
+        while position >= 0 and len(outside) < limit:
+            if position not in resident:
+                outside.append(position)
+            position -= 1
+        for p in outside:
+            for page in pages[p].pages:
+                builder.add_available_page_entry(
+                    AvailablePageEntry(
+                        page_id=page.id,
+                        modality=page.modality.value,
+                        tier=StorageTier.L2.value,
+                        hint=hint(pages.bare(page.id), _FIRST_HINT_WORDS),
+                    )
+                )
+        inside = sorted(resident)
+        for first, last, topics in self._segments(position + 1):
+            count = last - first - (bisect_left(inside, last) - bisect_left(inside, first))
+            if count > 0:
+                builder.add_segment(make_page_id(first), make_page_id(last - 1), count, topics)
+        return builder.fit(max_tokens, turn.context.counter.text).model_dump_json()
+
+    def _segments(self, end: int) -> list[tuple[int, int, str]]:
+        """Positions 0..end-1 as ranges (first, last, topics): the closed segments, and what is before
+        them as one."""
+        pages = self.pages
+        ranges: list[tuple[int, int, str]] = []
+        for page in reversed(list(pages.derived.pages.values())):
+            if page.page_type is not PageType.INDEX:
+                continue
+            first, last = (pages.position(i) for i in page.provenance)
+            if first < end:
+                ranges.append((first, min(last + 1, end), page.text().partition("): ")[2]))
+            if len(ranges) == _SEGMENTS:
+                break
+        ranges.reverse()
+        before = ranges[0][0] if ranges else end
+        said = ""  # by the first user message of what is before
+        if before:
+            looked_at = range(min(before, _LOOKED_AT))
+            speaker = next((p for p in looked_at if pages.path[p].role == "user"), 0)
+            said = hint(pages[speaker].parts[0], _FIRST_HINT_WORDS)
+        return [(0, before, said), *ranges]
 
 
 def native_from(native: Sequence[Group], end: int) -> int:
@@ -142,10 +382,19 @@ def native_from(native: Sequence[Group], end: int) -> int:
     return first
 
 
-def _loadable(request: EpochRequest) -> int:
-    """What cut messages may take so that one of their parts can still be loaded beside them."""
-    room, page = request.room_tokens, request.limits.page_tokens
-    return max(int(room * _MIN_CUT_SHARE), room - page - _LOAD_TOKENS)
+def rules_tokens(turn: TurnWindow) -> int:
+    """The developer message's tokens when there is nothing in it but the rules."""
+    return PER_MESSAGE + turn.context.counter.text(_developer(turn, "", ""))
+
+
+def _developer(turn: TurnWindow, manifest: str, context: str) -> str:
+    names = turn.channel.names
+    return build_vm_developer_message(turn.mode, manifest, context, "", turn.limits.faults_per_turn, names)
+
+
+def _is_pinned(entry: PageTableEntry, turn: int) -> bool:
+    """Pinned for more than its age: the newest messages are in the window as they are."""
+    return _PINS.reason(entry, turn) > PinReason.RECENT
 
 
 def context_length_exceeded(limits: Limits, tokens: int) -> ApiError:
@@ -159,228 +408,3 @@ def context_length_exceeded(limits: Limits, tokens: int) -> ApiError:
         param="messages",
         code="context_length_exceeded",
     )
-
-
-# -- what may stay native
-
-
-def _groups(request: EpochRequest) -> list[Group]:
-    """Groups with a page in L0, oldest first; those before the floor can only be context lines."""
-    pages, path = request.pages, request.pages.path
-    last_user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
-    last_user = -1 if request.after else last_user  # the user's newest message is in the tail
-    starts: list[tuple[int, int]] = []
-    seen = -1
-    for entry in request.table.resident():
-        if entry.position >= request.floor:
-            break
-        if entry.position <= seen or entry.position < 0:
-            continue
-        first = group_start(path, entry.position)
-        starts.extend(groups_of(path, first, _group_end(request, first)))
-        seen = starts[-1][1] - 1
-    starts.extend(groups_of(path, request.floor, len(path)))
-    if 0 <= last_user < request.floor and all(not a <= last_user < b for a, b in starts):
-        starts.append((last_user, last_user + 1))
-        starts.sort()
-    return [
-        Group(
-            first,
-            last,
-            _native_tokens(request, first, last, last_user),
-            tuple(i for position in range(first, last) for i in pages.ids(position)),
-            mandatory=not request.after and (last == len(path) or first <= last_user < last),
-            answer=last - first == 1 and path[first].role == "assistant",
-        )
-        for first, last in starts
-    ]
-
-
-def _after(request: EpochRequest) -> list[Group]:
-    """The messages in the tail, whose room is taken: the newest native ones stand before them."""
-    end = len(request.pages.path)
-    return [Group(end, end + request.after, 0, (), mandatory=True)] if request.after else []
-
-
-def _derived_groups(request: EpochRequest) -> list[Group]:
-    """Summaries and claims in L0: in front of all messages, in the order of their making."""
-    known = request.pages.derived.pages
-    ids = [e.page_id for e in request.table.resident() if e.position < 0 and e.page_id in known]
-    return [Group(i - len(ids), i - len(ids), _NEVER, (wanted,)) for i, wanted in enumerate(ids)]
-
-
-def _group_end(request: EpochRequest, first: int) -> int:
-    path = request.pages.path
-    end = first + 1
-    while end < min(request.floor, len(path)) and path[end].role in RESULT_ROLES:
-        end += 1
-    return end
-
-
-def _native_tokens(request: EpochRequest, first: int, last: int, last_user: int) -> int:
-    pages = request.pages
-    if first < request.floor and not first <= last_user < last:
-        return _NEVER
-    total = sum(pages.tokens(p) + pages.notes_tokens(p) for p in range(first, last))
-    if last - first > 1:  # a call with results may have been a mixed one
-        kept = native_entries(pages, first, request.substitutes, request.counter)
-        total += sum(entry.tokens for entry in kept) - pages.tokens(first)
-    if request.newest is not None and last == len(pages.path):
-        total += request.newest.tokens - pages.tokens(last - 1)
-    return total
-
-
-def _evict_cut(request: EpochRequest, cuts: Cuts) -> list[PageMutation]:
-    """A cut message is not in the window: its pages can be faulted in."""
-    return [
-        PageMutation(MutationType.EVICT, i, request.turn, tier=StorageTier.L2)
-        for position in _shortened(request, cuts)
-        for i in request.pages.ids(position)
-        if (entry := request.table.lookup(i)) and entry.tier is StorageTier.L0
-    ]
-
-
-def _shortened(request: EpochRequest, cuts: Cuts) -> set[int]:
-    """Positions of the messages that are not shown whole, or not all that belongs to their page."""
-    path = request.pages.path
-    return {p for (p, n), e in cuts.items() if (e.whole if n else e.raw != path[p].raw)}
-
-
-# -- the bytes
-
-
-def _assemble(
-    request: EpochRequest, planned: Plan, cuts: Cuts, manifest_tokens: int
-) -> Generator[Effect, Any, Window]:
-    path = request.pages.path
-    first = native_from(planned.native, len(path))
-    pages = yield from _kept_pages(request, planned)
-    resident = {p for g in planned.native for p in range(g.first, g.last)}
-    cut = _shortened(request, cuts)
-    resident -= cut
-    resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
-    manifest = manifest_of(request, first, resident, cut, manifest_tokens)
-    words = [page for page in pages if not page_parts(page)]
-    context = request.pages.packer.pack(words).content
-    developer, tokens = _developer(request, manifest, context)
-    entries = _kept_media(request, [page for page in pages if page_parts(page)])
-    for group in planned.native:
-        for position in range(group.first, group.last):
-            notes = [
-                cuts.get((position, number)) or system_entry(note, request.counter)
-                for number, note in enumerate(request.pages.notes(position), 1)
-            ]
-            entries.extend(note for note in notes if note.position <= position)
-            entries.extend(_native(request, position, cuts))
-            entries.extend(note for note in notes if note.position > position)
-    entries.extend(request.tail)
-    if request.limits.developer_role == "system":
-        entries = [*_opening(request, entries), *entries]
-    return Window(
-        request.epoch,
-        developer,
-        tokens,
-        first,
-        len(path),
-        tuple(entries),
-        tokens + sum(entry.tokens for entry in entries),
-        request.counter.name,
-        request.pages.notes_digest(first),
-        request.limits.tokens_factor,
-    )
-
-
-def _kept_pages(
-    request: EpochRequest, planned: Plan
-) -> Generator[Effect, Any, list[MemoryPage]]:
-    """What the plan keeps of older turns, each page at its level."""
-    pages: list[MemoryPage] = []
-    for group, level in planned.context:
-        for wanted in group.pages:
-            page = yield from show(request, wanted, level)
-            pages.append(page)
-    return pages
-
-
-def _kept_media(request: EpochRequest, pages: Sequence[MemoryPage]) -> list[Entry]:
-    """Images and frames of older turns go in a user message, as the API wants it."""
-    if not pages:
-        return []
-    content = context_parts(request.pages.packer.pack(pages).parts)
-    message = {"role": "user", "content": content}
-    return [Entry(msgspec.json.encode(message), request.counter.message(message), -1, KEPT)]
-
-
-def _opening(request: EpochRequest, entries: Sequence[Entry]) -> list[Entry]:
-    """A user message in front of a log that would begin with an answer: many templates want the user
-    to speak first, and the client's history does."""
-    spoken = next((e for e in entries if e.kind != SYSTEM), None)
-    if spoken is None or msgspec.json.decode(spoken.raw)["role"] == "user":
-        return []
-    message = {"role": "user", "content": _OPENING}
-    return [Entry(msgspec.json.encode(message), request.counter.message(message), -1, KEPT)]
-
-
-def anchored(
-    anchors: Sequence[Anchor], position: int, counter: TokenCounter
-) -> list[Entry]:
-    """The client's system messages that stand just before `position`."""
-    return [system_entry(a, counter) for a in anchors if a.position == position]
-
-
-def system_entry(anchor: Anchor, counter: TokenCounter) -> Entry:
-    """A system message in mid-conversation as it stands in the log."""
-    return Entry(anchor.raw, anchor_tokens(anchor, counter), anchor.position, SYSTEM)
-
-
-def client_entries(
-    pages: PathPages, anchors: Sequence[Anchor], substitutes: Callable[[bytes], Sequence[bytes]],
-    counter: TokenCounter, first: int, last: int, anchors_until: int,
-) -> list[Entry]:
-    """The client's messages at positions first..last-1, with its system messages that stand before
-    them, and behind them, up to the position `anchors_until`."""
-    entries: list[Entry] = []
-    for position in range(first, last + 1):
-        if position <= anchors_until:
-            entries.extend(anchored(anchors, position, counter))
-        if position < last:
-            entries.extend(native_entries(pages, position, substitutes, counter))
-    return entries
-
-
-def native_entries(
-    pages: PathPages, position: int, substitutes: Callable[[bytes], Sequence[bytes]],
-    counter: TokenCounter,
-) -> list[Entry]:
-    """A message in its own role; a mixed call as the model made it, with the VM results."""
-    node = pages.path[position]
-    raws = substitutes(node.id) if node.role == "assistant" else ()
-    if not raws:
-        return [Entry(node.raw, pages.tokens(position), position, NATIVE)]
-    sizes = [counter.message(msgspec.json.decode(raw)) for raw in raws]
-    head = Entry(raws[0], sizes[0], position, MIXED)
-    rest = zip(raws[1:], sizes[1:], strict=True)
-    return [head, *(Entry(raw, size, -1, VM) for raw, size in rest)]
-
-
-def _native(request: EpochRequest, position: int, cuts: Cuts) -> list[Entry]:
-    if request.newest is not None and position == len(request.pages.path) - 1:
-        return [request.newest]
-    if (position, 0) in cuts:
-        return [cuts[position, 0]]
-    return native_entries(request.pages, position, request.substitutes, request.counter)
-
-
-def rules_tokens(
-    mode: VMMode, limits: Limits, names: Mapping[str, str], counter: TokenCounter
-) -> int:
-    """The developer message's tokens when there is nothing in it but the rules."""
-    text = build_vm_developer_message(mode, "", "", "", limits.faults_per_turn, names)
-    return PER_MESSAGE + counter.text(text)
-
-
-def _developer(request: EpochRequest, manifest: str, context: str) -> tuple[str, int]:
-    text = build_vm_developer_message(
-        request.mode, manifest, context, "", request.limits.faults_per_turn, request.names
-    )
-    return text, PER_MESSAGE + request.counter.text(text)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from proxy.conversation.effects import Effect, Load, Search
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.report import FaultReport, SearchReport
 from proxy.memory.compressor import compress_text
 from proxy.memory.context_packer import quote_json
@@ -143,13 +143,13 @@ class FaultServer:
         wanted, level = args
         ids = self._pages.expand(wanted)
         if not ids:
-            last = self._pages.ids(len(self._pages.path) - 1)[0]
+            last = self._pages[len(self._pages.path) - 1].ids[0]
             error = f"There is no page {wanted}: pages are msg_0001 to {last}."
             return self._error(wanted, level, error, room)
-        if not media and self._pages.is_medium(ids[0]):
+        if not media and self._pages.medium(ids[0]) is not None:
             level = max(level, CompressionLevel.ABSTRACT)
         before = self._refaults(ids[0])
-        beside = _MEDIA_OVERHEAD if self._pages.is_medium(ids[0]) else 0
+        beside = _MEDIA_OVERHEAD if self._pages.medium(ids[0]) is not None else 0
         result = yield from self._resolve(wanted, level, room, beside)
         if result.resident:
             self.faults.append(FaultReport(wanted, int(level), 0))
@@ -191,7 +191,7 @@ class FaultServer:
             self.searches.append(SearchReport("", []))
             return self._says(args, room)
         before = len(self._pages.path) - 1
-        before += any(self._outside(i) for i in self._pages.ids(before))  # it was cut: search it too
+        before += any(self._outside(i) for i in self._pages[before].ids)  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(args.query, wide, before, self._loaded_at)
@@ -252,7 +252,7 @@ class FaultServer:
         text = self._pages.text(wanted)
         snippet = self._limits.snippet_tokens
         complete = len(text) <= snippet * 8 and self._counter.text(text) <= snippet
-        complete = complete and not self._pages.is_medium(wanted)
+        complete = complete and self._pages.medium(wanted) is None
         if not complete:
             text = compress_text(text, CompressionLevel.REDUCED, snippet, self._counter.text)
         return SearchResultEntry(

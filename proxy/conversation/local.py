@@ -15,12 +15,14 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.commit import NO_NAMES
+from proxy.conversation.body import Body
 from proxy.conversation.compose import as_input
+from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
+from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
     Identity,
@@ -30,7 +32,7 @@ from proxy.conversation.tree import (
     decode_record,
     record_key,
 )
-from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.eviction_policy import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
@@ -185,7 +187,7 @@ class LocalConversation:
 
     def _begin(self) -> _Open:
         """A turn up to its first request."""
-        turn = Turn(self._input())
+        turn = Turn(self._context())
         if self._registry is not None:
             turn.pages.registry = self._registry
         dialogue = turn.run()
@@ -225,37 +227,26 @@ class LocalConversation:
         except StopIteration:
             return None
 
-    def _input(self) -> TurnInput:
-        state, record = self._state, self._record
+    def _context(self) -> TurnContext:
         raws = b",".join([*self._system, *(node.raw for node in self.path)])
-        body = b'{"model":' + _json(self._model) + b',"messages":[' + raws + b"]}"
-        given = TurnInput(
-            body=body,
-            fields={"model": msgspec.Raw(_json(self._model))},
-            order=["model", "messages"],
+        model = msgspec.Raw(_json(self._model))
+        return TurnContext(
+            body=b'{"model":' + bytes(model) + b',"messages":[' + raws + b"]}",
+            sent=Body({"model": model}, ["model", "messages"], self._system, None, 0, [], None),
             decoded={"model": self._model},
-            system=self._system,
-            path=self.path,
-            start=0,
-            floor=0,
-            anchors=(),
-            given_answers=True,
-            record=record,
-            window=state.window if state else None,
-            table=state.table if state else None,
+            place=Place(self.path, 0, 0, [], self._record),
+            state=self._state,
             limits=self.limits,
             counter=self._counter,
+            policy=self._policy,
             identity=self._identity,
             tenant=self._tenant,
-            names=NO_NAMES,
-            policy=self._policy,
+            fixed_tokens=lambda: self._fixed_tokens,
             substitutes=self._substitutes,
-            fixed_tokens=self._fixed_tokens,
             get_record=self._get,
+            get_block=self._block,
+            given_answers=True,
         )
-        if state is not None:
-            given.derived = state.derived
-        return given
 
     # -- the store
 

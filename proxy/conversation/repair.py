@@ -41,7 +41,7 @@ _ASSUMED_SHARE = 0.5  # a window that is only assumed may be anything: half, aft
 _MOST_FAILURES = 2
 _NOTHING_SEEN = Seen()
 _FILLED = 0.8  # of the budget: a request that passes with so much says something of the window
-_COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
+COUNTED_FIELDS = ("tools", "functions", "response_format", "prediction")
 _FORM = ("mid_system", "system_role", "alternate")  # what a refusal may say of the messages' form
 _BODY_REFUSED = (400, 422)
 _decode = msgspec.json.decode
@@ -216,7 +216,7 @@ def unlisted(channel: Channel) -> Channel:
 def fixed_tokens(system: Sequence[bytes], fields: Fields, counter: TokenCounter) -> int:
     """Tokens of what every request carries beside its history."""
     total = sum(counter.message(_decode(raw)) for raw in system)
-    for name in _COUNTED_FIELDS:
+    for name in COUNTED_FIELDS:
         value = _decode(fields[name]) if name in fields else None
         total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
     return total

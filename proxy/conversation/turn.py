@@ -10,7 +10,7 @@ calls or ends with upstream's own words. The shell performs the effects; tests p
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -25,7 +25,7 @@ from proxy.conversation.calibration import (
     plateau,
 )
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
-from proxy.conversation.channel import Channel, choose_channel, tools_array, vm_tools_tokens
+from proxy.conversation.channel import Channel, choose_channel, tools_array
 from proxy.conversation.commit import Stored, answered_by, append_effect, new_records
 from proxy.conversation.compose import (
     answer_budget,
@@ -38,28 +38,26 @@ from proxy.conversation.compose import (
     stream_options,
     total_usage,
 )
+from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.limits import Limits, stretched
-from proxy.conversation.paging import TurnWindow
-from proxy.conversation.pathpages import PathPages, anchor_tokens
+from proxy.conversation.pages import PathPages, anchor_tokens
 from proxy.conversation.refusal import repairable, unchanged_fits
-from proxy.conversation.repair import Model, fixed_tokens, unlisted
+from proxy.conversation.repair import Model, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.tree import Record
-from proxy.conversation.turn_input import Answer, TurnInput
+from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.memory.core import MemoryCore
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
 from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
-
-__all__ = ["Answer", "Turn", "TurnInput"]
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _USUAL_BYTES = 4  # of a request's body, for each of its tokens
@@ -76,44 +74,52 @@ _NO_ANSWER = Refused(502, ApiError(
 ).body())  # fmt: skip
 
 
-class Turn:
-    """Runs one turn. After it, `path`, `table`, `record` and `window` are the state to cache."""
+@dataclass(slots=True)
+class Answer:
+    """How the turn ended. `body` is the response of a non-streaming call (None: as upstream said)."""
 
-    def __init__(self, given: TurnInput) -> None:
-        self._in = given
-        self._model = Model.of(Capabilities(), given.limits, given.decoded)
-        self._fixed_tokens = given.fixed_tokens
-        self.path = given.path
-        self._answered, self.turn = answered_by(given.path, given.record)
+    report: TurnReport
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    body: bytes | None = None
+    refused: Refused | None = None
+    learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
+    doubted_tokens: int = 0  # a window that is learned when it shows once more
+    unexplained: bool = False  # a refusal was, of a request that may have been too large
+
+
+class Turn:
+    """Runs one turn. After it, `path`, `table`, `record` and `window` are the state to cache, and
+    `settled` that of the last answer that the request brought."""
+
+    def __init__(self, context: TurnContext) -> None:
+        place, state = context.place, context.state
+        self._context = context
+        self._model = Model.of(Capabilities(), context.limits, context.decoded)
+        self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
+        self.path = place.path
+        self._answered, turn = answered_by(place.path, place.record)
         self.pages = PathPages(
-            self.path, given.counter, given.limits.page_tokens, given.derived,
-            get_record=given.get_record, anchors=given.anchors,
-        )
-        table = given.table
-        if table is None:
-            table = TLBWithPageTable(PageTable(load=given.load_block))
-        self.table = table
+            place.path, context.counter, context.limits.page_tokens,
+            state.derived if state else NO_DERIVED, context.get_record, place.anchors,
+        )  # fmt: skip
+        self.table = state.table if state else TLBWithPageTable(PageTable(load=context.get_block))
         self.record: Record | None = None
-        self.settled: tuple[Record, Stored] | None = None  # of the last answer that the request brought
-        self._channel: Channel | None = None
+        self.settled: tuple[Record, Stored] | None = None
+        self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
         self._sent_unchanged = False
         self._refusals = 0
-        self._report = TurnReport(str(given.decoded.get("model")), "bypass", self.turn)
-        self._report.budget_tokens = given.limits.budget_tokens
+        self.report = TurnReport(context.model, "bypass", turn)
+        self.report.budget_tokens = context.limits.budget_tokens
 
     @property
     def _limits(self) -> Limits:
         """This request's: the model's as known by now, stretched by what cannot be paged."""
         return stretched(self._model.limits, self._fixed_tokens, self._model.max_tokens)
-
-    @property
-    def report(self) -> TurnReport:
-        """What the turn has done so far."""
-        return self._report
 
     @property
     def window(self) -> Window | None:
@@ -130,14 +136,9 @@ class Turn:
         """Older pages that this turn put into the window in our own words."""
         return self._paging.shown if self._paging else ()
 
-    @property
-    def channel(self) -> Channel | None:
-        """Whose the calls of this turn's rounds are; None while all are the client's."""
-        return self._channel
-
     def talks_of_tools(self) -> bool:
         """The conversation itself speaks of the VM tools by name: its people may want to read one."""
-        raws = [*self._in.system, *(node.raw for node in self.path)]
+        raws = [*self._context.sent.system, *(node.raw for node in self.path)]
         return any(tool in raw for raw in raws for tool in _TOOL_NAMES)
 
     def run(self) -> Generator[Effect, Any, Answer]:
@@ -147,76 +148,78 @@ class Turn:
         return answer
 
     def _run(self) -> Generator[Effect, Any, Answer]:
-        given = self._in
-        whole = given.floor == 0 and (given.window is None or given.start == 0)
-        if given.window is not None or not whole or len(given.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
-            self._model = Model.of(given.capabilities(), given.limits, given.decoded)
-        surely = given.surely_fits and len(given.body) <= self._limits.budget_tokens
-        if given.surely_fits and not surely:  # not counted: it was small for the assumed window
-            self._count_fixed()
+        context, place = self._context, self._context.place
+        paged = context.state is not None
+        whole = place.floor == 0 and (not paged or place.start == 0)
+        if paged or not whole or len(context.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
+            self._model = Model.of(context.capabilities(), context.limits, context.decoded)
+        surely = context.surely_fits and len(context.body) <= self._limits.budget_tokens
+        if context.surely_fits and not surely:  # not counted: it was small for the assumed window
+            self._fixed_tokens = context.fixed_tokens()
         limits = self._limits
-        self._report.budget_tokens = limits.budget_tokens
+        self.report.budget_tokens = limits.budget_tokens
         if limits.working_set.max_l0_tokens > self._model.limits.working_set.max_l0_tokens:
-            self._report.warning = stretched_window(self._model.limits)
+            self.report.warning = stretched_window(self._model.limits)
         if whole and (surely or self._fits()):
             answer = yield from self._pass_through(self._unchanged_body(), None)
             if answer.refused is None or not self._shrinks(answer.refused):
                 return answer
-        channel = choose_channel(given.decoded, limits)
-        if given.given_answers:
+        channel = choose_channel(context.decoded, limits)
+        if context.given_answers:
             channel = replace(channel, client_calls=True)
-        self._channel = channel
-        self._report.channel = channel.name
-        self._report.budget_tokens = self._limits.budget_tokens
-        paging = self._turn_window(channel)
+        self.channel = channel
+        self.report.channel = channel.name
+        self.report.budget_tokens = self._limits.budget_tokens
+        paging = TurnWindow(
+            context, self.pages, self.table, channel, self._limits, self._next_limits(), self._fixed_tokens,
+            self.report, self._answered,
+        )  # fmt: skip
         try:
             yield from paging.open()
         except ApiError:
             return (yield from self._as_it_is())
         self._paging = paging
-        yield from paging.prefetch()
+        yield from paging.bring()
         return (yield from self._rounds(paging, VMCalls(paging)))
 
     def _shrinks(self, refused: Refused) -> bool:
         """The client's own bytes are too long for the model: what it takes is known now."""
-        if self._in.surely_fits:
-            self._count_fixed()
+        if self._context.surely_fits:
+            self._fixed_tokens = self._context.fixed_tokens()
         return self._shrunk(refused, self._unchanged())
 
     def _shrunk(self, refused: Refused, tokens: int) -> bool:
         """Whether the window is smaller now. `tokens`: of what was refused."""
-        if self._model.shrink(refused, tokens, self._in.seen()):
+        if self._model.shrink(refused, tokens, self._context.seen()):
             self._too_long = refused
             return True
         return False
-
-    def _count_fixed(self) -> None:
-        self._fixed_tokens = fixed_tokens(self._in.system, self._in.fields, self._in.counter)
 
     # -- without paging
 
     def _fits(self) -> bool:
         """All that the client sent fits, also when it did not in an earlier turn (invariant 2)."""
         limits = self._limits
-        if self._in.table is not None and self._in.table.total_tokens > limits.budget_tokens:
+        if self._context.state is not None and self.table.total_tokens > limits.budget_tokens:
             return False  # what it was paged for, as nearly always
         total = self._fixed_tokens + PER_REPLY
-        total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
+        total += sum(anchor_tokens(anchor, self._context.counter) for anchor in self._context.place.anchors)
         for position in range(len(self.path)):
             total += self.pages.tokens(position)
             if total > limits.budget_tokens:
                 return False
-        self._report.used_tokens = total
+        self.report.used_tokens = total
         return True
 
     def _native_body(self) -> bytes:
         """All of a session's history for a client that sent only its new messages."""
-        raws = [*self._in.system]
+        sent, anchors = self._context.sent, self._context.place.anchors
+        raws = [*sent.system]
         for position, node in enumerate(self.path):
-            raws.extend(a.raw for a in self._in.anchors if a.position == position)
+            raws.extend(a.raw for a in anchors if a.position == position)
             raws.append(node.raw)
-        raws.extend(a.raw for a in self._in.anchors if a.position == len(self.path))
-        return request_body(self._in.fields, self._in.order, b"[" + b",".join(raws) + b"]", {})
+        raws.extend(a.raw for a in anchors if a.position == len(self.path))
+        return request_body(sent.fields, sent.order, b"[" + b",".join(raws) + b"]", {})
 
     def _pass_through(
         self, body: bytes, learned: dict[str, Any] | None
@@ -225,50 +228,22 @@ class Turn:
         self._sent_unchanged = True
         if isinstance(said, Refused):
             self._refusals += 1
-            return Answer(self._report, refused=said)
-        self._report.rounds = 1
+            return Answer(self.report, refused=said)
+        self.report.rounds = 1
         if said.messages:
             yield self._append(said, said.messages, learned=learned)
         if learned is None:
             learned = dict(self._model.learned)
-        return Answer(self._report, said.finish_reason, said.usage, learned=learned)
+        return Answer(self.report, said.finish_reason, said.usage, learned=learned)
 
     # -- with paging
 
-    def _turn_window(self, channel: Channel) -> TurnWindow:
-        given, limits = self._in, self._limits
-        added = vm_tools_tokens(channel, given.counter)
-        return TurnWindow(
-            pages=self.pages,
-            memory=MemoryCore(
-                config=limits.working_set, policy=given.policy, counts=given.counter,
-                table=self.table, registry=self.pages.registry,
-            ),
-            counter=given.counter,
-            limits=limits,
-            channel=channel,
-            anchors=given.anchors,
-            substitutes=given.substitutes,
-            start=given.start,
-            floor=given.floor,
-            before=given.window,
-            turn=self.turn,
-            whole_room_tokens=limits.budget_tokens - self._fixed_tokens - PER_REPLY - added,
-            report=self._report,
-            answered=self._answered,
-            record=given.record,
-            get_record=given.get_record,
-            json_mode=(given.decoded.get("response_format") or {}).get("type", "text") != "text",
-            agent=bool(given.decoded.get("tools")),
-            next_limits=self._next_limits(),
-        )
-
     def _next_limits(self) -> Limits | None:
         """The bounds of the next epoch; what upstream has just refused binds this one, too."""
-        given = self._in
-        if given.next_limits is None or self._too_long is not None:
+        context = self._context
+        if context.next_limits is None or self._too_long is not None:
             return None
-        limits = Model.of(self._model.capabilities, given.next_limits, given.decoded).limits
+        limits = Model.of(self._model.capabilities, context.next_limits, context.decoded).limits
         return stretched(limits, self._fixed_tokens, self._model.max_tokens)
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
@@ -295,19 +270,19 @@ class Turn:
                     continue
                 answer = yield from self._refused(said)
                 if self._form_refused(answer) and self._repaired(said, paging):
-                    self._paging, self._channel = paging, paging.channel
-                    self._report.channel = paging.channel.name
+                    self._paging, self.channel = paging, paging.channel
+                    self.report.channel = paging.channel.name
                     continue
                 return answer
             number += 1
-            if said.messages and not (self._many() or self._in.given_answers):
+            if said.messages and not (self._many() or self._context.given_answers):
                 said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
                 break
             vm, client = self._split(said, channel)
             empty = number > 1 and said.finish_reason in _ENDED and is_silent(said.messages[0])
-            empty = empty and not self._in.given_answers
+            empty = empty and not self._context.given_answers
             if not vm and (client or not (said.unread or empty)):
                 yield self._append(said, shown_messages(said, client))
                 break
@@ -316,17 +291,17 @@ class Turn:
             if not client and (stop or last or not vm or not channel.listed):
                 spoke = bool(words.strip() and said_text(said.messages[0])) and not empty and not said.unread
                 given_up = again == _ASKED_AGAIN and (spoke or empty or self._told())
-                if given_up or (spoke and len(words) > PREAMBLE_CHARS) or self._in.given_answers:
+                if given_up or (spoke and len(words) > PREAMBLE_CHARS) or self._context.given_answers:
                     yield self._append(said, shown_messages(said, client))
                     break  # what it said has to do
                 if again == _ASKED_AGAIN:  # nothing that it said is for the client
-                    return Answer(self._report, refused=_NO_ANSWER)
+                    return Answer(self.report, refused=_NO_ANSWER)
                 again += 1
                 full = True  # it is asked once more, without tools
                 paging.channel = unlisted(channel)
                 continue
             if not client and self._is_cut(said, vm):
-                if self._in.decoded.get("tools"):  # these may still be called
+                if self._context.decoded.get("tools"):  # these may still be called
                     paging.channel = unlisted(paging.channel)
                 full = True
                 continue
@@ -350,41 +325,42 @@ class Turn:
 
     def _is_cut(self, said: Said, vm: Sequence[Mapping[str, Any]]) -> bool:
         """The client's `stop` or its length limit ended the round within a VM call."""
-        limited = said.finish_reason == "length" or bool(self._in.decoded.get("stop"))
+        limited = said.finish_reason == "length" or bool(self._context.decoded.get("stop"))
         return limited and any(is_cut(call) for call in vm)
 
     def _many(self) -> bool:
-        return int(self._in.decoded.get("n") or 1) > 1
+        return int(self._context.decoded.get("n") or 1) > 1
 
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
         those, so there the VM calls get an error instead until the last round."""
         full = paging.result_room <= 0
-        if self._in.decoded.get("tools"):
+        if self._context.decoded.get("tools"):
             return full and number > 0
         return full or vm_calls.server.exhausted
 
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
-        given, channel, model = self._in, paging.channel, self._model.capabilities
-        messages = yield from paging.messages(given.system, self._model.form)
+        context, channel, model = self._context, paging.channel, self._model.capabilities
+        fields, decoded = context.sent.fields, context.decoded
+        messages = yield from paging.messages(self._model.form)
         messages = with_transcripts(
-            messages, self.path, given.get_record, given.now_s, self._model.audio
+            messages, self.path, context.get_record, context.now_s, self._model.audio
         )
         changed: dict[str, bytes | None] = {}
         if channel.listed:
-            raw = given.fields.get("tools")
+            raw = fields.get("tools")
             changed["tools"] = tools_array(bytes(raw) if raw is not None else None, channel)
-            forced = given.decoded.get("tool_choice") not in (None, "auto")
+            forced = decoded.get("tool_choice") not in (None, "auto")
             if not forced and (stop or not channel.offer):
                 changed["tool_choice"] = b'"none"'
-        if given.decoded.get("stream") is True and model.stream_usage and not self._many():
-            changed.update(stream_options(given.decoded))
-        if model.prompt_cache_key and given.cache_key and "prompt_cache_key" not in given.fields:
-            changed["prompt_cache_key"] = _json(given.cache_key.decode())
+        if decoded.get("stream") is True and model.stream_usage and not self._many():
+            changed.update(stream_options(decoded))
+        if model.prompt_cache_key and context.cache_key and "prompt_cache_key" not in fields:
+            changed["prompt_cache_key"] = _json(context.cache_key.decode())
         if self._responses:
-            changed.update(answer_budget(given.decoded, spent_tokens(self._responses, given.counter.message)))
-        return request_body(given.fields, given.order, messages, changed)
+            changed.update(answer_budget(decoded, spent_tokens(self._responses, context.counter.message)))
+        return request_body(fields, context.sent.order, messages, changed)
 
     # -- the end
 
@@ -395,54 +371,55 @@ class Turn:
         substitute: Sequence[bytes] = (),
         learned: Mapping[str, Any] | None = None,
     ) -> Effect:
-        given = self._in
-        self._model.passed(self._report.used_tokens)
-        began = (given.next_limits or given.limits).tokens_factor
+        context, record = self._context, self._context.place.record
+        self._model.passed(self.report.used_tokens)
+        began = (context.next_limits or context.limits).tokens_factor
         bill, lesson = self._billed(said)
         last: dict[str, object] = {
-            "echo": self._echo(), "substitute": list(substitute), "sent": given.sent, "bill": bill,
+            "echo": self._echo(), "substitute": list(substitute), "sent": context.place.sent, "bill": bill,
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
+        came = context.state.window if context.state else None
         before = self._paging.settled if self._paging is not None else None
-        settled = before.fields(given.window, given.record) if before is not None else None
+        settled = before.fields(came, record) if before is not None else None
         if self._paging is not None:
-            self._paging.settle("\n".join(message_text(answer) for answer in answers))
+            self._paging.evidence.settle("\n".join(message_text(answer) for answer in answers))
             state = self._paging.snapshot()
-            last.update(state.fields(given.window, given.record))
+            last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}
         heads = []
         for message in answers:
             shown = as_input(message)
-            path = given.identity.extend(given.tenant, self.path, [(_json(shown), shown)])
+            path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began)
-            heads.append((path, new_records(path, given.record, last, settled, known)))
+            heads.append((path, new_records(path, record, last, settled, known)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
         if before is not None:
             self.settled = heads[0][1][-2], before
-        effect = append_effect(heads, given.identity, given.tenant, given.names, blocks)
+        effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
         facts = self._model.learned if learned is None else learned
         return replace(effect, facts=dict(facts), lesson=lesson)
 
     def _billed(self, said: Said) -> tuple[Bill, Lesson | None]:
         """The last round's bill beside our count, and what it teaches. A stream that was passed through
         tells none."""
-        given, model, factor = self._in, self._report.model, self._in.known_factor
-        counted, size = self._report.used_tokens, len(given.body)
+        context, model, factor = self._context, self.report.model, self._context.known_factor
+        counted, size = self.report.used_tokens, len(context.body)
         guess = size // _USUAL_BYTES
         billed = billed_tokens(said.usage, factor * (counted or guess))
-        if given.calibration is None or not billed:
+        if context.calibration is None or not billed:
             return Bill(model, factor), None
         if not counted and billed < LEAST_WINDOW_TOKENS:
             return Bill(model, factor, guess, billed), None  # no window is that small
         if not counted and _MOST_BYTES * billed < size <= _COUNTED_BYTES:
-            self._count_fixed()
+            self._fixed_tokens = context.fixed_tokens()
             counted = self._unchanged()
         bill, earlier = Bill(model, factor, counted or guess, billed), self._bills()
         if not counted and plateau(bill, earlier) is None:
             return bill, None  # surely small, and billed as such
-        before = given.calibration()
-        now = before.learn(bill, earlier, given.limits.window_known, guessed=not counted)
+        before = context.calibration()
+        now = before.learn(bill, earlier, context.limits.window_known, guessed=not counted)
         if now == before:
             return msgspec.structs.replace(bill, factor=now.factor), None
         facts: dict[str, Any] = {}
@@ -456,35 +433,34 @@ class Turn:
 
     def _cut(self, before: Calibration, now: Calibration) -> dict[str, Any]:
         """The fact that a bill changed: the window of an upstream that cuts; what a refusal taught stays."""
-        known = self._in.capabilities().window_tokens
+        known = self._context.capabilities().window_tokens
         if now.window_tokens and (known is None or now.window_tokens < known or known == before.window_tokens):
             return {"window_tokens": now.window_tokens}
         return {"window_tokens": None} if known == before.window_tokens else {}
 
     def _bills(self) -> list[Bill]:
         """Of the turns before this one, the newest first, as far as they are told."""
-        given = self._in
         bills: list[Bill] = []
-        record = given.record
+        record = self._context.place.record
         while record is not None and record.bill is not None and len(bills) < SERIES - 1:
             bills.append(record.bill)
-            record = given.get_record(record.parent) if given.get_record and record.parent else None
+            record = self._context.get_record(record.parent) if record.parent else None
         return bills
 
     def _echo(self) -> bytes:
         """The previous answer in the bytes that the client has for it, when they are its own."""
-        record = self._in.record
+        record = self._context.place.record
         if record is None:
             return b""
-        raw = self._in.path[record.end - 1].raw
+        raw = self._context.place.path[record.end - 1].raw
         return b"" if raw == record.raws[-1] else raw
 
     def _answer(self, said: Said, paging: TurnWindow, vm_calls: VMCalls) -> Answer:
-        report = self._report
+        report = self.report
         report.rounds = len(self._responses)
         report.faults, report.searches = vm_calls.server.faults, vm_calls.server.searches
         report.reachable_tokens = paging.table.total_tokens
-        if self._in.observed:
+        if self._context.observed:
             paging.tell()
         usage = said.usage
         if len(self._responses) > 1:
@@ -503,15 +479,15 @@ class Turn:
 
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
         """The next try is another request: smaller, or without what was refused."""
-        model, given = self._model, self._in
+        model, context = self._model, self._context
         model.limits = paging.limits  # an epoch may have brought others
         if self._told() or self._given_up():
             return False
-        if self._shrunk(refused, self._report.used_tokens):
+        if self._shrunk(refused, self.report.used_tokens):
             paging.resize(self._limits)
             return paging.room_for_messages >= _LEAST_ROOM_TOKENS
-        ours = {"stream_usage"} if stream_options(given.decoded) else set()
-        if "prompt_cache_key" not in given.fields:
+        ours = {"stream_usage"} if stream_options(context.decoded) else set()
+        if "prompt_cache_key" not in context.sent.fields:
             ours.add("prompt_cache_key")
         channel = None
         if self._responses:
@@ -520,7 +496,7 @@ class Turn:
             return self._go_on(channel, paging)
         if model.adapt(refused, ours):
             return True
-        if unchanged_fits(self._unchanged(), given.limits) and not (self._sent_unchanged or self._too_long):
+        if unchanged_fits(self._unchanged(), context.limits) and not (self._sent_unchanged or self._too_long):
             return False  # the client's own bytes are the better second try
         channel = model.without(refused, paging.channel) if repairable(refused) else None
         if channel is None and self._responses:
@@ -528,8 +504,8 @@ class Turn:
         return channel is not None and self._go_on(channel, paging)
 
     def _go_on(self, channel: Channel, paging: TurnWindow) -> bool:
-        self._channel, paging.channel, paging.limits = channel, channel, self._limits
-        self._report.channel = channel.name
+        self.channel, paging.channel, paging.limits = channel, channel, self._limits
+        self.report.channel = channel.name
         return True
 
     def _given_up(self) -> bool:
@@ -551,11 +527,11 @@ class Turn:
     def _refused(self, refused: Refused) -> Generator[Effect, Any, Answer]:
         """Invariant 1: what our changes may have broken is tried once more without them."""
         model = self._model
-        limits = self._in.limits if model.blind else model.limits  # the smaller window was wrong
+        limits = self._context.limits if model.blind else model.limits  # the smaller window was wrong
         explained = self._too_long is not None and not model.blind
         done = self._sent_unchanged or explained or self._given_up() or self._told()
         if done or not (repairable(refused) and unchanged_fits(self._unchanged(), limits)):
-            return Answer(self._report, refused=self._too_long or self._unchanged_refused or refused)
+            return Answer(self.report, refused=self._too_long or self._unchanged_refused or refused)
         learned = {**model.learned, **model.says(refused)}
         if model.blind:
             learned = {k: v for k, v in learned.items() if k not in ("window_tokens", "refused_tokens")}
@@ -567,25 +543,26 @@ class Turn:
     def _as_it_is(self) -> Generator[Effect, Any, Answer]:
         """What cannot be paged leaves no room: upstream's own word on the request is the best one."""
         if self._too_long is not None:
-            return Answer(self._report, refused=self._too_long)
-        self._report.warning = as_it_is(self._model.limits)
+            return Answer(self.report, refused=self._too_long)
+        self.report.warning = as_it_is(self._model.limits)
         return (yield from self._unpaged(dict(self._model.learned)))
 
     def _unpaged(self, learned: dict[str, Any] | None) -> Generator[Effect, Any, Answer]:
         """The whole conversation as the client means it, after paging was begun."""
-        self._channel = self._paging = None
-        self._report.channel = "bypass"
-        self._report.used_tokens = self._unchanged()
+        self.channel = self._paging = None
+        self.report.channel = "bypass"
+        self.report.used_tokens = self._unchanged()
         return (yield from self._pass_through(self._unchanged_body(), learned))
 
     def _unchanged_body(self) -> bytes:
         """The client's bytes; for a session's new messages, with the history that they follow."""
-        alone = self._in.start > 0 and self._in.floor == 0
-        return self._native_body() if alone else self._in.body
+        alone = self._context.place.start > 0 and self._context.place.floor == 0
+        return self._native_body() if alone else self._context.body
 
     def _unchanged(self) -> int:
         """Tokens of the unchanged request."""
-        first = self._in.start if self._in.floor else 0
+        place = self._context.place
+        first = place.start if place.floor else 0
         total = self._fixed_tokens + PER_REPLY
-        total += sum(anchor_tokens(anchor, self._in.counter) for anchor in self._in.anchors)
+        total += sum(anchor_tokens(anchor, self._context.counter) for anchor in place.anchors)
         return total + sum(self.pages.tokens(p) for p in range(first, len(self.path)))

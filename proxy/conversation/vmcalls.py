@@ -18,7 +18,6 @@ from proxy.conversation.channel import Channel
 from proxy.conversation.compose import as_input
 from proxy.conversation.effects import Effect, Said
 from proxy.conversation.faults import NO_ROOM, NO_TOOL, FaultServer, Room, Served
-from proxy.conversation.paging import TurnWindow
 from proxy.conversation.textcalls import (
     as_message,
     as_tool_calls,
@@ -26,6 +25,7 @@ from proxy.conversation.textcalls import (
     said_text,
     unwrapped,
 )
+from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import VM, Entry
 from proxy.memory.context_packer import context_parts
 from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
@@ -79,9 +79,9 @@ class VMCalls:
 
     def __init__(self, paging: TurnWindow) -> None:
         self._paging = paging
-        self._counter = paging.counter
+        self._counter = paging.context.counter
         self.server = FaultServer(
-            paging.pages, paging.table, paging.counter, paging.limits, paging.turn, paging.apply,
+            paging.pages, paging.table, paging.context.counter, paging.limits, paging.turn, paging.apply,
             paging.fault_reason,
         )
 

@@ -1,19 +1,24 @@
 """The window: a log of upstream messages in epochs. Pure.
 
 Promises: within an epoch the log only grows at its end, so a request's messages begin with the exact
-bytes of the one before; it is taken back only to where the client itself changed what stands in it;
-the log is stored as changes per answered turn and comes back byte for byte.
+bytes of the one before; it is taken back only to where the client itself changed what stands in it
+(`differs_at`), and then every page that was shown only behind that place is found, so that the table
+can say that it is not in the window any more; the log is stored as changes per answered turn and comes
+back byte for byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from proxy.conversation.form import Form, Piece, formed
-from proxy.conversation.tree import Anchor, GetRecord, Record
+from proxy.conversation.pages import PathPages, anchor_tokens, group_start, owner
+from proxy.conversation.tree import Anchor, GetRecord, Node, Record
+from proxy.memory.models import MutationType
+from proxy.memory.mutation_log import decode as decode_mutations
 from proxy.tokens import PER_MESSAGE, TokenCounter
 
 # What an entry of the log is.
@@ -65,6 +70,11 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
             tokens=self.tokens + sum(entry.tokens for entry in new),
         )
 
+    def taken_back(self, position: int) -> Window:
+        """The log without what stands at `position` and behind it."""
+        kept = next((i for i, e in enumerate(self.entries) if e.position >= position), len(self.entries))
+        return self.until(kept, position)
+
     def until(self, kept: int, covered: int) -> Window:
         """The log taken back to its first `kept` entries, which cover the path up to `covered`."""
         gone = sum(entry.tokens for entry in self.entries[kept:])
@@ -85,6 +95,118 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return msgspec.structs.replace(
             self, developer_tokens=developer, entries=entries, tokens=total, counter=counter.name
         )
+
+
+# -- the client's messages as entries
+
+
+def system_entry(anchor: Anchor, counter: TokenCounter) -> Entry:
+    """A system message in mid-conversation as it stands in the log."""
+    return Entry(anchor.raw, anchor_tokens(anchor, counter), anchor.position, SYSTEM)
+
+
+def native_entries(
+    pages: PathPages, position: int, substitutes: Callable[[bytes], Sequence[bytes]]
+) -> list[Entry]:
+    """A message in its own role; a mixed call as the model made it, with the VM results."""
+    node = pages.path[position]
+    raws = substitutes(node.id) if node.role == "assistant" else ()
+    if not raws:
+        return [Entry(node.raw, pages.tokens(position), position, NATIVE)]
+    sizes = [pages.counter.message(msgspec.json.decode(raw)) for raw in raws]
+    head = Entry(raws[0], sizes[0], position, MIXED)
+    rest = zip(raws[1:], sizes[1:], strict=True)
+    return [head, *(Entry(raw, size, -1, VM) for raw, size in rest)]
+
+
+def client_entries(
+    pages: PathPages, anchors: Sequence[Anchor], substitutes: Callable[[bytes], Sequence[bytes]],
+    first: int, last: int, anchors_until: int,
+) -> list[Entry]:  # fmt: skip
+    """The client's messages at positions first..last-1, with its system messages that stand before
+    them, and behind them, up to the position `anchors_until`."""
+    entries: list[Entry] = []
+    for position in range(first, last + 1):
+        if position <= anchors_until:
+            entries += [system_entry(a, pages.counter) for a in anchors if a.position == position]
+        if position < last:
+            entries += native_entries(pages, position, substitutes)
+    return entries
+
+
+def newest_entries(window: Window, path: Sequence[Node]) -> list[Entry]:
+    """What no epoch of this turn can leave out: the newest group and the user's newest message,
+    with the system messages of their pages."""
+    last = len(path) - 1
+    first = group_start(path, last)
+    user = next((i for i in range(last, -1, -1) if path[i].role == "user"), last)
+    found = []
+    for entry in window.entries:
+        at = owner(path, entry.position) if entry.kind == SYSTEM else entry.position
+        if at >= first or at == user:
+            found.append(entry)
+    return found
+
+
+def without_oldest_round(tail: Sequence[Entry]) -> tuple[Entry, ...]:
+    """A turn's VM exchange less its first round: the model's message and all that answers it."""
+    roles = [msgspec.json.decode(entry.raw)["role"] for entry in tail]
+    second = next((i for i in range(1, len(tail)) if roles[i] == "assistant"), len(tail))
+    return tuple(tail[second:])
+
+
+# -- taken back to where the client changed what stands in it
+
+
+def differs_at(
+    before: Window, path: Sequence[Node], anchors: Sequence[Anchor], start: int, strict: bool = False
+) -> int | None:
+    """The first position at which the client's system messages are not what the window has; None
+    when they agree. `start` is the position of the client's first message.
+
+    Those behind the newest message of the turn before may stay for a turn (but for `strict`): a
+    client that always has one there moves it along.
+    """
+    covered = before.covered
+    native = {e.position for e in before.entries if e.kind in (NATIVE, MIXED)}
+    sent = [(e.position, e.said) for e in before.entries if e.kind == SYSTEM and e.position > start]
+    now = [
+        (a.position, a.said)
+        for a in anchors
+        if start < a.position <= covered
+        and (a.position == covered or owner(path, a.position) in native)
+    ]
+    last = [raw for position, raw in sent if position == covered]
+    here = [raw for position, raw in now if position == covered]
+    inside = [one for one in sent if one[0] < covered], [one for one in now if one[0] < covered]
+    for old, new in zip(*inside, strict=False):
+        if old != new:
+            return min(old[0], new[0])
+    shorter, longer = sorted(inside, key=len)
+    if len(longer) > len(shorter):
+        return longer[len(shorter)][0]
+    return covered if (here or strict) and here[: len(last)] != last else None
+
+
+def brought_since(head: Record, position: int, get: GetRecord) -> list[str]:
+    """The pages that were brought into the window, unplanned, by turns whose newest message stands at
+    `position` or behind it. LookupError when a turn is missing from storage."""
+    found: dict[str, None] = {}
+    at: Record | None = head
+    while at is not None and at.end > position:
+        if at.mutations:
+            for m in decode_mutations(msgspec.msgpack.decode(at.mutations)):
+                mapped = m.op is MutationType.MAP and m.reason is not None
+                if mapped or m.op is MutationType.FAULT_IN:
+                    found[m.page_id] = None
+        above = at.base
+        at = get(above) if above else None
+        if above and at is None:
+            raise LookupError("a record that a window continues is missing from storage")
+    return list(found)
+
+
+# -- stored
 
 
 class _Change(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -134,6 +256,9 @@ def restore(record: Record, get: GetRecord) -> Window | None:
     if changes:
         raise LookupError("the beginning of an epoch's window is missing from storage")
     return None
+
+
+# -- as an upstream request
 
 
 def render(

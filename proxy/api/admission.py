@@ -1,0 +1,328 @@
+"""From bytes to a turn: whose request it is, where in the tree it belongs, and which bounds it has.
+
+Promises: old messages stay bytes; a tenant's history is only ever compared with the same tenant's;
+what is large and new leaves the event loop; whatever we rely on ourselves is checked, and a request
+that fails the check is the upstream's to judge, unchanged (`is_upstreams_to_judge`); only a body over
+the limit is refused here, before it is read to its end; what admission returns is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import takewhile
+from typing import Any
+
+import msgspec
+from cachetools import LRUCache
+
+from proxy.api.caller import Caller, caller, encoded, parameters, with_body
+from proxy.api.capable import Capable
+from proxy.api.memory import Memory
+from proxy.api.passthrough import Receive, Scope
+from proxy.config import Config
+from proxy.conversation.body import Body, Fields, message_ends, read_body
+from proxy.conversation.calibration import TOKENS_FACTOR
+from proxy.conversation.commit import NO_NAMES, SessionNames
+from proxy.conversation.context import TurnContext
+from proxy.conversation.history import HistoryCache, Known
+from proxy.conversation.identify import Place, chain, place
+from proxy.conversation.limits import Limits
+from proxy.conversation.repair import COUNTED_FIELDS, fixed_tokens
+from proxy.conversation.tree import Anchor, Node, Record
+from proxy.conversation.window import Window
+from proxy.errors import ApiError
+from proxy.limits import limits_of
+from proxy.memory.eviction_policy import (
+    LRU,
+    EvictionPolicy,
+    ImportanceWeightedLRU,
+    ModalityAwareLRU,
+)
+from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
+from proxy.upstream import Header
+
+_NO_HISTORIES = HistoryCache(0)
+_POLICIES: dict[str, EvictionPolicy] = {
+    "importance": ImportanceWeightedLRU(),
+    "lru": LRU(),
+    "modality": ModalityAwareLRU(),
+}
+_CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
+_COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
+_FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
+_RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
+# Codes of `read_body` and `_validate`: the request as such.
+_UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
+_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+    ("stream", bool, "a boolean"),
+    ("n", (int, float), "an integer"),  # 1.0 is a whole number too
+    ("tools", list, "an array"),
+    ("metadata", dict, "an object"),
+    ("stream_options", dict, "an object"),
+    ("response_format", dict, "an object"),
+)
+
+
+class Decoded(Mapping[str, Any]):
+    """The request's top-level fields, each decoded when it is asked for. `model`: what the path names,
+    for a body without one (Azure's deployments)."""
+
+    def __init__(self, fields: Fields, model: str | None = None) -> None:
+        self._fields = fields
+        self._values: dict[str, Any] = {}
+        if model is not None and bytes(fields.get("model", b"null")) in (b"null", b'""'):
+            self._values["model"] = model
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            self._values[name] = msgspec.json.decode(self._fields[name])
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+class Admission:
+    """One per process. `observed`: somebody reads the turns' reports."""
+
+    def __init__(self, config: Config, memory: Memory, capable: Capable, observed: bool) -> None:
+        self._config = config
+        self._memory = memory
+        self._capable = capable
+        self._observed = observed
+        sessions = config.sessions
+        self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
+        self._policy = _POLICIES[config.memory.eviction]
+        self._limits = lru_cache(maxsize=256)(self._limits_of)
+        self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
+
+    async def admit(
+        self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
+    ) -> TurnContext:
+        """A request's turn; `deployment`: the model that its path names. Raises ApiError 400 for what
+        cannot be a chat request."""
+        memory, identity = self._memory, self._memory.identity
+        who = caller(headers, parameters(query), *self._session_headers)
+        scope = identity.tenant(who.credentials, "")
+        try:
+            split = read_body(body, scope, memory.histories)
+            decoded = Decoded(split.fields, deployment)
+            _validate(decoded)
+            who = with_body(who, decoded)
+        except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at
+            raise ApiError(400, f"The JSON body of the request is not valid UTF-8: {error}.",
+                           code="invalid_json") from None
+        tenant = identity.tenant(who.credentials, who.person)
+        if split.known is not None and split.known.tenant != tenant:  # another user of this key
+            split = read_body(body, scope, _NO_HISTORIES)
+        names = self._names(tenant, who)
+        split, found = await self._place(split, scope, tenant, names)
+        if found.start and _is_retry(headers):
+            found = self._as_retry(found, tenant, names)
+        return await self._context(body, split, decoded, scope, tenant, names, found)
+
+    def _names(self, tenant: bytes, who: Caller) -> SessionNames:
+        if who.label is None:
+            return NO_NAMES
+        identity = self._memory.identity
+        delta = identity.session(tenant, who.label) if who.delta else None
+        return SessionNames(identity.label(tenant, who.label), delta)
+
+    async def _place(
+        self, split: Body, scope: bytes, tenant: bytes, names: SessionNames
+    ) -> tuple[Body, Place]:
+        memory, identity = self._memory, self._memory.identity
+        if len(split.new) > _CHAIN_AT_ONCE:
+            nodes, anchors = await asyncio.to_thread(chain, split, identity, tenant)
+        else:
+            nodes, anchors = chain(split, identity, tenant)
+        if not nodes:  # only system messages: nothing to remember them by but themselves
+            messages = [(raw, msgspec.json.decode(raw)) for raw in split.system]
+            nodes, anchors = identity.extend(tenant, [], messages), []
+            split = split._replace(system=[], history=None)
+        tools = split.fields.get("tools")
+        frame = identity.frame(split.system, bytes(tools) if tools is not None else b"")
+        reattach = self._config.sessions.reattach
+        found = place(nodes, anchors, identity, tenant, memory.library, frame, names.delta, reattach)
+        if found.start == 0 and found.floor == 0 and split.history is not None:
+            self._remember(split, split.history, scope, tenant, found)
+        return split, found
+
+    def _remember(self, split: Body, history: bytes, scope: bytes, tenant: bytes, found: Place) -> None:
+        """Keep the history's bytes, so that the next body is recognised by them."""
+        known, shared = split.known, split.shared
+        ends = known.ends[:shared] if known else []
+        counts = known.counts[:shared] if known else []
+        ends = ends + message_ends(history, [raw for raw, _ in split.new], ends[-1] if ends else 0)
+        nodes = counts[-1] if counts else 0
+        for _, message in split.new:
+            nodes += message.get("role") not in ("system", "developer")
+            counts.append(nodes)
+        new = Known(history, ends, counts, found.path, found.anchors, tenant)
+        self._memory.histories.add(scope, new, known)
+
+    def _as_retry(self, found: Place, tenant: bytes, names: SessionNames) -> Place:
+        """`found`, or, when the session's last turn answered these very messages, before that answer:
+        its client did not read it, and sends only what is new. Somebody may well say the same thing
+        twice, so this is for a request whose SDK says that it sends it again; a client that sends its
+        whole history needs nothing of it."""
+        memory, last, new = self._memory, found.record, found.path[found.start :]
+        if names.delta is None or found.floor or last is None or found.start != last.end:
+            return found
+        if [node.content for node in new] != last.contents[:-1]:
+            return found
+        root = memory.identity.root(tenant)
+        back = last.end - last.first
+        return replace(
+            found,
+            path=memory.identity.rechain(found.path[: last.first], new, root),
+            start=last.first,
+            anchors=[Anchor(a.position - back, a.raw) for a in found.anchors],
+            record=memory.get_record(last.parent) if last.parent else None,
+        )
+
+    async def _context(
+        self, body: bytes, split: Body, decoded: Decoded, scope: bytes, tenant: bytes,
+        names: SessionNames, found: Place,
+    ) -> TurnContext:  # fmt: skip
+        memory, model = self._memory, decoded["model"]
+        state = await memory.state_after(found.record) if found.record is not None else None
+        window = state.window if state else None
+        facts = memory.learned(scope, model)
+        limits, following, factor = self._bounds(facts, model, found.record, window)
+        override = self._config.model_override(model).tokenizer
+        counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
+        surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
+        surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
+        if not surely:
+            await _count(found, counter)
+        root = found.path[0].id  # keyed, and of this tenant's conversation alone
+        return TurnContext(
+            body=body, sent=split, decoded=decoded, place=found, state=state,
+            limits=limits, next_limits=following, counter=counter, exact_counter=exact,
+            policy=self._policy, identity=memory.identity, tenant=tenant, scope=scope, names=names,
+            facts=facts, known_factor=factor, surely_fits=surely,
+            fixed_tokens=partial(self._fixed_tokens, split, counter),
+            substitutes=memory.substitutes, get_record=memory.get_record, get_block=memory.get_block,
+            capabilities=partial(self._capable.of, model, facts),
+            seen=partial(self._capable.seen, scope, model),
+            calibration=partial(memory.calibration, scope, model, counter.name, exact),
+            now_s=time.time(),
+            cache_key=hashlib.blake2b(root, digest_size=16).hexdigest().encode(),
+            observed=self._observed,
+        )  # fmt: skip
+
+    def _fixed_tokens(self, split: Body, counter: TokenCounter) -> int:
+        """Counted once for the same system messages and fields; they are not kept, only their digest."""
+        digest = hashlib.blake2b(counter.name.encode(), digest_size=16)
+        fields = (bytes(split.fields[name]) for name in COUNTED_FIELDS if name in split.fields)
+        for raw in (*split.system, *fields):
+            digest.update(b"%d:" % len(raw) + raw)
+        found = self._fixed.get(key := digest.digest())
+        if found is None:
+            found = self._fixed[key] = fixed_tokens(split.system, split.fields, counter)
+        return found
+
+    def _bounds(
+        self, facts: Mapping[str, object], model: str, record: Record | None, window: Window | None
+    ) -> tuple[Limits, Limits | None, float]:
+        """`facts`: what was learned of the model. The limits of a turn after `record`, those of its
+        next epoch where they differ, and the factor that all bills taught so far.
+
+        A conversation's own records say which factor its next turn begins with, and its window with
+        which one it was made: a retry, another replica or a restart finds the same bounds, whatever
+        was learned meanwhile. What its first turn begins with is what the model's bills taught by then.
+        """
+        known = facts.get(TOKENS_FACTOR, 1.0)
+        known = factor = known if isinstance(known, float) else 1.0
+        bill = record.bill if record is not None else None
+        if bill is not None and bill.model == model:
+            factor = bill.factor
+        epoch = factor
+        if window is not None and window.factor and (bill is None or bill.model == model):
+            epoch = window.factor
+        learned = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k != TOKENS_FACTOR}
+        asked = model, tuple(sorted(learned.items()))
+        following = self._limits(*asked, factor) if factor != epoch else None
+        return self._limits(*asked, epoch), following, known
+
+    def _limits_of(
+        self, model: str, learned: tuple[tuple[str, object], ...], factor: float
+    ) -> Limits:
+        return limits_of(self._config, model, dict(learned), factor)
+
+
+async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The whole body; ApiError 413 as soon as it is known to be larger."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
+            raise _too_large(limit_bytes)
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "The client left while it sent the body.")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit_bytes:
+            raise _too_large(limit_bytes)
+        parts.append(part)
+        if not message.get("more_body"):
+            return bytes(part) if len(parts) == 1 else b"".join(parts)
+
+
+def is_upstreams_to_judge(error: ApiError) -> bool:
+    """The body was not what we can page; what it is, the upstream says best."""
+    return error.status == 400 and error.code in _UNREADABLE
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The request body is larger than {limit_bytes} bytes (server.body_limit_bytes).",
+        code="request_too_large",
+    )
+
+
+def _validate(decoded: Mapping[str, Any]) -> None:
+    """What we rely on ourselves. ApiError 400 for what we cannot page."""
+    model = decoded.get("model")
+    if not model:
+        raise ApiError(400, "you must provide a model parameter", param="model",
+                       code="missing_required_parameter")
+    for name, kind, words in (("model", str, "a string"), *_TYPES):
+        value = decoded.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ApiError(
+                400, f"Invalid type for '{name}': expected {words}.", param=name, code="invalid_type"
+            )
+
+
+def _is_retry(headers: Sequence[Header]) -> bool:
+    """The client's SDK says that it sends this again, because the answer was lost on the way."""
+    return any(name == _RETRY_COUNT and value.isdigit() and int(value) > 0 for name, value in headers)
+
+
+async def _count(found: Place, counter: TokenCounter) -> None:
+    """Give messages at the end of the path their tokens, once in their life and for each kind of model."""
+
+    def uncounted(message: Node | Anchor) -> bool:
+        return message.tokens < 0 or bool(message.counter and message.counter != counter.name)
+
+    def count() -> None:
+        for node in new:
+            node.tokens = counter.message(msgspec.json.decode(node.raw))
+            node.counter = counter.name
+
+    new: list[Node | Anchor] = list(takewhile(uncounted, reversed(found.path)))
+    new += takewhile(uncounted, reversed(found.anchors))
+    if sum(len(node.raw) for node in new) > _COUNT_AT_ONCE_BYTES:
+        await asyncio.to_thread(count)

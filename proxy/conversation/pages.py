@@ -1,0 +1,566 @@
+"""A path's messages as pages: ids, texts, media, levels and sizes. Pure; bodies are on the path.
+
+Promises: a page's id and content depend only on its message, on the system messages beside it and on
+`pages.max_tokens`, never on the window or on the model that is asked; a page at level 0 is the
+original, byte for byte (invariant 4); a tool's result is never shown without its call, nor a call
+without its results (invariant 8); nothing raises on parts that no provider has.
+
+A system message in mid-conversation is outside the tree and so no page of its own: it is a part of the
+page of a message beside it (`owner`), with which it leaves the window and comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
+from proxy.media.parts import read_part
+from proxy.memory.compressor import compress_text
+from proxy.memory.context_packer import ContextPacker
+from proxy.memory.levels import CompressorRegistry
+from proxy.memory.models import (
+    MEDIA_PART,
+    CompressionLevel,
+    MemoryPage,
+    Modality,
+    PageType,
+    StorageTier,
+)
+from proxy.memory.pack_cache import PackCache, PackCacheStats
+from proxy.memory.pages import (
+    Doc,
+    media_page_id,
+    message_text,
+    modality_of,
+    parse_page_id,
+    split_text,
+)
+from proxy.memory.pages import page_id as make_page_id
+from proxy.tokens import TokenCounter, get_counter
+
+RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
+
+_KEPT_LINES = 4096  # packed pages remembered: the same pages are shown epoch after epoch
+_ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
+_SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
+_LONG_CHARS = 400  # and only what is longer is shortened
+_SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
+_CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
+# How the ids of each kind of medium begin, and what kind of page it is. A file's words are its content.
+_MEDIA = {
+    "image": ("img", Modality.IMAGE),
+    "audio": ("aud", Modality.AUDIO),
+    "video": ("vid", Modality.VIDEO),
+    "file": ("file", Modality.TEXT),
+}
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+_lines = PackCache(_KEPT_LINES)
+_registry = CompressorRegistry.default()
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """What a media page shows: `content`, the client's own part, at `index` of its message's content
+    (-1: an answer's own sound)."""
+
+    index: int
+    modality: Modality
+    content: dict[str, Any]
+    name: str = ""
+    transcript: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of one message: its text (`part` 0), the n-th part of a text too large for one page (n), or a
+    medium (MEDIA_PART + its number in the message). `tokens` are of the page at level 0."""
+
+    id: str
+    part: int
+    tokens: int
+    of: MessagePages
+    medium: Medium | None = None
+
+    @property
+    def position(self) -> int:
+        return self.of.position
+
+    @property
+    def modality(self) -> Modality:
+        return self.of.modality if self.medium is None else self.medium.modality
+
+    @property
+    def page_type(self) -> PageType:
+        """Media and very long tool outputs are artifacts; the rest of a path is transcript."""
+        return PageType.ARTIFACT if self.medium is not None or self.of.is_long_result else PageType.TRANSCRIPT
+
+
+class MessagePages:
+    """One message of a path, with the system messages beside it; each thing about it is made once, when
+    it is first asked for."""
+
+    __slots__ = ("_media", "_message", "_pages", "_parts", "_path", "node", "notes", "position")
+
+    def __init__(self, path: PathPages, position: int, notes: Sequence[Anchor]) -> None:
+        self._path = path
+        self.position = position
+        self.node = path.path[position]
+        self.notes = notes  # that belong to this message's page, in order
+        self._message: dict[str, Any] | None = None
+        self._media: tuple[Page, ...] | None = None
+        self._parts: list[str] | None = None
+        self._pages: tuple[Page, ...] | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        if self._message is None:
+            self._message = _decode(self.node.raw)
+        return self._message
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The message as upstream gave it: a client echoes of a spoken answer only the id."""
+        node, get = self.node, self._path.get_record
+        echo = node.role == "assistant" and b'"audio"' in node.raw and b'"transcript"' not in node.raw
+        record = get(node.id) if echo and get is not None else None
+        return self.message if record is None else _decode(record.raws[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the native message, without its notes."""
+        return self._path.tokens(self.position)
+
+    @property
+    def notes_tokens(self) -> int:
+        """Tokens of the notes as messages of their own."""
+        return sum(anchor_tokens(note, self._path.counter) for note in self.notes)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens without the media, with the notes."""
+        return max(0, self.tokens - sum(page.tokens for page in self.media)) + self.notes_tokens
+
+    @property
+    def is_long_result(self) -> bool:
+        return self.node.role in RESULT_ROLES and self.tokens > _ARTIFACT_TOKENS
+
+    @property
+    def modality(self) -> Modality:
+        """What kind of content its words are."""
+        return Modality.TEXT if self.notes else modality_of(self.message)
+
+    @property
+    def own_text(self) -> str:
+        """The message's text, without its notes."""
+        names = {page.medium.index: page.id for page in self.media if page.medium is not None}
+        return message_text(self.said, names)
+
+    @property
+    def media(self) -> tuple[Page, ...]:
+        """The images, sounds, videos and files in it, in order."""
+        if self._media is None:
+            raw = self.node.raw
+            plain = b'"type"' not in raw and b'"audio"' not in raw  # a text message is not decoded
+            self._media = () if plain else self._read_media()
+        return self._media
+
+    def _read_media(self) -> tuple[Page, ...]:
+        found: list[Page] = []
+
+        def add(prefix: str, medium: Medium) -> None:
+            number = len(found) + 1
+            page_id = media_page_id(self.position, number, prefix)
+            tokens = self._path.counter.part(medium.content)
+            found.append(Page(page_id, MEDIA_PART + number, tokens, self, medium))
+
+        message = self.said
+        content = message.get("content")
+        for index, part in enumerate(content if isinstance(content, list) else ()):
+            read = read_part(part) if isinstance(part, dict) else None
+            if read is not None and read.kind in _MEDIA:
+                prefix, modality = _MEDIA[read.kind]
+                add(prefix, Medium(index, modality, part, read.name or ""))
+        spoken = message.get("audio")
+        if isinstance(spoken, Mapping) and isinstance(spoken.get("data"), str):
+            part = {"type": "input_audio", "input_audio": {"data": spoken["data"], "format": "wav"}}
+            words = spoken.get("transcript")
+            transcript = words if isinstance(words, str) else ""
+            add("aud", Medium(-1, Modality.AUDIO, part, transcript=transcript))
+        return tuple(found)
+
+    @property
+    def parts(self) -> list[str]:
+        """Its text, then its notes', cut into pages when that is too large for one."""
+        if self._parts is None:
+            text = "\n\n".join(filter(None, (self.own_text, *map(note_text, self.notes))))
+            limit = self._path.page_tokens
+            small = len(text) <= limit or self._is_small()
+            self._parts = [text] if small else split_text(text, limit, self._path.cutter.text)
+        return self._parts
+
+    def _is_small(self) -> bool:
+        """One page holds the text. Counted alike for all models: the ids that a table, an index or a
+        window knows stay good when the client changes its model."""
+        path, limit = self._path, self._path.page_tokens
+        if len(self.node.raw) + sum(len(note.raw) for note in self.notes) <= limit:
+            return True  # no token is shorter than a byte
+        if path.cuts_alike and not self.media:
+            return self.text_tokens <= limit
+        tokens = path.cutter.message(self.message)
+        tokens += sum(path.cutter.message(_decode(note.raw)) for note in self.notes)
+        media = (page.medium.content for page in self.media if page.medium is not None)
+        return tokens - sum(map(path.cutter.part, media)) <= limit
+
+    @property
+    def pages(self) -> tuple[Page, ...]:
+        """Its text's page, or one for each part of it, then its media's."""
+        if self._pages is None:
+            count = 1 if self._is_small() else len(self.parts)
+            tokens = self.text_tokens // count
+            numbers = (0,) if count == 1 else range(1, count + 1)
+            texts = [Page(make_page_id(self.position, n), n, tokens, self) for n in numbers]
+            self._pages = (*texts, *self.media)
+        return self._pages
+
+    @property
+    def texts(self) -> tuple[Page, ...]:
+        """Its pages without the media."""
+        return self.pages[: len(self.pages) - len(self.media)]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(page.id for page in self.pages)
+
+
+class PathPages:
+    """Pages of `path` and what derives from them, for one request."""
+
+    def __init__(
+        self,
+        path: Sequence[Node],
+        counter: TokenCounter,
+        page_tokens: int,
+        derived: Derived = NO_DERIVED,
+        get_record: GetRecord | None = None,
+        anchors: Sequence[Anchor] = (),
+    ) -> None:
+        self.path = path
+        self.counter = counter
+        self.page_tokens = page_tokens
+        self.derived = derived
+        self.get_record = get_record
+        self.registry = _registry
+        self.packer = ContextPacker(counter.text, _lines, counter.part)
+        self.cutter = get_counter(_CUT_BY)
+        self.cuts_alike = counter.name.partition("/")[0] == self.cutter.name.partition("/")[0]
+        self._notes: dict[int, list[Anchor]] = {}
+        for anchor in anchors:
+            self._notes.setdefault(owner(path, anchor.position), []).append(anchor)
+        self._messages: dict[int, MessagePages] = {}
+
+    def before(self, end: int) -> PathPages:
+        """The pages of the first `end` messages, without the system messages behind the last of them."""
+        other = copy(self)
+        other.path = self.path[:end]
+        kept = {at: [n for n in notes if n.position < end] for at, notes in self._notes.items()}
+        other._notes = {at: notes for at, notes in kept.items() if notes}
+        other._messages = {at: m for at, m in self._messages.items() if at < end - 1}
+        return other
+
+    def __getitem__(self, position: int) -> MessagePages:
+        found = self._messages.get(position)
+        if found is None:
+            found = MessagePages(self, position, self._notes.get(position, ()))
+            self._messages[position] = found
+        return found
+
+    def tokens(self, position: int) -> int:
+        """Tokens of the native message; counted once in the node's life, for one kind of counting."""
+        node, name = self.path[position], self.counter.name
+        if node.tokens < 0 or (node.counter and node.counter != name):
+            node.tokens = self.counter.message(self[position].message)
+        node.counter = name
+        return node.tokens
+
+    # -- by id
+
+    def find(self, page_id: str) -> Page | None:
+        """The page of that id; None for a derived one and for one that is not there. KeyError never."""
+        found = self.expand(page_id)
+        if len(found) != 1 or found[0] in self.derived.pages:
+            return None
+        return next(page for page in self[self.position(page_id)].pages if page.id == found[0])
+
+    def expand(self, page_id: str) -> list[str]:
+        """The page ids that an id names: all parts for a cut message's own id; [] for an unknown one."""
+        if page_id in self.derived.pages:
+            return [page_id]
+        place = parse_page_id(page_id)
+        if place is None or place[0] >= len(self.path):
+            return []
+        position, part = place
+        if part >= MEDIA_PART:
+            return [page.id for page in self[position].media if parse_page_id(page_id) == parse_page_id(page.id)]
+        texts = self[position].texts
+        return [page.id for page in texts] if part == 0 else [page.id for page in texts[part - 1 : part]]
+
+    def position(self, page_id: str) -> int:
+        """The position of a page of this path; -1 for a derived one."""
+        place = parse_page_id(page_id)
+        return place[0] if place else -1
+
+    def id_of(self, position: int, part: int) -> str:
+        """The id of a place that a search found."""
+        if part >= _SEEN_PART:  # found by what the answer says of it
+            position, part = position - 1, part - MEDIA_PART
+        if part >= MEDIA_PART:
+            return self[position].media[part - MEDIA_PART - 1].id
+        return make_page_id(position, part)
+
+    def medium(self, page_id: str) -> Page | None:
+        """The media page of that id; None for any other."""
+        place = parse_page_id(page_id)
+        if place is None or place[1] < MEDIA_PART:
+            return None
+        return self[place[0]].media[place[1] - MEDIA_PART - 1]
+
+    def modality(self, page_id: str) -> Modality:
+        """What kind of content a page holds."""
+        medium = self.medium(page_id)
+        if medium is not None:
+            return medium.modality
+        position = self.position(page_id)
+        return Modality.TEXT if position < 0 else self[position].modality
+
+    # -- for the search index
+
+    def docs(self, first: int, last: int) -> Iterator[Doc]:
+        """The pages of positions first..last-1. Keeps nothing in memory.
+
+        What stands at a position depends on it and the messages before it only, because branches
+        share an index: what an answer says of the media before it is a page beside the answer.
+        """
+        for position in range(first, last):
+            here = self[position]
+            name, role = here.message.get("name"), here.node.role
+            speaker = name if isinstance(name, str) else ""
+            parts = here.parts
+            for index, text in enumerate(parts, 1):
+                yield Doc(position, index if len(parts) > 1 else 0, role, speaker, text)
+            own = self._own_words(position) if here.media else ""
+            for page in here.media:
+                yield Doc(position, page.part, role, speaker, f"{_named(page)} {own}")
+            for page in self[position - 1].media if position else ():
+                if seen := self._seen_words(position - 1):
+                    words = f"{_named(page)} {seen}"
+                    yield Doc(position, page.part + MEDIA_PART, role, speaker, words)
+            self._messages.pop(position, None)
+            self._messages.pop(position - 1, None)
+
+    def index_keys(self, before: int) -> list[bytes]:
+        """What the search index knows the pages of the first `before` messages by: each key names all
+        that stands there and before."""
+        ids = [node.id for node in self.path[:before]]
+        if not self._notes:
+            return ids
+        digest, keys = b"", []
+        for position, node_id in enumerate(ids):
+            for note in self._notes.get(position, ()):
+                digest = blake2b(digest + note.said, digest_size=ID_BYTES).digest()
+            keys.append(node_id + digest)
+        return keys
+
+    def notes_digest(self, end: int) -> bytes:
+        """What the system messages in the pages of positions 0..end-1 are known by; b"" for none."""
+        inside = sorted(position for position in self._notes if position < end)
+        said = [note.said for position in inside for note in self._notes[position]]
+        return blake2b(b"".join(said), digest_size=ID_BYTES).digest() if said else b""
+
+    # -- contents
+
+    def bare(self, page_id: str) -> str:
+        """A page's own words, without the call or the results that it is shown with."""
+        place = parse_page_id(page_id)
+        if place is None or place[1] >= MEDIA_PART:
+            return self.text(page_id)
+        return self[place[0]].parts[place[1] - 1 if place[1] else 0]
+
+    def text(self, page_id: str) -> str:
+        """A page's whole text, shown with the call that it answers or the results of its calls."""
+        if page_id in self.derived.pages:
+            return self.derived.text(page_id)
+        position, part = _place(page_id)
+        if part >= MEDIA_PART:
+            medium = self[position].media[part - MEDIA_PART - 1].medium
+            return f"{medium.name if medium else ''} {self._caption(position)}"
+        parts = self[position].parts
+        text = parts[part - 1 if part else 0]
+        if part <= 1:
+            text = self._call_of(position) + text
+        if part in (0, len(parts)):
+            text += self._results_of(position)
+        return text
+
+    def page(self, page_id: str) -> MemoryPage:
+        """The page itself, level 0. KeyError for one that is not on this path."""
+        derived = self.derived.pages.get(page_id)
+        if derived is not None:
+            return derived.model_copy(update={"content": self.derived.text(page_id)})
+        position, part = _place(page_id)
+        here = self[position]
+        metadata = {"role": here.node.role}
+        if part >= MEDIA_PART:
+            page = here.media[part - MEDIA_PART - 1]
+            assert page.medium is not None
+            metadata["caption"] = self._caption(position)
+            if page.medium.transcript:
+                metadata["transcript"] = page.medium.transcript
+            return MemoryPage(
+                page_id=page.id,
+                modality=page.modality,
+                page_type=PageType.ARTIFACT,
+                content=page.medium.content,
+                storage_tier=StorageTier.L2,
+                size_tokens=page.tokens,
+                provenance=[make_page_id(position)],
+                metadata=metadata,
+            )
+        text, parts = self.text(page_id), here.parts
+        # A call shown with its result, or a medium's name, is not in the message's own count.
+        plain = text == parts[part - 1 if part else 0] and not here.media
+        return MemoryPage(
+            page_id=page_id,
+            modality=here.modality,
+            page_type=PageType.ARTIFACT if here.is_long_result else PageType.TRANSCRIPT,
+            content=text,
+            storage_tier=StorageTier.L2,
+            size_tokens=here.text_tokens // len(parts) if plain else None,
+            metadata=metadata,
+        )
+
+    def at(self, page_id: str, level: CompressionLevel | int) -> MemoryPage:
+        """The page at a level. Slow for media, whose levels 1 are encoded anew."""
+        return self.shown(self.page(page_id), level)
+
+    def shown(self, page: MemoryPage, level: CompressionLevel | int) -> MemoryPage:
+        """A version of a page, at a level at least as short."""
+        if int(level) <= page.compression_level:
+            return page
+        return self.registry.compress(page, CompressionLevel(level), self.counter)
+
+    def _caption(self, position: int) -> str:
+        """Words about a message's media: of the model that saw them, else of the message itself."""
+        return self._seen_words(position) or self._own_words(position)
+
+    def _seen_words(self, position: int) -> str:
+        after = position + 1
+        if after >= len(self.path) or self.path[after].role != "assistant":
+            return ""
+        return self._abstract(message_text(self[after].message))
+
+    def _own_words(self, position: int) -> str:
+        media = {page.medium.index for page in self[position].media if page.medium is not None}
+        content = self[position].message.get("content")
+        words = [part for i, part in enumerate(content or ()) if i not in media]
+        return self._abstract(message_text({"content": words}) if isinstance(content, list) else "")
+
+    def _abstract(self, text: str) -> str:
+        return compress_text(text, CompressionLevel.ABSTRACT, None, self.cutter.text)
+
+    def _call_of(self, position: int) -> str:
+        """`name(arguments) -> ` for a tool's result."""
+        if self.path[position].role != "tool":
+            return ""
+        call_id = self[position].message.get("tool_call_id")
+        at = position - 1
+        while at >= 0 and self.path[at].role == "tool":
+            at -= 1
+        for call in calls_of(self[at].message) if at >= 0 else ():
+            if call.get("id") == call_id:
+                return self._short(message_text({"tool_calls": [call]})) + " -> "
+        return ""
+
+    def _results_of(self, position: int) -> str:
+        """The results of an assistant message's calls, shortened when they are long."""
+        if self.path[position].role != "assistant" or not calls_of(self[position].message):
+            return ""
+        out = ""
+        at = position + 1
+        while at < len(self.path) and self.path[at].role == "tool":
+            out += "\n-> " + self._short(message_text(self[at].message))
+            at += 1
+        return out
+
+    def _short(self, text: str) -> str:
+        return compress_text(text, 0 if len(text) < _LONG_CHARS else 1, _SHOWN_WITH_TOKENS, self.counter.text)
+
+
+def owner(path: Sequence[Node], position: int) -> int:
+    """The message whose page holds the system messages that stand before `position`: the one before
+    them when an answer follows (they are what it answered), or nothing yet; else the one after them."""
+    answered = position == len(path) or path[position].role == "assistant"
+    return max(0, position - 1) if answered else position
+
+
+def note_text(note: Anchor) -> str:
+    """What a page says of a system message in mid-conversation."""
+    message = _decode(note.raw)
+    return f"{message.get('role')}: {message_text(message)}"
+
+
+def anchor_tokens(anchor: Anchor, counter: TokenCounter) -> int:
+    """Tokens of a system message in mid-conversation; counted once in its life, for one kind of counting."""
+    if anchor.tokens < 0 or anchor.counter != counter.name:
+        anchor.tokens, anchor.counter = counter.message(_decode(anchor.raw)), counter.name
+    return anchor.tokens
+
+
+def _named(page: Page) -> str:
+    return f"{page.modality.value} {page.medium.name if page.medium else ''}"
+
+
+def _place(page_id: str) -> tuple[int, int]:
+    """KeyError for a page that is neither a message's nor derived."""
+    place = parse_page_id(page_id)
+    if place is None:
+        raise KeyError(f"no page {page_id!r} on this path")
+    return place
+
+
+def packed_lines() -> PackCacheStats:
+    """How often a line of <VM:CONTEXT> did not have to be packed again, over all conversations."""
+    return _lines.get_stats()
+
+
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's tool calls; [] when it has none."""
+    calls = message.get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def groups_of(path: Sequence[Node], first: int, last: int) -> list[tuple[int, int]]:
+    """(first, last) of each group in positions first..last-1: a message with the results after it."""
+    groups: list[tuple[int, int]] = []
+    at = first
+    while at < last:
+        end = at + 1
+        while end < last and path[end].role in RESULT_ROLES:
+            end += 1
+        groups.append((at, end))
+        at = end
+    return groups
+
+
+def group_start(path: Sequence[Node], position: int) -> int:
+    """Where the group of the message at `position` begins."""
+    while position > 0 and path[position].role in RESULT_ROLES:
+        position -= 1
+    return position

@@ -1,0 +1,453 @@
+"""This turn's window: what is in it, what enters, and when it begins anew. Pure.
+
+Promises: the window covers the whole path once it is open; it grows at its end, is taken back to
+where the client's system messages changed, or begins a new epoch, nothing else; each change of the
+page table is in this turn's mutations; what one VM result may take leaves room for the newest
+messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
+from proxy.conversation.closing import encode_closing
+from proxy.conversation.commit import Stored
+from proxy.conversation.context import TurnContext
+from proxy.conversation.effects import Effect, Load
+from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
+from proxy.conversation.evidence import Evidence
+from proxy.conversation.form import Form
+from proxy.conversation.limits import Limits
+from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
+from proxy.conversation.report import TurnReport
+from proxy.conversation.tree import Anchor
+from proxy.conversation.window import (
+    NATIVE,
+    SYSTEM,
+    Entry,
+    Window,
+    brought_since,
+    client_entries,
+    differs_at,
+    newest_entries,
+    render,
+)
+from proxy.memory.importance import PIN_TOKENS, importance_of, is_standing
+from proxy.memory.models import (
+    CompressionLevel,
+    FaultReason,
+    MutationType,
+    PageMutation,
+    PageTableEntry,
+    PageType,
+    StorageTier,
+    VMMode,
+)
+from proxy.memory.mutation_log import encode as encode_mutations
+from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.pages import message_text
+from proxy.memory.pages import page_id as make_page_id
+from proxy.memory.segments import Segment
+from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.vm_prompts import without_citations
+from proxy.memory.working_set import watermarks
+from proxy.tokens import PER_REPLY
+
+STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most
+
+_FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
+_ALL = 1 << 40  # tokens
+_RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
+
+
+class TurnWindow:
+    """One per turn that pages; `window` is there after `open()`.
+
+    `limits` and `channel` may change between rounds, as upstream refuses them. `answered`: the messages
+    before it are answered, and have no record yet (0: all have).
+    """
+
+    window: Window
+
+    def __init__(
+        self,
+        context: TurnContext,
+        pages: PathPages,
+        table: TLBWithPageTable,
+        channel: Channel,
+        limits: Limits,
+        next_limits: Limits | None,
+        fixed_tokens: int,
+        report: TurnReport,
+        answered: int = 0,
+    ) -> None:
+        self.context = context
+        self.pages = pages
+        self.table = table
+        self.channel = channel
+        self.limits = limits
+        self.report = report
+        self.turn = report.turn
+        self.before = context.state.window if context.state else None  # what this turn goes on with
+        self.mutations: list[PageMutation] = []
+        self.segments: list[Segment] = []  # closed in this turn
+        self.shown: list[Load] = []  # by this turn's last epoch
+        self.settled: Stored | None = None  # the state with what is `answered`
+        self.evidence = Evidence(self)
+        self._answered = answered
+        self._next_limits = next_limits
+        # The budget less what stands in front of the path: system messages, tools, the answer's frame.
+        added = vm_tools_tokens(channel, context.counter)
+        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - added
+        self._tail: list[Entry] = []  # this turn's VM exchange
+        self._folded = False  # rounds of it had to leave
+        self._stood: dict[int | None, list[Anchor]] = {}
+
+    def apply(self, mutation: PageMutation) -> None:
+        """The only way in which a turn changes the table."""
+        self.table.apply(mutation)
+        self.mutations.append(mutation)
+
+    @property
+    def mode(self) -> VMMode:
+        return self.limits.mode if self.channel.listed else VMMode.PASSIVE
+
+    # -- opening
+
+    def open(self) -> Generator[Effect, Any, None]:
+        """Append the new messages, or begin an epoch when they do not fit."""
+        before, counter = self.before, self.context.counter
+        if before is not None and before.counter and before.counter != counter.name:
+            before = before.recount(counter)  # another model than in the last turn
+        if before is not None and before.factor != self.limits.tokens_factor:
+            before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
+        self.before = before
+        if self._answered:
+            yield from self._settle(self._answered)
+        end = len(self.pages.path)
+        self._register(self.pages)
+        grown = self._grown(end, end)
+        if grown is None or not self._fits(grown):
+            yield from self._begin_epoch(self._next_epoch, self.pages, ())
+        else:
+            self._take_back()
+            self.window = grown
+
+    def _settle(self, end: int) -> Generator[Effect, Any, None]:
+        """Open the window for the answered messages alone, as if in a turn before this one.
+
+        What a client sends behind them may be said otherwise in its next request: this state, which
+        has nothing of it, is where that one goes on. Nothing is done when there is no window yet and
+        what stands behind leaves no room for one.
+        """
+        pages, last = self.pages.before(end), len(self.pages.path)
+        behind = self._entries(end, last, last)
+        grown = self._grown(end, end - 1, strict=True)
+        fits = grown is not None and self._fits(grown.append(behind))
+        rebuilt = not fits and self._leaves_room(end, behind)
+        if self.before is None and not rebuilt:
+            return
+        self.turn -= 1
+        self._register(pages)
+        if rebuilt:
+            yield from self._begin_epoch(self._next_epoch, pages, behind, last - end)
+            self.window = self.window.until(len(self.window.entries) - len(behind), end)
+            self.pages.derived = pages.derived
+        elif fits and grown is not None:
+            self._take_back(strict=True)
+            self.window = grown
+        elif self.before is not None:  # it does not fit, and the epoch is this turn's own
+            self.window = self._continued(self.before, end, end - 1)
+        self.settled = self.snapshot()
+        self.before = self.window
+        self.turn += 1
+
+    @property
+    def _next_epoch(self) -> int:
+        return self.before.epoch + 1 if self.before else 1
+
+    def _leaves_room(self, end: int, behind: Sequence[Entry]) -> bool:
+        """Whether an epoch can be planned without a look at what stands behind its path."""
+        path = self.pages.path
+        if end < len(path) and (
+            path[end].role in RESULT_ROLES or all(n.role != "user" for n in path[end:])
+        ):
+            return False
+        _, low = watermarks(self.room_for_messages, self.limits.working_set)
+        return sum(entry.tokens for entry in behind) <= low
+
+    def _differs_at(self, strict: bool = False) -> int | None:
+        assert self.before is not None
+        place = self.context.place
+        return differs_at(self.before, self.pages.path, place.anchors, place.start, strict)
+
+    def _grown(self, end: int, anchors_until: int, strict: bool = False) -> Window | None:
+        """The log with the path up to `end`, taken back first to where the client's system messages
+        differ from it; None when there is none to go on with."""
+        before = self.before
+        if before is None:
+            return None
+        if not self.context.place.start and before.notes != self.pages.notes_digest(before.native_from):
+            return None  # what was shown of the older ones is not what the client says now
+        at = self._differs_at(strict)
+        if at is not None:
+            if not self._whole(at, before.covered):
+                return None
+            before = before.taken_back(at)
+        return self._continued(before, end, anchors_until)
+
+    def _continued(self, before: Window, end: int, anchors_until: int) -> Window:
+        first = before.covered
+        placed = sum((e.kind, e.position) == (SYSTEM, first) for e in before.entries)
+        here = sum(anchor.position == first for anchor in self.context.place.anchors)
+        entries = self._entries(first, end, anchors_until)
+        return before.append(entries[min(placed, here) :], end)
+
+    def _entries(self, first: int, last: int, anchors_until: int) -> list[Entry]:
+        context = self.context
+        return client_entries(
+            self.pages, context.place.anchors, context.substitutes, first, last, anchors_until
+        )
+
+    def _fits(self, window: Window) -> bool:
+        """The window stays below the high watermark, with what may be brought in before the call."""
+        self.window = window
+        high, _ = watermarks(self.room, self.limits.working_set)
+        return window.tokens + self.evidence.reserve() <= high
+
+    def _whole(self, first: int, last: int) -> bool:
+        """These messages are in the window, and nothing of them was cut."""
+        entries = [self.table.lookup(i) for p in range(first, last) for i in self.pages[p].ids]
+        return all(e and e.tier is StorageTier.L0 and not e.level for e in entries)
+
+    def _register(self, pages: PathPages) -> None:
+        """Enter new pages in the table, and anew those whose system messages are others now."""
+        first = self.before.covered if self.before else 0
+        if self.before is not None and first:
+            at = self._differs_at()
+            for position in range(max(0, (first if at is None else at) - 1), first):
+                for mutation in self._renewed(pages[position]):
+                    self.apply(mutation)
+        for position in range(first, len(pages.path)):
+            for mutation in self._created(pages[position]):
+                self.apply(mutation)
+
+    def _created(self, message: MessagePages) -> Iterator[PageMutation]:
+        """A new message stands in the window, but for those before the floor; a standing instruction
+        is pinned."""
+        tier = StorageTier.L0 if message.position >= self.context.place.floor else StorageTier.L2
+        role, text = message.node.role, message.own_text
+        weight = importance_of(role, text)
+        for page in message.pages:
+            kind = page.page_type
+            yield PageMutation(
+                MutationType.CREATE, page.id, self.turn, None, tier, page.tokens,
+                importance=None if weight == DEFAULT_IMPORTANCE else weight,
+                modality=page.modality,
+                page_type=None if kind is PageType.TRANSCRIPT else kind,
+            )  # fmt: skip
+        if is_standing(role, text, message.text_tokens):
+            yield PageMutation(MutationType.PIN, message.pages[0].id, self.turn)
+
+    def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
+        """The pages of a message that the table has, where these are others now because the system
+        messages behind it changed. They are where those before them were."""
+        table, turn = self.table, self.turn
+        known = [table.lookup(page.id) for page in message.pages]
+        if all(known):
+            for page, entry in zip(message.pages, known, strict=True):
+                if entry is not None and entry.size_tokens != page.tokens:
+                    yield PageMutation(MutationType.UPDATE, page.id, turn, tokens=page.tokens)
+            return
+        old = self._stale(message)
+        before = [*old, *(e for e in known[: len(message.parts)] if e is not None)]
+        inside = bool(before) and all(e.tier is StorageTier.L0 and not e.level for e in before)
+        for entry in old:
+            if entry.tier is StorageTier.L0:
+                yield PageMutation(MutationType.EVICT, entry.page_id, turn, tier=StorageTier.L2)
+        tier, full = StorageTier.L0 if inside else StorageTier.L2, CompressionLevel.FULL
+        for page, entry in zip(message.pages, known, strict=True):
+            if entry is None:
+                yield PageMutation(MutationType.CREATE, page.id, turn, None, tier, page.tokens)
+            elif inside and entry.tier is not StorageTier.L0:
+                yield PageMutation(MutationType.MAP, page.id, turn, full, StorageTier.L0, page.tokens)
+
+    def _stale(self, message: MessagePages) -> list[PageTableEntry]:
+        """The text pages of a message that the table has under other ids."""
+        names = [make_page_id(message.position)]
+        while self.table.lookup(more := make_page_id(message.position, len(names))) is not None:
+            names.append(more)
+        found = (self.table.lookup(name) for name in names if name not in message.ids)
+        return [entry for entry in found if entry is not None]
+
+    def _take_back(self, strict: bool = False) -> None:
+        """What was brought into the part of the log that is gone is not in the window any more."""
+        record = self.context.place.record
+        if self.before is None or record is None or (at := self._differs_at(strict)) is None:
+            return
+        self.report.taken_back = True
+        for page_id in brought_since(record, at, self.context.get_record):
+            entry = self.table.lookup(page_id)
+            if entry is not None and entry.tier is StorageTier.L0 and entry.position < at:
+                self.apply(PageMutation(MutationType.EVICT, page_id, self.turn, tier=StorageTier.L2))
+
+    def snapshot(self) -> Stored:
+        """The state as it stands, for a record. Leaves of the table that are in `blocks` are whole in
+        RAM: nothing of them is read before they are stored."""
+        closing, blocks = b"", dict[bytes, bytes]()
+        derived = self.pages.derived
+        if self.segments:
+            root, blocks = self.table.checkpoint()
+            closing = encode_closing(root, self.segments, derived.end, self.limits.max_claims)
+        mutations = msgspec.msgpack.encode(encode_mutations(self.mutations))
+        return Stored(self.window, mutations, closing, blocks, derived, tuple(self.segments))
+
+    def _begin_epoch(
+        self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
+    ) -> Generator[Effect, Any, None]:
+        """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages.
+        ApiError context_length_exceeded when nothing fits."""
+        if self._next_limits is not None:
+            self.resize(self._next_limits)
+        room = self.room_for_messages
+        if room <= 0:
+            raise context_length_exceeded(self.limits, self.limits.budget_tokens - room)
+        newest = self.newest_entry() if self._tail else None
+        epoch = Epoch(self, pages, number, room, tuple(tail), after, newest)
+        self.window = yield from epoch.begin()
+        self.shown = [Load(page_id, level) for page_id, level in epoch.shown]
+        if epoch.folded:
+            self._tail, self._folded = list(epoch.tail), True
+        self.report.new_epoch = True
+        self.report.evicted_pages += epoch.evicted
+        if epoch.segment is not None:
+            self.segments.append(epoch.segment)
+
+    def resize(self, limits: Limits) -> None:
+        """Other bounds from now on."""
+        self._whole_room_tokens += limits.budget_tokens - self.limits.budget_tokens
+        self.limits, self._next_limits = limits, None
+        self.report.budget_tokens = limits.budget_tokens
+
+    # -- what is shown unasked
+
+    def bring(self) -> Generator[Effect, Any, None]:
+        """Pages that the newest user message is about go in front of its own text."""
+        entry = self.newest_entry()
+        if entry is None:
+            return
+        message = yield from self.evidence.bring(msgspec.json.decode(entry.raw))
+        if message is not None:
+            new = Entry(msgspec.json.encode(message), self.context.counter.message(message), entry.position)
+            entries = tuple(new if e is entry else e for e in self.window.entries)
+            tokens = self.window.tokens + new.tokens - entry.tokens
+            self.window = msgspec.structs.replace(self.window, entries=entries, tokens=tokens)
+
+    @property
+    def fault_reason(self) -> FaultReason:
+        """Why the model would ask for a page in this turn."""
+        if self.report.asked_back:
+            return FaultReason.USER_REQUESTED_RECALL
+        return FaultReason.TOOL_PREREQUISITE if self.context.agent else FaultReason.RESOLVE_REFERENCE
+
+    def newest_entry(self) -> Entry | None:
+        """The newest message, when it stands in the window in its own role."""
+        last = len(self.pages.path) - 1
+        return next((e for e in self.window.entries if e.position == last and e.kind == NATIVE), None)
+
+    # -- room
+
+    @property
+    def room_for_messages(self) -> int:
+        """Tokens for the window whichever standing instructions of the client's are in front of it."""
+        return self._whole_room_tokens - min(STANDING_TOKENS, self._standing_tokens(None))
+
+    @property
+    def room(self) -> int:
+        """Tokens for the window: what system messages before it and the tools leave of the budget."""
+        return self._whole_room_tokens - self._standing_tokens(self.window.native_from)
+
+    def _standing_tokens(self, native_from: int | None) -> int:
+        return sum(anchor_tokens(anchor, self.context.counter) for anchor in self._standing(native_from))
+
+    def _standing(self, native_from: int | None) -> list[Anchor]:
+        """The standing instructions that are in front of a window whose native messages begin there
+        (None: all there are), the newest ones within their share. They stay in front of a window that
+        does not hold them any more, as what a user said for all later answers stays in it."""
+        found = self._stood.get(native_from)
+        if found is None:
+            anchors, left = self.context.place.anchors, _ALL
+            if native_from is not None:
+                anchors = [a for a in anchors if owner(self.pages.path, a.position) < native_from]
+                left = STANDING_TOKENS
+            found = []
+            for anchor in reversed(anchors):
+                if len(anchor.raw) > 16 * PIN_TOKENS:
+                    continue
+                tokens = anchor_tokens(anchor, self.context.counter)
+                message = msgspec.json.decode(anchor.raw)
+                if is_standing(str(message.get("role")), message_text(message), tokens):
+                    left -= tokens
+                    if left < 0:
+                        break
+                    found.append(anchor)
+            found.reverse()
+            self._stood[native_from] = found
+        return found
+
+    @property
+    def free_tokens(self) -> int:
+        """What is left of the room."""
+        return self.room - self.window.tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens that an epoch could make free for this turn's exchange, less a little."""
+        stays = [*newest_entries(self.window, self.pages.path), *self._tail]
+        return min(self.room - sum(e.tokens for e in stays) - _FRAME_TOKENS, self.spare)
+
+    @property
+    def spare(self) -> int:
+        """What this turn's exchange may still take, to the last token: with that much more in it, an
+        epoch that keeps nothing else of older turns fits."""
+        rules = rules_tokens(self)
+        kept = [*newest_entries(self.window, self.pages.path), *self._tail]
+        return self.room_for_messages - rules - sum(entry.tokens for entry in kept)
+
+    @property
+    def result_room(self) -> int:
+        """Tokens that one VM result may take; none once the window could not keep all results."""
+        return 0 if self._folded else min(self.room // _RESULT_SHARE, self.left)
+
+    # -- rounds
+
+    def messages(self, form: Form) -> Generator[Effect, Any, bytes]:
+        """The next request's messages array; begins an epoch first when the log outgrew the room."""
+        if self.free_tokens < 0:
+            yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
+        self.report.used_tokens = self.limits.budget_tokens - self.free_tokens
+        standing = self._standing(self.window.native_from)
+        head = [*self.context.sent.system, *(anchor.raw for anchor in standing)]
+        window = self.window
+        if self.limits.mode is VMMode.STRICT and wants_json(self.context.decoded):
+            plain = without_citations(window.developer)  # no citation may get into the JSON
+            window = msgspec.structs.replace(window, developer=plain)
+        return render(head, window, self.limits.developer_role, not self.channel.listed, form)
+
+    def extend(self, exchange: Sequence[Entry]) -> None:
+        """Add a round's VM exchange at the end."""
+        self._tail.extend(exchange)
+        self.window = self.window.append(exchange)
+
+    def tell(self) -> None:
+        """Enter the window's state in the report."""
+        report = self.report
+        report.epoch = self.window.epoch
+        native = {e.position for e in self.window.entries if e.kind == NATIVE}
+        report.native_pages = [i for p in sorted(native) for i in self.pages[p].ids]
+        resident = self.table.resident()
+        report.context_pages = [e.page_id for e in resident if e.position not in native]
