@@ -3,8 +3,8 @@
     python -m tests.bench.ablation [--rows manifest,TLB] [--data beam] [--full] [--markdown]
 
 A row is the proxy without one part. Conversations are replayed turn by turn through the application in
-this process, upstream answering with the recorded turn; then their questions are asked, each as a fork of
-the full history, and the demo reader answers, with the VM tools.
+this process, upstream answering with the recorded turn; their questions are asked in the last turns, each as
+a fork of the history, and the demo reader answers, with the VM tools.
 
 - `locomo`, `beam`: questions all of whose evidence stands in full in the request that was answered, of those
   asked, and (in parentheses) those that had it before any call of a VM tool. `agents` have no questions:
@@ -57,6 +57,7 @@ from tests.bench.calls import running
 from tests.e2e.data import Conversation, load_beam, load_locomo, load_trajectories, tools_of
 
 DEFAULT = "default"
+ASKED_TURNS = 32  # the last ones: at one turn all questions would find the window at the same height
 STANDING = ("instruction_following", "preference_following")
 Message = dict[str, Any]
 Patch = tuple[str, Callable[[Any], Any]]  # "module:name", and what makes the new value of the old one
@@ -308,24 +309,34 @@ class Run:
         name, messages, upstream = conversation.id, conversation.messages, self._upstream
         tools = tools_of(conversation) if self._name == "agents" else []
         raws = [json.dumps(message).encode() for message in messages]
+        places = conversation.turns()[-ASKED_TURNS:] if conversation.questions else []
         for at, message in enumerate(messages):
             if at and message["role"] == "assistant" and messages[at - 1]["role"] != "assistant":
-                upstream.recorded = message
+                before, upstream.recorded = upstream.billed, message
                 await self._ask(raws[:at], tools)
+                self.result.bills[name] = self.result.bills.get(name, 0.0) + upstream.billed - before
                 if tools:
                     with self._meter.outside():
                         self._judge_step(f"{name}/{at}", messages, at)
-        self.result.bills[name] = replayed = upstream.billed
-        upstream.recorded = None
-        for number, question in enumerate(conversation.questions):
-            if number % self._data.every and question.category not in STANDING and not self._full:
-                continue
-            await self._ask([*raws, json.dumps({"role": "user", "content": question.text}).encode()])
-            with self._meter.outside():
-                evidence = [squeezed(messages[i]["content"]) for i in question.evidence]
-                at_once, answered = (shows(r, evidence) for r in (upstream.requests[0], upstream.requests[-1]))
-                self.result.asked[f"{name}/{number}"] = question.category, at_once, answered
-            self.result.asked_bills[name] = upstream.billed - replayed
+            if at in places:
+                before, upstream.recorded = upstream.billed, None
+                for number in range(places.index(at), len(conversation.questions), len(places)):
+                    await self._question(conversation, raws[: at + 1], number)
+                asked = self.result.asked_bills
+                asked[name] = asked.get(name, 0.0) + upstream.billed - before
+
+    async def _question(self, conversation: Conversation, raws: Sequence[bytes], number: int) -> None:
+        question, upstream = conversation.questions[number], self._upstream
+        if number % self._data.every and question.category not in STANDING and not self._full:
+            return
+        if max(question.evidence) >= len(raws):
+            return  # it was not said yet
+        await self._ask([*raws, json.dumps({"role": "user", "content": question.text}).encode()])
+        with self._meter.outside():
+            evidence = [squeezed(conversation.messages[i]["content"]) for i in question.evidence]
+            at_once, answered = (shows(r, evidence) for r in (upstream.requests[0], upstream.requests[-1]))
+            key = f"{conversation.id}/{number}"
+            self.result.asked[key] = question.category, at_once, answered
 
     def _judge_step(self, key: str, messages: Sequence[Message], at: int) -> None:
         """Whether an agent's window has what its answer takes from before the last four messages."""
@@ -433,7 +444,7 @@ def recall(result: Result, default: Result) -> str:
     if result is default:
         return f"{text} ±{100 * math.sqrt(found * (total - found) / total**3):.1f}"
     points, error = lost(result, default)
-    return f"{text} {-points:+.1f}±{error:.1f}"
+    return f"{text} {0.0 - points:+.1f}±{error:.1f}"
 
 
 def cells(name: str, results: Results, default: Results) -> dict[str, str]:
