@@ -14,7 +14,6 @@ import os
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import Draining, health_router
 from proxy.api.memory import Memory
@@ -22,9 +21,11 @@ from proxy.api.metrics import CONTENT_TYPE, Metrics
 from proxy.api.origins import Origins
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
 from proxy.api.paths import is_chat, is_ours
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
 from proxy.api.visit import Visit, path_kind
 from proxy.api.vm import vm_router
+from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.logs import configure
@@ -39,10 +40,11 @@ class App:
     def __init__(self, config: Config, observer: Observer | None = None) -> None:
         self.memory = Memory(config)
         self._upstream = make_upstream(config)
-        self._archive = Archive(config, self.memory, self._upstream)
-        self._stats = Stats(self.memory, self._archive.writer)
+        renditions = Renditions(config, self.memory)
+        self._writer = Writer(config, self._upstream, renditions)
+        self._stats = Stats(self.memory, self._writer)
         self._chat = ChatApi(
-            config, self._upstream, self.memory, self._archive, self._stats, observer
+            config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
         self._draining = Draining(config.server.drain_s)
@@ -51,7 +53,6 @@ class App:
             vm_router(
                 self._stats,
                 self.memory,
-                self._archive,
                 config.sessions,
                 self._chat.capable.table,
             )
@@ -133,7 +134,7 @@ class App:
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self._chat.close()
-                await self._archive.close()
+                await self._writer.close()
                 await self._upstream.close()
                 await self.memory.close()
                 await send({"type": "lifespan.shutdown.complete"})

@@ -55,7 +55,6 @@ def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: f
         search_results=config.search.max_results,
         snippet_tokens=config.search.snippet_tokens,
         segment_messages=config.segments.max_messages,
-        summary_tokens=config.segments.summary_tokens,
         max_claims=config.segments.max_claims,
         written_by_models=config.compression.model is not None,
         tokens_factor=factor,

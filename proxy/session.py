@@ -14,18 +14,18 @@ from uuid import uuid4
 
 from proxy.conversation.limits import Limits
 from proxy.conversation.local import LocalConversation
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import EvictionPolicy, ImportanceWeightedLRU
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manager import MemoryManager
 from proxy.memory.manifest import ManifestBuilder, ManifestPolicies
 from proxy.memory.models import CompressionLevel, MemoryPage, VMMode
-from proxy.memory.vm_prompts import (
+from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,
     build_vm_developer_message,
+    error_result,
     get_vm_tools_as_dicts,
 )
-from proxy.memory.vm_results import error_result
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
 
@@ -251,6 +251,5 @@ def _limits(config: WorkingSetConfig, mode: VMMode) -> Limits:
         search_results=10,
         snippet_tokens=64,
         segment_messages=512,
-        summary_tokens=160,
         max_claims=128,
     )

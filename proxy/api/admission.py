@@ -37,7 +37,7 @@ from proxy.conversation.tree import Anchor, Node, Record
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.limits import limits_of
-from proxy.memory.eviction_policy import (
+from proxy.memory.eviction import (
     LRU,
     EvictionPolicy,
     ImportanceWeightedLRU,

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
-from proxy.api.archive import Archive
 from proxy.api.asked import StatedWindows
 from proxy.api.capable import Capable
 from proxy.api.encodings import decoded, encodings, plain_headers
@@ -28,8 +27,10 @@ from proxy.api.passthrough import (
     send_error,
 )
 from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
 from proxy.api.visit import Visit
+from proxy.api.writer import Writer
 from proxy.config import Config
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
@@ -56,14 +57,16 @@ class ChatApi:
         config: Config,
         upstream: Upstream,
         memory: Memory,
-        archive: Archive,
+        renditions: Renditions,
+        writer: Writer,
         stats: Stats,
         observer: Observer | None,
     ) -> None:
         self._config = config
         self._upstream = upstream
         self._memory = memory
-        self._archive = archive
+        self._renditions = renditions
+        self._writer = writer
         self._stats = stats
         self._observer = observer
         self.capable = Capable(config, memory)
@@ -132,7 +135,9 @@ class ChatApi:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                self._archive.after(turn, context, scope["headers"])
+                self._writer.submit(
+                    context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
+                )
                 query = scope.get("query_string", b"")
                 self._stated.look(context.scope, context.model, scope["headers"], query)
         except ApiError as error:
@@ -266,7 +271,7 @@ class ChatApi:
                 elif isinstance(effect, Search):
                     reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
-                    reply = await self._archive.load(context.tenant, effect, turn.pages)
+                    reply = await self._renditions.load(context.tenant, effect, turn.pages)
         except StopIteration as end:
             answer: Answer = end.value
         finally:

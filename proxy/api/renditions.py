@@ -1,4 +1,4 @@
-"""Lower levels of pages that cost a codec or a model: made once, kept in L3.
+"""What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept in L3.
 
 Promises: a rendition is found by tenant, content and level, so nobody sees another's words about an
 equal image (invariant 6); without L3 or a model it is made anew or said extractively, and the turn
@@ -12,11 +12,14 @@ import logging
 from contextlib import suppress
 
 from proxy.api.memory import Memory
+from proxy.config import Config
+from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.storage.l2 import StorageError
+from proxy.storage.l3 import ArtifactStore
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +32,28 @@ _WORDS = {
 
 
 class Renditions:
-    """One per process; `memory` keeps which rendition is which artifact, `bridge` the artifacts."""
+    """One per process; `memory` keeps which rendition is which artifact, `tiers.l3.url` the artifacts."""
 
-    def __init__(self, memory: Memory, bridge: ArtifactsBridge, written_by_models: bool) -> None:
+    def __init__(self, config: Config, memory: Memory) -> None:
         self._memory = memory
-        self._bridge = bridge
-        self.written_by_models = written_by_models
+        url = config.tiers.l3.url or str(config.tiers.l2.path / "artifacts")
+        self._bridge = ArtifactsBridge(ArtifactStore(url))
+        models = config.compression
+        self._written_by_models = bool(models.model or models.transcription_model)
 
-    async def load(self, tenant: bytes, effect: Load, pages: PathPages) -> MemoryPage:
-        """The page at a level: as a model wrote it, as it was made before, or made now."""
+    async def load(self, tenant: bytes, effect: Load, pages: PathPages) -> MemoryPage | None:
+        """The page at a level: as a model wrote it, as it was made before, or made now. None for a summary
+        that is not written yet."""
         level = CompressionLevel(effect.level)
+        if (unwritten := unwritten_page(pages, effect.page_id)) is not None:
+            return await self.find(tenant, unwritten, level, WRITTEN)
         page = pages.page(effect.page_id)
-        if level is CompressionLevel.FULL and page.page_type is not PageType.SUMMARY:
+        if level is CompressionLevel.FULL:
             return page
         if pages.medium(effect.page_id) is not None:
             return await self._medium(tenant, await self._told(tenant, page), level, pages)
-        for source in range(level, -1, -1) if self.written_by_models else ():
+        in_words = self._written_by_models and page.page_type is PageType.TRANSCRIPT
+        for source in range(level, -1, -1) if in_words else ():
             written = await self.find(tenant, page, CompressionLevel(source), WRITTEN)
             if written is not None:
                 return pages.shown(written, level)
@@ -63,7 +72,7 @@ class Renditions:
 
     async def _told(self, tenant: bytes, page: MemoryPage) -> MemoryPage:
         """A medium with the words that a model wrote about it, if any: its lower levels show them."""
-        where = _WORDS.get(page.modality) if self.written_by_models else None
+        where = _WORDS.get(page.modality) if self._written_by_models else None
         if where is None:
             return page
         key, level = where

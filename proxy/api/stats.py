@@ -46,12 +46,12 @@ class Stats:
         for fault in report.faults:
             metrics.record_recall(fault.error is None)
             if fault.error is None and fault.tokens:
-                metrics.record_fault(fault.page_id, report.turn, fault.refault)
+                metrics.record_fault(fault.refault)
         for search in report.searches:
             metrics.record_recall(bool(search.results))
         metrics.record_eviction(len(report.evicted_pages))
         for brought in report.prefetched:
-            metrics.record_prefetch(brought.source, used=int(brought.used))
+            metrics.record_prefetch(brought.source, brought.used)
 
     def snapshot(self) -> dict[str, Any]:
         """JSON values, in a fixed order."""

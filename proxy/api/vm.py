@@ -15,7 +15,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from proxy.api.archive import Archive
 from proxy.api.caller import Caller, caller, encoded, with_body
 from proxy.api.memory import Memory
 from proxy.api.stats import Stats
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 def vm_router(
     stats: Stats,
     memory: Memory,
-    archive: Archive,
     sessions: SessionsConfig,
     capabilities: Callable[[bytes], list[dict[str, Any]]],
 ) -> APIRouter:
@@ -69,7 +67,7 @@ def vm_router(
 
     @router.get("/context")
     async def read_context(request: Request) -> Response:
-        return await _answer(lambda: _context(request, head_of(request), memory, archive))
+        return await _answer(lambda: _context(request, head_of(request), memory))
 
     @router.get("/provenance")
     async def read_provenance(request: Request) -> Response:
@@ -132,22 +130,18 @@ def _last(answers: bytes, get: GetRecord) -> Record | None:
 # -- what was in the window
 
 
-async def _context(
-    request: Request, head: Record, memory: Memory, archive: Archive
-) -> dict[str, Any]:
+async def _context(request: Request, head: Record, memory: Memory) -> dict[str, Any]:
     asked = request.query_params.get("turn", str(head.turn))
     digits = asked.isascii() and asked.isdigit() and len(asked) <= _TURN_DIGITS
     if not digits or not 1 <= int(asked) <= head.turn:
         raise ApiError(400, f"turn must be a whole number from 1 to {head.turn}.", param="turn",
                        code="invalid_turn")  # fmt: skip
-    answer, closing = await asyncio.to_thread(_context_at, head, int(asked), memory)
-    answer["checkpoint"] = await archive.checkpoint_of(closing) if closing else None
-    return answer
+    return await asyncio.to_thread(_context_at, head, int(asked), memory)
 
 
-def _context_at(head: Record, turn: int, memory: Memory) -> tuple[dict[str, Any], bytes]:
-    """The window that upstream was sent in a turn, and the record that closed the last segment by
-    then (b"" for none). A turn that did not page had everything in front of its answer."""
+def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
+    """The window that upstream was sent in a turn. A turn that did not page had everything in front
+    of its answer."""
     record = _record_at(head, turn, memory.get_record)
     derived = NO_DERIVED
     if record.window:
@@ -156,7 +150,7 @@ def _context_at(head: Record, turn: int, memory: Memory) -> tuple[dict[str, Any]
         derived = _derived(record, memory)
     else:
         pages = [{"page_id": page_id(p), "level": 0} for p in range(record.end - 1)]
-    answer = {
+    return {
         "last_turn": head.turn,
         "turn": turn,
         "paged": bool(record.window),
@@ -166,7 +160,6 @@ def _context_at(head: Record, turn: int, memory: Memory) -> tuple[dict[str, Any]
             for i, p in derived.pages.items()
         ],
     }
-    return answer, record.id if record.closing else record.closed
 
 
 def _record_at(head: Record, turn: int, get: GetRecord) -> Record:

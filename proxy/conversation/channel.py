@@ -23,7 +23,7 @@ import msgspec
 
 from proxy.conversation.limits import Limits
 from proxy.memory.models import VMMode
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES, get_vm_tools_as_dicts
+from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES, get_vm_tools_as_dicts
 from proxy.tokens import TokenCounter
 
 MAX_TOOLS = 128  # OpenAI's limit for one request

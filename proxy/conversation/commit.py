@@ -23,21 +23,19 @@ from proxy.conversation.tree import (
     record_key,
 )
 from proxy.conversation.window import Window, encode_change
-from proxy.memory.segments import Segment
 
 _pack = msgspec.msgpack.encode
 
 
 class Stored(NamedTuple):
     """A state as a record keeps it: the window, and since the state that it was continued from the
-    encoded mutations and what was closed. `blocks` are the page table's new ones, by reference."""
+    encoded mutations and what its epochs derived. `blocks` are the page table's new ones, by reference."""
 
     window: Window
     mutations: bytes
     closing: bytes
     blocks: Mapping[bytes, bytes]
     derived: Derived
-    segments: Sequence[Segment]  # what was closed, decoded
 
     def fields(self, before: Window | None, record: Record | None) -> dict[str, object]:
         """A record's fields; `before` is the window after `record`, which it was continued from."""

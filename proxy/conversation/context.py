@@ -18,7 +18,7 @@ from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.state import State
 from proxy.conversation.tree import GetRecord, Identity
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy
 from proxy.tokens import TokenCounter
 
 

@@ -8,14 +8,7 @@ from typing import Any
 
 from proxy.conversation.calibration import Calibration
 from proxy.conversation.tree import Record
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Answered with the `MemoryPage` at a level: the best version of it that there is by now."""
-
-    page_id: str
-    level: int
+from proxy.memory.faults import Load as Load
 
 
 @dataclass(frozen=True, slots=True)

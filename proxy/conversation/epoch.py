@@ -3,7 +3,7 @@
 Promises: the new window fits the room whatever the history (or the request is refused as too large);
 the newest message is in it; the layout is the developer message with rules, manifest and kept pages,
 then kept media in a user message, then the newest groups in their own roles; what was in the window
-and is not any more is a page, and the segment that leaves is closed first. The manifest's cost does not
+and is not any more is a page, and of the segment that leaves a line says what it was about. The manifest's cost does not
 grow with the history: a bounded number of entries is priced, and what is older is one line per segment.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from proxy.conversation.closing import close_segment, created
+from proxy.conversation.derived import derive, entered
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
 from proxy.conversation.oversized import Cuts, cut_newest
@@ -31,7 +31,8 @@ from proxy.conversation.window import (
 )
 from proxy.errors import ApiError
 from proxy.memory.compressor import hint
-from proxy.memory.context_packer import context_parts, page_parts
+from proxy.memory.context import context_parts, page_parts
+from proxy.memory.eviction import PinnedSet, PinReason
 from proxy.memory.manifest import (
     MIN_MANIFEST_TOKENS,
     AvailablePageEntry,
@@ -49,10 +50,8 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.pages import page_id as make_page_id
-from proxy.memory.pins import PinnedSet, PinReason
 from proxy.memory.planner import Budget, Group, Plan, native_groups, plan
-from proxy.memory.segments import Segment
-from proxy.memory.vm_prompts import build_vm_developer_message
+from proxy.memory.vm_tools import build_vm_developer_message
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_MESSAGE
 
@@ -80,7 +79,7 @@ class Epoch:
 
     `tail`: this turn's VM exchange so far, or the `after` messages that follow those of the pages.
     `newest`: the newest message as this turn already sent it. After `begin()`: `evicted` pages left the
-    window, `segment` was closed, `shown` are the older pages in it by (id, level), and where the
+    window, `made` were derived, `shown` are the older pages in it by (id, level), and where the
     exchange did not fit, `tail` is what is left of it (`folded`).
     """
 
@@ -103,7 +102,7 @@ class Epoch:
         self.newest = newest
         self.folded = False
         self.evicted: list[str] = []
-        self.segment: Segment | None = None
+        self.made: Sequence[MemoryPage] | None = None
         self.shown: dict[tuple[str, int], MemoryPage] = {}
         floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
@@ -148,7 +147,7 @@ class Epoch:
         over = 0
         for shrink in (1.0, 0.5, 0.0):
             budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
-            self._close(groups, budget)
+            yield from self._derive(groups, budget)
             candidates = [*self._derived_groups(), *groups]
             planned = plan(turn.table, candidates, budget, turn.context.policy, turn.turn, _is_pinned)
             planned.native = [g for g in planned.native if g.first < self._end]
@@ -162,15 +161,15 @@ class Epoch:
                 return window, 0
         return None, over
 
-    def _close(self, groups: Sequence[Group], budget: Budget) -> None:
+    def _derive(self, groups: Sequence[Group], budget: Budget) -> Generator[Effect, Any, None]:
         """Close the segment of what is about to leave; what derives from it competes for the window."""
-        if self.segment is not None:
+        if self.made is not None:
             return
         turn, pages = self.turn, self.pages
         last = native_from(native_groups(groups, budget.native_tokens), self._end)
-        known = pages.derived.pages
-        self.segment = close_segment(pages, last, turn.limits, turn.turn, turn.context.counter)
-        for mutation in created(self.segment, pages, turn.turn, known) if self.segment else ():
+        before = pages.derived
+        self.made = yield from derive(pages, last, turn.limits, turn.turn, turn.context.counter)
+        for mutation in entered(self.made, before, pages.derived, turn.turn):
             turn.apply(mutation)
 
     # -- what may stay native
@@ -250,7 +249,7 @@ class Epoch:
         if page is None:
             pages = self.pages
             made_elsewhere = self.turn.limits.written_by_models or pages.medium(page_id) is not None
-            if made_elsewhere and (level or page_id in pages.derived.pages):
+            if made_elsewhere and level:
                 page = yield Load(page_id, int(level))
             else:
                 page = pages.at(page_id, level)
@@ -351,26 +350,27 @@ class Epoch:
         return builder.fit(max_tokens, turn.context.counter.text).model_dump_json()
 
     def _segments(self, end: int) -> list[tuple[int, int, str]]:
-        """Positions 0..end-1 as ranges (first, last, topics): the closed segments, and what is before
-        them as one."""
-        pages = self.pages
-        ranges: list[tuple[int, int, str]] = []
-        for page in reversed(list(pages.derived.pages.values())):
-            if page.page_type is not PageType.INDEX:
-                continue
-            first, last = (pages.position(i) for i in page.provenance)
-            if first < end:
-                ranges.append((first, min(last + 1, end), page.text().partition("): ")[2]))
-            if len(ranges) == _SEGMENTS:
-                break
-        ranges.reverse()
-        before = ranges[0][0] if ranges else end
-        said = ""  # by the first user message of what is before
-        if before:
-            looked_at = range(min(before, _LOOKED_AT))
-            speaker = next((p for p in looked_at if pages.path[p].role == "user"), 0)
-            said = hint(pages[speaker].parts[0], _FIRST_HINT_WORDS)
-        return [(0, before, said), *ranges]
+        """Positions 0..end-1 as ranges (first, last, topics): the newest closed segments, and what is in
+        none of them with what its first user message says."""
+        closed: list[tuple[int, int, str]] = []
+        for page in reversed(list(self.pages.derived.pages.values())):
+            if page.page_type is PageType.INDEX and len(closed) < _SEGMENTS:
+                first, last = (self.pages.position(i) for i in page.provenance)
+                if first < end:
+                    closed.append((first, min(last + 1, end), page.text().partition("): ")[2]))
+        ranges, at = list[tuple[int, int, str]](), 0
+        for first, last, topics in (*reversed(closed), (end, end, "")):
+            if at < first:
+                ranges.append((at, first, self._opening(at, first)))
+            ranges.append((first, last, topics))
+            at = last
+        return ranges
+
+    def _opening(self, first: int, last: int) -> str:
+        """What the first user message of positions first..last-1 says."""
+        looked_at = range(first, min(last, first + _LOOKED_AT))
+        speaker = next((p for p in looked_at if self.pages.path[p].role == "user"), first)
+        return hint(self.pages[speaker].parts[0], _FIRST_HINT_WORDS)
 
 
 def native_from(native: Sequence[Group], end: int) -> int:

@@ -1,232 +1,305 @@
-"""Answers the model's VM calls: page_fault and search_pages, within the turn's limits. Pure.
+"""The VM calls of one round: which are ours, what answers them, and what that may cost. Pure.
 
-Promises: every call gets a result the model can use, an error included; what a turn may load is
-bounded in pages and tokens; no result is longer, as the JSON that it is, than the window can take;
-a page that is already in front of the model costs nothing; only pages of this path can be named or
-found (invariant 6); an image comes back as it was, in a message that the API takes it in.
+Promises: a call is the VM's by what its name means (`Channel.tool`), and so is a call of nobody's tool
+where the client has none. Each VM call that is kept has exactly one result that the model can use, an
+error included, under a listed name, under an id of its own, in a bounded number per round; media follow
+the results in a user message, which the API takes them in. What a turn may load is bounded in pages and
+tokens, and the exchange fits the window: no result is longer, as the JSON that it is, than the window
+can take, and each leaves room for those that come after it. A page that is already in front of the
+model costs nothing; only pages of this path can be named or found (invariant 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from proxy.conversation.effects import Effect, Load, Search
-from proxy.conversation.limits import Limits
-from proxy.conversation.pages import PathPages
+import msgspec
+
+from proxy.conversation.channel import Channel
+from proxy.conversation.compose import as_input
+from proxy.conversation.effects import Effect, Said, Search
 from proxy.conversation.report import FaultReport, SearchReport
+from proxy.conversation.textcalls import (
+    as_message,
+    as_tool_calls,
+    calls_in,
+    said_text,
+    unwrapped,
+)
+from proxy.conversation.turn_window import TurnWindow
+from proxy.conversation.window import VM, Entry
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import quote_json
-from proxy.memory.fault_handler import FaultResult, PageFaultHandler
+from proxy.memory.context import context_parts
+from proxy.memory.faults import PageFaultHandler, Room
 from proxy.memory.models import (
     Actor,
     CompressionLevel,
     FaultReason,
-    MemoryPage,
     Modality,
     MutationType,
     PageMutation,
     StorageTier,
 )
 from proxy.memory.pages import Hit
-from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
-from proxy.memory.vm_results import SearchResultEntry, error_result, search_result
-from proxy.tokens import TokenCounter
+from proxy.memory.vm_tools import (
+    PAGE_FAULT,
+    SEARCH_PAGES,
+    FaultArgs,
+    SearchArgs,
+    SearchResultEntry,
+    SearchToolResult,
+    error_result,
+    parse_fault_args,
+    parse_search_args,
+)
 
+NO_ROOM = error_result("There is no room left; answer with what you have.")
+_NO_TOOL = "There is no such tool; answer in words."
+_CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
+_NAME_CHARS = 64  # of a function's name, by the API
+_ERROR_TOKENS = 64  # a VM result that says no
 _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
 _DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
-_RESULT_OVERHEAD = 72  # the JSON around a page's text
 _MEDIA_OVERHEAD = 48  # the message around a page's media, and its notice
-NO_TOOL = "none"  # a call of a tool that nobody has
-NO_ROOM = error_result("There is no room left; answer with what you have.")
+_MEDIA_NOTICE = "The media of the pages just loaded, in the order of the calls:"
+_json = msgspec.json.encode
+Call = dict[str, Any]
+# What a call asks for: its tool (None: one that nobody has), and its arguments or a sentence on them.
+Asked = tuple[str | None, FaultArgs | SearchArgs | str]
+# A tool message's content, and the media that go in a user message after it.
+Served = tuple[str, Sequence[dict[str, Any]]]
 
 
-class Room(NamedTuple):
-    """What one result may take: `tokens`, its fair part of the window, by the page's own text, and
-    `spare_tokens`, all that there is (at least `NO_ROOM`'s), by the result's text as it is sent."""
-
-    tokens: int
-    spare_tokens: int
-
-
-class Served(NamedTuple):
-    """A tool message's content, and the media that go in a user message after it."""
-
-    content: str
-    parts: Sequence[dict[str, Any]] = ()
+def split_calls(message: Mapping[str, Any], channel: Channel) -> tuple[list[Call], list[Call]]:
+    """A message's tool calls: the VM's and the client's."""
+    vm: list[Call] = []
+    client: list[Call] = []
+    for call in message.get("tool_calls") or ():
+        ours = not channel.client_calls
+        if not ours and "custom" not in call:
+            ours = channel.tool((call.get("function") or {}).get("name")) is not None
+        (vm if ours else client).append(call)
+    return vm, client
 
 
-class _Words:
-    """Counts texts: as JSON where the window could not take that. No method of the server's, which
-    would be a cycle through it: a turn is gone with its last reference."""
+def understood(said: Said, channel: Channel, talked: Callable[[], bool]) -> Said:
+    """A round with the VM calls that it made in other words (as text, within another call, as an old
+    function call) as calls of its message; a streamed round's text was read by the sieve."""
+    message = as_tool_calls(said.messages[0], channel)
+    calls: list[Call] = []
+    for call in message.get("tool_calls") or ():
+        body = call.get("function") or {}
+        known = body.get("name") in channel.client or channel.tool(body.get("name"))
+        inner = [] if known else unwrapped(body.get("arguments"), channel)
+        calls += as_message({}, inner, channel)["tool_calls"] if inner else [call]
+    if calls:
+        message = {**message, "tool_calls": calls}
+    unread = said.unread
+    if said.response is not None:
+        spoken = calls_in(said_text(message), channel, talked)
+        if spoken:
+            message = as_message(message, spoken, channel)
+        unread = spoken == []
+    if message is said.messages[0] and unread == said.unread:
+        return said
+    return replace(said, messages=[message, *said.messages[1:]], unread=unread)
 
-    def __init__(self, count: Callable[[str], int]) -> None:
-        self._count = count
-        self.spare_tokens: int | None = None  # for the page whose level is being chosen
 
-    def __call__(self, text: str) -> int:
-        if self.spare_tokens is not None:
-            quoted = self._count(quote_json(text))
-            if quoted > self.spare_tokens:
-                return quoted
-        return self._count(text)
+class VMCalls:
+    """One per turn: answers the VM calls of its rounds within the turn's window and limits."""
 
-
-class FaultServer:
-    """One per turn. `apply` records a mutation."""
-
-    def __init__(
-        self,
-        pages: PathPages,
-        table: TLBWithPageTable,
-        counter: TokenCounter,
-        limits: Limits,
-        turn: int,
-        apply: Callable[[PageMutation], None],
-        reason: FaultReason = FaultReason.RESOLVE_REFERENCE,
-    ) -> None:
-        self._pages = pages
-        self._table = table
-        self._counter = counter
-        self._limits = limits
-        self._turn = turn
-        self._apply = apply
-        self._reason = reason
-        self._words = _Words(counter.text)
-        self.handler = PageFaultHandler(
-            table,
-            max_faults_per_turn=limits.faults_per_turn,
-            max_tokens_per_turn=limits.fault_tokens,
-            locate=pages.expand,
-            apply=apply,
-            compress=lambda page, level: pages.registry.compress(page, level, counter),
-            count=self._words,
-            part_tokens=counter.part,
-            overhead_tokens=_RESULT_OVERHEAD,
-            turn=turn,
+    def __init__(self, paging: TurnWindow) -> None:
+        self._paging = paging
+        self._pages, self._table = paging.pages, paging.table
+        self._counter, self._limits = paging.context.counter, paging.limits
+        self._handler = PageFaultHandler(
+            paging.table,
+            max_faults_per_turn=self._limits.faults_per_turn,
+            max_tokens_per_turn=self._limits.fault_tokens,
+            locate=paging.pages.expand,
+            apply=paging.apply,
+            registry=paging.pages.registry,
+            counts=self._counter,
+            turn=paging.turn,
         )
         self.faults: list[FaultReport] = []
         self.searches: list[SearchReport] = []
 
     @property
     def exhausted(self) -> bool:
-        return not self.handler.can_fault()
+        """The turn may load nothing more."""
+        return not self._handler.can_fault()
+
+    # -- a round
+
+    def takes(self, message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> bool:
+        """The window could take these calls with at least an error for each."""
+        served = calls[:_CALLS_PER_ROUND]
+        said = self._counter.message(as_input({**message, "tool_calls": list(served)}))
+        if said + self._least(served) > self._paging.spare:  # their ids may be long
+            return False
+        return said + _ERROR_TOKENS * len(served) <= self._paging.left
 
     def serve(
-        self, tool: str, arguments: str, room: Room, media: bool = True
-    ) -> Generator[Effect, Any, Served]:
+        self, message: Mapping[str, Any], calls: Sequence[Call], number: int
+    ) -> Generator[Effect, Any, list[Entry]]:
+        """The exchange of round `number`: the model's message as it made it, and the VM results."""
+        served = calls[:_CALLS_PER_ROUND]
+        dropped = {id(call) for call in calls[_CALLS_PER_ROUND:]}
+        kept = [call for call in message["tool_calls"] if id(call) not in dropped]
+        ids = [call.get("id") for call in kept]
+        for index, call in enumerate(served):
+            if not call.get("id") or ids.count(call["id"]) > 1:  # some servers give none, or one
+                call["id"] = f"call_vm_{self._paging.turn}_{number}_{index}"
+        asked = [self.read(call) for call in served]
+        listed = {id(c): self._listed(c, tool) for c, (tool, _) in zip(served, asked, strict=True)}
+        said = as_input({**message, "tool_calls": [listed.get(id(c), c) for c in kept]})
+        if self._counter.message(said) > self._paging.result_room:
+            short = [_without_arguments(listed[id(c)]) if id(c) in listed else c for c in kept]
+            said = {**said, "content": None, "tool_calls": short}
+        exchange = [self._entry(said)]
+        alone = len(served) == len(kept)  # else the client's results follow, and nothing else may
+        media: list[dict[str, Any]] = []
+        for index, call in enumerate(served):
+            used = sum(entry.tokens for entry in exchange)
+            room = self._paging.result_room - used
+            room -= sum(self._counter.part(part) for part in media)
+            spare = self._paging.spare if alone else self._paging.room_for_messages
+            spare -= used + sum(entry.tokens for entry in self._following(media))
+            spare -= self._least(served[index + 1 :]) + self._reply(call, "").tokens
+            content, parts = yield from self.answer(asked[index], Room(room, spare), alone)
+            media += parts
+            exchange.append(self._reply(call, content))
+        return exchange + self._following(media)
+
+    def read(self, call: Call) -> Asked:
+        """What a call asks for: its tool by its name, else by its arguments."""
+        tool, text = self._paging.channel.tool((call.get("function") or {}).get("name")), _arguments(call)
+        if tool != SEARCH_PAGES:
+            fault = parse_fault_args(text)
+            if tool is not None or isinstance(fault, FaultArgs):
+                return PAGE_FAULT, fault
+        search = parse_search_args(text)
+        if tool is not None or isinstance(search, SearchArgs):
+            return SEARCH_PAGES, search
+        return None, _NO_TOOL
+
+    def _listed(self, call: Call, tool: str | None) -> Call:
+        """A call of ours under the name that the request lists: an API takes no other spelling."""
+        body = call.get("function")
+        body = body if isinstance(body, dict) else {}
+        name = self._paging.channel.names.get(tool) if tool is not None else None
+        if name is None:  # of no tool that there is
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", str(body.get("name") or "unknown"))[:_NAME_CHARS]
+        if body.get("name") == name:
+            return call
+        rest = {k: v for k, v in call.items() if k != "custom"}
+        named = {"arguments": _arguments(call), **body, "name": name}
+        return {**rest, "type": "function", "function": named}
+
+    def _least(self, calls: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens of the shortest results that these calls can have."""
+        return sum(self._reply(call, NO_ROOM).tokens for call in calls)
+
+    def _reply(self, call: Mapping[str, Any], content: str) -> Entry:
+        return self._entry({"role": "tool", "tool_call_id": call.get("id"), "content": content})
+
+    def _following(self, media: Sequence[dict[str, Any]]) -> list[Entry]:
+        """The media of a round in a message behind its results: a tool message takes only text."""
+        if not media:
+            return []
+        about = {"type": "text", "text": _MEDIA_NOTICE}
+        return [self._entry({"role": "user", "content": context_parts([about, *media])})]
+
+    def _entry(self, message: dict[str, Any]) -> Entry:
+        return Entry(_json(message), self._counter.message(message), -1, VM)
+
+    # -- one call
+
+    def answer(self, asked: Asked, room: Room, media: bool = True) -> Generator[Effect, Any, Served]:
         """The result of one call. `media` false: no message may follow, so images stay words."""
-        if tool == "search_pages":
-            return Served((yield from self._search(arguments, room)))
-        if tool == NO_TOOL:
-            return self._error("", 0, "There is no such tool; answer in words.", room)
-        args = parse_fault_args(arguments)
-        if isinstance(args, str):
-            return self._error("", 0, args, room)
-        return (yield from self._fault(args, room, media))
-
-    def _error(self, wanted: str, level: int, message: str, room: Room) -> Served:
-        self.faults.append(FaultReport(wanted, int(level), 0, message))
-        return Served(self._says(message, room))
-
-    def _says(self, message: str, room: Room) -> str:
-        """A sentence for the model, the shortest one where there is no room for it."""
-        said = error_result(message)
-        return said if self._counter.text(said) <= room.spare_tokens else NO_ROOM
-
-    # -- page_fault
-
-    def _fault(
-        self, args: FaultArgs, room: Room, media: bool
-    ) -> Generator[Effect, Any, Served]:
-        wanted, level = args
-        ids = self._pages.expand(wanted)
-        if not ids:
-            last = self._pages[len(self._pages.path) - 1].ids[0]
-            error = f"There is no page {wanted}: pages are msg_0001 to {last}."
-            return self._error(wanted, level, error, room)
-        if not media and self._pages.medium(ids[0]) is not None:
-            level = max(level, CompressionLevel.ABSTRACT)
-        before = self._refaults(ids[0])
-        beside = _MEDIA_OVERHEAD if self._pages.medium(ids[0]) is not None else 0
-        result = yield from self._resolve(wanted, level, room, beside)
-        if result.resident:
-            self.faults.append(FaultReport(wanted, int(level), 0))
-            return Served(self._says(f"{wanted} is already loaded: you have it above.", room))
-        if result.page is None:
-            return self._error(wanted, level, result.error or "", room)
-        shown = int(result.page.compression_level)
-        refault = self._refaults(ids[0]) > before
-        self.faults.append(FaultReport(wanted, shown, result.tokens, refault=refault))
-        told = self.handler.build_tool_result(result.page)
-        return Served(told.model_dump_json(), result.parts)
-
-    def _refaults(self, wanted: str) -> int:
-        entry = self._table.lookup(wanted)
-        return entry.refault_count if entry is not None else 0
-
-    def _resolve(
-        self, wanted: str, level: CompressionLevel, room: Room, beside_tokens: int
-    ) -> Generator[Effect, Any, FaultResult]:
-        """The handler's dialogue, with each page that it wants loaded by the shell."""
-        spare = room.spare_tokens - beside_tokens
-        dialogue = self.handler.resolve(wanted, level, self._reason, min(room.tokens, spare))
-        self._words.spare_tokens = spare - _RESULT_OVERHEAD
-        page: MemoryPage | None = None
-        try:
-            while True:
-                asked = dialogue.send(page)
-                page = yield Load(asked.page_id, int(asked.level))
-        except StopIteration as end:
-            result: FaultResult = end.value
-        self._words.spare_tokens = None
-        return result
-
-    # -- search_pages
-
-    def _search(self, arguments: str, room: Room) -> Generator[Effect, Any, str]:
-        args = parse_search_args(arguments)
-        if isinstance(args, str):
+        tool, args = asked
+        if isinstance(args, FaultArgs):
+            return (yield from self._fault(args, room, media))
+        if isinstance(args, SearchArgs):
+            return (yield from self._search(args, room)), ()
+        if tool == SEARCH_PAGES:
             self.searches.append(SearchReport("", []))
             return self._says(args, room)
+        return self._error("", 0, args, room)
+
+    def _error(self, page_id: str, level: int, message: str, room: Room) -> Served:
+        self.faults.append(FaultReport(page_id, int(level), 0, message))
+        return self._says(message, room)
+
+    def _says(self, message: str, room: Room) -> Served:
+        """A sentence for the model, the shortest one where there is no room for it."""
+        said = error_result(message)
+        return (said if self._counter.text(said) <= room.spare_tokens else NO_ROOM), ()
+
+    def _fault(self, args: FaultArgs, room: Room, media: bool) -> Generator[Effect, Any, Served]:
+        page_id, level = args
+        ids = self._pages.expand(page_id)
+        if not ids:
+            last = self._pages[len(self._pages.path) - 1].ids[0]
+            error = f"There is no page {page_id}: pages are msg_0001 to {last}."
+            return self._error(page_id, level, error, room)
+        within = room
+        if self._pages.medium(ids[0]) is not None:
+            within = Room(room.tokens, room.spare_tokens - _MEDIA_OVERHEAD)
+            level = level if media else max(level, CompressionLevel.ABSTRACT)
+        result = yield from self._handler.resolve(page_id, level, self._paging.fault_reason, within)
+        if result.resident:
+            self.faults.append(FaultReport(page_id, int(level), 0))
+            return self._says(f"{page_id} is already loaded: you have it above.", room)
+        if result.page is None:
+            return self._error(page_id, level, result.error or "", room)
+        shown = int(result.page.compression_level)
+        self.faults.append(FaultReport(page_id, shown, result.tokens, refault=result.refault))
+        return self._handler.build_tool_result(result.page).model_dump_json(), result.parts
+
+    def _search(self, args: SearchArgs, room: Room) -> Generator[Effect, Any, str]:
         before = len(self._pages.path) - 1
         before += any(self._outside(i) for i in self._pages[before].ids)  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(args.query, wide, before, self._loaded_at)
-        entries: list[SearchResultEntry] = []
+        entries: dict[str, SearchResultEntry] = {}
         for hit in hits:
-            wanted = self._pages.id_of(hit.position, hit.part)
+            page_id = self._pages.id_of(hit.position, hit.part)
             if len(entries) == limit:
                 break
-            if any(entry.page_id == wanted for entry in entries):
-                continue  # a medium was found by its message and by the answer to it
-            if args.modality is None or self._pages.modality(wanted) is args.modality:
-                entries.append(self._entry(wanted, hit.score))
-        entries += self._derived(args, _DERIVED_RESULTS)
-        left = self.handler.policy.tokens_left or 0
+            if page_id in entries:
+                continue  # a medium is found by its message and by the answer to it
+            if args.modality is None or self._pages.modality(page_id) is args.modality:
+                entries[page_id] = self._found(page_id, hit.score)
+        derived = self._pages.derived
+        results = [*entries.values(), *self._derived(args)]
+        found = SearchToolResult(results=results, total_available=before + len(derived.pages))
+        left = self._handler.policy.tokens_left or 0
         most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)
-        total = before + len(self._pages.derived.pages)
-        result = search_result(entries, total)
-        while entries and self._counter.text(result) > most:
-            entries.pop()
-            result = search_result(entries, total)
-        self.handler.policy.charge(self._counter.text(result))
-        self.searches.append(SearchReport(args.query, [entry.page_id for entry in entries]))
-        for entry in entries:
+        result = found.model_dump_json()
+        while found.results and self._counter.text(result) > most:
+            found.results.pop()
+            result = found.model_dump_json()
+        self._handler.policy.charge(self._counter.text(result))
+        self.searches.append(SearchReport(args.query, [entry.page_id for entry in found.results]))
+        for entry in found.results:
             if entry.complete:  # the model has all of it now: the next search looks further
                 self._map(entry.page_id, self._counter.text(entry.hint))
         return result
 
-    def _derived(self, args: SearchArgs, limit: int) -> list[SearchResultEntry]:
+    def _derived(self, args: SearchArgs) -> list[SearchResultEntry]:
         """Summaries and claims about the query that are not in the window."""
         derived = self._pages.derived
         if not derived.pages or args.modality not in (None, Modality.TEXT):
             return []
         found = derived.words.ranked(args.query)
         outside = [(i, score) for i, score, _ in found if self._outside(i)]
-        return [self._entry(i, score) for i, score in outside[:limit]]
+        return [self._found(i, score) for i, score in outside[:_DERIVED_RESULTS]]
 
     def _loaded_at(self, position: int, part: int) -> bool:
         entry = self._table.lookup(self._pages.id_of(position, part))
@@ -234,32 +307,42 @@ class FaultServer:
             entry and entry.tier is StorageTier.L0 and entry.level is CompressionLevel.FULL
         )
 
-    def _outside(self, wanted: str) -> bool:
-        entry = self._table.lookup(wanted)
+    def _outside(self, page_id: str) -> bool:
+        entry = self._table.lookup(page_id)
         return bool(entry and entry.tier is not StorageTier.L0)
 
-    def _map(self, wanted: str, tokens: int) -> None:
-        if self._table.lookup(wanted) is not None:
-            self._apply(
+    def _map(self, page_id: str, tokens: int) -> None:
+        if self._table.lookup(page_id) is not None:
+            self._paging.apply(
                 PageMutation(
-                    MutationType.MAP, wanted, self._turn, CompressionLevel.FULL, StorageTier.L0,
-                    tokens, Actor.MODEL, FaultReason.RESOLVE_REFERENCE,
+                    MutationType.MAP, page_id, self._paging.turn, CompressionLevel.FULL,
+                    StorageTier.L0, tokens, Actor.MODEL, FaultReason.RESOLVE_REFERENCE,
                 )
             )  # fmt: skip
 
-    def _entry(self, wanted: str, score: float) -> SearchResultEntry:
+    def _found(self, page_id: str, score: float) -> SearchResultEntry:
         """`hint` is the whole text when it is short (`complete`), else its most telling sentences."""
-        text = self._pages.text(wanted)
+        text = self._pages.text(page_id)
         snippet = self._limits.snippet_tokens
         complete = len(text) <= snippet * 8 and self._counter.text(text) <= snippet
-        complete = complete and self._pages.medium(wanted) is None
+        complete = complete and self._pages.medium(page_id) is None
         if not complete:
             text = compress_text(text, CompressionLevel.REDUCED, snippet, self._counter.text)
         return SearchResultEntry(
-            page_id=wanted,
-            modality=self._pages.modality(wanted).value,
-            tier=StorageTier.L2.value,
+            page_id=page_id,
+            modality=self._pages.modality(page_id).value,
             hint=text,
             complete=complete,
             relevance=round(score, 3),
         )
+
+
+def _arguments(call: Call) -> str:
+    arguments = (call.get("function") or {}).get("arguments")
+    return arguments if isinstance(arguments, str) else _json(arguments).decode()
+
+
+def _without_arguments(call: Call) -> Call:
+    """A call too long to stay in the window; its result still says what came of it."""
+    body = call.get("function")
+    return {**call, "function": {**body, "arguments": "{}"}} if isinstance(body, dict) else call

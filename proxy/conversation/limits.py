@@ -31,8 +31,7 @@ class Limits:
     page_tokens: int
     search_results: int
     snippet_tokens: int
-    segment_messages: int  # messages of a segment that are read for its summary and claims
-    summary_tokens: int
+    segment_messages: int  # messages of a segment that are read
     max_claims: int
     tools_with_json: bool = True  # the model takes tools in a request whose answer has to be JSON
     not_with_tools: frozenset[str] = frozenset()  # fields of a request that exclude tools

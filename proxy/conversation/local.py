@@ -34,7 +34,7 @@ from proxy.conversation.tree import (
 )
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import MemoryPage

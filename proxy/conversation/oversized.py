@@ -15,7 +15,7 @@ from proxy.conversation.effects import Effect
 from proxy.conversation.pages import Page, anchor_tokens
 from proxy.conversation.window import NATIVE, SYSTEM, Entry
 from proxy.memory.compressor import clip
-from proxy.memory.context_packer import context_parts
+from proxy.memory.context import context_parts
 from proxy.memory.models import CompressionLevel
 from proxy.memory.planner import Group
 from proxy.tokens import TokenCounter

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,7 +23,7 @@ from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
 from proxy.media.parts import read_part
 from proxy.memory.compressor import compress_text
-from proxy.memory.context_packer import ContextPacker
+from proxy.memory.context import ContextPacker
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.models import (
     MEDIA_PART,
@@ -78,46 +78,62 @@ class Medium:
     transcript: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """A page of one message: its text (`part` 0), the n-th part of a text too large for one page (n), or a
     medium (MEDIA_PART + its number in the message). `tokens` are of the page at level 0."""
 
     id: str
+    position: int
     part: int
     tokens: int
-    of: MessagePages
+    modality: Modality
+    page_type: PageType
     medium: Medium | None = None
 
-    @property
-    def position(self) -> int:
-        return self.of.position
 
-    @property
-    def modality(self) -> Modality:
-        return self.of.modality if self.medium is None else self.medium.modality
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How the messages of a path are read."""
 
-    @property
-    def page_type(self) -> PageType:
-        """Media and very long tool outputs are artifacts; the rest of a path is transcript."""
-        return PageType.ARTIFACT if self.medium is not None or self.of.is_long_result else PageType.TRANSCRIPT
+    counter: TokenCounter
+    page_tokens: int
+    get_record: GetRecord | None
+    cutter: TokenCounter
+    cuts_alike: bool  # the cutter's tokens are the counter's
 
 
 class MessagePages:
-    """One message of a path, with the system messages beside it; each thing about it is made once, when
-    it is first asked for."""
+    """One message of a path, with the system messages beside it (`notes`, in order).
 
-    __slots__ = ("_media", "_message", "_pages", "_parts", "_path", "node", "notes", "position")
+    `tokens` are the native message's, `notes_tokens` those of the notes as messages of their own,
+    `text_tokens` both without the media; `media` are the pages of its images, sounds, videos and files.
+    What costs more is made once, when it is first asked for. (It knows nothing of the path, nor a page of
+    it: without circles, what a request held is free when it ends.)
+    """
 
-    def __init__(self, path: PathPages, position: int, notes: Sequence[Anchor]) -> None:
-        self._path = path
-        self.position = position
-        self.node = path.path[position]
-        self.notes = notes  # that belong to this message's page, in order
+    __slots__ = (
+        "_how", "_message", "_pages", "_parts", "is_plain", "media", "node", "notes", "notes_tokens", "position",
+        "text_tokens", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, how: _Reading, position: int, node: Node, notes: Sequence[Anchor]) -> None:
+        self._how = how
         self._message: dict[str, Any] | None = None
-        self._media: tuple[Page, ...] | None = None
         self._parts: list[str] | None = None
         self._pages: tuple[Page, ...] | None = None
+        self.position = position
+        self.node = node
+        self.notes = notes
+        self.is_plain = b'"type"' not in node.raw and b'"audio"' not in node.raw  # words, told without decoding
+        counter = how.counter
+        if node.tokens < 0 or (node.counter and node.counter != counter.name):  # once in the node's life
+            node.tokens = counter.message(self.message)
+        node.counter = counter.name
+        self.tokens = node.tokens
+        self.notes_tokens = sum(anchor_tokens(note, counter) for note in notes) if notes else 0
+        self.media = () if self.is_plain else self._read_media()
+        words = self.tokens if self.is_plain else max(0, self.tokens - sum(page.tokens for page in self.media))
+        self.text_tokens = words + self.notes_tokens
 
     @property
     def message(self) -> dict[str, Any]:
@@ -128,49 +144,17 @@ class MessagePages:
     @property
     def said(self) -> dict[str, Any]:
         """The message as upstream gave it: a client echoes of a spoken answer only the id."""
-        node, get = self.node, self._path.get_record
+        node, get = self.node, self._how.get_record
         echo = node.role == "assistant" and b'"audio"' in node.raw and b'"transcript"' not in node.raw
         record = get(node.id) if echo and get is not None else None
         return self.message if record is None else _decode(record.raws[-1])
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the native message, without its notes."""
-        return self._path.tokens(self.position)
-
-    @property
-    def notes_tokens(self) -> int:
-        """Tokens of the notes as messages of their own."""
-        return sum(anchor_tokens(note, self._path.counter) for note in self.notes)
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens without the media, with the notes."""
-        return max(0, self.tokens - sum(page.tokens for page in self.media)) + self.notes_tokens
-
-    @property
-    def is_long_result(self) -> bool:
-        return self.node.role in RESULT_ROLES and self.tokens > _ARTIFACT_TOKENS
-
-    @property
-    def modality(self) -> Modality:
-        """What kind of content its words are."""
-        return Modality.TEXT if self.notes else modality_of(self.message)
-
-    @property
     def own_text(self) -> str:
         """The message's text, without its notes."""
-        names = {page.medium.index: page.id for page in self.media if page.medium is not None}
-        return message_text(self.said, names)
-
-    @property
-    def media(self) -> tuple[Page, ...]:
-        """The images, sounds, videos and files in it, in order."""
-        if self._media is None:
-            raw = self.node.raw
-            plain = b'"type"' not in raw and b'"audio"' not in raw  # a text message is not decoded
-            self._media = () if plain else self._read_media()
-        return self._media
+        if self.is_plain:
+            return message_text(self.message)
+        return message_text(self.said, {page.medium.index: page.id for page in self.media if page.medium})
 
     def _read_media(self) -> tuple[Page, ...]:
         found: list[Page] = []
@@ -178,8 +162,9 @@ class MessagePages:
         def add(prefix: str, medium: Medium) -> None:
             number = len(found) + 1
             page_id = media_page_id(self.position, number, prefix)
-            tokens = self._path.counter.part(medium.content)
-            found.append(Page(page_id, MEDIA_PART + number, tokens, self, medium))
+            tokens, part = self._how.counter.part(medium.content), MEDIA_PART + number
+            kind = PageType.ARTIFACT
+            found.append(Page(page_id, self.position, part, tokens, medium.modality, kind, medium))
 
         message = self.said
         content = message.get("content")
@@ -201,32 +186,37 @@ class MessagePages:
         """Its text, then its notes', cut into pages when that is too large for one."""
         if self._parts is None:
             text = "\n\n".join(filter(None, (self.own_text, *map(note_text, self.notes))))
-            limit = self._path.page_tokens
+            limit = self._how.page_tokens
             small = len(text) <= limit or self._is_small()
-            self._parts = [text] if small else split_text(text, limit, self._path.cutter.text)
+            self._parts = [text] if small else split_text(text, limit, self._how.cutter.text)
         return self._parts
 
     def _is_small(self) -> bool:
         """One page holds the text. Counted alike for all models: the ids that a table, an index or a
         window knows stay good when the client changes its model."""
-        path, limit = self._path, self._path.page_tokens
+        cutter, limit = self._how.cutter, self._how.page_tokens
         if len(self.node.raw) + sum(len(note.raw) for note in self.notes) <= limit:
             return True  # no token is shorter than a byte
-        if path.cuts_alike and not self.media:
+        if self._how.cuts_alike and not self.media:
             return self.text_tokens <= limit
-        tokens = path.cutter.message(self.message)
-        tokens += sum(path.cutter.message(_decode(note.raw)) for note in self.notes)
+        tokens = cutter.message(self.message)
+        tokens += sum(cutter.message(_decode(note.raw)) for note in self.notes)
         media = (page.medium.content for page in self.media if page.medium is not None)
-        return tokens - sum(map(path.cutter.part, media)) <= limit
+        return tokens - sum(map(cutter.part, media)) <= limit
 
     @property
     def pages(self) -> tuple[Page, ...]:
         """Its text's page, or one for each part of it, then its media's."""
         if self._pages is None:
+            at, is_result = self.position, self.node.role in RESULT_ROLES
             count = 1 if self._is_small() else len(self.parts)
             tokens = self.text_tokens // count
+            plain = bool(self.notes) or (self.is_plain and not is_result)
+            modality = Modality.TEXT if plain else modality_of(self.message)
+            long = is_result and self.tokens > _ARTIFACT_TOKENS
+            kind = PageType.ARTIFACT if long else PageType.TRANSCRIPT
             numbers = (0,) if count == 1 else range(1, count + 1)
-            texts = [Page(make_page_id(self.position, n), n, tokens, self) for n in numbers]
+            texts = [Page(make_page_id(at, n), at, n, tokens, modality, kind) for n in numbers]
             self._pages = (*texts, *self.media)
         return self._pages
 
@@ -254,13 +244,12 @@ class PathPages:
     ) -> None:
         self.path = path
         self.counter = counter
-        self.page_tokens = page_tokens
         self.derived = derived
-        self.get_record = get_record
         self.registry = _registry
-        self.packer = ContextPacker(counter.text, _lines, counter.part)
-        self.cutter = get_counter(_CUT_BY)
-        self.cuts_alike = counter.name.partition("/")[0] == self.cutter.name.partition("/")[0]
+        self._packer: ContextPacker | None = None
+        cutter = get_counter(_CUT_BY)
+        alike = counter.name.partition("/")[0] == cutter.name.partition("/")[0]
+        self._how = _Reading(counter, page_tokens, get_record, cutter, alike)
         self._notes: dict[int, list[Anchor]] = {}
         for anchor in anchors:
             self._notes.setdefault(owner(path, anchor.position), []).append(anchor)
@@ -278,26 +267,23 @@ class PathPages:
     def __getitem__(self, position: int) -> MessagePages:
         found = self._messages.get(position)
         if found is None:
-            found = MessagePages(self, position, self._notes.get(position, ()))
+            found = MessagePages(self._how, position, self.path[position], self._notes.get(position, ()))
             self._messages[position] = found
         return found
 
+    @property
+    def packer(self) -> ContextPacker:
+        """Makes lines of pages."""
+        if self._packer is None:
+            self._packer = ContextPacker(self.counter, _lines)
+        return self._packer
+
     def tokens(self, position: int) -> int:
-        """Tokens of the native message; counted once in the node's life, for one kind of counting."""
-        node, name = self.path[position], self.counter.name
-        if node.tokens < 0 or (node.counter and node.counter != name):
-            node.tokens = self.counter.message(self[position].message)
-        node.counter = name
-        return node.tokens
+        """Tokens of the native message."""
+        node = self.path[position]
+        return node.tokens if node.tokens >= 0 and node.counter == self.counter.name else self[position].tokens
 
     # -- by id
-
-    def find(self, page_id: str) -> Page | None:
-        """The page of that id; None for a derived one and for one that is not there. KeyError never."""
-        found = self.expand(page_id)
-        if len(found) != 1 or found[0] in self.derived.pages:
-            return None
-        return next(page for page in self[self.position(page_id)].pages if page.id == found[0])
 
     def expand(self, page_id: str) -> list[str]:
         """The page ids that an id names: all parts for a cut message's own id; [] for an unknown one."""
@@ -338,7 +324,7 @@ class PathPages:
         if medium is not None:
             return medium.modality
         position = self.position(page_id)
-        return Modality.TEXT if position < 0 else self[position].modality
+        return Modality.TEXT if position < 0 else self[position].pages[0].modality
 
     # -- for the search index
 
@@ -438,8 +424,8 @@ class PathPages:
         plain = text == parts[part - 1 if part else 0] and not here.media
         return MemoryPage(
             page_id=page_id,
-            modality=here.modality,
-            page_type=PageType.ARTIFACT if here.is_long_result else PageType.TRANSCRIPT,
+            modality=here.pages[0].modality,
+            page_type=here.pages[0].page_type,
             content=text,
             storage_tier=StorageTier.L2,
             size_tokens=here.text_tokens // len(parts) if plain else None,
@@ -473,7 +459,7 @@ class PathPages:
         return self._abstract(message_text({"content": words}) if isinstance(content, list) else "")
 
     def _abstract(self, text: str) -> str:
-        return compress_text(text, CompressionLevel.ABSTRACT, None, self.cutter.text)
+        return compress_text(text, CompressionLevel.ABSTRACT, None, self._how.cutter.text)
 
     def _call_of(self, position: int) -> str:
         """`name(arguments) -> ` for a tool's result."""

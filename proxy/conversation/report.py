@@ -53,6 +53,8 @@ class TurnReport:
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)
     rounds: int = 0
+    segments: int = 0  # closed so far
+    claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
     asked_back: bool = False  # the user's message points back
     taken_back: bool = False  # the window's log was cut where the client's system messages changed

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from proxy.conversation.closing import grown, table_root
-from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.tree import GetRecord, Record
 from proxy.conversation.window import Window, restore
 from proxy.memory.mutation_log import MutationLogLite

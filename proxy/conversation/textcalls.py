@@ -19,8 +19,13 @@ from typing import Any, NamedTuple
 
 from proxy.conversation.channel import Channel
 from proxy.memory.pages import parse_page_id
-from proxy.memory.vm_args import FaultArgs, SearchArgs, parse_fault_args, parse_search_args
-from proxy.memory.vm_prompts import PAGE_FAULT
+from proxy.memory.vm_tools import (
+    PAGE_FAULT,
+    FaultArgs,
+    SearchArgs,
+    parse_fault_args,
+    parse_search_args,
+)
 
 LONGEST_CHARS = 2_000  # of a text that is read as calls, a preamble and all
 PREAMBLE_CHARS = 400  # what has said so much before a call is an answer

@@ -41,6 +41,7 @@ from proxy.conversation.compose import (
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
+from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.pages import PathPages, anchor_tokens
 from proxy.conversation.refusal import repairable, unchanged_fits
@@ -49,14 +50,12 @@ from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.tree import Record
 from proxy.conversation.turn_window import TurnWindow
-from proxy.conversation.vmcalls import VMCalls, split_calls, understood
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
-from proxy.memory.segments import Segment
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import PAGE_FAULT, SEARCH_PAGES
+from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
@@ -127,13 +126,9 @@ class Turn:
         return self._paging.window if self._paging else None
 
     @property
-    def segments(self) -> Sequence[Segment]:
-        """What this turn's epochs closed."""
-        return self._paging.segments if self._paging else ()
-
-    @property
     def shown(self) -> Sequence[Load]:
-        """Older pages that this turn put into the window in our own words."""
+        """Older pages that this turn put into the window in our own words, and summaries that nobody has
+        written: what a model may write about."""
         return self._paging.shown if self._paging else ()
 
     def talks_of_tools(self) -> bool:
@@ -334,10 +329,10 @@ class Turn:
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
         those, so there the VM calls get an error instead until the last round."""
-        full = paging.result_room <= 0
+        full = not paging.takes_results
         if self._context.decoded.get("tools"):
             return full and number > 0
-        return full or vm_calls.server.exhausted
+        return full or vm_calls.exhausted
 
     def _request(self, paging: TurnWindow, stop: bool) -> Generator[Effect, Any, bytes]:
         """The upstream body of one round."""
@@ -383,7 +378,8 @@ class Turn:
         before = self._paging.settled if self._paging is not None else None
         settled = before.fields(came, record) if before is not None else None
         if self._paging is not None:
-            self._paging.evidence.settle("\n".join(message_text(answer) for answer in answers))
+            if self._paging.brought:
+                self._paging.settle("\n".join(message_text(answer) for answer in answers))
             state = self._paging.snapshot()
             last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}
@@ -458,7 +454,7 @@ class Turn:
     def _answer(self, said: Said, paging: TurnWindow, vm_calls: VMCalls) -> Answer:
         report = self.report
         report.rounds = len(self._responses)
-        report.faults, report.searches = vm_calls.server.faults, vm_calls.server.searches
+        report.faults, report.searches = vm_calls.faults, vm_calls.searches
         report.reachable_tokens = paging.table.total_tokens
         if self._context.observed:
             paging.tell()

@@ -14,16 +14,17 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
-from proxy.conversation.closing import encode_closing
 from proxy.conversation.commit import Stored
+from proxy.conversation.compose import with_context
 from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
-from proxy.conversation.evidence import Evidence
+from proxy.conversation.evidence import Shown, choose, reserve, used
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
-from proxy.conversation.report import TurnReport
+from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import (
     NATIVE,
@@ -36,10 +37,12 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.importance import PIN_TOKENS, importance_of, is_standing
+from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
+from proxy.memory.context import context_block
 from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
+    MemoryPage,
     MutationType,
     PageMutation,
     PageTableEntry,
@@ -51,9 +54,9 @@ from proxy.memory.mutation_log import encode as encode_mutations
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.pages import message_text
 from proxy.memory.pages import page_id as make_page_id
-from proxy.memory.segments import Segment
+from proxy.memory.prefetcher import points_back
 from proxy.memory.tlb import TLBWithPageTable
-from proxy.memory.vm_prompts import without_citations
+from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
@@ -94,10 +97,11 @@ class TurnWindow:
         self.turn = report.turn
         self.before = context.state.window if context.state else None  # what this turn goes on with
         self.mutations: list[PageMutation] = []
-        self.segments: list[Segment] = []  # closed in this turn
-        self.shown: list[Load] = []  # by this turn's last epoch
+        self.made: list[MemoryPage] = []  # derived in this turn
+        self.shown: list[Load] = []  # by the last epoch, or to be written
         self.settled: Stored | None = None  # the state with what is `answered`
-        self.evidence = Evidence(self)
+        self.brought: list[Shown] = []  # before the call
+        self._query: str | None = None
         self._answered = answered
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
@@ -105,7 +109,7 @@ class TurnWindow:
         self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - added
         self._tail: list[Entry] = []  # this turn's VM exchange
         self._folded = False  # rounds of it had to leave
-        self._stood: dict[int | None, list[Anchor]] = {}
+        self._stood: dict[int | None, tuple[list[Anchor], int]] = {}
 
     def apply(self, mutation: PageMutation) -> None:
         """The only way in which a turn changes the table."""
@@ -217,7 +221,7 @@ class TurnWindow:
         """The window stays below the high watermark, with what may be brought in before the call."""
         self.window = window
         high, _ = watermarks(self.room, self.limits.working_set)
-        return window.tokens + self.evidence.reserve() <= high
+        return window.tokens + reserve(self) <= high
 
     def _whole(self, first: int, last: int) -> bool:
         """These messages are in the window, and nothing of them was cut."""
@@ -300,11 +304,11 @@ class TurnWindow:
         RAM: nothing of them is read before they are stored."""
         closing, blocks = b"", dict[bytes, bytes]()
         derived = self.pages.derived
-        if self.segments:
+        if self.made:
             root, blocks = self.table.checkpoint()
-            closing = encode_closing(root, self.segments, derived.end, self.limits.max_claims)
+            closing = encode_closing(root, self.made, derived.end, self.limits.max_claims)
         mutations = msgspec.msgpack.encode(encode_mutations(self.mutations))
-        return Stored(self.window, mutations, closing, blocks, derived, tuple(self.segments))
+        return Stored(self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(
         self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
@@ -320,12 +324,12 @@ class TurnWindow:
         epoch = Epoch(self, pages, number, room, tuple(tail), after, newest)
         self.window = yield from epoch.begin()
         self.shown = [Load(page_id, level) for page_id, level in epoch.shown]
+        self.shown += [Load(page_id, 0) for page_id in pages.derived.unwritten]
         if epoch.folded:
             self._tail, self._folded = list(epoch.tail), True
         self.report.new_epoch = True
         self.report.evicted_pages += epoch.evicted
-        if epoch.segment is not None:
-            self.segments.append(epoch.segment)
+        self.made += epoch.made or ()
 
     def resize(self, limits: Limits) -> None:
         """Other bounds from now on."""
@@ -335,17 +339,42 @@ class TurnWindow:
 
     # -- what is shown unasked
 
+    @property
+    def query(self) -> str:
+        """The newest message's words."""
+        if self._query is None:
+            self._query = message_text(self.pages[len(self.pages.path) - 1].message)
+        return self._query
+
     def bring(self) -> Generator[Effect, Any, None]:
         """Pages that the newest user message is about go in front of its own text."""
         entry = self.newest_entry()
         if entry is None:
             return
-        message = yield from self.evidence.bring(msgspec.json.decode(entry.raw))
-        if message is not None:
+        self.report.asked_back = points_back(self.query)
+        self.brought = yield from choose(self, max(0, self.free_tokens))
+        for page in self.brought:
+            self.apply(
+                PageMutation(
+                    MutationType.MAP, page.page_id, self.turn, page.level, StorageTier.L0,
+                    page.tokens, reason=FaultReason.SPECULATIVE,
+                )
+            )  # fmt: skip
+        if self.brought:
+            block = context_block(page.line for page in self.brought)
+            message = with_context(msgspec.json.decode(entry.raw), block)
             new = Entry(msgspec.json.encode(message), self.context.counter.message(message), entry.position)
             entries = tuple(new if e is entry else e for e in self.window.entries)
             tokens = self.window.tokens + new.tokens - entry.tokens
             self.window = msgspec.structs.replace(self.window, entries=entries, tokens=tokens)
+
+    def settle(self, answer: str) -> None:
+        """Judge what was brought in by the answer: a page that served it counts as used."""
+        for page in self.brought:
+            served = used(page, self.pages, self.query, answer)
+            self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, served))
+            if served:
+                self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 
     @property
     def fault_reason(self) -> FaultReason:
@@ -364,40 +393,37 @@ class TurnWindow:
     @property
     def room_for_messages(self) -> int:
         """Tokens for the window whichever standing instructions of the client's are in front of it."""
-        return self._whole_room_tokens - min(STANDING_TOKENS, self._standing_tokens(None))
+        return self._whole_room_tokens - min(STANDING_TOKENS, self._standing(None)[1])
 
     @property
     def room(self) -> int:
         """Tokens for the window: what system messages before it and the tools leave of the budget."""
-        return self._whole_room_tokens - self._standing_tokens(self.window.native_from)
+        return self._whole_room_tokens - self._standing(self.window.native_from)[1]
 
-    def _standing_tokens(self, native_from: int | None) -> int:
-        return sum(anchor_tokens(anchor, self.context.counter) for anchor in self._standing(native_from))
-
-    def _standing(self, native_from: int | None) -> list[Anchor]:
+    def _standing(self, native_from: int | None) -> tuple[list[Anchor], int]:
         """The standing instructions that are in front of a window whose native messages begin there
-        (None: all there are), the newest ones within their share. They stay in front of a window that
-        does not hold them any more, as what a user said for all later answers stays in it."""
-        found = self._stood.get(native_from)
-        if found is None:
-            anchors, left = self.context.place.anchors, _ALL
-            if native_from is not None:
-                anchors = [a for a in anchors if owner(self.pages.path, a.position) < native_from]
-                left = STANDING_TOKENS
-            found = []
-            for anchor in reversed(anchors):
-                if len(anchor.raw) > 16 * PIN_TOKENS:
-                    continue
-                tokens = anchor_tokens(anchor, self.context.counter)
-                message = msgspec.json.decode(anchor.raw)
-                if is_standing(str(message.get("role")), message_text(message), tokens):
-                    left -= tokens
-                    if left < 0:
-                        break
-                    found.append(anchor)
-            found.reverse()
-            self._stood[native_from] = found
-        return found
+        (None: all there are), the newest ones within their share, and their tokens. They stay in front of
+        a window that does not hold them any more, as what a user said for all later answers stays in it."""
+        known = self._stood.get(native_from)
+        if known is not None:
+            return known
+        anchors, most, total = self.context.place.anchors, _ALL, 0
+        if native_from is not None:
+            anchors = [a for a in anchors if owner(self.pages.path, a.position) < native_from]
+            most = STANDING_TOKENS
+        found: list[Anchor] = []
+        for anchor in reversed(anchors):
+            if len(anchor.raw) > 16 * PIN_TOKENS:
+                continue
+            tokens = anchor_tokens(anchor, self.context.counter)
+            message = msgspec.json.decode(anchor.raw)
+            if is_standing(str(message.get("role")), message_text(message), tokens):
+                if total + tokens > most:
+                    break
+                total += tokens
+                found.append(anchor)
+        self._stood[native_from] = found[::-1], total
+        return self._stood[native_from]
 
     @property
     def free_tokens(self) -> int:
@@ -419,6 +445,12 @@ class TurnWindow:
         return self.room_for_messages - rules - sum(entry.tokens for entry in kept)
 
     @property
+    def takes_results(self) -> bool:
+        """A VM result has room; told without counting where there is plenty."""
+        plenty = self.free_tokens > _FRAME_TOKENS + STANDING_TOKENS
+        return (plenty and not self._folded) or self.result_room > 0
+
+    @property
     def result_room(self) -> int:
         """Tokens that one VM result may take; none once the window could not keep all results."""
         return 0 if self._folded else min(self.room // _RESULT_SHARE, self.left)
@@ -430,7 +462,7 @@ class TurnWindow:
         if self.free_tokens < 0:
             yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
         self.report.used_tokens = self.limits.budget_tokens - self.free_tokens
-        standing = self._standing(self.window.native_from)
+        standing, _ = self._standing(self.window.native_from)
         head = [*self.context.sent.system, *(anchor.raw for anchor in standing)]
         window = self.window
         if self.limits.mode is VMMode.STRICT and wants_json(self.context.decoded):
@@ -447,6 +479,8 @@ class TurnWindow:
         """Enter the window's state in the report."""
         report = self.report
         report.epoch = self.window.epoch
+        derived = self.pages.derived
+        report.segments, report.claims = derived.segments, derived.claims_made
         native = {e.position for e in self.window.entries if e.kind == NATIVE}
         report.native_pages = [i for p in sorted(native) for i in self.pages[p].ids]
         resident = self.table.resident()

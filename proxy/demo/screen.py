@@ -92,8 +92,13 @@ class View:
         if report.new_epoch:
             self.epochs = report.epoch
             self.event("epoch", f"{report.epoch} begins: {in_window(report)}; {gauge_text(report)}")
-        made = self._closed(report)
-        gone = [page_id for page_id in report.evicted_pages if page_id not in made]
+        if report.segments > self.segments:
+            closed = dict.fromkeys((self.segments + 1, report.segments))
+            made = report.claims - self.claims
+            noted = f": {counted(made, 'claim')}" if made else ""
+            self.event("segment", "–".join(f"{n:02}" for n in closed) + f" closed{noted}")
+            self.segments, self.claims = report.segments, report.claims
+        gone = report.evicted_pages
         if gone:
             self.evicted += len(gone)
             self.event("evict", f"{counted(len(gone), 'page')} out: {ranges(gone)}")
@@ -112,24 +117,6 @@ class View:
             self.faults += 1
             size = counted(fault.tokens, "token")
             self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {size}")
-
-    def _closed(self, report: TurnReport) -> set[str]:
-        """The pages that this turn's closed segments made, which is an event. They are new: those that
-        the new window has no room for did not leave it."""
-        made: dict[str, list[int]] = {"summary_seg_": [], "claim_": []}
-        for page_id in (*report.context_pages, *report.evicted_pages):
-            kind, number = _numbered(page_id) or ("", 0)
-            if number > {"summary_seg_": self.segments, "claim_": self.claims}.get(kind, number):
-                made[kind].append(number)
-        summaries, claims = sorted(made["summary_seg_"]), made["claim_"]
-        if summaries:
-            self.segments = summaries[-1]
-            which = "–".join(f"{n:02}" for n in dict.fromkeys((summaries[0], summaries[-1])))
-            left = counted(len(summaries), "summary", "summaries")
-            left += f", {counted(len(claims), 'claim')}" if claims else ""
-            self.event("segment", f"{which} closed: {left}")
-        self.claims = max([self.claims, *claims])
-        return {f"summary_seg_{n:02}" for n in summaries} | {f"claim_{n:04}" for n in claims}
 
     def recalled(self, recall: Recall) -> None:
         self.recalls.append(recall)

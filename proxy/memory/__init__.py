@@ -1,7 +1,8 @@
 """The virtual memory: pages, levels, the page table and what the model is shown of them.
 
 Pure: no clock, no random number, no I/O; time is the turn number, and whatever else is needed (a
-token counter, a loader) is handed in. The invariants of the whole proxy, by the numbers that tests
+token counter, a loader) is handed in. README.md, beside this file, is the way in; what is exported
+here is for callers from outside, and our own modules import from each other. The invariants of the whole proxy, by the numbers that tests
 use (`test_invariant_07_...`):
 
  1. Never break the client: what would have succeeded without the proxy succeeds with it; a request
@@ -25,181 +26,80 @@ use (`test_invariant_07_...`):
 10. Every loop, queue, cache and body has a limit, named in `config.yaml` with its unit.
 """
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
-from proxy.memory.artifacts_bridge import (
-    ArtifactError,
-    ArtifactsBridge,
-    Checkpoint,
-    InMemoryBackend,
-)
-from proxy.memory.claims import Claim, extract_claims
-from proxy.memory.compressor import compress_text, hint
-from proxy.memory.context_packer import (
-    ContextPacker,
-    PackedContext,
-    context_block,
-    context_line,
-    context_parts,
-)
-from proxy.memory.core import MemoryCore
-from proxy.memory.eviction_policy import (
+from proxy.memory.artifacts_bridge import ArtifactsBridge, InMemoryBackend
+from proxy.memory.context import ContextPacker
+from proxy.memory.eviction import (
     LRU,
+    AntiThrashPolicy,
     EvictionPolicy,
     ImportanceWeightedLRU,
     ModalityAwareLRU,
+    PinnedSet,
 )
-from proxy.memory.fault_handler import (
-    FaultMetrics,
-    FaultPolicy,
-    FaultResult,
-    PageFaultHandler,
-)
-from proxy.memory.levels import CompressorRegistry, levels_of
-from proxy.memory.manager import ClosedSegment, MemoryManager
-from proxy.memory.manifest import (
-    AvailablePageEntry,
-    ManifestBuilder,
-    ManifestPolicies,
-    VMManifest,
-)
+from proxy.memory.faults import PageFaultHandler
+from proxy.memory.levels import CompressorRegistry
+from proxy.memory.manager import MemoryManager
+from proxy.memory.manifest import AvailablePageEntry, ManifestBuilder, ManifestPolicies
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
-    Actor,
     CompressionLevel,
-    ContextPrefix,
-    Counts,
     FaultReason,
     MemoryPage,
     Modality,
     MutationType,
     PageMutation,
     PageTableEntry,
-    PageTableStats,
     PageType,
-    PinKind,
     StorageTier,
     VMMode,
 )
 from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.pack_cache import PackCache, PackCacheStats
 from proxy.memory.page_table import PageTable
-from proxy.memory.pages import (
-    message_text,
-    modality_of,
-    page_id,
-    parse_page_id,
-    prefix_of,
-    split_text,
-)
-from proxy.memory.pins import PinnedSet
-from proxy.memory.prefetcher import Prefetcher
-from proxy.memory.provenance import ProvenanceGraph
 from proxy.memory.search_handler import PageSearchHandler
-from proxy.memory.segments import Segment, close_segment
-from proxy.memory.tlb import PageTLB, TLBStats, TLBWithPageTable
-from proxy.memory.vm_args import parse_fault_args, parse_search_args
-from proxy.memory.vm_prompts import (
+from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.vm_tools import (
     build_vm_developer_message,
     get_vm_tools,
     get_vm_tools_as_dicts,
 )
-from proxy.memory.vm_results import (
-    FaultToolResult,
-    SearchResultEntry,
-    SearchToolResult,
-    error_result,
-    fault_result,
-    search_result,
-)
-from proxy.memory.working_set import (
-    TokenBudget,
-    WorkingSetConfig,
-    WorkingSetManager,
-    WorkingSetStats,
-    watermarks,
-)
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 
 __all__ = [
     "LRU",
-    "Actor",
     "AntiThrashPolicy",
-    "ArtifactError",
     "ArtifactsBridge",
     "AvailablePageEntry",
-    "Checkpoint",
-    "Claim",
-    "ClosedSegment",
     "CompressionLevel",
     "CompressorRegistry",
     "ContextPacker",
-    "ContextPrefix",
-    "Counts",
     "EvictionPolicy",
-    "FaultMetrics",
-    "FaultPolicy",
     "FaultReason",
-    "FaultResult",
-    "FaultToolResult",
     "ImportanceWeightedLRU",
     "InMemoryBackend",
     "ManifestBuilder",
     "ManifestPolicies",
-    "MemoryCore",
     "MemoryManager",
     "MemoryPage",
     "Modality",
     "ModalityAwareLRU",
     "MutationLogLite",
     "MutationType",
-    "PackCache",
-    "PackCacheStats",
-    "PackedContext",
     "PageFaultHandler",
     "PageMutation",
     "PageSearchHandler",
     "PageTLB",
     "PageTable",
     "PageTableEntry",
-    "PageTableStats",
     "PageType",
-    "PinKind",
     "PinnedSet",
-    "Prefetcher",
-    "ProvenanceGraph",
-    "SearchResultEntry",
-    "SearchToolResult",
-    "Segment",
     "StorageTier",
-    "TLBStats",
     "TLBWithPageTable",
     "TokenBudget",
     "UserExperienceMetrics",
-    "VMManifest",
     "VMMode",
     "WorkingSetConfig",
     "WorkingSetManager",
-    "WorkingSetStats",
     "build_vm_developer_message",
-    "close_segment",
-    "compress_text",
-    "context_block",
-    "context_line",
-    "context_parts",
-    "error_result",
-    "extract_claims",
-    "fault_result",
     "get_vm_tools",
     "get_vm_tools_as_dicts",
-    "hint",
-    "levels_of",
-    "message_text",
-    "modality_of",
-    "page_id",
-    "parse_fault_args",
-    "parse_page_id",
-    "parse_search_args",
-    "prefix_of",
-    "search_result",
-    "split_text",
-    "watermarks",
 ]

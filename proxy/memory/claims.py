@@ -1,258 +1,125 @@
-"""Decisions, facts and preferences that a conversation states, one short sentence each, by rules.
+"""Claims: what a conversation came to, one short sentence each; and what its user marked as to be kept.
 
-Promises: deterministic, no model; a claim's text is the source's own words with the speaker where it is about
-the speaker; a later claim about the same subject with another value supersedes the earlier one, a restatement
-merges with it, and different subjects never touch. At most CLAIMS_PER_SEGMENT claims come out of a segment
-and MAX_CLAIMS are kept of a conversation.
+Promises: nothing is claimed by our own reading of a text. A claim is a configured model's, taken from its
+answer about a closed segment, or nobody's; a user's own mark ("From now on ...", "Always ...") pins the message
+that bears it, word for word. Pure; every list and every text has a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import json
+import re
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
-import msgspec
-
-from proxy.memory.claim_readers import Finding
-from proxy.memory.claim_rules import statements
+from proxy.memory.compressor import clip
 from proxy.memory.models import MemoryPage, PageType, StorageTier
-from proxy.memory.sentences import PageText, ReadPage, Spoken, read_pages
+from proxy.memory.page_table import DEFAULT_IMPORTANCE
 
-CLAIMS_PER_SEGMENT = 32
-MAX_CLAIMS = 256
-CLAIMS_PER_PAGE = 6  # one message cannot take the whole segment's share
-MAX_SOURCES = 16  # page ids that one claim keeps as its provenance
+# -- what the user marks (English). A standing instruction rules every later answer and shares no word with the
+# questions that it rules, so no search would find it in time.
 
-_LATER_COUNTS = 0.01  # importance of one restatement, up to _MOST_RESTATED
-_MOST_RESTATED = 0.99
-_CHANGES_COUNT = 0.1
+PIN_TOKENS = 128  # a longer message is not pinned as a whole
+PREFERENCE_IMPORTANCE = 0.9
+_READ_CHARS = 4000
 
-
-class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One statement. `claim_id` is "" until a segment numbers it. `subject` says what it is about,
-    `value` what it says of it ("" where only `polarity` matters), `provenance` where it stands,
-    `importance` is 0..1, `superseded_by` the id of the claim that took its place.
-    """
-
-    text: str
-    kind: str  # decision | fact | preference
-    subject: tuple[str, ...]
-    value: str = ""
-    polarity: bool = True
-    provenance: tuple[str, ...] = ()
-    importance: float = 0.5
-    claim_id: str = ""
-    superseded_by: str = ""
+# Looked for before the patterns, which cost more than all of these.
+_STANDING_WORDS = (
+    "always", "never", "from now on", "going forward", "future", "whenever", "every time",
+    "each time", "remember", "keep in mind", "ever",
+)  # fmt: skip
+_PREFERENCE_WORDS = ("prefer", "rather", "favo", "preference", "allergic", "call me", "my name")
+_STANDING = re.compile(
+    r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
+    r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
+    r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b"
+)
+_PREFERENCE = re.compile(
+    r"\bi(?:'d| would)? (?:much )?(?:prefer|rather|favou?r)\b|\bmy (?:preference|favou?rite)\b"
+    r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b"
+)
 
 
-def claim_id(number: int) -> str:
-    """7 -> "claim_0007"."""
-    return f"claim_{number:04d}"
-
-
-def extract_claims(docs: Sequence[PageText]) -> list[Claim]:
-    """The claims of the pages in their order, a restatement merged with the first; not yet bounded
-    or numbered."""
-    return claims_in(read_pages(docs))
-
-
-def claims_in(pages: Iterable[ReadPage]) -> list[Claim]:
-    """`extract_claims` of pages that were read already."""
-    out: list[Claim] = []
-    last: dict[tuple[str, ...], int] = {}  # subject -> the claim that holds about it
-    for page in pages:
-        if page.role not in ("user", "assistant"):
-            continue
-        for claim in _claims_of(page):
-            known = last.get(claim.subject)
-            if known is not None and _agree(out[known], claim):
-                out[known] = merge(out[known], claim.provenance)
-            else:
-                last[claim.subject] = len(out)
-                out.append(claim)
-    return out
-
-
-def _claims_of(page: ReadPage) -> list[Claim]:
-    found: list[Claim] = []
-    for sentence in page.sentences:
-        for finding in statements(sentence, page.speaker):
-            found.append(_claim(finding, page.page_id, page.speaker))
-            if len(found) == CLAIMS_PER_PAGE:
-                return found
-    return found
-
-
-def _claim(finding: Finding, page_id: str, speaker: Spoken) -> Claim:
-    owner = speaker.label.lower() if speaker.person else "user"  # an assistant's "your"
-    subject = (owner, *finding.subject) if finding.mine else finding.subject
-    return Claim(
-        text=f"{speaker.label}: {finding.text}",
-        kind=finding.kind,
-        subject=subject,
-        value=finding.value,
-        polarity=finding.polarity,
-        provenance=(page_id,),
-        importance=finding.importance,
-    )
-
-
-def _agree(one: Claim, other: Claim) -> bool:
-    """Two claims about one subject say the same: a value within the other ("March 3" in "Friday
-    March 3") is the same, less precisely."""
-    if one.polarity != other.polarity:
+def is_standing(role: str, text: str, tokens: int) -> bool:
+    """A short message of the user's, or of the application's, that gives an instruction for all later
+    answers."""
+    if role not in ("user", "system", "developer") or tokens > PIN_TOKENS:
         return False
-    a, b = set(one.value.split()), set(other.value.split())
-    return a <= b or b <= a
+    low = text.lower()
+    return any(word in low for word in _STANDING_WORDS) and bool(_STANDING.search(low))
 
 
-def merge(claim: Claim, sources: Iterable[str]) -> Claim:
-    """The claim with more provenance (the first MAX_SOURCES are kept); said again, it matters
-    more."""
-    sources = tuple(dict.fromkeys((*claim.provenance, *sources)))[:MAX_SOURCES]
-    more = _LATER_COUNTS * (len(sources) - len(claim.provenance))
-    importance = max(claim.importance, min(_MOST_RESTATED, claim.importance + more))
-    return msgspec.structs.replace(claim, provenance=sources, importance=importance)
+def importance_of(role: str, text: str) -> float:
+    """0..1 for a new page."""
+    if role == "user":
+        low = text[:_READ_CHARS].lower()
+        if any(word in low for word in _PREFERENCE_WORDS) and _PREFERENCE.search(low):
+            return PREFERENCE_IMPORTANCE
+    return DEFAULT_IMPORTANCE
 
 
-def _current(existing: Sequence[Claim], new: Claim) -> Claim | None:
-    """The claim that holds about `new`'s subject."""
-    for claim in reversed(existing):
-        if claim.subject == new.subject and not claim.superseded_by:
-            return claim
-    return None
+# -- what a model claims
+
+CLAIMS_PER_SEGMENT = 16
+CLAIM_TOKENS = 64
+CLAIM_IMPORTANCE = 0.8
+MAX_SOURCES = 16  # page ids that one claim keeps as its provenance
+_SUBJECT_CHARS = 80
+_FENCE = "```"
 
 
-def supersede(existing: Sequence[Claim], new: Claim) -> str | None:
-    """The id of the claim that `new` contradicts: same subject, another value or the opposite; None
-    when there is none. `existing` is in the order in which it was said."""
-    claim = _current(existing, new)
-    return claim.claim_id if claim is not None and not _agree(claim, new) else None
+class Claim(NamedTuple):
+    """One statement: what it is about, what it says, and the page that it stands on ("": not said)."""
+
+    subject: str
+    text: str
+    source: str = ""
 
 
-def restated(existing: Sequence[Claim], new: Claim) -> str | None:
-    """The id of the claim that `new` says again; None when there is none."""
-    claim = _current(existing, new)
-    return claim.claim_id if claim is not None and _agree(claim, new) else None
-
-
-class Placed(NamedTuple):
-    """Claims found in a segment, beside those that were known: `new` ones with their ids, (old,
-    new) pairs, and (known claim, page that says it again)."""
-
-    new: list[Claim]
-    superseded: list[tuple[str, str]]
-    merged: list[tuple[str, str]]
-
-
-def place_claims(existing: Sequence[Claim], found: Sequence[Claim], first_number: int) -> Placed:
-    """Number what is new, merge what is known, supersede what no longer holds.
-
-    A claim that contradicts a known one is kept before others of its importance.
+def read_claims(answer: str) -> tuple[str, list[Claim]]:
+    """(summary, claims) of a model's answer about a segment: each line that is a JSON object with a `subject`
+    and a `text` is a claim, the others are the summary. The claims stand for a summary that is not there.
     """
-    holds = {claim.subject: claim for claim in existing if not claim.superseded_by}
-    fresh: list[Claim] = []
-    merged: list[tuple[str, str]] = []
-    at = dict(holds)
-    for claim in found:
-        known = at.get(claim.subject)
-        if known is not None and known.claim_id and _agree(known, claim):
-            merged.extend((known.claim_id, page) for page in claim.provenance)
-            continue
-        if known is not None:
-            higher = max(claim.importance, min(_MOST_RESTATED, claim.importance + _CHANGES_COUNT))
-            claim = msgspec.structs.replace(claim, importance=higher)
-        at[claim.subject] = claim
-        fresh.append(claim)
-    new: list[Claim] = []
-    superseded: list[tuple[str, str]] = []
-    for number, claim in enumerate(most_important(fresh), first_number):
-        claim = msgspec.structs.replace(claim, claim_id=claim_id(number))
-        known = holds.get(claim.subject)
-        if known is not None and not _agree(known, claim):
-            superseded.append((known.claim_id, claim.claim_id))
-        holds[claim.subject] = claim
-        new.append(claim)
-    return Placed(new, superseded, merged)
+    words: list[str] = []
+    claims: list[Claim] = []
+    for line in answer.splitlines():
+        claim = _claim(line.strip().lstrip("-* ").rstrip(", "))
+        if claim is not None:
+            claims.append(claim)
+        elif not line.startswith(_FENCE):
+            words.append(line)
+    del claims[CLAIMS_PER_SEGMENT:]
+    summary = "\n".join(words).strip() or " ".join(claim.text for claim in claims)
+    return summary, claims
 
 
-def most_important(claims: Sequence[Claim], limit: int = CLAIMS_PER_SEGMENT) -> list[Claim]:
-    """The `limit` most important ones (the later of equals: it is nearer to what comes), in their
-    order."""
-    order = sorted(range(len(claims)), key=lambda i: (-claims[i].importance, -i))[:limit]
-    return [claims[i] for i in sorted(order)]
-
-
-def fold_claims(
-    existing: Sequence[Claim],
-    new: Iterable[Claim],
-    superseded: Iterable[tuple[str, str]],
-    merged: Iterable[tuple[str, str]],
-    limit: int = MAX_CLAIMS,
-) -> tuple[Claim, ...]:
-    """All claims of a conversation after a segment; beyond `limit` the oldest superseded ones go
-    first, then the least important, oldest first."""
-    claims = {claim.claim_id: claim for claim in (*existing, *new)}
-    for old, by in superseded:
-        if old in claims:
-            claims[old] = msgspec.structs.replace(claims[old], superseded_by=by)
-    for known, page_id in merged:
-        if known in claims:
-            claims[known] = merge(claims[known], (page_id,))
-    kept = list(claims.values())
-    if len(kept) > limit:
-        worst = sorted(
-            range(len(kept)),
-            key=lambda i: (
-                not kept[i].superseded_by,
-                kept[i].importance if not kept[i].superseded_by else 0,
-                i,
-            ),
-        )
-        gone = set(worst[: len(kept) - limit])
-        kept = [claim for i, claim in enumerate(kept) if i not in gone]
-    return tuple(kept)
-
-
-def claim_text(page: MemoryPage, superseded_by: str | None) -> str:
-    """What is shown of a claim page; one whose place was taken says so in front."""
-    text = page.text()
-    return f"(superseded by {superseded_by}) {text}" if superseded_by else text
-
-
-def claim_page(claim: Claim, tokens: int, turn: int) -> MemoryPage:
-    """The claim as a page; `claim_of` reads it back."""
-    metadata: dict[str, Any] = {
-        "kind": claim.kind,
-        "subject": list(claim.subject),
-        "value": claim.value,
-        "polarity": claim.polarity,
-        "turn": turn,
-    }
-    return MemoryPage(
-        page_id=claim.claim_id,
-        page_type=PageType.CLAIM,
-        content=claim.text,
-        storage_tier=StorageTier.L2,
-        size_tokens=tokens,
-        provenance=list(claim.provenance),
-        importance=claim.importance,
-        metadata=metadata,
-    )
-
-
-def claim_of(page: MemoryPage, superseded_by: str = "") -> Claim | None:
-    """The claim that a claim page holds; None for any other page."""
-    if page.page_type is not PageType.CLAIM or "subject" not in page.metadata:
+def _claim(line: str) -> Claim | None:
+    if not line.startswith("{"):
         return None
-    return Claim(
-        text=page.text(),
-        kind=str(page.metadata.get("kind", "fact")),
-        subject=tuple(str(word) for word in page.metadata["subject"]),
-        value=str(page.metadata.get("value", "")),
-        polarity=bool(page.metadata.get("polarity", True)),
-        provenance=tuple(page.provenance),
-        importance=page.importance,
-        claim_id=page.page_id,
-        superseded_by=superseded_by,
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    subject, text, source = (said.get(name) for name in ("subject", "text", "source"))
+    if not isinstance(subject, str) or not isinstance(text, str) or not text.strip():
+        return None
+    return Claim(subject, " ".join(text.split()), source if isinstance(source, str) else "")
+
+
+def claim_page(
+    number: int, claim: Claim, sources: Collection[str], turn: int, count: Callable[[str], int]
+) -> MemoryPage:
+    """`claim_0007`. It rests on the page that the claim names where that is one of `sources`, else on the first
+    and the last of these; a later claim about the same subject takes its place."""
+    text = clip(claim.text, CLAIM_TOKENS, count)
+    ids = list(sources)
+    return MemoryPage(
+        page_id=f"claim_{number:04d}",
+        page_type=PageType.CLAIM,
+        content=text,
+        storage_tier=StorageTier.L2,
+        size_tokens=count(text),
+        provenance=[claim.source] if claim.source in sources else list(dict.fromkeys((ids[0], ids[-1]))),
+        importance=CLAIM_IMPORTANCE,
+        metadata={"turn": turn, "subject": " ".join(claim.subject.casefold().split())[:_SUBJECT_CHARS]},
     )

@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
 from proxy.memory.artifacts_bridge import ArtifactsBridge
-from proxy.memory.claims import Claim
 from proxy.memory.compressor import hint
-from proxy.memory.context_packer import (
+from proxy.memory.context import (
     ESTIMATES,
     ContextPacker,
     page_tokens,
     page_words,
 )
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
-from proxy.memory.fault_handler import PageFaultHandler
+from proxy.memory.eviction import AntiThrashPolicy, EvictionPolicy, ImportanceWeightedLRU, PinnedSet
+from proxy.memory.faults import PageFaultHandler
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
@@ -38,8 +36,7 @@ from proxy.memory.models import (
 from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.pack_cache import PackCache
 from proxy.memory.page_table import PageTable
-from proxy.memory.pins import PinnedSet
-from proxy.memory.provenance import ProvenanceGraph
+from proxy.memory.segments import ProvenanceGraph
 from proxy.memory.tlb import AnyTable, PageTLB, TLBWithPageTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 
@@ -95,8 +92,6 @@ class MemoryCore:
         self._pages: dict[str, MemoryPage] = {}  # full bodies of what is in the window
         self._shown: dict[str, MemoryPage] = {}  # what the window shows of those that it compressed
         self._hints: dict[str, str] = {}
-        self._claims: tuple[Claim, ...] = ()
-        self._claims_made = 0
         self._segments = 0
 
     # -- the synchronous core
@@ -201,7 +196,7 @@ class MemoryCore:
     @cached_property
     def packer(self) -> ContextPacker:
         """Writes <VM:CONTEXT>."""
-        return ContextPacker(self._counts.text, self.pack_cache, self._counts.part)
+        return ContextPacker(self._counts, self.pack_cache)
 
     @cached_property
     def registry(self) -> CompressorRegistry:
@@ -216,9 +211,8 @@ class MemoryCore:
             self._get_page,
             *self._limits,
             apply=self.apply,
-            compress=self._compress,
-            count=self._counts.text,
-            part_tokens=self._counts.part,
+            registry=self.registry,
+            counts=self._counts,
             turn=self.turn,
         )
 

@@ -12,40 +12,36 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from proxy.memory.claims import claim_of, claim_text, fold_claims
-from proxy.memory.context_packer import (
+from proxy.memory.context import (
     PackedContext,
     context_parts,
     page_words,
 )
 from proxy.memory.core import MemoryCore
-from proxy.memory.fault_handler import FaultResult
+from proxy.memory.faults import FaultResult
 from proxy.memory.manifest import AvailablePageEntry, ManifestBuilder, ManifestPolicies
 from proxy.memory.models import (
     CompressionLevel,
     MemoryPage,
     Modality,
-    MutationType,
-    PageMutation,
     PageTableEntry,
-    PageType,
-    PinKind,
     StorageTier,
     VMMode,
 )
 from proxy.memory.pages import media_page_id, message_text, modality_of
 from proxy.memory.pages import page_id as message_page_id
 from proxy.memory.search_handler import PageSearchHandler
-from proxy.memory.segments import Segment, close_segment
-from proxy.memory.sentences import SegmentDoc
-from proxy.memory.vm_args import parse_fault_args, parse_search_args
-from proxy.memory.vm_prompts import (
+from proxy.memory.segments import index_page
+from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,
+    SearchToolResult,
     build_vm_developer_message,
+    error_result,
     get_vm_tools_as_dicts,
+    parse_fault_args,
+    parse_search_args,
 )
-from proxy.memory.vm_results import SearchToolResult, error_result
 
 _MANIFEST_ENTRIES = 64  # listed at most; older pages are one line per segment
 _MANIFEST_TOKENS = 1_024
@@ -136,16 +132,11 @@ class MemoryManager(MemoryCore):
 
     def _window_pages(self, user_input: str) -> list[MemoryPage]:
         """The pages in L0, as they are shown there."""
-        superseded = {c.claim_id: c.superseded_by for c in self._claims}
         pages: list[MemoryPage] = []
         for entry in self.page_table.resident():
             page = self._shown.get(entry.page_id) or self._pages.get(entry.page_id)
-            if page is None:
-                continue
-            if entry.page_type is PageType.CLAIM:
-                text = claim_text(page, superseded.get(page.page_id))
-                page = page.model_copy(update={"content": text})
-            pages.append(page)
+            if page is not None:
+                pages.append(page)
         last = pages[-1] if pages else None
         if last is not None and last.metadata.get("role") == "user" and last.text() == user_input:
             pages.pop()
@@ -228,12 +219,10 @@ class MemoryManager(MemoryCore):
         self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
     ) -> FaultResult:
         """Bring a page into the window, within the turn's limits."""
-        entry = self.page_table.lookup(page_id)
-        refault = entry is not None and self.anti_thrash.is_refault(entry, self.turn)
         result = await self.fault_handler.handle_fault(page_id, target_level)
         self.metrics.record_recall(result.success)
         if result.success and result.page is not None and not result.resident:
-            self.metrics.record_fault(page_id, self.turn, refault)
+            self.metrics.record_fault(result.refault)
             self._shown[page_id] = result.page
             body = await self._get_page(page_id)
             if body is not None:
@@ -248,73 +237,40 @@ class MemoryManager(MemoryCore):
         found = PageSearchHandler(available).search(query, modality, limit)
         self.metrics.record_recall(bool(found.results))
         return found
+
     # -- segments
 
     async def close_segment(self, keep_last: int = KEEP_LAST_PAGES) -> ClosedSegment | None:
-        """End a segment: checkpoint its pages, summarise and claim what they say, evict them.
+        """End a segment: checkpoint its pages, evict them, and leave a line that says what they were about.
 
-        The segment is the conversation's pages in the window but the newest `keep_last`; summary
-        and claims take their place. None when there are no such pages. Claims that contradict
-        earlier ones say so from now on (`build_request` shows it).
+        The segment is the conversation's pages in the window but the newest `keep_last`. None when
+        there are no such pages.
         """
         talk = [e for e in self.page_table.resident() if e.position >= 0]
         closing = talk[: max(0, len(talk) - keep_last)]
-        bodies = {e.page_id: await self._get_page(e.page_id) for e in closing}
-        pages = [page for page in bodies.values() if page is not None]
+        bodies = [await self._get_page(e.page_id) for e in closing]
+        pages = [page for page in bodies if page is not None]
         if not pages:
             return None
-        number = self._segments + 1
-        checkpoint_id = await self.storage.checkpoint(pages, f"segment_{number}")
-        made = close_segment(
-            number,
-            [_segment_doc(page) for page in pages],
-            self._claims,
-            self._claims_made + 1,
-            self.turn,
-            self._counts.text,
-        )
-        self._segments = number
-        self._claims_made += len(made.claims)
-        new = [claim for page in made.claims if (claim := claim_of(page)) is not None]
-        self._claims = fold_claims(self._claims, new, made.superseded, made.merged)
-        for page in made.pages():
-            await self._enter_derived(page)
+        self._segments += 1
+        checkpoint_id = await self.storage.checkpoint(pages, f"segment_{self._segments}")
+        ids, texts = [p.page_id for p in pages], [page_words(p) for p in pages]
+        index = index_page(self._segments, ids, texts, self.turn, self._counts.text)
+        self.provenance.add_page(index)
+        artifact_id = await self.storage.store_page(index)
+        self.register(index.model_copy(update={"artifact_id": artifact_id}))
+        self._pages.pop(index.page_id, None)
         for entry in closing:
             if not self.pinned.held(entry, self.turn):
                 await self._evict(entry)
-        return ClosedSegment(checkpoint_id, made)
-
-    async def _enter_derived(self, page: MemoryPage) -> None:
-        """Summary and claims stand in the window; the rest waits in storage."""
-        self.provenance.add_page(page)
-        shown = page.page_type in (PageType.SUMMARY, PageType.CLAIM)
-        tier = StorageTier.L0 if shown else StorageTier.L2
-        artifact_id = await self.storage.store_page(page)
-        self.register(page.model_copy(update={"storage_tier": tier, "artifact_id": artifact_id}))
-        if page.page_type is PageType.CLAIM:
-            pin = PageMutation(
-                MutationType.PIN, page.page_id, self.turn, pin_kind=PinKind.INFERRED
-            )
-            self.apply(pin)
-        if not shown:
-            self._pages.pop(page.page_id, None)
+        return ClosedSegment(checkpoint_id, index)
 
 
 class ClosedSegment(NamedTuple):
     """What `MemoryManager.close_segment` left."""
 
     checkpoint_id: str
-    segment: Segment
-
-
-def _segment_doc(page: MemoryPage) -> SegmentDoc:
-    role, name = page.metadata.get("role"), page.metadata.get("name")
-    return SegmentDoc(
-        page.page_id,
-        role if isinstance(role, str) else "",
-        name if isinstance(name, str) else "",
-        page_words(page),
-    )
+    line: MemoryPage  # index_seg_01
 
 
 _MEDIA_PREFIX = {Modality.IMAGE: "img", Modality.AUDIO: "aud", Modality.VIDEO: "vid"}

@@ -9,11 +9,11 @@ left out of the JSON: tokens are what a manifest costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from proxy.memory.context_packer import quote_json
+from proxy.memory.context import quote_json
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, StorageTier
 from proxy.memory.pages import parse_page_id
 
@@ -50,9 +50,7 @@ class WorkingSetEntry(_Compact):
 
 
 class AvailablePageEntry(_Compact):
-    """A page that can be brought in. `levels` are the levels on offer, `hint` is for navigation
-    only.
-    """
+    """A page that can be brought in. `levels` are on offer, `hint` is for navigation only."""
 
     page_id: str
     modality: str = Modality.TEXT.value
@@ -93,12 +91,9 @@ class ManifestBuilder:
 
     def add_working_set_page(self, page: MemoryPage) -> None:
         """A page that is in the window."""
+        level = int(page.compression_level)
         self._working.append(
-            WorkingSetEntry(
-                page_id=page.page_id,
-                modality=page.modality.value,
-                level=int(page.compression_level),
-            )
+            WorkingSetEntry(page_id=page.page_id, modality=page.modality.value, level=level)
         )
 
     def add_available_page_entry(self, entry: AvailablePageEntry) -> None:
@@ -111,34 +106,39 @@ class ManifestBuilder:
             SegmentEntry(first=first_page_id, last=last_page_id, pages=pages, hint=hint)
         )
 
-    @property
-    def total_available(self) -> int:
-        """Pages outside the window, with and without an entry of their own."""
-        return len(self._available) + sum(segment.pages for segment in self._segments)
-
     def build(self) -> VMManifest:
         """Everything that was added."""
-        return self._manifest(self._available, self._segments, self._working)
+        return VMManifest(
+            session_id=self._session_id,
+            total_available=self._total(),
+            working_set=self._working,
+            available_pages=self._available,
+            segments=self._segments,
+            policies=self._policies,
+        )
 
     def fit(self, max_tokens: int, count: Callable[[str], int]) -> VMManifest:
-        """A manifest whose JSON has at most `max_tokens` (as `count` counts; from
-        MIN_MANIFEST_TOKENS up).
+        """A manifest of the pages outside the window whose JSON has at most `max_tokens` (as `count`
+        counts; from MIN_MANIFEST_TOKENS up).
 
-        Working set entries, then available entries, are kept in order of adding; the rest becomes
-        segments.
+        Available entries are kept in the order of adding; the rest becomes segments.
         """
-        bare = self._manifest([], [], [])
+        bare = VMManifest(total_available=self._total(), policies=self._policies)
         room = max_tokens - count(bare.model_dump_json())
-        working, room = _affordable(self._working, room, count)
-        kept, _ = _affordable(self._available, room, count)
+        kept = _affordable(self._available, room, count)
         if len(kept) < len(self._available) or self._segments:
-            kept, _ = _affordable(kept, room - max_tokens // _SEGMENT_SHARE, count)
-        entry_runs = [_run(e.page_id, e.page_id, 1, e.hint) for e in self._available]
-        segment_runs = [_run(s.first, s.last, s.pages, s.hint) for s in self._segments]
+            kept = _affordable(kept, room - max_tokens // _SEGMENT_SHARE, count)
+        alone = [
+            SegmentEntry(first=entry.page_id, last=entry.page_id, pages=1, hint=entry.hint)
+            for entry in self._available
+        ]
         segments, hints = _MAX_SEGMENTS, True
         while True:
-            folded = _fold([*_one_run(entry_runs[len(kept) :]), *segment_runs], segments, hints)
-            manifest = self._manifest(kept, folded, working)
+            rest = sorted(alone[len(kept) :], key=_order)
+            # One run, so that pages without an entry do not crowd the segments' own hints out.
+            runs = sorted([*([_joined(rest)] if rest else []), *self._segments], key=_order)
+            folded = _fold(runs, segments, hints)
+            manifest = bare.model_copy(update={"available_pages": kept, "segments": folded})
             over = count(manifest.model_dump_json()) - max_tokens
             if over <= 0:
                 return manifest
@@ -146,79 +146,43 @@ class ManifestBuilder:
                 segments //= 2
             elif kept:
                 kept = kept[: max(0, len(kept) - max(1, over // 32))]
-            elif working:
-                working = working[: len(working) // 2]
             elif hints:
                 hints = False
-            elif segments:
-                segments = segments // 2 if folded else 0
+            elif folded:
+                segments //= 2
             else:
-                return VMManifest(total_available=self.total_available)
+                return manifest
 
-    def _manifest(
-        self,
-        available: Sequence[AvailablePageEntry],
-        segments: Sequence[SegmentEntry],
-        working: Sequence[WorkingSetEntry],
-    ) -> VMManifest:
-        return VMManifest(
-            session_id=self._session_id,
-            total_available=self.total_available,
-            working_set=list(working),
-            available_pages=list(available),
-            segments=list(segments),
-            policies=self._policies,
-        )
-
-
-_Entry = TypeVar("_Entry", bound=_Compact)
+    def _total(self) -> int:
+        """Pages outside the window, with and without an entry of their own."""
+        return len(self._available) + sum(segment.pages for segment in self._segments)
 
 
 def _affordable(
-    entries: Sequence[_Entry], room_tokens: int, count: Callable[[str], int]
-) -> tuple[list[_Entry], int]:
-    """The first entries whose tokens fit, and the room that is left after them."""
-    kept: list[_Entry] = []
-    for entry in entries:
-        tokens = count(entry.model_dump_json() + ",")
-        if tokens > room_tokens:
-            break
-        room_tokens -= tokens
-        kept.append(entry)
-    return kept, room_tokens
+    entries: list[AvailablePageEntry], room_tokens: int, count: Callable[[str], int]
+) -> list[AvailablePageEntry]:
+    """The first entries whose tokens fit."""
+    for index, entry in enumerate(entries):
+        room_tokens -= count(entry.model_dump_json() + ",")
+        if room_tokens < 0:
+            return entries[:index]
+    return entries
 
 
-# A run of pages: position and part of its first (to sort by), first id, last id, pages, hint.
-_Run = tuple[int, int, str, str, int, str]
+def _order(run: SegmentEntry) -> tuple[int, int, str, str, int, str]:
+    position, part = parse_page_id(run.first) or (-1, 0)
+    return position, part, run.first, run.last, run.pages, run.hint
 
 
-def _run(first: str, last: str, pages: int, hint: str) -> _Run:
-    position, part = parse_page_id(first) or (-1, 0)
-    return position, part, first, last, pages, hint
+def _joined(runs: Sequence[SegmentEntry], hints: bool = True) -> SegmentEntry:
+    """Runs in conversation order as one."""
+    pages, hint = sum(run.pages for run in runs), runs[0].hint if hints else ""
+    return SegmentEntry(first=runs[0].first, last=runs[-1].last, pages=pages, hint=hint)
 
 
-def _one_run(runs: Sequence[_Run]) -> list[_Run]:
-    """Pages without an entry as one run, so that they do not crowd the segments' own hints out."""
-    if not runs:
+def _fold(runs: Sequence[SegmentEntry], limit: int, hints: bool) -> list[SegmentEntry]:
+    """At most `limit` segments that cover all runs."""
+    if not limit or not runs:
         return []
-    ordered = sorted(runs)
-    position, part, first, _, _, words = ordered[0]
-    return [(position, part, first, ordered[-1][3], sum(run[4] for run in ordered), words)]
-
-
-def _fold(runs: Sequence[_Run], limit: int, hints: bool) -> list[SegmentEntry]:
-    """At most `limit` segments, in conversation order, that cover all runs."""
-    if limit <= 0 or not runs:
-        return []
-    ordered = sorted(runs)
-    size = -(-len(ordered) // limit)
-    groups = (ordered[at : at + size] for at in range(0, len(ordered), size))
-    return [
-        SegmentEntry(
-            first=group[0][2],
-            last=group[-1][3],
-            pages=sum(run[4] for run in group),
-            hint=group[0][5] if hints else "",
-        )
-        for group in groups
-    ]
+    size = -(-len(runs) // limit)
+    return [_joined(runs[at : at + size], hints) for at in range(0, len(runs), size)]

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 
-from proxy.memory.anti_thrash import REFAULT_GAIN, is_cooling
 from proxy.memory.codes import MODALITIES, TIERS
+from proxy.memory.eviction import REFAULT_GAIN, is_cooling
 from proxy.memory.models import (
     CompressionLevel,
     Modality,

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import pairwise
 
-from proxy.memory.anti_thrash import is_protected
 from proxy.memory.compressor import ABSTRACT_TOKENS
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy, is_protected
 from proxy.memory.models import (
     CompressionLevel,
     Modality,

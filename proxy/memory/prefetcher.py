@@ -8,7 +8,7 @@ what the answer took from it (`was_used`), and counted per source.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple
 
@@ -43,15 +43,14 @@ class Candidate(NamedTuple):
 class Prefetcher:
     """One decision: `propose` candidates, then `ranked` gives them by value for their tokens."""
 
-    def __init__(self, min_evidence: float = MIN_EVIDENCE) -> None:
-        self._min_evidence = min_evidence
+    def __init__(self) -> None:
         self._found: dict[str, Candidate] = {}
 
     def propose(self, candidates: Iterable[Candidate]) -> None:
         """Take a source's pages; of one page proposed twice the better evidence counts."""
         for candidate in candidates:
             known = self._found.get(candidate.page_id)
-            if candidate.evidence >= self._min_evidence and (
+            if candidate.evidence >= MIN_EVIDENCE and (
                 known is None or candidate.evidence > known.evidence
             ):
                 self._found[candidate.page_id] = candidate
@@ -116,12 +115,9 @@ def asks_back(text: str) -> bool:
 _TERM = re.compile(r"[^\W_]{4,}|\d{2,}|\w*[_\d]\w*", re.UNICODE)
 
 
-def fresh_terms(question: str, answer: str, known: Sequence[str] = ()) -> frozenset[str]:
-    """The distinctive words of an answer that neither the question nor `known` has."""
-    fresh = _terms(answer)
-    for text in (question, *known):
-        fresh -= _terms(text)
-    return frozenset(fresh)
+def fresh_terms(question: str, answer: str) -> frozenset[str]:
+    """The distinctive words of an answer that the question does not have."""
+    return frozenset(_terms(answer) - _terms(question))
 
 
 def was_used(page_text: str, fresh: frozenset[str]) -> bool:

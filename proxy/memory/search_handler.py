@@ -15,8 +15,12 @@ from functools import lru_cache
 
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import Modality
-from proxy.memory.vm_args import DEFAULT_SEARCH_LIMIT, MAX_SEARCH_LIMIT
-from proxy.memory.vm_results import SearchResultEntry, SearchToolResult
+from proxy.memory.vm_tools import (
+    DEFAULT_SEARCH_LIMIT,
+    MAX_SEARCH_LIMIT,
+    SearchResultEntry,
+    SearchToolResult,
+)
 
 _WORD = re.compile(r"[^\W_]+")
 # Scripts without spaces: each pair of characters is a word.

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from proxy.memory.anti_thrash import AntiThrashPolicy
-from proxy.memory.eviction_policy import EvictionPolicy, ImportanceWeightedLRU
+from proxy.memory.eviction import (
+    AntiThrashPolicy,
+    EvictionPolicy,
+    ImportanceWeightedLRU,
+    PinnedSet,
+    PinReason,
+)
 from proxy.memory.models import (
     CompressionLevel,
     MemoryPage,
@@ -20,7 +25,6 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.page_table import PageTable
-from proxy.memory.pins import PinnedSet, PinReason
 from proxy.memory.tlb import AnyTable
 
 MAX_PENDING_IMPORTANCE = 1024  # pages whose importance was set before they came

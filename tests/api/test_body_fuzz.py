@@ -16,10 +16,11 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
+from proxy.api.writer import Writer
 from proxy.config import Config, load_config
 from proxy.upstream import BytesReply, Header, Reply
 from tests.examples import examples
@@ -119,12 +120,13 @@ async def ask(api: ChatApi, body: bytes) -> tuple[int, bytes]:
 
 async def play(config: Config, sent: Sequence[bytes]) -> list[tuple[int, bytes]]:
     memory, judge = Memory(config), Judge()
-    archive = Archive(config, memory, judge)
+    renditions = Renditions(config, memory)
+    writer = Writer(config, judge, renditions)
     try:
-        api = ChatApi(config, judge, memory, archive, Stats(memory, archive.writer), None)
+        api = ChatApi(config, judge, memory, renditions, writer, Stats(memory, writer), None)
         return [await ask(api, body) for body in sent]
     finally:
-        await archive.close()
+        await writer.close()
         await memory.close()
 
 

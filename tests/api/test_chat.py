@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from proxy.api.archive import Archive
 from proxy.api.caller import caller
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
+from proxy.api.writer import Writer
 from proxy.config import Config, load_config
 from proxy.conversation.report import TurnReport
 from proxy.errors import ApiError
@@ -76,10 +77,11 @@ class Client:
         self.memory = Memory(config)
         self.reports: list[TurnReport] = []
         self.upstream = upstream
-        self.archive = Archive(config, self.memory, upstream)
-        stats = Stats(self.memory, self.archive.writer)
+        renditions = Renditions(config, self.memory)
+        self.writer = Writer(config, upstream, renditions)
+        stats = Stats(self.memory, self.writer)
         self.api = ChatApi(
-            config, upstream, self.memory, self.archive, stats, self.reports.append
+            config, upstream, self.memory, renditions, self.writer, stats, self.reports.append
         )
 
     async def send(
@@ -414,9 +416,9 @@ async def test_what_cannot_be_paged_goes_up_as_it_is(
 
     async with client(tmp_path, answered(), answered(), **SMALL) as one:
         sent = json.dumps(body(paged_messages())).encode()
-        monkeypatch.setattr("proxy.conversation.paging.TurnWindow.open", broken)
+        monkeypatch.setattr("proxy.conversation.turn_window.TurnWindow.open", broken)
         assert (await one.ask(sent))[0] == 200
-        monkeypatch.setattr("proxy.api.placing.place", broken)
+        monkeypatch.setattr("proxy.api.admission.place", broken)
         assert (await one.ask(sent))[0] == 200
         assert one.upstream.bodies == [sent, sent]
 
@@ -456,7 +458,6 @@ async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path)
 @pytest.mark.parametrize("name", ["importance", "lru", "modality"])
 async def test_the_configured_policy_decides_who_leaves(tmp_path: Path, name: str) -> None:
     async with client(tmp_path, answered(), memory={"eviction": name}) as one:
-        placing = one.api._placing
-        given = await placing.place([], b"", json.dumps(body()).encode())
+        given = await one.api._admission.admit([], b"", json.dumps(body()).encode())
         kinds = {"importance": "ImportanceWeightedLRU", "lru": "LRU", "modality": "ModalityAwareLRU"}
         assert type(given.policy).__name__ == kinds[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.turn import Turn
 from proxy.upstream import BytesReply
 from tests.api.test_chat import answered, body, client

@@ -18,13 +18,12 @@ from proxy.api.memory import Memory
 from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import load_config
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
-from proxy.memory import ArtifactsBridge, MemoryPage, Modality
+from proxy.memory import MemoryPage, Modality
 from proxy.memory.level_media import ImageCompressor
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.models import CompressionLevel, Counts
-from proxy.storage.l3 import ArtifactStore
 from proxy.tokens import get_counter
 from tests.media import samples
 
@@ -62,19 +61,25 @@ class Room:
     """One process's memory, L3 and pages."""
 
     def __init__(self, path: Path, written: bool) -> None:
-        flags: dict[str, object] = {"tiers.l2.path": str(path / "data")}
-        self.memory = Memory(load_config(None, {}, flags))
-        self.bridge = ArtifactsBridge(ArtifactStore(str(path / "artifacts")))
-        self.renditions = Renditions(self.memory, self.bridge, written)
+        flags: dict[str, object] = {
+            "tiers.l2.path": str(path / "data"), "tiers.l3.url": str(path / "artifacts"),
+            **({"compression.model": "small-writer"} if written else {}),
+        }  # fmt: skip
+        config = load_config(None, {}, flags)
+        self.memory = Memory(config)
+        self.renditions = Renditions(config, self.memory)
         self.compressor = Counting()
         registry = CompressorRegistry.default()
         registry.register(Modality.IMAGE, self.compressor)
         raws = [(json.dumps(m).encode(), m) for m in HISTORY]
         path_ = Identity(bytes(32)).extend(b"t", [], raws)
-        self.pages = PathPages(path_, COUNTER, 1024, registry=registry)
+        self.pages = PathPages(path_, COUNTER, 1024)
+        self.pages.registry = registry
 
     async def load(self, effect: Load = THUMBNAIL, tenant: bytes = ONE) -> MemoryPage:
-        return await self.renditions.load(tenant, effect, self.pages)
+        page = await self.renditions.load(tenant, effect, self.pages)
+        assert page is not None
+        return page
 
     async def write(self, page_id: str, level: CompressionLevel, text: str) -> None:
         page = self.pages.page(page_id)

@@ -15,17 +15,18 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from proxy.api.archive import Archive
 from proxy.api.caller import caller
 from proxy.api.capable import Capable
 from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
+from proxy.api.writer import Writer
 from proxy.config import SessionsConfig, load_config
 from proxy.conversation.tree import record_key
 from proxy.upstream import make_upstream
 from tests.conversation.player import Message, Player, limits_of, says
-from tests.conversation.test_closing import talk
+from tests.conversation.test_derived import talk
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png", "detail": "low"}}
 KEY = caller([(b"authorization", b"key")]).credentials
@@ -40,11 +41,11 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     memory, upstream = Memory(config), make_upstream(config)
     memory.identity = player.identity
     await memory.store.commit(list(player.values.items()))
-    archive = Archive(config, memory, upstream)
+    writer = Writer(config, upstream, Renditions(config, memory))
     app = FastAPI()
     capabilities = Capable(config, memory).table
     app.include_router(
-        vm_router(Stats(memory, archive.writer), memory, archive, SessionsConfig(), capabilities)
+        vm_router(Stats(memory, writer), memory, SessionsConfig(), capabilities)
     )
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
@@ -52,7 +53,7 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
         async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
             yield client, memory
     finally:
-        await archive.close()
+        await writer.close()
         await memory.close()
         await upstream.close()
 
@@ -76,7 +77,7 @@ async def test_a_turn_that_did_not_page_had_everything_in_front_of_its_answer(tm
         for turn, pages in ((1, ["msg_0001"]), (2, ["msg_0001", "msg_0002", "msg_0003"])):
             found = (await client.get("/vm/context", params={"turn": turn})).json()
             assert [p["page_id"] for p in found["pages"]] == pages
-            assert (found["paged"], found["last_turn"], found["derived"], found["checkpoint"]) == (False, 2, [], None)
+            assert (found["paged"], found["last_turn"], found["derived"]) == (False, 2, [])
 
 
 async def test_a_medium_comes_out_of_its_message_and_only_if_it_is_there(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from proxy.api.archive import Archive
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
+from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
 from proxy.conversation.effects import Load
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
 from proxy.errors import ApiError
 from proxy.memory.compressor import ABSTRACT_TOKENS
@@ -103,14 +103,15 @@ class Room:
         flags: dict[str, object] = {"tiers.l2.path": str(path / "data")}
         flags |= {f"compression.{key}": value for key, value in settings.items()}
         self.desk = desk
-        self.memory = Memory(load_config(None, {}, flags))
-        self.archive = Archive(load_config(None, {}, flags), self.memory, desk)
-        self.writer: Writer = self.archive.writer
+        config = load_config(None, {}, flags)
+        self.memory = Memory(config)
+        self.renditions = Renditions(config, self.memory)
+        self.writer = Writer(config, desk, self.renditions)
         raws = [(json.dumps(m).encode(), m) for m in HISTORY]
         self.pages = PathPages(Identity(bytes(32)).extend(b"t", [], raws), COUNTER, 1024)
 
     def submit(self, *loads: Load) -> None:
-        self.writer.submit(TENANT, HEADERS, self.pages, COUNTER, loads, 100)
+        self.writer.submit(TENANT, HEADERS, self.pages, COUNTER, loads)
 
     async def done(self, count: int = 1) -> None:
         async with asyncio.timeout(10):
@@ -118,7 +119,8 @@ class Room:
                 await asyncio.sleep(0.001)
 
     async def shown(self, page: str, level: int) -> Any:
-        return (await self.archive.load(TENANT, Load(page, level), self.pages)).content
+        shown = await self.renditions.load(TENANT, Load(page, level), self.pages)
+        return shown and shown.content
 
 
 @asynccontextmanager
@@ -127,7 +129,7 @@ async def room(path: Path, desk: Desk | None = None, **settings: Any) -> AsyncIt
     try:
         yield found
     finally:
-        await found.archive.close()
+        await found.writer.close()
         await found.memory.close()
 
 
@@ -309,7 +311,7 @@ async def test_closing_does_not_wait_for_the_model(tmp_path: Path) -> None:
             here.submit(Load("msg_0003", CompressionLevel.ABSTRACT))
             while not here.desk.bodies:
                 await asyncio.sleep(0.001)
-    assert here.archive.writer.written == 0  # it was given up in the middle of its call
+    assert here.writer.written == 0  # it was given up in the middle of its call
 
 
 # -- behind the chat handler
@@ -338,8 +340,9 @@ async def test_nothing_is_written_before_the_client_has_its_answer(
     }  # fmt: skip
     config, desk = load_config(None, {}, flags), Both()
     memory = Memory(config)
-    archive = Archive(config, memory, desk)
-    api = ChatApi(config, desk, memory, archive, Stats(memory, archive.writer), None)
+    renditions = Renditions(config, memory)
+    writer = Writer(config, desk, renditions)
+    api = ChatApi(config, desk, memory, renditions, writer, Stats(memory, writer), None)
     request = {"model": "gpt-4o", "stream": stream, "messages": HISTORY[2:3] + HISTORY[5:20]}
     incoming = [{"type": "http.request", "body": json.dumps(request).encode()}]
 
@@ -361,5 +364,5 @@ async def test_nothing_is_written_before_the_client_has_its_answer(
             await asyncio.sleep(0.001)
     assert events[0] == "answered"
     assert events.count("answered") == 1
-    await archive.close()
+    await writer.close()
     await memory.close()

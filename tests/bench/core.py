@@ -28,18 +28,21 @@ from dataclasses import dataclass, field
 import msgspec
 
 from proxy.conversation import epoch
+from proxy.conversation.body import Body
 from proxy.conversation.channel import choose_channel
+from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.form import Form
+from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
-from proxy.conversation.paging import TurnWindow
-from proxy.conversation.pathpages import PathPages
+from proxy.conversation.pages import PathPages
 from proxy.conversation.report import TurnReport
-from proxy.conversation.tree import Node
+from proxy.conversation.state import State
+from proxy.conversation.tree import Identity, Node
+from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.memory import planner
-from proxy.memory.core import MemoryCore
-from proxy.memory.eviction_policy import ImportanceWeightedLRU
+from proxy.memory.eviction import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
 from proxy.memory.page_table import PageTable
 from proxy.memory.planner import Plan
@@ -77,7 +80,6 @@ def limits_of(room_tokens: int) -> Limits:
         search_results=10,
         snippet_tokens=64,
         segment_messages=512,
-        summary_tokens=160,
         max_claims=128,
     )
 
@@ -141,25 +143,17 @@ class Conversation:
         begun = time.perf_counter()
         pages = PathPages(self.path, _counter, self._limits.page_tokens, self._derived)
         report = TurnReport("gpt-4o", "tools", self._turn)
-        paging = TurnWindow(
-            pages=pages,
-            memory=MemoryCore(
-                config=self._limits.working_set, policy=ImportanceWeightedLRU(), counts=_counter,
-                table=self._table, registry=pages.registry,
-            ),
-            counter=_counter,
-            limits=self._limits,
-            channel=choose_channel({}, self._limits),
-            anchors=(),
-            substitutes=lambda _: (),
-            start=0,
-            floor=0,
-            before=self._window,
-            turn=self._turn,
-            whole_room_tokens=ROOM_TOKENS,
-            report=report,
+        window = self._window
+        state = None if window is None else State(window, self._table, self._derived)
+        context = TurnContext(
+            body=b"", sent=Body({}, [], [SYSTEM], None, 0, [], None), decoded={"model": "gpt-4o"},
+            place=Place(self.path, 0, 0, [], None), state=state, limits=self._limits, counter=_counter,
+            policy=ImportanceWeightedLRU(), identity=Identity(bytes(32)), tenant=b"", fixed_tokens=lambda: 0,
+            substitutes=lambda _: (), get_record=lambda _: None, get_block=lambda _: None,
         )  # fmt: skip
-        for step in (paging.open(), paging.messages([SYSTEM], Form(several=True))):
+        channel = choose_channel({}, self._limits)
+        paging = TurnWindow(context, pages, self._table, channel, self._limits, None, 0, report)
+        for step in (paging.open(), paging.messages(Form(several=True))):
             for effect in step:
                 raise RuntimeError(f"text needs nothing from the shell, but: {effect}")
         paging.tell()

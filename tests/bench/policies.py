@@ -16,7 +16,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from proxy.memory.eviction_policy import (
+from proxy.memory.eviction import (
     LRU,
     EvictionPolicy,
     ImportanceWeightedLRU,

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from proxy.memory.eviction_policy import EvictionPolicy
+from proxy.memory.eviction import EvictionPolicy, is_cooling
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import CompressionLevel, MutationType, PageMutation, StorageTier
 from proxy.memory.page_table import PageTable
@@ -53,7 +53,8 @@ class Score:
         self.far += other.far
         self.far_hits += other.far_hits
         self.rebuilds += other.rebuilds
-        self.metrics.merge(other.metrics)
+        for name in ("faults", "refaults", "evictions", "turns"):
+            setattr(self.metrics, name, getattr(self.metrics, name) + getattr(other.metrics, name))
 
     @property
     def hit_rate(self) -> float:
@@ -144,7 +145,7 @@ class Replay:
         score.far_hits += hit and access.far
         if hit or not may_fault:
             return False
-        score.metrics.record_fault(entry, self.turn)
+        score.metrics.record_fault(is_cooling(entry, self.turn))
         self.table.fault_in(access.page_id, self.turn)
         return True
 

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.memory.claims import importance_of, is_standing
 from proxy.memory.compressor import compress_text
-from proxy.memory.importance import importance_of, is_standing
 from proxy.memory.models import CompressionLevel, Modality
 from proxy.memory.pages import message_text, modality_of, page_id, split_text
 from proxy.tokens import TokenCounter

@@ -17,14 +17,13 @@ import msgspec
 from proxy.conversation.body import message_ends, read_body
 from proxy.conversation.capability import Seen, capabilities
 from proxy.conversation.commit import SessionNames
-from proxy.conversation.derived import NO_DERIVED
+from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
-from proxy.conversation.pathpages import owner
-from proxy.conversation.room import standing
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.state import State, restore_state
 from proxy.conversation.tree import (
@@ -37,9 +36,9 @@ from proxy.conversation.tree import (
     load_path,
     record_key,
 )
-from proxy.conversation.turn import Answer, Turn, TurnInput
+from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.window import render
-from proxy.memory import ImportanceWeightedLRU, VMMode, WorkingSetConfig
+from proxy.memory import ImportanceWeightedLRU, MemoryPage, VMMode, WorkingSetConfig
 from proxy.search.paths import PathIndexes
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import Published
@@ -68,7 +67,6 @@ def limits_of(budget_tokens: int, **changes: Any) -> Limits:
         "search_results": 10,
         "snippet_tokens": 64,
         "segment_messages": 512,
-        "summary_tokens": 160,
         "max_claims": 128,
     }
     return Limits(**{**values, **changes})
@@ -96,9 +94,8 @@ class Played:
         if self.turn.settled is None:
             return None
         window = self.turn.settled[1].window
-        path, first = self.place.path, window.native_from
-        before = [a for a in self.place.anchors if owner(path, a.position) < first]
-        front = standing(before, get_counter(self.turn._report.model))
+        assert self.turn._paging is not None
+        front = self.turn._paging._standing(window.native_from)
         head = [*self.system, *(anchor.raw for anchor in front)]
         return render(head, window, "developer", False, Form(several=True))[:-1]
 
@@ -123,6 +120,7 @@ class Player:
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
         self.identity = Identity(SECRET)
         self.forget()
@@ -228,24 +226,20 @@ class Player:
         counter = get_counter(decoded["model"])
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
-        given = TurnInput(
-            body, split.fields, split.order, decoded, split.system, found.path, found.start,
-            found.floor, found.anchors, found.record, state.window if state else None,
-            state.table if state else None, self.limits, counter, self.identity, tenant,
-            names, ImportanceWeightedLRU(), self._substitutes, fixed,
-            derived=state.derived if state else NO_DERIVED, load_block=self.get_block,
-            get_record=self.get_record, seen=lambda: self.seen, sent=found.sent,
+        known = capabilities({}, self.learned or {}, {})
+        context = TurnContext(
+            body=body, sent=split, decoded=decoded, place=found, state=state, limits=self.limits, counter=counter,
+            policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
+            fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
+            get_block=self.get_block, capabilities=lambda: known, seen=lambda: self.seen,
         )
-        if self.learned is not None:
-            known = capabilities({}, self.learned, {})
-            given.capabilities = lambda: known
-        turn = Turn(given)
+        turn = Turn(context)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]
-        self._perform(turn, given, played, model)
+        self._perform(turn, context, played, model)
         return played
 
-    def _perform(self, turn: Turn, given: TurnInput, played: Played, model: Model) -> None:
-        shell = _Shell(turn, given, model, bool(given.decoded.get("stream")))
+    def _perform(self, turn: Turn, context: TurnContext, played: Played, model: Model) -> None:
+        shell = _Shell(turn, context, model, bool(context.decoded.get("stream")))
         dialogue = turn.run()
         reply: Any = None
         try:
@@ -265,7 +259,11 @@ class Player:
                     )
                 else:
                     assert isinstance(effect, Load)
-                    reply = turn.pages.at(effect.page_id, effect.level)
+                    segment = unwritten_page(turn.pages, effect.page_id)
+                    if segment is not None:
+                        reply = self.writes(segment)
+                    else:
+                        reply = turn.pages.at(effect.page_id, effect.level)
                 played.replies.append(reply)
         except StopIteration as end:
             played.answer = end.value
@@ -282,9 +280,9 @@ class Player:
 class _Shell:
     """Performs `Complete`: whole answers, or streams through the sieve."""
 
-    def __init__(self, turn: Turn, given: TurnInput, model: Model, stream: bool) -> None:
+    def __init__(self, turn: Turn, context: TurnContext, model: Model, stream: bool) -> None:
         self._turn = turn
-        self._count = given.counter.text
+        self._count = context.counter.text
         self._model = model
         self._stream = stream
         self._whole: dict[str, Any] | None = None

@@ -12,63 +12,79 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.body import Body
+from proxy.conversation.channel import PASSIVE, TOOLS, Channel, vm_names
+from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import derive
 from proxy.conversation.effects import Effect, Load
-from proxy.conversation.epoch import Epoch, begin_epoch
-from proxy.conversation.epoch_request import EpochRequest
-from proxy.conversation.tree import Anchor
-from proxy.conversation.window import NATIVE
+from proxy.conversation.epoch import Epoch
+from proxy.conversation.identify import Place
+from proxy.conversation.limits import Limits
+from proxy.conversation.report import TurnReport
+from proxy.conversation.tree import Anchor, Identity
+from proxy.conversation.turn_window import TurnWindow
+from proxy.conversation.window import NATIVE, Entry, Window
 from proxy.errors import ApiError
-from proxy.memory import (
-    ImportanceWeightedLRU,
-    PageTable,
-    StorageTier,
-    VMMode,
-)
-from proxy.memory.pins import PinnedSet
+from proxy.memory import ImportanceWeightedLRU, PageTable, StorageTier, VMMode
+from proxy.memory.manifest import MIN_MANIFEST_TOKENS
+from proxy.memory.pages import parse_page_id
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part
-from tests.conversation.player import Message, call, calls, check_pairs, limits_of
+from tests.conversation.player import SECRET, Message, call, calls, check_pairs, limits_of
 from tests.conversation.scenario import text_of
-from tests.conversation.test_pathpages import pages_of
+from tests.conversation.test_pages import pages_of
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
 many = examples(40)
 
 
-def request(
-    messages: list[Message], room: int, anchors: Sequence[Anchor] = (), **changes: Any
-) -> EpochRequest:
+def turn_window(
+    messages: list[Message], room: int, offer: bool = True, anchors: Sequence[Anchor] = (),
+    limits: Limits | None = None, floor: int = 0, tier: StorageTier = StorageTier.L0,
+) -> TurnWindow:
+    """A turn's window of `room` tokens over these messages, whose pages are all in `tier`."""
     pages = pages_of(messages, 200, anchors=anchors)
     table = TLBWithPageTable(PageTable())
     for position in range(len(messages)):
-        for i, tokens in zip(pages.ids(position), pages.sizes(position), strict=True):
-            table.register_id(i, tokens, position, tier=StorageTier.L0)
-    values: dict[str, Any] = {
-        "pages": pages, "table": table, "policy": ImportanceWeightedLRU(), "pins": PinnedSet(), "counter": COUNTER,
-        "limits": limits_of(room), "substitutes": lambda _: (), "names": {},
-        "mode": VMMode.RELAXED, "turn": 9, "epoch": 2, "floor": 0, "room_tokens": room,
-        "apply": table.apply,
-    }
-    return EpochRequest(**{**values, **changes})
+        for page in pages[position].pages:
+            table.register_id(page.id, page.tokens, position, tier=tier)
+    limits = limits_of(room) if limits is None else limits
+    context = TurnContext(
+        body=b"", sent=Body({}, [], [], None, 0, [], None), decoded={"model": "gpt-4o"},
+        place=Place(list(pages.path), 0, floor, list(anchors), None), state=None, limits=limits, counter=COUNTER,
+        policy=ImportanceWeightedLRU(), identity=Identity(SECRET), tenant=b"", fixed_tokens=lambda: 0,
+        substitutes=lambda _: (), get_record=lambda _: None, get_block=lambda _: None,
+    )
+    channel = Channel(TOOLS if offer else PASSIVE, offer, vm_names(()))
+    report = TurnReport("gpt-4o", channel.name, 9)
+    turn = TurnWindow(context, pages, table, channel, limits, None, 0, report)
+    turn._whole_room_tokens = room
+    turn.window = Window(1, "", 0, 0, 0, (), 0)
+    return turn
 
 
-def loaded(dialogue: Generator[Effect, Any, Any], asked: EpochRequest) -> Any:
+def epoch_of(messages: list[Message], room: int, newest: Entry | None = None, **changes: Any) -> Epoch:
+    turn = turn_window(messages, room, **changes)
+    return Epoch(turn, turn.pages, 2, room, (), 0, newest)
+
+
+def loaded(dialogue: Generator[Effect, Any, Any], epoch: Epoch) -> Any:
     """What the dialogue comes to, with every page that it wants made on the spot."""
     page = None
     try:
         while True:
             wanted = dialogue.send(page)
             assert isinstance(wanted, Load)
-            page = asked.pages.at(wanted.page_id, wanted.level)
+            page = epoch.pages.at(wanted.page_id, wanted.level)
     except StopIteration as end:
         return end.value
 
 
-def rebuild(asked: EpochRequest) -> Epoch:
-    epoch: Epoch = loaded(begin_epoch(asked), asked)
-    return epoch
+def rebuilt(epoch: Epoch) -> Window:
+    window: Window = loaded(epoch.begin(), epoch)
+    return window
 
 
 @st.composite
@@ -90,12 +106,11 @@ def histories(draw: st.DrawFn) -> list[Message]:
 def test_invariant_03_a_new_window_fits_its_room_and_has_the_newest(
     messages: list[Message], room: int, floor: int
 ) -> None:
-    asked = request(messages, room)
-    asked.floor = min(floor, len(messages) - 1)
-    while messages[asked.floor]["role"] == "tool":
-        asked.floor -= 1
-    epoch = rebuild(asked)
-    window = epoch.window
+    floor = min(floor, len(messages) - 1)
+    while messages[floor]["role"] == "tool":
+        floor -= 1
+    epoch = epoch_of(messages, room, floor=floor)
+    window = rebuilt(epoch)
     assert window.tokens <= room and window.covered == len(messages)
     natives = [json.loads(e.raw) for e in window.entries]
     check_pairs({"messages": natives})
@@ -103,18 +118,18 @@ def test_invariant_03_a_new_window_fits_its_room_and_has_the_newest(
     positions = [e.position for e in window.entries if e.kind == NATIVE]
     assert positions == sorted(positions) and positions[-1] == len(messages) - 1
     assert [p for p in positions if p >= window.native_from] == list(range(window.native_from, len(messages)))
-    assert window.native_from >= asked.floor
-    again = request(messages, room, floor=asked.floor)
-    assert rebuild(again) == epoch  # the same history gives the same window
+    assert window.native_from >= floor
+    again = epoch_of(messages, room, floor=floor)
+    assert rebuilt(again) == window and again.evicted == epoch.evicted  # the same history gives the same window
 
 
 @many
 @given(histories(), st.integers(900, 4000))
 def test_the_manifest_counts_what_is_outside(messages: list[Message], room: int) -> None:
-    asked = request(messages, room)
-    epoch = rebuild(asked)
-    outside = {e.position for e in asked.table if e.tier is not StorageTier.L0 and e.position >= 0}
-    found = re.search(r"<VM:MANIFEST_JSON>\n(.*)\n</VM", epoch.window.developer)
+    epoch = epoch_of(messages, room)
+    window = rebuilt(epoch)
+    outside = {e.position for e in epoch.turn.table if e.tier is not StorageTier.L0 and e.position >= 0}
+    found = re.search(r"<VM:MANIFEST_JSON>\n(.*)\n</VM", window.developer)
     if found is None:
         return
     manifest = json.loads(found.group(1))
@@ -123,30 +138,24 @@ def test_the_manifest_counts_what_is_outside(messages: list[Message], room: int)
     assert named <= outside
 
 
-def cut_epoch() -> tuple[EpochRequest, Epoch]:
-    messages = [{"role": "user", "content": text_of(random.Random(1), 4000, "big")}]
-    asked = request(messages, 1200)
-    return asked, rebuild(asked)
-
-
 def test_invariant_04_a_cut_messages_pages_are_outside_the_window() -> None:
-    asked, epoch = cut_epoch()
-    evicted = epoch.evicted
-    assert evicted == list(asked.pages.ids(0)) and len(evicted) > 1
-    assert "msg_0001.1" in epoch.window.developer
+    epoch = epoch_of([{"role": "user", "content": text_of(random.Random(1), 4000, "big")}], 1200)
+    window = rebuilt(epoch)
+    assert epoch.evicted == list(epoch.pages[0].ids) and len(epoch.evicted) > 1
+    assert "msg_0001.1" in window.developer
 
 
 def test_system_messages_come_before_what_they_stood_before_and_behind_the_newest() -> None:
     messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                                {"role": "user", "content": "c"}]
     anchors = [Anchor(p, json.dumps({"role": "system", "content": f"n{p}"}).encode()) for p in (1, 3)]
-    window = rebuild(request(messages, 2000, anchors=anchors)).window
+    window = rebuilt(epoch_of(messages, 2000, anchors=anchors))
     assert [json.loads(e.raw)["content"] for e in window.entries] == ["a", "n1", "b", "c", "n3"]
 
 
 def test_what_cannot_fit_is_refused_in_openais_words() -> None:
     with pytest.raises(ApiError) as caught:
-        rebuild(request([{"role": "user", "content": "hi"}], 60))
+        rebuilt(epoch_of([{"role": "user", "content": "hi"}], 60))
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
 
 
@@ -156,9 +165,125 @@ def test_invariant_03_pages_that_another_models_tokens_priced_too_low_are_left_o
     messages: list[Message] = [
         {"role": "user", "content": [part]} for part in parts
     ] + [{"role": "user", "content": "and now?"}]
-    asked = request(messages, 1100, limits=limits_of(1100, summary_tokens=0, max_claims=0))
-    for entry in asked.table:
+    epoch = epoch_of(messages, 1100, limits=limits_of(1100))
+    for entry in epoch.turn.table:
         entry.size_tokens = 2
-    epoch = rebuild(asked)
-    assert epoch.window.tokens <= 1100
+    assert rebuilt(epoch).tokens <= 1100
     assert {i for i in epoch.evicted if i.startswith("img")} == {f"img_{n:04d}_1" for n in range(1, 13)}
+
+
+# -- the manifest says of every page outside the window that it is there, at a bounded cost
+
+def messages_of(count: int) -> list[Message]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": f"Harbour{n} is near lantern{n}."} for n in range(count)]
+
+
+def told_of(count: int, ends: list[int]) -> Epoch:
+    """A request over a path in which a segment was closed before each of `ends`."""
+    asked = epoch_of(messages_of(count), 4000)
+    for turn, end in enumerate(ends, 1):
+        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
+    return asked
+
+
+def listed(asked: Epoch, native_from: int, resident: set[int], tokens: int, cut: set[int]) -> dict[str, Any]:
+    text = asked._manifest(native_from, resident, cut, tokens)
+    assert COUNTER.text(text) <= tokens
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def at(page_id: str) -> int:
+    place = parse_page_id(page_id)
+    assert place is not None
+    return place[0]
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[int, list[int], int, set[int], set[int]]:
+    count = draw(st.integers(1, 150))
+    ends = sorted(draw(st.sets(st.integers(1, count), max_size=14)))
+    native_from = draw(st.integers(0, count))
+    resident = draw(st.sets(st.integers(0, count - 1), max_size=20)) | set(range(native_from, count))
+    cut = draw(st.sets(st.integers(native_from, count - 1), max_size=2)) if native_from < count else set()
+    return count, ends, native_from, resident - cut, cut
+
+
+@examples(80)
+@given(windows(), st.integers(600, 2500))
+def test_every_page_outside_is_listed_or_in_one_segments_range(
+    window: tuple[int, list[int], int, set[int], set[int]], tokens: int
+) -> None:
+    count, ends, native_from, resident, cut = window
+    manifest = listed(told_of(count, ends), native_from, resident, tokens, cut)
+    outside = {p for p in range(count) if p not in resident}
+    assert manifest.get("total_available", 0) == len(outside)
+    named = [at(entry["page_id"]) for entry in manifest.get("available_pages", [])]
+    assert len(set(named)) == len(named) and set(named) <= outside
+    covered = set(named)
+    end = -1
+    for segment in manifest.get("segments", []):
+        first, last = at(segment["first"]), at(segment["last"])
+        assert end < first <= last, "the ranges come in order and do not meet"
+        inside = {p for p in outside if first <= p <= last} - covered
+        assert segment["pages"] == len(inside)
+        covered |= inside
+        end = last
+    assert covered == outside
+
+
+def test_the_nearest_pages_have_entries_and_a_segments_line_its_topics() -> None:
+    asked = epoch_of([{"role": "user", "content": f"Wax{n}"} for n in range(200)], 4000)
+    for turn, end in enumerate((60, 120), 1):
+        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
+    manifest = listed(asked, 190, set(range(190, 200)), 1024, set())
+    named = [at(entry["page_id"]) for entry in manifest["available_pages"]]
+    assert named == list(range(189, 189 - len(named), -1)) and len(named) > 20
+    topics = [asked.pages.derived.pages[f"index_seg_{n:02d}"].text().partition("): ")[2] for n in (1, 2)]
+    assert all(topics) and topics == [segment["hint"] for segment in manifest["segments"]][:2]
+    ranges = [(segment["first"], segment["last"]) for segment in manifest["segments"]]
+    assert ranges[0] == ("msg_0001", "msg_0060") and ranges[1][0] == "msg_0061"
+
+
+def test_a_cut_message_is_listed_first() -> None:
+    manifest = listed(told_of(40, []), 38, {38}, 600, {39})
+    assert manifest["available_pages"][0]["page_id"] == "msg_0040" and manifest["total_available"] == 39
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [(VMMode.PASSIVE, 600), (VMMode.RELAXED, MIN_MANIFEST_TOKENS - 1)])
+def test_without_faults_or_without_room_there_is_none(mode: VMMode, tokens: int) -> None:
+    asked = epoch_of(messages_of(40), 4000, limits=limits_of(4000, mode=mode))
+    assert asked._manifest(30, set(), set(), tokens) == ""
+
+
+class Counted:
+    """A counter that notes how many texts it was asked about, and how long they were."""
+
+    def __init__(self) -> None:
+        self.texts = 0
+        self.chars = 0
+
+    def text(self, text: str) -> int:
+        self.texts += 1
+        self.chars += len(text)
+        return COUNTER.text(text)
+
+
+def work(count: int, segments: int) -> tuple[int, int, int]:
+    """(texts counted, characters counted, messages read) for a manifest of so long a history."""
+    asked = told_of(count, [count * n // (segments + 1) for n in range(1, segments + 1)])
+    asked.pages._messages.clear()
+    counter: Any = Counted()
+    asked.turn.context.counter = counter
+    asked._manifest(count - 10, set(range(count - 10, count)), set(), 1024)
+    return counter.texts, counter.chars, len(asked.pages._messages)
+
+
+def test_its_cost_does_not_grow_with_the_history() -> None:
+    texts, chars, seen = work(200, 10)
+    assert texts <= 2 * 64 + 16 and seen <= 64 + 1
+    for count, segments in ((1000, 10), (3000, 40)):
+        more_texts, more_chars, more_seen = work(count, segments)
+        assert more_texts <= texts + 4 and more_seen <= seen + 9  # one for each range
+        assert more_chars <= 1.25 * chars  # longer page numbers

@@ -1,23 +1,39 @@
-"""Answers to the model's own calls, within the turn's limits."""
+"""A round's tool calls: whose they are, what answers them, and an exchange that the window takes."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.channel import choose_channel
 from proxy.conversation.effects import Load
-from proxy.conversation.faults import NO_ROOM, FaultServer, Room
-from proxy.conversation.pathpages import PathPages
-from proxy.memory import CompressionLevel, PageTable, StorageTier
+from proxy.conversation.faults import NO_ROOM, VMCalls, split_calls
+from proxy.conversation.pages import PathPages
+from proxy.memory.faults import Room
+from proxy.memory.models import CompressionLevel, FaultReason, StorageTier
+from proxy.memory.page_table import PageTable
 from proxy.memory.pages import Hit
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
-from tests.conversation.player import limits_of
-from tests.conversation.test_pathpages import pages_of
+from tests.conversation.player import (
+    Played,
+    Player,
+    call,
+    calls,
+    check_pairs,
+    count_tokens,
+    limits_of,
+    says,
+    script,
+    tool_messages,
+)
+from tests.conversation.scenario import grown
+from tests.conversation.test_pages import pages_of
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
@@ -29,17 +45,23 @@ class Setting:
         self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
         self.table = TLBWithPageTable(PageTable())
         for position in range(len(TEXTS)):
-            for i in self.pages.ids(position):
+            for i in self.pages[position].ids:
                 self.table.register_id(i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
-        self.server = FaultServer(self.pages, self.table, COUNTER, limits, 2, self.table.apply)
+        window: Any = SimpleNamespace(
+            pages=self.pages, table=self.table, context=SimpleNamespace(counter=COUNTER), limits=limits, turn=2,
+            apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE,
+            channel=choose_channel({}, limits),
+        )  # fmt: skip
+        self.calls = VMCalls(window)
         self.hits: list[Hit] = []
 
     def ask(
         self, tool: str, arguments: Any, room: int = 2000, spare: int = 2000
     ) -> dict[str, Any]:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        dialogue = self.server.serve(tool, text, Room(room, spare))
+        asked = self.calls.read({"function": {"name": tool, "arguments": text}})
+        dialogue = self.calls.answer(asked, Room(room, spare))
         reply: Any = None
         try:
             while True:
@@ -49,7 +71,7 @@ class Setting:
                 else:
                     reply = [h for h in self.hits if not effect.skip(h.position, h.part)]
         except StopIteration as end:
-            result: dict[str, Any] = json.loads(end.value.content)
+            result: dict[str, Any] = json.loads(end.value[0])
             return result
 
     def fault(self, page: str, level: int = 0, room: int = 2000) -> dict[str, Any]:
@@ -63,13 +85,13 @@ def test_a_page_is_given_whole_and_is_in_the_window_from_then_on() -> None:
     entry = it.table.lookup("msg_0002")
     assert entry is not None and entry.tier is StorageTier.L0 and entry.fault_count == 1
     assert "already loaded" in it.fault("msg_0002")["error"]
-    assert [f.error is None for f in it.server.faults] == [True, True] and it.server.faults[1].tokens == 0
+    assert [f.error is None for f in it.calls.faults] == [True, True] and it.calls.faults[1].tokens == 0
 
 
 def test_a_cut_messages_own_id_gives_all_its_parts() -> None:
     it = Setting()
     assert it.fault("msg_0003")["page"]["content"]["text"] == TEXTS[2]
-    parts = [it.table.lookup(i) for i in it.pages.ids(2)]
+    parts = [it.table.lookup(i) for i in it.pages[2].ids]
     assert len(parts) > 1 and all(e and e.tier is StorageTier.L0 for e in parts)
 
 
@@ -109,7 +131,7 @@ def test_no_result_is_longer_than_what_says_that_there_is_no_room(tool: str, arg
 def test_limits_and_unknown_pages_get_a_sentence() -> None:
     it = Setting(faults_per_turn=1)
     assert "msg_0001 to msg_0005" in it.fault("msg_0099")["error"]
-    assert "page" in it.fault("msg_0001") and it.server.exhausted
+    assert "page" in it.fault("msg_0001") and it.calls.exhausted
     assert "limit of 1" in it.fault("msg_0002")["error"]
     assert "JSON" in it.ask("page_fault", "{")["error"] and "query" in it.ask("search_pages", "{}")["error"]
 
@@ -124,7 +146,7 @@ def test_a_search_gives_short_pages_whole_and_only_once() -> None:
     again = it.ask("search_pages", {"query": "x"})["results"]
     assert [r["page_id"] for r in again] == ["msg_0003.1"]
     assert it.ask("search_pages", {"query": "x", "modality": "image"}).get("results", []) == []
-    assert it.server.searches[0].results == ["msg_0001", "msg_0003.1"]
+    assert it.calls.searches[0].results == ["msg_0001", "msg_0003.1"]
 
 
 @examples(60)
@@ -136,14 +158,14 @@ def test_invariant_10_a_turn_loads_no_more_than_its_tokens(
     it = Setting(faults_per_turn=5, fault_tokens=limit)
     it.hits = [Hit(p, 0, 1.0) for p in (0, 1, 4)]
     for kind, page, level, room in asked:
-        before = sum(f.tokens for f in it.server.faults)
+        before = sum(f.tokens for f in it.calls.faults)
         if kind == "fault":
             it.fault(f"msg_{page:04d}", level, room)
-            assert sum(f.tokens for f in it.server.faults) - before <= max(room, 0)
+            assert sum(f.tokens for f in it.calls.faults) - before <= max(room, 0)
         else:
             it.ask("search_pages", {"query": "x"}, room)
-    assert sum(f.tokens for f in it.server.faults) <= limit
-    assert sum(f.error is None and f.tokens > 0 for f in it.server.faults) <= 5
+    assert sum(f.tokens for f in it.calls.faults) <= limit
+    assert sum(f.error is None and f.tokens > 0 for f in it.calls.faults) <= 5
 
 
 def test_a_page_that_was_found_twice_is_told_once() -> None:
@@ -152,3 +174,180 @@ def test_a_page_that_was_found_twice_is_told_once() -> None:
     setting.hits = [Hit(0, 0, 2.0), Hit(4, 0, 1.5), Hit(0, 0, 1.0)]
     found = setting.ask("search_pages", {"query": "short"})
     assert [entry["page_id"] for entry in found["results"]] == ["msg_0001", "msg_0005"]
+
+
+# -- rounds
+
+
+def test_a_call_is_ours_by_what_its_name_means() -> None:
+    fault, own = call("page_fault", {}, "c1"), call("vm_page_fault", {}, "c2")
+    other, limits = call("lookup", {}, "c3"), limits_of(1500)
+    said = calls(fault, own, other)
+    assert split_calls(said, choose_channel({}, limits)) == ([fault, own, other], [])  # nobody else's
+    tools = {"tools": tools_of("lookup")}
+    assert split_calls(said, choose_channel(tools, limits)) == ([fault, own], [other])
+    taken = {"tools": tools_of("page_fault")}
+    assert split_calls(said, choose_channel(taken, limits)) == ([own], [fault, other])
+    assert split_calls(says("x"), choose_channel({}, limits)) == ([], [])
+
+
+DECORATED = st.tuples(
+    st.sampled_from(["", "functions.", "default_api.", "tools/", "multi_tool_use.", "vm_", " ", "Tool: "]),
+    st.sampled_from(["page_fault", "PageFault", "Page-Fault", "PAGE_FAULT", "pageFault", "page.fault"]),
+    st.sampled_from(["", "_tool", "Tool", ":0", ":12", "<|channel|>commentary", "<|constrain|>json", " ", "()"]),
+).map("".join)
+
+
+@examples(60)
+@given(DECORATED)
+def test_a_decorated_name_is_ours_unless_a_clients_tool_is_nearer(name: str) -> None:
+    limits = limits_of(1500)
+    for tools in ([], tools_of("lookup"), tools_of("fault")):
+        assert choose_channel({"tools": tools}, limits).tool(name) == "page_fault"
+    assert choose_channel({"tools": tools_of(name)}, limits).tool(name) is None
+    beside = choose_channel({"tools": tools_of("page_fault")}, limits)
+    assert beside.names["page_fault"] == "vm_page_fault"
+    assert beside.tool("vm_" + name) in ("page_fault", None)
+
+
+@pytest.mark.parametrize("name", ["page", "fault", "page_faults", "search", "pages", "homepage_fault", "", None, 3])
+def test_another_name_is_not_ours(name: Any) -> None:
+    assert choose_channel({"tools": tools_of("lookup")}, limits_of(1500)).tool(name) is None
+
+
+def tools_of(*names: str) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name}} for name in names]
+
+
+def asked(*answers: Any, stream: bool = False, tools: Any = None, **fields: Any) -> Played:
+    """A paged conversation whose model says these in turn."""
+    player = Player(limits_of(2500))
+    messages = [*grown(player, 20), {"role": "user", "content": "and now?"}]
+    extra = {**fields, **({"tools": tools} if tools else {})}
+    return player.ask(messages, script(*answers), stream=stream, **extra)
+
+
+both = pytest.mark.parametrize("stream", [False, True])
+
+
+@both
+@pytest.mark.parametrize("name", ["functions.page_fault", "PageFault_tool", "page_fault:0", "load", "x.y z"])
+def test_a_call_in_other_words_is_served_under_a_listed_name(stream: bool, name: str) -> None:
+    played = asked(calls(call(name, {"page_id": "msg_0001"}, "c1")), says("so"), stream=stream)
+    assert played.message is not None and played.message["content"] == "so"
+    assert "tool_calls" not in played.message
+    last = played.requests[-1]
+    check_pairs(last)
+    (made,) = [c for m in last["messages"] for c in m.get("tool_calls") or ()]
+    assert made["function"]["name"] == "page_fault"
+    assert "<page_fault" not in played.bodies[-1].decode() and len(tool_messages(last)) == 1
+
+
+@both
+def test_a_call_of_nobodys_tool_is_told_so_and_the_turn_goes_on(stream: bool) -> None:
+    played = asked(calls(call("get_weather in", {"city": "Oslo"}, "c1")), says("so"), stream=stream)
+    assert (played.message or {}).get("content") == "so"
+    (result,) = tool_messages(played.requests[-1])
+    assert "no such tool" in result["content"]
+    (made,) = [c for m in played.requests[-1]["messages"] for c in m.get("tool_calls") or ()]
+    assert made["function"]["name"] == "get_weather_in"  # what an API takes
+    theirs = asked(calls(call("other", {"x": 1}, "c1")), says("so"), stream=stream, tools=tools_of("lookup"))
+    assert theirs.message is not None and theirs.message["tool_calls"][0]["function"]["name"] == "other"
+
+
+@both
+@pytest.mark.parametrize("tools", [None, tools_of("lookup")])
+def test_calls_within_a_call_are_served(stream: bool, tools: Any) -> None:
+    uses = [{"recipient_name": f"functions.{n}", "parameters": a}
+            for n, a in (("page_fault", {"page_id": "msg_0001"}), ("search_pages", {"query": "ink"}))]
+    wrapped = call("multi_tool_use.parallel", {"tool_uses": uses}, "c1")
+    played = asked(calls(wrapped), says("so"), stream=stream, tools=tools)
+    assert (played.message or {}).get("content") == "so"
+    check_pairs(played.requests[-1])
+    assert len(tool_messages(played.requests[-1])) == 2
+
+
+@both
+@pytest.mark.parametrize("text", [
+    '{"name": "page_fault", "arguments": {"page_id": "msg_0001"}}', "page_fault(page_id='msg_0001')",
+    'Let me look:\n<tool_call>{"name": "functions.page_fault", "parameters": {"page_id": "msg_0001"}}',
+])  # fmt: skip
+def test_a_call_as_text_becomes_a_clean_exchange(stream: bool, text: str) -> None:
+    played = asked(says(text), says("so"), stream=stream)
+    assert played.message is not None and (played.message["content"] or "").endswith("so")
+    assert "page_fault" not in played.message["content"]
+    last = played.requests[-1]
+    check_pairs(last)
+    (made,) = [m for m in last["messages"] if m.get("tool_calls")]
+    assert not made.get("content") and made["tool_calls"][0]["function"]["name"] == "page_fault"
+    assert [f.page_id for f in played.answer.report.faults if f.error is None] == ["msg_0001"]
+
+
+@both
+@pytest.mark.parametrize("bad", [
+    says('{"name": "page_fault", "arguments": {"pag'), says("search_pages(query="), says(""), says("<think>Hm.</think>"),
+])  # fmt: skip
+def test_a_round_without_an_answer_is_asked_once_more_without_tools(stream: bool, bad: Any) -> None:
+    first = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"))
+    played = asked(first, bad, says("so"), stream=stream)
+    assert (played.message or {}).get("content", "").endswith("so") and len(played.bodies) == 3
+    assert "tools" not in played.requests[-1] and "tool_choice" not in played.requests[-1]
+
+
+@both
+def test_a_preamble_and_a_call_that_cannot_be_served_are_no_answer(stream: bool) -> None:
+    preamble = calls(call("get_weather", {"city": "Oslo"}, "c1"), text="Let me see.")
+    played = asked(preamble, says("so"), stream=stream, logprobs=True, web_search_options={})
+    assert len(played.bodies) == 2 and (played.message or {})["content"].endswith("so")
+    assert "tool_calls" not in (played.message or {})
+
+
+@both
+def test_an_empty_answer_without_the_memorys_doing_is_upstreams_own(stream: bool) -> None:
+    played = asked(says(""), says("so"), stream=stream)
+    assert len(played.bodies) == 1 and not (played.message or {}).get("content")
+
+
+@both
+def test_a_model_that_only_calls_ends_with_an_error_and_never_with_an_empty_answer(stream: bool) -> None:
+    played = asked(says("search_pages("), stream=stream)
+    assert played.answer.refused is not None and played.answer.refused.status == 502
+    assert len(played.bodies) == 3
+
+
+@both
+def test_a_call_as_text_beside_the_clients_own_call(stream: bool) -> None:
+    own = call("lookup", {"q": "x"}, "c1")
+    text = '{"name": "page_fault", "arguments": {"page_id": "msg_0001"}}'
+    played = asked(calls(own, text=text), stream=stream, tools=tools_of("lookup"))
+    assert played.message is not None and not played.message.get("content")
+    assert [c["function"]["name"] for c in played.message["tool_calls"]] == ["lookup"]
+
+
+@both
+def test_an_old_function_call_is_a_call(stream: bool) -> None:
+    old = {"role": "assistant", "content": None,
+           "function_call": {"name": "page_fault", "arguments": '{"page_id": "msg_0001"}'}}
+    played = asked(old, says("so"), stream=stream)
+    assert (played.message or {}).get("content") == "so"
+    check_pairs(played.requests[-1])
+
+
+def test_equal_ids_in_one_round_are_told_apart() -> None:
+    player = Player(limits_of(2500))
+    messages = [*grown(player, 20), {"role": "user", "content": "and now?"}]
+    same = calls(*(call("page_fault", {"page_id": "msg_0001"}, "same") for _ in range(50)))
+    played = player.ask(messages, script(same, says("so")))
+    request = played.requests[-1]
+    check_pairs(request)
+    assert len(tool_messages(request)) == 8
+
+
+def test_a_round_that_the_window_cannot_take_is_not_kept() -> None:
+    player = Player(limits_of(1300))
+    messages = [*grown(player, 14), {"role": "user", "content": "and now?"}]
+    chatty = calls(call("page_fault", {"page_id": "msg_0001"}, "c1"), text="well " * 900)
+    played = player.ask(messages, script(chatty, chatty))
+    assert len(played.bodies) == 2 and played.requests[1]["tool_choice"] == "none"
+    assert count_tokens(played.requests[1]) <= 1300
+    assert played.message is not None and "tool_calls" not in played.message

@@ -334,5 +334,5 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
     assert b"Reminder: first" not in then.bodies[0] and then.turn.window is not None
     for entry in then.turn.window.entries:
         if entry.position >= 0 and entry.raw == then.turn.path[entry.position].raw:
-            pages = [then.turn.table.lookup(i) for i in then.turn.pages.ids(entry.position)]
+            pages = [then.turn.table.lookup(i) for i in then.turn.pages[entry.position].ids]
             assert all(page and page.tier is StorageTier.L0 for page in pages)

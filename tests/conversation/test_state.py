@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.closing import table_root
+from proxy.conversation.derived import table_root
 from proxy.conversation.state import State, history, restore_state
 from proxy.conversation.tree import Record, block_key, decode_record, record_key
 from proxy.memory import PageTable, StorageTier
@@ -14,7 +14,7 @@ from proxy.memory.models import PageTableEntry
 from proxy.memory.mutation_log import encode
 from tests.conversation.player import Player, limits_of
 from tests.conversation.scenario import Scenario, play, scenarios
-from tests.conversation.test_closing import talk
+from tests.conversation.test_derived import talk
 from tests.examples import examples
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from proxy.conversation.effects import Append, Complete, Load
-from proxy.conversation.pathpages import owner
+from proxy.conversation.pages import owner
 from proxy.conversation.state import history, restore_state
 from proxy.conversation.tree import Record
 from proxy.conversation.turn import Turn
@@ -255,7 +255,7 @@ class Machine(RuleBasedStateMachine):
         cut = {owner(path, e.position) for e in window.entries if e.whole}  # by a system message's end
         whole = [p for p, e in native.items() if e.kind == MIXED or e.raw == path[p].raw]
         whole = [p for p in whole if p not in cut]
-        entries = [table.lookup(i) for p in whole for i in turn.pages.ids(p)]
+        entries = [table.lookup(i) for p in whole for i in turn.pages[p].ids]
         assert all(e is None or (e.tier is StorageTier.L0 and not e.level) for e in entries)
         text = window.developer + b"".join([*(e.raw for e in window.entries), *substitute]).decode()
         resident = [e.page_id for e in table.resident() if e.position not in native]
@@ -436,7 +436,7 @@ class Machine(RuleBasedStateMachine):
         if turn.window is None or not outside:
             return
         position = rng.choice(outside).position
-        ids = list(turn.pages.ids(position))
+        ids = list(turn.pages[position].ids)
         lost = [i for i in ids if (e := turn.table.lookup(i)) and e.tier is not StorageTier.L0]
         if not lost:
             return  # pages had another size when this message was registered

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
-from proxy.memory import StorageTier, VMMode, message_text
+from proxy.memory import StorageTier, VMMode
+from proxy.memory.pages import message_text
 from tests.conversation.player import (
     Message,
     Played,
@@ -411,7 +412,7 @@ def test_text_of_pages_is_what_the_message_says(run: Run | None = None) -> None:
         pages = played.turn.pages
         for position in range(len(played.place.path)):
             message = msgspec.json.decode(played.place.path[position].raw)
-            assert "".join(pages.parts(position)) == message_text(message)
+            assert "".join(pages[position].parts) == message_text(message)
 
 
 def test_invariant_02_what_fits_again_is_untouched() -> None:

@@ -460,6 +460,7 @@ async def test_a_models_words_are_shown_from_the_next_epoch_on() -> None:
                 await upstream.settled()
         assert "WRITTEN" not in upstream.epochs[0]
         assert "WRITTEN summary" in upstream.epochs[1]
+        assert '"WRITTEN claim. [msg_0001]"' in upstream.epochs[1]
         number, picture = next((n, p) for n, p in enumerate(pictures) if upstream.captioned(p))
         page = f"img_{2 * number + 3:04d}_1"
         loads = [load(page, 2), load("aud_0001_1", 1), load(page, 0)]
@@ -493,7 +494,9 @@ class Words:
             asked = request["messages"][0]["content"]
             kind = "caption" if isinstance(asked, list) else asked.partition(" ")[0].lower()
             said = {"caption": "caption", "summarise": "summary"}.get(kind, "points")
-            return answer(request, message_of(f"WRITTEN {said}"))
+            claim = json.dumps({"subject": "tide", "text": "WRITTEN claim.", "source": "msg_0001"})
+            more = f"\n{claim}" if said == "summary" else ""
+            return answer(request, message_of(f"WRITTEN {said}{more}"))
         text = developer(self.server.calls[index])
         if text is not None and text not in self.epochs:
             self.epochs.append(text)

@@ -3,7 +3,6 @@
 from hypothesis import strategies as st
 
 from proxy.memory import (
-    Actor,
     CompressionLevel,
     FaultReason,
     Modality,
@@ -11,10 +10,9 @@ from proxy.memory import (
     PageMutation,
     PageType,
     StorageTier,
-    page_id,
 )
-from proxy.memory.models import PinKind
-from proxy.memory.pages import media_page_id
+from proxy.memory.models import Actor, PinKind
+from proxy.memory.pages import media_page_id, page_id
 
 LEVELS = st.sampled_from(CompressionLevel)
 BELOW_L0 = st.sampled_from([t for t in StorageTier if t is not StorageTier.L0])

@@ -70,8 +70,6 @@ async def test_the_same_page_has_the_same_id_wherever_it_lives() -> None:
     loaded = await bridge.load_page(first)
     assert loaded is not None and loaded.artifact_id == first
     assert loaded.storage_tier is StorageTier.L3 and loaded.content == "body"
-    stats = bridge.get_stats()
-    assert (stats.pages_stored, stats.pages_loaded) == (5, 1)
 
 
 async def test_half_a_surrogate_pair_and_an_image_part_are_kept_exactly() -> None:
@@ -86,8 +84,8 @@ async def test_what_is_not_there_is_none_and_ids_are_no_paths() -> None:
     stored = await bridge.store_page(page())
     for wrong in ("", "page_", "../../etc/passwd", f"page_{'0' * 40}", stored + "0"):
         assert await bridge.load_page(wrong) is None
-        assert not await bridge.has(wrong) and not await bridge.delete(wrong)
-    assert await bridge.has(stored) and await bridge.delete(stored)
+        assert not await bridge.delete(wrong)
+    assert await bridge.delete(stored)
     assert await bridge.load_page(stored) is None
 
 
@@ -109,7 +107,10 @@ def test_a_later_format_is_refused() -> None:
         decode_page(json.dumps(later).encode())
 
 
-@pytest.mark.parametrize("content", [{1: "a"}, (1, 2), {"a": {3}}, object(), float("nan")])
+@pytest.mark.parametrize(
+    "content",
+    [{1: "a"}, (1, 2), {"a": {3}}, object(), float("nan"), page(), {"llm-pager/base64": "YQ=="}],
+)
 def test_content_that_would_come_back_changed_is_refused(content: Any) -> None:
     with pytest.raises(ArtifactError, match="exactly"):
         encode_page(page(content))
@@ -122,34 +123,9 @@ async def test_a_checkpoint_gives_its_pages_back_in_order() -> None:
     made = await bridge.checkpoint(pages=kept, name=name)
     assert [p.content for p in await bridge.load_checkpoint(made)] == ["text 0", "text 1", "text 2"]
     assert await bridge.checkpoint(kept, name) == made
-    assert [(c.checkpoint_id, c.name) for c in await bridge.list_checkpoints()] == [(made, name)]
-    listed = (await bridge.get_checkpoint(made)).artifact_ids
-    await bridge.delete(listed[1])
-    with pytest.raises(ArtifactError, match=listed[1]):
+    await bridge.delete(await bridge.store_page(kept[1]))
+    with pytest.raises(ArtifactError, match="not there"):
         await bridge.load_checkpoint(made)
     with pytest.raises(ArtifactError, match="no checkpoint"):
         await bridge.load_checkpoint("checkpoint_x")
     assert await bridge.load_page(made) is None
-
-
-@pytest.mark.parametrize("name", ["", "  ", "x" * 201, "a\nb", "a\x00"])
-async def test_a_checkpoints_name_is_checked(name: str) -> None:
-    with pytest.raises(ValueError, match="name"):
-        await ArtifactsBridge().checkpoint([], name)
-
-
-async def test_a_name_never_becomes_part_of_a_key() -> None:
-    bridge = ArtifactsBridge()
-    await bridge.checkpoint([page()], "../../../etc/passwd")
-    assert all(key.replace("_", "").isalnum() for key in await bridge.backend.keys())
-
-
-async def test_invariant_10_memory_takes_no_more_than_its_bytes() -> None:
-    backend = InMemoryBackend(max_bytes=5)
-    await backend.put("a", b"123")
-    with pytest.raises(ArtifactError, match="full"):
-        await backend.put("b", b"456")
-    await backend.put("a", b"123")
-    assert await backend.delete("a") and not await backend.delete("a")
-    await backend.put("b", b"12345")
-    assert await backend.get("b") == b"12345" and await backend.exists("b")

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.memory import CompressionLevel, compress_text, hint
-from proxy.memory.compressor import ABSTRACT_TOKENS, REFERENCE_TOKENS, clip
+from proxy.memory import CompressionLevel
+from proxy.memory.compressor import ABSTRACT_TOKENS, REFERENCE_TOKENS, clip, compress_text, hint
 
 TEXT = (
     "Thanks for the summary, that helps a lot. I looked at the two options again over lunch. "

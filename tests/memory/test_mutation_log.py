@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.memory import (
-    Actor,
     CompressionLevel,
     FaultReason,
     Modality,
@@ -18,7 +17,7 @@ from proxy.memory import (
     codes,
     mutation_log,
 )
-from proxy.memory.models import PinKind
+from proxy.memory.models import Actor, PinKind
 from proxy.memory.mutation_log import decode, encode
 from tests.memory.strategies import histories
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.memory.context_packer import ContextPacker
+from proxy.memory.context import ContextPacker
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality
 from proxy.memory.pack_cache import PackCache, PackedLine
+from tests.memory.counts import CountBy
 
 
 def page(name: str = "msg_0001", content: object = "hello", **fields: object) -> MemoryPage:
@@ -23,7 +24,7 @@ def test_an_unchanged_page_is_packed_once() -> None:
         return len(text)
 
     cache = PackCache(max_entries=8)
-    packer = ContextPacker(count, cache)
+    packer = ContextPacker(CountBy(count), cache)
     first = packer.pack([page(), page("msg_0002", "more")])
     assert packer.pack([page(), page("msg_0002", "more")]) == first
     assert len(counted) == 2
@@ -44,9 +45,9 @@ def test_a_line_is_not_found_under_anything_else() -> None:
     ]
     captioned = pages[-1].model_copy(update={"metadata": {"role": "user", "caption": "a cat"}})
     for one in (*pages, captioned):
-        assert ContextPacker(len, cache).pack([one]) == ContextPacker(len).pack([one])
+        assert ContextPacker(CountBy(), cache).pack([one]) == ContextPacker(CountBy()).pack([one])
     assert cache.get_stats().hits == 0
-    shorter = ContextPacker(lambda text: 1, cache).pack([page()])
+    shorter = ContextPacker(CountBy(lambda text: 1), cache).pack([page()])
     assert shorter.tokens_est == 1  # another counter, another price
 
 
@@ -64,7 +65,7 @@ def test_invariant_10_it_keeps_the_lines_used_last(asked: list[int], room: int) 
 
 def test_invariant_09_losing_it_changes_no_output() -> None:
     cache = PackCache()
-    packer = ContextPacker(len, cache)
+    packer = ContextPacker(CountBy(), cache)
     before = packer.pack([page()])
     cache.clear()
     assert packer.pack([page()]) == before

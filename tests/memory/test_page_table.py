@@ -10,10 +10,10 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
 )
-from proxy.memory.anti_thrash import EVICTION_COOLDOWN_TURNS
+from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
 from proxy.memory.page_table import DEFAULT_IMPORTANCE
+from proxy.memory.pages import page_id
 from tests.memory.strategies import histories
 
 

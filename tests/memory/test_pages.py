@@ -4,9 +4,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.memory import (
-    ContextPrefix,
-    Modality,
+from proxy.memory import Modality
+from proxy.memory.models import MEDIA_PART, ContextPrefix
+from proxy.memory.pages import (
+    MIN_SPLIT_TOKENS,
+    canonical_page_id,
+    media_page_id,
     message_text,
     modality_of,
     page_id,
@@ -14,8 +17,6 @@ from proxy.memory import (
     prefix_of,
     split_text,
 )
-from proxy.memory.models import MEDIA_PART
-from proxy.memory.pages import MIN_SPLIT_TOKENS, canonical_page_id, media_page_id
 
 
 def test_ids_are_one_based_with_parts_behind_a_dot() -> None:

@@ -16,11 +16,10 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
     planner,
 )
 from proxy.memory.models import Modality, PageTableEntry, PageType
-from proxy.memory.pages import media_page_id
+from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
 from proxy.memory.tlb import TLBWithPageTable
 from tests.examples import examples

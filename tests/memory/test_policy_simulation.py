@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.memory.eviction_policy import ImportanceWeightedLRU
+from proxy.memory.eviction import ImportanceWeightedLRU
 from proxy.memory.models import CompressionLevel
 from proxy.tokens import get_counter
 from tests.bench.policies import DEFAULT, OPTIMUM, POLICIES, measure

@@ -132,9 +132,3 @@ PAGE = "The new keel bolts are aluminium bronze, 24 millimetres, from a foundry 
 )
 def test_a_page_was_used_when_the_answer_says_what_only_it_says(question: str, answer: str, used: bool) -> None:
     assert was_used(PAGE, fresh_terms(question, answer)) is used
-
-
-def test_what_another_page_says_too_proves_nothing() -> None:
-    answer = "They are aluminium bronze, 24 millimetres."
-    assert was_used(PAGE, fresh_terms("Which?", answer))
-    assert not was_used(PAGE, fresh_terms("Which?", answer, known=[PAGE]))

@@ -1,192 +1,84 @@
-"""What closing a segment makes, and of what."""
+"""The line of a closed segment, and both ways through what pages were made from."""
 
 from __future__ import annotations
 
-import re
-import time
-from itertools import pairwise
-
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.memory.claims import CLAIMS_PER_SEGMENT, Claim, claim_of, fold_claims
-from proxy.memory.models import PageType, StorageTier
-from proxy.memory.procedures import MIN_CALLS
-from proxy.memory.segments import (
-    INDEX_TOKENS,
-    SUMMARY_TOKENS,
-    Segment,
-    close_segment,
-    decode_segment,
-)
-from proxy.memory.sentences import SegmentDoc
+from proxy.memory.models import MemoryPage, PageType
+from proxy.memory.segments import INDEX_TOKENS, MAX_DEPTH, ProvenanceGraph, index_page, summary_page
+
+STORY = [
+    "The autumn regatta on Lake Orta will have 48 boats.",
+    "Good! Who brings the boats to the lake?",
+    "The harbour master Elio Ferri needs the list of 48 skippers two days before the regatta.",
+]
 
 
 def count(text: str) -> int:
     return (len(text.encode("utf-8", "surrogatepass")) + 3) // 4
 
 
-def close(docs: list[SegmentDoc], existing: tuple[Claim, ...] = (), number: int = 1, first: int = 1, **more: int) -> Segment:
-    return close_segment(number, docs, existing, first, 9, count, **more)
+def index(texts: list[str], number: int = 3) -> MemoryPage:
+    return index_page(number, [f"msg_{n:04d}" for n in range(1, len(texts) + 1)], texts, 9, count)
 
 
-def talk(*texts: str, start: int = 1, role: str = "") -> list[SegmentDoc]:
-    roles = (role, role) if role else ("user", "assistant")
-    return [SegmentDoc(f"msg_{i:04d}", roles[i % 2 - 1], "", t) for i, t in enumerate(texts, start)]
+def test_index_says_what_a_segment_was_about_and_where_it_lies() -> None:
+    page = index(STORY)
+    assert (page.page_id, page.page_type) == ("index_seg_03", PageType.INDEX)
+    assert page.text().startswith("seg 03 (msg_0001-msg_0003): ") and "regatta" in page.text()
+    assert page.provenance == ["msg_0001", "msg_0003"]
+    summary = summary_page(3, "A regatta.", ["msg_0001", "msg_0002"], 9, count)
+    assert (summary.page_id, summary.size_tokens) == ("summary_seg_03", 3)
+    assert summary.provenance == ["msg_0001", "msg_0002"]
 
 
-STORY = talk(
-    "The autumn regatta on Lake Orta will have 48 boats.",
-    "Good! Who brings the boats to the lake?",
-    "Our deadline is September 12. We decided to use SQLite as the database.",
-    "Noted: September 12, and SQLite.",
-    "Thanks. Hm, let me see.",
-    "The harbour master Elio Ferri needs the list of 48 skippers two days before the start.",
-)
+@given(st.lists(st.text(max_size=300), min_size=1, max_size=20))
+def test_index_of_any_texts_is_short_and_the_same_again(texts: list[str]) -> None:
+    page = index(texts)
+    assert page == index(texts) and page.size_tokens == count(page.text()) <= INDEX_TOKENS
 
 
-def test_a_segment_has_a_summary_claims_and_an_index() -> None:
-    segment = close(STORY, number=3, first=7)
-    summary = segment.summary
-    assert (summary.page_id, summary.page_type) == ("summary_seg_03", PageType.SUMMARY)
-    assert "msg_0003 User: Our deadline is September 12." in summary.content
-    assert "msg_0006 Assistant: The harbour master Elio Ferri" in summary.content
-    assert [page.page_id for page in segment.claims] == ["claim_0007", "claim_0008"]
-    assert [page.content for page in segment.claims] == [
-        "User: Our deadline is September 12",
-        "User: We decided to use SQLite as the database",
-    ]
-    assert all(page.provenance == ["msg_0003"] for page in segment.claims)
-    assert (segment.first_page_id, segment.last_page_id) == ("msg_0001", "msg_0006")
-    assert segment.index.content.startswith("seg 03 (msg_0001-msg_0006): ")
-    assert "September" in segment.index.content and segment.index.page_type is PageType.INDEX
-    assert {page.storage_tier for page in segment.pages()} == {StorageTier.L2}
+def test_index_of_a_long_segment_hears_all_of_it() -> None:
+    assert "Zanzibar" in index([*["word " * 2_000] * 20, "Zanzibar Zanzibar Zanzibar Zanzibar"]).text()
 
 
-def test_a_summarys_provenance_is_what_it_quotes() -> None:
-    summary = close(STORY).summary
-    quoted = re.findall(r"^(msg_\d{4}) ", summary.content, re.MULTILINE)
-    assert summary.provenance == quoted and quoted == sorted(quoted)
-    texts = {doc.page_id: doc.text for doc in STORY}
-    for line in summary.content.splitlines():
-        page_id, said = line.split(" ", 1)
-        assert said.split(": ", 1)[1].split("…")[0][:40] in texts[page_id]
+# -- what rests on what
 
 
-def test_the_summary_covers_the_whole_segment() -> None:
-    docs = talk(*(f"Station {i} measured {100 + i} millimetres of rain at dawn." for i in range(1, 101)))
-    summary = close(docs).summary
-    quoted = [int(page[4:]) for page in summary.provenance]
-    assert quoted[0] <= 10 and quoted[-1] >= 90
-    assert max(b - a for a, b in pairwise(quoted)) <= 20
-    assert SUMMARY_TOKENS // 2 < (summary.size_tokens or 0) <= SUMMARY_TOKENS
+def page(page_id: str, *sources: str) -> MemoryPage:
+    return MemoryPage(page_id=page_id, provenance=list(sources))
 
 
-def test_decisions_numbers_and_names_are_quoted_before_small_talk() -> None:
-    chat = ["Sounds really nice, I think so too.", "Yes, that would be great, thanks a lot!"] * 15
-    chat[17] = "We decided to move the regatta to October 3 because Elio Ferri is away."
-    assert "msg_0018" in close(talk(*chat, role="user"), summary_tokens=64).summary.provenance
+GRAPH = ProvenanceGraph(
+    [page("summary_seg_01", "msg_0001", "msg_0002"), page("claim_0001", "msg_0002"),
+     page("summary_seg_02", "summary_seg_01", "claim_0001")]
+)  # fmt: skip
 
 
-def test_a_later_segment_supersedes_and_merges() -> None:
-    first = close(STORY)
-    known = fold_claims((), [c for p in first.claims if (c := claim_of(p))], first.superseded, first.merged)
-    later = talk("The deadline has been moved to September 20.", "OK.", "We decided to use SQLite as our database.", start=7)
-    second = close(later, known, number=2, first=3)
-    assert second.superseded == (("claim_0001", "claim_0003"),)
-    assert second.merged == (("claim_0002", "msg_0009"),)
-    assert [page.content for page in second.claims] == ["User: The deadline has been moved to September 20"]
-    claims = fold_claims(known, [c for p in second.claims if (c := claim_of(p))], second.superseded, second.merged)
-    assert [(c.claim_id, c.superseded_by) for c in claims] == [
-        ("claim_0001", "claim_0003"), ("claim_0002", ""), ("claim_0003", ""),
-    ]  # fmt: skip
-    assert claims[1].provenance == ("msg_0003", "msg_0009")
+def test_provenance_both_ways() -> None:
+    assert GRAPH.derived("msg_0002") == ["summary_seg_01", "claim_0001"]
+    assert GRAPH.derived("msg_0002", depth=2) == ["summary_seg_01", "claim_0001", "summary_seg_02"]
+    assert GRAPH.derives_from("summary_seg_02") == ["summary_seg_01", "claim_0001"]
+    assert GRAPH.justifies("summary_seg_02") == ["msg_0001", "msg_0002"]
+    assert GRAPH.justifies("claim_0001") == ["msg_0002"]
+    assert GRAPH.derived("nothing") == GRAPH.derives_from("msg_0001") == GRAPH.justifies("msg_0001") == []
 
 
-def test_claims_can_be_turned_off() -> None:
-    segment = close_segment(1, STORY, (), 1, 9, count, claims_enabled=False)
-    assert segment.claims == () and segment.summary.provenance
+def test_provenance_of_a_cycle_is_walked_once_and_a_page_is_not_its_own_source() -> None:
+    graph = ProvenanceGraph([page("a", "b", "a"), page("b", "c", "a"), page("c", "a", "root")])
+    assert graph.derives_from("a", MAX_DEPTH) == ["b", "c", "root"] and graph.derives_from("a") == ["b"]
+    assert graph.justifies("a") == ["root"]
 
 
-def test_a_tool_used_again_and_again_makes_a_procedure() -> None:
-    docs = []
-    for i in range(MIN_CALLS):
-        docs += [
-            SegmentDoc(f"msg_{2 * i + 1:04d}", "assistant", "", f'Looking.\nget_order({{"order_id":"A{i}"}})'),
-            SegmentDoc(f"msg_{2 * i + 2:04d}", "tool", "", '{"status":"paid"}'),
-            SegmentDoc(f"msg_{2 * i + 3:04d}", "assistant", "", 'ship({"id":1})'),
-        ]
-    docs.append(SegmentDoc("msg_0099", "assistant", "", 'note({"x":[1,'))
-    first, second = close(docs, number=2).procedures
-    assert first.page_id == "procedure_seg_02_1" and first.page_type is PageType.PROCEDURE
-    assert first.content == (
-        'get_order(order_id): called 3 times, e.g. get_order({"order_id":"A2"}); ship usually came next'
-    )
-    assert first.provenance == ["msg_0001", "msg_0003", "msg_0005"] and second.metadata["tool"] == "ship"
-    assert close(docs[:4]).procedures == ()
+_IDS = st.sampled_from("abcdefgh")
 
 
-def test_tool_outputs_without_prose_are_quoted_by_their_start() -> None:
-    docs = [SegmentDoc("msg_0001", "tool", "", '{"order_id": "A17", "status": "paid"}')]
-    assert close(docs).summary.content == 'msg_0001 Tool: {"order_id": "A17", "status": "paid"}'
-
-
-def test_a_segment_without_pages_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one page"):
-        close([])
-
-
-def test_stored_bytes_read_back() -> None:
-    segment = close(STORY)
-    assert decode_segment(segment.encode()) == segment
-    with pytest.raises(ValueError):
-        decode_segment(b"\x93nonsense")
-
-
-def test_invariant_10_a_segment_is_bounded() -> None:
-    docs = talk(*(f"I visited Town{i} in 19{i % 90 + 10}." for i in range(200)), role="user")
-    segment = close(docs)
-    assert len(segment.claims) == CLAIMS_PER_SEGMENT
-    long = [SegmentDoc("msg_0001", "user", "", "The port is 8443 and the gate is Q4. " * 3000)]
-    assert (close(long).summary.size_tokens or 0) <= SUMMARY_TOKENS
-
-
-_TEXT = st.lists(
-    st.one_of(
-        st.text(max_size=40),
-        st.sampled_from(["Our deadline is May 3. ", "I live in Porto. ", 'f({"a":1})\n', "\ud800", "\n```\n", "So? "]),
-    ),
-    max_size=12,
-).map("".join)
-_DOCS = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool", ""]), st.text(max_size=5), _TEXT), min_size=1, max_size=12)
-
-
-@settings(max_examples=150)
-@given(_DOCS, st.integers(8, 200))
-def test_invariant_07_any_pages_close_the_same_way_twice(rows: list[tuple[str, str, str]], limit: int) -> None:
-    docs = [SegmentDoc(f"msg_{i:04d}", *row) for i, row in enumerate(rows, 1)]
-    segment = close(docs, summary_tokens=limit)
-    assert segment.encode() == close(docs, summary_tokens=limit).encode()
-    assert decode_segment(segment.encode()) == segment
-    assert count(segment.summary.content) == segment.summary.size_tokens <= limit
-    assert count(segment.index.content) <= INDEX_TOKENS
-    ids = [doc.page_id for doc in docs]
-    for page in segment.pages():
-        assert set(page.provenance) <= set(ids)
-
-
-def test_closing_is_linear() -> None:
-    texts = [f"Boat {i} of Elio crossed the line at {i} past nine, and I like the wind of Orta here. " * 5 for i in range(100)]
-
-    def seconds(docs: list[SegmentDoc]) -> float:
-        best = 9.0
-        for _ in range(3):
-            begun = time.process_time()
-            close(docs)
-            best = min(best, time.process_time() - begun)
-        return best
-
-    small, large = seconds(talk(*texts)), seconds(talk(*texts * 8))
-    assert large < 8 * small * 3, "eight times the text, about eight times the work"
-    assert small < 0.1
+@given(st.lists(st.tuples(_IDS, st.lists(_IDS, max_size=4)), max_size=20))
+def test_provenance_agrees_in_both_ways(added: list[tuple[str, list[str]]]) -> None:
+    graph = ProvenanceGraph(page(name, *sources) for name, sources in added)
+    for a in "abcdefgh":
+        for b in "abcdefgh":
+            for depth in (1, 3):
+                assert (b in graph.derives_from(a, depth)) == (a in graph.derived(b, depth))
+        assert set(graph.justifies(a)) <= set(graph.derives_from(a, MAX_DEPTH))

@@ -23,12 +23,11 @@ from proxy.memory import (
     PageTableEntry,
     PageType,
     StorageTier,
-    page_id,
 )
+from proxy.memory.eviction import is_held
 from proxy.memory.models import PinKind
 from proxy.memory.mutation_log import decode, encode
-from proxy.memory.pages import media_page_id
-from proxy.memory.pins import is_held
+from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 

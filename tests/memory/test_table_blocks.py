@@ -2,16 +2,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.memory import (
-    CompressionLevel,
-    MutationType,
-    PageMutation,
-    PageTable,
-    StorageTier,
-    page_id,
-)
+from proxy.memory import CompressionLevel, MutationType, PageMutation, PageTable, StorageTier
 from proxy.memory import table_blocks as module
-from proxy.memory.pages import media_page_id
+from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.table_blocks import (
     MAX_CACHED_NODES,
     MissingBlockError,

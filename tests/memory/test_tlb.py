@@ -8,8 +8,8 @@ from proxy.memory import (
     PageMutation,
     PageTable,
     StorageTier,
-    page_id,
 )
+from proxy.memory.pages import page_id
 from proxy.memory.tlb import DEFAULT_TLB_ENTRIES, PageTLB, TLBWithPageTable
 
 

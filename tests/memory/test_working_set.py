@@ -12,15 +12,15 @@ from proxy.memory import (
     PageType,
     StorageTier,
     WorkingSetConfig,
-    page_id,
-    watermarks,
 )
-from proxy.memory.pins import PinnedSet
+from proxy.memory.eviction import PinnedSet
+from proxy.memory.pages import page_id
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.working_set import (
     MAX_PENDING_IMPORTANCE,
     TokenBudget,
     WorkingSetManager,
+    watermarks,
 )
 
 

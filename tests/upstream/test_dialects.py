@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.conversation.sse import MessageBuilder
 from proxy.memory.models import VMMode
-from proxy.memory.vm_prompts import build_vm_developer_message
+from proxy.memory.vm_tools import build_vm_developer_message
 from proxy.upstream.anthropic import is_claude
 from proxy.upstream.dialects import Chunks, prepare, whole_answer
 

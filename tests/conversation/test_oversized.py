@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.epoch_request import EpochRequest
-from proxy.conversation.newest import cut_newest
+from proxy.conversation.epoch import Epoch
+from proxy.conversation.oversized import cut_message, cut_newest, fair_shares
 from proxy.conversation.window import Entry
 from proxy.memory.planner import Group
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, Player, call, calls, limits_of, says, script
-from tests.conversation.test_epoch import loaded, request
+from tests.conversation.test_epoch import epoch_of, loaded
 from tests.e2e.rules import check_openai_rules, count_request_tokens
 from tests.examples import examples
 from tests.media import samples
@@ -33,7 +33,7 @@ def user(*parts: Any) -> Message:
 
 def cut(messages: list[Message], limit: int, **changes: Any) -> dict[int, Message]:
     """The messages that were cut, as they are shown."""
-    asked = request(messages, 4000, **changes)
+    asked = epoch_of(messages, 4000, **changes)
     dialogue = cut_newest(asked, [group_of(asked, messages)], limit)
     entries: dict[tuple[int, int], Entry] = loaded(dialogue, asked)
     for (position, _), entry in entries.items():
@@ -42,8 +42,8 @@ def cut(messages: list[Message], limit: int, **changes: Any) -> dict[int, Messag
     return {position: json.loads(entry.raw) for (position, _), entry in entries.items()}
 
 
-def group_of(asked: EpochRequest, messages: list[Message]) -> Group:
-    ids = tuple(i for position in range(len(messages)) for i in asked.pages.ids(position))
+def group_of(asked: Epoch, messages: list[Message]) -> Group:
+    ids = tuple(i for position in range(len(messages)) for i in asked.pages[position].ids)
     tokens = sum(asked.pages.tokens(position) for position in range(len(messages)))
     return Group(0, len(messages), tokens, ids, mandatory=True)
 
@@ -134,3 +134,43 @@ def test_invariant_03_a_turn_with_any_media_is_valid_and_within_its_budget(
         assert check_openai_rules(recorded) == []
         if "<VM:RULES>" in json.dumps(recorded):
             assert count_request_tokens(recorded) <= limits.budget_tokens
+
+
+# -- a text by its ends
+
+many = examples(100)
+
+
+@many
+@given(st.lists(st.integers(0, 1000), max_size=8), st.integers(-10, 4000))
+def test_fair_shares_fit_and_take_from_the_largest(sizes: list[int], budget: int) -> None:
+    shares = fair_shares(sizes, budget)
+    assert sum(shares) <= max(budget, 0) or not sizes
+    assert all(0 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    cut = [share for share, size in zip(shares, sizes, strict=True) if share < size]
+    assert all(share <= min(cut) + len(sizes) for share in shares if cut and share not in cut)
+    assert (sum(sizes) <= budget) == (not cut) or not sizes
+
+
+@many
+@given(st.text(min_size=1, max_size=60), st.integers(1, 60), st.integers(100, 600), st.booleans())
+def test_a_cut_message_fits_and_keeps_its_ends(piece: str, times: int, limit: int, listed: bool) -> None:
+    text = f"BEGIN {piece * times} END"
+    content = [{"type": "image_url"}, {"type": "text", "text": text}] if listed else text
+    message = {"role": "user", "content": content, "x": 1}
+    cut = cut_message(message, ["msg_0001.1", "msg_0001.2"], limit + 1445 * listed, COUNTER)
+    assert cut["x"] == 1 and cut["role"] == "user"
+    if COUNTER.message(message) <= limit + 1445 * listed:
+        assert cut == message
+        return
+    shown = cut["content"][1]["text"] if listed else cut["content"]
+    assert shown.startswith("BEGIN") and "msg_0001.1 to msg_0001.2" in shown
+    assert COUNTER.message(cut) <= limit + 1445 * listed + 8
+    if listed:
+        assert cut["content"][0] == {"type": "image_url"}
+
+
+def test_what_has_no_text_stays() -> None:
+    for content in (None, [], [{"type": "image_url"}]):
+        message = {"role": "user", "content": content}
+        assert cut_message(message, ["msg_0001"], 1, COUNTER) == message

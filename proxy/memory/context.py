@@ -2,9 +2,8 @@
 
 Promises: one page is one line; the quoted part is a JSON string whose value is exactly the page's
 text; no line can contain something that opens or closes a `<VM:` tag, whatever the page says; the
-output is valid Unicode even where the page's text is not. Packing is deterministic and keeps the
-order it was given. Media of a page at level 0 or 1 travel as content parts right behind the line
-that names them.
+output is valid Unicode even where the page's text is not. Packing is deterministic. Media of a page
+at level 0 or 1 travel as content parts right behind the line that names them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -109,37 +108,26 @@ _IMAGE_TOKENS, _LOW_IMAGE_TOKENS = 1_105, 85  # gpt-4o's tile rule: a 1024-pixel
 _DATA_CHARS_PER_TOKEN = 512  # of audio, video and files: 16 kHz sound in base64
 
 
-def estimate_part_tokens(part: Mapping[str, Any]) -> int:
-    """About how many tokens a media part has, for callers that were given no counter."""
-    if part.get("type") == "image_url":
-        image = part.get("image_url")
-        low = isinstance(image, Mapping) and image.get("detail") == "low"
-        return _LOW_IMAGE_TOKENS if low else _IMAGE_TOKENS
-    return 1 + len(_encode_value(part)) // _DATA_CHARS_PER_TOKEN
-
-
-class CountsBy:
-    """`Counts` by two functions (default: estimates by length and by a typical tile rule)."""
-
-    def __init__(
-        self,
-        count: Callable[[str], int] = estimate_text_tokens,
-        part_tokens: Callable[[dict[str, Any]], int] = estimate_part_tokens,
-    ) -> None:
-        self._count = count
-        self._part_tokens = part_tokens
+class _Estimates:
+    """`Counts` for callers that have no counter."""
 
     def text(self, text: str) -> int:
-        """Tokens of a text."""
-        return self._count(text)
+        """About so many tokens, by length."""
+        return estimate_text_tokens(text)
 
     def part(self, part: dict[str, Any]) -> int:
-        """Tokens of a content part."""
+        """About so many tokens, media by a typical tile rule."""
         words = part.get("text")
-        return self._count(words) if isinstance(words, str) else self._part_tokens(part)
+        if isinstance(words, str):
+            return estimate_text_tokens(words)
+        if part.get("type") == "image_url":
+            image = part.get("image_url")
+            low = isinstance(image, Mapping) and image.get("detail") == "low"
+            return _LOW_IMAGE_TOKENS if low else _IMAGE_TOKENS
+        return 1 + len(_encode_value(part)) // _DATA_CHARS_PER_TOKEN
 
 
-ESTIMATES = CountsBy()
+ESTIMATES: Counts = _Estimates()
 
 
 def page_tokens(page: MemoryPage, counts: Counts) -> int:
@@ -194,11 +182,10 @@ class PackedContext(BaseModel):
 
     `content`: their lines, without the tags. `parts`: the same lines as text parts with the media
     that they name behind them; one text part when there are none (`context_parts` adds the tags).
-    `page_ids`: the pages in it; `tokens_est`: lines and media together.
+    `tokens_est`: lines and media together.
     """
 
     content: str = ""
-    page_ids: list[str] = Field(default_factory=list)
     tokens_est: int = 0
     parts: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -211,69 +198,42 @@ class PackedContext(BaseModel):
 class ContextPacker:
     """Packs pages into the lines of <VM:CONTEXT>.
 
-    `count` and `part_tokens` count the tokens of a text and of a media part (default: estimates);
-    `cache` keeps packed lines, and may be shared by packers of different counters.
+    `cache` keeps packed lines, and may be shared by packers with different `counts`.
     """
 
-    def __init__(
-        self,
-        count: Callable[[str], int] = estimate_text_tokens,
-        cache: PackCache | None = None,
-        part_tokens: Callable[[dict[str, Any]], int] = estimate_part_tokens,
-    ) -> None:
-        self._count = count
+    def __init__(self, counts: Counts = ESTIMATES, cache: PackCache | None = None) -> None:
+        self._counts = counts
         self._cache = cache
-        self._part_tokens = part_tokens
 
-    def pack(self, pages: Sequence[MemoryPage], token_budget: int | None = None) -> PackedContext:
-        """All pages in the order given; under `token_budget` the last ones have the first claim."""
-        kept: list[tuple[MemoryPage, str]] = []
-        used = 0
-        for page in reversed(pages):
-            packed = self._packed(page)
-            if token_budget is not None and used + packed.tokens > token_budget:
-                continue
-            used += packed.tokens
-            kept.append((page, packed.line))
-        kept.reverse()
-        return PackedContext(
-            content="\n".join(line for _, line in kept),
-            page_ids=[page.page_id for page, _ in kept],
-            tokens_est=used,
-            parts=_parts(kept),
-        )
+    def pack(self, pages: Sequence[MemoryPage]) -> PackedContext:
+        """All pages in the order given."""
+        packed = [self._packed(page) for page in pages]
+        parts: list[dict[str, Any]] = []
+        lines: list[str] = []
+        for page, (line, _) in zip(pages, packed, strict=True):
+            lines.append(line)
+            media = page_parts(page)
+            if media:
+                parts += [{"type": "text", "text": "\n".join(lines)}, *media]
+                lines = []
+        if lines:
+            parts.append({"type": "text", "text": "\n".join(lines)})
+        content = "\n".join(line for line, _ in packed)
+        return PackedContext(content=content, tokens_est=sum(n for _, n in packed), parts=parts)
 
     def _packed(self, page: MemoryPage) -> PackedLine:
-        role = _role_of(page)
+        # The speaker, or the page's type: a summary, a claim or an index speaks for nobody.
+        role = str(page.metadata.get("role", page.page_type.value))
+
+        def pack() -> PackedLine:
+            level, modality = page.compression_level, page.modality
+            line = context_line(page.page_id, role, page_words(page), level, modality)
+            media = sum(self._counts.part(part) for part in page_parts(page))
+            return PackedLine(line, self._counts.text(line + "\n") + media)
+
         if self._cache is None:
-            return self._pack_one(page, role)
+            return pack()
         about = (page.metadata.get(key) for key in _WORDS_ABOUT)
         beside = role, page.modality, *(words for words in about if isinstance(words, str))
-        key = (page.page_id, page.version, beside, int(page.compression_level), self._count)
-        return self._cache.get_or_pack(key, lambda: self._pack_one(page, role))
-
-    def _pack_one(self, page: MemoryPage, role: str) -> PackedLine:
-        line = context_line(
-            page.page_id, role, page_words(page), page.compression_level, page.modality
-        )
-        media = sum(self._part_tokens(part) for part in page_parts(page))
-        return PackedLine(line, self._count(line + "\n") + media)
-
-
-def _parts(packed: Iterable[tuple[MemoryPage, str]]) -> list[dict[str, Any]]:
-    out: list[dict[str, Any]] = []
-    lines: list[str] = []
-    for page, line in packed:
-        lines.append(line)
-        media = page_parts(page)
-        if media:
-            out.append({"type": "text", "text": "\n".join(lines)})
-            out.extend(media)
-            lines = []
-    return [*out, {"type": "text", "text": "\n".join(lines)}] if lines else out
-
-
-def _role_of(page: MemoryPage) -> str:
-    """The speaker, or the page's type: a summary, a claim or an index speaks for nobody."""
-    role = page.metadata.get("role", page.page_type.value)
-    return role if isinstance(role, str) else ""
+        key = (page.page_id, page.version, beside, int(page.compression_level), self._counts)
+        return self._cache.get_or_pack(key, pack)
