@@ -42,6 +42,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 import proxy.app
 from proxy.config import Config
 from proxy.conversation.report import TurnReport
@@ -59,6 +61,7 @@ from tests.e2e.data import Conversation, load_beam, load_locomo, load_trajectori
 DEFAULT = "default"
 ASKED_TURNS = 32  # the last ones: at one turn all questions would find the window at the same height
 STANDING = ("instruction_following", "preference_following")
+HEADERS = {"content-type": "application/json", "authorization": "Bearer bench"}
 Message = dict[str, Any]
 Patch = tuple[str, Callable[[Any], Any]]  # "module:name", and what makes the new value of the old one
 
@@ -93,47 +96,43 @@ def _tools_only(old: Any) -> Any:
     return lambda self, hits, source: old(self, hits, source) if source.value == "tool" else ()
 
 
+def _unlearned(old: Any) -> Any:
+    return lambda self, *args, **more: self
+
+
+def _unread(old: Any) -> Any:
+    return lambda number, ids, texts, *more: old(number, ids, [""], *more)
+
+
+def _without_lookaside(old: Any) -> Any:
+    return lambda self, page_id: self.page_table.lookup(page_id)
+
+
 _FULL = (CompressionLevel.FULL,)
-_THRASH: tuple[Patch, ...] = (
-    ("proxy.memory.page_table:is_cooling", returns(False)),
-    ("proxy.memory.planner:is_protected", returns(False)),
-    ("proxy.memory.eviction_policy:is_protected", returns(False)),
-    ("proxy.memory.anti_thrash:AntiThrashPolicy.cooling", returns(False)),
-)
-_TLB: tuple[Patch, ...] = (
-    ("proxy.memory.tlb:TLBWithPageTable.lookup", lambda old: lambda self, i: self.page_table.lookup(i)),
-    ("proxy.memory.tlb:TLBWithPageTable.apply", lambda old: lambda self, m: self.page_table.apply(m)),
-    ("proxy.memory.tlb:TLBWithPageTable.shed", lambda old: lambda self, n=0: self.page_table.shed(n, ())),
-)  # fmt: skip
+_COOLING = ("page_table:is_cooling", "eviction:is_cooling", "planner:is_protected", "eviction:is_protected")
 
 ROWS = (
     Row(DEFAULT),
     Row("nothing (the default again)"),
     Row("manifest", {"manifest": {"max_tokens": 1}}),
-    Row("segments (index lines)", patches=(("proxy.memory.segments:_index_line", returns("")),)),
-    Row("claims", {"segments": {"max_claims": 0}}),
-    Row("summaries", {"segments": {"summary_tokens": 0}}),
-    Row("procedures", patches=(("proxy.memory.segments:procedure_pages", returns([])),)),
-    Row("claims, summaries, procedures, index", {"segments": {"summary_tokens": 0, "max_claims": 0}}),
+    Row("segments' index lines", patches=(("proxy.conversation.derived:index_page", _unread),)),
     Row("pinned instructions", patches=(("proxy.conversation.turn_window:is_standing", returns(False)),)),
     Row("weight of preferences", patches=(("proxy.conversation.turn_window:importance_of", returns(0.5)),)),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
-    Row("any policy (all pages alike)", patches=(("proxy.memory.eviction_policy:_value", returns(1.0)),)),
-    Row("anti-thrash", patches=_THRASH),
-    Row("TLB", patches=_TLB),
+    Row("any policy (all pages alike)", patches=(("proxy.memory.eviction:ImportanceWeightedLRU.worth", returns(1.0)),)),
+    Row("anti-thrash", patches=tuple((f"proxy.memory.{name}", returns(False)) for name in _COOLING)),
+    Row("TLB", patches=(("proxy.memory.tlb:TLBWithPageTable.lookup", _without_lookaside),)),
     Row("levels 1 and 2 of context lines", patches=(("proxy.memory.planner:_LEVELS", becomes(_FULL)),)),
     Row("level 1 of prefetched pages", patches=(("proxy.conversation.evidence:_LEVELS", lambda old: old[:1]),)),
     Row("context lines, but of pinned pages", patches=(("proxy.memory.planner:_context", _pinned_only),)),
     Row("context lines", patches=(("proxy.conversation.epoch:_CONTEXT_SHARE", becomes(0.0)),)),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
     Row("prefetch by words", patches=(("proxy.conversation.evidence:Evidence._candidates", _tools_only),)),
-    Row("prefetch of claims and summaries", patches=(("proxy.conversation.evidence:Evidence._derived", returns(())),)),
     Row("prefetch by tools", patches=(("proxy.conversation.evidence:Evidence._likely_tools", returns([])),)),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
-    Row("calibration", patches=(("proxy.conversation.calibration:Calibration.learn", lambda old: lambda self, *a, **k: self),)),
-    Row("checkpoints", patches=(("proxy.api.archive:Archive._save", returns(None)),)),
-    Row("provenance", patches=(("proxy.memory.provenance:ProvenanceGraph.add_page", returns(0)),)),
+    Row("calibration", patches=(("proxy.conversation.calibration:Calibration.learn", _unlearned),)),
+    Row("provenance", patches=(("proxy.memory.segments:ProvenanceGraph.add_page", returns(None)),)),
 )  # fmt: skip
 
 
@@ -212,39 +211,30 @@ class Result:
         self.refaults += sum(fault.refault for fault in report.faults)
 
 
-class Meter:
-    """This process's seconds of CPU, less what the bench itself spends."""
-
-    def __init__(self) -> None:
-        self._began_s, self._outside_s = time.process_time(), 0.0
-
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        began_s = time.process_time()
-        yield
-        self._outside_s += time.process_time() - began_s
-
-    def seconds(self) -> float:
-        return time.process_time() - self._began_s - self._outside_s
-
-
 class Upstream(DemoUpstream):
     """Answers with `recorded`, else as the demo reader does. `requests`: this turn's."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.recorded: Message | None = None
         self.requests: list[dict[str, Any]] = []
         self.said: Message = {}
-        self._meter = meter
+        self.outside_s = 0.0  # seconds of CPU that are not the proxy's
         self.begin()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """What upstream, reader and client do."""
+        began_s = time.process_time()
+        yield
+        self.outside_s += time.process_time() - began_s
 
     def begin(self) -> None:
         """Another conversation: nothing of it is in the provider's cache."""
         self._cache, self.billed = PromptCache(get_counter("gpt-4o")), 0.0
 
     async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = "") -> BytesReply:
-        with self._meter.outside():
+        with self.outside():
             request = json.loads(body)
             request.pop("prompt_cache_key", None)  # of a random secret: the reader's ids come from the request
             self.requests.append(request)
@@ -265,10 +255,8 @@ class Run:
     """The application without a part, and what is said to it."""
 
     def __init__(self, data: str, full: bool) -> None:
-        get_counter("gpt-4o")  # loaded now: it takes a second, whatever is switched off
         self._name, self._data, self._full = data, DATA[data], full
-        self.result, self._meter = Result(), Meter()
-        self._upstream = Upstream(self._meter)
+        self.result, self._upstream = Result(), Upstream()
 
     async def play(self, config: dict[str, Any], folder: str) -> None:
         """Every conversation, and its questions."""
@@ -280,17 +268,17 @@ class Run:
             base["upstream"] = {}
         for section, keys in config.items():
             base[section] = {**base.get(section, {}), **keys}
-        self._app = proxy.app.create_app(Config.from_json(json.dumps(base)), self.result.observe)
-        with self._meter.outside():
-            conversations = self._data.conversations(self._full)
-        async with running(self._app):
+        app = proxy.app.create_app(Config.from_json(json.dumps(base)), self.result.observe)
+        conversations, began_s = self._data.conversations(self._full), time.process_time()
+        transport = httpx.ASGITransport(app)
+        async with running(app), httpx.AsyncClient(transport=transport, base_url="http://bench") as self._client:
             for conversation in conversations:
                 self._upstream.begin()
                 if self._name == "demo":
                     await self._demo(conversation.messages)
                 else:
                     await self._replay(conversation)
-        self.result.cpu_s = self._meter.seconds()
+        self.result.cpu_s = time.process_time() - began_s - self._upstream.outside_s
 
     async def _demo(self, messages: list[Message]) -> None:
         bills = self.result.bills
@@ -316,7 +304,7 @@ class Run:
                 await self._ask(raws[:at], tools)
                 self.result.bills[name] = self.result.bills.get(name, 0.0) + upstream.billed - before
                 if tools:
-                    with self._meter.outside():
+                    with self._upstream.outside():
                         self._judge_step(f"{name}/{at}", messages, at)
             if at in places:
                 before, upstream.recorded = upstream.billed, None
@@ -332,7 +320,7 @@ class Run:
         if max(question.evidence) >= len(raws):
             return  # it was not said yet
         await self._ask([*raws, json.dumps({"role": "user", "content": question.text}).encode()])
-        with self._meter.outside():
+        with self._upstream.outside():
             evidence = [squeezed(conversation.messages[i]["content"]) for i in question.evidence]
             at_once, answered = (shows(r, evidence) for r in (upstream.requests[0], upstream.requests[-1]))
             key = f"{conversation.id}/{number}"
@@ -349,27 +337,12 @@ class Run:
     async def _ask(self, raws: Sequence[bytes], tools: Sequence[Message] = (), model: str = "gpt-4o") -> None:
         """One request, answered."""
         self._upstream.requests.clear()
-        with self._meter.outside():
+        with self._upstream.outside():
             head = json.dumps({"model": model, **({"tools": tools} if tools else {})}).encode()
             body = head[:-1] + b',"messages":[' + b",".join(raws) + b"]}"
-        scope = {
-            "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "query_string": b"",
-            "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "root_path": "",
-            "headers": [(b"content-type", b"application/json"), (b"authorization", b"Bearer bench")],
-            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "state": {},
-        }  # fmt: skip
-        events = [{"type": "http.request", "body": body, "more_body": False}]
-        sent: list[Message] = []
-
-        async def receive() -> Message:
-            return events.pop() if events else await asyncio.Event().wait()  # type: ignore[func-returns-value]
-
-        async def send(event: Message) -> None:
-            sent.append(event)
-
-        await self._app(scope, receive, send)
-        if sent[0]["status"] != 200:
-            raise SystemExit(f"status {sent[0]['status']}: {sent[1]['body'][:300]!r}")
+        reply = await self._client.post("/v1/chat/completions", content=body, headers=HEADERS)
+        if reply.status_code != 200:
+            raise SystemExit(f"status {reply.status_code}: {reply.text[:300]}")
 
 
 _TERM = re.compile(r"\w*\d\w*(?:[./:@#-]\w+)*|\w+(?:[_./@#-]\w+)+")
