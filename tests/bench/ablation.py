@@ -15,7 +15,7 @@ a fork of the history, and the demo reader answers, with the VM tools.
 - `bill`: input tokens, a cached prefix at a tenth, of the conversations; `questions'`: of their questions, which
   are many for so short a chat. `CPU` is the proxy's own (no upstream, reader, client). `disk`: the state directory.
 - `gain`: where the part is worth more than twice the standard error (a bill also 0.5 %), then what it costs
-  by the same rule.
+  by the same rule. `at once`: without a call, which real models make far less often than the reader.
 
 Figures are relative to the default of the same run, one for each data set in its order. A row whose place in
 the code is gone ends the run; one that no request came by says so.
@@ -381,9 +381,10 @@ def measure(name: str, data: str, full: bool) -> Result:
 Results = dict[str, Result]  # of one row, by data set
 
 
-def lost(row: Result, default: Result) -> tuple[float, float]:
+def lost(row: Result, default: Result, at_once: bool = False) -> tuple[float, float]:
     """(points of recall lost without the part, their standard error), question by question."""
-    each = [default.asked[key][2] - row.asked[key][2] for key in default.asked]
+    which = 1 if at_once else 2
+    each = [default.asked[key][which] - row.asked[key][which] for key in default.asked]
     return 100 * statistics.fmean(each), 100 * statistics.stdev(each) / math.sqrt(len(each))
 
 
@@ -401,9 +402,11 @@ def gain(row: Results, default: Results) -> str:
     good, bad = [], []
     for data, result in row.items():
         points, error = lost(result, default[data])
+        early, spread = lost(result, default[data], at_once=True)
         bill = billed(result.bills, default[data].bills)
         asked = billed(result.asked_bills, default[data].asked_bills)
-        for what, value, noise in (("recall", points, 2 * error), ("bill", *bill), ("questions' bill", *asked)):
+        recalls = [("recall", points, 2 * error), ("at once", early, 2 * spread)][: 1 if data == "agents" else 2]
+        for what, value, noise in (*recalls, ("bill", *bill), ("questions' bill", *asked)):
             if abs(value) > max(noise, 1e-6):
                 (good if value > 0 else bad).append(f"{what} {data} {abs(value):.1f}")
     costs = f"; costs: {', '.join(bad)}" if bad else ""
