@@ -101,15 +101,19 @@ def _at_least_1(text: str) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Prints the effective configuration as YAML, secrets masked, with notes as comments."""
+    """Prints the effective configuration as YAML, secrets masked, with notes as comments. Raises
+    StartError for a storage directory that cannot be used; one that is not there yet is not made."""
     import yaml
 
     from proxy.config import load_config
+    from proxy.storage.l2 import DATABASE
 
     config = load_config(args.config, os.environ, {})
     for note in config.notes():
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
+    if (config.tiers.l2.path / DATABASE).exists():
+        _require_a_sound_store(config)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The command line, as real processes: what it prints, its exit status, how it starts and stops."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ import yaml
 
 from proxy import __version__
 from proxy.cli import main
+from proxy.storage.l2 import DiskStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,6 +117,18 @@ def test_check_tells_every_problem_on_stderr(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and all(line.startswith("llm-pager: ") for line in lines)
     assert "did you mean port?" in done.stderr and "strict, relaxed, passive" in done.stderr
+
+
+def test_check_and_serve_refuse_a_store_of_another_version(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "data", 10)
+    asyncio.run(store.commit([(b"n1", b"a record")]))
+    store._cache.delete("format")  # as it was before there was one
+    asyncio.run(store.close())
+    for command in (["check"], ["serve", "--port", "0"]):
+        done = run(tmp_path, *command, LLM_PAGER_TIERS__L2__PATH="data")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert "data was written by an older version of llm-pager" in done.stderr
+        assert "set tiers.l2.path to another directory, or delete this one" in done.stderr
 
 
 # ---------------------------------------------------------------- serve

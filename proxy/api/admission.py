@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,13 +28,13 @@ from proxy.api.passthrough import Receive, Scope
 from proxy.config import Config
 from proxy.conversation.body import Body, Fields, message_ends, read_body
 from proxy.conversation.calibration import TOKENS_FACTOR
-from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.context import TurnContext
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
+from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.repair import COUNTED_FIELDS, fixed_tokens
-from proxy.conversation.tree import Anchor, Node, Record
+from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.limits import limits_of
@@ -45,6 +46,8 @@ from proxy.memory.eviction import (
 )
 from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
 from proxy.upstream import Header
+
+log = logging.getLogger(__name__)
 
 _NO_HISTORIES = HistoryCache(0)
 _POLICIES: dict[str, EvictionPolicy] = {
@@ -151,7 +154,14 @@ class Admission:
         tools = split.fields.get("tools")
         frame = identity.frame(split.system, bytes(tools) if tools is not None else b"")
         reattach = self._config.sessions.reattach
-        found = place(nodes, anchors, identity, tenant, memory.library, frame, names.delta, reattach)
+        seek = partial(place, nodes, anchors, identity, tenant, memory.library, frame, names.delta)
+        try:
+            found = seek(reattach)
+        except LookupError as error:  # invariant 6: what is missing is a miss ...
+            if names.delta is not None:  # ... but for a client that sends only what is new
+                raise
+            log.warning("a history was not joined to the one that it may go on from: %s", error)
+            found = seek(False)
         if found.start == 0 and found.floor == 0 and split.history is not None:
             self._remember(split, split.history, scope, tenant, found)
         return split, found
@@ -194,7 +204,11 @@ class Admission:
         names: SessionNames, found: Place,
     ) -> TurnContext:  # fmt: skip
         memory, model = self._memory, decoded["model"]
-        state = await memory.state_after(found.record) if found.record is not None else None
+        try:
+            state = await memory.state_after(found.record) if found.record is not None else None
+        except LookupError as error:  # invariant 6: the path is here, and is paged anew
+            log.warning("a conversation begins anew: %s", error)
+            found, state = replace(found, record=None), None
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
@@ -211,7 +225,7 @@ class Admission:
             policy=self._policy, identity=memory.identity, tenant=tenant, scope=scope, names=names,
             facts=facts, known_factor=factor, surely_fits=surely,
             fixed_tokens=partial(self._fixed_tokens, split, counter),
-            substitutes=memory.substitutes, get_record=memory.get_record, get_block=memory.get_block,
+            substitutes=memory.substitutes, get_record=memory.get_record,
             capabilities=partial(self._capable.of, model, facts),
             seen=partial(self._capable.seen, scope, model),
             calibration=partial(memory.calibration, scope, model, counter.name, exact),

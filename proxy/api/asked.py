@@ -19,6 +19,7 @@ import msgspec
 from proxy.api.capable import Capable
 from proxy.api.memory import Memory
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.stated import stated_windows, window_of
 from proxy.errors import ApiError
 from proxy.limits import UPSTREAM_WINDOW
@@ -81,7 +82,7 @@ class StatedWindows:
     def _stored(self, scope: bytes, now_s: float) -> _Asked | None:
         """What any process on this storage was told; a damaged word is none."""
         try:
-            data = self._memory.store.get(b"L" + scope)
+            data = self._memory.store.get(keys.STATED + scope)
             if data is None:
                 return None
             until_s, stated = msgspec.msgpack.decode(data, type=tuple[float, dict[str, int]])
@@ -114,7 +115,7 @@ class StatedWindows:
             asked.until_s = time.time() + _AGAIN_S
         data = msgspec.msgpack.encode((asked.until_s, asked.stated))
         try:
-            await self._memory.store.commit([(b"L" + scope, data)])
+            await self._memory.store.commit([(keys.STATED + scope, data)])
         except StorageError as error:
             log.warning("an upstream's list of models was not kept: %s", error)
         await self._keep(asked, scope, model)

@@ -16,6 +16,7 @@ import msgspec
 
 from proxy.api.memory import Memory
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.capability import (
     LARGE_TOKENS,
@@ -74,7 +75,7 @@ class Capable:
         listed = [name for name in self._listed(scope) if name != model]
         names = [*listed, model][-_LISTED_MODELS:]
         put = self._memory.learned_put(scope, model, facts)
-        return [put, (b"M" + scope, msgspec.msgpack.encode(names))]
+        return [put, (keys.MODELS + scope, msgspec.msgpack.encode(names))]
 
     def seen(self, scope: bytes, model: str) -> Seen:
         """What passed, and what failed since."""
@@ -117,7 +118,7 @@ class Capable:
         return row
 
     def _listed(self, scope: bytes) -> list[str]:
-        data = self._memory.store.get(b"M" + scope)
+        data = self._memory.store.get(keys.MODELS + scope)
         return msgspec.msgpack.decode(data, type=list[str]) if data else []
 
     def _override(self, model: str) -> dict[str, Any]:

@@ -34,9 +34,9 @@ from proxy.api.writer import Writer
 from proxy.config import Config
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
+from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.state import State
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.storage.l2 import StorageError
@@ -118,6 +118,7 @@ class ChatApi:
 
     async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
         exchange: Exchange | None = None
+        context: TurnContext | None = None
         visit = Visit.of(scope)
         try:
             context = await self._admitted(scope, body, send)
@@ -154,7 +155,8 @@ class ChatApi:
             failed = ApiError(503, str(error), "api_error", "storage_unavailable")
             await _fail(exchange, send, failed)
         except Exception as error:
-            if type(error) is LookupError:  # our own word for it, unlike KeyError and IndexError
+            whole = context is not None and not context.place.start  # what upstream needs is in the body
+            if type(error) is LookupError and not whole:  # our own word, unlike KeyError and IndexError
                 log.exception("damaged storage")
                 message = f"Storage is damaged: {error}."
                 await _fail(exchange, send, ApiError(500, message, "api_error", "storage_damaged"))

@@ -9,62 +9,43 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.calibration import Calibration
-from proxy.conversation.commit import Stored
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages
-from proxy.conversation.state import State, restore_state, restore_table
-from proxy.conversation.tree import (
-    Identity,
-    Node,
+from proxy.conversation.records import (
     Record,
+    State,
+    Stored,
     block_key,
     decode_record,
     load_path,
     record_key,
+    restore_state,
+    restore_table,
 )
+from proxy.conversation.tree import Identity, Node
 from proxy.conversation.window import Window
 from proxy.memory.pages import Hit
-from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes
 from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _TABLE_ENTRY_BYTES = 300
-_TABLE_ENTRIES = 32_768  # of one conversation in RAM; the others are read from storage when asked for
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class TableLookups:
-    """Look-ups of page table entries, over all conversations: in the TLB, or past it."""
-
-    hits: int = 0
-    misses: int = 0
-
-    def add(self, tlb: PageTLB) -> None:
-        """Take over what a conversation's TLB counted since the last time."""
-        self.hits += tlb.hits
-        self.misses += tlb.misses
-        tlb.hits = tlb.misses = 0
-
-    def as_dict(self) -> dict[str, float]:
-        asked = self.hits + self.misses
-        rate = self.hits / asked if asked else 0.0
-        return {"hits": self.hits, "misses": self.misses, "hit_rate": rate}
 
 
 class Memory:
@@ -76,7 +57,6 @@ class Memory:
         self.cache = Cache(config.tiers.l1.tokens)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         self.indexes = PathIndexes(config.search.index_pages)
-        self.tlb = TableLookups()
         self.library = Library(self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:
@@ -116,7 +96,7 @@ class Memory:
         if not record.window:
             return None
         window: Window | None = self.cache.get("window", record.id)
-        kept: tuple[TLBWithPageTable, Derived] | None = self.cache.take("table", record.id)
+        kept: tuple[PageTable, Derived] | None = self.cache.take("table", record.id)
         if window is not None and kept is not None:
             return State(window, *kept)
         derived: Derived | None = self.cache.get("derived", record.id)
@@ -157,9 +137,9 @@ class Memory:
 
         What is already stored stays as it is: others may have built on it.
         """
-        keys = {record_key(record.id) for record in effect.records}
-        adds = [put for put in effect.puts if put[0] in keys]
-        puts = [*(put for put in effect.puts if put[0] not in keys), *more]
+        ours = {record_key(record.id) for record in effect.records}
+        adds = [put for put in effect.puts if put[0] in ours]
+        puts = [*(put for put in effect.puts if put[0] not in ours), *more]
         known = await self.store.commit(puts, effect.joins, adds)
         new = [record for record in effect.records if record_key(record.id) not in known]
         for record in new:
@@ -172,10 +152,7 @@ class Memory:
         window, table, derived = state
         assert window is not None
         self._keep_window(record, window)
-        self.tlb.add(table.tlb)
-        if table.in_ram > _TABLE_ENTRIES:
-            table.shed(_TABLE_ENTRIES // 2)
-        self.cache.put("table", record.id, (table, derived), table.in_ram * _TABLE_ENTRY_BYTES)
+        self.cache.put("table", record.id, (table, derived), len(table) * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:
         """Remember the state before a stored turn's newest messages: where the client goes on when it
@@ -192,7 +169,7 @@ class Memory:
 
     def learned(self, scope: bytes, model: str) -> dict[str, object]:
         """What the upstream behind this key said of a model; one key's refusals bind no other."""
-        data = self.store.get(b"m" + scope + model.encode())
+        data = self.store.get(keys.MODEL + scope + model.encode())
         return msgspec.msgpack.decode(data) if data else {}
 
     def learned_put(
@@ -201,7 +178,7 @@ class Memory:
         """What is stored when these facts are learned (None: such a fact is no more)."""
         merged = {**self.learned(scope, model), **facts}
         kept = {name: fact for name, fact in merged.items() if fact is not None}
-        return b"m" + scope + model.encode(), msgspec.msgpack.encode(kept)
+        return keys.MODEL + scope + model.encode(), msgspec.msgpack.encode(kept)
 
     def calibration(self, scope: bytes, model: str, counter: str, exact: bool) -> Calibration:
         """What the bills of a key's model taught: as it is stored, so the same in every process."""
@@ -213,4 +190,4 @@ class Memory:
 
 
 def calibration_key(scope: bytes, model: str, counter: str) -> bytes:
-    return b"k" + scope + counter.encode() + b"/" + model.encode()
+    return keys.CALIBRATION + scope + counter.encode() + b"/" + model.encode()

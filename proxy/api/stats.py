@@ -66,8 +66,7 @@ class Stats:
                 source: counts.model_dump()
                 for source, counts in sorted(self.metrics.prefetch.items())
             },
-            "tlb": self._memory.tlb.as_dict(),
-            "pack_cache": {**lines.model_dump(), "hit_rate": lines.hit_rate},
+            "pack_cache": lines.model_dump(),
             "l1": {"values": len(cache), "tokens": cache.tokens, "hits": cache.hits,
                    "misses": cache.misses},
             "writer": {"written": self._writer.written, "failed": self._writer.failed,

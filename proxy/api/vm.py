@@ -21,8 +21,8 @@ from proxy.api.stats import Stats
 from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.pages import PathPages
-from proxy.conversation.state import history, restore_state
-from proxy.conversation.tree import ID_BYTES, GetRecord, Record
+from proxy.conversation.records import GetRecord, Record, history, restore_state
+from proxy.conversation.tree import ID_BYTES
 from proxy.errors import ApiError
 from proxy.memory.models import MEDIA_PART
 from proxy.memory.pages import page_id, parse_page_id
@@ -145,8 +145,8 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     record = _record_at(head, turn, memory.get_record)
     derived = NO_DERIVED
     if record.window:
-        levels = history(record, memory.get_record).get_levels_at_turn(turn)
-        pages = [{"page_id": i, "level": int(level)} for i, level in levels]
+        table = history(record, memory.get_record).replay(turn)
+        pages = [{"page_id": e.page_id, "level": int(e.level)} for e in table.resident()]
         derived = _derived(record, memory)
     else:
         pages = [{"page_id": page_id(p), "level": 0} for p in range(record.end - 1)]

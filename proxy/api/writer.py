@@ -57,9 +57,13 @@ _POINTS = (
 _CAPTION = "Describe this image in at most 30 words: what it shows, and any text or numbers in it."
 
 
+# A page or segment, the level that is written of it, its most tokens, and the prompt (None: its media are sent).
+Wanted = tuple[MemoryPage, CompressionLevel, int, str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One thing to write. `prompt` is None where the page's media are sent."""
+    """One thing to write, for one caller."""
 
     tenant: bytes
     page: MemoryPage
@@ -101,15 +105,15 @@ class Writer:
         if not self.active:
             return
         kept = tuple(header for header in headers if header[0] in _CREDENTIALS)
-        for job in self._jobs(tenant, kept, pages, counter, shown):
-            key = job.tenant, job.page.version, int(job.level)
+        for page, level, limit_tokens, prompt in self._wanted(pages, shown):
+            key = tenant, page.version, int(level)
             if key in self._waiting:
                 continue
             if self._queue.full():
                 self.dropped += 1
                 continue
             self._waiting.add(key)
-            self._queue.put_nowait(job)
+            self._queue.put_nowait(Job(tenant, page, level, limit_tokens, prompt, kept, counter))
         while len(self._workers) < self._config.max_jobs and not self._queue.empty():
             self._workers.append(asyncio.ensure_future(self._work()))
 
@@ -118,57 +122,50 @@ class Writer:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
 
-    def _jobs(
-        self, tenant: bytes, headers: tuple[Header, ...], pages: PathPages, counter: TokenCounter,
-        shown: Sequence[Load],
-    ) -> Iterator[Job]:  # fmt: skip
+    def _wanted(self, pages: PathPages, shown: Sequence[Load]) -> Iterator[Wanted]:
         for load in shown:
             segment = unwritten_page(pages, load.page_id)
-            if segment is None:
-                page, level = pages.page(load.page_id), CompressionLevel(load.level)
-                job = self._about_page(tenant, headers, pages, counter, page, level)
-                if job is not None:
-                    yield job
-                continue
-            limit = self._segments.summary_tokens
-            if self._config.model is not None and limit:
-                level, prompt = CompressionLevel.FULL, self._about_segment(pages, segment)
-                yield Job(tenant, segment, level, limit, prompt, headers, counter)
-            for i in segment.provenance:  # shown or not, below level 0 a sound is its transcript
-                for medium in pages[pages.position(i)].media:
-                    if medium.modality is Modality.AUDIO:
-                        page, level = pages.page(medium.id), CompressionLevel.REDUCED
-                        job = self._about_page(tenant, headers, pages, counter, page, level)
-                        if job is not None:
-                            yield job
+            if segment is not None:
+                yield from self._of_segment(pages, segment)
+            else:
+                page = pages.page(load.page_id)
+                yield from self._of_page(pages, page, CompressionLevel(load.level))
 
-    def _about_page(
-        self, tenant: bytes, headers: tuple[Header, ...], pages: PathPages, counter: TokenCounter,
-        page: MemoryPage, level: CompressionLevel,
-    ) -> Job | None:  # fmt: skip
-        model, limit, prompt = self._config.model, ABSTRACT_TOKENS, None
-        if page.modality is Modality.IMAGE:
-            level = CompressionLevel.ABSTRACT
-        elif page.modality is Modality.AUDIO:
-            model = None if "transcript" in page.metadata else self._config.transcription_model
-            level, limit = CompressionLevel.REDUCED, page.size_tokens or ABSTRACT_TOKENS
-        elif page.page_type is PageType.TRANSCRIPT and level in _WORDED:
-            if (page.size_tokens or 0) <= ABSTRACT_TOKENS:
-                return None  # it says no more than what would be written
-            if level is CompressionLevel.REDUCED:
-                limit = max(limit, (page.size_tokens or 0) // 3)
-            prompt = f"{_POINTS.format(words=_words(limit))}\n\n{pages.text(page.page_id)[:_SOURCE_CHARS]}"
-        else:
-            return None
-        if model is None:
-            return None
-        return Job(tenant, page, level, limit, prompt, headers, counter)
+    def _of_page(
+        self, pages: PathPages, page: MemoryPage, level: CompressionLevel
+    ) -> Iterator[Wanted]:
+        """What is to be written of a page that is shown at `level`, if anything."""
+        tokens, model = page.size_tokens or ABSTRACT_TOKENS, self._config.model
+        if page.modality is Modality.AUDIO:
+            if self._config.transcription_model is not None and "transcript" not in page.metadata:
+                yield page, CompressionLevel.REDUCED, tokens, None
+        elif page.modality is Modality.IMAGE:
+            if model is not None:
+                yield page, CompressionLevel.ABSTRACT, ABSTRACT_TOKENS, None
+        elif page.page_type is not PageType.TRANSCRIPT or level not in _WORDED or model is None:
+            return
+        elif tokens > ABSTRACT_TOKENS:  # else it says no more than what would be written
+            third = tokens // 3 if level is CompressionLevel.REDUCED else 0
+            limit = max(ABSTRACT_TOKENS, third)
+            text = pages.text(page.page_id)[:_SOURCE_CHARS]
+            yield page, level, limit, f"{_POINTS.format(words=_words(limit))}\n\n{text}"
 
-    def _about_segment(self, pages: PathPages, segment: MemoryPage) -> str:
+    def _of_segment(self, pages: PathPages, segment: MemoryPage) -> Iterator[Wanted]:
+        """A segment's summary with its claims, and its sounds: shown or not, below level 0 they are their
+        transcripts."""
+        limit = self._segments.summary_tokens
+        if self._config.model is not None and limit:
+            yield segment, CompressionLevel.FULL, limit, self._asking_about(pages, segment)
+        for page_id in segment.provenance:
+            for medium in pages[pages.position(page_id)].media:
+                if medium.modality is Modality.AUDIO:
+                    yield from self._of_page(pages, pages.page(medium.id), CompressionLevel.REDUCED)
+
+    def _asking_about(self, pages: PathPages, segment: MemoryPage) -> str:
         rules = [_SUMMARY.format(words=_words(self._segments.summary_tokens))]
         if self._segments.max_claims:
             subjects = [s for page in pages.derived.holding if (s := page.metadata["subject"])]
-            known = "; ".join(subjects[-_KNOWN_SUBJECTS:]) or "(none yet)"
+            known = ", ".join(map(quote, subjects[-_KNOWN_SUBJECTS:])) or "(none yet)"
             rules.append(_CLAIMS.format(most=CLAIMS_PER_SEGMENT, known=known))
         share = max(_LEAST_CHARS, _SOURCE_CHARS // len(segment.provenance))
         said = (

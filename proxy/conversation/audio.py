@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.tree import Node, Record
+from proxy.conversation.records import Record
+from proxy.conversation.tree import Node
 
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
 GetRecord = Callable[[bytes], Record | None]

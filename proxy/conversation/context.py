@@ -13,11 +13,10 @@ from typing import Any
 from proxy.conversation.body import Body
 from proxy.conversation.calibration import Calibration
 from proxy.conversation.capability import Capabilities, Seen
-from proxy.conversation.commit import NO_NAMES, SessionNames
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
-from proxy.conversation.state import State
-from proxy.conversation.tree import GetRecord, Identity
+from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
+from proxy.conversation.tree import Identity
 from proxy.memory.eviction import EvictionPolicy
 from proxy.tokens import TokenCounter
 
@@ -46,7 +45,6 @@ class TurnContext:
     surely_fits: bool = False  # so short that nothing has to be counted
     substitutes: Callable[[bytes], Sequence[bytes]]
     get_record: GetRecord
-    get_block: Callable[[bytes], bytes | None]  # of a page table
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     seen: Callable[[], Seen] = Seen  # asked only after a refusal
     calibration: Callable[[], Calibration] | None = None  # of the model's bills, as it is stored now

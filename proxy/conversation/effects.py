@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.conversation.calibration import Calibration
-from proxy.conversation.tree import Record
 from proxy.memory.faults import Load as Load
+
+if TYPE_CHECKING:  # records.py says what an answered turn appends
+    from proxy.conversation.records import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,17 +19,8 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import Body
-from proxy.conversation.tree import (
-    ID_BYTES,
-    Anchor,
-    GetRecord,
-    Identity,
-    Node,
-    Record,
-    Sent,
-    deepest_record,
-    overlap,
-)
+from proxy.conversation.records import GetRecord, Record, Sent, deepest_record
+from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, overlap
 from proxy.memory.pages import message_text
 
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have

@@ -23,25 +23,24 @@ from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Sea
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import PathPages
-from proxy.conversation.state import State, restore_state
-from proxy.conversation.tree import (
-    Identity,
-    Node,
+from proxy.conversation.records import (
     Record,
+    State,
     block_key,
     decode_record,
     record_key,
+    restore_state,
 )
+from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import MemoryPage
-from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.mutation_log import decode as decode_mutations
 from proxy.memory.pages import Hit
 from proxy.memory.search_handler import PageSearchHandler
+from proxy.memory.table import MutationLogLite, decode_log
 from proxy.tokens import TokenCounter
 
 Message = dict[str, Any]
@@ -122,7 +121,7 @@ class LocalConversation:
         if paged and turn.record is not None:
             if not turn.record.base:  # the first turn that pages
                 self._log = MutationLogLite()
-            self._log.extend(decode_mutations(_unpack(turn.record.mutations)))
+            self._log.extend(decode_log(turn.record.mutations))
 
     # -- showing
 
@@ -244,7 +243,6 @@ class LocalConversation:
             fixed_tokens=lambda: self._fixed_tokens,
             substitutes=self._substitutes,
             get_record=self._get,
-            get_block=self._block,
             given_answers=True,
         )
 

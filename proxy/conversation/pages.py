@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from proxy.conversation.derived import NO_DERIVED, Derived
-from proxy.conversation.tree import ID_BYTES, Anchor, GetRecord, Node
+from proxy.conversation.tree import ID_BYTES, Anchor, Node
 from proxy.media.parts import read_part
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import ContextPacker
@@ -44,6 +44,9 @@ from proxy.memory.pages import (
 )
 from proxy.memory.pages import page_id as make_page_id
 from proxy.tokens import TokenCounter, get_counter
+
+if TYPE_CHECKING:  # a window's pages are made here, and records store windows
+    from proxy.conversation.records import GetRecord
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
 
@@ -354,7 +357,7 @@ class PathPages:
     def index_keys(self, before: int) -> list[bytes]:
         """What the search index knows the pages of the first `before` messages by: each key names all
         that stands there and before."""
-        ids = [node.id for node in self.path[:before]]
+        ids: list[bytes] = [node.id for node in self.path[:before]]
         if not self._notes:
             return ids
         digest, keys = b"", []

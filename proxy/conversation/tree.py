@@ -7,14 +7,18 @@ are keyed BLAKE2b, so nobody can aim at another's node without the installation'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NewType
 
 import msgspec
 
-from proxy.conversation.calibration import Bill
+from proxy.conversation import keys
 from proxy.conversation.canonical import canonical
+
+NodeId = NewType("NodeId", bytes)  # names a whole history: its last message and all before it
+ContentId = NewType("ContentId", bytes)  # names a message by itself
+TenantKey = NewType("TenantKey", bytes)  # whose: of a key and its user; of a key alone it is a scope
 
 ID_BYTES = 16
 
@@ -22,8 +26,8 @@ ID_BYTES = 16
 class Node(msgspec.Struct, gc=False):
     """One message on a path. `id` names the whole history up to it; `content` only itself."""
 
-    id: bytes
-    content: bytes
+    id: NodeId
+    content: ContentId
     role: str
     raw: bytes  # the message's JSON; the client's own bytes whenever the client sends it
     tokens: int = -1  # -1: not counted yet
@@ -46,64 +50,6 @@ class Anchor(msgspec.Struct, gc=False):
         return self.digest
 
 
-class Sent(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
-    """The request whose answer was delivered: what a history that lost its front is known by."""
-
-    frame: bytes  # its front system messages and tools (`Identity.frame`)
-    start: int = 0  # where its first message stands on the record's path
-    moves: int = 0  # how many times in a row, up to this request, the client's front had moved on
-    above: bytes = b""  # the record whose path the first message stood on, where that is another path
-    above_at: int = 0  # and where it stood on it
-
-
-class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """What one answered turn adds to the tree; stored under the id of its last node, immutable.
-
-    A record ends with an assistant message; `parent` is the id of the record before it (b"" for
-    the first), `first` the position of its first message along the path.
-    """
-
-    parent: bytes
-    first: int
-    ids: list[bytes]
-    contents: list[bytes]
-    roles: list[str]
-    raws: list[bytes]
-    tokens: list[int]
-    turn: int
-    echo: bytes = b""  # the previous answer in the client's own bytes, where they differ
-    base: bytes = b""  # the record after which this turn's window and table were continued
-    window: bytes = b""  # the window's change since `base` (see window.py); empty: never evicted
-    mutations: bytes = b""  # this turn's part of the mutation log
-    substitute: list[bytes] = []
-    counter: str = ""  # what `tokens` were counted with
-    closing: bytes = b""  # what this turn's epochs closed: segments and the table's root (closing.py)
-    closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
-    sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
-    bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
-
-    @property
-    def id(self) -> bytes:
-        return self.ids[-1]
-
-    @property
-    def end(self) -> int:
-        """The position after its last message."""
-        return self.first + len(self.ids)
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Record)
-encode_record = _encoder.encode
-
-
-def decode_record(data: bytes) -> Record:
-    return _decoder.decode(data)
-
-
-GetRecord = Callable[[bytes], Record | None]
-
-
 class Identity:
     """Hashes contents, nodes and tenants with the installation's secret (32 bytes)."""
 
@@ -117,21 +63,21 @@ class Identity:
             h.update(part)
         return h.digest()
 
-    def tenant(self, credentials: str, person: str) -> bytes:
+    def tenant(self, credentials: str, person: str) -> TenantKey:
         """The tenant of what a request presents and of whom it names. Neither is kept."""
         parts = (text.encode("utf-8", "surrogatepass") for text in (credentials, person))
-        return self._hash(b"tenant", *parts)
+        return TenantKey(self._hash(b"tenant", *parts))
 
     def root(self, tenant: bytes) -> bytes:
         return self._hash(b"root", tenant)
 
     def session(self, tenant: bytes, name: str) -> bytes:
         """The storage key of the head of a session of new messages, inside its tenant."""
-        return b"s" + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.SESSION + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
 
     def label(self, tenant: bytes, name: str) -> bytes:
         """The storage key of the answers that were given under a session's name."""
-        return b"l" + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.LABEL + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
 
     def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
         """What stands in front of a history, as written: another frame is another application."""
@@ -139,19 +85,19 @@ class Identity:
 
     def pair(self, tenant: bytes, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found."""
-        return b"p" + self._hash(b"pair", tenant, before, answer)
+        return keys.PAIR + self._hash(b"pair", tenant, before, answer)
 
     def rendition(self, tenant: bytes, version: str, level: int, kind: str) -> bytes:
         """The storage key under which a tenant's version of a page at a level is found."""
-        return b"v" + self._hash(
+        return keys.RENDITION + self._hash(
             b"rendition", tenant, version.encode(), b"%d" % level, kind.encode()
         )
 
-    def content(self, message: dict[str, Any]) -> bytes:
-        return self._hash(b"message", canonical(message))
+    def content(self, message: dict[str, Any]) -> ContentId:
+        return ContentId(self._hash(b"message", canonical(message)))
 
-    def child(self, parent: bytes, content: bytes) -> bytes:
-        return blake2b(parent + content, digest_size=ID_BYTES, key=self._key).digest()
+    def child(self, parent: bytes, content: ContentId) -> NodeId:
+        return NodeId(blake2b(parent + content, digest_size=ID_BYTES, key=self._key).digest())
 
     def extend(
         self, tenant: bytes, path: list[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]
@@ -178,59 +124,6 @@ class Identity:
                 Node(parent, node.content, node.role, node.raw, node.tokens, node.counter)
             )
         return out
-
-
-def record_key(node_id: bytes) -> bytes:
-    return b"n" + node_id
-
-
-def block_key(ref: bytes) -> bytes:
-    """The storage key of a block of a page table."""
-    return b"t" + ref
-
-
-def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
-    """The record of the deepest answered node on the path, or None for a path never seen.
-
-    A node is stored with all of its ancestors, so "is stored" is monotone along the path: the last
-    answer is nearly always the one, else a binary search finds it.
-    """
-    last = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "assistant"), None)
-    if last is None:
-        return None
-    found = get(path[last].id)
-    if found is not None:
-        return found
-    answers = [i for i, node in enumerate(path) if node.role == "assistant"]
-    if get(path[answers[0]].id) is None:
-        return None
-    low, high = 0, len(answers) - 1  # answers[low] is stored, answers[high] is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if get(path[answers[middle]].id) is None:
-            high = middle
-        else:
-            low = middle
-    return get(path[answers[low]].id)
-
-
-def load_path(head: Record, get: GetRecord) -> list[Node]:
-    """All nodes from the root to the head's last message, each with the bytes last seen of it."""
-    records = [head]
-    while records[-1].parent:
-        parent = get(records[-1].parent)
-        if parent is None:  # written in one commit with or after its parent, so: a damaged store
-            raise LookupError(f"the record before position {records[-1].first} is missing")
-        records.append(parent)
-    nodes: list[Node] = []
-    for record in reversed(records):
-        if record.echo and nodes:
-            nodes[-1].raw = record.echo
-        for fields in zip(
-            record.ids, record.contents, record.roles, record.raws, record.tokens, strict=True
-        ):
-            nodes.append(Node(*fields, record.counter))
-    return nodes
 
 
 def overlap(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:

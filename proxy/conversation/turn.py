@@ -26,7 +26,6 @@ from proxy.conversation.calibration import (
 )
 from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
 from proxy.conversation.channel import Channel, choose_channel, tools_array
-from proxy.conversation.commit import Stored, answered_by, append_effect, new_records
 from proxy.conversation.compose import (
     answer_budget,
     as_input,
@@ -44,17 +43,16 @@ from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, 
 from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.pages import PathPages, anchor_tokens
+from proxy.conversation.records import Record, Stored, answered_by, append_effect, new_records
 from proxy.conversation.refusal import repairable, unchanged_fits
 from proxy.conversation.repair import Model, unlisted
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
-from proxy.conversation.tree import Record
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.memory.page_table import PageTable
 from proxy.memory.pages import message_text
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
@@ -102,7 +100,7 @@ class Turn:
             place.path, context.counter, context.limits.page_tokens,
             state.derived if state else NO_DERIVED, context.get_record, place.anchors,
         )  # fmt: skip
-        self.table = state.table if state else TLBWithPageTable(PageTable(load=context.get_block))
+        self.table = state.table if state else PageTable()
         self.record: Record | None = None
         self.settled: tuple[Record, Stored] | None = None
         self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
-from proxy.conversation.commit import Stored
 from proxy.conversation.compose import with_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
@@ -24,6 +23,7 @@ from proxy.conversation.evidence import Shown, choose, reserve, used
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
+from proxy.conversation.records import Stored, brought_since
 from proxy.conversation.report import PrefetchReport, TurnReport
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import (
@@ -31,13 +31,12 @@ from proxy.conversation.window import (
     SYSTEM,
     Entry,
     Window,
-    brought_since,
     client_entries,
     differs_at,
     newest_entries,
     render,
 )
-from proxy.memory.claims import PIN_TOKENS, importance_of, is_standing
+from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
 from proxy.memory.models import (
     CompressionLevel,
@@ -50,12 +49,10 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.mutation_log import encode as encode_mutations
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
 from proxy.memory.pages import message_text
 from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.prefetcher import points_back
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
@@ -80,7 +77,7 @@ class TurnWindow:
         self,
         context: TurnContext,
         pages: PathPages,
-        table: TLBWithPageTable,
+        table: PageTable,
         channel: Channel,
         limits: Limits,
         next_limits: Limits | None,
@@ -244,17 +241,14 @@ class TurnWindow:
         """A new message stands in the window, but for those before the floor; a standing instruction
         is pinned."""
         tier = StorageTier.L0 if message.position >= self.context.place.floor else StorageTier.L2
-        role, text = message.node.role, message.own_text
-        weight = importance_of(role, text)
         for page in message.pages:
             kind = page.page_type
             yield PageMutation(
                 MutationType.CREATE, page.id, self.turn, None, tier, page.tokens,
-                importance=None if weight == DEFAULT_IMPORTANCE else weight,
                 modality=page.modality,
                 page_type=None if kind is PageType.TRANSCRIPT else kind,
             )  # fmt: skip
-        if is_standing(role, text, message.text_tokens):
+        if is_standing(message.node.role, message.own_text, message.text_tokens):
             yield PageMutation(MutationType.PIN, message.pages[0].id, self.turn)
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
@@ -307,7 +301,7 @@ class TurnWindow:
         if self.made:
             root, blocks = self.table.checkpoint()
             closing = encode_closing(root, self.made, derived.end, self.limits.max_claims)
-        mutations = msgspec.msgpack.encode(encode_mutations(self.mutations))
+        mutations = encode_log(self.mutations)
         return Stored(self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(

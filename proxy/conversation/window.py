@@ -16,9 +16,7 @@ import msgspec
 
 from proxy.conversation.form import Form, Piece, formed
 from proxy.conversation.pages import PathPages, anchor_tokens, group_start, owner
-from proxy.conversation.tree import Anchor, GetRecord, Node, Record
-from proxy.memory.models import MutationType
-from proxy.memory.mutation_log import decode as decode_mutations
+from proxy.conversation.tree import Anchor, Node
 from proxy.tokens import PER_MESSAGE, TokenCounter
 
 # What an entry of the log is.
@@ -188,74 +186,7 @@ def differs_at(
     return covered if (here or strict) and here[: len(last)] != last else None
 
 
-def brought_since(head: Record, position: int, get: GetRecord) -> list[str]:
-    """The pages that were brought into the window, unplanned, by turns whose newest message stands at
-    `position` or behind it. LookupError when a turn is missing from storage."""
-    found: dict[str, None] = {}
-    at: Record | None = head
-    while at is not None and at.end > position:
-        if at.mutations:
-            for m in decode_mutations(msgspec.msgpack.decode(at.mutations)):
-                mapped = m.op is MutationType.MAP and m.reason is not None
-                if mapped or m.op is MutationType.FAULT_IN:
-                    found[m.page_id] = None
-        above = at.base
-        at = get(above) if above else None
-        if above and at is None:
-            raise LookupError("a record that a window continues is missing from storage")
-    return list(found)
-
-
-# -- stored
-
-
-class _Change(msgspec.Struct, array_like=True, omit_defaults=True):
-    covered: int
-    entries: tuple[Entry, ...] = ()
-    snapshot: Window | None = None
-    kept: int = -1  # of the entries before, the first so many; -1: all of them
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Change).decode
 _json = msgspec.json.encode
-
-
-def encode_change(before: Window | None, after: Window) -> bytes:
-    """What a turn stores: the entries added (behind those kept), or the whole window when a new
-    epoch began in it, or when it was counted anew."""
-    if before is None or _measure(before) != _measure(after):
-        return _encode(_Change(after.covered, snapshot=after))
-    old, new = before.entries, after.entries
-    if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
-        return _encode(_Change(after.covered, new[len(old) :]))
-    pairs = enumerate(zip(old, new, strict=False))
-    kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    return _encode(_Change(after.covered, new[kept:], kept=kept))
-
-
-def _measure(window: Window) -> tuple[int, str, float]:
-    return window.epoch, window.counter, window.factor
-
-
-def restore(record: Record, get: GetRecord) -> Window | None:
-    """The window after the record's turn; None for a conversation that was never evicted from."""
-    changes: list[_Change] = []
-    at: Record | None = record
-    while at is not None and at.window:
-        change = _decode(at.window)
-        if change.snapshot is not None:
-            window = change.snapshot
-            for later in reversed(changes):
-                if later.kept >= 0:
-                    window = window.until(later.kept, later.covered)
-                window = window.append(later.entries, later.covered)
-            return window
-        changes.append(change)
-        at = get(at.base)
-    if changes:
-        raise LookupError("the beginning of an epoch's window is missing from storage")
-    return None
 
 
 # -- as an upstream request

@@ -302,7 +302,7 @@ def experience(view: View) -> list[str]:
         f"memory: {counted(view.segments, 'segment')} closed, {counted(view.claims, 'claim')} noted;"
         f" effective context {seen['effective_context']:.1f} times the window",
         f"look-ups: {seen['recall_success_rate']:.0%} of {seen['recalls']:,} found something;"
-        f" thrash index {seen['thrash_index']:.2f}; TLB hits {view.stats['tlb']['hit_rate']:.1%}",
+        f" thrash index {seen['thrash_index']:.2f}",
     ]
     return [*lines, f"prefetched pages that the answer used: {brought}"] if brought else lines
 

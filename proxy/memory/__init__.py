@@ -53,9 +53,8 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.page_table import PageTable
 from proxy.memory.search_handler import PageSearchHandler
+from proxy.memory.table import MutationLogLite, PageTable
 from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.memory.vm_tools import (
     build_vm_developer_message,

@@ -1,7 +1,7 @@
 """Claims: what a conversation came to, one short sentence each; and what its user marked as to be kept.
 
 Promises: nothing is claimed by our own reading of a text. A claim is a configured model's, taken from its
-answer about a closed segment, or nobody's; a user's own mark ("From now on ...", "Always ...") pins the message
+answer about a closed segment, or nobody's; a user's own mark ("From now on ...", "I prefer ...") pins the message
 that bears it, word for word. Pure; every list and every text has a bound.
 """
 
@@ -14,21 +14,18 @@ from typing import NamedTuple
 
 from proxy.memory.compressor import clip
 from proxy.memory.models import MemoryPage, PageType, StorageTier
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
 
-# -- what the user marks (English). A standing instruction rules every later answer and shares no word with the
-# questions that it rules, so no search would find it in time.
+# -- what the user marks (English). A standing instruction rules every later answer, and so does a preference; both
+# share no word with the questions that they rule, so no search would find them in time.
 
 PIN_TOKENS = 128  # a longer message is not pinned as a whole
-PREFERENCE_IMPORTANCE = 0.9
-_READ_CHARS = 4000
 
 # Looked for before the patterns, which cost more than all of these.
 _STANDING_WORDS = (
     "always", "never", "from now on", "going forward", "future", "whenever", "every time",
     "each time", "remember", "keep in mind", "ever",
 )  # fmt: skip
-_PREFERENCE_WORDS = ("prefer", "rather", "favo", "preference", "allergic", "call me", "my name")
+_PREFERENCE_WORDS = ("prefer", "rather", "favo", "allergic", "call me", "my name")
 _STANDING = re.compile(
     r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
     r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
@@ -41,21 +38,15 @@ _PREFERENCE = re.compile(
 
 
 def is_standing(role: str, text: str, tokens: int) -> bool:
-    """A short message of the user's, or of the application's, that gives an instruction for all later
-    answers."""
+    """A short message for all later answers: an instruction of the user's or of the application's, or what
+    the user says of their own preferences."""
     if role not in ("user", "system", "developer") or tokens > PIN_TOKENS:
         return False
     low = text.lower()
-    return any(word in low for word in _STANDING_WORDS) and bool(_STANDING.search(low))
-
-
-def importance_of(role: str, text: str) -> float:
-    """0..1 for a new page."""
-    if role == "user":
-        low = text[:_READ_CHARS].lower()
-        if any(word in low for word in _PREFERENCE_WORDS) and _PREFERENCE.search(low):
-            return PREFERENCE_IMPORTANCE
-    return DEFAULT_IMPORTANCE
+    if any(word in low for word in _STANDING_WORDS) and _STANDING.search(low):
+        return True
+    own = role == "user" and any(word in low for word in _PREFERENCE_WORDS)
+    return own and bool(_PREFERENCE.search(low))
 
 
 # -- what a model claims

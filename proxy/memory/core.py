@@ -33,10 +33,9 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.mutation_log import MutationLogLite
 from proxy.memory.pack_cache import PackCache
-from proxy.memory.page_table import PageTable
 from proxy.memory.segments import ProvenanceGraph
+from proxy.memory.table import MutationLogLite, PageTable
 from proxy.memory.tlb import AnyTable, PageTLB, TLBWithPageTable
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 

@@ -36,8 +36,10 @@ _MOST_CHARS_PER_TOKEN = 16
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a fault asks for: answered with the `MemoryPage` at a level, the best version of it that
-    there is by now (None: it is gone)."""
+    """Answered with the `MemoryPage` at a level: the best version of it that there is by now. None for
+    a page that is gone, and for a summary that no model has written yet; one that is new has
+    `provenance`, what it was made from, and the `claims` that were made with it in its metadata:
+    (subject, text, page id or "")."""
 
     page_id: str
     level: int

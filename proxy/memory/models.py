@@ -2,19 +2,27 @@
 
 Promises: these are data types with no behaviour beyond defaults and token estimates; no clock, no
 random number, no I/O. Time is the turn number (int). `MemoryPage` is the pydantic door of the
-seeds; `PageTableEntry` and `PageMutation` are plain slots and tuples, because a conversation has
-ten thousand of them.
+seeds; `PageTableEntry` and `PageMutation` are msgspec's structs, because a conversation has ten
+thousand of them.
+
+Entries and mutations are stored as they are defined here: an enum's member by its value, a field by
+its place. So values are durable, and a new field stands at the end, with a default.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from enum import Enum, IntEnum
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NewType, Protocol
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
+
+PageId = NewType("PageId", str)  # short and stable along a path: msg_0042, img_0042_1, claim_0007
+ChunkRef = NewType("ChunkRef", bytes)  # the hash of a stored chunk of a page table
+
+DEFAULT_IMPORTANCE = 0.5
 
 
 class CompressionLevel(IntEnum):
@@ -153,7 +161,7 @@ class MemoryPage(BaseModel):
     compression_level: CompressionLevel = CompressionLevel.FULL
     size_tokens: int | None = Field(default=None, ge=0)
     provenance: list[str] = Field(default_factory=list)
-    importance: float = Field(default=0.5, ge=0.0, le=1.0)
+    importance: float = Field(default=DEFAULT_IMPORTANCE, ge=0.0, le=1.0)
     pinned: bool = False
     metadata: dict[str, Any] = Field(default_factory=dict)
     artifact_id: str | None = None
@@ -181,8 +189,7 @@ class MemoryPage(BaseModel):
         return estimate_text_tokens(self.text())
 
 
-@dataclass(slots=True)
-class PageTableEntry:
+class PageTableEntry(msgspec.Struct, array_like=True, gc=False):
     """What the table knows of one page. Read it freely; only `PageTable.apply` writes it.
 
     `position` is the message's 0-based place along the path and `part` the piece of it (0: whole
@@ -191,31 +198,35 @@ class PageTableEntry:
     are turn numbers.
     """
 
-    page_id: str
+    page_id: PageId
     position: int
     part: int
     sequence: int  # order of registration
-    modality: Modality
-    page_type: PageType
-    tier: StorageTier
-    level: CompressionLevel
     size_tokens: int
-    l0_tokens: int
-    importance: float
+    tier: StorageTier
     last_turn: int
-    pinned: bool = False
+    created_turn: int
+    # In the order of how often they are not at their default: the ends of stored rows are cut there.
+    evicted_turn: int | None = None
     access_count: int = 0
+    l0_tokens: int = 0
+    level: CompressionLevel = CompressionLevel.FULL
+    importance: float = DEFAULT_IMPORTANCE
+    modality: Modality = Modality.TEXT
+    page_type: PageType = PageType.TRANSCRIPT
+    faulted_turn: int | None = None
     fault_count: int = 0
     refault_count: int = 0
-    evicted_turn: int | None = None
-    faulted_turn: int | None = None
-    artifact_id: str | None = None
-    created_turn: int = 0
     pin_kind: PinKind | None = None  # None: not pinned
     pinned_turn: int | None = None
+    artifact_id: str | None = None
+
+    @property
+    def pinned(self) -> bool:
+        return self.pin_kind is not None
 
 
-class PageMutation(NamedTuple):
+class PageMutation(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One change of the page table, immutable. None means: leave as it is.
 
     `tokens` is the page's full size for CREATE and UPDATE, and its cost in the window for MAP,

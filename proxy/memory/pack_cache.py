@@ -2,18 +2,18 @@
 
 Promises: a line is found only under everything that it depends on (page id, version of the content,
 what the line says beside it, level, and the counter), so losing or sharing the cache changes no
-output; at most `max_entries` lines are kept, the least recently used leave first.
+output; the lines used last are kept, at most `max_bytes` of text in all.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
+from cachetools import LRUCache
 from pydantic import BaseModel
 
-DEFAULT_PACK_ENTRIES = 2048
+DEFAULT_PACK_BYTES = 8 << 20
 
 
 class PackedLine(NamedTuple):
@@ -24,46 +24,35 @@ class PackedLine(NamedTuple):
 
 
 class PackCacheStats(BaseModel):
-    """Counts since the cache was made."""
+    """Counts since the cache was made. `hit_rate` is hits per look-up, 0.0 before the first."""
 
     entries: int = 0
-    max_entries: int = DEFAULT_PACK_ENTRIES
     hits: int = 0
     misses: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """0..1; 0 before the first look-up."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
+    hit_rate: float = 0.0
 
 
 class PackCache:
-    """Lines by what they depend on; ValueError when `max_entries` is below 1."""
+    """Lines by what they depend on. A line larger than `max_bytes` is not kept."""
 
-    def __init__(self, max_entries: int = DEFAULT_PACK_ENTRIES) -> None:
-        if max_entries < 1:
-            raise ValueError("a pack cache needs room for at least one line")
-        self._max_entries = max_entries
-        self._lines: OrderedDict[Hashable, PackedLine] = OrderedDict()
-        self._hits = 0
-        self._misses = 0
+    def __init__(self, max_bytes: int = DEFAULT_PACK_BYTES) -> None:
+        self._lines: LRUCache[Hashable, PackedLine] = LRUCache(max_bytes, _size_bytes)
+        self._hits = self._misses = 0
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def get_or_pack(self, key: Hashable, pack: Callable[[], PackedLine]) -> PackedLine:
         """The line under `key`, packed now if it is not kept."""
-        found = self._lines.get(key)
-        if found is not None:
+        line = self._lines.get(key)
+        if line is not None:
             self._hits += 1
-            self._lines.move_to_end(key)
-            return found
+            return line
         self._misses += 1
-        made = self._lines[key] = pack()
-        if len(self._lines) > self._max_entries:
-            self._lines.popitem(last=False)
-        return made
+        line = pack()
+        if _size_bytes(line) <= self._lines.maxsize:
+            self._lines[key] = line
+        return line
 
     def clear(self) -> None:
         """Forget the lines; the counts stay."""
@@ -71,9 +60,15 @@ class PackCache:
 
     def get_stats(self) -> PackCacheStats:
         """How often it helped."""
+        asked = self._hits + self._misses
         return PackCacheStats(
             entries=len(self._lines),
-            max_entries=self._max_entries,
             hits=self._hits,
             misses=self._misses,
+            hit_rate=self._hits / asked if asked else 0.0,
         )
+
+
+def _size_bytes(line: PackedLine) -> int:
+    """What a line takes in RAM, its key and the cache's own entry included."""
+    return 512 + 2 * len(line.line)

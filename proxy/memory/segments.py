@@ -7,6 +7,7 @@ written them. Transcript and artifact pages are the messages themselves; nobody 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from proxy.memory.models import CompressionLevel, MemoryPage, PageType, StorageT
 SUMMARY_IMPORTANCE = 0.7
 INDEX_TOKENS = 48
 _READ_CHARS = 8_000  # of a segment, in equal shares of its messages, for its topics
+_NUMBER = re.compile(r"\b\d+\b")
 
 
 def index_id(number: int) -> str:
@@ -32,7 +34,7 @@ def index_page(
     """`seg 03 (msg_0040-msg_0088): Postgres, deadline, migration`, for the manifest. Segments count from 1; `ids`
     and `texts` are its messages', at least one."""
     share = max(80, _READ_CHARS // len(texts))
-    read = "\n".join(text[:share] for text in texts)
+    read = "\n".join(_NUMBER.sub(" ", text[:share]) for text in texts)
     topics = compress_text(read, CompressionLevel.REFERENCE, None, count)
     line = clip(f"seg {number:02d} ({ids[0]}-{ids[-1]}): {topics}".rstrip(": "), INDEX_TOKENS, count)
     return _derived(index_id(number), PageType.INDEX, line, [ids[0], ids[-1]], turn, count)

@@ -1,22 +1,20 @@
 """The translation lookaside buffer: a small cache of page table entries in front of the table.
 
-Promises: at most `max_entries` entries, the least recently used leave first; what it returns is
-always the table's own live entry, whichever door changed or shed it; hits and misses are counted as
-they happen. Nothing that the table answers depends on it.
+Promises: at most `max_entries` entries, the least recently used leave first; what it returns is the
+table's own live entry; hits and misses are counted as they happen. For programs that hold a table as
+the guide shows it: a hit costs more than the look-up that it saves, so no request goes through it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from typing import TypeAlias
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
+from cachetools import LRUCache
 from pydantic import BaseModel
 
-from proxy.memory.models import PageMutation, PageTableEntry, PageTableStats, StorageTier
-from proxy.memory.page_table import PageTable
-from proxy.memory.table_blocks import Checkpoint
-from proxy.memory.table_changes import TableChanges
+from proxy.memory.models import MemoryPage, PageMutation, PageTableEntry
+from proxy.memory.table import PageTable
 
 DEFAULT_TLB_ENTRIES = 512
 
@@ -28,7 +26,6 @@ class TLBStats(BaseModel):
     max_entries: int = DEFAULT_TLB_ENTRIES
     hits: int = 0
     misses: int = 0
-    evictions: int = 0
     hit_rate: float = 0.0
 
 
@@ -38,9 +35,8 @@ class PageTLB:
     def __init__(self, max_entries: int = DEFAULT_TLB_ENTRIES) -> None:
         if max_entries < 1:
             raise ValueError("max_entries is at least 1")
-        self.max_entries = max_entries
-        self.hits = self.misses = self.evictions = 0
-        self._entries: OrderedDict[str, PageTableEntry] = OrderedDict()
+        self._entries: LRUCache[str, PageTableEntry] = LRUCache(max_entries)
+        self._hits = self._misses = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -52,19 +48,14 @@ class PageTLB:
         """The entry if it is here (a hit, and now the most recently used), else None (a miss)."""
         entry = self._entries.get(page_id)
         if entry is None:
-            self.misses += 1
-            return None
-        self._entries.move_to_end(page_id)
-        self.hits += 1
+            self._misses += 1
+        else:
+            self._hits += 1
         return entry
 
     def insert(self, entry: PageTableEntry) -> None:
         """Keep an entry as the most recently used; the least recently used makes room."""
         self._entries[entry.page_id] = entry
-        self._entries.move_to_end(entry.page_id)
-        if len(self._entries) > self.max_entries:
-            self._entries.popitem(last=False)
-            self.evictions += 1
 
     def invalidate(self, page_id: str) -> None:
         """Forget one entry; nothing happens when it is not here."""
@@ -74,39 +65,29 @@ class PageTLB:
         """Forget all entries; the counts go on."""
         self._entries.clear()
 
-    def page_ids(self) -> Collection[str]:
-        """The ids that are here, least recently used first; a view."""
-        return self._entries.keys()
-
     def get_stats(self) -> TLBStats:
         """The counts and the hit rate."""
-        asked = self.hits + self.misses
+        asked = self._hits + self._misses
         return TLBStats(
             size=len(self._entries),
-            max_entries=self.max_entries,
-            hits=self.hits,
-            misses=self.misses,
-            evictions=self.evictions,
-            hit_rate=self.hits / asked if asked else 0.0,
+            max_entries=int(self._entries.maxsize),
+            hits=self._hits,
+            misses=self._misses,
+            hit_rate=self._hits / asked if asked else 0.0,
         )
 
 
-class TLBWithPageTable(TableChanges):
-    """A page table seen through a TLB; stands wherever a page table does.
-
-    Entries are changed in place by the table alone, so a cached one is never stale; only when the
-    table sheds entries from RAM (`shed` of its own) does the TLB start anew.
-    """
+class TLBWithPageTable:
+    """A page table seen through a TLB. Entries are changed in place by the table alone, so a cached one
+    is never stale; all but looking up is the table's own."""
 
     def __init__(self, page_table: PageTable, tlb: PageTLB | None = None) -> None:
         self.page_table = page_table
         self.tlb = PageTLB() if tlb is None else tlb
         self.tlb.clear()  # whatever it cached was of another table
-        self._sheds = page_table.sheds
 
     def lookup(self, page_id: str) -> PageTableEntry | None:
         """From the TLB, else from the table, and then kept; None for a page that is not there."""
-        self._forget_shed()
         entry = self.tlb.lookup(page_id)
         if entry is None:
             entry = self.page_table.lookup(page_id)
@@ -114,66 +95,24 @@ class TLBWithPageTable(TableChanges):
                 self.tlb.insert(entry)
         return entry
 
-    def apply(self, mutation: PageMutation) -> PageTableEntry:
-        """As `PageTable.apply`; the entry is kept, as it is about to be asked for."""
-        self._forget_shed()
-        entry = self.page_table.apply(mutation)
+    def register(self, page: MemoryPage, turn: int | None = None) -> PageTableEntry:
+        """As `PageTable.register`; the entry is kept, as it is about to be asked for."""
+        entry = self.page_table.register(page, turn)
         self.tlb.insert(entry)
         return entry
 
-    def shed(self, max_entries: int = 0) -> int:
-        """As `PageTable.shed`, with the TLB's entries staying in RAM too."""
-        self._forget_shed()
-        dropped = self.page_table.shed(max_entries, self.tlb.page_ids())
-        self._sheds = self.page_table.sheds
-        return dropped
-
-    def _forget_shed(self) -> None:
-        """Start anew when the table shed entries without us: those cached may be its no more."""
-        if self.page_table.sheds != self._sheds:
-            self._sheds = self.page_table.sheds
-            self.tlb.clear()
-
-    def checkpoint(self) -> Checkpoint:
-        """As `PageTable.checkpoint`."""
-        return self.page_table.checkpoint()
-
-    @property
-    def turn(self) -> int:  # type: ignore[override]
-        """The latest turn of any applied mutation."""
-        return self.page_table.turn
-
-    @property
-    def in_ram(self) -> int:
-        """How many entries are in RAM."""
-        return self.page_table.in_ram
-
-    @property
-    def total_tokens(self) -> int:
-        """Of all pages at their current size, in the window or not."""
-        return self.page_table.total_tokens
+    def apply(self, mutation: PageMutation) -> PageTableEntry:
+        """As `PageTable.apply`."""
+        return self.page_table.apply(mutation)
 
     def __len__(self) -> int:
         return len(self.page_table)
 
-    def __contains__(self, page_id: object) -> bool:
-        return page_id in self.page_table
-
     def __iter__(self) -> Iterator[PageTableEntry]:
-        """All entries in order of registration."""
         return iter(self.page_table)
 
-    def get_by_tier(self, tier: StorageTier) -> list[PageTableEntry]:
-        """As `PageTable.get_by_tier`."""
-        return self.page_table.get_by_tier(tier)
-
-    def resident(self) -> list[PageTableEntry]:
-        """As `PageTable.resident`."""
-        return self.page_table.resident()
-
-    def get_stats(self) -> PageTableStats:
-        """The page table's counts; the TLB's own are `tlb.get_stats()`."""
-        return self.page_table.get_stats()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.page_table, name)
 
 
 AnyTable: TypeAlias = PageTable | TLBWithPageTable

@@ -24,7 +24,7 @@ from proxy.memory.models import (
     PageTableEntry,
     StorageTier,
 )
-from proxy.memory.page_table import PageTable
+from proxy.memory.table import PageTable
 from proxy.memory.tlb import AnyTable
 
 MAX_PENDING_IMPORTANCE = 1024  # pages whose importance was set before they came
@@ -208,7 +208,11 @@ class WorkingSetManager:
         if entry is None:
             self.table.register(page.model_copy(update={"storage_tier": StorageTier.L0}), turn)
         elif not inside:
-            self.table.map(page.page_id, turn, page.compression_level, tokens)
+            self.table.apply(
+                PageMutation(
+                    MutationType.MAP, page.page_id, turn, page.compression_level, tokens=tokens
+                )
+            )
         elif (entry.level, before) != (page.compression_level, tokens):
             self._apply(MutationType.COMPRESS, entry, level=page.compression_level, tokens=tokens)
         else:

@@ -4,42 +4,42 @@ Promises:
 - `commit` returns only when its records survive SIGKILL (invariant 5): they are in SQLite's
   write-ahead log by then. (Losing power is another matter: the log is not fsynced per commit.)
 - One commit is stored whole or not at all, whatever happens to the process in the middle.
-- Commits that arrive together share one transaction, made by one writer thread; one that fails
-  takes no other with it.
+- Commits that arrive together share one transaction, made by one writer thread.
 - Any number of processes may share the directory; a join never loses another process's join.
 - Every failure is a `StorageError` of one sentence. Nothing is evicted, expired or culled here.
+- A directory of another version's is refused, never read as empty.
 
 Values stay inside SQLite whatever their size. diskcache's own value files are not part of its
 transactions: a replaced file is unlinked when the inner `set` ends, before the outer COMMIT, so a
-kill in between would lose the old body and the new one (invariant 4). For the same reason of
-trust nothing is ever pickled: `_BytesDisk` takes bytes and gives bytes.
+kill in between would lose the old body and the new one (invariant 4). Keys and values are bytes (str
+keys are ours: SQLite keeps the two apart), so nothing is ever pickled, and a pickle that somebody put
+there is not read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import sqlite3
 import threading
-import time
-from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diskcache  # type: ignore[import-untyped, unused-ignore]
 
+FORMAT = b"1"  # of everything that is stored; another one with each change that old records do not fit
 JOIN_VALUE_BYTES = 16
 JOIN_KEEP = 32
 SECRET_BYTES = 32
 LOCK_WAIT_S = 30.0  # longest wait for other processes' transactions before a commit fails
-BUSY_TIMEOUT_S = 2.0  # SQLite's own wait inside one attempt; also bounds a blocked `get`
 VALUE_LIMIT_BYTES = 900_000_000  # SQLite refuses rows of 1e9 bytes
 
-_DATABASE = "cache.db"  # diskcache's file name, looked at only by `check`
-_PROBE_KEY = "probe"  # str keys are ours: callers' keys are bytes, and SQLite keeps the two apart
-
-_Key = bytes | str
+DATABASE = "cache.db"  # diskcache's name for its file
+_FORMAT_KEY, _PROBE_KEY, _SECRET_KEY = "format", "probe", "secret:"
+_FAILURES = (sqlite3.Error, diskcache.Timeout, OSError)
 
 
 class StorageError(Exception):
@@ -47,22 +47,7 @@ class StorageError(Exception):
 
 
 class _BytesDisk(diskcache.Disk):  # type: ignore[misc]
-    """Bytes in, the same bytes out, always in the row: no value files and no pickle."""
-
-    def put(self, key: _Key) -> tuple[_Key, bool]:
-        return key, True
-
-    def get(self, key: _Key, raw: bool) -> _Key:
-        return key
-
-    def store(
-        self, value: bytes, read: bool, key: object = None
-    ) -> tuple[int, int, str | None, bytes]:
-        if type(value) is not bytes:
-            raise TypeError(f"values are bytes, not {type(value).__name__}")
-        if len(value) > VALUE_LIMIT_BYTES:
-            raise ValueError(f"a value of {len(value)} bytes is over {VALUE_LIMIT_BYTES}")
-        return 0, diskcache.core.MODE_RAW, None, value
+    """Reads only what stands in the row as it is."""
 
     def fetch(self, mode: int, filename: str | None, value: bytes, read: bool) -> bytes:
         if mode != diskcache.core.MODE_RAW or type(value) is not bytes:
@@ -71,14 +56,12 @@ class _BytesDisk(diskcache.Disk):  # type: ignore[misc]
 
 
 class _Job(NamedTuple):
-    """One commit on its way: its records, and where its answer goes."""
+    """One commit on its way. Its answer: the keys of `adds` that were there before."""
 
-    puts: Sequence[tuple[_Key, bytes]]
+    puts: Sequence[tuple[bytes | str, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
     adds: Sequence[tuple[bytes, bytes]]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[frozenset[bytes]]
-    present: set[bytes]  # keys of `adds` that were there before
+    answer: Future[frozenset[bytes]]
 
     @property
     def records(self) -> int:
@@ -88,32 +71,27 @@ class _Job(NamedTuple):
 class DiskStore:
     """`get` from any thread; `commit`, `check` and `close` from any event loop.
 
-    `queue_records` bounds the records handed to the writer and not yet durable, and thereby the
-    size of one transaction. A commit that finds no room waits its turn, first come first served
-    (one larger than the whole queue goes alone).
+    `queue_records` bounds one transaction: it ends with the commit that reaches so many records, and
+    the commits behind it wait their turn.
     """
 
     def __init__(self, path: Path, queue_records: int) -> None:
-        if queue_records < 1:
-            raise ValueError("queue_records must be at least 1")
         self._path = Path(path)
         self._queue_records = queue_records
         self._cache = _open(self._path)
-        self._ready: deque[_Job] = deque()  # admitted: the writer takes all of it at once
-        self._waiting: deque[_Job] = deque()  # no room yet, in order of arrival
-        self._inflight_records = 0
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: no more will come
         self._closed = False
-        self._wake = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # nothing is handed in behind the None
         # A daemon, so that a process that forgot close() still ends; it loses only commits that
         # nobody was told about.
         self._writer = threading.Thread(target=self._write, name="l2-writer", daemon=True)
         self._writer.start()
 
-    # ---------------------------------------------------------------- reading
+    # -- reading
+
     def get(self, key: bytes) -> bytes | None:
         """The value last committed under `key`, by any process; None when there is none."""
-        if self._closed:
-            raise StorageError(_CLOSED)
+        self._require_open()
         try:
             value: bytes | None = self._cache.get(key)
         except sqlite3.Error as error:
@@ -122,23 +100,15 @@ class DiskStore:
 
     def secret(self, name: str) -> bytes:
         """32 random bytes, made once per directory and the same in every process."""
-        key = f"secret:{name}"
-        if self._closed:
-            raise StorageError(_CLOSED)
-        deadline = time.monotonic() + LOCK_WAIT_S
+        self._require_open()
         try:
-            found: bytes | None = self._cache.get(key)
-            if found is None:
-                with _Transaction(self._cache, deadline):
-                    found = self._cache.get(key)
-                    if found is None:
-                        found = os.urandom(SECRET_BYTES)
-                        self._cache.set(key, found)
+            self._cache.add(_SECRET_KEY + name, os.urandom(SECRET_BYTES))
+            return bytes(self._cache.get(_SECRET_KEY + name))
         except _FAILURES as error:
             raise _explain(self._path, error) from error
-        return found
 
-    # ---------------------------------------------------------------- writing
+    # -- writing
+
     async def commit(
         self,
         puts: Sequence[tuple[bytes, bytes]],
@@ -156,199 +126,127 @@ class DiskStore:
         for _, value in joins:
             if len(value) != JOIN_VALUE_BYTES:
                 raise ValueError(f"a joined value is {JOIN_VALUE_BYTES} bytes, not {len(value)}")
-        return await self._submit(puts, joins, adds)
+        for _, value in (*puts, *adds):
+            if len(value) > VALUE_LIMIT_BYTES:
+                raise StorageError(f"A value of {len(value)} bytes is too large to be stored.")
+        return await self._submit(_Job(puts, joins, adds, Future()))
 
     async def check(self) -> None:
         """Raises StorageError unless a record can be committed to the directory right now."""
-        if not os.access(self._path / _DATABASE, os.W_OK) or not os.access(self._path, os.W_OK):
+        if not os.access(self._path / DATABASE, os.W_OK) or not os.access(self._path, os.W_OK):
             raise StorageError(f"The storage directory {self._path} is gone or not writable.")
-        await self._submit(((_PROBE_KEY, b"1"),))
+        await self._submit(_Job([(_PROBE_KEY, b"1")], (), (), Future()))
 
     async def close(self) -> None:
         """Finish what was handed in, then release the directory. Safe to call twice."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
         await asyncio.to_thread(self._writer.join)
         self._cache.close()
 
-    async def _submit(
-        self,
-        puts: Sequence[tuple[_Key, bytes]],
-        joins: Sequence[tuple[bytes, bytes]] = (),
-        adds: Sequence[tuple[bytes, bytes]] = (),
-    ) -> frozenset[bytes]:
-        loop = asyncio.get_running_loop()
-        job = _Job(puts, joins, adds, loop, loop.create_future(), set())
+    async def _submit(self, job: _Job) -> frozenset[bytes]:
         if not job.records:
             return frozenset()
-        with self._wake:
-            if self._closed:
-                raise StorageError(_CLOSED)
-            if self._waiting or not self._has_room(job):
-                self._waiting.append(job)
-            else:
-                self._admit(job)
-        return await job.future
+        with self._lock:
+            self._require_open()
+            self._jobs.put(job)
+        return await asyncio.wrap_future(job.answer)
 
-    # The three below are called with the lock held.
-    def _has_room(self, job: _Job) -> bool:
-        held = self._inflight_records
-        return not held or held + job.records <= self._queue_records
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StorageError("The store is closed.")
 
-    def _admit(self, job: _Job) -> None:
-        self._inflight_records += job.records
-        self._ready.append(job)
-        if len(self._ready) == 1:
-            self._wake.notify()
+    # -- the writer thread
 
-    def _release(self, batch: list[_Job]) -> None:
-        self._inflight_records -= sum(job.records for job in batch)
-        while self._waiting and self._has_room(self._waiting[0]):
-            self._admit(self._waiting.popleft())
-
-    # ---------------------------------------------------------------- the writer thread
     def _write(self) -> None:
-        done: list[_Job] = []
-        while True:
-            with self._wake:
-                self._release(done)
-                while not self._ready:
-                    if self._closed:  # nothing ready means nothing waiting: _release saw to it
-                        self._cache.close()
-                        return
-                    self._wake.wait()
-                done = list(self._ready)
-                self._ready.clear()
-            live = [job for job in done if not job.future.cancelled()]
-            _answer(self._store(live))
-
-    def _store(self, batch: list[_Job]) -> list[tuple[_Job, StorageError | None]]:
-        """One transaction for the batch; when a record in it is at fault, one for each commit."""
-        if not batch:
-            return []
-        error = self._try(batch)
-        if error is None or len(batch) == 1 or isinstance(error, diskcache.Timeout):
-            failure = None if error is None else _explain(self._path, error)
-            return [(job, failure) for job in batch]
-        answers: list[tuple[_Job, StorageError | None]] = []
-        for job in batch:
-            error = self._try([job])
-            answers.append((job, None if error is None else _explain(self._path, error)))
-        return answers
-
-    def _try(self, batch: list[_Job]) -> Exception | None:
-        try:
-            with _Transaction(self._cache, time.monotonic() + LOCK_WAIT_S):
-                for job in batch:
-                    job.present.clear()  # it may be tried again
-                    for key, value in job.adds:
-                        if not self._cache.add(key, value):
-                            job.present.add(key)
-                    for name, value in job.puts:
-                        self._cache.set(name, value)
-                    for key, value in job.joins:
-                        self._join(key, value)
-        except Exception as error:  # noqa: BLE001 - whoever awaits the commit gets it
-            # In case the failed COMMIT or ROLLBACK left the connection inside a transaction: closing
-            # rolls back, and diskcache opens another one for this thread at the next use.
-            self._cache.close()
-            return error
-        return None
-
-    def _join(self, key: bytes, value: bytes) -> None:
-        old: bytes = self._cache.get(key) or b""
-        step = JOIN_VALUE_BYTES
-        if any(old[at : at + step] == value for at in range(0, len(old), step)):
-            return
-        self._cache.set(key, (old + value)[-JOIN_KEEP * step :])
-
-
-_FAILURES = (sqlite3.Error, diskcache.Timeout, OSError, TypeError, ValueError, StorageError)
-_CLOSED = "The store is closed."
-
-
-class _Transaction:
-    """`cache.transact()` that waits for other processes' locks until `deadline`.
-
-    diskcache reports every failure of BEGIN as Timeout; only a busy database is worth waiting
-    for, so the others are raised as what they are.
-    """
-
-    def __init__(self, cache: Any, deadline: float) -> None:
-        self._cache = cache
-        self._deadline = deadline
-        self._open: Any = None
-
-    def __enter__(self) -> None:
-        while True:
-            transaction = self._cache.transact()
+        while batch := self._batch():
+            live = [job for job in batch if job.answer.set_running_or_notify_cancel()]
             try:
-                transaction.__enter__()
-            except diskcache.Timeout as timeout:
-                cause = timeout.__context__
-                code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_BUSY) & 0xFF
-                if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                    raise cause or timeout from None
-                if time.monotonic() >= self._deadline:
-                    raise
+                with self._cache.transact():
+                    present = [self._store(job) for job in live]
+            except Exception as error:  # noqa: BLE001 - whoever awaits a commit gets it
+                # In case the failed COMMIT or ROLLBACK left the connection inside a transaction: closing
+                # rolls back, and diskcache opens another one for this thread at the next use.
+                self._cache.close()
+                for job in live:
+                    job.answer.set_exception(_explain(self._path, error))
             else:
-                self._open = transaction
-                return
+                for job, keys in zip(live, present, strict=True):
+                    job.answer.set_result(keys)
+        self._cache.close()
 
-    def __exit__(self, *exc: Any) -> Any:
-        return self._open.__exit__(*exc)
+    def _batch(self) -> list[_Job]:
+        """What has been handed in, up to the bound; [] when the store was closed behind it."""
+        batch: list[_Job] = []
+        records = 0
+        while records < self._queue_records and not (batch and self._jobs.empty()):
+            job = self._jobs.get()
+            if job is None:
+                if batch:
+                    self._jobs.put(None)
+                break
+            batch.append(job)
+            records += job.records
+        return batch
+
+    def _store(self, job: _Job) -> frozenset[bytes]:
+        present = frozenset(key for key, value in job.adds if not self._cache.add(key, value))
+        for key, value in job.puts:
+            self._cache.set(key, value)
+        for key, value in job.joins:
+            old: bytes = self._cache.get(key) or b""
+            step = JOIN_VALUE_BYTES
+            if not any(old[at : at + step] == value for at in range(0, len(old), step)):
+                self._cache.set(key, (old + value)[-JOIN_KEEP * step :])
+        return present
 
 
 def _open(path: Path) -> Any:
     try:
         # It will hold conversations and keys: for the owner only. An existing one is left as it is.
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return diskcache.Cache(
+        cache = diskcache.Cache(
             str(path),
-            timeout=BUSY_TIMEOUT_S,
+            timeout=LOCK_WAIT_S,
             disk=_BytesDisk,
+            disk_min_file_size=2**62,
             eviction_policy="none",
             cull_limit=0,
             size_limit=2**62,
             statistics=0,
         )
-    except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+        found = cache.get(_FORMAT_KEY)
+        if found is None:
+            with cache.transact():  # of several processes that begin with a new directory, one says it
+                if not len(cache):
+                    cache.set(_FORMAT_KEY, FORMAT)
+                found = cache.get(_FORMAT_KEY)
+    except (*_FAILURES, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(
             f"Cannot use {path} as the storage directory: {reason}; "
             "set tiers.l2.path to a directory that can be written."
         ) from error
+    if found != FORMAT:
+        cache.close()
+        of = "an older version" if found is None else f"another version (format {found.decode()!r})"
+        raise StorageError(
+            f"The storage directory {path} was written by {of} of llm-pager, which this one does not "
+            "read; set tiers.l2.path to another directory, or delete this one to begin anew."
+        )
+    return cache
 
 
 def _explain(path: Path, error: Exception) -> StorageError:
     if isinstance(error, StorageError):
         return error
-    if isinstance(error, diskcache.Timeout):
-        return StorageError(
-            f"Cannot write to {path}: other processes held its lock for {LOCK_WAIT_S:.0f} s."
-        )
+    if isinstance(error, diskcache.Timeout):  # diskcache's word for every failure of BEGIN
+        cause = error.__context__
+        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_BUSY) & 0xFF
+        if cause is None or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            held = f"other processes held its lock for {LOCK_WAIT_S:.0f} s"
+            return StorageError(f"Cannot write to {path}: {held}.")
+        return StorageError(f"Cannot write to {path}: {cause}.")
     return StorageError(f"Cannot write to {path}: {error}.")
-
-
-def _answer(answers: list[tuple[_Job, StorageError | None]]) -> None:
-    """Resolve the futures: one wake-up for each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Job, StorageError | None]]] = {}
-    for answer in answers:
-        by_loop.setdefault(answer[0].loop, []).append(answer)
-    for loop, theirs in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_resolve, theirs)
-        except RuntimeError:
-            # The loop is closed: the coroutines that waited went with it. The records are stored.
-            continue
-
-
-def _resolve(answers: list[tuple[_Job, StorageError | None]]) -> None:
-    for job, error in answers:
-        if job.future.done():
-            continue
-        if error is None:
-            job.future.set_result(frozenset(job.present))
-        else:
-            job.future.set_exception(error)

@@ -44,36 +44,25 @@ class ArtifactStore:
         except ValueError as error:
             raise ConfigError(f"The artifact store's URL cannot be used: {error}.") from error
         self._root = str(root).rstrip("/")
-        self._local = "file" in _protocols(self._fs)
-
-    # -- the backend of an ArtifactsBridge
+        protocol = self._fs.protocol  # a name, or several
+        self._local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     async def put(self, key: str, data: bytes) -> None:
         """Store; durable on return. Nothing happens when these bytes are there already."""
-        await asyncio.to_thread(self.put_now, key, data)
+        await asyncio.to_thread(self._put, key, data)
 
     async def get(self, key: str) -> bytes | None:
         """The bytes, or None."""
-        return await asyncio.to_thread(self.get_now, key)
-
-    async def exists(self, key: str) -> bool:
-        """Whether the key is there."""
-        return await asyncio.to_thread(self.exists_now, key)
+        return await asyncio.to_thread(self._get, key)
 
     async def delete(self, key: str) -> bool:
         """True when there was something to delete."""
-        return await asyncio.to_thread(self.delete_now, key)
+        return await asyncio.to_thread(self._delete, key)
 
-    async def keys(self, prefix: str = "") -> list[str]:
-        """All keys that begin with `prefix`, sorted."""
-        return await asyncio.to_thread(self.keys_now, prefix)
+    # -- in a thread
 
-    # -- the same, for callers that are in a thread of their own
-
-    def put_now(self, key: str, data: bytes) -> None:
-        """As `put`, in this thread."""
-        path = self._path(key)
-        found = self._read(path)
+    def _put(self, key: str, data: bytes) -> None:
+        path, found = self._path(key), self._get(key)
         if found is None:
             try:
                 if self._local:
@@ -86,20 +75,16 @@ class ArtifactStore:
         if found is not None and found != data:
             raise StorageError(f"The artifact {key} is there with other bytes; it was not changed.")
 
-    def get_now(self, key: str) -> bytes | None:
-        """As `get`, in this thread."""
-        return self._read(self._path(key))
-
-    def exists_now(self, key: str) -> bool:
-        """As `exists`, in this thread."""
+    def _get(self, key: str) -> bytes | None:
         path = self._path(key)
         try:
-            return bool(self._fs.isfile(path))
+            return bytes(self._fs.cat_file(path))
+        except FileNotFoundError:
+            return None
         except _WHOLE_FAILURES as error:
-            raise StorageError(f"The artifact {key} could not be looked up: {error}.") from error
+            raise StorageError(f"The artifact {key} could not be read: {error}.") from error
 
-    def delete_now(self, key: str) -> bool:
-        """As `delete`, in this thread."""
+    def _delete(self, key: str) -> bool:
         path = self._path(key)
         try:
             self._fs.rm_file(path)
@@ -109,36 +94,12 @@ class ArtifactStore:
             raise StorageError(f"The artifact {key} could not be deleted: {error}.") from error
         return True
 
-    def keys_now(self, prefix: str = "") -> list[str]:
-        """As `keys`, in this thread."""
-        try:
-            self._fs.invalidate_cache()
-            names = [PurePosixPath(path).name for path in self._fs.find(self._root)]
-        except FileNotFoundError:
-            return []
-        except _WHOLE_FAILURES as error:
-            raise StorageError(f"The artifacts could not be listed: {error}.") from error
-        return sorted(n for n in names if n.startswith(prefix) and _KEY.fullmatch(n))
-
     def _path(self, key: str) -> str:
         """256 directories, so that none grows too large. ValueError for a key that is no name."""
         if _KEY.fullmatch(key) is None:
             raise ValueError(f"an artifact's key cannot be {key[:80]!r}")
         shard = blake2b(key.encode("ascii"), digest_size=1).hexdigest()
         return f"{self._root}/{shard}/{key}"
-
-    def _read(self, path: str) -> bytes | None:
-        try:
-            data = self._fs.cat_file(path)
-        except FileNotFoundError:
-            return None
-        except _WHOLE_FAILURES as error:
-            raise StorageError(f"The artifact {path} could not be read: {error}.") from error
-        return bytes(data)
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def _write_whole(path: str, data: bytes) -> bytes | None:

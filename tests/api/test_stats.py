@@ -16,7 +16,6 @@ from proxy.api.stats import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
 from proxy.conversation.report import FaultReport, PrefetchReport, SearchReport, TurnReport
-from proxy.memory.tlb import PageTLB
 from proxy.upstream import make_upstream
 
 
@@ -71,16 +70,11 @@ async def test_stats_are_numbers_only(tmp_path: Path) -> None:
     assert "secret" not in text and "msg_" not in text and "gpt" not in text
 
 
-async def test_look_ups_are_taken_over_once(tmp_path: Path) -> None:
+async def test_what_is_in_ram_is_counted(tmp_path: Path) -> None:
     async with stats_in(tmp_path) as (stats, memory):
-        tlb = PageTLB(8)
-        tlb.hits, tlb.misses = 3, 1
-        memory.tlb.add(tlb)
-        memory.tlb.add(tlb)
         memory.cache.put("record", b"x", "value", 12)
         memory.cache.get("record", b"x")
         found = stats.snapshot()
         tokens = memory.cache.tokens
-    assert found["tlb"] == {"hits": 3, "misses": 1, "hit_rate": 0.75}
     assert found["l1"] == {"values": 1, "tokens": tokens, "hits": 1, "misses": 0} and tokens > 0
     assert found["writer"] == {"written": 0, "failed": 0, "dropped": 0}

@@ -23,7 +23,7 @@ from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
 from proxy.api.writer import Writer
 from proxy.config import SessionsConfig, load_config
-from proxy.conversation.tree import record_key
+from proxy.conversation.records import record_key
 from proxy.upstream import make_upstream
 from tests.conversation.player import Message, Player, limits_of, says
 from tests.conversation.test_derived import talk

@@ -18,6 +18,7 @@ from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
+from proxy.conversation.derived import derive
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
@@ -26,6 +27,7 @@ from proxy.memory.compressor import ABSTRACT_TOKENS
 from proxy.memory.models import CompressionLevel
 from proxy.tokens import get_counter
 from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken
+from tests.conversation.player import limits_of
 from tests.media import samples
 
 COUNTER = get_counter("gpt-4o")
@@ -312,6 +314,57 @@ async def test_closing_does_not_wait_for_the_model(tmp_path: Path) -> None:
             while not here.desk.bodies:
                 await asyncio.sleep(0.001)
     assert here.writer.written == 0  # it was given up in the middle of its call
+
+
+# -- segments
+
+
+def closed(here: Room, last: int, *written: Any) -> list[str]:
+    """An epoch that closes what stands before the position `last`; the ids of what it makes."""
+    limits = limits_of(2000, written_by_models=True)
+    dialogue = derive(here.pages, last, limits, 1, COUNTER)
+    reply: Any = None
+    left = list(written)
+    try:
+        while True:
+            dialogue.send(reply)
+            reply = left.pop(0)
+    except StopIteration as end:
+        return [page.page_id for page in end.value]
+
+
+async def loaded(here: Room, tenant: bytes = TENANT, number: int = 1) -> Any:
+    return await here.renditions.load(tenant, Load(f"summary_seg_{number:02d}", 0), here.pages)
+
+
+async def test_segment_gets_a_summary_and_claims_with_their_sources(tmp_path: Path) -> None:
+    claim = {"subject": "Billing", "text": "Billing uses PostgreSQL 16.", "source": "msg_0003"}
+    async with room(tmp_path, Desk(said(f"They chose.\n{json.dumps(claim)}")), model="small-writer") as here:
+        assert closed(here, 3) == ["index_seg_01"] and await loaded(here) is None
+        here.submit(Load("summary_seg_01", 0))
+        await here.done()
+        page = await loaded(here)
+        assert page.content == "They chose." and page.provenance == ["msg_0001", "msg_0002", "msg_0003"]
+        assert page.metadata["claims"] == [["Billing", "Billing uses PostgreSQL 16.", "msg_0003"]]
+        assert await loaded(here, b"another one") is None, "invariant 6"
+        asked = here.desk.bodies[0]["messages"][0]["content"]
+        assert "quoted data" in asked and '\nmsg_0003 user: "We decided to use PostgreSQL 16' in asked
+        made = ["summary_seg_01", "claim_0001", "index_seg_02"]
+        assert closed(here, 6, page) == made and here.pages.derived.holding[0].provenance == ["msg_0003"]
+        here.submit(Load("summary_seg_02", 0), Load("summary_seg_01", 2), Load("claim_0001", 2))
+        await here.done(2)
+        await asyncio.sleep(0.01)
+        assert len(here.desk.bodies) == 2, "derived pages are not written about"
+        assert '"billing"' in here.desk.bodies[1]["messages"][0]["content"], "a known subject"
+
+
+async def test_segment_has_its_sounds_transcribed_shown_or_not(tmp_path: Path) -> None:
+    async with room(tmp_path, transcription_model="small-ear") as here:
+        closed(here, 3)
+        here.submit(Load("summary_seg_01", 0))
+        await here.done()
+        assert here.desk.targets == [("POST", "/audio/transcriptions")] and not here.desk.bodies
+        assert samples.wav(30) in here.desk.forms[0]
 
 
 # -- behind the chat handler

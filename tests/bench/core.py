@@ -3,12 +3,12 @@ conversation.
 
 Run from the repository's root: `python -m tests.bench.core [--sizes 100,1000,10000]`. For each
 number of pages a conversation grows turn by turn, paged as `proxy.conversation.turn` pages it, so
-that it has every summary, claim and index that its segments left; then TURNS more turns come.
+that it has every index that its segments left; then TURNS more turns come.
 Printed are the medians in microseconds of
 
 - `append`: a turn whose message is added to the window (page table, log, window, the messages'
   bytes);
-- `rebuild`: a turn that begins an epoch (the segment's summary and claims, the plan, the kept pages
+- `rebuild`: a turn that begins an epoch (the segment, the plan, the kept pages
   at their levels, the manifest, the bytes);
 - `plan`: the planner alone, on the groups that the rebuild had;
 
@@ -36,16 +36,16 @@ from proxy.conversation.form import Form
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import PathPages
+from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
-from proxy.conversation.state import State
 from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.memory import planner
 from proxy.memory.eviction import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
-from proxy.memory.page_table import PageTable
 from proxy.memory.planner import Plan
+from proxy.memory.table import PageTable
 from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
@@ -149,7 +149,7 @@ class Conversation:
             body=b"", sent=Body({}, [], [SYSTEM], None, 0, [], None), decoded={"model": "gpt-4o"},
             place=Place(self.path, 0, 0, [], None), state=state, limits=self._limits, counter=_counter,
             policy=ImportanceWeightedLRU(), identity=Identity(bytes(32)), tenant=b"", fixed_tokens=lambda: 0,
-            substitutes=lambda _: (), get_record=lambda _: None, get_block=lambda _: None,
+            substitutes=lambda _: (), get_record=lambda _: None,
         )  # fmt: skip
         channel = choose_channel({}, self._limits)
         paging = TurnWindow(context, pages, self._table, channel, self._limits, None, 0, report)

@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from proxy.memory.eviction import EvictionPolicy, is_cooling
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import CompressionLevel, MutationType, PageMutation, StorageTier
-from proxy.memory.page_table import PageTable
 from proxy.memory.planner import Budget, Group, Plan, plan, price
+from proxy.memory.table import PageTable
 from proxy.memory.working_set import WorkingSetConfig, watermarks
 from proxy.tokens import TokenCounter
 from tests.bench.policy_traces import Access, Trace
+from tests.memory.doors import fault_in, pin
 
 FAULTS_PER_TURN = 3
 _CONTEXT_SHARE = 0.25  # of the low watermark, as proxy/conversation/epoch.py
@@ -115,12 +116,11 @@ class Replay:
                         self.turn,
                         tier=StorageTier.L0,
                         tokens=page.tokens,
-                        importance=page.importance,
                         modality=page.modality,
                     )
                 )
                 if page.standing:
-                    self.table.pin(page.page_id, self.turn)
+                    pin(self.table, page.page_id, self.turn)
         self.end = end
 
     def _begin_epoch(self) -> None:
@@ -146,7 +146,7 @@ class Replay:
         if hit or not may_fault:
             return False
         score.metrics.record_fault(is_cooling(entry, self.turn))
-        self.table.fault_in(access.page_id, self.turn)
+        fault_in(self.table, access.page_id, self.turn)
         return True
 
     def groups(self) -> list[Group]:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.memory.claims import importance_of, is_standing
+from proxy.memory.claims import is_standing
 from proxy.memory.compressor import compress_text
 from proxy.memory.models import CompressionLevel, Modality
 from proxy.memory.pages import message_text, modality_of, page_id, split_text
@@ -49,7 +49,6 @@ class Page:
     page_id: str
     position: int
     tokens: int
-    importance: float
     standing: bool
     modality: Modality
     text: str
@@ -155,7 +154,6 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
     tokens, role = counter.message(message), str(message["role"])
     small = tokens <= PAGE_TOKENS
     texts = [text] if small else split_text(text, PAGE_TOKENS, counter.text)
-    weight = importance_of(role, texts[0])
     standing = is_standing(role, texts[0], tokens)
     kind = modality_of(message)
     pages = [
@@ -163,7 +161,6 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
             page_id(position, part),
             position,
             tokens // len(texts),
-            weight,
             standing and part < 2,
             kind,
             one,

@@ -16,7 +16,6 @@ import msgspec
 
 from proxy.conversation.body import message_ends, read_body
 from proxy.conversation.capability import Seen, capabilities
-from proxy.conversation.commit import SessionNames
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
@@ -24,18 +23,18 @@ from proxy.conversation.form import Form
 from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
-from proxy.conversation.sieve import Sieve
-from proxy.conversation.state import State, restore_state
-from proxy.conversation.tree import (
-    ID_BYTES,
-    Identity,
-    Node,
+from proxy.conversation.records import (
     Record,
+    SessionNames,
+    State,
     block_key,
     decode_record,
     load_path,
     record_key,
+    restore_state,
 )
+from proxy.conversation.sieve import Sieve
+from proxy.conversation.tree import ID_BYTES, Identity, Node
 from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.window import render
 from proxy.memory import ImportanceWeightedLRU, MemoryPage, VMMode, WorkingSetConfig
@@ -231,7 +230,7 @@ class Player:
             body=body, sent=split, decoded=decoded, place=found, state=state, limits=self.limits, counter=counter,
             policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
             fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
-            get_block=self.get_block, capabilities=lambda: known, seen=lambda: self.seen,
+            capabilities=lambda: known, seen=lambda: self.seen,
         )
         turn = Turn(context)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]
@@ -273,7 +272,6 @@ class Player:
         record = turn.record
         # An equal answer may have been stored before: then that turn's state is the one that counts.
         if record and turn.window and self.get_record(record.id) is record:
-            turn.table.shed()
             self._states[record.id] = State(turn.window, turn.table, turn.pages.derived)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from proxy.conversation.audio import with_transcripts
 from proxy.conversation.effects import Refused
-from proxy.conversation.tree import Identity, Record
+from proxy.conversation.records import Record
+from proxy.conversation.tree import Identity
 from proxy.conversation.turn import Turn
 from tests.conversation.player import Player, limits_of, says, script
 from tests.conversation.scenario import grown

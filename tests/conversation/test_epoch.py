@@ -28,13 +28,13 @@ from proxy.errors import ApiError
 from proxy.memory import ImportanceWeightedLRU, PageTable, StorageTier, VMMode
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
 from proxy.memory.pages import parse_page_id
-from proxy.memory.tlb import TLBWithPageTable
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part
 from tests.conversation.player import SECRET, Message, call, calls, check_pairs, limits_of
 from tests.conversation.scenario import text_of
 from tests.conversation.test_pages import pages_of
 from tests.examples import examples
+from tests.memory.doors import register_id
 
 COUNTER = get_counter("gpt-4o")
 many = examples(40)
@@ -46,16 +46,16 @@ def turn_window(
 ) -> TurnWindow:
     """A turn's window of `room` tokens over these messages, whose pages are all in `tier`."""
     pages = pages_of(messages, 200, anchors=anchors)
-    table = TLBWithPageTable(PageTable())
+    table = PageTable()
     for position in range(len(messages)):
         for page in pages[position].pages:
-            table.register_id(page.id, page.tokens, position, tier=tier)
+            register_id(table, page.id, page.tokens, position, tier=tier)
     limits = limits_of(room) if limits is None else limits
     context = TurnContext(
         body=b"", sent=Body({}, [], [], None, 0, [], None), decoded={"model": "gpt-4o"},
         place=Place(list(pages.path), 0, floor, list(anchors), None), state=None, limits=limits, counter=COUNTER,
         policy=ImportanceWeightedLRU(), identity=Identity(SECRET), tenant=b"", fixed_tokens=lambda: 0,
-        substitutes=lambda _: (), get_record=lambda _: None, get_block=lambda _: None,
+        substitutes=lambda _: (), get_record=lambda _: None,
     )
     channel = Channel(TOOLS if offer else PASSIVE, offer, vm_names(()))
     report = TurnReport("gpt-4o", channel.name, 9)

@@ -18,6 +18,7 @@ from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_epoch import turn_window
 from tests.examples import examples
+from tests.memory.doors import map_in
 
 COUNTER = get_counter("gpt-4o")
 
@@ -59,8 +60,8 @@ def test_pages_come_in_path_order_and_on_evidence_only() -> None:
 
 def test_what_is_in_the_window_whole_is_not_brought_again() -> None:
     it = opened("which door?")
-    it.table.map(page_id(0), 1, CompressionLevel.FULL)
-    it.table.map(page_id(2), 1, CompressionLevel.ABSTRACT)
+    map_in(it.table, page_id(0), 1, CompressionLevel.FULL)
+    map_in(it.table, page_id(2), 1, CompressionLevel.ABSTRACT)
     assert [c.position for c in choose(it, HITS)] == [1, 2]
 
 

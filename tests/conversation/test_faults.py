@@ -16,9 +16,8 @@ from proxy.conversation.faults import NO_ROOM, VMCalls, split_calls
 from proxy.conversation.pages import PathPages
 from proxy.memory.faults import Room
 from proxy.memory.models import CompressionLevel, FaultReason, StorageTier
-from proxy.memory.page_table import PageTable
 from proxy.memory.pages import Hit
-from proxy.memory.tlb import TLBWithPageTable
+from proxy.memory.table import PageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import (
     Played,
@@ -35,6 +34,7 @@ from tests.conversation.player import (
 from tests.conversation.scenario import grown
 from tests.conversation.test_pages import pages_of
 from tests.examples import examples
+from tests.memory.doors import register_id
 
 COUNTER = get_counter("gpt-4o")
 TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
@@ -43,10 +43,10 @@ TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
 class Setting:
     def __init__(self, **changes: Any) -> None:
         self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
-        self.table = TLBWithPageTable(PageTable())
+        self.table = PageTable()
         for position in range(len(TEXTS)):
             for i in self.pages[position].ids:
-                self.table.register_id(i, self.pages.tokens(position), 1)
+                register_id(self.table, i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
         window: Any = SimpleNamespace(
             pages=self.pages, table=self.table, context=SimpleNamespace(counter=COUNTER), limits=limits, turn=2,

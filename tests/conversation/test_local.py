@@ -39,7 +39,7 @@ def test_it_sends_what_the_proxy_sends() -> None:
         local.answer(answer(turn))
         messages.append(answer(turn))
     assert local.paged and local.state is not None
-    assert local.log.replay() == local.state.table.page_table
+    assert local.log.replay() == local.state.table
 
 
 def test_a_request_is_the_same_until_something_is_said() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.commit import new_records
 from proxy.conversation.pages import Medium, Page, PathPages, group_start, groups_of
+from proxy.conversation.records import new_records
 from proxy.conversation.tree import Anchor, Identity, Node
 from proxy.memory import Modality
 from proxy.memory.models import MEDIA_PART

@@ -26,8 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from proxy.conversation.effects import Append, Complete, Load
 from proxy.conversation.pages import owner
-from proxy.conversation.state import history, restore_state
-from proxy.conversation.tree import Record
+from proxy.conversation.records import Record, history, restore_state
 from proxy.conversation.turn import Turn
 from proxy.conversation.window import MIXED, NATIVE
 from proxy.memory import StorageTier, VMMode
@@ -241,9 +240,9 @@ class Machine(RuleBasedStateMachine):
     def check_log(self, record: Record, turn: Turn, past: Past) -> None:
         table = turn.table
         log = history(record, self.warm.get_record)
-        assert log.replay() == table.page_table, "the log replays to the table"
-        assert turn.turn == record.turn == table.turn, "the turn's number"
-        past.contexts[turn.turn] = sorted(entry.page_id for entry in table.resident())
+        assert log.replay() == table, "the log replays to the table"
+        assert turn.report.turn == record.turn == table.turn, "the turn's number"
+        past.contexts[turn.report.turn] = sorted(entry.page_id for entry in table.resident())
         for number, pages in past.contexts.items():
             assert sorted(log.get_context_at_turn(number)) == pages, f"the window at turn {number}"
 

@@ -1,27 +1,14 @@
-"""Identity: the same history, the same node; stored paths come back whole."""
+"""Identity: the same history, the same node."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.commit import SessionNames, append_effect, new_records
-from proxy.conversation.tree import (
-    Identity,
-    Node,
-    Record,
-    Sent,
-    decode_record,
-    deepest_record,
-    encode_record,
-    load_path,
-    overlap,
-    record_key,
-)
+from proxy.conversation.tree import Identity, Node, overlap
 from tests.conversation.player import SECRET
 from tests.examples import examples
 
@@ -37,13 +24,6 @@ def path_of(said: list[tuple[str, str]], tenant: bytes = TENANT) -> list[Node]:
         message = {"role": role, "content": text}
         messages.append((json.dumps(message).encode(), message))
     return IDENTITY.extend(tenant, [], messages)
-
-
-class Store(dict[bytes, Record]):
-    def keep(self, path: list[Node]) -> None:
-        """Store a path that ends with an answer, above what is there already."""
-        for record in new_records(path, deepest_record(path[:-1], self.get), {}):
-            self[record.id] = record
 
 
 @many
@@ -80,57 +60,6 @@ def test_rechaining_is_extending(one: list[Any], two: list[Any]) -> None:
 
 
 @many
-@given(turns, st.lists(st.integers(0, 12), max_size=3))
-def test_invariant_04_a_stored_path_comes_back_whole_from_its_deepest_answer(
-    said: list[Any], ends: list[int]
-) -> None:
-    path = path_of(said)
-    answers = [i for i, node in enumerate(path) if node.role == "assistant"]
-    store = Store()
-    kept = sorted({answers[end % len(answers)] for end in ends}) if answers else []
-    for end in kept:
-        store.keep(path[: end + 1])
-    head = deepest_record(path, store.get)
-    if not kept:
-        assert head is None
-        return
-    assert head is not None and head.end == kept[-1] + 1
-    assert load_path(head, store.get) == path[: kept[-1] + 1]
-    assert sum(1 for i in answers if i <= kept[-1]) == len(store)  # one record for each answer
-    assert decode_record(encode_record(head)) == head
-    assert [r.turn for r in sorted(store.values(), key=lambda r: r.end)] == list(range(1, len(store) + 1))
-
-
-def test_a_missing_ancestor_is_an_error_and_not_a_shorter_path() -> None:
-    store = Store()
-    path = path_of([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
-    store.keep(path)
-    del store[path[1].id]
-    with pytest.raises(LookupError, match="missing"):
-        load_path(store[path[3].id], store.get)
-
-
-def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
-    store = Store()
-    path = path_of([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
-    store.keep(path[:2])
-    for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
-        store[record.id] = record
-    assert [n.raw for n in load_path(store[path[3].id], store.get)][1] == b"echoed"
-
-
-def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> None:
-    store = Store()
-    path = path_of([(role, f"{role}{i}") for i in range(3) for role in ("user", "assistant")])
-    store.keep(path[:2])
-    for record in new_records(path, store[path[1].id], {"echo": b"echoed", "window": b"w"}, {"window": b"s"}):
-        store[record.id] = record
-    raws = [b"echoed" if i == 1 else node.raw for i, node in enumerate(path)]
-    assert [n.raw for n in load_path(store[path[5].id], store.get)] == raws
-    assert [store[path[i].id].window for i in (3, 5)] == [b"s", b"w"]
-
-
-@many
 @given(turns, turns)
 def test_overlap_is_the_longest_agreement_with_the_first_message(one: list[Any], two: list[Any]) -> None:
     path, nodes = path_of(one), path_of(two)
@@ -142,21 +71,3 @@ def test_overlap_is_the_longest_agreement_with_the_first_message(one: list[Any],
         if length and length >= best[1]:
             best = (start, length)
     assert overlap(path, nodes) == best
-
-
-@many
-@given(turns)
-def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
-    path = path_of([*said, ("user", "q"), ("assistant", "x")])
-    records = new_records(path, None, {"echo": b"e", "sent": Sent(b"frame")})
-    assert [i for r in records for i in r.ids] == [n.id for n in path]
-    assert records[0].echo == b"e" and not any(r.echo for r in records[1:])
-    assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
-    effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, SessionNames(b"label", b"session"), {})
-    puts = dict(effect.puts)
-    assert len(puts) == len(effect.puts) == len(records) + 1 and puts[b"session"] == path[-1].id
-    assert all(decode_record(puts[record_key(r.id)]) == r for r in records)
-    assert [r.sent is not None for r in records] == [False] * (len(records) - 1) + [True]
-    found = IDENTITY.pair(TENANT, path[-2].content, path[-1].content), path[-1].id
-    assert list(effect.joins) == [found, found, (b"label", path[-1].id)], "only what was delivered"
-    assert append_effect([], IDENTITY, TENANT, SessionNames(b"label", b"session"), {}).puts == []

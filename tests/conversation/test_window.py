@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.form import Form
-from proxy.conversation.tree import Anchor, Node, Record
+from proxy.conversation.records import Record, brought_since, encode_change, restore_window
+from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import (
     MIXED,
     NATIVE,
@@ -18,16 +19,13 @@ from proxy.conversation.window import (
     VM,
     Entry,
     Window,
-    brought_since,
     differs_at,
-    encode_change,
     render,
-    restore,
     without_oldest_round,
 )
 from proxy.memory import MutationType, PageMutation, StorageTier
 from proxy.memory.models import FaultReason
-from proxy.memory.mutation_log import encode
+from proxy.memory.table import encode_log
 from tests.conversation.player import call, check_pairs
 from tests.examples import examples
 
@@ -58,8 +56,8 @@ def test_invariant_07_a_window_comes_back_from_its_changes(
         record.base = bytes([number - 1]) if before else b""
         store[record.id] = record
         before = window
-        assert restore(record, store.get) == window
-    assert restore(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
+        assert restore_window(record, store.get) == window
+    assert restore_window(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
 
 
 def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in() -> None:
@@ -70,7 +68,7 @@ def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in(
     last = Record(b"b", 2, [b"c"], [b""], ["assistant"], [b""], [0], 3, base=b"b")
     last.window = encode_change(grown, grown.append([Entry(b"2", 1)]))
     store = {record.id: record for record in (first, then, last)}
-    found = restore(last, store.get)
+    found = restore_window(last, store.get)
     assert found == grown.append([Entry(b"2", 1)]) and found.factor == 1.25
 
 
@@ -78,7 +76,7 @@ def test_a_missing_beginning_is_an_error() -> None:
     record = Record(b"", 0, [b"b"], [b""], ["assistant"], [b""], [0], 2)
     record.base, record.window = b"a", encode_change(EMPTY, EMPTY.append([]))
     with pytest.raises(LookupError):
-        restore(record, {}.get)
+        restore_window(record, {}.get)
 
 
 def native(message: dict[str, object], kind: int = NATIVE) -> Entry:
@@ -172,7 +170,7 @@ def record(number: int, *mutations: PageMutation) -> Record:
     at = [b"%d" % number] * 2
     made = Record(b"", 2 * number, at, at, ["user", "assistant"], at, [1, 1], number + 1)
     made.base = b"%d" % (number - 1) if number else b""
-    made.mutations = msgspec.msgpack.encode(encode(mutations))
+    made.mutations = encode_log(mutations)
     return made
 
 

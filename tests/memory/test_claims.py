@@ -12,15 +12,12 @@ from proxy.memory.claims import (
     CLAIM_TOKENS,
     CLAIMS_PER_SEGMENT,
     PIN_TOKENS,
-    PREFERENCE_IMPORTANCE,
     Claim,
     claim_page,
-    importance_of,
     is_standing,
     read_claims,
 )
 from proxy.memory.models import PageType
-from proxy.memory.page_table import DEFAULT_IMPORTANCE
 
 SOURCES = ["msg_0004", "msg_0005", "msg_0009"]
 
@@ -44,12 +41,11 @@ def test_marks_a_story_is_not_an_instruction(text: str) -> None:
     assert not is_standing("user", text, 10)
 
 
-def test_marks_preferences_are_dear() -> None:
-    for text in ("I'd prefer tea", "my name is Ada", "I am allergic to nuts", "Call me Al"):
-        assert importance_of("user", text) == PREFERENCE_IMPORTANCE
-        assert importance_of("assistant", text) == DEFAULT_IMPORTANCE
-    assert importance_of("user", "hello") == DEFAULT_IMPORTANCE
-    assert importance_of("user", "x" * 10_000 + " my name is Ada") == DEFAULT_IMPORTANCE
+def test_marks_preferences_of_the_users_own_are_pinned() -> None:
+    for text in ("I'd prefer tea", "my name is Ada", "I am allergic to nuts", "So call me Al"):
+        assert is_standing("user", text, 10) and not is_standing("user", text, PIN_TOKENS + 1)
+        assert not is_standing("assistant", text, 10) and not is_standing("system", text, 10)
+    assert not is_standing("user", "hello", 10) and not is_standing("user", "They prefer tea", 10)
 
 
 ANSWER = """They planned the launch.

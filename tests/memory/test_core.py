@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from proxy.memory import (
     ArtifactsBridge,
@@ -132,7 +133,7 @@ def test_a_table_that_was_made_elsewhere_is_logged_once_a_change(before: list[Pa
     core = MemoryCore(table=table, log=MutationLogLite())
     assert core.combined is table and core.turn == max(1, table.turn)
     base = PageTable().replay(before)
-    new = [m._replace(page_id=f"new-{m.page_id}", turn=core.turn + m.turn) for m in other]
+    new = [replace(m, page_id=f"new-{m.page_id}", turn=core.turn + m.turn) for m in other]
     for mutation in new:
         core.apply(mutation)
     assert list(core.log.entries) == new

@@ -28,7 +28,7 @@ from proxy.memory.models import (
     PinKind,
     StorageTier,
 )
-from proxy.memory.page_table import PageTable
+from proxy.memory.table import PageTable
 
 POLICIES: list[EvictionPolicy] = [LRU(), ImportanceWeightedLRU(), ModalityAwareLRU()]
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)

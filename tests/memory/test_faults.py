@@ -23,8 +23,7 @@ from proxy.memory.models import (
     MutationType,
     StorageTier,
 )
-from proxy.memory.mutation_log import MutationLogLite
-from proxy.memory.page_table import PageTable
+from proxy.memory.table import MutationLogLite, PageTable
 from tests.examples import examples
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory.context import ContextPacker
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality
-from proxy.memory.pack_cache import PackCache, PackedLine
+from proxy.memory.pack_cache import PackCache, PackedLine, _size_bytes
 from tests.memory.counts import CountBy
 
 
@@ -23,7 +22,7 @@ def test_an_unchanged_page_is_packed_once() -> None:
         counted.append(text)
         return len(text)
 
-    cache = PackCache(max_entries=8)
+    cache = PackCache()
     packer = ContextPacker(CountBy(count), cache)
     first = packer.pack([page(), page("msg_0002", "more")])
     assert packer.pack([page(), page("msg_0002", "more")]) == first
@@ -33,7 +32,7 @@ def test_an_unchanged_page_is_packed_once() -> None:
 
 
 def test_a_line_is_not_found_under_anything_else() -> None:
-    cache = PackCache(max_entries=32)
+    cache = PackCache()
     pages = [
         page(),
         page("msg_0002"),
@@ -53,7 +52,8 @@ def test_a_line_is_not_found_under_anything_else() -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 5))
 def test_invariant_10_it_keeps_the_lines_used_last(asked: list[int], room: int) -> None:
-    cache = PackCache(max_entries=room)
+    size_bytes = _size_bytes(PackedLine("x", 1))
+    cache = PackCache(max_bytes=room * size_bytes)
     recent: list[int] = []
     for key in asked:
         hits = cache.get_stats().hits
@@ -61,6 +61,8 @@ def test_invariant_10_it_keeps_the_lines_used_last(asked: list[int], room: int) 
         assert (cache.get_stats().hits > hits) == (key in recent)
         recent = [*[k for k in recent if k != key], key][-room:]
         assert len(cache) == len(recent)
+    assert cache.get_or_pack("long", lambda: PackedLine("x" * 10_000, 7)).tokens == 7
+    assert len(cache) == len(recent), "what has no room is not kept"
 
 
 def test_invariant_09_losing_it_changes_no_output() -> None:
@@ -70,7 +72,3 @@ def test_invariant_09_losing_it_changes_no_output() -> None:
     cache.clear()
     assert packer.pack([page()]) == before
 
-
-def test_a_cache_without_room_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        PackCache(max_entries=0)

@@ -23,6 +23,7 @@ from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
 from proxy.memory.tlb import TLBWithPageTable
 from tests.examples import examples
+from tests.memory.doors import evict, map_in, register_id
 
 many = examples(100)
 POLICY = ImportanceWeightedLRU()
@@ -39,12 +40,12 @@ class Case:
         position = 0
         for i, (length, tokens) in enumerate(sizes):
             for p in range(position, position + length):
-                self.table.register_id(page_id(p), tokens, p, tier=StorageTier.L0)
+                register_id(self.table, page_id(p), tokens, p, tier=StorageTier.L0)
                 level = levels[i % len(levels)] if levels else 0
                 if level == 4:
-                    self.table.evict(page_id(p), p)
+                    evict(self.table, page_id(p), p)
                 elif level:
-                    self.table.map(page_id(p), p, CompressionLevel(level))
+                    map_in(self.table, page_id(p), p, CompressionLevel(level))
             is_mandatory = i == len(sizes) - 1 or (i < len(mandatory) and mandatory[i])
             self.shape.append((position, position + length, tokens * length, is_mandatory))
             position += length
@@ -173,7 +174,7 @@ class Lines:
         for n, own in enumerate(pages):
             ids = [page_id(n)] + [media_page_id(n, k, "img") for k in range(1, len(own))]
             for i, (size, modality) in zip(ids, own, strict=True):
-                self.table.register_id(i, size, 1, modality, StorageTier.L0)
+                register_id(self.table, i, size, 1, modality, StorageTier.L0)
             self.groups.append(Group(n, n + 1, 1 << 40, tuple(ids)))
 
     def levels(self, context: int, **more: Any) -> dict[int, int]:
@@ -247,7 +248,7 @@ def test_derived_pages_compete_as_lines_and_are_never_native() -> None:
             page_type=PageType.CLAIM,
         )
     )  # fmt: skip
-    table.register_id(page_id(0), 20, 1, tier=StorageTier.L0)
+    register_id(table, page_id(0), 20, 1, tier=StorageTier.L0)
     groups = [Group(-1, -1, 1 << 40, ("claim_0001",)), Group(0, 1, 20, (page_id(0),), True)]
     made = plan(table, groups, Budget(1000, 100), POLICY, 2)
     assert made.native == groups[1:] and made.context == [(groups[0], CompressionLevel.FULL)]
@@ -259,7 +260,7 @@ def test_the_window_does_not_begin_with_an_answer_without_its_question() -> None
     table = PageTable()
     groups = []
     for n in range(4):
-        table.register_id(page_id(n), 100, 1, tier=StorageTier.L0)
+        register_id(table, page_id(n), 100, 1, tier=StorageTier.L0)
         groups.append(Group(n, n + 1, 100, (page_id(n),), n == 3, answer=n == 1))
     made = plan(table, groups, Budget(300, 0), POLICY, 2)  # room for the last three
     assert [group.first for group in made.native] == [2, 3]

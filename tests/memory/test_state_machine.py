@@ -1,6 +1,6 @@
-"""The memory core as a whole under random histories: page table, log, blocks, TLB and working set.
+"""The memory core as a whole under random histories: page table, log, blocks and working set.
 
-A branch is a live table (small TLB, blocks in a dict), its log and a model: a plain table in RAM that
+A branch is a live table (blocks in a dict), its log and a model: a plain table in RAM that
 is never stored. Whatever is dropped, reopened or forked, the two must agree. LLM_PAGER_EXAMPLES sets
 how many histories are played (default 150).
 """
@@ -26,10 +26,10 @@ from proxy.memory import (
 )
 from proxy.memory.eviction import is_held
 from proxy.memory.models import PinKind
-from proxy.memory.mutation_log import decode, encode
 from proxy.memory.pages import media_page_id, page_id
-from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.table import decode_log, encode_log
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
+from tests.memory.doors import fault_in, map_in
 
 CONFIG = WorkingSetConfig(max_l0_tokens=1200, reserved_tokens=200)
 EXAMPLES = int(os.environ.get("LLM_PAGER_EXAMPLES", "150"))
@@ -51,10 +51,8 @@ class Branch:
 
     def open(self) -> None:
         """Start from what is durable alone."""
-        table = PageTable(root=self.root, load=self.store.get)
-        table.replay(self.log.entries[self.stored :])
-        self.table = TLBWithPageTable(table, PageTLB(max_entries=4))
-        table._on_apply = self._applied
+        self.table = self.reopened()
+        self.table._on_apply = self._applied
         self.work = WorkingSetManager(CONFIG, TokenBudget(total_limit=5000), self.table)
 
     def _applied(self, mutation: PageMutation) -> None:
@@ -68,7 +66,7 @@ class Branch:
 
     def reopened(self) -> PageTable:
         """Another table of the same, so that reading it leaves the live one as it is."""
-        table = PageTable(root=self.root, load=self.store.get)
+        table = PageTable() if self.root is None else PageTable.open(self.root, self.store.get)
         return table.replay(self.log.entries[self.stored :])
 
 
@@ -137,8 +135,8 @@ class Memory(RuleBasedStateMachine):
         entry = self.entry(pick)
         tokens = entry.size_tokens >> level
         if self.branch.work.can_fit(tokens - entry.l0_tokens):
-            bring = self.branch.table.fault_in if asked else self.branch.table.map
-            bring(entry.page_id, self.branch.work.turn, level, tokens)
+            bring = fault_in if asked else map_in
+            bring(self.branch.table, entry.page_id, self.branch.work.turn, level, tokens)
 
     @rule(pick=PICKS, tier=st.sampled_from(["L1", "L2", "L3", "L4"]))
     def move_below(self, pick: int, tier: str) -> None:
@@ -193,29 +191,14 @@ class Memory(RuleBasedStateMachine):
         assert set(again.blocks) <= set(self.store)
         assert self.branch.table.checkpoint() == (self.branch.root, {})
 
-    @rule(keep=st.integers(0, 8), behind_the_tlb=st.booleans())
-    def shed(self, keep: int, behind_the_tlb: bool) -> None:
-        table = self.branch.table
-        if behind_the_tlb:
-            table.page_table.shed(keep)
-        else:
-            table.shed(keep)
-            assert all(
-                table.tlb.lookup(i) is table.page_table.lookup(i)
-                for i in list(table.tlb.page_ids())
-            )
-
     @rule()
-    def checkpoint_and_shed_all(self) -> None:
+    def checkpoint_and_restart(self) -> None:
         self.checkpoint()
-        table = self.branch.table
-        table.shed()
-        stay = set(table.tlb.page_ids()) | {e.page_id for e in table.resident()}
-        assert table.in_ram == len(stay)
+        self.branch.open()
 
     @rule()
     def restart(self) -> None:
-        self.branch.log = MutationLogLite(decode(encode(self.branch.log.entries)))
+        self.branch.log = MutationLogLite(decode_log(encode_log(self.branch.log.entries)))
         self.branch.open()
 
     @rule()
@@ -234,11 +217,6 @@ class Memory(RuleBasedStateMachine):
     @rule(pick=PICKS)
     def switch(self, pick: int) -> None:
         self.at = pick % len(self.branches)
-
-    @rule(pick=PICKS)
-    def look_up(self, pick: int) -> None:
-        entry = self.entry(pick)
-        assert entry is self.branch.table.page_table.lookup(entry.page_id)
 
     @rule()
     def read_all(self) -> None:
@@ -283,7 +261,7 @@ class Memory(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for branch in self.branches:
-            assert branch.log.replay() == branch.model == branch.table.page_table
+            assert branch.log.replay() == branch.model == branch.table
 
 
 Memory.TestCase.settings = settings(

@@ -22,6 +22,7 @@ from proxy.memory.working_set import (
     WorkingSetManager,
     watermarks,
 )
+from tests.memory.doors import fault_in, register_id
 
 
 @given(st.integers(-10_000, 10_000_000), st.floats(0.01, 1), st.floats(0.01, 1))
@@ -155,7 +156,7 @@ def test_what_a_rule_pins_leaves_last_and_what_somebody_pinned_never() -> None:
         work.new_turn()
         work.add_to_l0(page(number))
     work.remove_from_l0(page_id(2))
-    work.table.fault_in(page_id(2), work.turn)
+    fault_in(work.table, page_id(2), work.turn)
     work.pins.pin(page_id(4))
     order = [name for name, _ in work.get_eviction_candidates()]
     assert order == [page_id(number) for number in (3, 2, 5, 0)]
@@ -188,5 +189,5 @@ def test_l1_is_bounded_in_pages() -> None:
 
 def test_turns_follow_the_table_and_go_on_from_there() -> None:
     work = small()
-    work.table.register_id(page_id(0), 5, turn=7)
+    register_id(work.table, page_id(0), 5, turn=7)
     assert (work.turn, work.new_turn(), work.turn) == (7, 8, 8)

@@ -79,19 +79,26 @@ async def test_get_from_other_threads(store: DiskStore) -> None:
     )
 
 
-async def test_a_bad_commit_fails_alone(store: DiskStore) -> None:
+async def test_a_value_too_large_for_sqlite_is_refused_before_it_harms_others(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.storage.l2.VALUE_LIMIT_BYTES", 100)
     good = [store.commit([(b"g%d" % n, b"v")]) for n in range(5)]
-    bad = store.commit([(b"half", b"v"), (b"bad", "text")])  # type: ignore[list-item]
-    results = await asyncio.gather(
-        *good, bad, *[store.commit([(b"z", b"v")])], return_exceptions=True
-    )
-    assert isinstance(results[5], StorageError) and "values are bytes" in str(results[5])
-    assert [r for r in results if r != frozenset()] == [results[5]]
-    assert store.get(b"half") is None
-    assert store.get(b"g4") == b"v" and store.get(b"z") == b"v"
+    bad = store.commit([(b"half", b"v"), (b"bad", b"x" * 101)])
+    results = await asyncio.gather(*good, bad, return_exceptions=True)
+    assert isinstance(results[5], StorageError) and "too large" in str(results[5])
+    assert results[:5] == [frozenset()] * 5
+    assert (store.get(b"half"), store.get(b"g4")) == (None, b"v")
 
 
-async def test_commit_waits_when_the_queue_is_full(tmp_path: Path) -> None:
+async def test_what_is_no_bytes_is_not_read(store: DiskStore) -> None:
+    for value in ("text", {"a": "pickle"}):
+        store._cache.set(b"a", value)
+        with pytest.raises(StorageError, match="not written by llm-pager"):
+            store.get(b"a")
+
+
+async def test_transactions_are_bounded_and_commits_behind_them_wait(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "l2", queue_records=10)
     lock = sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
@@ -100,21 +107,24 @@ async def test_commit_waits_when_the_queue_is_full(tmp_path: Path) -> None:
         for n in range(20)
     ]
     over = asyncio.create_task(store.commit([(b"over%d" % i, b"v") for i in range(50)]))
-    await asyncio.sleep(0.05)
-    assert store._inflight_records <= 10 and len(store._waiting) == 19
+    await asyncio.sleep(0.05)  # the writer waits for the lock with its first commits
     assert not any(task.done() for task in commits)
+    batch = store._batch()
+    assert 10 <= sum(job.records for job in batch) < 10 + 4
+    for job in batch:
+        store._jobs.put(job)
     lock.execute("COMMIT")
     lock.close()
     await asyncio.gather(*commits, over)
     assert all(store.get(b"%d.3" % n) == b"v" for n in range(20)) and store.get(b"over49") == b"v"
-    assert store._inflight_records in (0, 50)  # released when the writer comes round
     await store.close()
 
 
 async def test_a_lock_that_never_opens_is_an_error(
-    store: DiskStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.storage.l2.LOCK_WAIT_S", 0.1)
+    store = DiskStore(tmp_path / "l2", 10)
     lock = sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
     with pytest.raises(StorageError, match="other processes held its lock"):
@@ -124,6 +134,22 @@ async def test_a_lock_that_never_opens_is_an_error(
     lock.close()
     await store.commit([(b"a", b"1")])
     assert store.get(b"a") == b"1"
+    await store.close()
+
+
+@pytest.mark.parametrize("found", [None, b"0"])
+async def test_a_directory_of_another_version_is_refused(tmp_path: Path, found: bytes | None) -> None:
+    store = DiskStore(tmp_path, 10)
+    await store.commit([(b"nabc", b"a record")])
+    if found is None:
+        store._cache.delete("format")
+    else:
+        store._cache.set("format", found)
+    await store.close()
+    with pytest.raises(StorageError, match="version .*of llm-pager, which this one does not read") as caught:
+        DiskStore(tmp_path, 10)
+    told = str(caught.value)
+    assert str(tmp_path) in told and "tiers.l2.path" in told and "\n" not in told
 
 
 async def test_close_drains_and_refuses_what_comes_after(tmp_path: Path) -> None:
