@@ -93,7 +93,7 @@ def _pinned_only(old: Any) -> Any:
 
 
 def _tools_only(old: Any) -> Any:
-    return lambda self, hits, source: old(self, hits, source) if source.value == "tool" else ()
+    return lambda turn, hits, source: old(turn, hits, source) if source.value == "tool" else ()
 
 
 def _unlearned(old: Any) -> Any:
@@ -104,32 +104,31 @@ def _unread(old: Any) -> Any:
     return lambda number, ids, texts, *more: old(number, ids, [""], *more)
 
 
-def _without_lookaside(old: Any) -> Any:
-    return lambda self, page_id: self.page_table.lookup(page_id)
+def _no_preferences(old: Any) -> Any:
+    return re.compile("(?!)")
 
 
 _FULL = (CompressionLevel.FULL,)
-_COOLING = ("page_table:is_cooling", "eviction:is_cooling", "planner:is_protected", "eviction:is_protected")
+_COOLING = ("table:is_cooling", "eviction:is_cooling", "planner:is_protected", "eviction:is_protected")
 
 ROWS = (
     Row(DEFAULT),
     Row("nothing (the default again)"),
     Row("manifest", {"manifest": {"max_tokens": 1}}),
     Row("segments' index lines", patches=(("proxy.conversation.derived:index_page", _unread),)),
-    Row("pinned instructions", patches=(("proxy.conversation.turn_window:is_standing", returns(False)),)),
-    Row("weight of preferences", patches=(("proxy.conversation.turn_window:importance_of", returns(0.5)),)),
+    Row("pinned instructions and preferences", patches=(("proxy.conversation.turn_window:is_standing", returns(False)),)),
+    Row("pinned preferences", patches=(("proxy.memory.claims:_PREFERENCE", _no_preferences),)),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", patches=(("proxy.memory.eviction:ImportanceWeightedLRU.worth", returns(1.0)),)),
     Row("anti-thrash", patches=tuple((f"proxy.memory.{name}", returns(False)) for name in _COOLING)),
-    Row("TLB", patches=(("proxy.memory.tlb:TLBWithPageTable.lookup", _without_lookaside),)),
     Row("levels 1 and 2 of context lines", patches=(("proxy.memory.planner:_LEVELS", becomes(_FULL)),)),
     Row("level 1 of prefetched pages", patches=(("proxy.conversation.evidence:_LEVELS", lambda old: old[:1]),)),
     Row("context lines, but of pinned pages", patches=(("proxy.memory.planner:_context", _pinned_only),)),
     Row("context lines", patches=(("proxy.conversation.epoch:_CONTEXT_SHARE", becomes(0.0)),)),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
-    Row("prefetch by words", patches=(("proxy.conversation.evidence:Evidence._candidates", _tools_only),)),
-    Row("prefetch by tools", patches=(("proxy.conversation.evidence:Evidence._likely_tools", returns([])),)),
+    Row("prefetch by words", patches=(("proxy.conversation.evidence:_candidates", _tools_only),)),
+    Row("prefetch by tools", patches=(("proxy.conversation.evidence:_likely_tools", returns([])),)),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
     Row("calibration", patches=(("proxy.conversation.calibration:Calibration.learn", _unlearned),)),
     Row("provenance", patches=(("proxy.memory.segments:ProvenanceGraph.add_page", returns(None)),)),
