@@ -35,6 +35,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -63,102 +64,79 @@ ASKED_TURNS = 32  # the last ones: at one turn all questions would find the wind
 STANDING = ("instruction_following", "preference_following")
 HEADERS = {"content-type": "application/json", "authorization": "Bearer bench"}
 Message = dict[str, Any]
-Patch = tuple[str, Callable[[Any], Any]]  # "module:name", and what makes the new value of the old one
+Change = Callable[[Any], Any]  # makes the new value of the old one
 
 
 # ---------------------------------------------------------------- the parts
 
 
-@dataclass(frozen=True)
-class Row:
-    """The default, and what is switched off."""
-
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    patches: tuple[Patch, ...] = ()
-
-
-def returns(value: Any) -> Callable[[Any], Any]:
-    """For a function: one that does nothing and returns a constant."""
+def returns(value: Any) -> Change:
+    """Of a function: one that does nothing and returns this."""
     return lambda old: lambda *args, **more: value
 
 
-def becomes(value: Any) -> Callable[[Any], Any]:
-    """For a constant."""
+def becomes(value: Any) -> Change:
     return lambda old: value
 
 
-def _pinned_only(old: Any) -> Any:
-    return lambda rows, budget: old([row for row in rows if row.first], budget)
+@dataclass(frozen=True)
+class Row:
+    """The default, with settings of its own and with changes of the code, by "module:name"."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
 
 
-def _tools_only(old: Any) -> Any:
-    return lambda turn, hits, source: old(turn, hits, source) if source.value == "tool" else ()
-
-
-def _unlearned(old: Any) -> Any:
-    return lambda self, *args, **more: self
-
-
-def _unread(old: Any) -> Any:
-    return lambda number, ids, texts, *more: old(number, ids, [""], *more)
-
-
-def _no_preferences(old: Any) -> Any:
-    return re.compile("(?!)")
-
-
-_FULL = (CompressionLevel.FULL,)
 _COOLING = ("table:is_cooling", "eviction:is_cooling", "planner:is_protected", "eviction:is_protected")
-
 ROWS = (
     Row(DEFAULT),
     Row("nothing (the default again)"),
     Row("manifest", {"manifest": {"max_tokens": 1}}),
-    Row("segments' index lines", patches=(("proxy.conversation.derived:index_page", _unread),)),
-    Row("pinned instructions and preferences", patches=(("proxy.conversation.turn_window:is_standing", returns(False)),)),
-    Row("pinned preferences", patches=(("proxy.memory.claims:_PREFERENCE", _no_preferences),)),
+    Row("segments' index lines", {}, {"proxy.conversation.derived:index_page":
+        lambda old: lambda number, ids, texts, *more: old(number, ids, [""], *more)}),
+    Row("pinned instructions and preferences", {}, {"proxy.conversation.turn_window:is_standing": returns(False)}),
+    Row("pinned preferences", {}, {"proxy.memory.claims:_PREFERENCE": becomes(re.compile("(?!)"))}),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
-    Row("any policy (all pages alike)", patches=(("proxy.memory.eviction:ImportanceWeightedLRU.worth", returns(1.0)),)),
-    Row("anti-thrash", patches=tuple((f"proxy.memory.{name}", returns(False)) for name in _COOLING)),
-    Row("levels 1 and 2 of context lines", patches=(("proxy.memory.planner:_LEVELS", becomes(_FULL)),)),
-    Row("level 1 of prefetched pages", patches=(("proxy.conversation.evidence:_LEVELS", lambda old: old[:1]),)),
-    Row("context lines, but of pinned pages", patches=(("proxy.memory.planner:_context", _pinned_only),)),
-    Row("context lines", patches=(("proxy.conversation.epoch:_CONTEXT_SHARE", becomes(0.0)),)),
+    Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
+    Row("anti-thrash", {}, {f"proxy.memory.{name}": returns(False) for name in _COOLING}),
+    Row("levels 1 and 2 of context lines", {}, {"proxy.memory.planner:_LEVELS": becomes((CompressionLevel.FULL,))}),
+    Row("level 1 of prefetched pages", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
+    Row("context lines, but of pinned pages", {}, {"proxy.memory.planner:_context":
+        lambda old: lambda rows, budget: old([row for row in rows if row.first], budget)}),
+    Row("context lines", {}, {"proxy.conversation.epoch:_CONTEXT_SHARE": becomes(0.0)}),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
-    Row("prefetch by words", patches=(("proxy.conversation.evidence:_candidates", _tools_only),)),
-    Row("prefetch by tools", patches=(("proxy.conversation.evidence:_likely_tools", returns([])),)),
+    Row("prefetch by words", {}, {"proxy.conversation.evidence:_candidates":
+        lambda old: lambda turn, hits, source: old(turn, hits, source) if source.value == "tool" else ()}),
+    Row("prefetch by tools", {}, {"proxy.conversation.evidence:_likely_tools": returns([])}),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
-    Row("calibration", patches=(("proxy.conversation.calibration:Calibration.learn", _unlearned),)),
-    Row("provenance", patches=(("proxy.memory.segments:ProvenanceGraph.add_page", returns(None)),)),
+    Row("calibration", {}, {"proxy.conversation.calibration:Calibration.learn":
+        lambda old: lambda self, *args, **more: self}),
+    Row("provenance", {}, {"proxy.memory.segments:ProvenanceGraph.add_page": returns(None)}),
 )  # fmt: skip
 
 
 def switch_off(row: Row) -> Callable[[], bool]:
-    """Put the row's patches in place, for good; the function says whether any request came by one.
-    SystemExit for a patch whose place is gone."""
-    reached = [not row.patches]
-    for target, make in row.patches:
+    """Make the row's changes, for good; the function says whether a request came by one. SystemExit where
+    the place of a change is gone."""
+    reached: set[bool] = set()
+    for target, change in row.changes.items():
         module, _, names = target.partition(":")
         *path, name = names.split(".")
         try:
             owner = functools.reduce(getattr, path, importlib.import_module(module))
-            new = make(vars(owner)[name])
+            new = change(vars(owner)[name])
         except (ImportError, AttributeError, KeyError):
             raise SystemExit(f"row {row.name}: {module}.{names} is gone") from None
-        if not callable(new):
-            reached.append(True)
-        setattr(owner, name, _noted(new, reached) if callable(new) else new)
-    return lambda: any(reached)
 
+        def noted(*args: Any, new: Any = new, reached: set[bool] = reached, **more: Any) -> Any:
+            reached.add(True)
+            return new(*args, **more)
 
-def _noted(function: Callable[..., Any], reached: list[bool]) -> Callable[..., Any]:
-    def call(*args: Any, **more: Any) -> Any:
-        reached[0] = True
-        return function(*args, **more)
-
-    return call
+        setattr(owner, name, noted if callable(new) else new)
+        reached |= set() if callable(new) else {True}
+    return lambda: not row.changes or bool(reached)
 
 
 # ---------------------------------------------------------------- the data
@@ -195,8 +173,8 @@ DATA = {
 @dataclass
 class Result:
     asked: dict[str, tuple[str, bool, bool]] = field(default_factory=dict)  # kind, at once, answered
-    bills: dict[str, float] = field(default_factory=dict)  # by conversation, of its turns
-    asked_bills: dict[str, float] = field(default_factory=dict)  # of its questions
+    bills: Counter[str] = field(default_factory=Counter)  # by conversation, of its turns
+    asked_bills: Counter[str] = field(default_factory=Counter)  # of its questions
     cpu_s: float = 0.0
     disk_mb: float = 0.0
     epochs: int = 0
@@ -241,11 +219,10 @@ class Upstream(DemoUpstream):
             self.billed += bill.billed_tokens
             self.said = self.recorded or read(request)
             reason = "tool_calls" if self.said.get("tool_calls") else "stop"
-            total = bill.prompt_tokens + 1
             answer = {
                 "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"],
                 "choices": [{"index": 0, "message": self.said, "finish_reason": reason}],
-                "usage": {"prompt_tokens": total - 1, "completion_tokens": 1, "total_tokens": total},
+                "usage": {"prompt_tokens": bill.prompt_tokens, "completion_tokens": 1},
             }  # fmt: skip
             return BytesReply(200, [(b"content-type", b"application/json")], json.dumps(answer).encode())
 
@@ -260,8 +237,7 @@ class Run:
     async def play(self, config: dict[str, Any], folder: str) -> None:
         """Every conversation, and its questions."""
         setattr(proxy.app, "make_upstream", lambda config: self._upstream)  # noqa: B010
-        l0 = {"tokens": self._data.window_tokens, "reserve_tokens": 4096}
-        base: dict[str, Any] = {"tiers": {"l0": l0, "l2": {"path": folder}}}
+        base: dict[str, Any] = {"tiers": {"l0": {"tokens": self._data.window_tokens}, "l2": {"path": folder}}}
         if self._name == "demo":
             base = json.loads(demo_config(self._data.window_tokens, Path(folder)).model_dump_json())
             base["upstream"] = {}
@@ -269,8 +245,8 @@ class Run:
             base[section] = {**base.get(section, {}), **keys}
         app = proxy.app.create_app(Config.from_json(json.dumps(base)), self.result.observe)
         conversations, began_s = self._data.conversations(self._full), time.process_time()
-        transport = httpx.ASGITransport(app)
-        async with running(app), httpx.AsyncClient(transport=transport, base_url="http://bench") as self._client:
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bench")
+        async with running(app), self._client:
             for conversation in conversations:
                 self._upstream.begin()
                 if self._name == "demo":
@@ -280,7 +256,6 @@ class Run:
         self.result.cpu_s = time.process_time() - began_s - self._upstream.outside_s
 
     async def _demo(self, messages: list[Message]) -> None:
-        bills = self.result.bills
         for number, turn in enumerate(demo_turns()):
             before, part = self._upstream.billed, f"demo {number // 40}"  # parts: to know the noise
             messages.append({"role": "user", "content": turn["user"]})
@@ -290,7 +265,7 @@ class Run:
                 found = turn["expect"] in self._upstream.said["content"]
                 at_once = found and len(self._upstream.requests) == 1
                 self.result.asked[str(number)] = "demo", at_once, found
-            bills[part] = bills.get(part, 0.0) + self._upstream.billed - before
+            self.result.bills[part] += self._upstream.billed - before
 
     async def _replay(self, conversation: Conversation) -> None:
         name, messages, upstream = conversation.id, conversation.messages, self._upstream
@@ -301,29 +276,26 @@ class Run:
             if at and message["role"] == "assistant" and messages[at - 1]["role"] != "assistant":
                 before, upstream.recorded = upstream.billed, message
                 await self._ask(raws[:at], tools)
-                self.result.bills[name] = self.result.bills.get(name, 0.0) + upstream.billed - before
+                self.result.bills[name] += upstream.billed - before
                 if tools:
-                    with self._upstream.outside():
+                    with upstream.outside():
                         self._judge_step(f"{name}/{at}", messages, at)
             if at in places:
                 before, upstream.recorded = upstream.billed, None
                 for number in range(places.index(at), len(conversation.questions), len(places)):
                     await self._question(conversation, raws[: at + 1], number)
-                asked = self.result.asked_bills
-                asked[name] = asked.get(name, 0.0) + upstream.billed - before
+                self.result.asked_bills[name] += upstream.billed - before
 
     async def _question(self, conversation: Conversation, raws: Sequence[bytes], number: int) -> None:
         question, upstream = conversation.questions[number], self._upstream
-        if number % self._data.every and question.category not in STANDING and not self._full:
+        left_out = number % self._data.every and question.category not in STANDING and not self._full
+        if left_out or max(question.evidence) >= len(raws):  # what is asked for is still to come
             return
-        if max(question.evidence) >= len(raws):
-            return  # it was not said yet
         await self._ask([*raws, json.dumps({"role": "user", "content": question.text}).encode()])
-        with self._upstream.outside():
-            evidence = [squeezed(conversation.messages[i]["content"]) for i in question.evidence]
+        with upstream.outside():
+            evidence = [conversation.messages[i]["content"] for i in question.evidence]
             at_once, answered = (shows(r, evidence) for r in (upstream.requests[0], upstream.requests[-1]))
-            key = f"{conversation.id}/{number}"
-            self.result.asked[key] = question.category, at_once, answered
+            self.result.asked[f"{conversation.id}/{number}"] = question.category, at_once, answered
 
     def _judge_step(self, key: str, messages: Sequence[Message], at: int) -> None:
         """Whether an agent's window has what its answer takes from before the last four messages."""
@@ -352,15 +324,11 @@ def terms(messages: Any) -> set[str]:
     return {term for term in _TERM.findall(json.dumps(messages)) if len(term) > 3}
 
 
-def squeezed(text: str) -> str:
-    """Without white space: where a long message was cut into pages, the seam does not matter."""
-    return "".join(text.split())
-
-
 def shows(request: dict[str, Any], evidence: Sequence[str]) -> bool:
-    """Whether all of it stands in full in the window."""
-    seen = [squeezed(text) for text in seen_text(request)]
-    return all(any(text in page for page in seen) for text in evidence)
+    """Whether all of it stands in full in the window, but for white space: where a long message was cut into
+    pages, the seam does not matter."""
+    seen = ["".join(text.split()) for text in seen_text(request)]
+    return all(any("".join(text.split()) in page for page in seen) for text in evidence)
 
 
 def measure(name: str, data: str, full: bool) -> Result:
@@ -438,9 +406,8 @@ def cells(name: str, results: Results, default: Results) -> dict[str, str]:
         line[column] = f"{now:.1f} {unit}" if first else f"{100 * (now / was - 1):+.1f}"
     for column in ("epochs", "calls", "refaults"):
         line[column] = " ".join(str(getattr(r, column)) for r, _ in pairs)
-    reached = any(r.reached for r, _ in pairs)
-    line["gain"] = "" if first else gain(results, default) if reached else "no request comes by it"
-    return line
+    used = any(result.reached for result in results.values())
+    return {**line, "gain": "" if first else gain(results, default) if used else "no request comes by it"}
 
 
 def show(lines: Sequence[dict[str, str]], markdown: bool) -> str:
@@ -465,11 +432,13 @@ def main() -> None:
     wanted, datas = given.rows.lower().split(","), given.data.split(",")
     rows = [r.name for r in ROWS if r.name == DEFAULT or any(w.strip() in r.name.lower() for w in wanted)]
     results: dict[str, Results] = {name: {} for name in rows}
+    for row in ROWS:
+        switch_off(row)  # in this process, which serves nothing: what is gone is said at once
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         jobs = [(r, d, pool.submit(measure, r, d, given.full)) for r in rows for d in datas]
-        for row, data, job in jobs:
-            results[row][data] = job.result()
-            print(f"{row}: {data}", file=sys.stderr, flush=True)
+        for name, data, job in jobs:
+            results[name][data] = job.result()
+            print(f"{name}: {data}", file=sys.stderr, flush=True)
             if given.json:
                 plain = {n: {d: vars(r) for d, r in found.items()} for n, found in results.items()}
                 given.json.write_text(json.dumps(plain))
