@@ -17,29 +17,30 @@ from starlette.exceptions import HTTPException
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import Draining, health_router
 from proxy.api.memory import Memory
-from proxy.api.metrics import CONTENT_TYPE, Metrics
 from proxy.api.origins import Origins
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
 from proxy.api.paths import is_chat, is_ours
 from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
-from proxy.api.visit import Visit, path_kind
+from proxy.api.visit import CONTENT_TYPE, Metrics, Visit, path_kind
 from proxy.api.vm import vm_router
 from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.logs import configure
 from proxy.runtime import tune
-from proxy.upstream import UpstreamBroken, make_upstream
+from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
 
 class App:
     """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
 
-    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+    def __init__(
+        self, config: Config, observer: Observer | None = None, upstream: Upstream | None = None
+    ) -> None:
         self.memory = Memory(config)
-        self._upstream = make_upstream(config)
+        self._upstream = upstream or _upstream(config)
         renditions = Renditions(config, self.memory)
         self._writer = Writer(config, self._upstream, renditions)
         self._stats = Stats(self.memory, self._writer)
@@ -54,7 +55,7 @@ class App:
                 self._stats,
                 self.memory,
                 config.sessions,
-                self._chat.capable.table,
+                self._chat.model_facts.table,
             )
         )
         self._origins = Origins(config)
@@ -155,9 +156,20 @@ async def _refused(request: Request, failure: Exception) -> Response:
     return Response(error.body(), error.status, headers)
 
 
-def create_app(config: Config, observer: Observer | None = None) -> App:
-    """The application for a configuration; `observer` is told of every answered turn."""
-    return App(config, observer)
+def _upstream(config: Config) -> Upstream:
+    if config.upstream.provider == "demo":
+        from proxy.demo.upstream import DemoUpstream
+
+        return DemoUpstream()
+    return make_upstream(config)
+
+
+def create_app(
+    config: Config, observer: Observer | None = None, upstream: Upstream | None = None
+) -> App:
+    """The application for a configuration; `observer` is told of every answered turn; `upstream`
+    stands for the configured one."""
+    return App(config, observer, upstream)
 
 
 def app_from_env() -> App:
