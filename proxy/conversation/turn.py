@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.audio import with_transcripts
 from proxy.conversation.calibration import (
+    LEAST_WINDOW_TOKENS,
     SERIES,
     TOKENS_FACTOR,
     Bill,
@@ -24,8 +24,7 @@ from proxy.conversation.calibration import (
     billed_tokens,
     plateau,
 )
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
-from proxy.conversation.channel import Channel, choose_channel, tools_array
+from proxy.conversation.channel import Channel, choose_channel, tools_array, unlisted
 from proxy.conversation.compose import (
     answer_budget,
     as_input,
@@ -36,22 +35,23 @@ from proxy.conversation.compose import (
     spent_tokens,
     stream_options,
     total_usage,
+    with_transcripts,
 )
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
+from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.pages import PathPages, anchor_tokens
 from proxy.conversation.records import Record, Stored, answered_by, append_effect, new_records
-from proxy.conversation.refusal import repairable, unchanged_fits
-from proxy.conversation.repair import Model, unlisted
+from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
@@ -92,7 +92,7 @@ class Turn:
     def __init__(self, context: TurnContext) -> None:
         place, state = context.place, context.state
         self._context = context
-        self._model = Model.of(Capabilities(), context.limits, context.decoded)
+        self._model = Model(Capabilities(), context.limits, context.decoded)
         self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
         self.path = place.path
         self._answered, turn = answered_by(place.path, place.record)
@@ -145,7 +145,7 @@ class Turn:
         paged = context.state is not None
         whole = place.floor == 0 and (not paged or place.start == 0)
         if paged or not whole or len(context.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
-            self._model = Model.of(context.capabilities(), context.limits, context.decoded)
+            self._model = Model(context.capabilities(), context.limits, context.decoded)
         surely = context.surely_fits and len(context.body) <= self._limits.budget_tokens
         if context.surely_fits and not surely:  # not counted: it was small for the assumed window
             self._fixed_tokens = context.fixed_tokens()
@@ -236,7 +236,7 @@ class Turn:
         context = self._context
         if context.next_limits is None or self._too_long is not None:
             return None
-        limits = Model.of(self._model.capabilities, context.next_limits, context.decoded).limits
+        limits = Model(self._model.capabilities, context.next_limits, context.decoded).limits
         return stretched(limits, self._fixed_tokens, self._model.max_tokens)
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
