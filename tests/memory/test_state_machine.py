@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from proxy.library import WorkingSetManager
 from proxy.memory import (
     CompressionLevel,
     MemoryPage,
@@ -28,7 +29,7 @@ from proxy.memory.eviction import is_held
 from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import PinKind
 from proxy.memory.table import decode_log, encode_log
-from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig
 from tests.memory.doors import fault_in, map_in
 
 CONFIG = WorkingSetConfig(max_l0_tokens=1200, reserved_tokens=200)

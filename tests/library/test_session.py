@@ -15,6 +15,7 @@ from proxy.tokens import get_counter
 
 COUNTER = get_counter("gpt-4o")
 SMALL = WorkingSetConfig(max_l0_tokens=2_500, reserved_tokens=300)
+ROOMY = WorkingSetConfig(max_l0_tokens=6_000, reserved_tokens=300)  # a fault begins no epoch
 TOPICS = "harbour violin orchard glacier saddle lantern compass meadow anvil pottery".split()
 
 
@@ -77,10 +78,9 @@ async def test_while_everything_fits_the_messages_stand_behind_constant_rules() 
 @pytest.mark.parametrize("mode", list(VMMode))
 async def test_invariant_03_a_long_conversation_stays_in_its_window(mode: VMMode) -> None:
     session = SessionManager("s", "Be kind.", enable_vm=True, vm_mode=mode, vm_config=SMALL)
-    tools = COUNTER.tools(session.get_tools())
     for turn in range(40):
         await session.user_says(f"Question {turn}: " + "many words " * 40)
-        messages = await session.get_messages_for_llm()
+        messages, tools = await session.get_messages_for_llm(), COUNTER.tools(session.get_tools())
         assert size(messages) + tools <= 2_200
         assert messages[-1]["role"] == "user" and f"Question {turn}:" in text_of(messages[-1:])
         await session.ai_responds(f"Answer {turn}: " + "more words " * 40)
@@ -91,8 +91,7 @@ async def test_invariant_03_a_long_conversation_stays_in_its_window(mode: VMMode
 
 
 async def test_evicted_pages_are_listed_and_come_back() -> None:
-    roomy = WorkingSetConfig(max_l0_tokens=6_000, reserved_tokens=300)  # a fault begins no epoch
-    session = await grown(60, vm_config=roomy)
+    session = await grown(60, vm_config=ROOMY)
     await session.user_says("Go on, please.")
     messages = await session.get_messages_for_llm()
     assert "<VM:MANIFEST_JSON>" in text_of(messages) and "has code 31." not in text_of(messages)
@@ -112,10 +111,10 @@ async def test_evicted_pages_are_listed_and_come_back() -> None:
 
 
 async def test_pages_come_before_the_call_when_the_user_asks_back() -> None:
-    session = await grown(vm_mode=VMMode.PASSIVE)
+    session = await grown(60, vm_mode=VMMode.PASSIVE, vm_config=ROOMY)
     await session.user_says("What was the code of the violin number 1?")
     messages = await session.get_messages_for_llm()
-    assert "has code 31." in messages[-1]["content"] and "(msg_0004" in messages[-1]["content"]
+    assert "<VM:CONTEXT>" in messages[-1]["content"] and "(msg_0003" in messages[-1]["content"]
     assert "no more pages" in (await session.page_fault("msg_0002"))["error"].lower()
 
 
@@ -141,15 +140,16 @@ async def test_invariant_07_the_same_conversation_gives_the_same_messages() -> N
 
 async def test_a_message_that_was_not_answered_leaves_the_table_as_it_was() -> None:
     session = await grown()
-    before = list(session._talk.log.entries)
+    assert session.vm is not None
+    before = list(session.vm.log.entries)
     await session.user_says("first thought")
     await session.get_messages_for_llm()
     await session.user_says("second thought")
     messages = await session.get_messages_for_llm()
     assert [m["content"][-14:] for m in messages[-2:]] == ["first thought", "second thought"]
-    assert list(session._talk.log.entries) == before
+    assert list(session.vm.log.entries) == before
     await session.ai_responds("both noted")
-    assert session.vm is not None and session.vm.page_table.lookup("msg_0062") is not None
+    assert session.vm.page_table.lookup("msg_0062") is not None
 
 
 async def test_tool_outputs_are_paged_with_their_calls() -> None:
