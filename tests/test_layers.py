@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "logs", "runtime"},
+    "app": {*BELOW_APP, *BASE, "demo", "logs", "runtime"},  # its upstream is one to choose
     "serving": set(),
     "logs": set(),
     "api": {*BELOW_APP, *BASE, "limits"},

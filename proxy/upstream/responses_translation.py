@@ -1,22 +1,219 @@
-"""A Responses answer, whole or streamed, as Chat Completions writes it. Pure.
+"""Chat Completions requests in the words of OpenAI's Responses API, and its answers back. Pure.
 
-Promises: one choice; text, refusal, calls and citations of web pages in the order in which they came;
+Promises, of requests: the same conversation, tools and limits; what that API cannot express is not
+dropped: `to_responses` says None and the request stays with Chat Completions. Left out are only `seed`
+(which promises nothing), names on messages and keys of theirs that are not of the API's (it refuses
+unknown ones), empty texts of the assistant's, and settings at their defaults.
+
+Of answers: one choice; text, refusal, calls and citations of web pages in the order in which they came;
 usage with cached and reasoning tokens, if there is one; a failed response is an error. Reasoning items
 that led to tool calls stand under `reasoning_items` of the message, so that they come back with the
-calls' results; those of a final answer have done their work and are left out.
+calls' results, in front of the very item that they preceded, or not at all: the API refuses one without
+its follower, and one that it would have to look up. Those of a final answer have done their work.
+
+By hand, because litellm's bridge keeps no encrypted reasoning and drops what it cannot say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
-
-from proxy.upstream.responses_request import REASONING, TEXT
 
 Json = dict[str, Any]
 
-_CALLS: Final = {"function_call": "function", "custom_tool_call": "custom"}
+REASONING: Final = "reasoning_items"  # our key on an assistant message: [{before, item}]
+TEXT: Final = "message"  # `before` of an item that preceded the message's text
+_ITEMS: Final = {"function": "function_call", "custom": "custom_tool_call"}
 _ARGUMENTS: Final = {"function": "arguments", "custom": "input"}  # of a call, in both APIs
+_LEAST_OUTPUT_TOKENS: Final = 16  # the API's own minimum
+_NO_PARAMETERS: Final[Json] = {"type": "object", "properties": {}}
+# Said in other words below, or only about the form of the answer.
+_TRANSLATED: Final = frozenset(
+    (
+        "messages",
+        "tools",
+        "tool_choice",
+        "max_tokens",
+        "max_completion_tokens",
+        "reasoning_effort",
+        "response_format",
+        "verbosity",
+        "stream_options",
+        "store",
+        "seed",
+    )
+)
+# Settings that Responses does not have, with the values that mean nothing.
+_WITHOUT: Final[Mapping[str, tuple[Any, ...]]] = {
+    "n": (1,),
+    "stop": ([],),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "prediction": (),
+    "functions": ([],),
+    "function_call": (),
+    "web_search_options": (),
+    "audio": (),
+    "modalities": (["text"],),
+}
+
+
+class _Untranslatable(Exception):
+    """Responses has no word for it."""
+
+
+def to_responses(fields: Json) -> Json | None:
+    """The body for /v1/responses; None when it cannot say what the request says."""
+    try:
+        return _request(fields)
+    except (_Untranslatable, KeyError, TypeError, AttributeError):
+        return None  # also a malformed request: upstream shall say so itself
+
+
+def _request(fields: Json) -> Json:
+    body: Json = {}
+    for name, value in fields.items():
+        if name in _WITHOUT:
+            if value is not None and value not in _WITHOUT[name]:
+                raise _Untranslatable(name)
+        elif name not in _TRANSLATED and value is not None:
+            body[name] = value
+    body["input"] = list(_items(fields["messages"]))
+    body["store"] = bool(fields.get("store"))
+    body["include"] = ["reasoning.encrypted_content"]
+    tokens = fields.get("max_completion_tokens") or fields.get("max_tokens")
+    if tokens is not None:
+        body["max_output_tokens"] = max(tokens, _LEAST_OUTPUT_TOKENS)
+    if (effort := fields.get("reasoning_effort")) is not None:
+        body["reasoning"] = {**(body.get("reasoning") or {}), "effort": effort}
+    if (form := fields.get("response_format")) is not None:
+        body["text"] = {"format": {"type": form["type"], **(form.get("json_schema") or {})}}
+    if (verbosity := fields.get("verbosity")) is not None:
+        body["text"] = {**body.get("text", {}), "verbosity": verbosity}
+    if fields.get("tools"):
+        body["tools"] = [_tool(tool) for tool in fields["tools"]]
+    if (choice := fields.get("tool_choice")) is not None:
+        body["tool_choice"] = _tool_choice(choice)
+    obfuscation = (fields.get("stream_options") or {}).get("include_obfuscation")
+    if obfuscation is not None:
+        body["stream_options"] = {"include_obfuscation": obfuscation}
+    return body
+
+
+def _tool(tool: Json) -> Json:
+    if tool["type"] == "function":
+        said = tool["function"]
+        # Chat Completions means "not strict" where Responses means "strict".
+        return {
+            "type": "function",
+            **said,
+            "parameters": said.get("parameters") or _NO_PARAMETERS,
+            "strict": bool(said.get("strict")),
+        }
+    if tool["type"] == "custom":
+        said = tool["custom"]
+        form = said.get("format")
+        if form is not None and form["type"] == "grammar":
+            form = {"type": "grammar", **form["grammar"]}
+        return {"type": "custom", **said, **({} if form is None else {"format": form})}
+    raise _Untranslatable(tool["type"])
+
+
+def _tool_choice(choice: Any) -> Any:
+    if isinstance(choice, str):
+        return choice
+    if choice["type"] == "allowed_tools":
+        allowed = choice["allowed_tools"]
+        tools = [_tool_choice(tool) for tool in allowed["tools"]]
+        return {"type": "allowed_tools", "mode": allowed["mode"], "tools": tools}
+    return {"type": choice["type"], "name": choice[choice["type"]]["name"]}
+
+
+def _items(messages: Sequence[Json]) -> Iterator[Json]:
+    custom: set[str] = set()  # ids of calls of custom tools: their results have their own type
+    for message in messages:
+        role = message["role"]
+        if role == "assistant":
+            yield from _assistant_items(message)
+            calls = message.get("tool_calls") or ()
+            custom.update(call["id"] for call in calls if call.get("type") == "custom")
+        elif role == "tool":
+            call_id, output = message["tool_call_id"], _content(message.get("content"))
+            kind = _ITEMS["custom" if call_id in custom else "function"]
+            yield {"type": f"{kind}_output", "call_id": call_id, "output": output}
+        elif role in ("user", "system", "developer"):
+            yield {"type": "message", "role": role, "content": _content(message.get("content"))}
+        else:
+            raise _Untranslatable(role)
+
+
+def _content(content: Any) -> Any:
+    """Input content: a text, or parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return [_part(part) for part in content]
+
+
+def _part(part: Json) -> Json:
+    kind = part["type"]
+    kept = {k: part[k] for k in ("prompt_cache_breakpoint",) if k in part}
+    if kind == "text":
+        return {"type": "input_text", "text": part["text"], **kept}
+    if kind == "image_url":
+        image = part["image_url"]
+        image = {"url": image} if isinstance(image, str) else image
+        detail = image.get("detail") or "auto"
+        return {"type": "input_image", "image_url": image["url"], "detail": detail, **kept}
+    if kind == "file":
+        known = ("file_id", "file_data", "filename")
+        return {"type": "input_file", **{k: v for k, v in part["file"].items() if k in known}, **kept}
+    raise _Untranslatable(kind)
+
+
+def _assistant_items(message: Json) -> Iterator[Json]:
+    """The message's text and calls, each behind the reasoning that led to it."""
+    if message.get("audio") or message.get("function_call"):
+        raise _Untranslatable("audio or function_call")
+    before: dict[str, list[Json]] = {}
+    for entry in message.get(REASONING) or ():
+        before.setdefault(entry["before"], []).append(entry)
+    parts = list(_output_parts(message))
+    if parts:
+        yield from (entry["item"] for entry in before.get(TEXT, ()))
+        plain = len(parts) == 1 and parts[0]["type"] == "output_text"
+        content = parts[0]["text"] if plain else parts
+        phase = {"phase": message["phase"]} if message.get("phase") else {}
+        yield {"type": "message", "role": "assistant", "content": content, **phase}
+    for call in message.get("tool_calls") or ():
+        yield from (entry["item"] for entry in before.get(call["id"], ()))
+        yield _call_item(call)
+
+
+def _output_parts(message: Json) -> Iterator[Json]:
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    for part in content or ():
+        if part["type"] == "text" and part["text"]:
+            yield {"type": "output_text", "text": part["text"]}
+        elif part["type"] == "refusal":
+            yield {"type": "refusal", "refusal": part["refusal"]}
+    if message.get("refusal"):
+        yield {"type": "refusal", "refusal": message["refusal"]}
+
+
+def _call_item(call: Json) -> Json:
+    kind = "custom" if call.get("type") == "custom" else "function"
+    key, said = _ARGUMENTS[kind], call[kind]
+    return {"type": _ITEMS[kind], "call_id": call["id"], "name": said["name"], key: said[key]}
+
+
+# ---------------------------------------------------------------- answers
+
+_CALLS: Final = {item: kind for kind, item in _ITEMS.items()}
 _REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
 _STATUS: Final = {"rate_limit_exceeded": 429, "server_error": 500, "vector_store_timeout": 504}
 _CITED: Final = "url_citation"
@@ -30,16 +227,15 @@ def failure(response: Json) -> tuple[int, Json] | None:
     error = response.get("error") or {}
     code = error.get("code")
     status = _STATUS.get(str(code), 500 if code is None else 400)
-    return status, error_body(error.get("message"), code, None, status)
+    kind = "invalid_request_error" if status == 400 else "server_error"
+    return status, _error_body({"type": kind, **error})
 
 
-def error_body(
-    message: Any, code: Any, param: Any, status: int = 500, kind: str | None = None
-) -> Json:
-    """An error in OpenAI's shape. `kind`: its type, if upstream says one."""
-    kind = kind or ("invalid_request_error" if status == 400 else "server_error")
-    said = str(message or "The response failed.")
-    return {"error": {"message": said, "type": kind, "param": param, "code": code}}
+def _error_body(error: Json) -> Json:
+    """Upstream's error in OpenAI's shape."""
+    message, kind = error.get("message") or "The response failed.", error.get("type") or "server_error"
+    said = {"message": str(message), "type": kind, "param": error.get("param"), "code": error.get("code")}
+    return {"error": said}
 
 
 def to_chat(response: Json) -> Json:
@@ -209,10 +405,8 @@ class ChatStream:
             if failed is not None:
                 yield failed[1]
         elif kind == "error":
-            inside = event.get("error") or {}  # OpenAI's servers nest it, their reference does not
-            said = inside or event
-            body = said.get("message"), said.get("code"), said.get("param")
-            yield error_body(*body, kind=inside.get("type"))
+            # OpenAI's servers nest it, their reference does not.
+            yield _error_body(event.get("error") or {**event, "type": None})
 
     def _begin(self, event: Json) -> Iterator[Json]:
         item = event["item"]
