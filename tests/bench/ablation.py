@@ -44,6 +44,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from proxy.upstream.demo import DemoUpstream
+from proxy.upstream.demo_cache import PromptCache
+from proxy.upstream.demo_reader import read, seen_text
 
 import proxy.app
 from proxy.config import Config
@@ -53,9 +56,6 @@ from proxy.demo.play import demo_config
 from proxy.memory.models import CompressionLevel
 from proxy.tokens import get_counter
 from proxy.upstream import BytesReply, Header
-from proxy.upstream.demo import DemoUpstream
-from proxy.upstream.demo_cache import PromptCache
-from proxy.upstream.demo_reader import read, seen_text
 from tests.bench.calls import running
 from tests.e2e.data import Conversation, load_beam, load_locomo, load_trajectories, tools_of
 
