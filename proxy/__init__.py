@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from proxy.session import SessionManager
+    from proxy.library import SessionManager
 
 __all__ = ["SessionManager", "__version__"]
 
 
 def __getattr__(name: str) -> object:
     if name == "SessionManager":
-        from proxy.session import SessionManager
+        from proxy.library import SessionManager
 
         return SessionManager
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,16 +29,18 @@ from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.logs import configure
 from proxy.runtime import tune
-from proxy.upstream import UpstreamBroken, make_upstream
+from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
 
 class App:
     """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
 
-    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+    def __init__(
+        self, config: Config, observer: Observer | None = None, upstream: Upstream | None = None
+    ) -> None:
         self.memory = Memory(config)
-        self._upstream = make_upstream(config)
+        self._upstream = upstream or _upstream(config)
         renditions = Renditions(config, self.memory)
         self._writer = Writer(config, self._upstream, renditions)
         self._stats = Stats(self.memory, self._writer)
@@ -154,9 +156,20 @@ async def _refused(request: Request, failure: Exception) -> Response:
     return Response(error.body(), error.status, headers)
 
 
-def create_app(config: Config, observer: Observer | None = None) -> App:
-    """The application for a configuration; `observer` is told of every answered turn."""
-    return App(config, observer)
+def _upstream(config: Config) -> Upstream:
+    if config.upstream.provider == "demo":
+        from proxy.demo.upstream import DemoUpstream
+
+        return DemoUpstream()
+    return make_upstream(config)
+
+
+def create_app(
+    config: Config, observer: Observer | None = None, upstream: Upstream | None = None
+) -> App:
+    """The application for a configuration; `observer` is told of every answered turn; `upstream`
+    stands for the configured one."""
+    return App(config, observer, upstream)
 
 
 def app_from_env() -> App:

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 
 from proxy.config import Config, effective_reserve
 from proxy.conversation.limits import Limits
+from proxy.memory.eviction import LRU, EvictionPolicy, ImportanceWeightedLRU, ModalityAwareLRU
 from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import model_card
 
 UPSTREAM_WINDOW = "upstream_window_tokens"  # of what is learned of a model: what upstream's list states
+POLICIES: dict[str, EvictionPolicy] = {  # by `memory.eviction`
+    "importance": ImportanceWeightedLRU(),
+    "lru": LRU(),
+    "modality": ModalityAwareLRU(),
+}
 
 
 def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: float = 1.0) -> Limits:

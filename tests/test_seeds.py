@@ -245,7 +245,7 @@ async def test_the_librarys_manager_stands_in_for_the_guides() -> None:
     assert talk.memory.working_set.get_l0_page_ids() == ["summary_seg_01"]
     back = await talk.memory.fault_handler.handle_fault("msg_0001", 0)
     assert back.success and back.page.content == "We chose JWT."
-    config = proxy.memory.WorkingSetConfig(max_l0_tokens=500, reserved_tokens=100)
+    config = proxy.memory.WorkingSetConfig(max_l0_tokens=1_200, reserved_tokens=100)
     traced = names["TracingMemoryManager"]("session", config)
     for number in range(20):
         page = await traced.add_user_message(f"{number} " + "words " * 60)

@@ -17,7 +17,6 @@ from proxy.tokens import (
     DEFAULT_ENCODING,
     UNKNOWN_WINDOW_TOKENS,
     encoding_is_known,
-    encoding_of,
     get_counter,
     model_card,
     tokens_upper_bound,
@@ -260,7 +259,6 @@ def test_a_long_text_is_counted_in_bounded_pieces() -> None:
     [("gpt-4o-mini", "o200k_base"), ("openai/gpt-4", "cl100k_base"), ("qwen3", DEFAULT_ENCODING)],
 )
 def test_the_encoding_of_a_model(model: str, encoding: str) -> None:
-    assert encoding_of(model) == encoding
     assert get_counter(model).encoding_name == encoding
     assert get_counter(model, "cl100k_base").encoding_name == "cl100k_base"
 
@@ -288,11 +286,11 @@ def test_no_network_and_no_exception_for_an_encoding_that_is_not_here(
 
 def test_model_cards(caplog: pytest.LogCaptureFixture) -> None:
     card = model_card("gpt-4o")
-    assert (card.window_tokens, card.known, card.tools, card.developer_role) == (128_000, True, True, "developer")
+    assert (card.window_tokens, card.known, card.developer_role) == (128_000, True, "developer")
     assert model_card("gpt-3.5-turbo").developer_role == "system"
     model_card.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             unknown = model_card("nobody/knows-it")
-    assert (unknown.window_tokens, unknown.known, unknown.tools) == (UNKNOWN_WINDOW_TOKENS, False, True)
+    assert (unknown.window_tokens, unknown.known) == (UNKNOWN_WINDOW_TOKENS, False)
     assert caplog.text.count("nobody/knows-it") == 1

@@ -43,24 +43,13 @@ from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.limits import limits_of
-from proxy.memory.eviction import (
-    LRU,
-    EvictionPolicy,
-    ImportanceWeightedLRU,
-    ModalityAwareLRU,
-)
+from proxy.limits import POLICIES, limits_of
 from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
 from proxy.upstream import Header
 
 log = logging.getLogger(__name__)
 
 _NO_HISTORIES = HistoryCache(0)
-_POLICIES: dict[str, EvictionPolicy] = {
-    "importance": ImportanceWeightedLRU(),
-    "lru": LRU(),
-    "modality": ModalityAwareLRU(),
-}
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
@@ -109,7 +98,7 @@ class Admission:
         self._observed = observed
         sessions = config.sessions
         self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
-        self._policy = _POLICIES[config.memory.eviction]
+        self._policy = POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
 

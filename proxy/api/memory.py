@@ -34,7 +34,7 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import Identity, Node
 from proxy.conversation.window import Window
-from proxy.memory.pages import Hit
+from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes
 from proxy.storage.l1 import Cache

@@ -41,17 +41,7 @@ class Stats:
             return
         self.paged_turns += 1
         self.epochs += report.new_epoch
-        metrics = self.metrics
-        metrics.record_turn(report.used_tokens, report.reachable_tokens)
-        for fault in report.faults:
-            metrics.record_recall(fault.error is None)
-            if fault.error is None and fault.tokens:
-                metrics.record_fault(fault.refault)
-        for search in report.searches:
-            metrics.record_recall(bool(search.results))
-        metrics.record_eviction(len(report.evicted_pages))
-        for brought in report.prefetched:
-            metrics.record_prefetch(brought.source, brought.used)
+        report.record(self.metrics)
 
     def snapshot(self) -> dict[str, Any]:
         """JSON values, in a fixed order."""

@@ -24,8 +24,8 @@ from proxy.conversation.pages import PathPages
 from proxy.conversation.records import GetRecord, Record, history, restore_state
 from proxy.conversation.tree import ID_BYTES
 from proxy.errors import ApiError
+from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import MEDIA_PART
-from proxy.memory.pages import page_id, parse_page_id
 from proxy.storage.l2 import StorageError
 from proxy.tokens import get_counter
 
@@ -149,7 +149,7 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
         pages = [{"page_id": e.page_id, "level": int(e.level)} for e in table.resident()]
         derived = _derived(record, memory)
     else:
-        pages = [{"page_id": page_id(p), "level": 0} for p in range(record.end - 1)]
+        pages = [{"page_id": make_page_id(p), "level": 0} for p in range(record.end - 1)]
     return {
         "last_turn": head.turn,
         "turn": turn,
@@ -209,11 +209,11 @@ def _provenance_of(wanted: str, head: Record, memory: Memory) -> dict[str, Any] 
         if part >= MEDIA_PART:  # a medium comes out of its message
             if wanted not in media:
                 return None
-            sources = ground = [page_id(position)]
+            sources = ground = [make_page_id(position)]
         else:
-            wanted = page_id(position, part)
+            wanted = make_page_id(position, part)
             # A long message is quoted by the name of its first part.
-            names = [wanted] if part else [wanted, page_id(position, 1)]
+            names = [wanted] if part else [wanted, make_page_id(position, 1)]
             made = [i for name in names for i in graph.derived(name)] + ([] if part else media)
     return {
         "page_id": wanted,

@@ -18,6 +18,7 @@ from proxy.conversation.model_facts import Capabilities, Seen
 from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
 from proxy.conversation.tree import Identity
 from proxy.memory.eviction import EvictionPolicy
+from proxy.memory.models import PageMutation
 from proxy.tokens import TokenCounter
 
 
@@ -50,6 +51,7 @@ class TurnContext:
     calibration: Callable[[], Calibration] | None = None  # of the model's bills, as it is stored now
     now_s: float = 0.0  # Unix time, for what upstream lets expire
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
+    changes: Sequence[PageMutation] = ()  # a library's caller's pins and importances, for the log
     observed: bool = True  # somebody reads the report's page lists
     given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
     # it says ends the turn, unless it calls a VM tool

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # records.py says what an answered turn appends
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Answered with a list of `proxy.memory.pages.Hit`, best first, over positions 0..before-1 of this path only."""
+    """Answered with a list of `proxy.memory.ids.Hit`, best first, over positions 0..before-1 of this path only."""
 
     query: str
     limit: int

@@ -33,6 +33,7 @@ from proxy.errors import ApiError
 from proxy.memory.compressor import hint
 from proxy.memory.context import context_parts, page_parts
 from proxy.memory.eviction import PinnedSet, PinReason
+from proxy.memory.ids import make_page_id
 from proxy.memory.manifest import (
     MIN_MANIFEST_TOKENS,
     AvailablePageEntry,
@@ -49,7 +50,6 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.planner import Budget, Group, Plan, native_groups, plan
 from proxy.memory.vm_tools import build_vm_developer_message
 from proxy.memory.working_set import watermarks

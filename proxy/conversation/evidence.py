@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages, calls_of
 from proxy.memory.eviction import AntiThrashPolicy
+from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, PageType, StorageTier
-from proxy.memory.pages import Hit
 from proxy.memory.prefetcher import (
     MIN_EVIDENCE,
     Candidate,

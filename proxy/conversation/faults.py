@@ -34,6 +34,7 @@ from proxy.conversation.window import VM, Entry
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import context_parts
 from proxy.memory.faults import PageFaultHandler, Room
+from proxy.memory.ids import Hit
 from proxy.memory.models import (
     Actor,
     CompressionLevel,
@@ -43,7 +44,6 @@ from proxy.memory.models import (
     PageMutation,
     StorageTier,
 )
-from proxy.memory.pages import Hit
 from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,

@@ -21,7 +21,7 @@ import msgspec
 from proxy.conversation.body import Body, is_system
 from proxy.conversation.records import GetRecord, Record, Sent, deepest_record
 from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, overlap
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
 _TELLING_CHARS = 64  # so much text to count as proof

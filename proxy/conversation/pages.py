@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -24,7 +25,9 @@ from proxy.conversation.tree import ID_BYTES, Anchor, Node
 from proxy.media.parts import read_part
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import ContextPacker
+from proxy.memory.ids import MEDIA_KINDS, Doc, make_page_id, media_page_id, parse_page_id
 from proxy.memory.levels import CompressorRegistry
+from proxy.memory.message_text import message_text, modality_of, split_text
 from proxy.memory.models import (
     MEDIA_PART,
     CompressionLevel,
@@ -34,15 +37,6 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.pack_cache import PackCache, PackCacheStats
-from proxy.memory.pages import (
-    Doc,
-    media_page_id,
-    message_text,
-    modality_of,
-    parse_page_id,
-    split_text,
-)
-from proxy.memory.pages import page_id as make_page_id
 from proxy.tokens import TokenCounter, get_counter
 
 if TYPE_CHECKING:  # a window's pages are made here, and records store windows
@@ -56,13 +50,6 @@ _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with it
 _LONG_CHARS = 400  # and only what is longer is shortened
 _SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
 _CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
-# How the ids of each kind of medium begin, and what kind of page it is. A file's words are its content.
-_MEDIA = {
-    "image": ("img", Modality.IMAGE),
-    "audio": ("aud", Modality.AUDIO),
-    "video": ("vid", Modality.VIDEO),
-    "file": ("file", Modality.TEXT),
-}
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _lines = PackCache(_KEPT_LINES)
@@ -173,8 +160,8 @@ class MessagePages:
         content = message.get("content")
         for index, part in enumerate(content if isinstance(content, list) else ()):
             read = read_part(part) if isinstance(part, dict) else None
-            if read is not None and read.kind in _MEDIA:
-                prefix, modality = _MEDIA[read.kind]
+            if read is not None:
+                prefix, modality = MEDIA_KINDS[read.kind]
                 add(prefix, Medium(index, modality, part, read.name or ""))
         spoken = message.get("audio")
         if isinstance(spoken, Mapping) and isinstance(spoken.get("data"), str):
@@ -189,10 +176,19 @@ class MessagePages:
         """Its text, then its notes', cut into pages when that is too large for one."""
         if self._parts is None:
             text = "\n\n".join(filter(None, (self.own_text, *map(note_text, self.notes))))
-            limit = self._how.page_tokens
-            small = len(text) <= limit or self._is_small()
-            self._parts = [text] if small else split_text(text, limit, self._how.cutter.text)
+            small = len(text) <= self._how.page_tokens or self._is_small()
+            self._parts = [text] if small else self._cut(text)
         return self._parts
+
+    def _cut(self, text: str) -> list[str]:
+        """In pages. Cutting counts all of the text, so it is done once in the message's life."""
+        how = self._how
+        key, kept = hash((text, how.page_tokens)), self.node.cuts
+        if kept is not None and kept[0] == key:
+            return [text[start:end] for start, end in pairwise((0, *kept[1]))]
+        parts = split_text(text, how.page_tokens, how.cutter.text)
+        self.node.cuts = key, tuple(accumulate(map(len, parts)))
+        return parts
 
     def _is_small(self) -> bool:
         """One page holds the text. Counted alike for all models: the ids that a table, an index or a

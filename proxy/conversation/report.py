@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from proxy.conversation.limits import Limits
+from proxy.memory.metrics import UserExperienceMetrics
 
 
 @dataclass(slots=True)
@@ -59,6 +60,19 @@ class TurnReport:
     asked_back: bool = False  # the user's message points back
     taken_back: bool = False  # the window's log was cut where the client's system messages changed
     warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change
+
+    def record(self, metrics: UserExperienceMetrics) -> None:
+        """Add a turn that paged to the counts."""
+        metrics.record_turn(self.used_tokens, self.reachable_tokens)
+        for fault in self.faults:
+            metrics.record_recall(fault.error is None)
+            if fault.error is None and fault.tokens:
+                metrics.record_fault(fault.refault)
+        for search in self.searches:
+            metrics.record_recall(bool(search.results))
+        metrics.record_eviction(len(self.evicted_pages))
+        for brought in self.prefetched:
+            metrics.record_prefetch(brought.source, brought.used)
 
     @property
     def prefetched_pages(self) -> list[str]:

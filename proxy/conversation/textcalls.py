@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from proxy.conversation.channel import Channel
-from proxy.memory.pages import parse_page_id
+from proxy.memory.ids import parse_page_id
 from proxy.memory.vm_tools import (
     PAGE_FAULT,
     FaultArgs,

@@ -34,6 +34,7 @@ class Node(msgspec.Struct, gc=False):
     raw: bytes  # the message's JSON; the client's own bytes whenever the client sends it
     tokens: int = -1  # -1: not counted yet
     counter: str = ""  # the name of the counter that counted them
+    cuts: tuple[int, tuple[int, ...]] | None = None  # a text's hash, and where its pages end
 
 
 class Anchor(msgspec.Struct, gc=False):

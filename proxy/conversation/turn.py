@@ -51,7 +51,7 @@ from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY

@@ -38,6 +38,8 @@ from proxy.conversation.window import (
 )
 from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
+from proxy.memory.ids import make_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
@@ -49,8 +51,6 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.pages import message_text
-from proxy.memory.pages import page_id as make_page_id
 from proxy.memory.prefetcher import points_back
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
@@ -131,6 +131,8 @@ class TurnWindow:
             yield from self._settle(self._answered)
         end = len(self.pages.path)
         self._register(self.pages)
+        for mutation in self.context.changes:
+            self.apply(mutation)
         grown = self._grown(end, end)
         if grown is None or not self._fits(grown):
             yield from self._begin_epoch(self._next_epoch, self.pages, ())
@@ -234,22 +236,8 @@ class TurnWindow:
                 for mutation in self._renewed(pages[position]):
                     self.apply(mutation)
         for position in range(first, len(pages.path)):
-            for mutation in self._created(pages[position]):
+            for mutation in created(pages[position], self.context.place.floor, self.turn):
                 self.apply(mutation)
-
-    def _created(self, message: MessagePages) -> Iterator[PageMutation]:
-        """A new message stands in the window, but for those before the floor; a standing instruction
-        is pinned."""
-        tier = StorageTier.L0 if message.position >= self.context.place.floor else StorageTier.L2
-        for page in message.pages:
-            kind = page.page_type
-            yield PageMutation(
-                MutationType.CREATE, page.id, self.turn, None, tier, page.tokens,
-                modality=page.modality,
-                page_type=None if kind is PageType.TRANSCRIPT else kind,
-            )  # fmt: skip
-        if is_standing(message.node.role, message.own_text, message.text_tokens):
-            yield PageMutation(MutationType.PIN, message.pages[0].id, self.turn)
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
         """The pages of a message that the table has, where these are others now because the system
@@ -479,3 +467,18 @@ class TurnWindow:
         report.native_pages = [i for p in sorted(native) for i in self.pages[p].ids]
         resident = self.table.resident()
         report.context_pages = [e.page_id for e in resident if e.position not in native]
+
+
+def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
+    """A new message stands in the window, but for those before the floor; a standing instruction
+    is pinned."""
+    tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
+    for page in message.pages:
+        kind = page.page_type
+        yield PageMutation(
+            MutationType.CREATE, page.id, turn, None, tier, page.tokens,
+            modality=page.modality,
+            page_type=None if kind is PageType.TRANSCRIPT else kind,
+        )  # fmt: skip
+    if is_standing(message.node.role, message.own_text, message.text_tokens):
+        yield PageMutation(MutationType.PIN, message.pages[0].id, turn)

@@ -28,13 +28,13 @@ from rich.live import Live
 
 from proxy.config import Config, effective_reserve
 from proxy.conversation.report import TurnReport
-from proxy.demo.ledger import Ledger
-from proxy.demo.screen import Recall, View, counted, layout, paged_in, print_summary
+from proxy.demo.bill import Ledger
+from proxy.demo.screen import View, layout, print_summary
+from proxy.demo.upstream import MODEL, DemoUpstream
 from proxy.errors import ConfigError
 from proxy.sse import EventParser
 from proxy.tokens import get_counter
-from proxy.upstream import Upstream
-from proxy.upstream.demo import MODEL, listening
+from proxy.upstream import RootPath, Upstream
 from proxy.upstream.openai import OpenAIUpstream
 
 DEFAULT_WINDOW_TOKENS = 4000
@@ -114,18 +114,9 @@ async def _serving(app: Any) -> AsyncIterator[str]:
             await task
 
 
-@contextlib.asynccontextmanager
-async def _client(base_url: str) -> AsyncIterator[Upstream]:
-    client = OpenAIUpstream(Config.from_json(json.dumps({"upstream": {"base_url": base_url}})))
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
 async def _stats(client: Upstream) -> dict[str, Any]:
     """What the server says of its memory, as an operator asks for it."""
-    reply = await client.forward("GET", "/vm/stats", b"", [], None)
+    reply = await client.forward("GET", RootPath("/vm/stats"), b"", [], None)
     found: dict[str, Any] = json.loads(await reply.read(_RESPONSE_LIMIT_BYTES))
     return found
 
@@ -138,14 +129,12 @@ async def _ask(client: Upstream, messages: list[dict[str, Any]]) -> str:
     data = await reply.read(_RESPONSE_LIMIT_BYTES)
     if reply.status != 200:
         raise DemoFailed(f"the server answered {reply.status}: {data.decode(errors='replace')[:300]}")
-    text: list[str] = []
-    events = [event.data for event in EventParser().feed(data) if event.data]
-    if not events or events[-1] != b"[DONE]":
+    *events, end = [event.data for event in EventParser().feed(data) if event.data] or [b""]
+    if end != b"[DONE]":
         raise DemoFailed("a stream ended without [DONE]")
-    for event in events[:-1]:
-        for choice in json.loads(event)["choices"]:
-            text.append(choice["delta"].get("content") or "")
-    return "".join(text)
+    chunks = [json.loads(event) for event in events]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "".join(delta.get("content") or "" for delta in deltas)
 
 
 class Show:
@@ -172,21 +161,13 @@ class Show:
                 await asyncio.wait_for(self._reported.wait(), _REPORT_WAIT_S)
             self.view.ledger.turn(messages, turn.get("expect"))
             messages.append({"role": "assistant", "content": answer})
-            await self._after(number, turn, answer)
-
-    async def _after(self, number: int, turn: dict[str, str], answer: str) -> None:
-        report = self.view.report
-        pause_s = EPOCH_PAUSE_S if report and report.new_epoch else TURN_PAUSE_S
-        if "expect" in turn:
-            how = "from the window"
-            if report and (report.searches or paged_in(report)):
-                searches = counted(len(report.searches), "search", "searches")
-                how = f"after {searches} and {counted(len(paged_in(report)), 'fault')}"
-            found = turn["expect"] in answer
-            self.view.recalled(Recall(number, turn["user"], answer, turn["expect"], found, how))
-            pause_s = RECALL_PAUSE_S
-        if self.pace:
-            await asyncio.sleep(pause_s)
+            report = self.view.report
+            pause_s = EPOCH_PAUSE_S if report and report.new_epoch else TURN_PAUSE_S
+            if "expect" in turn:
+                self.view.recalled(turn["user"], answer, turn["expect"])
+                pause_s = RECALL_PAUSE_S
+            if self.pace:
+                await asyncio.sleep(pause_s)
 
 
 def _end_on_sigterm() -> None:
@@ -216,26 +197,24 @@ async def _run(window_tokens: int, pace: bool, console: Console) -> View:
             len(turns), window_tokens, l0.eviction_threshold, ledger, plain=not console.is_terminal
         )
         show = Show(turns, view, pace)
-        app = create_app(config, observer=show.observe)
-        with listening(ledger.upstream_request):
-            async with _serving(app) as base_url:
-                async with _client(base_url) as client:
-                    await _watch(show, client, console)
-                async with _client(base_url.removesuffix("/v1")) as client:
-                    view.stats = await _stats(client)
+        app = create_app(config, show.observe, DemoUpstream(ledger.ours.book))
+        async with _serving(app) as base_url:
+            settings = {"upstream": {"base_url": base_url}}
+            async with contextlib.AsyncExitStack() as closing:
+                client = OpenAIUpstream(Config.from_json(json.dumps(settings)))
+                closing.push_async_callback(client.close)
+                if console.is_terminal:
+                    closing.enter_context(_screen(view, console))
+                await show.play(client)
+                view.stats = await _stats(client)
     return view
 
 
-async def _watch(show: Show, client: Upstream, console: Console) -> None:
-    if not console.is_terminal:
-        await show.play(client)
-        return
-
+def _screen(view: View, console: Console) -> Live:
     def screen() -> Any:
-        return layout(show.view, console.size.height)
+        return layout(view, console.size.height)
 
-    with Live(get_renderable=screen, console=console, screen=True, refresh_per_second=12):
-        await show.play(client)
+    return Live(get_renderable=screen, console=console, screen=True, refresh_per_second=12)
 
 
 def main(args: argparse.Namespace) -> int:

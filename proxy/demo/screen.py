@@ -6,11 +6,10 @@ proxy's own `TurnReport`s and from the ledger. A terminal of 80 by 24 is large e
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console, Group
 from rich.layout import Layout
@@ -18,14 +17,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from proxy.upstream.demo_cache import MIN_PREFIX_TOKENS, RULE, STEP_TOKENS
+from proxy.demo.bill import MIN_PREFIX_TOKENS, STEP_TOKENS
 
 if TYPE_CHECKING:
     from proxy.conversation.report import FaultReport, TurnReport
-    from proxy.demo.ledger import Ledger
+    from proxy.demo.bill import Ledger
 
-# RULE for a panel of 76 columns.
-_SHORT_RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of {STEP_TOKENS}, at a tenth"
+# For a panel of 76 columns.
+_RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of {STEP_TOKENS}, at a tenth"
 _SHOWN_EVENTS = 200
 _SHOWN_ANSWERS = 50
 _SHOWN_RUNS = 8  # of pages in one list
@@ -33,12 +32,10 @@ _STYLES = {
     "epoch": "bold magenta", "segment": "blue", "evict": "red", "prefetch": "cyan", "search": "yellow",
     "fault": "bold yellow", "error": "bold red",
 }  # fmt: skip
-_NUMBERED = re.compile(r"(msg_|summary_seg_|claim_)(\d+)")
-_SHORT = {"summary_seg_": "summary ", "claim_": "claim "}
+_MESSAGE = "msg_"
 
 
-@dataclass
-class Recall:
+class Recall(NamedTuple):
     """One recall question and how it ended."""
 
     turn: int
@@ -46,7 +43,6 @@ class Recall:
     answer: str
     expect: str
     found: bool
-    how: str  # from the window | after 1 search and 2 faults
 
 
 @dataclass
@@ -63,7 +59,6 @@ class View:
     report: TurnReport | None = None
     epochs: int = 0  # the newest epoch's number: one turn may begin several
     segments: int = 0  # the newest closed segment's number
-    claims: int = 0  # the newest claim's number
     evicted: int = 0
     prefetched: int = 0
     faults: int = 0
@@ -94,12 +89,9 @@ class View:
             self.event("epoch", f"{report.epoch} begins: {in_window(report)}; {gauge_text(report)}")
         if report.segments > self.segments:
             closed = dict.fromkeys((self.segments + 1, report.segments))
-            made = report.claims - self.claims
-            noted = f": {counted(made, 'claim')}" if made else ""
-            self.event("segment", "–".join(f"{n:02}" for n in closed) + f" closed{noted}")
-            self.segments, self.claims = report.segments, report.claims
-        gone = report.evicted_pages
-        if gone:
+            self.event("segment", "–".join(f"{n:02}" for n in closed) + " closed")
+            self.segments = report.segments
+        if gone := report.evicted_pages:
             self.evicted += len(gone)
             self.event("evict", f"{counted(len(gone), 'page')} out: {ranges(gone)}")
         if report.prefetched_pages:
@@ -118,11 +110,16 @@ class View:
             size = counted(fault.tokens, "token")
             self.event("fault", f"{fault.page_id} paged in at level {fault.level}, {size}")
 
-    def recalled(self, recall: Recall) -> None:
-        self.recalls.append(recall)
-        mark = "✓" if recall.found else "✗"
-        self._say(f"turn {recall.turn:3}  {mark} recall  {recall.question}")
-        self._say(f"                    {recall.answer}  [{recall.how}]")
+    def recalled(self, question: str, answer: str, expect: str) -> None:
+        """Takes in how one recall question ended; its turn's report is in already."""
+        how, report = "from the window", self.report
+        if report and (report.searches or paged_in(report)):
+            searches = counted(len(report.searches), "search", "searches")
+            how = f"after {searches} and {counted(len(paged_in(report)), 'fault')}"
+        found = expect in answer
+        self.recalls.append(Recall(self.turn, question, answer, expect, found))
+        self._say(f"turn {self.turn:3}  {'✓' if found else '✗'} recall  {question}")
+        self._say(f"                    {answer}  [{how}]")
 
     @property
     def found(self) -> int:
@@ -140,33 +137,21 @@ def paged_in(report: TurnReport) -> list[FaultReport]:
 
 
 def ranges(page_ids: Sequence[str], in_order: bool = False) -> str:
-    """`msg_0001–0012, msg_0015, summary 3, claim 7–9`: page ids in short, with runs folded; messages
-    come first but for `in_order`."""
-    if not in_order:
-        page_ids = sorted(page_ids, key=lambda i: (_SHORT.get((_numbered(i) or ("", 0))[0], ""), 0))
-    runs: list[tuple[str, int, int]] = []  # prefix or whole id, first, last
+    """`msg_0001–0012, msg_0015`: page ids in short, with runs folded but for `in_order`."""
+    runs: list[tuple[str, str]] = []  # first and last
     for page_id in page_ids:
-        prefix, number = _numbered(page_id) or (page_id, 0)
-        if not in_order and runs and number and runs[-1][0] == prefix and runs[-1][2] + 1 == number:
-            runs[-1] = (prefix, runs[-1][1], number)
+        if not in_order and runs and _follows(runs[-1][1], page_id):
+            runs[-1] = (runs[-1][0], page_id)
         else:
-            runs.append((prefix, number, number))
+            runs.append((page_id, page_id))
+    shown = [a if a == z else f"{a}–{z.removeprefix(_MESSAGE)}" for a, z in runs[:_SHOWN_RUNS]]
     more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
-    return ", ".join(_shown(*run) for run in runs[:_SHOWN_RUNS]) + more
+    return ", ".join(shown) + more
 
 
-def _shown(prefix: str, first: int, last: int) -> str:
-    if not first:
-        return prefix
-    digits = 1 if prefix in _SHORT else 4
-    end = f"–{last:0{digits}}" if last > first else ""
-    return f"{_SHORT.get(prefix, prefix)}{first:0{digits}}{end}"
-
-
-def _numbered(page_id: str) -> tuple[str, int] | None:
-    """(kind, number) of a whole message, a summary or a claim."""
-    match = _NUMBERED.fullmatch(page_id)
-    return (match[1], int(match[2])) if match else None
+def _follows(page_id: str, next_id: str) -> bool:
+    number = page_id.removeprefix(_MESSAGE)
+    return number.isdigit() and next_id == f"{_MESSAGE}{int(number) + 1:04}"
 
 
 def in_window(report: TurnReport) -> str:
@@ -206,7 +191,7 @@ def _window_panel(view: View) -> Panel:
         Text.assemble(("brought  ", "bold cyan"), ranges(r.prefetched_pages) or "–"),
         Text(
             f"epoch {r.epoch} · {r.channel} · out {view.evicted:,} · in {view.prefetched:,}"
-            f" · found {view.searches:,} · faults {view.faults:,} · claims {view.claims:,}",
+            f" · found {view.searches:,} · faults {view.faults:,}",
             "dim",
         ),
     ]
@@ -283,7 +268,7 @@ def layout(view: View, height: int) -> Layout:
         Layout(Panel(title), size=3),
         Layout(_window_panel(view), size=8),
         Layout(name="body"),
-        Layout(Panel(Group(bill_table(view), Text(_SHORT_RULE, "dim")), title="input bill"), size=7),
+        Layout(Panel(Group(bill_table(view), Text(_RULE, "dim")), title="input bill"), size=7),
     )
     root["body"].split_row(Layout(_event_panel(view, rows)), Layout(_recall_panel(view, rows)))
     return root
@@ -299,7 +284,7 @@ def experience(view: View) -> list[str]:
         for source, counts in view.stats["prefetch"].items()
     )
     lines = [
-        f"memory: {counted(view.segments, 'segment')} closed, {counted(view.claims, 'claim')} noted;"
+        f"memory: {counted(view.segments, 'segment')} closed;"
         f" effective context {seen['effective_context']:.1f} times the window",
         f"look-ups: {seen['recall_success_rate']:.0%} of {seen['recalls']:,} found something;"
         f" thrash index {seen['thrash_index']:.2f}",
@@ -318,7 +303,7 @@ def print_summary(view: View, console: Console) -> None:
         highlight=False,
     )
     console.print(bill_table(view))
-    console.print(RULE, style="dim", highlight=False)
+    console.print(_RULE, style="dim", highlight=False)
     ours = view.ledger.ours.billed_tokens
     if ours:
         rest = ", ".join(f"{a.billed_tokens / ours:.1f} times less than the {a.name}" for a in view.ledger.accounts[1:])

@@ -11,6 +11,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
@@ -19,6 +20,7 @@ Kind = Literal["image", "audio", "video", "file"]
 
 MAX_ENCODED_CHARS = 140_000_000  # about 100 MB of data
 
+# What a part is sent as, by its type. The one home of this: text, pages and counts ask `kind_of`.
 _KINDS: dict[str, Kind] = {
     "image_url": "image",
     "image": "image",
@@ -54,6 +56,7 @@ _MIME_OF_ENDING = {
     "mov": "video/quicktime",
     "webm": "video/webm",
 }
+_BODY_KEYS = ("image_url", "input_audio", "video_url", "audio_url", "file", "audio")
 # Where a part keeps its payload, in the order of trust.
 _PAYLOAD_KEYS = ("file_data", "data", "url", "image_url", "video_url", "audio_url", "file_url")
 _DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
@@ -61,6 +64,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{1,15}://")
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
 
 
+@dataclass(eq=False)
 class Medium:
     """What a part says of its medium.
 
@@ -69,36 +73,23 @@ class Medium:
     ("wav"); `transcript` the words of a sound, where the part carries them.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        mime: str = "",
-        *,
-        encoded: str | None = None,
-        is_base64: bool = True,
-        url: str | None = None,
-        detail: str | None = None,
-        name: str | None = None,
-        format: str | None = None,
-        transcript: str | None = None,
-    ) -> None:
-        self.kind = kind
-        self.mime = mime
-        self.url = url
-        self.detail = detail
-        self.name = name
-        self.format = format
-        self.transcript = transcript
-        self._encoded = encoded
-        self._is_base64 = is_base64
+    kind: Kind
+    mime: str
+    url: str | None
+    detail: str | None
+    name: str | None
+    format: str | None
+    transcript: str | None
+    encoded: str | None
+    is_base64: bool
 
     @cached_property
     def data(self) -> bytes | None:
         """The decoded bytes; None for a link, an id, or what cannot be decoded."""
-        encoded = self._encoded
+        encoded = self.encoded
         if encoded is None or len(encoded) > MAX_ENCODED_CHARS:
             return None
-        if not self._is_base64:
+        if not self.is_base64:
             return unquote_to_bytes(encoded.encode("utf-8", "surrogatepass")) or None
         return _from_base64(encoded)
 
@@ -107,9 +98,7 @@ def read_part(part: Mapping[str, Any]) -> Medium | None:
     """The medium in a content part (or in an assistant message's `audio` object); None for text
     and for anything else.
     """
-    if not isinstance(part, Mapping):
-        return None
-    kind = _kind(part)
+    kind = kind_of(part)
     if kind is None:
         return None
     body = _body(part)
@@ -126,23 +115,24 @@ def read_part(part: Mapping[str, Any]) -> Medium | None:
             mime.partition("/")[2], mime.partition("/")[2]
         )
     return Medium(
-        kind,
-        mime.lower(),
-        encoded=encoded,
-        is_base64=is_base64,
+        kind=kind,
+        mime=mime.lower(),
         url=url,
         detail=_text(body, "detail") or _text(part, "detail"),
         name=name or _text(body, "file_id", "id"),
         format=format,
         transcript=_text(body, "transcript"),
+        encoded=encoded,
+        is_base64=is_base64,
     )
 
 
-def _kind(part: Mapping[str, Any]) -> Kind | None:
+def kind_of(part: Mapping[str, Any]) -> Kind | None:
+    """What kind of medium a content part is sent as; None for text and for anything else."""
     named = part.get("type")
     if isinstance(named, str):
         return _KINDS.get(named)
-    for key in ("image_url", "input_audio", "video_url", "audio_url", "file", "audio"):
+    for key in _BODY_KEYS:
         if isinstance(part.get(key), (str, Mapping)):  # gateways that leave the type out
             return _KINDS[key]
     if isinstance(part.get("transcript"), str) and "text" not in part:
@@ -153,12 +143,11 @@ def _kind(part: Mapping[str, Any]) -> Kind | None:
 def _body(part: Mapping[str, Any]) -> Mapping[str, Any]:
     """The object that holds the payload: under the part's own type, `source`, or the part."""
     named = part.get("type")
-    keys = (named, "image_url", "input_audio", "video_url", "audio_url", "file", "audio", "source")
-    for key in keys:
+    for key in (named, *_BODY_KEYS, "source"):
         inner = part.get(key) if isinstance(key, str) else None
         if isinstance(inner, Mapping):
             return inner
-        if isinstance(inner, str) and key != "type":
+        if isinstance(inner, str):
             return {**part, "url": inner}
     return part
 

@@ -26,6 +26,8 @@ use (`test_invariant_07_...`):
 10. Every loop, queue, cache and body has a limit, named in `config.yaml` with its unit.
 """
 
+from typing import TYPE_CHECKING
+
 from proxy.memory.artifacts_bridge import ArtifactsBridge, InMemoryBackend
 from proxy.memory.context import ContextPacker
 from proxy.memory.eviction import (
@@ -38,7 +40,6 @@ from proxy.memory.eviction import (
 )
 from proxy.memory.faults import PageFaultHandler
 from proxy.memory.levels import CompressorRegistry
-from proxy.memory.manager import MemoryManager
 from proxy.memory.manifest import AvailablePageEntry, ManifestBuilder, ManifestPolicies
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
@@ -61,7 +62,10 @@ from proxy.memory.vm_tools import (
     get_vm_tools,
     get_vm_tools_as_dicts,
 )
-from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig
+
+if TYPE_CHECKING:
+    from proxy.library import MemoryManager, WorkingSetManager
 
 __all__ = [
     "LRU",
@@ -102,3 +106,12 @@ __all__ = [
     "get_vm_tools",
     "get_vm_tools_as_dicts",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The seeds import these from here; they stand on the turns, a floor above."""
+    if name in ("MemoryManager", "WorkingSetManager"):
+        from proxy import library
+
+        return getattr(library, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import chain
 
 from proxy.memory.models import CompressionLevel
+from proxy.memory.words import SENTENCE_END, STOP_WORDS
 
 ABSTRACT_TOKENS = 48
 REFERENCE_TOKENS = 12
@@ -25,7 +28,7 @@ _CHARS_PER_TOKEN = 4
 
 _LONGEST_PIECE_CHARS = 320  # text without sentences or lines is ranked in runs of this length
 
-_PIECE_END = re.compile(r"[.!?][\"')*]*\s+|\n\s*|[。！？]\s*")
+_PIECE_END = re.compile(rf"{SENTENCE_END}|\n\s*")
 _WORD = re.compile(r"\w{3,}|\d+")
 _TERM = re.compile(r"\w{2,}")
 # What a conversation decided or was told to keep.
@@ -37,16 +40,14 @@ _DECISION = frozenset(
 )
 # Why it did, and what it asked.
 _QUESTION = frozenset("because should will what when where which who why how".split())
-_STOP = frozenset(
+_IDLE = STOP_WORDS | frozenset(
     """
-    the and for are but not you all any can had her was one our out has him his how its may new
-    now old see two way who did get let put say she too use that with have this will your from
-    they know want been good much some time very when come here just like long make many more only
-    over such take than them well were what would there their about which could other these those
-    into then also because really think going yeah sure thanks thank great hey hello please okay
-    should being does doing don didn isn wasn aren won let's it's i'm that's
+    aren because come didn get going good great hello hey isn know let like long make many much new
+    okay old one only put really say see sure take thank thanks think time two use want wasn way
+    well won yeah
     """.split()
 )
+_NO_TOPIC = _IDLE | _DECISION | _QUESTION
 
 
 def compress_text(
@@ -120,30 +121,16 @@ def _select(text: str, budget_chars: int, slack_chars: int) -> str:
     """
     if len(text) <= budget_chars:
         return text.strip()
-    spans = _pieces(text)
-    words = [_WORD.findall(text[start:end]) for start, end in spans]
-    frequency = Counter(word for group in words for word in group)
-    # Damped: a text's topic is in every piece of it, and must not outweigh what is said of it.
-    weight = {word: 1.0 + math.log(times) for word, times in frequency.items()}
-    ranked: list[tuple[float, int]] = []
-    for index, (_, end) in enumerate(spans):
-        if words[index]:
-            score = _score(words[index], weight)
-            if (
-                text[end - 1] in ":*#"
-            ):  # a heading or the opening of a list: little without its rest
-                score *= 0.6
-            ranked.append((-(score + 0.4 if index == 0 else score), index))
-    ranked.sort()
+    spans, ranked = _ranked(text)
     left, chosen = budget_chars, []
-    said: set[str] = set()  # logs and lists repeat themselves: once is enough
+    taken: set[str] = set()  # logs and lists repeat themselves: once is enough
     for rank, index in ranked:
         start, end = spans[index]
         length = end - start
         if left < 16 or rank > 0.5 * ranked[0][0]:  # what is left is filler beside the best
             break
-        if length < left + slack_chars and text[start:end] not in said:
-            said.add(text[start:end])
+        if length < left + slack_chars and text[start:end] not in taken:
+            taken.add(text[start:end])
             chosen.append(index)
             left -= length + 1
     if not chosen:
@@ -151,6 +138,24 @@ def _select(text: str, budget_chars: int, slack_chars: int) -> str:
         return text[start : start + budget_chars].strip()
     chosen.sort()
     return _join(text, [spans[index] for index in chosen])
+
+
+@lru_cache(maxsize=4)  # the levels of one page are asked for in a row
+def _ranked(text: str) -> tuple[list[tuple[int, int]], list[tuple[float, int]]]:
+    """(the text's pieces, (minus the score, index) of each that has words, best first)."""
+    spans = _pieces(text)
+    words = [_WORD.findall(text, start, end) for start, end in spans]
+    frequency = Counter(chain.from_iterable(words))
+    worth = {word: _worth(word, times) for word, times in frequency.items()}
+    ranked: list[tuple[float, int]] = []
+    for index, said in enumerate(words):
+        if said:
+            score = _score(said, worth)
+            if text[spans[index][1] - 1] in ":*#":  # a heading, a list's opening: little without its rest
+                score *= 0.6
+            ranked.append((-(score + 0.4 if index == 0 else score), index))
+    ranked.sort()
+    return spans, ranked
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
@@ -171,17 +176,19 @@ def _pieces(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _score(words: list[str], weight: Mapping[str, float]) -> float:
-    """Term weight per square root of length, so that neither long nor tiny pieces win by size."""
-    total = 0.0
-    for word in dict.fromkeys(words):
-        if word.islower():
-            if word not in _STOP:
-                total += weight[word]
-                if not word.isalpha():  # snake_case, utf8
-                    total += 2.0
-        else:  # a number, a name, CamelCase, a CONSTANT
-            total += weight[word] + 1.5
+def _worth(word: str, times: int) -> float:
+    """Damped: a text's topic is in every piece of it, and must not outweigh what is said of it."""
+    weight = 1.0 + math.log(times)
+    if not word.islower():  # a number, a name, CamelCase, a CONSTANT
+        return weight + 1.5
+    if word in _IDLE:
+        return 0.0
+    return weight if word.isalpha() else weight + 2.0  # snake_case, utf8
+
+
+def _score(words: list[str], worth: dict[str, float]) -> float:
+    """Worth per square root of length, so that neither long nor tiny pieces win by size."""
+    total = sum(map(worth.__getitem__, dict.fromkeys(words)))
     if not _DECISION.isdisjoint(words):
         total += 4.0
     elif not _QUESTION.isdisjoint(words):
@@ -200,11 +207,10 @@ def _join(text: str, spans: list[tuple[int, int]]) -> str:
 
 def _tags(text: str, max_tokens: int) -> str:
     """The most telling terms, in order of appearance, as "a, b, c"."""
-    frequency = Counter(_TERM.findall(text[:8000]))
     worth: dict[str, tuple[float, int, str]] = {}
-    for index, (term, times) in enumerate(frequency.items()):
-        key = term.lower()
-        if key in _STOP or key in _DECISION or key in _QUESTION or (len(key) < 3 and key.isalpha()):
+    for index, (term, times) in enumerate(Counter(_TERM.findall(text[:8000])).items()):
+        key = term if term.islower() else term.lower()
+        if key in _NO_TOPIC or (len(key) < 3 and key.isalpha()):
             continue
         seen, at, shown = worth.get(key, (0.0, index, term[:24]))
         bonus = (len(term) > 5) + (not term.islower()) + (not term.isalpha())

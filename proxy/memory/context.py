@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from proxy.memory.message_text import prefix_of
 from proxy.memory.models import (
     CompressionLevel,
     Counts,
@@ -24,7 +25,6 @@ from proxy.memory.models import (
     estimate_text_tokens,
 )
 from proxy.memory.pack_cache import PackCache, PackedLine
-from proxy.memory.pages import prefix_of
 
 CONTEXT_OPEN = "<VM:CONTEXT>"
 CONTEXT_CLOSE = "</VM:CONTEXT>"

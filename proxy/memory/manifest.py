@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.memory.context import quote_json
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, StorageTier
-from proxy.memory.pages import parse_page_id
 
 ALL_LEVELS = [0, 1, 2, 3]
 MIN_MANIFEST_TOKENS = 32  # below this `fit` cannot keep its bound

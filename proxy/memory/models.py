@@ -139,6 +139,14 @@ def estimate_text_tokens(text: str) -> int:
     return (len(text.encode("utf-8", "surrogatepass")) + 3) // 4
 
 
+def json_text(value: Any) -> str:
+    """A value as compact JSON; "" for what cannot be JSON (cycles, keys that are no strings)."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+
+
 class Counts(Protocol):
     """Counts tokens as a model's provider does; never raises."""
 
@@ -176,7 +184,7 @@ class MemoryPage(BaseModel):
             return ""
         if isinstance(self.content, str):
             return self.content
-        return json.dumps(self.content, ensure_ascii=False, separators=(",", ":"), default=str)
+        return json_text(self.content)
 
     @property
     def version(self) -> str:

@@ -30,7 +30,7 @@ class PrefetchSource(str, Enum):
 
 class Candidate(NamedTuple):
     """A page that a source proposes. `score` is comparable within one source; `evidence` as in
-    `proxy.memory.pages.Hit`; `tokens` is the whole page's size.
+    `proxy.memory.ids.Hit`; `tokens` is the whole page's size.
     """
 
     page_id: str

@@ -1,8 +1,8 @@
 """search_pages without an index: ranks pages by the words of their hints.
 
-Promises: deterministic; a page without a word in common with the query is no result; a rare word
-counts for more than one that every page has; of equal pages the earlier one given comes first.
-Linear in the pages; for the whole text of a conversation there is `proxy.search`.
+Promises: deterministic; a page without a word in common with the query is no result, unless the query
+names it; a rare word counts for more than one that every page has; of equal pages the earlier one given
+comes first. For the whole text of a conversation there is `proxy.search`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 
 from proxy.memory.manifest import AvailablePageEntry
@@ -34,7 +34,6 @@ _STOP = frozenset(
 )
 _ENDINGS = ("ations", "ation", "ingly", "edly", "ing", "ies", "ed", "es", "ly", "s", "e", "y")
 _SHORTEST_STEM = 3
-_NAMED = 1000.0  # a query that names the page itself
 _HINT_CHARS = 4_000  # of one hint that are read
 _QUERY_CHARS = 1_000
 _HINTS_IN_RAM = 2_048
@@ -46,11 +45,7 @@ def terms(text: str) -> list[str]:
     for word in _WORD.findall(text.lower()):
         if word in _STOP:
             continue
-        if word.isascii():
-            found.append(_stem(word))
-            continue
-        rest = _UNSPACED.sub(" ", word)
-        found.extend(_stem(part) for part in rest.split())
+        found.extend(_stem(part) for part in _UNSPACED.sub(" ", word).split())
         for run in _UNSPACED.findall(word):
             found.extend(run[i : i + 2] for i in range(max(1, len(run) - 1)))
     return found
@@ -65,29 +60,17 @@ def _stem(word: str) -> str:
 
 
 @lru_cache(maxsize=_HINTS_IN_RAM)
-def _counted(hint: str) -> tuple[tuple[tuple[str, int], ...], int]:
-    """(terms with their times, how many in all): most pages are the same at the next epoch."""
-    counts = Counter(terms(hint))
-    return tuple(counts.items()), counts.total()
+def _counted(hint: str) -> Counter[str]:
+    return Counter(terms(hint))
 
 
 class PageSearchHandler:
     """Searches the pages it was given; `hint` is what is known of each (as far as it is read)."""
 
     def __init__(self, available_pages: Iterable[AvailablePageEntry] = ()) -> None:
-        self._pages: list[AvailablePageEntry] = []
-        self._lengths: list[int] = []
-        self._found_in: dict[str, dict[int, int]] = {}  # term -> page's number -> times
-        for page in available_pages:
-            self.add(page)
-
-    def add(self, page: AvailablePageEntry) -> None:
-        """One more page to search."""
-        counts, length = _counted(page.hint[:_HINT_CHARS])
-        for term, times in counts:
-            self._found_in.setdefault(term, {})[len(self._pages)] = times
-        self._pages.append(page)
-        self._lengths.append(length)
+        self._pages = {page.page_id: page for page in available_pages}
+        self._words = {i: _counted(page.hint[:_HINT_CHARS]) for i, page in self._pages.items()}
+        self._pages_with = Counter(term for words in self._words.values() for term in words)
 
     def search(
         self,
@@ -95,49 +78,37 @@ class PageSearchHandler:
         modality: Modality | str | None = None,
         limit: int = DEFAULT_SEARCH_LIMIT,
     ) -> SearchToolResult:
-        """The best `limit` pages (1..20) of that modality (None: any), best first."""
-        kind = modality.value if isinstance(modality, Modality) else modality
+        """The best pages for `query`, those that it names by their ids first."""
         named = set(query.lower().split())
-        rows = [
-            (page, (_NAMED if page.page_id.lower() in named else 0.0) + score)
-            for page, score, _ in self._scored(query, named)
-            if kind is None or page.modality == kind
-        ]
-        rows.sort(key=lambda row: -row[1])  # stable: of equal ones the earlier given first
+        found = {i: score for i, score, _ in self.ranked(query)}
+        kind = modality.value if isinstance(modality, Modality) else modality
+        chosen = [
+            i for i, page in self._pages.items()
+            if (i in found or i.lower() in named) and kind in (None, page.modality)
+        ]  # fmt: skip
+        chosen.sort(key=lambda i: (i.lower() not in named, -found.get(i, 0.0)))
         results = [
-            SearchResultEntry(**page.model_dump(), relevance=round(score, 3))
-            for page, score in rows[: max(1, min(MAX_SEARCH_LIMIT, limit))]
+            SearchResultEntry(**self._pages[i].model_dump(), relevance=round(found.get(i, 0.0), 3))
+            for i in chosen[: max(1, min(MAX_SEARCH_LIMIT, limit))]
         ]
         return SearchToolResult(results=results, total_available=len(self._pages))
 
     def ranked(self, query: str) -> list[tuple[str, float, float]]:
-        """(page id, score, summed rarity of the query's words on it) of all pages found, best first."""
-        rows = [(page.page_id, score, rarity) for page, score, rarity in self._scored(query)]
-        return sorted(rows, key=lambda row: -row[1])
-
-    def _scored(
-        self, query: str, named: Collection[str] = ()
-    ) -> list[tuple[AvailablePageEntry, float, float]]:
-        """Pages with a term of the query (or a `named` id) in the order given, score and rarity.
+        """(page id, score, summed rarity of the query's words on it) of all pages found, best first.
 
         The score is the rarity of the shared terms; a repeated term adds a little, a long hint takes
         some.
         """
-        scores: dict[int, tuple[float, float]] = {}
-        for term in dict.fromkeys(terms(query[:_QUERY_CHARS])):
-            pages = self._found_in.get(term, {})
-            if not pages:
-                continue
-            rarity = math.log(1.0 + len(self._pages) / len(pages))
-            for number, times in pages.items():
-                score, rare = scores.get(number, (0.0, 0.0))
-                score += rarity * (1.0 + 0.2 * min(times - 1, 3))
-                scores[number] = score, rare + rarity
-        for number, page in enumerate(self._pages) if named else ():
-            if page.page_id.lower() in named:
-                scores.setdefault(number, (0.0, 0.0))
-        found = []
-        for number in sorted(scores):
-            score, rare = scores[number]
-            found.append((self._pages[number], score / (1.0 + 0.02 * self._lengths[number]), rare))
-        return found
+        asked = dict.fromkeys(terms(query[:_QUERY_CHARS]))
+        total, docs = len(self._pages), self._pages_with
+        rarity = {term: math.log(1.0 + total / docs[term]) for term in asked if docs[term]}
+        rows: list[tuple[str, float, float]] = []
+        for page_id, words in self._words.items():
+            score = rare = 0.0
+            for term, weight in rarity.items():
+                if times := words.get(term, 0):
+                    score += weight * (1.0 + 0.2 * min(times - 1, 3))
+                    rare += weight
+            if rare:
+                rows.append((page_id, score / (1.0 + 0.02 * words.total()), rare))
+        return sorted(rows, key=lambda row: -row[1])

@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from proxy.memory.eviction import REFAULT_GAIN, is_cooling
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import (
     DEFAULT_IMPORTANCE,
     ChunkRef,
@@ -37,7 +38,6 @@ from proxy.memory.models import (
     PinKind,
     StorageTier,
 )
-from proxy.memory.pages import parse_page_id
 
 REF_BYTES = 16
 _CHUNK_BITS = 6  # 64 positions

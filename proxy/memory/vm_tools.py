@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from proxy.memory.context import context_block, page_words, quote_json
+from proxy.memory.ids import canonical_page_id, make_page_id
 from proxy.memory.manifest import AvailablePageEntry
-from proxy.memory.models import MEDIA_PART, CompressionLevel, MemoryPage, Modality, VMMode
-from proxy.memory.pages import media_page_id, parse_page_id
-from proxy.memory.pages import page_id as make_page_id
+from proxy.memory.models import CompressionLevel, MemoryPage, Modality, VMMode
 
 PAGE_FAULT = "page_fault"
 SEARCH_PAGES = "search_pages"
@@ -249,13 +248,7 @@ def _page_id(raw: object) -> str | None:
     text = raw.strip(" \t\r\n[]()\"'`")
     if not text or len(text) > _MAX_ID_CHARS:
         return None
-    place = parse_page_id(text.lower())
-    if place is None:
-        return text
-    position, part = place
-    if part < MEDIA_PART:
-        return make_page_id(position, part)
-    return media_page_id(position, part - MEDIA_PART, text.lower().partition("_")[0])
+    return canonical_page_id(text)
 
 
 def _level(raw: object) -> CompressionLevel | None:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from proxy.memory.pages import Doc, Hit
+from proxy.memory.ids import Doc, Hit
 from proxy.search.terms import (
     TOKENIZER,
     clean,

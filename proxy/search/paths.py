@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from proxy.memory.pages import Doc, Hit
+from proxy.memory.ids import Doc, Hit
 from proxy.search.fts import PageIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation

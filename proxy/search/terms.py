@@ -12,20 +12,18 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
 
+from proxy.memory.words import STOP_WORDS
+
 TOKENIZER = "porter unicode61"
 _KEPT_WORDS = 65_536  # stems remembered per process
 
 # unicode61 makes one token of a run of these scripts, which have no spaces: index each by itself.
 _UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af])")
 _WORD = re.compile(r"[a-z0-9]+")
-_STOP_WORDS = (
-    "a about after again all also am an and any are as at be been before being but by can could "
-    "d did do does doing don down during each few for from further had has have having he her "
-    "here hers him his how i if in into is it its itself just ll m may me might more most must "
-    "my no nor not now of off on once only or other our out over own re s same shall she should "
-    "so some such t than that the their theirs them then there these they this those through to "
-    "too under until up ve very was we were what when where whether which while who whom whose "
-    "why will with would you your yours hello hey hi ok okay please thank thanks yeah yes"
+_STOP_WORDS = STOP_WORDS | frozenset(
+    "after again before down during each few further having hello hers hey hi itself might most "
+    "must nor off ok okay once only own same shall thank thanks theirs through under until where "
+    "whether while whom whose why yeah yes yours".split()
 )
 
 # Words that rank pages but are no reason to bring one in: they do not count as evidence.
@@ -112,7 +110,7 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def stop_terms() -> frozenset[str]:
-    return frozenset(tokenizer().terms(_STOP_WORDS))
+    return frozenset(tokenizer().terms(" ".join(sorted(_STOP_WORDS))))
 
 
 @functools.cache

@@ -1,7 +1,9 @@
-"""Model cards: how large a model's window is, and what its API accepts.
+"""What a model's name says: its plain and normal forms, and its card (window, tools, roles).
 
-Promises: litellm's model table, read from its file without importing it; the exact name counts first,
-then what `names.normal_name` makes of it; never an exception for a model nobody has heard of.
+Promises: no list of providers or suffixes; a name is only ever shortened, and never so that it names
+other weights: ollama's `llama3.1:8b-instruct-q4_K_M` keeps its tag, `gpt-4o:online` loses it. Cards are
+litellm's model table, read from its file without importing it; the exact name counts first, then what
+`normal_name` makes of it; never an exception for a model nobody has heard of.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,16 +21,53 @@ from typing import Literal
 
 import msgspec
 
-from proxy.tokens.names import is_bare, normal_name, plain_name
-
 log = logging.getLogger(__name__)
 
 _LITELLM = importlib.util.find_spec("litellm")  # found, not imported: importing it takes seconds
-LITELLM_DIR = Path(_LITELLM.origin).parent if _LITELLM and _LITELLM.origin else None
+assert _LITELLM is not None and _LITELLM.origin is not None, "litellm is a dependency"
+LITELLM_DIR = Path(_LITELLM.origin).parent
 UNKNOWN_WINDOW_TOKENS = 32_000
+
+_DEAD = re.compile(r"(?:-v\d+)?[:@][^:@/]*$")  # a routing suffix, a version: ":free", "@001", "-v1:0"
+_TUNED = re.compile(r"[:.]ft-.*$")  # "gpt-3.5-turbo:ft-acme", Azure's "gpt-4o-mini.ft-1a2b"
+_DATE = re.compile(r"[-@]20\d\d-?(?:0[1-9]|1[0-2])-?(?:[0-2]\d|3[01])$")
+_VENDOR = re.compile(r"^(?:[a-z-]+\.)+(?=[a-z])")  # Bedrock's "us.anthropic."
+_MARKS = re.compile(r"[^a-z0-9:@]+")
 
 _CHATS = ("chat", "completion", "responses", "")
 Role = Literal["developer", "system"]
+
+
+@lru_cache(maxsize=1024)
+def plain_name(model: str) -> str:
+    """The name in lower case, without provider prefixes, routing suffixes and what made a fine-tune of
+    it: "gpt-4o" for "openai/GPT-4o:online", "gpt-4o-mini-2024-07-18" for its "ft:...:org::id"."""
+    name = model.lower().strip().rsplit("/", 1)[-1]
+    if name.startswith("ft:"):
+        name = name[3:].partition(":")[0]
+    name = _TUNED.sub("", name)
+    while (dead := _DEAD.search(name)) is not None and not _of_weights(dead[0]):
+        name = name[: dead.start()]
+    return name
+
+
+def _of_weights(tag: str) -> bool:
+    """A size or a quantisation ("8b-q4_K_M"): letters and digits, where a date or a version is digits
+    and a route is a word."""
+    word = tag.rpartition(":")[2].rpartition("@")[2]
+    return any(c.isdigit() for c in word) and any(c.isalpha() for c in word)
+
+
+def normal_name(model: str) -> str:
+    """What names of one model have in common, whoever writes them: the plain name without vendor and
+    date, every mark a dash."""
+    name = _DATE.sub("", plain_name(model))
+    return _MARKS.sub("-", _VENDOR.sub("", name)).strip("-")
+
+
+def _is_bare(name: str) -> bool:
+    """Neither a provider's prefix nor a vendor's."""
+    return "/" not in name and not _VENDOR.match(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +76,6 @@ class ModelCard:
 
     window_tokens: int
     known: bool
-    tools: bool
     developer_role: Role
 
 
@@ -45,7 +84,6 @@ class _Row(msgspec.Struct):
     max_tokens: float | str | None = None
     litellm_provider: str = ""
     mode: str = ""
-    supports_function_calling: bool = False
 
     @property
     def window_tokens(self) -> int | None:
@@ -55,8 +93,6 @@ class _Row(msgspec.Struct):
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, msgspec.Raw]:
-    if LITELLM_DIR is None:
-        return {}
     data = (LITELLM_DIR / "model_prices_and_context_window_backup.json").read_bytes()
     return msgspec.json.decode(data, type=dict[str, msgspec.Raw])
 
@@ -88,7 +124,7 @@ def _row(model: str) -> _Row | None:
     for _, row in _rows(["/".join(pieces[i:]) for i in range(len(pieces))] + [plain_name(model)]):
         return row
     alike = [pair for pair in _rows(_alike().get(normal_name(model), [])) if pair[1].mode in _CHATS]
-    own = [row for name, row in alike if is_bare(name)] or [row for _, row in alike]
+    own = [row for name, row in alike if _is_bare(name)] or [row for _, row in alike]
     if not own:
         return None
     often = Counter(row.window_tokens or 0 for row in own)
@@ -108,14 +144,9 @@ def model_card(model: str) -> ModelCard:
             model,
             UNKNOWN_WINDOW_TOKENS,
         )
-        return ModelCard(UNKNOWN_WINDOW_TOKENS, False, True, "system")
-    role: Role = "developer" if row.litellm_provider == "openai" and _takes_developer(model) else (
-        "system"
-    )
-    return ModelCard(window, True, row.supports_function_calling, role)
-
-
-def _takes_developer(model: str) -> bool:
-    """gpt-3.5 and the first gpt-4 know only `system`; o1-mini and o1-preview know neither."""
+        return ModelCard(UNKNOWN_WINDOW_TOKENS, False, "system")
+    # gpt-3.5 and the first gpt-4 know only `system`; o1-mini and o1-preview know neither.
     old = ("gpt-3.5*", "gpt-4", "gpt-4-*", "o1-mini*", "o1-preview*")
-    return not any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
+    is_old = any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
+    takes = row.litellm_provider == "openai" and not is_old
+    return ModelCard(window, True, "developer" if takes else "system")

@@ -1,29 +1,38 @@
 """The counter: how large a text, a message, a part or a tools array is for a model.
 
 Promises: no network (litellm ships the encodings), counts by OpenAI's published rules, never below
-them for text, and never an exception for a model nobody has heard of. Counting is the slowest step
-of a request (about 20 MB/s), so callers count a message once in its life.
+them for text, and never an exception for a model nobody has heard of. A tools array counts by the
+cookbook's num_tokens_for_tools, carried on into nested schemas so that no word of one is left out; for
+other providers as its JSON, which is what their chat templates render. Counting is the slowest step of
+a request (about 20 MB/s, all of it tiktoken's), so callers count a message once in its life. litellm's
+own counter takes seconds to import and sums a whole request at once.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from proxy.tokens.cards import LITELLM_DIR
-from proxy.tokens.images import ImageRule, image_rule
-from proxy.tokens.media import count_medium, count_speech, largest_medium
-from proxy.tokens.names import plain_name
-from proxy.tokens.tools import ToolRule, compact, count_tools, tool_rule
+import msgspec
 
-if LITELLM_DIR:  # must be set before tiktoken loads an encoding, or it asks the network
-    os.environ.setdefault(
-        "TIKTOKEN_CACHE_DIR", str(LITELLM_DIR / "litellm_core_utils" / "tokenizers")
-    )
+from proxy.tokens.cards import LITELLM_DIR, plain_name
+from proxy.tokens.media import (
+    ImageRule,
+    Text,
+    count_medium,
+    count_speech,
+    image_rule,
+    largest_medium,
+)
+
+# Must be set before tiktoken loads an encoding, or it asks the network.
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(LITELLM_DIR / "litellm_core_utils" / "tokenizers"))
 
 import tiktoken
 
@@ -39,10 +48,52 @@ _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "functio
 _SIGNED = "__thought__"  # litellm: "call_1__thought__<Gemini's signature>"
 _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
 
+_PER_TOOLS = 12  # the namespace around a tools array ("func_end")
+_PER_TOOL = 8  # around the JSON of one
+_PROP_INIT = 3
+_PROP_KEY = 3
+_ENUM_INIT = -3
+_ENUM_ITEM = 3
+_MAX_DEPTH = 24  # a schema nested deeper is counted as its JSON
+_BRANCHES = ("anyOf", "oneOf", "allOf", "prefixItems")
+_DEFINITIONS = ("$defs", "definitions")
+# Read by the rule itself, or rendered as a mark ("?") or not at all.
+_STRUCTURE = frozenset(
+    """
+    type description properties items enum required additionalProperties $schema $id $ref title
+    strict nullable
+    """.split()
+) | {*_BRANCHES, *_DEFINITIONS}
+
 # Every medium's part has one of these words as its type or as a key (an escaped letter counts as
 # one too), and an answer's sound has "audio". A word that is something else only adds.
 _MEDIUM_WORD = re.compile(rb'"(image|input_|audio|video|file|document"|output_audio")')
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRule:
+    """`published`: OpenAI's rule, else JSON; `overhead`: tokens around any tools array."""
+
+    name: str
+    published: bool
+    overhead: int = _PER_TOOLS
+
+
+_OPENAI = ToolRule("", True)
+_JSON = ToolRule("json-tools", False)
+# Anthropic puts a system prompt of its own before the tools (tool_choice auto: 346 tokens).
+_CLAUDE = ToolRule("claude-tools", False, 346)
+_OPENAI_MODELS = ("gpt-*", "chatgpt-*", "o[1-9]", "o[1-9]-*", "computer-use-*", "codex-*")
+
+
+@lru_cache(maxsize=1024)
+def _tool_rule(model: str) -> ToolRule:
+    """The rule of a model's provider, by the model's name."""
+    name = plain_name(model)
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OPENAI_MODELS):
+        return _OPENAI
+    return _CLAUDE if "claude" in name else _JSON
 
 
 class TokenCounter:
@@ -130,7 +181,7 @@ class TokenCounter:
 
     def tools(self, tools: Sequence[Any]) -> int:
         """Tokens of a tools array; also of legacy functions and of other JSON in the prompt."""
-        return count_tools(tools, self._tool, self._func_init, self.text)
+        return _count_tools(tools, self._tool, self._func_init, self.text)
 
 
 def _unsigned(call_id: Any) -> Any:
@@ -154,7 +205,7 @@ def tokens_upper_bound(body: bytes, counter: TokenCounter | None = None) -> int:
         others += len(_ESCAPED_LETTER.findall(body))
     # The words of an answer's sound count three times: as text, and as two tokens a character.
     spoken = 3 if others and (b'"transcript"' in body or b"\\u00" in body) else 1
-    overhead = 2 * (counter.tools_overhead if counter else tool_rule("claude").overhead)
+    overhead = 2 * (counter.tools_overhead if counter else _tool_rule("claude").overhead)
     return len(body) * spoken + images * rule.max_tokens + others * other + overhead
 
 
@@ -164,29 +215,122 @@ def _counter(encoding_name: str, images: ImageRule, tool: ToolRule) -> TokenCoun
 
 
 @lru_cache(maxsize=1024)
-def encoding_of(model: str) -> str:
-    """The encoding of an OpenAI model, or o200k_base for any other."""
+def _encoding_of(model: str) -> str | None:
     try:
         return tiktoken.encoding_name_for_model(plain_name(model))
     except KeyError:
-        return DEFAULT_ENCODING
+        return None
 
 
-@lru_cache(maxsize=1024)
 def encoding_is_known(model: str) -> bool:
-    """Whether the model is known to use the encoding that `encoding_of` names."""
-    try:
-        return bool(tiktoken.encoding_name_for_model(plain_name(model)))
-    except KeyError:
-        return False
+    """Whether the encoding of the model is known; that of any other is taken for DEFAULT_ENCODING."""
+    return _encoding_of(model) is not None
 
 
 def get_counter(model: str, tokenizer: str | None = None) -> TokenCounter:
     """The counter for a model; `tokenizer` (an encoding's name) overrides what its name says."""
-    name = tokenizer or encoding_of(model)
-    images, tool = image_rule(model), tool_rule(model)
+    name = tokenizer or _encoding_of(model) or DEFAULT_ENCODING
+    images, tool = image_rule(model), _tool_rule(model)
     try:
         return _counter(name, images, tool)
     except (ValueError, OSError):  # unknown, or one that tiktoken would have to download
         log.warning("no local file for the encoding %r: counting with %s", name, DEFAULT_ENCODING)
         return _counter(DEFAULT_ENCODING, images, tool)
+
+
+# ---------------------------------------------------------------- tools
+
+
+def _count_tools(tools: Sequence[Any], rule: ToolRule, func_init: int, text: Text) -> int:
+    if not tools:
+        return 0
+    total, overhead = 0, _PER_TOOLS
+    for tool in tools:
+        function = _function(tool)
+        if function is not None:
+            overhead = rule.overhead
+        if function is None or not rule.published:
+            total += _PER_TOOL + text(compact(tool))
+        else:
+            total += func_init + _function_tokens(function, text)
+    return total + overhead
+
+
+def compact(value: Any) -> str:
+    """JSON without spaces; Python's own spelling of what JSON cannot say."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _function(tool: Any) -> Mapping[str, Any] | None:
+    """What the model is shown of a tool: a function's or a custom tool's own object."""
+    if not isinstance(tool, Mapping):
+        return None
+    for key in ("function", "custom"):
+        inner = tool.get(key)
+        if isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
+            return inner
+    legacy = isinstance(tool.get("name"), str) and "parameters" in tool
+    return tool if legacy else None
+
+
+def _function_tokens(function: Mapping[str, Any], text: Text) -> int:
+    total = text(f"{function['name']}:{_words(function)}")
+    total += _schema(function.get("parameters"), text, 0)
+    rest = {
+        key: value
+        for key, value in function.items()
+        if key not in ("name", "description", "parameters", "strict", "type")
+    }
+    return total + (text(compact(rest)) if rest else 0)
+
+
+def _schema(schema: Any, text: Text, depth: int) -> int:
+    """What a schema holds beside its own name, type and description."""
+    if not isinstance(schema, Mapping):
+        return 0
+    if depth >= _MAX_DEPTH:
+        return text(compact(schema))
+    total = 0
+    for key in ("properties", *_DEFINITIONS):
+        inner = schema.get(key)
+        if isinstance(inner, Mapping) and inner:
+            total += _PROP_INIT + _PROP_KEY * len(inner)
+            total += sum(_named(f"{key}:", prop, text, depth + 1) for key, prop in inner.items())
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), Mapping):
+            total += _named("", schema[key], text, depth + 1)
+    for key in _BRANCHES:
+        inner = schema.get(key)
+        for branch in inner if isinstance(inner, list) else ():
+            total += 1 + _named("", branch, text, depth + 1)  # and the stroke between two
+    total += _enum(schema.get("enum"), text)
+    rest = {key: value for key, value in schema.items() if key not in _STRUCTURE}
+    return total + (text(compact(rest)) if rest else 0)
+
+
+def _named(head: str, schema: Any, text: Text, depth: int) -> int:
+    """A property's schema behind its name; without one an array's items, one of several alternatives."""
+    if not isinstance(schema, Mapping):
+        return text(head + compact(schema))
+    return text(f"{head}{_kind(schema)}:{_words(schema)}") + _schema(schema, text, depth)
+
+
+def _enum(items: Any, text: Text) -> int:
+    if not isinstance(items, list):
+        return 0
+    total = _ENUM_INIT
+    for item in items:  # a number stands without quotation marks
+        total += _ENUM_ITEM + text(item) if isinstance(item, str) else 1 + text(compact(item))
+    return max(0, total)
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    kind = schema.get("type", schema.get("$ref", ""))
+    return "|".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    return str(schema.get("description") or "").removesuffix(".")

@@ -16,18 +16,6 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from proxy.config import Config
 
-__all__ = [
-    "CHAT_PATH",
-    "BytesReply",
-    "Header",
-    "Reply",
-    "RootPath",
-    "Upstream",
-    "UpstreamBroken",
-    "join_chunks",
-    "make_upstream",
-]
-
 Header = tuple[bytes, bytes]
 """One header as on the wire, its name in lower case."""
 
@@ -55,17 +43,26 @@ class Reply(Protocol):
     status: int
     headers: list[Header]
 
-    def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body, once, as it arrives. Raises `UpstreamBroken`."""
         ...
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body. Raises `UpstreamBroken`, also when it is longer than `limit_bytes`."""
-        ...
+        parts: list[bytes] = []
+        size_bytes = 0
+        chunks = self.chunks()
+        async for chunk in chunks:
+            size_bytes += len(chunk)
+            if size_bytes > limit_bytes:
+                await chunks.aclose()
+                raise UpstreamBroken(f"the upstream's answer is longer than {limit_bytes} bytes")
+            parts.append(chunk)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def close(self) -> None:
         """Give the body up: the upstream call is cancelled at once. Harmless when repeated."""
-        ...
+        return
 
 
 class Upstream(Protocol):
@@ -73,7 +70,7 @@ class Upstream(Protocol):
 
     async def start(self) -> None:
         """Before the first request: what takes seconds is done. Raises ImportError."""
-        ...
+        return
 
     async def chat(
         self,
@@ -99,23 +96,10 @@ class Upstream(Protocol):
 
     async def close(self) -> None:
         """Close every connection."""
-        ...
+        return
 
 
-async def join_chunks(chunks: AsyncGenerator[bytes, None], limit_bytes: int) -> bytes:
-    """The whole of `chunks`, or `UpstreamBroken` when it is longer than `limit_bytes`."""
-    parts: list[bytes] = []
-    size_bytes = 0
-    async for chunk in chunks:
-        size_bytes += len(chunk)
-        if size_bytes > limit_bytes:
-            await chunks.aclose()
-            raise UpstreamBroken(f"the upstream's answer is longer than {limit_bytes} bytes")
-        parts.append(chunk)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-class BytesReply:
+class BytesReply(Reply):
     """A reply whose body is already here (errors of other providers, built-in answers)."""
 
     def __init__(self, status: int, headers: Iterable[Header], body: bytes) -> None:
@@ -123,31 +107,17 @@ class BytesReply:
         self.headers = list(headers)
         self._body = body
 
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         if self._body:
             yield self._body
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self._chunks()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self._chunks(), limit_bytes)
-
-    async def close(self) -> None:
-        """Nothing is running."""
-
 
 def make_upstream(config: Config) -> Upstream:
-    """The upstream that `config.upstream.provider` names; heavy libraries load on first use."""
-    provider = config.upstream.provider
-    if provider == "litellm":
+    """The upstream that the configuration names; heavy libraries load on first use."""
+    if config.upstream.provider == "litellm":
         from proxy.upstream.litellm import LitellmUpstream
 
         return LitellmUpstream(config)
-    if provider == "demo":
-        from proxy.upstream.demo import DemoUpstream
-
-        return DemoUpstream(config)
     if any(override.bridge is not None for override in config.models.values()):
         from proxy.upstream.responses import ResponsesBridge
 

@@ -1,9 +1,9 @@
-"""Requests that Anthropic is certain to refuse, or of which litellm would lose something, put right. Pure.
+"""What Anthropic's API needs beside litellm's translation. Pure.
 
-Promises: what OpenAI's API takes and Anthropic's has no word for is said in other words (a refusal, a
-call id used twice, a request of system messages alone), left out where it says nothing (an empty answer, a field at its default), or
-refused with a sentence (audio, custom tools); nothing is dropped in silence. The same messages give
-the same words in every request, so the provider's cache keeps its prefix.
+Promises: what OpenAI's API takes and Anthropic's has no word for is said in other words (a call id used
+twice, a request of system messages alone) or left out where it says nothing (an empty answer); nothing
+else is dropped in silence. A window gets cache markers at the end of the stable prefix and of the
+last two turns. The same messages give the same words in every request, so the provider's cache keeps its prefix.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from proxy.upstream.idle import has_custom_tools, refused, without_idle
-
 Json = dict[str, Any]
 
-_HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
+HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
 # OpenAI's own defaults: to send them is to say nothing, and litellm refuses the fields.
-_DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
+DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "n": (1,),
     "logprobs": (False,),
     "logit_bias": ({},),
@@ -27,69 +25,34 @@ _DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "service_tier": ("auto", "default"),
     "verbosity": ("medium",),
 }
-
-
 _SYSTEM: Final = ("system", "developer")
+_ASKING: Final = ("user", "tool", "function")
 _BEGIN: Final[Json] = {"role": "user", "content": "(begin)"}
+_MARKER: Final[Json] = {"type": "ephemeral"}
+_MARKABLE: Final = ("text", "image_url", "file", "document")  # parts that litellm keeps a marker of
+# Anthropic refuses to think on in a tool round whose thinking is gone; without, it goes on.
+_THINKING: Final = ("thinking", "reasoning_effort")
 
 
-def is_claude(provider: str, model: str) -> bool:
-    """True for Anthropic's models, at whoever hosts them by Anthropic's rules."""
-    return provider in _HOSTS and (provider == "anthropic" or "claude" in model.lower())
+def for_anthropic(fields: Json) -> Json:
+    """The request as litellm has to be given it."""
+    messages = list(_with_own_ids(_saying(fields["messages"])))
+    if all(message.get("role") in _SYSTEM for message in messages):
+        messages.append(_BEGIN)
+    if _thinking_is_lost(messages):
+        fields = {k: v for k, v in fields.items() if k not in _THINKING}
+    return {**fields, "messages": messages}
 
 
-def for_claude(fields: Json) -> Json:
-    """The request, or a changed copy. Raises ApiError 400 for what cannot be said to Anthropic."""
-    fields = without_idle(fields, _DEFAULTS)
-    if has_custom_tools(fields):
-        raise refused("Anthropic", "custom tools", "tools")
-    messages = fields["messages"]
-    right = list(_with_own_ids(list(_messages(messages))))
-    if all(message.get("role") in _SYSTEM for message in right):
-        right.append(_BEGIN)
-    same = len(right) == len(messages) and all(a is b for a, b in zip(right, messages, strict=True))
-    return fields if same else {**fields, "messages": right}
-
-
-def _messages(messages: Sequence[Json]) -> Iterator[Json]:
+def _saying(messages: Sequence[Json]) -> Iterator[Json]:
+    """Anthropic takes no empty text: litellm would put its own words where nothing is said."""
     for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            message = _with_parts(message, content)
-        if message.get("role") != "assistant":
+        says = message.get("content") or message.get("tool_calls") or message.get("function_call")
+        if says or message.get("role") != "assistant":
             yield message
-            continue
-        calls = message.get("tool_calls") or ()
-        if any("custom" in call for call in calls if isinstance(call, dict)):
-            raise refused("Anthropic", "calls of custom tools", "messages")
-        if message.get("content") or calls or message.get("function_call"):
-            yield message
-        elif message.get("refusal"):
-            yield {**message, "content": message["refusal"]}
-        # Nothing is said, and Anthropic takes no empty text: litellm would put its own words there.
 
 
-def _with_parts(message: Json, parts: Sequence[Any]) -> Json:
-    kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-    if "input_audio" in kinds:
-        raise refused("Anthropic", "audio", "messages")
-    worded = [_worded(part) for part in parts if not _is_empty(part)]
-    if len(worded) == len(parts) and "refusal" not in kinds:
-        return message
-    return {**message, "content": worded or ""}
-
-
-def _is_empty(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and not part.get("text")
-
-
-def _worded(part: Any) -> Any:
-    if isinstance(part, dict) and part.get("type") == "refusal":
-        return {"type": "text", "text": part.get("refusal") or "(refused)"}
-    return part
-
-
-def _with_own_ids(messages: Sequence[Json]) -> Iterator[Json]:
+def _with_own_ids(messages: Iterator[Json]) -> Iterator[Json]:
     """Every call has an id of its own: the second `call_0` becomes `call_0_2`, and so do its result."""
     seen: set[str] = set()
     renamed: dict[str, list[str]] = {}  # id as sent -> what the open calls of that id are called
@@ -97,16 +60,13 @@ def _with_own_ids(messages: Sequence[Json]) -> Iterator[Json]:
         calls = message.get("tool_calls")
         if message.get("role") == "assistant" and isinstance(calls, list) and calls:
             renamed = {}
-            ids = [_own_id(str(call.get("id")), seen, renamed) for call in calls]
-            if any(id != call.get("id") for id, call in zip(ids, calls, strict=True)):
-                named = [{**call, "id": id} for id, call in zip(ids, calls, strict=True)]
-                message = {**message, "tool_calls": named}
+            named = [{**call, "id": _own_id(str(call.get("id")), seen, renamed)} for call in calls]
+            message = {**message, "tool_calls": named}
         elif message.get("role") == "tool":
             waiting = renamed.get(str(message.get("tool_call_id")))
             if waiting:
                 id = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-                if id != message.get("tool_call_id"):
-                    message = {**message, "tool_call_id": id}
+                message = {**message, "tool_call_id": id}
         yield message
 
 
@@ -117,3 +77,56 @@ def _own_id(id: str, seen: set[str], renamed: dict[str, list[str]]) -> str:
     seen.add(own)
     renamed.setdefault(id, []).append(own)
     return own
+
+
+def _thinking_is_lost(messages: Sequence[Json]) -> bool:
+    """The client has not kept the thinking of the tool round that this request goes on with."""
+    if messages[-1].get("role") not in ("tool", "function"):
+        return False
+    called = next((m for m in reversed(messages) if m.get("role") == "assistant"), {})
+    return bool(called.get("tool_calls")) and not called.get("thinking_blocks")
+
+
+# ---------------------------------------------------------------- the prompt cache
+
+
+def with_markers(fields: Json, leading: int) -> Json:
+    """A window with at most three markers, or the client's own; `leading`: its system messages. The marker before
+    the last answer stood at the end of the request before, so that its prefix is found however
+    many blocks this turn has added."""
+    messages = fields["messages"]
+    if _marked(messages) or _marked(fields.get("tools")):
+        return fields
+    last = _last_asking(messages, len(messages))
+    answer = next((i for i in range(last, -1, -1) if messages[i].get("role") == "assistant"), 0)
+    places = {leading - 1, last, _last_asking(messages, answer)}
+    marked = [_with_marker(m) if i in places else m for i, m in enumerate(messages)]
+    return {**fields, "messages": marked}
+
+
+def _marked(value: Any) -> bool:
+    """Somebody put a marker on a message, a part or a tool of the list."""
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, dict) and (
+            "cache_control" in item
+            or _marked(item.get("content"))
+            or "cache_control" in (item.get("function") or ())
+        ):
+            return True
+    return False
+
+
+def _last_asking(messages: Sequence[Json], end: int) -> int:
+    return next((i for i in range(end - 1, -1, -1) if messages[i].get("role") in _ASKING), -1)
+
+
+def _with_marker(message: Json) -> Json:
+    content = message.get("content")
+    if not isinstance(content, str | list) or not content:
+        return message
+    if isinstance(content, str) or message.get("role") == "tool":  # one block, whatever is in it
+        return {**message, "cache_control": _MARKER}
+    *before, part = content
+    if not isinstance(part, dict) or part.get("type") not in _MARKABLE:
+        return message
+    return {**message, "content": [*before, {**part, "cache_control": _MARKER}]}

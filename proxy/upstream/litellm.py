@@ -5,7 +5,7 @@ price table; nothing is retried here; an error of the provider keeps its status 
 when a stream was asked for; one after a stream's first chunk is its last event. Where a model is:
 `models.<name>.api_base`, else `upstream.base_url`, else the provider's own address. A client cannot
 use litellm's own settings (another `api_base`, credentials, files): such a field is refused.
-What the providers need beside litellm's translation is in `dialects.py`.
+What is said and what comes back is put into the other side's words in `dialects.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from proxy.errors import ApiError
-from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken, join_chunks
-from proxy.upstream.anthropic import is_claude
-from proxy.upstream.dialects import Chunks, asked_for_usage, prepare, whole_answer
-from proxy.upstream.gemini import is_gemini
-from proxy.upstream.litellm_errors import caused_by, error_headers, error_object, provider_status
-from proxy.upstream.litellm_headers import relayed, reply_headers, request_headers
+from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, Upstream, UpstreamBroken, dialects
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -38,34 +33,15 @@ _SSE_HEADERS: Final[list[Header]] = [
 _KEEPALIVE: Final = b": keep-alive\n\n"
 # litellm reads these from the call like settings: where to connect, as whom, which file holds the key.
 _SETTING_NAMES: Final = frozenset(
-    (
-        "api_base",
-        "api_key",
-        "api_version",
-        "base_url",
-        "default_headers",
-        "deployment_id",
-        "extra_body",
-        "extra_headers",
-        "extra_query",
-        "model_list",
-        "organization",
-        "timeout",
-    )
+    """
+    api_base api_key api_version base_url default_headers deployment_id extra_body extra_headers
+    extra_query model_list organization timeout
+    """.split()
 )
-_SETTING_PREFIXES: Final = (
-    "_",
-    "aws_",
-    "azure_",
-    "databricks_",
-    "gcs_",
-    "litellm_",
-    "oci_",
-    "s3_",
-    "sagemaker_",
-    "snowflake_",
-    "vertex_",
-    "watsonx_",
+_SETTING_PREFIXES: Final = tuple(
+    """
+    _ aws_ azure_ databricks_ gcs_ litellm_ oci_ s3_ sagemaker_ snowflake_ vertex_ watsonx_
+    """.split()
 )
 _OPENAI_NAMES: Final = frozenset(("metadata",))
 
@@ -121,26 +97,25 @@ class _Library:
             made = raised
         return made if isinstance(made, Exception) else error
 
-    def rules(self, model: str) -> tuple[bool, bool]:
-        """Whether a model is called by Anthropic's rules, and whether by Gemini's."""
+    def wire(self, model: str) -> dialects.Wire | None:
+        """By whose rules a model is called."""
         try:
             name, provider, *_ = self._provider_of(model)
         except Exception:  # noqa: BLE001 - a model of no known provider is refused by the call
-            return False, False
-        return is_claude(str(provider), str(name)), is_gemini(str(provider), str(name))
+            return None
+        return dialects.wire_of(str(provider), str(name))
 
 
-class LitellmUpstream:
+class LitellmUpstream(Upstream):
     """`Upstream` over `litellm.acompletion`."""
 
     def __init__(self, config: Config) -> None:
         upstream = config.upstream
-        base_url = str(upstream.base_url).rstrip("/")
+        base_url = upstream.base_url.rstrip("/")
         self._api_base = None if base_url == _DEFAULT_BASE_URL else base_url
         self._override = config.model_override
-        secret = getattr(upstream.api_key, "get_secret_value", None)
-        self._api_key: str | None = secret() if secret is not None else upstream.api_key
-        self._timeout_s = float(upstream.timeout_s)
+        self._api_key = upstream.api_key
+        self._timeout_s = upstream.timeout_s
         self._drop_params = upstream.drop_params
         self._keepalive_s = config.stream.keepalive_s
         self._models = [name for name in config.models if not set(name) & set("*?[")]
@@ -166,8 +141,8 @@ class LitellmUpstream:
                 )
         streaming = bool(fields.get("stream"))
         model = str(fields["model"])
-        claude, gemini = library.rules(model)
-        fields = prepare(fields, claude, gemini)
+        wire = library.wire(model)
+        fields = dialects.prepare(fields, wire)
         head = _Head()
         _waiting.set(head)
         settings = {
@@ -177,8 +152,8 @@ class LitellmUpstream:
             "timeout": self._timeout_s,
             "api_key": self._api_key or _bearer(headers),
             "api_base": self._override(model).api_base or self._api_base,
-            "extra_headers": request_headers(headers) or None,
-            "client": library.noting_client if gemini else None,
+            "extra_headers": dialects.request_headers(headers) or None,
+            "client": library.noting_client if wire is dialects.GEMINI else None,
             # Without it, any request with tools imports litellm's MCP gateway, which needs a
             # package that litellm does not depend on, and lets a client's tool reach into it.
             "_skip_mcp_handler": True,
@@ -192,10 +167,12 @@ class LitellmUpstream:
                     await _ask(library, result)
         except Exception as error:  # noqa: BLE001 - reported to the client below
             return self._refusal(library, error, head)
-        back = reply_headers(result, head.headers)
+        back = dialects.reply_headers(result, head.headers)
         if streaming:
-            return StreamReply(result, back, asked_for_usage(fields), self._keepalive_s)
-        answer = whole_answer(result.model_dump(exclude_none=True))
+            options = fields.get("stream_options")
+            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            return StreamReply(result, back, with_usage, self._keepalive_s)
+        answer = dialects.whole_answer(result.model_dump(exclude_none=True))
         return BytesReply(200, [*_JSON_HEADERS, *back], _json_bytes(answer))
 
     async def forward(
@@ -235,36 +212,24 @@ class LitellmUpstream:
         return await asyncio.shield(self._loading)
 
     def _refusal(self, library: _Library, error: Exception, head: _Head) -> Reply:
-        status = provider_status(error)
-        if isinstance(error, TimeoutError) or caused_by(error, library.transport_timeout):
-            raise ApiError(
-                504,
-                f"The provider did not answer within {self._timeout_s:g} s: {error}",
-                type="api_error",
-                code="upstream_timeout",
-            ) from error
+        status, told = dialects.provider_status(error), dialects.error_object(error)
+        if isinstance(error, TimeoutError) or dialects.caused_by(error, library.transport_timeout):
+            words = f"The provider did not answer within {self._timeout_s:g} s: {error}"
+            raise ApiError(504, words, "api_error", "upstream_timeout") from error
         if 300 <= head.status < 400:
-            headers = [*_JSON_HEADERS, *relayed(head.headers)]
-            return BytesReply(head.status, headers, _json_bytes({"error": error_object(error)}))
-        if status is None or caused_by(error, library.transport_error):
-            raise ApiError(
-                502,
-                f"The provider could not be reached: {error}",
-                type="api_error",
-                code="upstream_unreachable",
-            ) from error
-        if 200 <= head.status < 300:
-            raise ApiError(
-                502,
-                f"The provider's answer cannot be read: {error_object(error)['message']}",
-                type="api_error",
-                code="upstream_unreadable",
-            ) from error
-        headers = [*_JSON_HEADERS, *error_headers(error)]
-        return BytesReply(status, headers, _json_bytes({"error": error_object(error)}))
+            status, back = head.status, dialects.relayed(head.headers.items())
+        elif status is None or dialects.caused_by(error, library.transport_error):
+            words = f"The provider could not be reached: {error}"
+            raise ApiError(502, words, "api_error", "upstream_unreachable") from error
+        elif 200 <= head.status < 300:
+            words = f"The provider's answer cannot be read: {told['message']}"
+            raise ApiError(502, words, "api_error", "upstream_unreadable") from error
+        else:
+            back = dialects.error_headers(error)
+        return BytesReply(status, [*_JSON_HEADERS, *back], _json_bytes({"error": told}))
 
 
-class StreamReply:
+class StreamReply(Reply):
     """A running litellm stream as server-sent events. `with_usage`: the client asked for usage.
     litellm keeps the provider's pings to itself, so a comment of ours stands for them."""
 
@@ -275,11 +240,11 @@ class StreamReply:
         self.headers: list[Header] = [*_SSE_HEADERS, *headers]
         self._stream = stream
         self._keepalive_s = keepalive_s or None
-        self._chunks = Chunks(with_usage)
+        self._openai = dialects.Chunks(with_usage)
         self._pending: asyncio.Future[Any] | None = None
         self._closed = False
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
             while True:
                 self._pending = asyncio.ensure_future(anext(self._stream))
@@ -294,22 +259,13 @@ class StreamReply:
                         raise UpstreamBroken("closed") from None
                     raise
                 except Exception as error:  # noqa: BLE001 - it becomes the last event
-                    yield b"data: " + _json_bytes({"error": error_object(error)}) + b"\n\n"
+                    yield b"data: " + _json_bytes({"error": dialects.error_object(error)}) + b"\n\n"
                     return
-                yield self._event(chunk)
+                said = self._openai.chunk(chunk.model_dump(exclude_none=True, exclude_unset=True))
+                yield b"data: " + _json_bytes(said) + b"\n\n"
             yield b"data: [DONE]\n\n"
         finally:
             await self.close()
-
-    def _event(self, chunk: Any) -> bytes:
-        payload = self._chunks.chunk(chunk.model_dump(exclude_none=True, exclude_unset=True))
-        return b"data: " + _json_bytes(payload) + b"\n\n"
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self._events()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self._events(), limit_bytes)
 
     async def close(self) -> None:
         if self._closed:

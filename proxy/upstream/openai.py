@@ -14,7 +14,9 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -24,10 +26,8 @@ from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from proxy.errors import ApiError
-from proxy.upstream import CHAT_PATH, Header, Reply, UpstreamBroken, join_chunks
-from proxy.upstream.hops import HOP_BY_HOP, PLAIN_CONNECTION, without_named
-from proxy.upstream.proxies import Proxy, proxy_for
-from proxy.upstream.urls import chat_url, forward_url
+from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
+from proxy.upstream.routing import HOP_BY_HOP, Proxy, chat_url, end_to_end, forward_url, proxy_for
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -39,6 +39,7 @@ _CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b
 _OURS: Final = b"x-llm-pager-"  # said to us, and not to another of us upstream
 # What aiohttp would add of its own when the client did not send it.
 _AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", b"content-type"))
+_CHAT_AUTO_HEADERS: Final = _AUTO_HEADERS - {b"accept-encoding"}  # which is always ours
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
 _READ_BUFFER_BYTES: Final = 262_144
@@ -89,24 +90,16 @@ class _Body(BytesPayload):
         await writer.write(view[_UNBUFFERED_BYTES:])
 
 
-class HttpReply:
+class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
-
-    __slots__ = ("_response", "headers", "status")
 
     def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes]) -> None:
         self.status = response.status
         self._response = response
-        self.headers: list[Header] = [
-            (name, value)
-            for raw_name, value in response.raw_headers
-            if (name := raw_name.lower()) not in drops
-        ]
-        named = response.headers.get("connection")
-        if named is not None and named.lower() not in PLAIN_CONNECTION:
-            self.headers = without_named(self.headers, named)
+        raw = [(name.lower(), value) for name, value in response.raw_headers]
+        self.headers = end_to_end(raw, drops)
 
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         response = self._response
         read = response.content.readany
         try:
@@ -120,30 +113,22 @@ class HttpReply:
             # Does nothing after the end; before it, the upstream sees the disconnect now.
             response.close()
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self._chunks()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self._chunks(), limit_bytes)
-
     async def close(self) -> None:
         self._response.close()
 
 
-class OpenAIUpstream:
+class OpenAIUpstream(Upstream):
     """`Upstream` over HTTP. The session is made lazily, on the loop of the first call."""
 
     def __init__(self, config: Config) -> None:
         upstream = config.upstream
-        self._base_url = str(upstream.base_url).rstrip("/")
-        self._chat_url = URL(self._base_url + "/chat/completions", encoded=True)
-        self._authorization = _authorization(upstream.api_key)
-        self._timeout_s = float(upstream.timeout_s)
-        self._connect_timeout_s = float(upstream.connect_timeout_s)
-        self._max_connections = int(upstream.max_connections)
+        self._base_url = upstream.base_url.rstrip("/")
+        self._authorization = upstream.api_key and f"Bearer {upstream.api_key}"
+        self._timeout_s = upstream.timeout_s
+        self._connect_timeout_s = upstream.connect_timeout_s
+        self._max_connections = upstream.max_connections
         self._proxy = _proxy(self._base_url)
-        self._pooled: aiohttp.ClientSession | None = None
-        self._fresh: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
     async def chat(
         self,
@@ -154,26 +139,16 @@ class OpenAIUpstream:
     ) -> Reply:
         pairs = self._headers(headers, _CHAT_DROPS)
         pairs.append(("Accept-Encoding", "identity"))
-        skip = _missing_auto_headers(headers, chat=True)
-        url = self._chat_url
-        if path != CHAT_PATH:
-            url = URL(chat_url(self._base_url, path), encoded=True)
+        url = chat_url(self._base_url, path)
         if query:  # Azure's api-version
-            url = URL(f"{url}?{query.decode('latin-1')}", encoded=True)
+            url = f"{url}?{query.decode('latin-1')}"
+        skip = _not_sent(headers, _CHAT_AUTO_HEADERS)
+        large = len(body) > _UNBUFFERED_BYTES
         try:
-            if len(body) <= _UNBUFFERED_BYTES:
-                response = await self._request(
-                    "POST", url, pairs, skip, _Body(body), True
-                )
-            else:
-                async with asyncio.timeout(self._timeout_s):
-                    response = await self._request(
-                        "POST", url, pairs, skip, _Body(body), True
-                    )
-        except TimeoutError as error:
-            raise self._timed_out() from error
+            async with asyncio.timeout(self._timeout_s) if large else nullcontext():
+                response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
-            raise self._unreachable(error) from error
+            raise self._failure(error) from error
         return HttpReply(response, _CHAT_REPLY_DROPS)
 
     async def forward(
@@ -184,72 +159,44 @@ class OpenAIUpstream:
         headers: Sequence[Header],
         body: AsyncIterator[bytes] | None,
     ) -> Reply:
-        target = forward_url(self._base_url, path)
+        url = forward_url(self._base_url, path).replace("#", "%23")
         if query:
-            target += "?" + query.decode("latin-1")
-        pairs = self._headers(headers, _FORWARD_DROPS)
+            url += "?" + query.decode("latin-1").replace("#", "%23")
+        pairs, skip = self._headers(headers, _FORWARD_DROPS), _not_sent(headers, _AUTO_HEADERS)
         try:
-            url = URL(target.replace("#", "%23"), encoded=True)
-            response = await self._request(
-                method, url, pairs, _missing_auto_headers(headers, chat=False), body, False
-            )
-        except TimeoutError as error:
-            raise self._timed_out() from error
+            response = await self._request(method, url, pairs, skip, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise self._unreachable(error) from error
+            raise self._failure(error) from error
         return HttpReply(response, HOP_BY_HOP)
 
-    async def start(self) -> None:
-        """Connections are made when they are needed."""
-
     async def close(self) -> None:
-        for session in (self._pooled, self._fresh):
-            if session is not None:
-                await session.close()
-        self._pooled = self._fresh = None
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions.clear()
 
     async def _request(
         self,
         method: str,
-        url: URL,
+        url: str,
         pairs: list[tuple[str, str]],
         skip: tuple[str, ...] | None,
         body: _Body | AsyncIterator[bytes] | None,
+        *,
         decode: bool,
     ) -> aiohttp.ClientResponse:
-        session = self._pooled
-        if session is None:
-            session = self._pooled = self._open(force_close=False)
-        _reused.set(False)
+        target = URL(url, encoded=True)
         proxy, proxy_headers = None, None
         if self._proxy is not None:
             proxy = self._proxy.url
             if (authorization := self._proxy.authorization) is not None:
-                if url.scheme == "https":  # for the tunnel alone
+                if target.scheme == "https":  # for the tunnel alone
                     proxy_headers = {"Proxy-Authorization": authorization}
                 else:
                     pairs.append(("Proxy-Authorization", authorization))
-        try:
-            return await session.request(
-                method,
-                url,
-                headers=pairs,
-                data=body,
-                allow_redirects=False,
-                skip_auto_headers=skip,
-                auto_decompress=decode,
-                proxy=proxy,
-                proxy_headers=proxy_headers,
-            )
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-            if not _reused.get() or not _repeatable(error, body):
-                raise
-        fresh = self._fresh
-        if fresh is None:
-            fresh = self._fresh = self._open(force_close=True)
-        return await fresh.request(
-            method,
-            url,
+        send = partial(
+            aiohttp.ClientSession.request,
+            method=method,
+            url=target,
             headers=pairs,
             data=body,
             allow_redirects=False,
@@ -258,15 +205,23 @@ class OpenAIUpstream:
             proxy=proxy,
             proxy_headers=proxy_headers,
         )
+        _reused.set(False)
+        try:
+            return await send(self._session(keep=True))
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            if not _reused.get() or not _repeatable(error, body):
+                raise
+        return await send(self._session(keep=False))
 
-    def _open(self, *, force_close: bool) -> aiohttp.ClientSession:
-        connector = (
-            _Connector(limit=self._max_connections, force_close=True)
-            if force_close
-            else _Connector(limit=self._max_connections, keepalive_timeout=_KEEPALIVE_S)
-        )
-        return aiohttp.ClientSession(
-            connector=connector,
+    def _session(self, *, keep: bool) -> aiohttp.ClientSession:
+        if keep in self._sessions:
+            return self._sessions[keep]
+        session = self._sessions[keep] = aiohttp.ClientSession(
+            connector=_Connector(
+                limit=self._max_connections,
+                force_close=not keep,
+                keepalive_timeout=_KEEPALIVE_S if keep else None,
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),  # one client's cookies are not another's
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(
@@ -279,40 +234,27 @@ class OpenAIUpstream:
             max_line_size=_HEADER_LIMIT_BYTES,
             max_field_size=_HEADER_LIMIT_BYTES,
         )
+        return session
 
     def _headers(self, headers: Sequence[Header], drops: frozenset[bytes]) -> list[tuple[str, str]]:
-        authorization = self._authorization
-        if authorization is not None:
+        if self._authorization is not None:
             drops = drops | {b"authorization"}
-        pairs = []
-        for name, value in headers:
-            if name not in drops:
-                if not name.startswith(_OURS):
-                    pairs.append((name.decode("latin-1"), _text(value)))
-            elif name == b"connection" and (named := value.decode("latin-1").lower()) not in (
-                PLAIN_CONNECTION
-            ):
-                return self._headers(without_named(headers, named), drops)
-        if authorization is not None:
-            pairs.append(("Authorization", authorization))
+        pairs = [
+            (name.decode("latin-1"), _text(value))
+            for name, value in end_to_end(headers, drops)
+            if not name.startswith(_OURS)
+        ]
+        if self._authorization is not None:
+            pairs.append(("Authorization", self._authorization))
         return pairs
 
-    def _timed_out(self) -> ApiError:
-        return ApiError(
-            504,
-            f"The upstream {self._base_url} did not answer within {self._timeout_s:g} s"
-            f" (connecting: {self._connect_timeout_s:g} s).",
-            type="api_error",
-            code="upstream_timeout",
-        )
-
-    def _unreachable(self, error: Exception) -> ApiError:
-        return ApiError(
-            502,
-            f"The upstream {self._base_url} could not be reached: {error}",
-            type="api_error",
-            code="upstream_unreachable",
-        )
+    def _failure(self, error: Exception) -> ApiError:
+        """What failed before a status, as the client is told it."""
+        if isinstance(error, TimeoutError):
+            waited = f"did not answer within {self._timeout_s:g} s (connecting: {self._connect_timeout_s:g} s)."
+            return ApiError(504, f"The upstream {self._base_url} {waited}", "api_error", "upstream_timeout")
+        words = f"The upstream {self._base_url} could not be reached: {error}"
+        return ApiError(502, words, "api_error", "upstream_unreachable")
 
 
 def _proxy(base_url: str) -> Proxy | None:
@@ -331,21 +273,10 @@ def _text(value: bytes) -> str:
         return value.decode("latin-1")
 
 
-def _authorization(api_key: object) -> str | None:
-    if api_key is None:
-        return None
-    secret = getattr(api_key, "get_secret_value", None)
-    return f"Bearer {secret() if secret is not None else api_key}"
-
-
-def _missing_auto_headers(headers: Sequence[Header], *, chat: bool) -> tuple[str, ...] | None:
+def _not_sent(headers: Sequence[Header], names: frozenset[bytes]) -> tuple[str, ...] | None:
     """Headers that aiohttp must not invent; None (its fast path) when the client sent them all."""
-    present = {name for name, _ in headers}
-    if chat:
-        present.add(b"accept-encoding")
-    if present >= _AUTO_HEADERS:
-        return None
-    return tuple(sorted(name.decode() for name in _AUTO_HEADERS - present))
+    missing = names.difference([name for name, _ in headers])
+    return tuple(name.decode() for name in missing) or None
 
 
 def _repeatable(error: aiohttp.ClientError, body: _Body | AsyncIterator[bytes] | None) -> bool:

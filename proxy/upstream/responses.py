@@ -2,30 +2,29 @@
 
 Promises: other models' requests are not touched; a request that Responses cannot express goes to
 /chat/completions as it is; nothing is stored upstream unless the client asks for it; refusals and
-headers are upstream's own; the rest is in `responses_request.py` and `responses_answer.py`.
+headers are upstream's own; the rest is in `responses_translation.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from yarl import URL
 
 from proxy.sse import Event, EventParser, EventTooLong, lines_of
-from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken, join_chunks
+from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken
 from proxy.upstream.openai import OpenAIUpstream
-from proxy.upstream.responses_answer import ChatStream, failure, to_chat
-from proxy.upstream.responses_request import to_responses
+from proxy.upstream.responses_translation import ChatStream, failure, to_chat, to_responses
 
 if TYPE_CHECKING:
     from proxy.config import Config
 
-BRIDGE = "responses"
-_NO_ENCRYPTED = b"encrypted content is not supported"  # by a model that does not reason
-_PLAIN_MODELS = 256  # names of such models that are remembered
-_NO_JSON = (ValueError, RecursionError)  # bytes that are no UTF-8 too
+_PATH: Final = "/responses"
+_NO_ENCRYPTED: Final = b"encrypted content is not supported"  # by a model that does not reason
+_PLAIN_MODELS: Final = 256  # names of such models that are remembered
+_NO_JSON: Final = (ValueError, RecursionError)  # bytes that are no UTF-8 too
+_NO_RESPONSE: Final = (*_NO_JSON, KeyError, TypeError, AttributeError)
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
 Json = dict[str, Any]
@@ -38,23 +37,14 @@ class _Model(msgspec.Struct):
 _model = msgspec.json.Decoder(_Model).decode
 
 
-class _ResponsesDoor(OpenAIUpstream):
-    """The same HTTP as for chat (no redirects, no second POST, one replaced stale connection)."""
+class ResponsesBridge(OpenAIUpstream):
+    """An OpenAI-compatible upstream, with some models on its other API."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._chat_url = URL(self._base_url + "/responses", encoded=True)
-
-
-class ResponsesBridge:
-    """`Upstream`: an OpenAI-compatible one, with some models on its other API."""
-
-    def __init__(self, config: Config) -> None:
-        self._chat = OpenAIUpstream(config)
-        self._responses = _ResponsesDoor(config)
         self._override = config.model_override
         self._limit_bytes = config.server.body_limit_bytes
-        self._event_limit_bytes = config.stream.event_limit_bytes
+        self._event_limit_bytes = config.stream.event_limit_bytes  # the last event repeats the whole answer
         self._plain: set[str] = set()
 
     async def chat(
@@ -64,39 +54,29 @@ class ResponsesBridge:
         query: bytes = b"",
         path: str = CHAT_PATH,
     ) -> Reply:
-        request = self._bridged(body)
-        if request is None:
-            return await self._chat.chat(body, headers, query, path)
-        translated, include_usage = request
-        reply = await self._ask(translated, headers, query)
+        bridged = self._bridged(body)
+        if bridged is None:
+            return await super().chat(body, headers, query, path)
+        request, include_usage = bridged
+        reply = await self._ask(request, headers, query)
         if reply.status >= 300:
             return reply
-        if translated.get("stream") and not _is_json(reply):
+        kind = next((value for name, value in reply.headers if name == b"content-type"), b"")
+        if request.get("stream") and not kind.startswith(b"application/json"):
             return StreamReply(reply, include_usage, self._event_limit_bytes)
-        return await self._whole(reply)
-
-    async def forward(
-        self,
-        method: str,
-        path: str,
-        query: bytes,
-        headers: Sequence[Header],
-        body: AsyncIterator[bytes] | None,
-    ) -> Reply:
-        return await self._chat.forward(method, path, query, headers, body)
-
-    async def start(self) -> None:
-        await self._chat.start()
-        await self._responses.start()
-
-    async def close(self) -> None:
-        await self._chat.close()
-        await self._responses.close()
+        raw = await reply.read(self._limit_bytes)
+        try:
+            response = _decode(raw)
+            failed = failure(response)
+            status, answer = failed if failed is not None else (200, to_chat(response))
+        except _NO_RESPONSE:
+            return BytesReply(reply.status, reply.headers, raw)  # the client shall see it
+        return BytesReply(status, reply.headers, _encode(answer))
 
     def _bridged(self, body: bytes) -> tuple[Json, bool] | None:
         """The translated request and whether its stream shall tell usage; None: not ours to change."""
         try:
-            if self._override(_model(body).model).bridge != BRIDGE:
+            if self._override(_model(body).model).bridge is None:
                 return None
             fields = _decode(body)
         except _NO_JSON:
@@ -110,7 +90,7 @@ class ResponsesBridge:
         """Upstream's reply; a model that has no reasoning to encrypt is asked again without it."""
         if request["model"] in self._plain:
             del request["include"]
-        reply = await self._responses.chat(_encode(request), headers, query)
+        reply = await super().chat(_encode(request), headers, query, _PATH)
         if reply.status != 400 or "include" not in request:
             return reply
         refusal = await reply.read(self._limit_bytes)
@@ -119,26 +99,10 @@ class ResponsesBridge:
         if len(self._plain) < _PLAIN_MODELS:
             self._plain.add(request["model"])
         del request["include"]
-        return await self._responses.chat(_encode(request), headers, query)
-
-    async def _whole(self, reply: Reply) -> Reply:
-        raw = await reply.read(self._limit_bytes)
-        try:
-            response = _decode(raw)
-            failed = failure(response)
-            status, answer = failed if failed is not None else (200, to_chat(response))
-        except (*_NO_JSON, KeyError, TypeError, AttributeError):
-            return BytesReply(reply.status, reply.headers, raw)  # no response: the client shall see it
-        return BytesReply(status, reply.headers, _encode(answer))
+        return await super().chat(_encode(request), headers, query, _PATH)
 
 
-def _is_json(reply: Reply) -> bool:
-    """A whole answer, whatever was asked for."""
-    kinds = (value for name, value in reply.headers if name == b"content-type")
-    return any(kind.startswith(b"application/json") for kind in kinds)
-
-
-class StreamReply:
+class StreamReply(Reply):
     """A running Responses stream as a chat completion's events; upstream's comments stay."""
 
     def __init__(self, reply: Reply, include_usage: bool, event_limit_bytes: int) -> None:
@@ -148,16 +112,16 @@ class StreamReply:
         self._stream = ChatStream(include_usage)
         self._parser = EventParser(event_limit_bytes)
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         try:
             async for data in self._reply.chunks():
                 if out := self._said(self._parser.feed(data)):
                     yield out
-            if out := self._said(self._parser.close()):
+            if out := self._said(self._parser.close()):  # the last event may have no blank line
                 yield out
         except EventTooLong as error:
             raise UpstreamBroken(str(error)) from error
-        except (*_NO_JSON, KeyError, TypeError, AttributeError) as error:
+        except _NO_RESPONSE as error:
             raise UpstreamBroken(f"the upstream's event is none of Responses: {error!r}") from error
         finally:
             await self._reply.close()
@@ -174,12 +138,6 @@ class StreamReply:
                 if self._stream.ended:
                     out.append(b"data: [DONE]\n\n")
         return b"".join(out)
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self._events()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self._events(), limit_bytes)
 
     async def close(self) -> None:
         await self._reply.close()

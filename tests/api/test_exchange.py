@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
 
+from proxy import upstream
 from proxy.api.exchange import Exchange, Patience, error_event
 from proxy.config import Config
 from proxy.conversation.channel import TOOLS, Channel, vm_names
@@ -21,7 +22,7 @@ from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
-from proxy.upstream import Header, UpstreamBroken, join_chunks
+from proxy.upstream import Header, UpstreamBroken
 from tests.conversation.test_chunks import ERRORS
 
 SSE = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"r1")]
@@ -30,7 +31,7 @@ DONE = b"data: [DONE]\n\n"
 WAIT_S = 5
 
 
-class Reply:
+class Reply(upstream.Reply):
     """Chunks; an Event among them is waited for, an exception is raised."""
 
     def __init__(
@@ -41,7 +42,7 @@ class Reply:
         self.steps = steps
         self.closed = False
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         for step in self.steps:
             if isinstance(step, bytes):
                 yield step
@@ -49,9 +50,6 @@ class Reply:
                 raise step
             else:
                 await step.wait()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self.chunks(), limit_bytes)  # type: ignore[arg-type]
 
     async def close(self) -> None:
         self.closed = True

@@ -21,8 +21,7 @@ from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
 from proxy.memory import MemoryPage, Modality
-from proxy.memory.level_media import ImageCompressor
-from proxy.memory.levels import CompressorRegistry
+from proxy.memory.levels import CompressorRegistry, ImageCompressor
 from proxy.memory.models import CompressionLevel, Counts
 from proxy.tokens import get_counter
 from tests.media import samples
@@ -48,13 +47,12 @@ class Counting(ImageCompressor):
         self.gate: threading.Event | None = None
 
     def compress(
-        self, page: MemoryPage, level: CompressionLevel | int, counts: Counts,
-        max_tokens: int | None = None,
+        self, page: MemoryPage, level: CompressionLevel | int, counts: Counts
     ) -> MemoryPage:
         self.made += 1
         self.threads.add(threading.get_ident())
         assert self.gate is None or self.gate.wait(5), "nothing else ran meanwhile"
-        return super().compress(page, level, counts, max_tokens)
+        return super().compress(page, level, counts)
 
 
 class Room:

@@ -26,8 +26,9 @@ from typing import Any
 
 from proxy.memory.claims import is_standing
 from proxy.memory.compressor import compress_text
+from proxy.memory.ids import make_page_id
+from proxy.memory.message_text import message_text, modality_of, split_text
 from proxy.memory.models import CompressionLevel, Modality
-from proxy.memory.pages import message_text, modality_of, page_id, split_text
 from proxy.tokens import TokenCounter
 from tests.e2e.data import Conversation
 
@@ -158,7 +159,7 @@ def _add_message(trace: Trace, message: dict[str, Any], counter: TokenCounter) -
     kind = modality_of(message)
     pages = [
         Page(
-            page_id(position, part),
+            make_page_id(position, part),
             position,
             tokens // len(texts),
             standing and part < 2,

@@ -6,7 +6,7 @@ import json
 import re
 from itertools import pairwise
 
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 from tests.bench.token_error import Published
 from tests.conversation.player import Message, Played, count_tokens, tool_messages
 

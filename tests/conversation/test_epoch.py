@@ -26,8 +26,8 @@ from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import NATIVE, Entry, Window
 from proxy.errors import ApiError
 from proxy.memory import ImportanceWeightedLRU, PageTable, StorageTier, VMMode
+from proxy.memory.ids import parse_page_id
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
-from proxy.memory.pages import parse_page_id
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part
 from tests.conversation.player import SECRET, Message, call, calls, check_pairs, limits_of

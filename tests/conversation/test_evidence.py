@@ -12,7 +12,7 @@ from proxy.conversation.effects import Search
 from proxy.conversation.evidence import Shown, reserve
 from proxy.conversation.turn_window import TurnWindow
 from proxy.memory import CompressionLevel, StorageTier
-from proxy.memory.pages import Hit, page_id
+from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.prefetcher import asks_back
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
@@ -60,8 +60,8 @@ def test_pages_come_in_path_order_and_on_evidence_only() -> None:
 
 def test_what_is_in_the_window_whole_is_not_brought_again() -> None:
     it = opened("which door?")
-    map_in(it.table, page_id(0), 1, CompressionLevel.FULL)
-    map_in(it.table, page_id(2), 1, CompressionLevel.ABSTRACT)
+    map_in(it.table, make_page_id(0), 1, CompressionLevel.FULL)
+    map_in(it.table, make_page_id(2), 1, CompressionLevel.ABSTRACT)
     assert [c.position for c in choose(it, HITS)] == [1, 2]
 
 

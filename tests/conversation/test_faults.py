@@ -15,8 +15,8 @@ from proxy.conversation.effects import Load
 from proxy.conversation.faults import NO_ROOM, VMCalls, split_calls
 from proxy.conversation.pages import PathPages
 from proxy.memory.faults import Room
+from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, FaultReason, StorageTier
-from proxy.memory.pages import Hit
 from proxy.memory.table import PageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import (

@@ -14,8 +14,9 @@ from proxy.conversation.pages import Medium, Page, PathPages, group_start, group
 from proxy.conversation.records import new_records
 from proxy.conversation.tree import Anchor, Identity, Node
 from proxy.memory import Modality
+from proxy.memory.ids import make_page_id, parse_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.models import MEDIA_PART
-from proxy.memory.pages import message_text, page_id, parse_page_id
 from proxy.tokens import TokenCounter, get_counter
 from tests.bench.token_error import png_part
 from tests.conversation.player import SECRET, call, calls
@@ -43,13 +44,13 @@ def test_invariant_04_the_parts_of_a_message_are_the_message(texts: list[str], p
         ids = pages[position].ids
         assert "".join(pages[position].parts) == text
         assert [i for own in ids for i in pages.expand(own)] == list(ids)
-        assert pages.expand(page_id(position)) == list(ids)
+        assert pages.expand(make_page_id(position)) == list(ids)
         assert "".join(pages.page(i).content for i in ids) == text
         assert sum(page.tokens for page in pages[position].pages) <= pages.tokens(position)
     docs = list(pages.docs(0, len(texts)))
     assert [d for d in docs if d.position == 0] == list(pages.docs(0, 1))
     assert "".join(d.text for d in docs) == "".join(texts)
-    assert [page_id(d.position, d.part) for d in docs] == [i for p in range(len(texts)) for i in pages[p].ids]
+    assert [make_page_id(d.position, d.part) for d in docs] == [i for p in range(len(texts)) for i in pages[p].ids]
 
 
 def test_what_is_no_page_of_the_path_is_nowhere() -> None:

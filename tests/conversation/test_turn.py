@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
 from proxy.memory import StorageTier, VMMode
-from proxy.memory.pages import message_text
+from proxy.memory.message_text import message_text
 from tests.conversation.player import (
     Message,
     Played,

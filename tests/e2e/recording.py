@@ -282,7 +282,7 @@ class RecordingUpstream:
 
 def demo_respond(request: dict[str, Any], index: int) -> Answer:
     """The default: the built-in demo reader, streaming when asked to."""
-    from proxy.upstream.demo_reader import read  # late: only tests that use it need it
+    from proxy.demo.reader import read  # late: only tests that use it need it
 
     return answer(request, read(request))
 

@@ -27,7 +27,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from proxy.config import effective_reserve
-from proxy.upstream import demo_reader
+from proxy.demo.reader import read, seen_text
 from tests.e2e.harness import (
     Conversation,
     Question,
@@ -114,7 +114,7 @@ class Session:
         self.calls.setdefault(tag, []).append(index)
         if tag in self.answers:
             return answer(request, message_of(self.answers[tag]), piece_chars=64)
-        return answer(request, demo_reader.read(request), piece_chars=64)
+        return answer(request, read(request), piece_chars=64)
 
     async def remember_sent(self, request: httpx.Request) -> None:
         self.sent[request.headers[TAG]] = request.content
@@ -231,7 +231,7 @@ async def ask(session: Session, client: AsyncOpenAI, c: Conversation, n: int, ty
     for index in indexes:
         check_request(session.results, tag, session.upstream.calls[index])
     final = session.upstream.calls[indexes[-1]].json
-    seen = [squeezed(t) for t in demo_reader.seen_text(final)]
+    seen = [squeezed(t) for t in seen_text(final)]
     wanted = [squeezed(text_of(c.messages[i]["content"])) for i in question.evidence]
     return Asked(question, len(indexes), all(any(w in s for s in seen) for w in wanted))
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from proxy.upstream.demo import DemoUpstream
-from proxy.upstream.responses_answer import ChatStream, to_chat
+from proxy.demo.upstream import DemoUpstream
+from proxy.upstream.responses_translation import ChatStream, to_chat
 from tests.contract import say
 from tests.e2e.harness import (
     Answer,

@@ -17,9 +17,7 @@ from typing import Any
 import av
 from PIL import Image, ImageDraw
 
-from proxy.media.clips import audio_seconds, video_info
-from proxy.media.files import file_text
-from proxy.media.images import image_size
+from proxy.media.decoders import audio_seconds, file_text, image_info, video_info
 from proxy.media.parts import read_part
 from proxy.tokens import get_counter
 
@@ -169,7 +167,8 @@ class TileCounts:
             return self.text(text if isinstance(text, str) else json.dumps(part, default=str))
         data = medium.data or b""
         if medium.kind == "image":
-            return self.image(medium.detail, image_size(data))
+            info = image_info(data)
+            return self.image(medium.detail, info[:2] if info else None)
         if medium.kind == "audio":
             return math.ceil(10 * (audio_seconds(data, medium.format) or 1.0))
         if medium.kind == "video":

@@ -11,8 +11,8 @@ from proxy.memory import (
     PageType,
     StorageTier,
 )
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import Actor, PinKind
-from proxy.memory.pages import media_page_id, page_id
 
 LEVELS = st.sampled_from(CompressionLevel)
 BELOW_L0 = st.sampled_from([t for t in StorageTier if t is not StorageTier.L0])
@@ -22,7 +22,7 @@ _LATER = [op for op in MutationType if op is not MutationType.CREATE]
 def _ids(number: int) -> st.SearchStrategy[str]:
     """Ids of a text page, a medium or a derived page that no other number has."""
     return st.one_of(
-        st.integers(0, 2).map(lambda part: page_id(number, part)),
+        st.integers(0, 2).map(lambda part: make_page_id(number, part)),
         st.sampled_from(["img", "aud", "vid", "file"]).map(
             lambda kind: media_page_id(number // 3, number + 1, kind)
         ),

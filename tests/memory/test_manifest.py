@@ -11,8 +11,8 @@ from proxy.memory import (
     Modality,
     StorageTier,
 )
+from proxy.memory.ids import make_page_id
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
-from proxy.memory.pages import page_id
 
 
 def count(text: str) -> int:
@@ -23,10 +23,10 @@ def builder_with(pages: int, hint: str = "what it says", segments: int = 0) -> M
     builder = ManifestBuilder("s1", ManifestPolicies(max_faults_per_turn=3))
     for number in range(pages, 0, -1):  # the nearest first
         builder.add_available_page_entry(
-            AvailablePageEntry(page_id=page_id(100 * segments + number - 1), hint=hint)
+            AvailablePageEntry(page_id=make_page_id(100 * segments + number - 1), hint=hint)
         )
     for number in range(segments):
-        builder.add_segment(page_id(100 * number), page_id(100 * number + 99), 100, hint)
+        builder.add_segment(make_page_id(100 * number), make_page_id(100 * number + 99), 100, hint)
     return builder
 
 
@@ -62,10 +62,10 @@ def test_what_fits_is_not_folded() -> None:
 def test_what_does_not_fit_is_folded_into_segments_nearest_kept() -> None:
     manifest = builder_with(200, segments=2).fit(400, count)
     kept = [entry.page_id for entry in manifest.available_pages]
-    assert kept[:2] == [page_id(399), page_id(398)]
+    assert kept[:2] == [make_page_id(399), make_page_id(398)]
     assert manifest.total_available == 400
     assert sum(s.pages for s in manifest.segments) + len(kept) == 400
-    assert manifest.segments[0].first == page_id(0)
+    assert manifest.segments[0].first == make_page_id(0)
     assert count(manifest.model_dump_json()) > 200  # the room is used
 
 

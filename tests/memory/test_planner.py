@@ -18,8 +18,8 @@ from proxy.memory import (
     StorageTier,
     planner,
 )
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import Modality, PageTableEntry, PageType
-from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
 from proxy.memory.tlb import TLBWithPageTable
 from tests.examples import examples
@@ -40,12 +40,12 @@ class Case:
         position = 0
         for i, (length, tokens) in enumerate(sizes):
             for p in range(position, position + length):
-                register_id(self.table, page_id(p), tokens, p, tier=StorageTier.L0)
+                register_id(self.table, make_page_id(p), tokens, p, tier=StorageTier.L0)
                 level = levels[i % len(levels)] if levels else 0
                 if level == 4:
-                    evict(self.table, page_id(p), p)
+                    evict(self.table, make_page_id(p), p)
                 elif level:
-                    map_in(self.table, page_id(p), p, CompressionLevel(level))
+                    map_in(self.table, make_page_id(p), p, CompressionLevel(level))
             is_mandatory = i == len(sizes) - 1 or (i < len(mandatory) and mandatory[i])
             self.shape.append((position, position + length, tokens * length, is_mandatory))
             position += length
@@ -54,7 +54,7 @@ class Case:
         """The groups with a page in L0: what a caller hands in."""
         resident = {entry.position for entry in self.table.resident()}
         return [
-            Group(a, b, tokens, tuple(page_id(p) for p in range(a, b)), must, a % 3 == 1)
+            Group(a, b, tokens, tuple(make_page_id(p) for p in range(a, b)), must, a % 3 == 1)
             for a, b, tokens, must in self.shape
             if must or resident & set(range(a, b))
         ]
@@ -137,7 +137,7 @@ def test_the_table_says_what_the_plan_says(case: Case, native: int, context: int
 
 def test_pinned_pages_are_the_last_to_leave() -> None:
     case = Case([(1, 100)] * 8, [], [])
-    case.table.apply(PageMutation(MutationType.PIN, page_id(1), 1))
+    case.table.apply(PageMutation(MutationType.PIN, make_page_id(1), 1))
     result = case.plan(100, 70)
     assert [g.first for g, _ in result.context] == [1]
 
@@ -172,7 +172,7 @@ class Lines:
         self.table = PageTable()
         self.groups: list[Group] = []
         for n, own in enumerate(pages):
-            ids = [page_id(n)] + [media_page_id(n, k, "img") for k in range(1, len(own))]
+            ids = [make_page_id(n)] + [media_page_id(n, k, "img") for k in range(1, len(own))]
             for i, (size, modality) in zip(ids, own, strict=True):
                 register_id(self.table, i, size, 1, modality, StorageTier.L0)
             self.groups.append(Group(n, n + 1, 1 << 40, tuple(ids)))
@@ -230,7 +230,7 @@ def test_more_room_never_keeps_less_worth() -> None:
 
 def test_pins_come_first_but_cannot_crowd_out_everything() -> None:
     texts = Lines(*[[(300, Modality.TEXT)]] * 40)
-    texts.table.apply(PageMutation(MutationType.ACCESS, page_id(39), 50))  # worth most by itself
+    texts.table.apply(PageMutation(MutationType.ACCESS, make_page_id(39), 50))  # worth most by itself
 
     def pinned(entry: PageTableEntry, turn: int) -> bool:
         return entry.position < 39
@@ -248,8 +248,8 @@ def test_derived_pages_compete_as_lines_and_are_never_native() -> None:
             page_type=PageType.CLAIM,
         )
     )  # fmt: skip
-    register_id(table, page_id(0), 20, 1, tier=StorageTier.L0)
-    groups = [Group(-1, -1, 1 << 40, ("claim_0001",)), Group(0, 1, 20, (page_id(0),), True)]
+    register_id(table, make_page_id(0), 20, 1, tier=StorageTier.L0)
+    groups = [Group(-1, -1, 1 << 40, ("claim_0001",)), Group(0, 1, 20, (make_page_id(0),), True)]
     made = plan(table, groups, Budget(1000, 100), POLICY, 2)
     assert made.native == groups[1:] and made.context == [(groups[0], CompressionLevel.FULL)]
     alone = plan(table, groups[:1], Budget(1 << 30, 0), POLICY, 2)
@@ -260,7 +260,7 @@ def test_the_window_does_not_begin_with_an_answer_without_its_question() -> None
     table = PageTable()
     groups = []
     for n in range(4):
-        register_id(table, page_id(n), 100, 1, tier=StorageTier.L0)
-        groups.append(Group(n, n + 1, 100, (page_id(n),), n == 3, answer=n == 1))
+        register_id(table, make_page_id(n), 100, 1, tier=StorageTier.L0)
+        groups.append(Group(n, n + 1, 100, (make_page_id(n),), n == 3, answer=n == 1))
     made = plan(table, groups, Budget(300, 0), POLICY, 2)  # room for the last three
     assert [group.first for group in made.native] == [2, 3]

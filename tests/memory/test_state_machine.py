@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from proxy.library import WorkingSetManager
 from proxy.memory import (
     CompressionLevel,
     MemoryPage,
@@ -25,10 +26,10 @@ from proxy.memory import (
     StorageTier,
 )
 from proxy.memory.eviction import is_held
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import PinKind
-from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.table import decode_log, encode_log
-from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig
 from tests.memory.doors import fault_in, map_in
 
 CONFIG = WorkingSetConfig(max_l0_tokens=1200, reserved_tokens=200)
@@ -125,7 +126,7 @@ class Memory(RuleBasedStateMachine):
 
     def name(self, kind: str) -> str:
         if kind in ("text", "part"):
-            return page_id(self.position, 2 if kind == "part" else 0)
+            return make_page_id(self.position, 2 if kind == "part" else 0)
         if kind in ("img", "aud", "file"):
             return media_page_id(self.position, 1, kind)
         return f"note-{self.number}-x" if kind == "note" else f"{kind}_{self.number:02d}"

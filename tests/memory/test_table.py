@@ -16,8 +16,8 @@ from proxy.memory import (
     StorageTier,
 )
 from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
+from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import DEFAULT_IMPORTANCE, PinKind
-from proxy.memory.pages import media_page_id, page_id
 from proxy.memory.table import decode_log, encode_log
 from tests.memory.doors import evict, fault_in, map_in, register_id
 from tests.memory.strategies import histories
@@ -38,7 +38,7 @@ def conversation(pages: int, window: int = 0) -> PageTable:
     for position in range(pages):
         inside = position >= pages - window
         tier = StorageTier.L0 if inside else StorageTier.L2
-        register_id(table, page_id(position), 100, position, tier=tier)
+        register_id(table, make_page_id(position), 100, position, tier=tier)
     return table
 
 
@@ -87,11 +87,11 @@ def test_update_location_moves_between_tiers_and_back() -> None:
 def test_resident_is_in_conversation_order_with_levels() -> None:
     table = PageTable()
     for position in (2, 0, 1):
-        register_id(table, page_id(position), 100, 1)
-    register_id(table, page_id(0, 2), 100, 1)
-    map_in(table, page_id(2), 2, CompressionLevel.FULL)
-    map_in(table, page_id(0, 2), 2, CompressionLevel.ABSTRACT, 20)
-    map_in(table, page_id(0), 2, CompressionLevel.FULL)
+        register_id(table, make_page_id(position), 100, 1)
+    register_id(table, make_page_id(0, 2), 100, 1)
+    map_in(table, make_page_id(2), 2, CompressionLevel.FULL)
+    map_in(table, make_page_id(0, 2), 2, CompressionLevel.ABSTRACT, 20)
+    map_in(table, make_page_id(0), 2, CompressionLevel.FULL)
     assert [(e.page_id, int(e.level)) for e in table.resident()] == [
         ("msg_0001", 0),
         ("msg_0001.2", 2),
@@ -231,9 +231,9 @@ def test_a_small_change_writes_little_and_shares_the_rest() -> None:
     assert len(first.blocks) == 157 + 1
     for position in range(9_990, 10_010):
         if position >= 10_000:
-            register_id(table, page_id(position), 100, position, tier=StorageTier.L0)
+            register_id(table, make_page_id(position), 100, position, tier=StorageTier.L0)
         else:
-            evict(table, page_id(position), 10_000)
+            evict(table, make_page_id(position), 10_000)
     second = table.checkpoint()
     assert len(second.blocks) == 1 + 1  # a chunk of 64 positions and the root
     assert sum(map(len, second.blocks.values())) < 6_000
@@ -245,9 +245,9 @@ def test_opening_reads_the_window_and_looking_up_one_chunk() -> None:
     table = PageTable.open(root, storage.load)
     assert len(table.resident()) == 100 == table.get_stats().pages_by_tier[StorageTier.L0]
     assert (len(table), storage.reads) == (20_000, 1 + 3)
-    entry = table.lookup(page_id(7_000))
+    entry = table.lookup(make_page_id(7_000))
     assert entry is not None and entry.position == 7_000
-    assert table.lookup(page_id(7_001)) is not None and table.lookup(page_id(20_000)) is None
+    assert table.lookup(make_page_id(7_001)) is not None and table.lookup(make_page_id(20_000)) is None
     assert storage.reads == 1 + 3 + 1
     assert table.get_stats() == conversation(20_000, window=100).get_stats()
     assert table == conversation(20_000, window=100)
@@ -270,16 +270,16 @@ def test_pages_without_a_position_are_found_again() -> None:
 def test_invariant_06_branches_of_one_root_see_nothing_of_each_other() -> None:
     root, storage = stored(conversation(200))
     one, two = PageTable.open(root, storage.load), PageTable.open(root, storage.load)
-    fault_in(one, page_id(5), 300)
-    register_id(one, page_id(200), 1, 300)
+    fault_in(one, make_page_id(5), 300)
+    register_id(one, make_page_id(200), 1, 300)
     roots = {}
     for name, table in (("one", one), ("two", two)):
         roots[name], blocks = table.checkpoint()
         storage.update(blocks)
     assert roots["two"] == root != roots["one"]
-    untouched = two.lookup(page_id(5))
+    untouched = two.lookup(make_page_id(5))
     assert untouched is not None and untouched.fault_count == 0
-    assert page_id(200) in one and page_id(200) not in two
+    assert make_page_id(200) in one and make_page_id(200) not in two
     assert two == conversation(200)
     assert PageTable.open(roots["one"], storage.load) == one
 
@@ -315,10 +315,10 @@ def test_what_is_lost_with_its_log_is_told_and_changes_nothing() -> None:
     with pytest.raises(LookupError, match="missing"):
         PageTable.open(root, storage.load)
     with pytest.raises(LookupError, match="missing"):
-        evict(table, page_id(3), 900)
+        evict(table, make_page_id(3), 900)
     assert (table.get_stats(), table.turn) == (stats, 499)
     storage.update({ref: data + b"." for ref, data in kept.items()})
     with pytest.raises(LookupError, match="damaged"):
-        table.lookup(page_id(3))
+        table.lookup(make_page_id(3))
     storage.update(kept)
     assert table == conversation(500, window=64)

@@ -6,7 +6,7 @@ from proxy.memory import (
     PageTable,
     StorageTier,
 )
-from proxy.memory.pages import page_id
+from proxy.memory.ids import make_page_id
 from proxy.memory.tlb import DEFAULT_TLB_ENTRIES, PageTLB, TLBWithPageTable
 from tests.memory.doors import evict, fault_in, register_id
 
@@ -14,7 +14,7 @@ from tests.memory.doors import evict, fault_in, register_id
 def filled(pages: int, tlb: PageTLB | None = None) -> TLBWithPageTable:
     table = PageTable()
     for position in range(pages):
-        register_id(table, page_id(position), 10, 1)
+        register_id(table, make_page_id(position), 10, 1)
     return TLBWithPageTable(table, tlb)
 
 
@@ -34,7 +34,7 @@ def test_tlb_counts_hits_and_misses() -> None:
     combined = filled(10, PageTLB(max_entries=2))
     assert combined.tlb.get_stats().hit_rate == 0.0
     for position in (0, 0, 1, 2, 1, 0):
-        assert combined.lookup(page_id(position)) is not None
+        assert combined.lookup(make_page_id(position)) is not None
     assert combined.lookup("msg_9999") is None
     stats = combined.tlb.get_stats()
     assert (stats.hits, stats.misses, stats.size, stats.hit_rate) == (2, 5, 2, 2 / 7)
@@ -59,8 +59,8 @@ def test_tlb_lets_the_least_recently_used_go_first() -> None:
 
 def test_tlb_of_another_table_brings_nothing_along() -> None:
     tlb = PageTLB()
-    filled(3, tlb).lookup(page_id(0))
-    assert TLBWithPageTable(PageTable(), tlb).lookup(page_id(0)) is None
+    filled(3, tlb).lookup(make_page_id(0))
+    assert TLBWithPageTable(PageTable(), tlb).lookup(make_page_id(0)) is None
 
 
 def test_tlb_with_page_table_stands_wherever_a_table_does() -> None:

@@ -8,7 +8,7 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.memory.pages import Doc, Hit
+from proxy.memory.ids import Doc, Hit
 from proxy.search.fts import PageIndex
 from proxy.search.paths import PathIndexes
 from tests.examples import examples

@@ -1,8 +1,9 @@
-"""What OpenAI's API takes and Anthropic's refuses: said in other words, left out, or refused."""
+"""What OpenAI's API takes and Anthropic's refuses: said in other words, left out, or refused; and the cache markers of a window."""
 
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -10,16 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ApiError
-from proxy.upstream.anthropic import for_claude
+from proxy.memory.models import VMMode
+from proxy.memory.vm_tools import build_vm_developer_message
+from proxy.upstream.dialects import ANTHROPIC, prepare
 
 Json = dict[str, Any]
 ASK: Json = {"role": "user", "content": "Hi."}
+CLIENTS: Json = {"role": "system", "content": "Be kind."}
+MEMORY: Json = {"role": "system", "content": build_vm_developer_message(VMMode.RELAXED, "{}", "")}
+ASSISTANT: Json = {"role": "assistant", "content": "Hello."}
+MARK = {"type": "ephemeral"}
 
 
 def right(messages: list[Json], **fields: Any) -> list[Json]:
     request = {"model": "m", "messages": messages, **fields}
     before = copy.deepcopy(request)
-    out: list[Json] = for_claude(request)["messages"]
+    out: list[Json] = prepare(request, ANTHROPIC)["messages"]
     assert request == before, "the caller's request is not changed"
     return out
 
@@ -44,7 +51,7 @@ def ids(messages: list[Json]) -> list[Any]:
 
 def test_what_is_right_is_the_callers() -> None:
     request = {"model": "m", "messages": [ASK, calling("a", "b"), result("a"), result("b")], "n": 2}
-    assert for_claude(request) is request
+    assert prepare(request, ANTHROPIC) == request
 
 
 def test_a_repeated_call_id_becomes_one_of_its_own_with_its_result() -> None:
@@ -106,13 +113,13 @@ def test_system_messages_alone_get_a_user_to_begin() -> None:
      ("verbosity", "medium", "low")],
 )  # fmt: skip
 def test_a_field_at_its_default_says_nothing_and_any_other_stays(field: str, idle: Any, meant: Any) -> None:
-    assert field not in for_claude({"messages": [ASK], field: idle})
-    assert for_claude({"messages": [ASK], field: meant})[field] == meant
+    assert field not in prepare({"messages": [ASK], field: idle}, ANTHROPIC)
+    assert prepare({"messages": [ASK], field: meant}, ANTHROPIC)[field] == meant
 
 
 def test_hints_for_openais_own_house_are_left_out() -> None:
     hints = {"prompt_cache_key": "k", "safety_identifier": "u", "prediction": {"type": "content", "content": "x"}}
-    assert for_claude({"messages": [ASK], **hints, "user": "u"}) == {"messages": [ASK], "user": "u"}
+    assert prepare({"messages": [ASK], **hints, "user": "u"}, ANTHROPIC) == {"messages": [ASK], "user": "u"}
 
 
 @pytest.mark.parametrize(
@@ -126,10 +133,75 @@ def test_hints_for_openais_own_house_are_left_out() -> None:
 )  # fmt: skip
 def test_what_cannot_be_said_is_refused_with_a_sentence(fields: Json) -> None:
     with pytest.raises(ApiError) as caught:
-        for_claude(fields)
+        prepare(fields, ANTHROPIC)
     assert caught.value.status == 400 and caught.value.message.startswith("Anthropic's models do not take")
 
 
 def test_anthropics_own_tools_go_by() -> None:
     tools = [{"type": "web_search_20250305", "name": "web_search"}]
-    assert for_claude({"messages": [ASK], "tools": tools})["tools"] == tools
+    assert prepare({"messages": [ASK], "tools": tools}, ANTHROPIC)["tools"] == tools
+
+
+def test_a_tool_round_whose_thinking_is_lost_goes_on_without() -> None:
+    called = calling("c")
+    asks = {"model": "m", "reasoning_effort": "low", "thinking": {"type": "enabled"}}
+    lost = {**asks, "messages": [ASK, called, result("c")]}
+    assert prepare(lost, ANTHROPIC) == {"model": "m", "messages": lost["messages"]}
+    block = {"type": "thinking", "thinking": "t", "signature": "s"}
+    kept = {**asks, "messages": [ASK, {**called, "thinking_blocks": [block]}, result("c")]}
+    over = {**asks, "messages": [ASK, called, result("c"), ASSISTANT, ASK]}
+    assert prepare(kept, ANTHROPIC) == kept and prepare(over, ANTHROPIC) == over
+
+
+# ---------------------------------------------------------------- answers
+
+
+# ---------------------------------------------------------------- markers
+
+
+def user(content: Any) -> Json:
+    return {"role": "user", "content": content}
+
+
+def marked(messages: list[dict[str, Any]]) -> list[int]:
+    return [i for i, message in enumerate(messages) if "cache_control" in json.dumps(message)]
+
+
+def test_markers_at_the_stable_prefix_and_the_last_two_turns() -> None:
+    first = [CLIENTS, MEMORY, user("1")]
+    assert marked(right(first)) == [1, 2]
+    second = [*first, ASSISTANT, user("2")]
+    assert marked(right(second)) == [1, 2, 4]
+    third = [*second, calling("c"), result("c")]
+    assert marked(right(third)) == [1, 4, 6]
+    assert marked(prepare({"messages": third}, None)["messages"]) == []
+
+
+def test_the_marker_stands_on_the_last_part() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]
+    *_, last = right([MEMORY, user(parts)])
+    assert last["content"] == [parts[0], {**parts[1], "cache_control": MARK}]
+    *_, odd = right([MEMORY, user([{"type": "video_url", "video_url": {}}])])
+    assert "cache_control" not in json.dumps(odd)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"messages": [MEMORY, user([{"type": "text", "text": "x", "cache_control": MARK}])]},
+        {"messages": [MEMORY, {**ASK, "cache_control": MARK}]},
+        {"messages": [MEMORY, ASK], "tools": [{"type": "function", "cache_control": MARK}]},
+        {"messages": [MEMORY, ASK], "tools": [{"function": {"cache_control": MARK}}]},
+    ],
+)
+def test_a_clients_own_markers_win(where: dict[str, Any]) -> None:
+    assert prepare(where, ANTHROPIC)["messages"] == where["messages"]
+
+
+@given(st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=1, max_size=12))
+def test_markers_are_few_and_change_nothing_else(roles: list[str]) -> None:
+    messages = [CLIENTS, MEMORY, *({"role": role, "content": f"{i}"} for i, role in enumerate(roles))]
+    out = right(messages)
+    assert len(marked(out)) <= 3
+    plain = [{k: v for k, v in m.items() if k != "cache_control"} for m in out]
+    assert plain in (messages, [*messages[:2], plain[2], *messages[2:]])

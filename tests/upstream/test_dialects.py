@@ -1,127 +1,67 @@
-"""What litellm is given and what its answers become, on the shapes that its translation produces."""
+"""What litellm is given and what its answers and errors become, on the shapes that its translation
+produces; that real ones look like these is shown in tests/e2e/test_providers.py."""
 
 from __future__ import annotations
 
-import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from proxy.conversation.chunks import MessageBuilder
-from proxy.memory.models import VMMode
-from proxy.memory.vm_tools import build_vm_developer_message
-from proxy.upstream.anthropic import is_claude
-from proxy.upstream.dialects import Chunks, prepare, whole_answer
+from proxy.conversation.refusals import learn
+from proxy.upstream.dialects import (
+    ANTHROPIC,
+    GEMINI,
+    Chunks,
+    caused_by,
+    error_headers,
+    error_object,
+    prepare,
+    provider_status,
+    relayed,
+    reply_headers,
+    request_headers,
+    whole_answer,
+    wire_of,
+)
+from tests.conversation.player import limits_of
+from tests.upstream.test_anthropic import ASK, ASSISTANT, CLIENTS, MEMORY
 
-CLIENTS = {"role": "system", "content": "Be kind."}
-MEMORY = {"role": "system", "content": build_vm_developer_message(VMMode.RELAXED, "{}", "")}
 CALL = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-MARK = {"type": "ephemeral"}
 
 
-def user(content: Any = "Hi.") -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(text: str = "Hello.") -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def prepared(messages: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    request = {"model": "m", "messages": messages, **fields}
-    before = copy.deepcopy(request)
-    out = prepare(request, claude=True)
-    assert request == before, "the caller's request is not changed"
-    messages_out: list[dict[str, Any]] = out["messages"]
-    return messages_out
-
-
-def marked(messages: list[dict[str, Any]]) -> list[int]:
-    return [i for i, message in enumerate(messages) if "cache_control" in json.dumps(message)]
+@pytest.mark.parametrize(
+    ("provider", "model", "wire"),
+    [
+        ("anthropic", "claude-x", ANTHROPIC),
+        ("bedrock", "anthropic.claude-x", ANTHROPIC),
+        ("vertex_ai", "claude-sonnet-4", ANTHROPIC),
+        ("gemini", "gemini-3-pro-preview", GEMINI),
+        ("gemini", "gemma-3", GEMINI),
+        ("vertex_ai", "gemini-2.5-pro", GEMINI),
+        ("openai", "claude-shaped", None),
+        ("openrouter", "google/gemini-3-pro", None),
+    ],
+)
+def test_the_wire_is_that_of_the_models_house(provider: str, model: str, wire: Any) -> None:
+    assert wire_of(provider, model) is wire
 
 
 def test_a_request_without_the_memory_is_the_clients() -> None:
-    request = {"model": "m", "messages": [CLIENTS, assistant(), user()]}
-    assert prepare(request, claude=True) is request
-    assert prepare({"messages": "odd"}, claude=True) == {"messages": "odd"}
-    quoted = {"messages": [CLIENTS, user("What is <VM:RULES>?")]}
-    assert prepare(quoted, claude=True) is quoted, "only the system message tells a paged request"
+    request = {"model": "m", "messages": [CLIENTS, ASSISTANT, ASK]}
+    assert prepare(request, ANTHROPIC) == request and prepare(request, None) is request
+    quoted = {"messages": [CLIENTS, {"role": "user", "content": "What is <VM:RULES>?"}]}
+    assert prepare(quoted, ANTHROPIC) == quoted, "only the system message tells a paged request"
 
 
-def test_a_window_that_begins_with_an_answer_gets_a_user_first() -> None:
-    out = prepared([CLIENTS, MEMORY, assistant(), user()])
-    assert [message["role"] for message in out] == ["system", "system", "user", "assistant", "user"]
-    assert [message["role"] for message in prepared([MEMORY, user()])] == ["system", "user"]
-
-
-def test_markers_at_the_stable_prefix_and_the_last_two_turns() -> None:
-    first = [CLIENTS, MEMORY, user("1")]
-    assert marked(prepared(first)) == [1, 2]
-    second = [*first, assistant(), user("2")]
-    assert marked(prepared(second)) == [1, 2, 4]
-    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    third = [*second, called, {"role": "tool", "tool_call_id": "c", "content": "r"}]
-    assert marked(prepared(third)) == [1, 4, 6]
-    assert marked(prepare({"messages": third}, claude=False)["messages"]) == []
-
-
-def test_the_marker_stands_on_the_last_part() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]
-    *_, last = prepared([MEMORY, user(parts)])
-    assert last["content"] == [parts[0], {**parts[1], "cache_control": MARK}]
-    *_, odd = prepared([MEMORY, user([{"type": "video_url", "video_url": {}}])])
-    assert "cache_control" not in json.dumps(odd)
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        {"messages": [MEMORY, user([{"type": "text", "text": "x", "cache_control": MARK}])]},
-        {"messages": [MEMORY, {**user(), "cache_control": MARK}]},
-        {"messages": [MEMORY, user()], "tools": [{"type": "function", "cache_control": MARK}]},
-        {"messages": [MEMORY, user()], "tools": [{"function": {"cache_control": MARK}}]},
-    ],
-)
-def test_a_clients_own_markers_win(where: dict[str, Any]) -> None:
-    assert prepare(where, claude=True)["messages"] == where["messages"]
-
-
-@given(st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=1, max_size=12))
-def test_markers_are_few_and_change_nothing_else(roles: list[str]) -> None:
-    messages = [CLIENTS, MEMORY, *({"role": role, "content": f"{i}"} for i, role in enumerate(roles))]
-    out = prepared(messages)
-    assert len(marked(out)) <= 3
-    plain = [{k: v for k, v in m.items() if k != "cache_control"} for m in out]
-    assert plain in (messages, [*messages[:2], plain[2], *messages[2:]])
-
-
-@pytest.mark.parametrize(
-    ("provider", "model", "expected"),
-    [
-        ("anthropic", "claude-x", True),
-        ("bedrock", "anthropic.claude-x", True),
-        ("vertex_ai", "gemini-3", False),
-        ("openai", "claude-shaped", False),
-    ],
-)
-def test_who_is_claude(provider: str, model: str, expected: bool) -> None:
-    assert is_claude(provider, model) is expected
-
-
-def test_a_tool_round_whose_thinking_is_lost_goes_on_without() -> None:
-    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    result = {"role": "tool", "tool_call_id": "c", "content": "r"}
-    asks = {"model": "m", "reasoning_effort": "low", "thinking": {"type": "enabled"}}
-    lost = {**asks, "messages": [user(), called, result]}
-    assert prepare(lost, claude=True) == {"model": "m", "messages": lost["messages"]}
-    assert prepare(lost, claude=False) is lost
-    block = {"type": "thinking", "thinking": "t", "signature": "s"}
-    kept = {**asks, "messages": [user(), {**called, "thinking_blocks": [block]}, result]}
-    over = {**asks, "messages": [user(), called, result, assistant(), user()]}
-    assert prepare(kept, claude=True) is kept and prepare(over, claude=True) is over
+@pytest.mark.parametrize("wire", [ANTHROPIC, GEMINI, None])
+def test_a_window_that_begins_with_an_answer_gets_a_user_first(wire: Any) -> None:
+    for messages in ([CLIENTS, MEMORY, ASSISTANT, ASK], [MEMORY, ASK]):
+        out = prepare({"messages": messages}, wire)["messages"]
+        assert next(m["role"] for m in out if m["role"] != "system") == "user"
+        assert [m for m in out if m in messages] == messages or wire is ANTHROPIC  # but for its markers
 
 
 # ---------------------------------------------------------------- answers
@@ -197,3 +137,152 @@ def test_a_whole_answer_is_openais() -> None:
             "thinking_blocks": [block],
         },
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------- errors
+
+
+class _Told(Exception):
+    def __init__(self, message: str, status: int | None = None, **more: object) -> None:
+        super().__init__(message)
+        self.message = message
+        if status is not None:
+            self.status_code = status
+        self.__dict__.update(more)
+
+
+class ContextWindowExceededError(_Told):
+    """Named like litellm's."""
+
+
+def behind(outer: Exception, inner: Exception) -> Exception:
+    outer.__cause__ = inner
+    return outer
+
+
+QUOTED = "litellm.X: AnthropicException - b'{\"type\":\"error\",\"error\":{\"type\":\"%s\",\"message\":\"%s\"}}'"
+
+
+def test_the_providers_own_status_and_sentence() -> None:
+    error = behind(_Told(QUOTED % ("overloaded_error", "Overloaded"), 500), _Told("x", 529))
+    assert provider_status(error) == 529
+    assert error_object(error) == {
+        "message": "Overloaded", "type": "api_error", "param": None, "code": "overloaded_error",
+    }  # fmt: skip
+
+
+def test_a_wrapped_error_is_unwrapped() -> None:
+    inner = _Told(QUOTED % ("rate_limit_error", "Slow."), 429, headers={"retry-after": "7"})
+    error = _Told("litellm.MidStreamFallbackError", 503, original_exception=inner)
+    assert provider_status(error) == 429
+    assert error_object(error)["code"] == "rate_limit_exceeded"
+    assert error_object(error)["message"] == "Slow."
+    assert error_headers(error) == [(b"retry-after", b"7")]
+
+
+@pytest.mark.parametrize("message", ["prompt is too long: 9 tokens", "it's \\\\ \"too\" long"])
+def test_too_small_a_window_has_openais_code(message: str) -> None:
+    error = ContextWindowExceededError(message, 400)
+    assert error_object(error) == {
+        "message": message, "type": "invalid_request_error", "param": None,
+        "code": "context_length_exceeded",
+    }  # fmt: skip
+
+
+def test_geminis_status_becomes_a_code() -> None:
+    text = 'GeminiException - {"error": {"code": 400, "message": "Bad.", "status": "INVALID_ARGUMENT"}}'
+    assert error_object(_Told(text, 400)) == {
+        "message": "Bad.", "type": "invalid_request_error", "param": None, "code": "invalid_argument",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "(no words)"),
+        ("{", "{"),
+        ("b'{\\xff'", "{\ufffd"),
+        ('b"{\'a\': 1}"', "{'a': 1}"),
+        ("{} {}", "{} {}"),
+        ("b'\\x'", "b'\\x'"),
+        ("litellm.BadGatewayError: AnthropicException BadGatewayError - <p>No.</p>\n", "<p>No.</p>"),
+        ("litellm.ServiceUnavailableError: XException - . Handle with `litellm.ServiceUnavailableError`.",
+         "(no words)"),
+        ("litellm.APIConnectionError: 'function'\nTraceback (most recent call last):\n  File \"a.py\"",
+         "'function'"),
+    ],
+)  # fmt: skip
+def test_odd_messages_are_told_without_litellms_frame(text: str, told: str) -> None:
+    assert error_object(_Told(text, 418))["message"] == told
+
+
+def test_fields_that_a_provider_does_not_have_are_named_with_what_to_do() -> None:
+    said = (
+        "litellm.UnsupportedParamsError: anthropic does not support parameters: ['seed', 'n'], for model=m."
+        " To drop these, set `litellm.drop_params=True` or for proxy:\n\n`litellm_settings:\n drop_params: true`"
+    )
+    assert error_object(_Told(said, 400)) == {
+        "message": "anthropic does not support ['seed', 'n']. Remove them from the request, or set"
+        " upstream.drop_params: true, so that what a provider does not have is left out.",
+        "type": "invalid_request_error", "param": "seed", "code": "unsupported_parameter",
+    }  # fmt: skip
+
+
+def test_an_endless_chain_ends() -> None:
+    one, two = _Told("one"), _Told("two")
+    one.original_exception, two.original_exception = two, one  # type: ignore[attr-defined]
+    assert provider_status(one) is None
+    assert caused_by(one, _Told) and not caused_by(one, KeyError)
+
+
+def test_a_model_without_tools_is_learned_from_litellms_own_refusal() -> None:
+    said = "litellm.UnsupportedParamsError: x does not support parameters: ['tools', 'tool_choice'], for model=m."
+    body = json.dumps({"error": error_object(_Told(said, 400))}).encode()
+    assert learn(body, limits_of(1500)) == {"tools": False}
+
+
+# ---------------------------------------------------------------- headers
+
+
+def test_tracing_betas_and_custom_headers_go_up_and_credentials_never() -> None:
+    sent = [
+        (b"authorization", b"Bearer sk"), (b"x-api-key", b"sk"), (b"x-goog-api-key", b"sk"),
+        (b"x-amz-security-token", b"s"), (b"x-forwarded-for", b"10.0.0.1"), (b"cookie", b"a=b"),
+        (b"x-llm-pager-session", b"s"), (b"traceparent", b"00-1"), (b"idempotency-key", b"k"),
+        (b"anthropic-beta", b"b"), (b"x-my-own", b"caf\xe9"), (b"content-length", b"3"),
+        (b"host", b"h"), (b"openai-organization", b"org"),
+    ]  # fmt: skip
+    assert request_headers(sent) == {
+        "traceparent": "00-1", "idempotency-key": "k", "anthropic-beta": "b", "x-my-own": "café",
+    }  # fmt: skip
+
+
+def test_hops_end_here_with_the_headers_that_they_name() -> None:
+    sent = [(b"connection", b"close, X-Per-Hop"), (b"x-per-hop", b"1"), (b"te", b"trailers"), (b"x-a", b"1")]
+    assert request_headers(sent) == {"x-a": "1"}
+
+
+def test_the_providers_headers_come_back_also_under_openais_names() -> None:
+    said = {
+        "Request-Id": "req_1", "anthropic-ratelimit-tokens-remaining": 12, "content-type": "text/html",
+        "transfer-encoding": "chunked", "Connection": "x-hop", "x-hop": "1", "x-litellm-cost": "0",
+        "retry-after": "7", "odd": None,
+    }  # fmt: skip
+    assert dict(relayed(said.items())) == {
+        b"request-id": b"req_1", b"x-request-id": b"req_1", b"retry-after": b"7",
+        b"anthropic-ratelimit-tokens-remaining": b"12", b"x-ratelimit-remaining-tokens": b"12",
+    }  # fmt: skip
+
+
+def test_no_credential_ever_comes_back() -> None:
+    """Were the headers of an exception those of the request."""
+    ours = {"Authorization": "Bearer sk", "x-api-key": "sk", "x-goog-api-key": "sk", "api-key": "sk",
+            "x-amz-security-token": "s", "cookie": "a=b", "retry-after": "7"}  # fmt: skip
+    assert dict(relayed(ours.items())) == {b"retry-after": b"7"}
+
+
+def test_litellms_prefix_is_taken_off_and_no_headers_are_none() -> None:
+    result = SimpleNamespace(_hidden_params={"additional_headers": {"llm_provider-x-request-id": "r"}})
+    assert reply_headers(result, {}) == [(b"x-request-id", b"r")]
+    assert reply_headers(SimpleNamespace(), {}) == []
+    assert reply_headers(SimpleNamespace(_hidden_params={"additional_headers": None}), {}) == []

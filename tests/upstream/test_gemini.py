@@ -10,14 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.config import load_config
 from proxy.errors import ApiError
 from proxy.upstream import Upstream, make_upstream
-from proxy.upstream.dialects import Chunks, prepare, whole_answer
-from proxy.upstream.gemini import for_gemini, is_gemini
+from proxy.upstream.dialects import GEMINI, Chunks, prepare, whole_answer
 from tests.e2e.answers import Response, Stream
 from tests.e2e.providers import Call, Said, json_response
 from tests.e2e.providers.gemini import GeminiServer
@@ -36,14 +35,15 @@ def call(arguments: str = "{}", **more: Any) -> Json:
 def asked(*messages: Json, **fields: Any) -> Json:
     request = {"model": "m", "messages": list(messages), **fields}
     before = copy.deepcopy(request)
-    out = for_gemini(request)
+    out = prepare(request, GEMINI)
     assert request == before, "the caller's request is not changed"
     return out
 
 
 def said(*messages: Json) -> list[Json]:
-    out: list[Json] = asked(*messages)["messages"]
-    return out
+    """What becomes of them behind a user's."""
+    out: list[Json] = asked(USER, *messages)["messages"]
+    return out[1:]
 
 
 # ---------------------------------------------------------------- requests
@@ -51,22 +51,7 @@ def said(*messages: Json) -> list[Json]:
 
 def test_what_gemini_takes_is_left_alone() -> None:
     request = {"model": "m", "messages": [USER, {"role": "assistant", "content": "Yes.", "x": 1}, USER]}
-    assert for_gemini(request) is request
-    assert prepare(request, claude=False, gemini=True) is request
-
-
-@pytest.mark.parametrize(
-    ("provider", "model", "expected"),
-    [
-        ("gemini", "gemini-3-pro-preview", True),
-        ("gemini", "gemma-3", True),
-        ("vertex_ai", "gemini-2.5-pro", True),
-        ("vertex_ai", "claude-sonnet-4", False),
-        ("openrouter", "google/gemini-3-pro", False),
-    ],
-)
-def test_who_is_gemini(provider: str, model: str, expected: bool) -> None:
-    assert is_gemini(provider, model) is expected
+    assert prepare(request, GEMINI) == request
 
 
 def test_no_text_is_empty() -> None:
@@ -123,10 +108,10 @@ def test_signatures_stand_where_litellm_reads_them() -> None:
 
 def test_a_conversation_begins_with_the_user() -> None:
     system, answer = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hello."}
-    out = prepare({"messages": [system, answer, USER]}, claude=False, gemini=True)["messages"]
+    out = prepare({"messages": [system, answer, USER]}, GEMINI)["messages"]
     assert [m["role"] for m in out] == ["system", "user", "assistant", "user"]
     unknown = {"messages": [system, answer, USER]}
-    assert prepare(unknown, claude=False) is unknown
+    assert prepare(unknown, None) is unknown
 
 
 def test_choices_are_said_in_geminis_words() -> None:
@@ -156,7 +141,7 @@ def test_custom_tools_are_refused_with_a_sentence() -> None:
     assert (caught.value.status, caught.value.param) == (400, "tools")
     custom = {"id": "c", "type": "custom", "custom": {"name": "sql", "input": "1"}}
     with pytest.raises(ApiError, match="custom tools"):
-        asked({"role": "assistant", "content": None, "tool_calls": [custom]})
+        asked(USER, {"role": "assistant", "content": None, "tool_calls": [custom]})
 
 
 _JSON = st.recursive(
@@ -170,6 +155,7 @@ _JSON = st.recursive(
 _ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool", "function", "x"])
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.fixed_dictionaries({"role": _ROLES}, optional={"content": _JSON, "tool_calls": _JSON,
              "function_call": _JSON, "extra_content": _JSON, "refusal": st.none() | st.text()}), max_size=5),
@@ -177,10 +163,10 @@ _ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool", "f
 )  # fmt: skip
 def test_odd_requests_raise_nothing_and_settle(messages: list[Json], fields: Json) -> None:
     request = {"messages": messages, **fields}
-    once = for_gemini(request)
-    again = for_gemini({"messages": messages, **fields})
+    once = prepare(request, GEMINI)
+    again = prepare({"messages": messages, **fields}, GEMINI)
     assert once == again, "the same messages give the same words"
-    assert len(once["messages"]) <= len(messages)
+    assert len(once["messages"]) <= len(messages) + 1
 
 
 # ---------------------------------------------------------------- answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import Config
-from proxy.upstream import Header, UpstreamBroken, join_chunks, make_upstream
+from proxy.upstream import Header, Reply, UpstreamBroken, make_upstream
 from proxy.upstream.openai import OpenAIUpstream
 from proxy.upstream.responses import ResponsesBridge, StreamReply
 from tests.e2e.answers import Hang, Response, Stream
@@ -25,7 +25,7 @@ from tests.e2e.recording import Recorded
 LIMIT = 1 << 20
 
 
-class Arrived:
+class Arrived(Reply):
     """A reply whose body came in these pieces."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
@@ -33,15 +33,9 @@ class Arrived:
         self.headers: list[Header] = [(b"content-type", b"text/event-stream")]
         self.pieces, self.closed = pieces, False
 
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         for piece in self.pieces:
             yield piece
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self._chunks()
-
-    async def read(self, limit_bytes: int) -> bytes:
-        return await join_chunks(self._chunks(), limit_bytes)
 
     async def close(self) -> None:
         self.closed = True

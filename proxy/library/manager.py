@@ -1,0 +1,555 @@
+"""MemoryManager: one conversation's memory for a program of its own: messages in, Chat Completions
+requests out, the model's VM calls answered between. It plays the proxy's own turns, against records in RAM.
+
+Promises: a request is, byte for byte, what the proxy sends for the same history with the same settings;
+a turn that is never answered leaves no trace. Table, log and pages are views of these turns: what a
+caller pins or weighs counts for them, what he moves by hand does not change the window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from proxy.config import Config
+from proxy.conversation.body import Body
+from proxy.conversation.channel import TOOLS, Channel, vm_names
+from proxy.conversation.compose import as_input
+from proxy.conversation.context import TurnContext
+from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
+from proxy.conversation.identify import Place
+from proxy.conversation.model_facts import capabilities
+from proxy.conversation.pages import PathPages
+from proxy.conversation.records import (
+    Record,
+    State,
+    block_key,
+    decode_record,
+    record_key,
+    restore_state,
+)
+from proxy.conversation.tree import Identity, Node
+from proxy.conversation.turn import Answer, Turn
+from proxy.conversation.turn_window import created
+from proxy.errors import ApiError
+from proxy.library.working_set import WorkingSetManager
+from proxy.limits import POLICIES, limits_of
+from proxy.memory.artifacts_bridge import ArtifactsBridge
+from proxy.memory.eviction import EvictionPolicy
+from proxy.memory.faults import PageFaultHandler
+from proxy.memory.ids import Hit, make_page_id
+from proxy.memory.levels import CompressorRegistry
+from proxy.memory.metrics import UserExperienceMetrics
+from proxy.memory.models import (
+    CompressionLevel,
+    MemoryPage,
+    Modality,
+    MutationType,
+    PageMutation,
+    VMMode,
+)
+from proxy.memory.segments import ProvenanceGraph
+from proxy.memory.table import MutationLogLite, PageTable, decode_log
+from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.vm_tools import (
+    PAGE_FAULT,
+    SEARCH_PAGES,
+    SearchToolResult,
+    error_result,
+    parse_fault_args,
+    parse_search_args,
+)
+from proxy.memory.working_set import WorkingSetConfig
+from proxy.search.paths import PathIndexes
+from proxy.tokens import PER_REPLY, get_counter
+
+DEFAULT_MODEL = "gpt-4o"
+_VM = Channel(TOOLS, True, vm_names([]))  # which called names mean our tools
+_NO_MORE = error_result("No more pages in this turn; answer with what is loaded.")
+_TOO_MANY = error_result("Too many calls at once; answer with what you have.")
+_json = msgspec.json.encode
+_decode = msgspec.json.decode
+_unpack = msgspec.msgpack.decode
+
+Message = dict[str, Any]
+
+
+class _OpenTurn:
+    """A turn that waits for the model: `request` is what it would ask, `offered` whether it may call
+    the VM tools.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.dialogue: Generator[Effect, Any, Answer] = turn.run()
+        self.request: dict[str, Any] = {}
+        self.offered = False
+
+
+class MemoryManager:
+    """The memory of one session. `config` is its window (default: the model's own, less the usual
+    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` keeps
+    checkpoints.
+    """
+
+    def __init__(
+        self,
+        session_id: str = "",
+        config: WorkingSetConfig | None = None,
+        policy: EvictionPolicy | None = None,
+        registry: CompressorRegistry | None = None,
+        *,
+        mode: VMMode = VMMode.STRICT,
+        model: str = DEFAULT_MODEL,
+        system_prompt: str | None = None,
+        storage: ArtifactsBridge | None = None,
+        settings: Config | None = None,
+    ) -> None:
+        settings = settings or Config()
+        limits, override = limits_of(settings, model, {}), settings.model_override(model)
+        self.session_id = session_id
+        self.limits = replace(
+            limits, mode=mode, working_set=config or limits.working_set, written_by_models=False
+        )
+        self.config = self.limits.working_set
+        self.storage = storage or ArtifactsBridge()
+        self.metrics = UserExperienceMetrics()
+        self.path: list[Node] = []
+        self._model = model
+        self._counter = get_counter(model, override.tokenizer)
+        self._capabilities = capabilities(override.model_dump(), {}, {})
+        self._policy = policy or POLICIES[settings.memory.eviction]
+        self._registry = registry
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self._system = [_json(message) for message in system]
+        self._fixed_tokens = sum(self._counter.message(message) for message in system)
+        self._identity = Identity(blake2b(session_id.encode(), digest_size=32).digest())
+        self._tenant = self._identity.tenant("", "")
+        self._values: dict[bytes, bytes] = {}  # the store: records and the table's blocks
+        self._indexes = PathIndexes(settings.search.index_pages)
+        self._record: Record | None = None  # of the last answer
+        self._state: State | None = None  # after it; None while everything fits
+        self._open: _OpenTurn | None = None
+        self._log = MutationLogLite()
+        self._unpaged: PageTable | None = None
+        self._combined: TLBWithPageTable | None = None
+        self._entered = 0  # messages that are in `_unpaged`
+        self._changes: list[PageMutation] = []  # the caller's, that no answered turn has yet
+        self._pages: dict[str, MemoryPage] = {}  # as they were said, and what a caller puts in
+        self._calls = 0
+        self._faults: tuple[PageTable, PageFaultHandler] | None = None
+
+    # -- adding
+
+    async def add_user_message(self, content: Any, **metadata: Any) -> MemoryPage:
+        """A message of the user's: a text, or Chat Completions content parts. Returns its page."""
+        return self.add_message({"role": "user", "content": content}, metadata)
+
+    async def add_assistant_message(self, content: Any, **metadata: Any) -> MemoryPage:
+        """The answer to the last request. Returns its page."""
+        return self.add_message({"role": "assistant", "content": content}, metadata)
+
+    async def add_tool_result(
+        self, content: Any, tool_name: str = "tool", arguments: Mapping[str, Any] | None = None,
+        **metadata: Any,
+    ) -> MemoryPage:
+        """A tool of the application's was called and returned this; returns the result's page."""
+        self._calls += 1
+        call, result = tool_messages(self._calls, tool_name, arguments, content)
+        self.add_message(call, metadata)
+        return self.add_message(result, metadata)
+
+    def add_message(self, message: Message, metadata: Mapping[str, Any] | None = None) -> MemoryPage:
+        """Any Chat Completions message but a system one (ValueError: these stand in front, as
+        `system_prompt`); an assistant's is the answer to the last request."""
+        if message.get("role") in ("system", "developer"):
+            raise ValueError("a system message is the `system_prompt` of the conversation")
+        if message.get("role") == "assistant":
+            self._answer(message)
+        else:
+            self._add(message)
+        pages = self._path_pages()
+        said = pages[len(self.path) - 1]
+        for i in said.ids:
+            self._pages[i] = pages.page(i)
+            self._pages[i].metadata.update(metadata or {})
+        name, first = make_page_id(said.position), said.ids[0]
+        if first != name:  # a long message, in parts
+            whole = {"page_id": name, "content": "".join(said.parts), "size_tokens": None}
+            self._pages[name] = self._pages[first].model_copy(update=whole)
+        return self._pages[name]
+
+    def _add(self, message: Message) -> None:
+        """A message without a turn of its own; an open turn is given up."""
+        self._give_up()
+        self.path = self._identity.extend(self._tenant, self.path, [(_json(message), message)])
+
+    def _answer(self, message: Message) -> None:
+        """The end of the open turn; a message that only calls tools of the caller's is one, too."""
+        if self._open is None and self.path and self.path[-1].role != "assistant":
+            self._begin()
+        if self._open is None:
+            self._add(as_input(message))
+            return
+        opened, self._open = self._open, None
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        self._play(opened, Said([message], reason, None))
+        turn = opened.turn
+        self.path, self._record = turn.path, turn.record
+        if turn.window is None or turn.record is None:
+            self._state = None
+            return
+        turn.report.record(self.metrics)
+        self._state = State(turn.window, turn.table, turn.pages.derived)
+        self._changes.clear()
+        if not turn.record.base:  # the first turn that pages
+            self._log, self._unpaged = MutationLogLite(), None
+        self._log.extend(decode_log(turn.record.mutations))
+
+    # -- showing
+
+    @property
+    def paged(self) -> bool:
+        """Whether the conversation outgrew its window."""
+        opened = self._open is not None and self._open.turn.window is not None
+        return opened or self._state is not None
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole conversation in one request, as long as nothing is paged."""
+        pages = self._path_pages()
+        said = sum(pages.tokens(position) for position in range(len(self.path)))
+        return self._fixed_tokens + said + PER_REPLY
+
+    def request(self) -> dict[str, Any]:
+        """The body of the next request: `model`, `messages`, and `tools` when the VM's are on offer."""
+        if not self.path:
+            return {"model": self._model, "messages": [_decode(raw) for raw in self._system]}
+        if self.path[-1].role != "assistant":
+            return (self._open or self._begin()).request
+        shown = self._begin().request  # nobody is asked yet: as it would look
+        self._give_up()
+        return shown
+
+    def build_request(self, user_input: str) -> dict[str, Any]:
+        """`request()` for what the user says now, which is added unless it was the last message."""
+        said = json.loads(self.path[-1].raw) if self.path else {}
+        if (said.get("role"), said.get("content")) != ("user", user_input):
+            self.add_message({"role": "user", "content": user_input})
+        return self.request()
+
+    async def check_and_evict(self) -> list[str]:
+        """What the next request makes room for, ahead of it: the ids of the pages that leave."""
+        self.request()
+        return list(self._open.turn.report.evicted_pages) if self._open is not None else []
+
+    # -- the model's calls
+
+    async def process_response(self, response: Any) -> dict[str, Any] | str:
+        """The answer's text; or `{"tool_results": [...]}` with a message for each of its calls, and the
+        media of pages that were loaded in a user's message. They stand in the next `request()`, too.
+
+        `response` is a Chat Completions response, as an object or as a dict.
+        """
+        message = _field(_field(response, "choices")[0], "message")
+        calls = [self._plain(call) for call in _field(message, "tool_calls") or ()]
+        if not calls:
+            return _field(message, "content") or ""
+        return {"tool_results": await self._results(calls, _field(message, "content"))}
+
+    async def page_fault(
+        self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
+    ) -> dict[str, Any]:
+        """Bring a page into the window, within the turn's limits: the tool's result (`page` and
+        `effects`, or `error`)."""
+        asked = {"page_id": page_id, "target_level": int(target_level)}
+        return await self.call(PAGE_FAULT, json.dumps(asked))
+
+    async def search_pages(
+        self, query: str, modality: Modality | str | None = None, limit: int = 5
+    ) -> dict[str, Any]:
+        """Search the pages outside the window: the tool's result (`results`, or `error`)."""
+        asked: dict[str, Any] = {"query": query, "limit": limit}
+        if modality is not None:
+            asked["modality"] = modality.value if isinstance(modality, Modality) else modality
+        return await self.call(SEARCH_PAGES, json.dumps(asked))
+
+    async def call(self, name: str, arguments: str) -> dict[str, Any]:
+        """The result of a VM call as the model made it (`arguments` is its JSON text)."""
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        (told, *_) = await self._results([self._plain(call)], None)
+        result: dict[str, Any] = json.loads(told["content"])
+        return result
+
+    def _plain(self, call: Any) -> Message:
+        """A tool call as a dict with an id."""
+        self._calls += 1
+        function = _field(call, "function")
+        name, arguments = _field(function, "name"), _field(function, "arguments") or ""
+        call_id = _field(call, "id") or f"call_vm_{self._calls:04d}"
+        body = {"name": name, "arguments": arguments}
+        return {"id": call_id, "type": "function", "function": body}
+
+    async def _results(self, calls: Sequence[Message], content: Any) -> list[Message]:
+        """A tool message for each call, then the media of pages that were loaded in a user's message."""
+        self.request()  # there is a turn to answer in
+        ours = [call for call in calls if _VM.tool(call["function"]["name"])]
+        exchange = self._exchange(ours, content) if ours else []
+        results = {m["tool_call_id"]: m for m in exchange or () if m["role"] == "tool"}
+        refusal = _TOO_MANY if results else _NO_MORE
+        for call in calls:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            said = refusal
+            if call not in ours:
+                said = error_result(f"Unknown tool: {name}")
+            elif exchange is None and not self.paged:
+                said = await self._inside(str(_VM.tool(name)), arguments)
+            result = {"role": "tool", "tool_call_id": call["id"], "content": said}
+            results.setdefault(call["id"], result)
+        media = [message for message in exchange or () if message["role"] == "user"]
+        return [*(results[call["id"]] for call in calls), *media]
+
+    def _exchange(self, calls: Sequence[Message], content: Any) -> list[Message] | None:
+        """What the open turn answers to these VM calls in one message of the model's: [] when the window
+        has no room for it, None when no VM call is welcome now."""
+        if self._open is None or not self._open.offered:
+            return None
+        said = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+        if not self._play(self._open, Said([said], "tool_calls", None)):  # it was taken for the answer
+            self._give_up()
+            return None
+        messages, ids = self._open.request["messages"], {call["id"] for call in calls}
+        at = len(messages)
+        while at and messages[at - 1]["role"] != "assistant":
+            at -= 1
+        made = messages[at - 1].get("tool_calls") if at else None
+        return list(messages[at:]) if made and made[0]["id"] in ids else []
+
+    async def _inside(self, tool: str, arguments: str) -> str:
+        """The result of a VM call while every page is in the window."""
+        if tool == SEARCH_PAGES:
+            search = parse_search_args(arguments)
+            return error_result(search) if isinstance(search, str) else SearchToolResult().model_dump_json()
+        fault = parse_fault_args(arguments)
+        if isinstance(fault, str):
+            return error_result(fault)
+        result = await self.fault_handler.handle_fault(fault.page_id, fault.level)
+        if result.page is None:
+            return error_result(result.error or "")
+        return self.fault_handler.build_tool_result(result.page).model_dump_json()
+
+    # -- views
+
+    @property
+    def page_table(self) -> PageTable:
+        """The page table: the open turn's, else that after the last answer. While everything fits no turn
+        has one; then it is what the first turn that pages will find."""
+        if self._open is not None and self._open.turn.window is not None:
+            return self._open.turn.table
+        if self._state is not None:
+            return self._state.table
+        return self._view()
+
+    @property
+    def log(self) -> MutationLogLite:
+        """All mutations up to the last answer; while everything fits, those that made `combined`."""
+        if not self.paged:
+            self._view()
+        return self._log
+
+    @property
+    def combined(self) -> TLBWithPageTable:
+        """The page table behind a TLB."""
+        table = self.page_table
+        if self._combined is None or self._combined.page_table is not table:
+            self._combined = TLBWithPageTable(table)
+        return self._combined
+
+    @property
+    def tlb(self) -> PageTLB:
+        """Its recently used entries."""
+        return self.combined.tlb
+
+    @property
+    def derived(self) -> Derived:
+        """Summaries and claims after the last answer."""
+        return self._state.derived if self._state is not None else NO_DERIVED
+
+    @property
+    def provenance(self) -> ProvenanceGraph:
+        """Which derived page rests on which, walked both ways."""
+        return self.derived.provenance
+
+    @property
+    def working_set(self) -> WorkingSetManager:
+        """The table's L0 and L1 as a budget; an importance that is set here counts for the turns."""
+        return WorkingSetManager(self.config, None, self.combined, self._policy, change=self._change)
+
+    @property
+    def fault_handler(self) -> PageFaultHandler:
+        """Serves faults beside the turns, for callers that show the page themselves."""
+        table = self.page_table
+        if self._faults is None or self._faults[0] is not table:
+            handler = PageFaultHandler(
+                table, self._get_page, self.limits.faults_per_turn, self.limits.fault_tokens,
+                registry=self._registry, counts=self._counter, turn=table.turn,
+            )  # fmt: skip
+            self._faults = table, handler
+        return self._faults[1]
+
+    def new_turn(self) -> None:
+        """`fault_handler` begins again with nothing spent. (The turns begin with what is said.)"""
+        self.fault_handler.new_turn()
+
+    def _view(self) -> PageTable:
+        """What the first turn that pages will find."""
+        if self._unpaged is None:
+            self._log, self._entered = MutationLogLite(), 0
+            self._unpaged = PageTable(self._log.append)
+        turn = 1 + sum(node.role == "assistant" for node in self.path[: self._entered])
+        for position in range(self._entered, len(self.path)):
+            for mutation in created(self._path_pages(position + 1)[position], 0, turn):
+                self._unpaged.apply(mutation)
+            turn += self.path[position].role == "assistant"
+        self._entered = len(self.path)
+        return self._unpaged
+
+    # -- changing and keeping
+
+    def pin(self, page_id: str) -> None:
+        """Never evict this page. KeyError for an unknown one."""
+        self._change(PageMutation(MutationType.PIN, page_id, self.page_table.turn))
+
+    def unpin(self, page_id: str) -> None:
+        """Take a pin back."""
+        self._change(PageMutation(MutationType.UNPIN, page_id, self.page_table.turn))
+
+    def _change(self, mutation: PageMutation) -> None:
+        """A pin or an importance of the caller's: it holds at once, and in the log from the next
+        answered turn on. KeyError for an unknown page."""
+        self.combined.apply(mutation)
+        self._changes.append(mutation)
+
+    async def checkpoint(self, name: str) -> str:
+        """Store the full pages of the window under a name; returns the checkpoint's id."""
+        found = [await self._get_page(entry.page_id) for entry in self.combined.resident()]
+        return await self.storage.checkpoint([page for page in found if page is not None], name)
+
+    async def _get_page(self, name: str) -> MemoryPage | None:
+        """A page of the conversation, or what a caller put into `_pages` or `storage`."""
+        if name in self._pages:
+            return self._pages[name]
+        pages, entry = self._path_pages(), self.combined.lookup(name)
+        if pages.expand(name) == [name]:
+            return pages.page(name)
+        artifact_id = entry.artifact_id if entry is not None else None
+        return await self.storage.load_page(artifact_id) if artifact_id is not None else None
+
+    def _path_pages(self, end: int | None = None) -> PathPages:
+        """The pages of the first `end` messages (None: all), and what derives from them."""
+        return PathPages(self.path[:end], self._counter, self.limits.page_tokens, self.derived)
+
+    # -- turns
+
+    def _begin(self) -> _OpenTurn:
+        """A turn up to its first request."""
+        turn = Turn(self._context())
+        if self._registry is not None:
+            turn.pages.registry = self._registry
+        self._open = _OpenTurn(turn)
+        if not self._play(self._open, None):
+            raise ApiError(500, "A turn ended without a request.")
+        return self._open
+
+    def _give_up(self) -> None:
+        """Forget the open turn; the table that it changed comes back from the records."""
+        if self._open is None:
+            return
+        self._open.dialogue.close()
+        self._open = None
+        if self._state is not None and self._record is not None:
+            self._state = restore_state(self._record, self._get, self._block)
+            self._state.table.replay(self._changes)
+
+    def _play(self, opened: _OpenTurn, reply: Any) -> bool:
+        """Perform effects up to the next request; False when the turn has ended."""
+        try:
+            while True:
+                effect = opened.dialogue.send(reply)
+                if isinstance(effect, Complete):
+                    opened.request, opened.offered = _decode(effect.body), effect.offer
+                    return True
+                if isinstance(effect, Append):
+                    for key, value in effect.puts:
+                        self._values.setdefault(key, value)
+                    reply = None
+                elif isinstance(effect, Search):
+                    reply = self._search(opened.turn.pages, effect)
+                else:
+                    assert isinstance(effect, Load)
+                    reply = opened.turn.pages.at(effect.page_id, effect.level)
+        except StopIteration:
+            return False
+
+    def _context(self) -> TurnContext:
+        model = msgspec.Raw(_json(self._model))
+        raws = b",".join([*self._system, *(node.raw for node in self.path)])
+        return TurnContext(
+            body=b'{"model":' + bytes(model) + b',"messages":[' + raws + b"]}",
+            sent=Body({"model": model}, ["model", "messages"], self._system, None, 0, [], None),
+            decoded={"model": self._model},
+            place=Place(self.path, 0, 0, [], self._record),
+            state=self._state,
+            limits=self.limits,
+            counter=self._counter,
+            policy=self._policy,
+            identity=self._identity,
+            tenant=self._tenant,
+            fixed_tokens=lambda: self._fixed_tokens,
+            substitutes=self._substitutes,
+            get_record=self._get,
+            capabilities=lambda: self._capabilities,
+            changes=self._changes,
+            given_answers=True,
+        )
+
+    # -- the store
+
+    def _get(self, node_id: bytes) -> Record | None:
+        data = self._values.get(record_key(node_id))
+        return None if data is None else decode_record(data)
+
+    def _block(self, ref: bytes) -> bytes | None:
+        return self._values.get(block_key(ref))
+
+    def _substitutes(self, node_id: bytes) -> Sequence[bytes]:
+        record = self._get(node_id)
+        return record.substitute if record is not None else ()
+
+    def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
+        ids = pages.index_keys(effect.before)
+        return self._indexes.search(ids, pages.docs, effect.query, effect.limit, effect.skip)
+
+
+def tool_messages(
+    number: int, name: str, arguments: Mapping[str, Any] | None, result: Any
+) -> tuple[Message, Message]:
+    """The call of an application's tool and its result; values that are no text become JSON."""
+    call_id = f"call_{number:04d}"
+    function = {"name": name, "arguments": json.dumps(arguments or {}, default=str)}
+    call = {"id": call_id, "type": "function", "function": function}
+    content = result if isinstance(result, str) else json.dumps(result, default=str)
+    return (
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": content},
+    )
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
