@@ -17,13 +17,12 @@ from starlette.exceptions import HTTPException
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.health import Draining, health_router
 from proxy.api.memory import Memory
-from proxy.api.metrics import CONTENT_TYPE, Metrics
 from proxy.api.origins import Origins
 from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
 from proxy.api.paths import is_chat, is_ours
 from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
-from proxy.api.visit import Visit, path_kind
+from proxy.api.visit import CONTENT_TYPE, Metrics, Visit, path_kind
 from proxy.api.vm import vm_router
 from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
@@ -56,7 +55,7 @@ class App:
                 self._stats,
                 self.memory,
                 config.sessions,
-                self._chat.capable.table,
+                self._chat.model_facts.table,
             )
         )
         self._origins = Origins(config)

@@ -297,6 +297,7 @@ class StreamConfig(Section):
     keepalive_s: Annotated[
         float, Field(ge=0, le=3600, description="a number of seconds from 0 (off) to 3600")
     ] = 15.0
+    event_limit_bytes: AtLeast1 = 64 << 20
 
 
 class LogConfig(Section):

@@ -22,18 +22,24 @@ import msgspec
 from cachetools import LRUCache
 
 from proxy.api.caller import Caller, caller, encoded, parameters, with_body
-from proxy.api.capable import Capable
 from proxy.api.memory import Memory
+from proxy.api.model_facts import ModelFacts
 from proxy.api.passthrough import Receive, Scope
 from proxy.config import Config
-from proxy.conversation.body import Body, Fields, message_ends, read_body
+from proxy.conversation.body import (
+    Body,
+    Fields,
+    HistoryCache,
+    counted_fields,
+    fixed_tokens,
+    read_body,
+    remembered,
+)
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.context import TurnContext
-from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
-from proxy.conversation.repair import COUNTED_FIELDS, fixed_tokens
 from proxy.conversation.tree import Anchor, Node
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
@@ -85,15 +91,16 @@ class Decoded(Mapping[str, Any]):
 class Admission:
     """One per process. `observed`: somebody reads the turns' reports."""
 
-    def __init__(self, config: Config, memory: Memory, capable: Capable, observed: bool) -> None:
+    def __init__(self, config: Config, memory: Memory, model_facts: ModelFacts, observed: bool) -> None:
         self._config = config
         self._memory = memory
-        self._capable = capable
+        self._model_facts = model_facts
         self._observed = observed
         sessions = config.sessions
         self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
         self._policy = POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._limits_of)
+        self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
 
     async def admit(
@@ -143,7 +150,7 @@ class Admission:
         tools = split.fields.get("tools")
         frame = identity.frame(split.system, bytes(tools) if tools is not None else b"")
         reattach = self._config.sessions.reattach
-        seek = partial(place, nodes, anchors, identity, tenant, memory.library, frame, names.delta)
+        seek = partial(place, nodes, anchors, tenant, memory.library, frame, names.delta)
         try:
             found = seek(reattach)
         except LookupError as error:  # invariant 6: what is missing is a miss ...
@@ -151,22 +158,11 @@ class Admission:
                 raise
             log.warning("a history was not joined to the one that it may go on from: %s", error)
             found = seek(False)
-        if found.start == 0 and found.floor == 0 and split.history is not None:
-            self._remember(split, split.history, scope, tenant, found)
+        if found.start == 0 and found.floor == 0:
+            known = remembered(split, found.path, found.anchors, tenant)
+            if known is not None:
+                memory.histories.add(scope, known, split.known)
         return split, found
-
-    def _remember(self, split: Body, history: bytes, scope: bytes, tenant: bytes, found: Place) -> None:
-        """Keep the history's bytes, so that the next body is recognised by them."""
-        known, shared = split.known, split.shared
-        ends = known.ends[:shared] if known else []
-        counts = known.counts[:shared] if known else []
-        ends = ends + message_ends(history, [raw for raw, _ in split.new], ends[-1] if ends else 0)
-        nodes = counts[-1] if counts else 0
-        for _, message in split.new:
-            nodes += message.get("role") not in ("system", "developer")
-            counts.append(nodes)
-        new = Known(history, ends, counts, found.path, found.anchors, tenant)
-        self._memory.histories.add(scope, new, known)
 
     def _as_retry(self, found: Place, tenant: bytes, names: SessionNames) -> Place:
         """`found`, or, when the session's last turn answered these very messages, before that answer:
@@ -201,8 +197,7 @@ class Admission:
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
-        override = self._config.model_override(model).tokenizer
-        counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
+        counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
         if not surely:
@@ -215,8 +210,8 @@ class Admission:
             facts=facts, known_factor=factor, surely_fits=surely,
             fixed_tokens=partial(self._fixed_tokens, split, counter),
             substitutes=memory.substitutes, get_record=memory.get_record,
-            capabilities=partial(self._capable.of, model, facts),
-            seen=partial(self._capable.seen, scope, model),
+            capabilities=partial(self._model_facts.of, model, facts),
+            seen=partial(self._model_facts.seen, scope, model),
             calibration=partial(memory.calibration, scope, model, counter.name, exact),
             now_s=time.time(),
             cache_key=hashlib.blake2b(root, digest_size=16).hexdigest().encode(),
@@ -226,12 +221,12 @@ class Admission:
     def _fixed_tokens(self, split: Body, counter: TokenCounter) -> int:
         """Counted once for the same system messages and fields; they are not kept, only their digest."""
         digest = hashlib.blake2b(counter.name.encode(), digest_size=16)
-        fields = (bytes(split.fields[name]) for name in COUNTED_FIELDS if name in split.fields)
-        for raw in (*split.system, *fields):
+        counted = counted_fields(split.fields)
+        for raw in (*split.system, *counted):
             digest.update(b"%d:" % len(raw) + raw)
         found = self._fixed.get(key := digest.digest())
         if found is None:
-            found = self._fixed[key] = fixed_tokens(split.system, split.fields, counter)
+            found = self._fixed[key] = fixed_tokens(split.system, counted, counter)
         return found
 
     def _bounds(
@@ -256,6 +251,11 @@ class Admission:
         asked = model, tuple(sorted(learned.items()))
         following = self._limits(*asked, factor) if factor != epoch else None
         return self._limits(*asked, epoch), following, known
+
+    def _counter_of(self, model: str) -> tuple[TokenCounter, bool]:
+        """What counts the model's tokens, and whether it is known to be the model's own."""
+        override = self._config.model_override(model).tokenizer
+        return get_counter(model, override), override is None and encoding_is_known(model)
 
     def _limits_of(
         self, model: str, learned: tuple[tuple[str, object], ...], factor: float

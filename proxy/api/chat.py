@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
-from proxy.api.asked import StatedWindows
-from proxy.api.capable import Capable
 from proxy.api.encodings import decoded, encodings, plain_headers
 from proxy.api.exchange import Exchange
 from proxy.api.memory import Memory, calibration_key
+from proxy.api.model_facts import ModelFacts
 from proxy.api.passthrough import (
     Receive,
     Scope,
@@ -32,6 +31,7 @@ from proxy.api.stats import Stats
 from proxy.api.visit import Visit
 from proxy.api.writer import Writer
 from proxy.config import Config
+from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
 from proxy.conversation.records import State
@@ -69,15 +69,14 @@ class ChatApi:
         self._writer = writer
         self._stats = stats
         self._observer = observer
-        self.capable = Capable(config, memory)
-        self._admission = Admission(config, memory, self.capable, observer is not None)
+        self.model_facts = ModelFacts(config, memory, upstream)
+        self._admission = Admission(config, memory, self.model_facts, observer is not None)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
-        self._stated = StatedWindows(config, upstream, memory, self.capable)
         self._forwards_encoded = config.upstream.provider == "openai"
 
     async def close(self) -> None:
         """What is being asked beside the requests is given up."""
-        await self._stated.close()
+        await self.model_facts.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI request."""
@@ -125,22 +124,23 @@ class ChatApi:
             if context is None:
                 return
             turn = Turn(context)
-            visit.placed(context.model, context.place.path[0].id)
+            visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
             answer = await self._run(turn, context, exchange, visit)
             if answer.refused is None:  # before the end is sent
                 visit.answered(answer.report, answer.usage, context.state is None)
             await exchange.finish(answer, _own_headers(answer))
-            self._warn(context.model, answer.report.warning)
+            self._warn(context.decoded["model"], answer.report.warning)
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                self._writer.submit(
-                    context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
-                )
+                if self._writer.active and turn.shown:
+                    self._writer.submit(
+                        context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
+                    )
                 query = scope.get("query_string", b"")
-                self._stated.look(context.scope, context.model, scope["headers"], query)
+                self.model_facts.look(context.scope, context.decoded["model"], scope["headers"], query)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -228,15 +228,15 @@ class ChatApi:
 
         def new_sieve() -> Sieve:  # asked for at the first `Complete`: the turn's channel is known
             options = decoded.get("stream_options") or {}
-            formatted = (decoded.get("response_format") or {}).get("type", "text") != "text"
             return Sieve(
                 turn.channel,
                 config.hold_tokens,
                 config.hold_ms,
-                formatted,
+                wants_json(decoded),
                 bool(options.get("include_usage")),
                 context.counter.text,
                 turn.talks_of_tools,
+                config.event_limit_bytes,
             )
 
         return Exchange(
@@ -246,10 +246,7 @@ class ChatApi:
             scope.get("query_string", b""),
             bool(decoded.get("stream")),
             new_sieve,
-            self._config.server.body_limit_bytes,
-            config.keepalive_s,
-            self._config.upstream.retries,
-            self._config.upstream.retry_wait_s,
+            self._config,
         )
 
     async def _run(
@@ -283,23 +280,23 @@ class ChatApi:
             self._memory.keep_state(turn.record, state)
         if turn.settled is not None and turn.settled[0].id in stored:
             self._memory.keep_settled(*turn.settled)
-        model = context.model
+        model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:
-                self.capable.failed(context.scope, model)
+                self.model_facts.failed(context.scope, model)
         elif turn.record is not None:  # it was an answer
             billed = (answer.usage or {}).get("prompt_tokens")
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
-            self.capable.answered(context.scope, model, tokens, answer.doubted_tokens)
+            self.model_facts.answered(context.scope, model, tokens, answer.doubted_tokens)
         if answer.learned and not appended:  # by an answer that cannot be remembered
-            await self.capable.learn(context.scope, model, answer.learned)
+            await self.model_facts.learn(context.scope, model, answer.learned)
         if answer.learned:
             log.warning("model %s: learned %s", model, answer.learned)
         return answer
 
     async def _append(self, effect: Append, context: TurnContext) -> frozenset[bytes]:
         """Store a turn and what it taught in one commit; what is stored already was billed before."""
-        model, facts = context.model, dict(effect.facts)
+        model, facts = context.decoded["model"], dict(effect.facts)
         more: list[tuple[bytes, bytes]] = []
         lesson, record = effect.lesson, effect.records[-1]
         if lesson is not None and self._memory.get_record(record.id) is None:
@@ -309,7 +306,7 @@ class ChatApi:
             if lesson.warning:
                 log.warning("model %s: %s", model, lesson.warning)
         if facts:
-            more += self.capable.lessons(context.scope, model, facts)
+            more += self.model_facts.lessons(context.scope, model, facts)
         return await self._memory.append(effect, more)
 
 

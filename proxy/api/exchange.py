@@ -12,18 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from math import isfinite
 
 import msgspec
 
-from proxy.api.passthrough import Send
-from proxy.api.patience import Patience
+from proxy.api.passthrough import Send, send_error
+from proxy.config import Config
+from proxy.conversation.chunks import DONE, Tee, as_event, decode_chunk, says_error
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.sse import DONE, Opening, Tee, as_event, decode_chunk, says_error
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
+from proxy.sse import EventTooLong
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
 _QUOTED_BYTES = 2_000  # of an error page
@@ -32,6 +35,8 @@ _AFTER_DONE_S = 0.2  # wait for the end of a stream that has said [DONE]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _FIRST_ROUND_ONLY = b"idempotency-key"  # a later round is another request, so it needs another key
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
+_FOR_THE_MOMENT = frozenset({408, 429, 500, 502, 503, 504})
+_FIRST_WAIT_S = 0.5  # where upstream does not say; doubled each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +61,7 @@ class Exchange:
         query: bytes,
         stream: bool,
         new_sieve: Callable[[], Sieve],
-        limit_bytes: int,
-        keepalive_s: float = 0.0,
-        retries: int = 2,
-        retry_wait_s: float = 10.0,
+        config: Config,
     ) -> None:
         self._send = send
         self._upstream = upstream
@@ -67,20 +69,24 @@ class Exchange:
         self._query = query
         self._stream = stream
         self._new_sieve = new_sieve
-        self._limit_bytes = limit_bytes
+        self._limit_bytes = config.server.body_limit_bytes
+        self._event_limit_bytes = config.stream.event_limit_bytes
+        self._keepalive_s = config.stream.keepalive_s
+        self._retries = config.upstream.retries, config.upstream.retry_wait_s
+        self._patience: Patience | None = None  # from the first refusal of a later round on
         self._sieve: Sieve | None = None
         self._tee: Tee | None = None
-        self._patience = Patience(retries, retry_wait_s)
         self._answered = False  # a round was answered: what comes is a later one
         self._reply_headers: list[Header] = []
         self._last_headers: list[Header] = []  # of the reply that came last
         self._body = b""  # the last whole response body
         self._status = 200
-        self._started = False
+        self.started = False
         self._opening: Reply | None = None  # its status and headers go out with the first bytes
         self._refused = False  # a round was: the next one's status waits until it is an answer
         self.asked = False  # upstream was called: what it said may have been paid for
-        self._alive = _KeepAlive(self._comment, keepalive_s)
+        self._written_s = 0.0
+        self._alive: asyncio.Task[None] | None = None  # sends comments
 
     # -- Complete
 
@@ -94,6 +100,7 @@ class Exchange:
             self._refused = True
             if not self._answered:
                 return said
+            self._patience = self._patience or Patience(*self._retries)
             wait_s = self._patience.wait_s(said.status, self._last_headers, time.time())
             if wait_s is None:
                 return said
@@ -109,25 +116,26 @@ class Exchange:
         reply = await self._upstream.chat(effect.body, headers, self._query)
         self._last_headers = reply.headers
         try:
-            if not self._started:
-                self._reply_headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
+            if not self.started:
+                self._reply_headers = _ours(reply)
             self._status = reply.status
             if reply.status >= 400:
                 return Refused(reply.status, await reply.read(self._limit_bytes), self._came(reply))
-            if self._stream and _is_event_stream(reply):
+            whole = any(k == b"content-type" and v.startswith(b"application/json") for k, v in reply.headers)
+            if self._stream and not whole:
                 if effect.through and self._sieve is None:
                     return await self._through(reply, len(effect.body) > _PATIENT_BYTES)
                 return await self._sift(reply, effect)
             body = await reply.read(self._limit_bytes)
             said = self._whole(reply, body)
-            if isinstance(said, Refused) or not self._started:
+            if isinstance(said, Refused) or not self.started:
                 return said
             return await self._rejoin(said, body, effect)
         finally:
             await reply.close()
 
     def _came(self, reply: Reply, stream: bytes = b"", event: bytes = b"") -> _Came:
-        return _Came(reply.status, [h for h in reply.headers if h[0] not in _NOT_OURS], stream, event)
+        return _Came(reply.status, _ours(reply), stream, event)
 
     def _whole(self, reply: Reply, body: bytes) -> Said | Refused:
         self._body = body
@@ -147,19 +155,18 @@ class Exchange:
         """A stream that needs no change; what was said is learned on the way."""
         await self._open(reply)
         chunks = reply.chunks().__aiter__()
-        tee, opening = Tee(), Opening(patient)
-        while not opening.over and opening.error is None:
+        tee = Tee(patient, self._event_limit_bytes)
+        while not tee.done and tee.error is None:
             data = await _read_some(chunks)
-            await self._write(tee.feed(opening.feed(data) if data else opening.close()))
+            await self._write(tee.feed(data) if data else tee.close())
             if not data:
                 break
-        if opening.error is not None:
-            stream = opening.rest() + await _all(chunks, self._limit_bytes)
-            came = self._came(reply, stream=stream)
-            return Refused(_status_of(opening.error), opening.error, came)
-        while not tee.held and (data := await _read_some(chunks)):
-            await self._write(tee.feed(data))
-        if tee.held:
+        if tee.error is not None:
+            stream = tee.held
+            while len(stream) < self._limit_bytes and (data := await _read_some(chunks)):
+                stream += data
+            return Refused(_status_of(tee.error), tee.error, self._came(reply, stream=stream))
+        if tee.done:
             tee.feed(await _rest(chunks))
         await self._start(reply)
         self._tee = tee
@@ -173,9 +180,15 @@ class Exchange:
         await self._open(reply)
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):
-            if self._started:
-                self._alive.watch()
-            await self._write(b"".join(sieve.feed(data, _now_ms())))
+            if self.started and self._keepalive_s > 0 and self._alive is None:
+                self._written_s = time.monotonic()
+                self._alive = asyncio.ensure_future(self._comment())
+            try:
+                ready = sieve.feed(data, _now_ms())
+            except EventTooLong as error:
+                message = f"The upstream's answer cannot be read: {error}."
+                raise ApiError(502, message, "api_error", "event_too_long") from None
+            await self._write(b"".join(ready))
             if sieve.done:
                 await _rest(chunks)
                 break
@@ -203,7 +216,7 @@ class Exchange:
         if reply is not None:
             await self._start(reply)
         if ended.error is not None or not ended.complete:
-            await self._fail(ended.error)
+            await self._write(ended.error or b"")
             raise UpstreamBroken("the upstream's stream ended before its answer did")
         await self._write(b"".join(ready))
         shown = sieve.shown()
@@ -227,62 +240,44 @@ class Exchange:
 
     async def finish(self, answer: Answer, extra: list[Header]) -> None:
         """Send the end of the response; the turn is stored by now."""
-        await self._alive.stop()
+        await self.close()
         if answer.refused is not None:
             await self._refuse(answer.refused)
-        elif self._started:
-            await self._end_stream(answer)
+        elif self.started:
+            if self._tee is not None:
+                last = self._tee.held
+            else:
+                assert self._sieve is not None
+                last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             body = self._body if answer.body is None else answer.body
-            headers = [*self._reply_headers, *extra, (b"content-length", b"%d" % len(body))]
-            await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
-            await self._send({"type": "http.response.body", "body": body})
+            await self._send_whole(self._status, [*self._reply_headers, *extra], body)
 
-    async def _end_stream(self, answer: Answer) -> None:
-        if self._sieve is not None and self._tee is None:
-            last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
-        else:
-            assert self._tee is not None
-            last = self._tee.held
-        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+    async def _send_whole(self, status: int, headers: list[Header], body: bytes) -> None:
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def _refuse(self, refused: Refused) -> None:
         came = refused.as_came
         if not isinstance(came, _Came):  # the turn's own word: no answer came of any round
             came = _Came(refused.status, [(b"content-type", b"application/json")])
-        if self._started:  # the status is gone, so the stream says it
-            await self._fail(came.stream or came.event or error_event(refused))
+        if self.started:  # the status is gone, so the stream says it
+            await self._write(came.stream or came.event or error_event(refused))
             if came.stream:  # upstream's own, to its end
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
             raise UpstreamBroken(f"the upstream answered {refused.status} in a later round")
-        body = came.stream or came.event or refused.body
-        headers = [*came.headers, (b"content-length", b"%d" % len(body))]
-        await self._send({"type": "http.response.start", "status": came.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send_whole(came.status, came.headers, came.stream or came.event or refused.body)
 
     async def fail(self, error: ApiError) -> None:
         """An error of ours, wherever the response stands."""
-        await self._alive.stop()
-        if self._started:
-            await self._fail(b"data: " + error.body() + b"\n\n")
+        await self.close()
+        if self.started:
+            await self._write(b"data: " + error.body() + b"\n\n")
             raise UpstreamBroken(error.message)
-        body = error.body()
-        headers: list[Header] = [(b"content-type", b"application/json")]
-        headers += [(k.lower().encode(), v.encode("latin-1")) for k, v in error.headers.items()]
-        headers.append((b"content-length", b"%d" % len(body)))
-        await self._send(
-            {"type": "http.response.start", "status": error.status, "headers": headers}
-        )
-        await self._send({"type": "http.response.body", "body": body})
-
-    @property
-    def started(self) -> bool:
-        return self._started
-
-    async def _fail(self, event: bytes | None) -> None:
-        if event:
-            await self._write(event)
+        await send_error(self._send, error)
 
     async def _open(self, reply: Reply) -> None:
         """A stream begins; behind a refusal, with its first bytes: it may be refused, too."""
@@ -291,78 +286,86 @@ class Exchange:
             await self._start(reply)
 
     async def _start(self, reply: Reply) -> None:
-        if self._started:
+        if self.started:
             return
-        self._started = True
-        headers = [h for h in reply.headers if h[0] not in _NOT_OURS]
+        self.started = True
         await self._send(
-            {"type": "http.response.start", "status": reply.status, "headers": headers}
+            {"type": "http.response.start", "status": reply.status, "headers": _ours(reply)}
         )
 
     async def _write(self, data: bytes) -> None:
         if data:
             if self._opening is not None:
                 await self._start(self._opening)
-            self._alive.written()
+            self._written_s = time.monotonic()
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _comment(self) -> None:
-        await self._send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+        """A comment whenever nothing was written for a while, only in streams that are written event by
+        event: it must not fall into one."""
+        while True:
+            left_s = self._written_s + self._keepalive_s - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+                continue
+            self._written_s = time.monotonic()
+            await self._send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
 
     async def close(self) -> None:
-        """Nothing more will be sent. Harmless when repeated."""
-        await self._alive.stop(cancel=True)
+        """No more comments. Harmless when repeated."""
+        self._keepalive_s = 0.0
+        if self._alive is not None:
+            self._alive.cancel()
+            await asyncio.wait((self._alive,))
+            self._alive = None
 
 
-class _KeepAlive:
-    """Calls `send` whenever nothing was written for `every_s` seconds (0: never) while it watches.
+class Patience:
+    """Whether and when a request that upstream refused for the moment is sent again: `retries` times and
+    `wait_s` seconds in all. Upstream's own word on how long to wait is kept; when that is longer than what
+    is left, there is no wait at all."""
 
-    Only for streams that are written event by event: a comment must not fall into an event.
-    """
+    def __init__(self, retries: int, wait_s: float) -> None:
+        self._retries = retries
+        self._left_s = wait_s
+        self._next_s = _FIRST_WAIT_S
 
-    def __init__(self, send: Callable[[], Awaitable[None]], every_s: float) -> None:
-        self._send = send
-        self._every_s = every_s
-        self._last_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._sending: asyncio.Future[None] | None = None
+    def wait_s(self, status: int, headers: Sequence[Header], now_s: float) -> float | None:
+        """Seconds to wait before the next try, which it counts; None: no more tries.
 
-    def watch(self) -> None:
-        if self._every_s > 0 and self._timer is None:
-            self.written()
-            self._later(self._every_s)
-
-    def written(self) -> None:
-        self._last_s = time.monotonic()
-
-    def _later(self, delay_s: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
-
-    def _look(self) -> None:
-        left_s = self._last_s + self._every_s - time.monotonic()
-        if left_s <= 0 and (self._sending is None or self._sending.done()):
-            self._sending = asyncio.ensure_future(self._send())
-            self.written()
-            left_s = self._every_s
-        self._later(max(left_s, 0.01))
-
-    async def stop(self, cancel: bool = False) -> None:
-        """No more comments; one that is being sent gets out first, or is given up."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._every_s = 0.0
-        if self._sending is not None:
-            if cancel:
-                self._sending.cancel()
-            await asyncio.wait((self._sending,))
-            self._sending = None
-        if cancel:  # the end: a request must not wait in RAM for the garbage collector
-            self._send = _nothing
+        `headers`: the refusal's; `now_s`: the time since the epoch.
+        """
+        given = dict(headers)
+        if status not in _FOR_THE_MOMENT or given.get(b"x-should-retry") == b"false":
+            return None
+        told_s = _told_s(given, now_s)
+        wait_s = self._next_s if told_s is None else max(0.0, told_s)
+        if self._retries <= 0 or wait_s > self._left_s:
+            return None
+        self._retries -= 1
+        self._left_s -= wait_s
+        self._next_s *= 2
+        return wait_s
 
 
-async def _nothing() -> None:
-    """No comment."""
+def _told_s(headers: dict[bytes, bytes], now_s: float) -> float | None:
+    """What retry-after-ms says, or retry-after (seconds or a date), or None."""
+    for name, unit_s in ((b"retry-after-ms", 0.001), (b"retry-after", 1.0)):
+        try:
+            told_s = float(headers[name]) * unit_s
+        except (KeyError, ValueError):
+            continue
+        if isfinite(told_s):
+            return told_s
+    try:
+        return parsedate_to_datetime(headers[b"retry-after"].decode("latin-1")).timestamp() - now_s
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
+def _ours(reply: Reply) -> list[Header]:
+    """A reply's headers, for a body that we send."""
+    return [header for header in reply.headers if header[0] not in _NOT_OURS]
 
 
 async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
@@ -370,14 +373,6 @@ async def _read_some(chunks: AsyncIterator[bytes]) -> bytes:
         if data:
             return data
     return b""
-
-
-async def _all(chunks: AsyncIterator[bytes], limit_bytes: int) -> bytes:
-    """What is left, as far as it is not absurdly long."""
-    rest = b""
-    while len(rest) < limit_bytes and (data := await _read_some(chunks)):
-        rest += data
-    return rest
 
 
 async def _rest(chunks: AsyncIterator[bytes]) -> bytes:
@@ -406,11 +401,6 @@ def _status_of(error: bytes) -> int:
 
 def _now_ms() -> float:
     return time.monotonic() * 1000
-
-
-def _is_event_stream(reply: Reply) -> bool:
-    kind = next((v for k, v in reply.headers if k == b"content-type"), b"text/event-stream")
-    return not kind.startswith(b"application/json")
 
 
 def error_event(refused: Refused) -> bytes:

@@ -15,10 +15,10 @@ import msgspec
 
 from proxy.config import Config
 from proxy.conversation import keys
+from proxy.conversation.body import HistoryCache
 from proxy.conversation.calibration import Calibration
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
-from proxy.conversation.history import HistoryCache
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
@@ -57,7 +57,7 @@ class Memory:
         self.cache = Cache(config.tiers.l1.tokens)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         self.indexes = PathIndexes(config.search.index_pages)
-        self.library = Library(self.get_record, self.load_path, self.store.get)
+        self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:
         await self.store.close()

@@ -3,26 +3,38 @@
 Promises: the result is what a full JSON parse gives; a body that is not a chat request is refused
 with one sentence. Most bodies begin with the bytes of one seen before, so the messages that both
 share are recognised by comparing bytes, and only the tail is parsed. `msgspec.Raw` keeps values as
-they were written: unknown fields pass through untouched.
+they were written: unknown fields pass through untouched. A recognised history is exact (bytes are
+compared, not only hashed) and stays inside its scope (the tenant); forgetting all of them only costs
+time (invariant 9); their bytes are bounded.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
+import xxhash
 
-from proxy.conversation.history import HistoryCache, Known
+from proxy.conversation.tree import Anchor, Node
 from proxy.errors import ApiError
+from proxy.memory.models import SYSTEM_ROLES
+from proxy.tokens import TokenCounter
 
 # Possessive: a string is read once, whatever is in it. One that is cut off matches up to the end.
 _TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
+_SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
+_BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
 _OPEN_ARRAY = ord("[")
+_COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
 _HEAD_LIMIT_BYTES = 1 << 20  # a head larger than this is left to the full parse
 
 Fields = dict[str, msgspec.Raw]
@@ -33,6 +45,18 @@ _object = msgspec.json.Decoder(dict[str, Any]).decode
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 RawMessage = tuple[bytes, dict[str, Any]]  # as written, and decoded
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """A history seen before: its bytes, where its messages end in them, and what they mean."""
+
+    history: bytes
+    ends: list[int]  # offset after each message, mid-conversation system messages included
+    counts: list[int]  # how many nodes those messages make: counts[i] <= i + 1
+    path: list[Node]  # from the root: only whole histories are kept
+    anchors: list[Anchor]
+    tenant: bytes  # whose path it is
 
 
 class Body(NamedTuple):
@@ -97,11 +121,18 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         start = _skip(body, at)
         if body[start : start + 1] != b"{":
             return None
-        end = _object_end(body, start)
-        if end is None:
+        end, depth = start, 0
+        for match in _TOKEN.finditer(body, start):
+            first = body[match.start()]  # not the token: it may be megabytes
+            depth += (first in b"{[") - (first in b"}]")
+            if depth == 0:
+                end = match.end()
+                break
+        if end == start:
             return None
         try:
-            if not _is_system(body[start:end]):
+            raw = body[start:end]  # most messages do not name the role at all
+            if not (_SYSTEM.search(raw) and is_system(_object(raw))):
                 return _Head(array, system, start)
         except _MALFORMED:
             return None
@@ -117,27 +148,8 @@ def _skip(body: bytes, at: int) -> int:
     return match.end() if match else at
 
 
-def _object_end(body: bytes, start: int) -> int | None:
-    depth = 0
-    for match in _TOKEN.finditer(body, start):
-        first = body[match.start()]  # not the token: it may be megabytes
-        if first in b"{[":
-            depth += 1
-        elif first in b"}]":
-            depth -= 1
-            if depth == 0:
-                return match.end()
-    return None
-
-
-def _is_system(raw: bytes) -> bool:
-    if not _SYSTEM.search(raw):  # cheap: most messages do not name the role at all
-        return False
-    return _role(_object(raw)) in ("system", "developer")
-
-
-def _role(message: dict[str, Any]) -> str:
-    return str(message.get("role"))
+def is_system(message: dict[str, Any]) -> bool:
+    return message.get("role") in SYSTEM_ROLES
 
 
 def _read_tail(body: bytes, head: _Head, known: Known, shared: int) -> Body | None:
@@ -164,19 +176,19 @@ def _read_tail(body: bytes, head: _Head, known: Known, shared: int) -> Body | No
     if len(order) != len(set(order)):
         return None  # a doubled key: the last one counts, which only the full parse knows
     system = [body[a:b] for a, b in head.system]
-    return Body({**before, **after}, order, system, known, shared, new, _history(body, head, new, at))
-
-
-def _history(body: bytes, head: _Head, new: list[RawMessage], at: int) -> bytes:
-    """The bytes from the first history message to the last, given that `new` begin at `at`."""
-    end = at
-    for raw, _ in new:
-        end = body.index(raw, end) + len(raw)
-    return body[head.history : end].rstrip(_SPACE + b",")
+    for raw in raws:  # to the end of the last one
+        at = body.index(raw, at) + len(raw)
+    history = body[head.history : at].rstrip(_SPACE + b",")
+    return Body({**before, **after}, order, system, known, shared, new, history)
 
 
 def _read_all(body: bytes, head: _Head | None) -> Body:
-    fields = _decode_fields(body)
+    try:
+        fields = _fields(body)
+    except msgspec.ValidationError:
+        raise ApiError(400, "The request body must be a JSON object.", code="invalid_type") from None
+    except _MALFORMED as error:
+        raise _not_json(error) from None
     array = fields.get("messages")
     if array is None:
         raise ApiError(400, "Missing required parameter: 'messages'.", param="messages",
@@ -195,7 +207,7 @@ def _read_all(body: bytes, head: _Head | None) -> Body:
         raise ApiError(400, "Invalid 'messages': empty array. Expected an array with minimum length"
                        " 1, but got an empty array instead.", param="messages", code="empty_array")
     count = 0
-    while count < len(messages) and _role(messages[count][1]) in ("system", "developer"):
+    while count < len(messages) and is_system(messages[count][1]):
         count += 1
     system = [raw for raw, _ in messages[:count]]
     history = None
@@ -207,15 +219,6 @@ def _read_all(body: bytes, head: _Head | None) -> Body:
     return Body(fields, order, system, None, 0, messages[count:], history)
 
 
-def _decode_fields(body: bytes) -> Fields:
-    try:
-        return _fields(body)
-    except msgspec.ValidationError:
-        raise ApiError(400, "The request body must be a JSON object.", code="invalid_type") from None
-    except _MALFORMED as error:
-        raise _not_json(error) from None
-
-
 def _not_json(error: Exception) -> ApiError:
     if isinstance(error, UnicodeDecodeError):
         return ApiError(400, "The JSON body of the request is not valid UTF-8.", code="invalid_json")
@@ -225,10 +228,134 @@ def _not_json(error: Exception) -> ApiError:
                     code="invalid_json")
 
 
-def message_ends(history: bytes, raws: list[bytes], start: int = 0) -> list[int]:
-    """Offsets in `history` after each of the messages `raws`, the first of which is at `start`."""
-    ends, at = [], start
-    for raw in raws:
-        at = history.index(raw, at) + len(raw)
+def counted_fields(fields: Fields) -> tuple[bytes, ...]:
+    """The fields that are in the prompt, as written."""
+    return tuple(bytes(fields[name]) for name in _COUNTED if name in fields)
+
+
+def fixed_tokens(system: Sequence[bytes], counted: Sequence[bytes], counter: TokenCounter) -> int:
+    """Tokens of what every request of a conversation carries beside its history; `counted`: see
+    `counted_fields`."""
+    total = sum(counter.message(msgspec.json.decode(raw)) for raw in system)
+    for raw in counted:
+        value = msgspec.json.decode(raw)
+        total += counter.tools(value if isinstance(value, list) else [value]) if value else 0
+    return total
+
+
+# -- histories seen before
+
+
+def remembered(
+    split: Body, path: list[Node], anchors: list[Anchor], tenant: bytes
+) -> Known | None:
+    """The history of a body that was found on this path, so that the next one is recognised by its
+    bytes; None: it is not kept."""
+    if split.history is None:
+        return None
+    known, shared = split.known, split.shared
+    ends = known.ends[:shared] if known else []
+    counts = known.counts[:shared] if known else []
+    at, nodes = ends[-1] if ends else 0, counts[-1] if counts else 0
+    for raw, message in split.new:
+        at = split.history.index(raw, at) + len(raw)
         ends.append(at)
-    return ends
+        nodes += not is_system(message)
+        counts.append(nodes)
+    return Known(split.history, ends, counts, path, anchors, tenant)
+
+
+_Key = tuple[bytes, int, bytes]
+
+
+class HistoryCache:
+    """Least recently used histories, up to `limit_bytes` of them."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._bytes = 0
+        self._buckets: dict[_Key, list[Known]] = {}
+        self._keys: OrderedDict[int, tuple[Known, list[_Key]]] = OrderedDict()
+
+    def clear(self) -> None:
+        self._buckets.clear()
+        self._keys.clear()
+        self._bytes = 0
+
+    def find(self, scope: bytes, body: bytes, start: int) -> tuple[Known, int] | None:
+        """The history that shares most with body[start:], and how many whole messages it shares."""
+        best: tuple[int, Known] | None = None
+        for key in reversed(_keys_of(scope, body, start)):
+            for known in reversed(self._buckets.get(key, ())):
+                common = _common(known.history, body, start)
+                if best is None or common > best[0]:
+                    best = common, known
+            if best is not None:
+                break
+        if best is None:
+            return None
+        shared = bisect_right(best[1].ends, best[0])
+        if shared == 0:
+            return None
+        self._keys.move_to_end(id(best[1]))
+        return best[1], shared
+
+    def add(self, scope: bytes, known: Known, replaces: Known | None) -> None:
+        """Keep a history; the one that it continues (`replaces`) is inside it and goes."""
+        if replaces is not None and known.history.startswith(replaces.history):
+            self.forget(replaces)
+        size = len(known.history)
+        if size > self._limit or size < 1 << _SMALLEST:
+            return
+        keys = _keys_of(scope, known.history, 0)
+        for key in keys:
+            bucket = self._buckets.setdefault(key, [])
+            bucket.append(known)
+            if len(bucket) > _BUCKET:
+                del bucket[0]
+        self._keys[id(known)] = known, keys
+        self._bytes += size
+        while self._bytes > self._limit:
+            self.forget(next(iter(self._keys.values()))[0])
+
+    def forget(self, known: Known) -> None:
+        """Drop one history, if it is kept."""
+        entry = self._keys.pop(id(known), None)
+        if entry is None:
+            return
+        self._bytes -= len(known.history)
+        for key in entry[1]:
+            bucket = self._buckets.get(key, [])
+            kept = [other for other in bucket if other is not known]
+            if kept:
+                self._buckets[key] = kept
+            else:
+                self._buckets.pop(key, None)
+
+
+def _keys_of(scope: bytes, data: bytes, start: int) -> list[_Key]:
+    """Keys of the first 64, 128, ... bytes from `start`, in one pass over them."""
+    view = memoryview(data)[start:]
+    hasher = xxhash.xxh3_128()
+    keys: list[_Key] = []
+    level, done = _SMALLEST, 0
+    while 1 << level <= len(view):
+        hasher.update(view[done : 1 << level])
+        done = 1 << level
+        keys.append((scope, level, hasher.digest()))
+        level += 1
+    return keys
+
+
+def _common(history: bytes, body: bytes, start: int) -> int:
+    """Length of the longest common beginning of `history` and body[start:], by bisection."""
+    if body.startswith(history, start):
+        return len(history)
+    low, high = 0, min(len(history), len(body) - start)
+    while low < high:  # invariant: the first `low` bytes agree, the first high + 1 do not
+        middle = (low + high + 1) // 2
+        if body.startswith(history[low:middle], start + low):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -22,8 +22,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS
-
+LEAST_WINDOW_TOKENS = 512  # no window is smaller: who says so, or bills so, speaks of something else
 TOKENS_FACTOR = "tokens_factor"  # of what is learned of a model: billed tokens per counted one
 MIN_TOKENS = 200  # smaller requests are mostly overhead, and say little about the encoding
 MIN_RATIO, MAX_RATIO = 0.25, 4.0  # outside: not this model's bill, or not a bill at all
@@ -129,7 +128,11 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         if sum(bins.values()) > MAX_SAMPLES:
             bins = _halved(bins)
         more = _replace(self, samples=self.samples + 1, bins=tuple(sorted(bins.items())))
-        return _replace(more, factor=more._decided()) if _is_look(more.samples) else more
+        if more.samples < STEPS:  # looks grow rarer
+            look = more.samples in (MIN_SAMPLES, 8, 16, 32)
+        else:
+            look = more.samples % STEPS == 0
+        return _replace(more, factor=more._decided()) if look else more
 
     def truncated(self, counted_tokens: int, billed_tokens: int) -> bool:
         """Whether upstream may have cut the prompt silently: it billed far less than was sent."""
@@ -160,17 +163,12 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
 
     def _decided(self) -> float:
         target = min(MAX_RATIO, max(MIN_RATIO, self.ratio))
-        if self.exact and target < 1.0 and not self._surely_low():
-            target = 1.0
+        if self.exact and target < 1.0:
+            low = self.samples >= MIN_SAMPLES_TO_LOWER and _quantile(self.bins, 0.9) <= 1.0 - 1.0 / STEPS
+            target = target if low else 1.0
         if abs(target - self.factor) <= _DEAD_BAND * max(1.0, target):
             return self.factor
         return round(target * STEPS) / STEPS
-
-    def _surely_low(self) -> bool:
-        return (
-            self.samples >= MIN_SAMPLES_TO_LOWER
-            and _quantile(self.bins, 0.9) <= 1.0 - 1.0 / STEPS
-        )
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -233,13 +231,6 @@ def plateau(newest: Bill, earlier: Iterable[Bill]) -> int | None:
             return high
         after = bill
     return None
-
-
-def _is_look(samples: int) -> bool:
-    """Whether the factor is decided anew after this many bills."""
-    if samples < STEPS:
-        return samples == MIN_SAMPLES or (samples >= 8 and samples & (samples - 1) == 0)
-    return samples % STEPS == 0
 
 
 def _halved(bins: Mapping[int, int]) -> dict[int, int]:

@@ -14,8 +14,8 @@ is the client's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -90,10 +90,12 @@ def _spelled(called: str, name: str) -> int:
 def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     """`fields` are the request's decoded top-level fields."""
     tools = fields.get("tools") or []
-    names = vm_names(tools)
+    client = client_names(tools)
+    names = vm_names(client)
     functions = fields.get("functions")
-    legacy = [{"function": f} for f in functions] if isinstance(functions, list) else []
-    client, takes = client_names(tools) | client_names(legacy), bool(tools or functions)
+    if isinstance(functions, list):
+        client |= client_names([{"function": function} for function in functions])
+    takes = bool(tools or functions)
     choice = fields.get("tool_choice")
     without = (
         limits.mode is VMMode.PASSIVE
@@ -116,19 +118,24 @@ def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     return Channel(PASSIVE, True, names, client, takes)
 
 
+def unlisted(channel: Channel) -> Channel:
+    """The same conversation without the VM tools."""
+    return replace(channel, name=PASSIVE, listed=False)
+
+
 def wants_json(fields: Mapping[str, Any]) -> bool:
     """The answer has to be JSON."""
     wanted = fields.get("response_format")
     return isinstance(wanted, dict) and wanted.get("type", "text") != "text"
 
 
-def vm_names(tools: Any) -> dict[str, str]:
+def vm_names(client: Iterable[str] = ()) -> dict[str, str]:
     """The VM tools' names, prefixed until no tool of the client is called so, in any spelling."""
-    taken = {"".join(_words(name)) for name in client_names(tools)}
+    taken = {"".join(_words(name)) for name in client}
     names: dict[str, str] = {}
     for tool in (PAGE_FAULT, SEARCH_PAGES):
         name = tool
-        while "".join(_words(name)) in taken:
+        while taken and "".join(_words(name)) in taken:
             name = f"vm_{name}"
         names[tool] = name
     return names
@@ -136,15 +143,10 @@ def vm_names(tools: Any) -> dict[str, str]:
 
 def client_names(tools: Any) -> frozenset[str]:
     """What the client's own tools are called."""
-    found = (_tool_name(tool) for tool in tools) if isinstance(tools, list) else ()
-    return frozenset(name for name in found if isinstance(name, str))
-
-
-def _tool_name(tool: Any) -> Any:
-    if not isinstance(tool, dict):
-        return None
-    body = tool.get("function") or tool.get("custom")
-    return body.get("name") if isinstance(body, dict) else None
+    found = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    bodies = (tool.get("function") or tool.get("custom") for tool in found)
+    names = (body.get("name") for body in bodies if isinstance(body, dict))
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def tools_array(client: bytes | None, channel: Channel) -> bytes | None:

@@ -1,7 +1,8 @@
 """Writes what goes upstream and what goes back, changing only what has to change. Pure.
 
 Promises: every field that is not ours keeps the client's bytes and place; a response keeps the
-upstream's fields; several rounds look like one.
+upstream's fields; several rounds look like one. A spoken answer goes by its id while upstream keeps it,
+then by the words that came with it; an id whose answer was never seen here stays.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import msgspec
 
 from proxy.conversation.body import Fields
 from proxy.conversation.effects import Said
+from proxy.conversation.records import GetRecord
+from proxy.conversation.tree import Node
 
-_encode = msgspec.json.encode
+_decode, _encode = msgspec.json.decode, msgspec.json.encode
 LEAST_ANSWER_TOKENS = 64  # a later round may say so much, or all that the client allowed if less
-_LENGTH_FIELDS = ("max_completion_tokens", "max_tokens")
+
 
 
 def request_body(
@@ -39,18 +42,22 @@ def request_body(
     return b"{" + b",".join(pieces) + b"}"
 
 
+def answer_limits(decoded: Mapping[str, Any]) -> dict[str, int]:
+    """How many tokens the client lets the answer have, by the field that says so."""
+    found = {name: decoded.get(name) for name in ("max_completion_tokens", "max_tokens")}
+    return {name: limit for name, limit in found.items() if type(limit) is int and limit > 0}
+
+
 def answer_budget(decoded: Mapping[str, Any], spent_tokens: int) -> dict[str, bytes | None]:
     """The client's limit for its answer, less what earlier rounds took of it: the fields to change.
 
     One limit holds for all rounds, so that memory does not make an answer dearer than the client
     allowed; but the answer itself never gets less than `LEAST_ANSWER_TOKENS` of it.
     """
-    changed: dict[str, bytes | None] = {}
-    for name in _LENGTH_FIELDS:
-        limit = decoded.get(name)
-        if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-            changed[name] = b"%d" % max(limit - spent_tokens, min(limit, LEAST_ANSWER_TOKENS))
-    return changed
+    return {
+        name: b"%d" % max(limit - spent_tokens, min(limit, LEAST_ANSWER_TOKENS))
+        for name, limit in answer_limits(decoded).items()
+    }
 
 
 def spent_tokens(
@@ -137,6 +144,8 @@ def total_usage(usages: Sequence[Mapping[str, Any] | None], faults: int) -> dict
     known = [usage for usage in usages if usage]
     if not known:
         return None
+    details = [usage.get("prompt_tokens_details") for usage in known]
+    cached = [one.get("cached_tokens") for one in details if isinstance(one, dict)]
     last = dict(known[-1])
     completion = sum(int(usage.get("completion_tokens") or 0) for usage in known)
     prompt = int(last.get("prompt_tokens") or 0)
@@ -146,15 +155,10 @@ def total_usage(usages: Sequence[Mapping[str, Any] | None], faults: int) -> dict
         "rounds": len(usages),
         "faults": faults,
         "prompt_tokens": sum(int(usage.get("prompt_tokens") or 0) for usage in known),
-        "cached_tokens": sum(_cached(usage) for usage in known),
+        "cached_tokens": sum(int(tokens or 0) for tokens in cached),
         "completion_tokens": completion,
     }
     return last
-
-
-def _cached(usage: Mapping[str, Any]) -> int:
-    details = usage.get("prompt_tokens_details")
-    return int(details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
 
 
 def response_body(
@@ -165,3 +169,64 @@ def response_body(
     choice = {**response["choices"][0], "message": shown, "finish_reason": finish_reason}
     same = {k: first[k] for k in ("id", "created", "model") if k in first}
     return _encode({**response, **same, "choices": [choice], **({"usage": usage} if usage else {})})
+
+
+# -- spoken answers
+
+
+def with_transcripts(
+    messages: bytes, path: Sequence[Node], get: GetRecord | None, now_s: float, usable: bool
+) -> bytes:
+    """The messages array with words in place of audio that is gone.
+
+    `usable` False: upstream refused an id, so all of them are replaced. `now_s` is compared with each
+    answer's `expires_at` (Unix seconds). Bytes without assistant audio come back as they are.
+    """
+    if get is None or b'"audio"' not in messages:
+        return messages
+    decoded = _decode(messages)
+    spoken = [m for m in decoded if m.get("role") == "assistant" and _audio_id(m) is not None]
+    if not spoken:
+        return messages
+    wanted = {_audio_id(m) for m in spoken}
+    known = _answers(path, get, wanted)
+    changed = False
+    for message in spoken:
+        audio = message["audio"]
+        answer = known.get(_audio_id(message), audio)
+        words, expires = answer.get("transcript"), answer.get("expires_at")
+        gone = not usable or (isinstance(expires, int | float) and expires <= now_s)
+        if isinstance(words, str) and gone:
+            del message["audio"]
+            text = message.get("content")
+            message["content"] = f"{text}\n\n{words}" if isinstance(text, str) and text else words
+            changed = True
+        elif len(audio) > 1:  # an answer of ours, whole: a request names only its id
+            message["audio"] = {"id": audio["id"]}
+            changed = True
+    return _encode(decoded) if changed else messages
+
+
+def _answers(
+    path: Sequence[Node], get: GetRecord, wanted: set[str | None]
+) -> dict[str | None, dict[str, Any]]:
+    """The audio of the answers on the path, as upstream gave it, by id."""
+    found: dict[str | None, dict[str, Any]] = {}
+    for node in reversed(path):
+        if node.role != "assistant" or b'"audio"' not in node.raw:
+            continue
+        record = get(node.id)
+        raw = record.raws[-1] if record is not None else node.raw
+        message = _decode(raw)
+        audio_id = _audio_id(message)
+        if audio_id in wanted:
+            found[audio_id] = message["audio"]
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def _audio_id(message: dict[str, Any]) -> str | None:
+    audio = message.get("audio")
+    found = audio.get("id") if isinstance(audio, dict) else None
+    return found if isinstance(found, str) else None

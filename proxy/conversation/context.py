@@ -12,9 +12,9 @@ from typing import Any
 
 from proxy.conversation.body import Body
 from proxy.conversation.calibration import Calibration
-from proxy.conversation.capability import Capabilities, Seen
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
+from proxy.conversation.model_facts import Capabilities, Seen
 from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
 from proxy.conversation.tree import Identity
 from proxy.memory.eviction import EvictionPolicy
@@ -55,10 +55,6 @@ class TurnContext:
     observed: bool = True  # somebody reads the report's page lists
     given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
     # it says ends the turn, unless it calls a VM tool
-
-    @property
-    def model(self) -> str:
-        return str(self.decoded.get("model"))
 
     @property
     def agent(self) -> bool:

@@ -14,7 +14,9 @@ from typing import Any
 
 import msgspec
 
-_SYSTEM = ("system", "developer")
+from proxy.conversation.body import is_system
+from proxy.memory.models import SYSTEM_ROLES
+
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
 Message = dict[str, Any]
 
@@ -92,10 +94,10 @@ def _parts(content: Any) -> list[Any]:
 
 def _as_user(piece: Piece) -> Piece:
     """A system message after the beginning speaks as the user."""
-    if not any(b'"%b"' % role.encode() in piece.raw for role in _SYSTEM):
+    if not any(b'"%b"' % role.encode() in piece.raw for role in SYSTEM_ROLES):
         return piece
     message = _decode(piece.raw)
-    if message.get("role") not in _SYSTEM:
+    if not is_system(message):
         return piece
     return Piece(_encode({**message, "role": "user"}), ours=True)
 
@@ -110,17 +112,12 @@ def _alternating(pieces: Sequence[Piece], everywhere: bool) -> list[bytes]:
         if out and (everywhere or piece.ours or out[-1].ours):
             last = last if last is not None else _decode(out[-1].raw)
             now = _decode(piece.raw)
-            if _joins(last, now):
+            same = last.get("role") == now.get("role")
+            calls = last.get("tool_calls") or now.get("tool_calls")
+            if same and (now.get("role") == "user" or (now.get("role") == "assistant" and not calls)):
                 last = _merged(last, now)
                 out[-1] = Piece(_encode(last), piece.ours)
                 continue
         out.append(piece)
         last = now
     return [piece.raw for piece in out]
-
-
-def _joins(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    if first.get("role") != second.get("role"):
-        return False
-    said = first.get("role") == "assistant" and not (first.get("tool_calls") or second.get("tool_calls"))
-    return said or first.get("role") == "user"

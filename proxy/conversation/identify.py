@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.body import Body
+from proxy.conversation.body import Body, is_system
 from proxy.conversation.records import GetRecord, Record, Sent, deepest_record
 from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, overlap
 from proxy.memory.message_text import message_text
@@ -47,6 +47,7 @@ class Place:
 class Library:
     """What identification reads: records by id, whole paths, and raw values by key."""
 
+    identity: Identity
     get_record: GetRecord
     load_path: LoadPath
     get: Callable[[bytes], bytes | None]
@@ -64,7 +65,7 @@ def chain(body: Body, identity: Identity, tenant: bytes) -> tuple[list[Node], li
         anchors = body.known.anchors[: body.shared - count]
     new: list[tuple[bytes, dict[str, Any]]] = []
     for raw, message in body.new:
-        if message.get("role") in ("system", "developer"):
+        if is_system(message):
             anchors = [*anchors, Anchor(len(path) + len(new), raw)]
         else:
             new.append((raw, message))
@@ -74,7 +75,6 @@ def chain(body: Body, identity: Identity, tenant: bytes) -> tuple[list[Node], li
 def place(
     nodes: list[Node],
     anchors: list[Anchor],
-    identity: Identity,
     tenant: bytes,
     library: Library,
     frame: bytes,
@@ -85,54 +85,39 @@ def place(
 
     `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages.
     """
-    whole = Place(nodes, 0, 0, anchors, deepest_record(nodes, library.get_record), Sent(frame))
-    known = whole.record
+    known = deepest_record(nodes, library.get_record)
+    whole = Place(nodes, 0, 0, anchors, known, Sent(frame))
     if known is not None and (known.sent is not None or session_key is not None):
         return whole  # else no answer was delivered on it: its first request, said again
     if session_key is not None:
         head = library.get(session_key)
         record = library.get_record(head) if head else None
         if record is not None:
-            place = _in_session(nodes, anchors, identity, library, record, frame)
-            return place or whole
-    return _trimmed(whole, identity, tenant, library, frame) if reattach else whole
+            return _in_session(whole, library, record, frame) or whole
+    return _trimmed(whole, tenant, library, frame) if reattach else whole
 
 
-def _in_session(
-    nodes: Sequence[Node],
-    anchors: Sequence[Anchor],
-    identity: Identity,
-    library: Library,
-    head: Record,
-    frame: bytes,
-) -> Place | None:
+def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> Place | None:
     """The request as the continuation of its session; None: a history of its own."""
-    path = library.load_path(head)
+    nodes, path = whole.path, library.load_path(head)
     start, length = overlap(path, nodes)
     if length and start == 0:
         return None  # it begins as the session began: said again from the start, not new
     answered = any(node.role == "assistant" for node in nodes[:length])
     if length and (start + length == len(path) or (length >= 2 and answered)):
-        sent = Sent(frame, start)
-        return _join(path, start, length, nodes, anchors, identity, library, sent)
+        return _join(path, start, length, whole, library, Sent(frame, start))
     if any(node.role == "assistant" for node in nodes):
         return None  # a client of new messages never sends answers: this is another history
-    joined = identity.rechain(path, nodes)
-    moved = [Anchor(a.position + len(path), a.raw) for a in anchors]
+    joined = library.identity.rechain(path, nodes)
+    moved = [Anchor(a.position + len(path), a.raw) for a in whole.anchors]
     return Place(joined, len(path), 0, moved, head, Sent(frame, len(path)))
 
 
 def _join(
-    path: list[Node],
-    start: int,
-    length: int,
-    nodes: Sequence[Node],
-    anchors: Sequence[Anchor],
-    identity: Identity,
-    library: Library,
-    sent: Sent,
+    path: list[Node], start: int, length: int, whole: Place, library: Library, sent: Sent
 ) -> Place:
-    """`nodes` agree with path[start : start + length]; the rest of them follows there."""
+    """The request's messages agree with path[start : start + length]; the rest of them follows there."""
+    nodes = whole.path
     shared = [
         Node(
             old.id, old.content, old.role, new.raw,
@@ -140,21 +125,19 @@ def _join(
         )
         for old, new in zip(path[start : start + length], nodes, strict=False)
     ]
-    joined = identity.rechain([*path[:start], *shared], nodes[length:])
-    moved = [Anchor(a.position + start, a.raw) for a in anchors]
+    joined = library.identity.rechain([*path[:start], *shared], nodes[length:])
+    moved = [Anchor(a.position + start, a.raw) for a in whole.anchors]
     return Place(joined, start, start, moved, deepest_record(joined, library.get_record), sent)
 
 
-def _trimmed(
-    whole: Place, identity: Identity, tenant: bytes, library: Library, frame: bytes
-) -> Place:
+def _trimmed(whole: Place, tenant: bytes, library: Library, frame: bytes) -> Place:
     """A history of which no beginning is known: `whole`, or, once it is proved that its client drops
     the oldest messages, on the path that it is the end of."""
     nodes = whole.path
     last = next((i for i in range(len(nodes) - 1, 0, -1) if nodes[i].role == "assistant"), None)
     if last is None:
         return whole
-    record = _ending(nodes[: last + 1], identity, tenant, library, frame)
+    record = _ending(nodes[: last + 1], tenant, library, frame)
     if record is None or record.sent is None or not _telling(nodes[: last + 1]):
         return whole
     before, start = record.sent, record.end - (last + 1)
@@ -166,19 +149,18 @@ def _trimmed(
         return whole
     path = library.load_path(record)
     if before.above:
-        front = _front(before, library)
+        front, identity = _front(before, library), library.identity
         path = identity.rechain([], [*front, *path], identity.root(tenant))
         start += len(front)
-    sent = Sent(frame, start, moves)
-    return _join(path, start, last + 1, nodes, whole.anchors, identity, library, sent)
+    return _join(path, start, last + 1, whole, library, Sent(frame, start, moves))
 
 
 def _ending(
-    nodes: Sequence[Node], identity: Identity, tenant: bytes, library: Library, frame: bytes
+    nodes: Sequence[Node], tenant: bytes, library: Library, frame: bytes
 ) -> Record | None:
     """The delivered answer of this frame that `nodes` end with and whose path they are the end of,
     with something before them; None also when there are two."""
-    ids = library.get(identity.pair(tenant, nodes[-2].content, nodes[-1].content)) or b""
+    ids = library.get(library.identity.pair(tenant, nodes[-2].content, nodes[-1].content)) or b""
     found: list[Record] = []
     for at in range(max(0, len(ids) - _CANDIDATES * ID_BYTES), len(ids), ID_BYTES):
         record = library.get_record(ids[at : at + ID_BYTES])

@@ -21,10 +21,8 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.channel import Channel
-from proxy.conversation.sse import (
+from proxy.conversation.chunks import (
     DONE,
-    Event,
-    EventParser,
     MessageBuilder,
     choices_of,
     decode_chunk,
@@ -41,6 +39,21 @@ from proxy.conversation.textcalls import (
     said_text,
     unwrapped,
 )
+from proxy.sse import EVENT_LIMIT_BYTES, Event, EventParser
+
+# A round is in one of these states. Its bytes leave only in the last one; `_held` has what may leave yet.
+#
+#   held      the model may still call the VM: nothing of ours is shown. It ends in `flowing` when more than
+#             `hold_tokens` or `hold_ms` have come (feed, poll), when a call of the client's opens
+#             (_open_client_call), or at the round's end when it was an answer (end_round).
+#   watched   what came last may become a call written as text (`Watch`): held, whatever the limits of `held`,
+#             till it is known to be none. Also behind `flowing`: text that had begun to leave stops here.
+#   VM called a call of ours has come: what is held waits for a call of the client's, and is dropped at the
+#             round's end if there is none.
+#   flowing   text and calls of the client's leave as they come. Rounds in which no VM tool is on offer begin here.
+#
+# A call of the round is of nobody's until its name is whole (_call_event, _settle), then the VM's or the
+# client's; only the client's are numbered and sent.
 
 _encode = msgspec.json.encode
 _IDENTITY = ("id", "created", "model", "system_fingerprint", "service_tier")
@@ -81,6 +94,7 @@ class Sieve:
         include_usage: bool,
         count: Callable[[str], int],
         talked: Callable[[], bool] = lambda: False,
+        event_limit_bytes: int = EVENT_LIMIT_BYTES,
     ) -> None:
         self._channel = channel
         self._talked = talked
@@ -89,16 +103,14 @@ class Sieve:
         self._hold_text = hold_text
         self._include_usage = include_usage
         self._count = count
+        self._event_limit_bytes = event_limit_bytes
         self._identity: Chunk | None = None
         self._fixed: list[tuple[str, Any]] = []  # of it, what every chunk of the stream has
         self._shown = MessageBuilder()  # what the client has been sent
         self._role_sent = False
         self._out_calls = 0
         self._rounds = 0
-        self._finish: tuple[Event, Chunk] | None = None
-        self._usage_event: tuple[Event, Chunk] | None = None
-        self.begin_round(offer=False)
-        self._rounds = 0
+        self._error: Event | None = None
 
     # -- rounds
 
@@ -106,8 +118,7 @@ class Sieve:
         """A new upstream stream; `offer`: the model may call VM tools in it; `inside`: what is not the
         client's can be answered inside (False: all of it is the client's)."""
         self._rounds += 1
-        self._offer = offer
-        self._parser = EventParser()
+        self._parser = EventParser(self._event_limit_bytes)
         self._said = MessageBuilder()
         self._calls: dict[int, _Call] = {}
         self._opening: Chunk = {}  # the empty fields beside calls (content: null), not sent yet
@@ -119,14 +130,14 @@ class Sieve:
         self._watch = Watch() if self._ours is not None else None
         self._watched = False  # what came last may be a call as text: it is held, however long
         self._vm_called = False
-        self._done = False
+        self.done = False  # the round said [DONE]
         self._usage: dict[str, Any] | None = None
-        self._error: Event | None = None
-        self._finish = None
-        self._usage_event = None
+        self._error = None
+        self._finish: tuple[Event, Chunk] | None = None
+        self._usage_event: tuple[Event, Chunk] | None = None
 
     def feed(self, data: bytes, now_ms: float) -> list[bytes]:
-        """Bytes from upstream in, events for the client out."""
+        """Bytes from upstream in, events for the client out. Raises EventTooLong."""
         out: list[bytes] = []
         for event in self._parser.feed(data):
             self._event(event, now_ms, out)
@@ -143,12 +154,16 @@ class Sieve:
         for index, call in self._calls.items():
             if call.owner is None:
                 self._settle(index, call, out, self._template())
-        if spoken is not None:
-            self._end_thought(said_text(message), out)
+        if spoken is not None:  # thinking that the client has begun to read comes to its end
+            text = said_text(message)
+            told = len(text) - sum(len(said_text(_delta(chunk))) for _, chunk in self._held)
+            end = text.rfind(THOUGHT_END) + len(THOUGHT_END)
+            if 0 < told < end and THOUGHT_END in text:
+                self._emit(None, _with_delta(self._template(), {"content": text[told:end]}), out)
         elif not self._vm_called:
             self._release(out)
         self._held.clear()  # the preamble of a round that stays inside
-        complete = said.finish_reason is not None or self._done
+        complete = said.finish_reason is not None or self.done
         error = self._error.raw if self._error is not None else None
         if spoken and self._ours is not None:
             message = as_message(message, spoken, self._ours)
@@ -160,18 +175,6 @@ class Sieve:
         if self._ours is None or not (self._watched or not self._flowing):
             return None
         return calls_in(said_text(message), self._ours, self._talked)
-
-    def _end_thought(self, text: str, out: list[bytes]) -> None:
-        """Thinking that the client has begun to read comes to its end, whatever follows it is."""
-        told = len(text) - sum(len(said_text(_delta(chunk))) for _, chunk in self._held)
-        end = text.rfind(THOUGHT_END) + len(THOUGHT_END)
-        if 0 < told < end and THOUGHT_END in text:
-            self._emit(None, _with_delta(self._template(), {"content": text[told:end]}), out)
-
-    @property
-    def done(self) -> bool:
-        """The round said [DONE]."""
-        return self._done
 
     @property
     def refusal(self) -> Event | None:
@@ -231,7 +234,7 @@ class Sieve:
                 out.append(event.raw)
             return
         if event.data == b"[DONE]":
-            self._done = True
+            self.done = True
             return
         chunk = decode_chunk(event.data)
         if chunk is None:
@@ -266,7 +269,7 @@ class Sieve:
             self._finish = event, chunk
             if not _has_delta(chunk):
                 return
-            chunk = _with_choice(chunk, {**choice, "finish_reason": None})
+            chunk = {**chunk, "choices": [{**choice, "finish_reason": None}]}
             event = Event(b"", b"")
         if calls:
             if any(v for k, v in delta.items() if k not in ("tool_calls", "role")):
@@ -408,8 +411,12 @@ class Sieve:
     def _emit_bare(self, event: Event, chunk: Chunk, out: list[bytes]) -> None:
         """Send a chunk without choices, such as Azure's prompt filter results, with an empty id:
         those of the round that the client sees first."""
-        if not self._role_sent:
-            out.append(event.raw if self._include_usage else self._without_usage(event, chunk))
+        if self._role_sent:
+            return
+        if self._include_usage or "usage" not in chunk:
+            out.append(event.raw)
+        else:
+            out.append(b"data: " + _encode({k: v for k, v in chunk.items() if k != "usage"}) + b"\n\n")
 
     def _write(self, event: Event | None, chunk: Chunk, out: list[bytes]) -> None:
         different = {k: v for k, v in self._fixed if k in chunk and chunk[k] != v}
@@ -418,13 +425,6 @@ class Sieve:
             return
         chunk = {**chunk, **different}
         out.append(b"data: " + _encode(chunk) + b"\n\n")
-
-    @staticmethod
-    def _without_usage(event: Event, chunk: Chunk) -> bytes:
-        if "usage" not in chunk:
-            return event.raw
-        chunk = {k: v for k, v in chunk.items() if k != "usage"}
-        return b"data: " + _encode(chunk) + b"\n\n"
 
 
 def _choice(chunk: Chunk) -> Chunk:
@@ -452,9 +452,5 @@ def _empty_fields(chunk: Chunk) -> Chunk:
     return {k: v for k, v in _delta(chunk).items() if k not in ("role", "tool_calls") and not v}
 
 
-def _with_choice(chunk: Chunk, choice: Chunk) -> Chunk:
-    return {**chunk, "choices": [choice]}
-
-
 def _with_delta(chunk: Chunk, delta: Chunk) -> Chunk:
-    return _with_choice(chunk, {**_choice(chunk), "delta": delta})
+    return {**chunk, "choices": [{**_choice(chunk), "delta": delta}]}

@@ -41,6 +41,15 @@ _PARAMETERS = {
     "search_pages": ("query", "modality", "limit"),
 }
 _ANY_PARAMETER = re.compile(r"\b(page_id|target_level|query|modality|limit)\b", re.IGNORECASE)
+# A parameter and its value: behind `:` or `=`, or between tags.
+_PAIR = {
+    tool: re.compile(
+        rf"(?<!/)\b({'|'.join(names)})\b[\"'`*]*\s*(?:[:=]\s*(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\n,;>\]}}]+)"
+        r"|(?:>|</\w+>)\s*(?:<[^<>]*>\s*)*([^<>]+))",
+        re.IGNORECASE,
+    )
+    for tool, names in _PARAMETERS.items()
+}
 _SEP = r"[_.\-\\]{0,2}"  # between the words of a name; some models escape it
 _MENTION = re.compile(rf"page{_SEP}fault|search{_SEP}pages", re.IGNORECASE)
 _NAME_CHARS = re.compile(r"[\w.:/\-]*")
@@ -260,16 +269,15 @@ def _spoken(tool: str, arguments: Any) -> Spoken | None:
         text = json.dumps(known)
     except (TypeError, ValueError, RecursionError):
         return None
-    kind = FaultArgs if tool == PAGE_FAULT else SearchArgs
     read = parse_fault_args(text) if tool == PAGE_FAULT else parse_search_args(text)
-    return Spoken(tool, text) if isinstance(read, kind) else None
+    return Spoken(tool, text) if isinstance(read, FaultArgs | SearchArgs) else None
 
 
 def _called(text: str, start: int, end: int, tool: str) -> _Found | None:
     """A call whose arguments stand behind the name, in any of the ways."""
     following = _MENTION.search(text, end)
     last = following.start() if following else len(text)
-    for way in (_in_brackets, _as_object, _in_tags, _as_pairs, _as_line):
+    for way in (_in_brackets, _as_object, _as_pairs, _as_line):
         if found := way(text, end, last, tool):
             arguments, close = found
             if call := _spoken(tool, arguments):
@@ -329,38 +337,20 @@ def _as_object(text: str, at: int, last: int, tool: str) -> _Args:
     return next(((v, end) for v in value.values() if _spoken(tool, v)), None)
 
 
-def _in_tags(text: str, at: int, last: int, tool: str) -> _Args:
-    """`<parameter=query>x</parameter>`, `<query>x</query>`, `<arg_key>query</arg_key><arg_value>x…`."""
-    if text.find("<", at, last) < 0:
-        return None
-    arguments: dict[str, Any] = {}
-    wanted: str | None = None
-    end = at
-    for piece in re.finditer(r"<[^<>]*>|[^<>]+", text[at:last]):
-        inner = piece.group().strip()
-        tag = inner.startswith("<")
-        named = _ANY_PARAMETER.search(inner) if tag or _ANY_PARAMETER.fullmatch(inner) else None
-        if tag and inner.startswith("</"):
-            end = at + piece.end() if wanted is None else end
-        elif named and (tag or wanted is None):
-            wanted = named.group(1).lower()
-        elif not tag and inner and wanted is not None:
-            arguments.setdefault(wanted, inner)
-            wanted, end = None, at + piece.end()
-    return (arguments, end) if arguments else None
-
-
 def _as_pairs(text: str, at: int, last: int, tool: str) -> _Args:
-    """`query="x" limit=3`, or lines of `query: x`."""
+    """`query="x" limit=3`, lines of `query: x`, `<parameter=query>x</parameter>`, `<query>x</query>`,
+    `<arg_key>query</arg_key><arg_value>x…`."""
     arguments: dict[str, Any] = {}
     end = at
-    pair = r"\b(%s)\b[\"'`*]*\s*[:=]\s*(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\n,;>\]}]+)"
-    for match in re.finditer(pair % "|".join(_PARAMETERS[tool]), text[at:last]):
-        if len(_LETTERS.findall(_SPECIAL.sub(" ", text[end : at + match.start()]))) > _GAP_WORDS:
+    for match in _PAIR[tool].finditer(text[:last], at):
+        if len(_LETTERS.findall(_SPECIAL.sub(" ", text[end : match.start()]))) > _GAP_WORDS:
             break
-        value = match.group(2).strip().strip("\"'`")
-        arguments.setdefault(match.group(1), value if "(" in value else value.rstrip(")"))
-        end = at + match.end()
+        name, value, tagged = match.groups()
+        if tagged is None:
+            value = value.strip().strip("\"'`")
+            value = value if "(" in value else value.rstrip(")")
+        arguments.setdefault(name.lower(), value if tagged is None else tagged.strip())
+        end = match.end()
     return (arguments, end) if arguments else None
 
 
@@ -474,23 +464,8 @@ def _open(text: str, at: int) -> bool:
     if mention is not None:
         behind = _NAME_CHARS.match(text, mention.end())
         rest = text[behind.end() if behind else mention.end() :]
-        if text[at] in "<{[":
-            return True
-        if text.startswith("```", at):
-            return True
-        return _called_soon(rest)
-    if _PARTLY.match(text, at):
-        return True
-    piece = text[at:]
-    if piece[0] == "{":
-        return _object_open(piece)
-    if piece[0] == "[":
-        return _bracket_open(piece)
-    if piece[0] == "<":
-        return _tag_open(piece)
-    if piece[0] == "`":
-        return _fence_open(piece)
-    return False
+        return text[at] in "<{[" or text.startswith("```", at) or _called_soon(rest)
+    return bool(_PARTLY.match(text, at)) or (text[at] in _OPENS and _OPENS[text[at]](text[at:]))
 
 
 def _called_soon(rest: str) -> bool:
@@ -527,8 +502,10 @@ def _object_open(piece: str) -> bool:
 
 def _bracket_open(piece: str) -> bool:
     plain = piece[1:].lstrip()
-    if not plain or plain[0] in "{[<":
-        return not plain or _object_open(plain) if not plain.startswith("<") else _tag_open(plain)
+    if not plain or plain[0] == "<":
+        return not plain or _tag_open(plain)
+    if plain[0] in "{[":
+        return _object_open(plain)
     label = re.match(r"/?[A-Z_]*(\])?", plain)
     assert label is not None
     if label.end() == len(plain):
@@ -549,7 +526,7 @@ def _tag_open(piece: str) -> bool:
     if unclosed > 80:
         return False
     if plain.startswith(("{", "[")):
-        return _object_open(plain) if plain[0] == "{" else _bracket_open(plain)
+        return _OPENS[plain[0]](plain)
     return len(plain) <= 48 and len(_LETTERS.findall(plain)) <= _GAP_WORDS
 
 
@@ -563,12 +540,11 @@ def _fence_open(piece: str) -> bool:
     if not newline:
         return len(info) <= 24
     code = code.lstrip()
-    if not code:
-        return True
-    if code[0] == "{":
-        return _object_open(code)
-    if code[0] == "[":
-        return _bracket_open(code)
-    if code[0] == "<":
-        return _tag_open(code)
+    if not code or code[0] in "{[<":
+        return not code or _OPENS[code[0]](code)
     return "\n" not in code and len(code) <= _LINE_CHARS
+
+
+_OPENS: dict[str, Callable[[str], bool]] = {
+    "{": _object_open, "[": _bracket_open, "<": _tag_open, "`": _fence_open,
+}  # fmt: skip

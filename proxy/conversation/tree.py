@@ -2,7 +2,9 @@
 
 Promises: the same history finds the same node, on any replica; an edited, regenerated or forked
 history shares only its ancestors; two tenants share nothing, whatever they say. Stored identities
-are keyed BLAKE2b, so nobody can aim at another's node without the installation's secret.
+are keyed BLAKE2b, so nobody can aim at another's node without the installation's secret. What a message
+says counts, not how it is written: the provider's answer and the client's echo of it without `refusal`,
+`annotations`, reasoning or null fields are one; messages that say different things are not.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import Any, NewType
 import msgspec
 
 from proxy.conversation import keys
-from proxy.conversation.canonical import canonical
 
 NodeId = NewType("NodeId", bytes)  # names a whole history: its last message and all before it
 ContentId = NewType("ContentId", bytes)  # names a message by itself
 TenantKey = NewType("TenantKey", bytes)  # whose: of a key and its user; of a key alone it is a scope
 
 ID_BYTES = 16
+_encode = msgspec.json.Encoder(order="sorted").encode
 
 
 class Node(msgspec.Struct, gc=False):
@@ -147,3 +149,72 @@ def overlap(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
         if length > best[1]:
             best = (start, length)
     return best
+
+
+def canonical(message: dict[str, Any]) -> bytes:
+    """What a message says, apart from how it is written: the bytes that identity is made of. Never raises.
+
+    Roles, names, text, media, tool calls and their ids count; whitespace around an assistant's text
+    and the formatting of JSON arguments do not (clients strip the one and re-encode the other).
+    """
+    role = message.get("role")
+    content = _content(message.get("content"))
+    if role == "assistant":
+        content = [part.strip() if isinstance(part, str) else part for part in content]
+        content = [part for part in content if part != ""]
+        refusal = message.get("refusal")
+        if not content and isinstance(refusal, str):
+            content = [refusal.strip()]
+        audio = message.get("audio")
+        if isinstance(audio, dict) and audio.get("id"):
+            content.append({"audio": audio["id"]})
+        calls = message.get("tool_calls") or ()
+        said: list[Any] = [role, content]
+        if isinstance(calls, list) and calls:
+            said.append([_call(call) for call in calls])
+        if message.get("function_call"):
+            said.append({"function_call": _function(message["function_call"])})
+        return _encode(said)
+    said = [role, content]
+    for key in ("tool_call_id", "name"):
+        if message.get(key):
+            said.append([key, message[key]])
+    return _encode(said)
+
+
+def _content(content: Any) -> list[Any]:
+    """A string and an array with one text part say the same; null and empty say nothing."""
+    if isinstance(content, str):
+        return [content] if content else []
+    if not isinstance(content, list):
+        return [] if content is None else [content]
+    return [_part(part) for part in content]
+
+
+def _part(part: Any) -> Any:
+    if isinstance(part, dict) and part.get("type") in ("text", "refusal"):
+        text = part.get(part["type"])
+        if isinstance(text, str):
+            return text
+    return part
+
+
+def _call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    body = call.get("function")
+    if isinstance(body, dict):
+        return [call.get("id"), _function(body)]
+    return [call.get("id"), call.get("custom")]
+
+
+def _function(function: Any) -> Any:
+    if not isinstance(function, dict):
+        return function
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            pass  # cut or malformed arguments are compared as they are
+    return [function.get("name"), arguments]

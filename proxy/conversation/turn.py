@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.audio import with_transcripts
 from proxy.conversation.calibration import (
+    LEAST_WINDOW_TOKENS,
     SERIES,
     TOKENS_FACTOR,
     Bill,
@@ -24,8 +24,7 @@ from proxy.conversation.calibration import (
     billed_tokens,
     plateau,
 )
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS, Capabilities
-from proxy.conversation.channel import Channel, choose_channel, tools_array
+from proxy.conversation.channel import Channel, choose_channel, tools_array, unlisted
 from proxy.conversation.compose import (
     answer_budget,
     as_input,
@@ -36,16 +35,17 @@ from proxy.conversation.compose import (
     spent_tokens,
     stream_options,
     total_usage,
+    with_transcripts,
 )
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
 from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
+from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.pages import PathPages, anchor_tokens
 from proxy.conversation.records import Record, Stored, answered_by, append_effect, new_records
-from proxy.conversation.refusal import repairable, unchanged_fits
-from proxy.conversation.repair import Model, unlisted
+from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
 from proxy.conversation.turn_window import TurnWindow
@@ -92,7 +92,7 @@ class Turn:
     def __init__(self, context: TurnContext) -> None:
         place, state = context.place, context.state
         self._context = context
-        self._model = Model.of(Capabilities(), context.limits, context.decoded)
+        self._model = Model(Capabilities(), context.limits, context.decoded)
         self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
         self.path = place.path
         self._answered, turn = answered_by(place.path, place.record)
@@ -109,8 +109,9 @@ class Turn:
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
         self._sent_unchanged = False
+        self._many = int(context.decoded.get("n") or 1) > 1  # choices
         self._refusals = 0
-        self.report = TurnReport(context.model, "bypass", turn)
+        self.report = TurnReport(str(context.decoded.get("model")), "bypass", turn)
         self.report.budget_tokens = context.limits.budget_tokens
 
     @property
@@ -145,7 +146,7 @@ class Turn:
         paged = context.state is not None
         whole = place.floor == 0 and (not paged or place.start == 0)
         if paged or not whole or len(context.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
-            self._model = Model.of(context.capabilities(), context.limits, context.decoded)
+            self._model = Model(context.capabilities(), context.limits, context.decoded)
         surely = context.surely_fits and len(context.body) <= self._limits.budget_tokens
         if context.surely_fits and not surely:  # not counted: it was small for the assumed window
             self._fixed_tokens = context.fixed_tokens()
@@ -236,7 +237,7 @@ class Turn:
         context = self._context
         if context.next_limits is None or self._too_long is not None:
             return None
-        limits = Model.of(self._model.capabilities, context.next_limits, context.decoded).limits
+        limits = Model(self._model.capabilities, context.next_limits, context.decoded).limits
         return stretched(limits, self._fixed_tokens, self._model.max_tokens)
 
     def _rounds(self, paging: TurnWindow, vm_calls: VMCalls) -> Generator[Effect, Any, Answer]:
@@ -256,7 +257,7 @@ class Turn:
                     raise
                 return (yield from self._as_it_is())
             channel = paging.channel
-            said = yield Complete(body, channel.offer and not stop, through=self._many())
+            said = yield Complete(body, channel.offer and not stop, through=self._many)
             if isinstance(said, Refused):
                 self._refusals += 1
                 if self._repaired(said, paging):
@@ -268,7 +269,7 @@ class Turn:
                     continue
                 return answer
             number += 1
-            if said.messages and not (self._many() or self._context.given_answers):
+            if said.messages and not (self._many or self._context.given_answers):
                 said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
@@ -312,7 +313,7 @@ class Turn:
         self, said: Said, channel: Channel
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The VM's calls and the client's; what goes through as it came is all the client's."""
-        if self._many():
+        if self._many:
             return [], list(said.messages[0].get("tool_calls") or ())
         return split_calls(said.messages[0], channel)
 
@@ -320,9 +321,6 @@ class Turn:
         """The client's `stop` or its length limit ended the round within a VM call."""
         limited = said.finish_reason == "length" or bool(self._context.decoded.get("stop"))
         return limited and any(is_cut(call) for call in vm)
-
-    def _many(self) -> bool:
-        return int(self._context.decoded.get("n") or 1) > 1
 
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
@@ -347,7 +345,7 @@ class Turn:
             forced = decoded.get("tool_choice") not in (None, "auto")
             if not forced and (stop or not channel.offer):
                 changed["tool_choice"] = b'"none"'
-        if decoded.get("stream") is True and model.stream_usage and not self._many():
+        if decoded.get("stream") is True and model.stream_usage and not self._many:
             changed.update(stream_options(decoded))
         if model.prompt_cache_key and context.cache_key and "prompt_cache_key" not in fields:
             changed["prompt_cache_key"] = _json(context.cache_key.decode())

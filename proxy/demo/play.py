@@ -32,6 +32,7 @@ from proxy.demo.bill import Ledger
 from proxy.demo.screen import View, layout, print_summary
 from proxy.demo.upstream import MODEL, DemoUpstream
 from proxy.errors import ConfigError
+from proxy.sse import EventParser
 from proxy.tokens import get_counter
 from proxy.upstream import RootPath, Upstream
 from proxy.upstream.openai import OpenAIUpstream
@@ -128,10 +129,10 @@ async def _ask(client: Upstream, messages: list[dict[str, Any]]) -> str:
     data = await reply.read(_RESPONSE_LIMIT_BYTES)
     if reply.status != 200:
         raise DemoFailed(f"the server answered {reply.status}: {data.decode(errors='replace')[:300]}")
-    *events, end, _ = data.split(b"\n\n")
-    if end != b"data: [DONE]":
+    *events, end = [event.data for event in EventParser().feed(data) if event.data] or [b""]
+    if end != b"[DONE]":
         raise DemoFailed("a stream ended without [DONE]")
-    chunks = [json.loads(e.removeprefix(b"data: ")) for e in events if not e.startswith(b":")]
+    chunks = [json.loads(event) for event in events]
     deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
     return "".join(delta.get("content") or "" for delta in deltas)
 

@@ -18,13 +18,13 @@ import msgspec
 
 from proxy.config import Config
 from proxy.conversation.body import Body
-from proxy.conversation.capability import capabilities
 from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.compose import as_input
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
 from proxy.conversation.identify import Place
+from proxy.conversation.model_facts import capabilities
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
     Record,
@@ -47,6 +47,7 @@ from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
+    SYSTEM_ROLES,
     CompressionLevel,
     MemoryPage,
     Modality,
@@ -168,7 +169,7 @@ class MemoryManager:
     def add_message(self, message: Message, metadata: Mapping[str, Any] | None = None) -> MemoryPage:
         """Any Chat Completions message but a system one (ValueError: these stand in front, as
         `system_prompt`); an assistant's is the answer to the last request."""
-        if message.get("role") in ("system", "developer"):
+        if message.get("role") in SYSTEM_ROLES:
             raise ValueError("a system message is the `system_prompt` of the conversation")
         if message.get("role") == "assistant":
             self._answer(message)

@@ -34,6 +34,9 @@ class CompressionLevel(IntEnum):
     REFERENCE = 3
 
 
+SYSTEM_ROLES = ("system", "developer")  # what the application says, in front of any conversation
+
+
 class Modality(str, Enum):
     """What kind of content a page holds."""
 

@@ -7,12 +7,12 @@ headers are upstream's own; the rest is in `responses_translation.py`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from proxy.sse import Event, EventParser, EventTooLong, lines_of
 from proxy.upstream import CHAT_PATH, BytesReply, Header, Reply, UpstreamBroken
 from proxy.upstream.openai import OpenAIUpstream
 from proxy.upstream.responses_translation import ChatStream, failure, to_chat, to_responses
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 _PATH: Final = "/responses"
 _NO_ENCRYPTED: Final = b"encrypted content is not supported"  # by a model that does not reason
 _PLAIN_MODELS: Final = 256  # names of such models that are remembered
-_EVENT_LIMIT_BYTES: Final = 64 << 20  # one event; the last one repeats the whole answer
 _NO_JSON: Final = (ValueError, RecursionError)  # bytes that are no UTF-8 too
 _NO_RESPONSE: Final = (*_NO_JSON, KeyError, TypeError, AttributeError)
-_LINE: Final = re.compile(rb"\r\n|\n|\r")
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
 Json = dict[str, Any]
@@ -46,6 +44,7 @@ class ResponsesBridge(OpenAIUpstream):
         super().__init__(config)
         self._override = config.model_override
         self._limit_bytes = config.server.body_limit_bytes
+        self._event_limit_bytes = config.stream.event_limit_bytes  # the last event repeats the whole answer
         self._plain: set[str] = set()
 
     async def chat(
@@ -64,7 +63,7 @@ class ResponsesBridge(OpenAIUpstream):
             return reply
         kind = next((value for name, value in reply.headers if name == b"content-type"), b"")
         if request.get("stream") and not kind.startswith(b"application/json"):
-            return StreamReply(reply, include_usage)
+            return StreamReply(reply, include_usage, self._event_limit_bytes)
         raw = await reply.read(self._limit_bytes)
         try:
             response = _decode(raw)
@@ -106,71 +105,39 @@ class ResponsesBridge(OpenAIUpstream):
 class StreamReply(Reply):
     """A running Responses stream as a chat completion's events; upstream's comments stay."""
 
-    def __init__(self, reply: Reply, include_usage: bool) -> None:
+    def __init__(self, reply: Reply, include_usage: bool, event_limit_bytes: int) -> None:
         self.status = reply.status
         self.headers = reply.headers
         self._reply = reply
         self._stream = ChatStream(include_usage)
+        self._parser = EventParser(event_limit_bytes)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        parser = _Events()
         try:
             async for data in self._reply.chunks():
-                if out := self._said(parser.feed(data)):
+                if out := self._said(self._parser.feed(data)):
                     yield out
-            if out := self._said(parser.feed(b"\n\n")):  # the last event may have no blank line
+            if out := self._said(self._parser.close()):  # the last event may have no blank line
                 yield out
+        except EventTooLong as error:
+            raise UpstreamBroken(str(error)) from error
         except _NO_RESPONSE as error:
             raise UpstreamBroken(f"the upstream's event is none of Responses: {error!r}") from error
         finally:
             await self._reply.close()
 
-    def _said(self, found: Sequence[Json | bytes]) -> bytes:
+    def _said(self, events: Sequence[Event]) -> bytes:
         """With [DONE] right behind the answer's end: upstream may keep its connection open."""
         out: list[bytes] = []
-        for event in found:
-            if isinstance(event, bytes):
-                out.append(event)
-            elif not self._stream.ended:
-                out += [b"data: " + _encode(chunk) + b"\n\n" for chunk in self._stream.feed(event)]
+        for event in events:
+            if event.raw.startswith(b":") or b"\n:" in event.raw or b"\r:" in event.raw:
+                out += [line + b"\n\n" for line in lines_of(event.raw) if line.startswith(b":")]
+            said = _decode(event.data) if event.data and event.data != b"[DONE]" else None
+            if isinstance(said, dict) and not self._stream.ended:
+                out += [b"data: " + _encode(chunk) + b"\n\n" for chunk in self._stream.feed(said)]
                 if self._stream.ended:
                     out.append(b"data: [DONE]\n\n")
         return b"".join(out)
 
     async def close(self) -> None:
         await self._reply.close()
-
-
-class _Events:
-    """Splits server-sent events, cut at any byte, whatever ends their lines, and decodes their data."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-        self._after_cr = False
-
-    def feed(self, data: bytes) -> list[Json | bytes]:
-        """The events and comments (bytes) that are complete now. Raises UpstreamBroken for an event
-        that never ends, ValueError for one that is no JSON."""
-        if len(self._rest) > _EVENT_LIMIT_BYTES:
-            raise UpstreamBroken(f"an event of the upstream is longer than {_EVENT_LIMIT_BYTES} bytes")
-        if self._after_cr and data:
-            data = data.removeprefix(b"\n")  # the other half of a line's end
-            self._after_cr = False
-        if b"\r" in data:
-            self._after_cr = data.endswith(b"\r")
-            *lines, self._rest = _LINE.split(self._rest + data)
-        else:
-            *lines, self._rest = (self._rest + data).split(b"\n")
-        return [event for line in lines if (event := self._line(line)) is not None]
-
-    def _line(self, line: bytes) -> Json | bytes | None:
-        if line.startswith(b"data:"):
-            self._data.append(line[5:].removeprefix(b" "))
-        elif line.startswith(b":"):
-            return line + b"\n\n"
-        elif not line and self._data:
-            said, self._data = b"\n".join(self._data), []
-            event = None if said == b"[DONE]" else _decode(said)
-            return event if isinstance(event, dict) else None
-        return None

@@ -431,11 +431,11 @@ async def test_what_a_refusal_taught_is_kept_for_the_key_and_shown_to_it(tmp_pat
         assert (await one.ask(body(paged_messages()), key))[0] == 200
         assert len(one.upstream.bodies) == 3 and b'"tools"' not in one.upstream.bodies[2]
         scope = one.memory.identity.tenant(caller([key]).credentials, "")
-        (row,) = one.api.capable.table(scope)
+        (row,) = one.api.model_facts.table(scope)
         assert row["model"] == "gpt-4o"
         assert row["tools"] == {"value": False, "from": "learned"}
         assert row["stream_usage"] == {"value": True, "from": "assumed"}
-        assert one.api.capable.table(one.memory.identity.tenant(caller([OTHER]).credentials, "")) == []
+        assert one.api.model_facts.table(one.memory.identity.tenant(caller([OTHER]).credentials, "")) == []
 
 
 async def test_an_upstream_that_cuts_prompts_silently_is_noticed(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from proxy import upstream
-from proxy.api.exchange import Exchange, error_event
+from proxy.api.exchange import Exchange, Patience, error_event
+from proxy.config import Config
 from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.report import TurnReport
@@ -22,7 +23,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer
 from proxy.errors import ApiError
 from proxy.upstream import Header, UpstreamBroken
-from tests.conversation.test_sse import ERRORS
+from tests.conversation.test_chunks import ERRORS
 
 SSE = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"r1")]
 JSON = [(b"content-type", b"application/json"), (b"content-length", b"999"), (b"x-request-id", b"r1")]
@@ -67,12 +68,14 @@ class Setup:
         self.grew = asyncio.Condition()
 
         def sieve() -> Sieve:
-            ours = Channel(TOOLS, True, vm_names(None), frozenset({"read", "write"}), True)
-            return Sieve(ours, 24, hold_ms, False, False, lambda text: len(text.split()))
+            ours = Channel(TOOLS, True, vm_names(), frozenset({"read", "write"}), True)
+            return Sieve(ours, 24, hold_ms, False, False, lambda text: len(text.split()), event_limit_bytes=9_000)
 
-        self.exchange = Exchange(
-            self._send, self, [], b"", stream, sieve, 10_000, every_s, retries, retry_wait_s  # type: ignore[arg-type]
-        )
+        config = Config.model_validate({
+            "server": {"body_limit_bytes": 10_000}, "upstream": {"retries": retries, "retry_wait_s": retry_wait_s},
+            "stream": {"keepalive_s": every_s, "event_limit_bytes": 9_000},
+        })
+        self.exchange = Exchange(self._send, self, [], b"", stream, sieve, config)  # type: ignore[arg-type]
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
@@ -121,7 +124,7 @@ def answer(**fields: Any) -> Answer:
     return Answer(TurnReport("m", "tools", 1), **fields)
 
 
-async def test_a_stream_without_paging_is_the_upstreams_bytes() -> None:
+async def test_stream_without_paging_is_the_upstreams_bytes() -> None:
     odd = b": ping\n\ndata: {\"choices\": []}\r\n\r\nda"
     setup = Setup(Reply(event("a"), odd, b"ta: [DO", b"NE]\n\n"))
     said = await setup.exchange.complete(Complete(b"{}", through=True))
@@ -144,7 +147,7 @@ async def test_each_piece_leaves_before_the_next_one_comes() -> None:
     assert said.messages == [{"role": "assistant", "content": "onetwo"}]
 
 
-async def test_a_held_preamble_leaves_when_its_time_is_over() -> None:
+async def test_held_preamble_leaves_when_its_time_is_over() -> None:
     go_on = asyncio.Event()
     reply = Reply(event("wait", role="assistant"), go_on, event(None, "stop"), DONE)
     setup = Setup(reply, hold_ms=30)
@@ -193,7 +196,7 @@ async def streamed_then(last: Reply) -> tuple[Setup, Said]:
 
 
 @pytest.mark.parametrize("finish", ["stop", None])
-async def test_a_whole_answer_after_a_streamed_round_goes_on_as_its_stream(finish: str | None) -> None:
+async def test_whole_answer_after_a_streamed_round_goes_on_as_its_stream(finish: str | None) -> None:
     setup, said = await streamed_then(whole(finish, content="here", refusal=None))
     assert said.response is None
     assert said.messages == [{"role": "assistant", "content": "here"}] == [said.shown]
@@ -208,7 +211,7 @@ async def test_a_whole_answer_after_a_streamed_round_goes_on_as_its_stream(finis
     assert setup.body.endswith(DONE) and setup.ended
 
 
-async def test_a_whole_answers_calls_after_a_streamed_round_are_numbered() -> None:
+async def test_whole_answers_calls_after_a_streamed_round_are_numbered() -> None:
     body = {"arguments": "{}"}
     names = ("read", "page_fault", "write")
     made = [{"id": n, "type": "function", "function": {"name": n, **body}} for n in names]
@@ -220,13 +223,13 @@ async def test_a_whole_answers_calls_after_a_streamed_round_are_numbered() -> No
     assert b"page_fault" not in setup.body
 
 
-async def test_a_later_round_that_is_no_chat_answer_is_an_event_and_a_break() -> None:
+async def test_later_round_that_is_no_chat_answer_is_an_event_and_a_break() -> None:
     with pytest.raises(UpstreamBroken, match="no chat answer"):
         await streamed_then(Reply(b'{"id": "job_1"}', headers=JSON))
 
 
 @pytest.mark.parametrize("through", [True, False])
-async def test_a_broken_stream_is_raised_and_closed(through: bool) -> None:
+async def test_broken_stream_is_raised_and_closed(through: bool) -> None:
     reply = Reply(event("half"), UpstreamBroken("cut"))
     setup = Setup(reply)
     with pytest.raises(UpstreamBroken):
@@ -235,14 +238,14 @@ async def test_a_broken_stream_is_raised_and_closed(through: bool) -> None:
     assert not setup.ended
 
 
-async def test_a_sifted_stream_without_an_end_is_broken() -> None:
+async def test_sifted_stream_without_an_end_is_broken() -> None:
     setup = Setup(Reply(event("half")))
     with pytest.raises(UpstreamBroken, match="ended before its answer did"):
         await setup.exchange.complete(Complete(b"{}"))
     assert not setup.ended
 
 
-async def test_a_cancelled_stream_closes_its_reply() -> None:
+async def test_cancelled_stream_closes_its_reply() -> None:
     reply = Reply(event("one"), asyncio.Event())
     setup = Setup(reply)
     task = asyncio.ensure_future(setup.exchange.complete(Complete(b"{}")))
@@ -253,7 +256,7 @@ async def test_a_cancelled_stream_closes_its_reply() -> None:
     assert reply.closed
 
 
-async def test_a_whole_answer_has_upstreams_headers_and_our_length() -> None:
+async def test_whole_answer_has_upstreams_headers_and_our_length() -> None:
     body = b'{"choices": [{"message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}]}'
     setup = Setup(Reply(body[:9], body[9:], headers=JSON), stream=False)
     said = await setup.exchange.complete(Complete(b"{}"))
@@ -273,20 +276,20 @@ async def test_a_whole_answer_has_upstreams_headers_and_our_length() -> None:
              b'{"choices": [{"message": "text"}]}', b'{"choices": [{"message": null}]}',
              b'{"choices": [{"message": {"content": "\xff"}}]}']
 )
-async def test_a_success_that_is_no_chat_answer_is_kept_as_it_is(body: bytes) -> None:
+async def test_success_that_is_no_chat_answer_is_kept_as_it_is(body: bytes) -> None:
     setup = Setup(Reply(body, headers=JSON), stream=False)
     assert await setup.exchange.complete(Complete(b"{}")) == Said([], None, None)
     await setup.exchange.finish(answer(), [])
     assert setup.body == body
 
 
-async def test_an_answer_over_the_limit_is_broken() -> None:
+async def test_answer_over_the_limit_is_broken() -> None:
     setup = Setup(Reply(b"x" * 6000, b"x" * 6000, headers=JSON), stream=False)
     with pytest.raises(UpstreamBroken, match="longer than 10000 bytes"):
         await setup.exchange.complete(Complete(b"{}"))
 
 
-async def test_a_refusal_keeps_status_headers_and_body() -> None:
+async def test_refusal_keeps_status_headers_and_body() -> None:
     setup = Setup(Reply(b"no", status=429, headers=[*JSON, (b"retry-after", b"7")]))
     refused = await setup.exchange.complete(Complete(b"{}"))
     assert refused == Refused(429, b"no")
@@ -298,7 +301,7 @@ async def test_a_refusal_keeps_status_headers_and_body() -> None:
     assert setup.body == b"no"
 
 
-async def test_a_refusal_after_the_start_is_an_event_and_a_break() -> None:
+async def test_refusal_after_the_start_is_an_event_and_a_break() -> None:
     setup = Setup(
         Reply(event("", role="assistant"), vm_call(), event(None, "tool_calls"), DONE),
         Reply(b'{"error":\r\n{"message": "slow"}}', status=429, headers=JSON),
@@ -322,7 +325,7 @@ def busy(status: int = 429, wait_ms: int = 0) -> Reply:
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-async def test_a_later_round_refused_for_the_moment_is_sent_again(status: int) -> None:
+async def test_later_round_refused_for_the_moment_is_sent_again(status: int) -> None:
     refusals = [busy(status), busy(status)]
     setup = Setup(inner(), *refusals, Reply(event("here", "stop"), DONE), retries=2)
     await setup.exchange.complete(Complete(b"1", offer=True))
@@ -333,7 +336,7 @@ async def test_a_later_round_refused_for_the_moment_is_sent_again(status: int) -
     assert setup.start["status"] == 200 and b"slow" not in setup.body and setup.ended
 
 
-async def test_a_whole_later_round_is_sent_again_and_what_stays_keeps_its_status() -> None:
+async def test_whole_later_round_is_sent_again_and_what_stays_keeps_its_status() -> None:
     setup = Setup(whole(content="a"), busy(), whole(content="b"), busy(503), stream=False, retries=2)
     for _ in range(2):
         assert isinstance(await setup.exchange.complete(Complete(b"{}")), Said)
@@ -353,14 +356,14 @@ async def test_what_no_wait_helps_is_not_sent_again(reply: Reply) -> None:
     assert isinstance(refused, Refused) and refused.status == reply.status and len(setup.bodies) == 2
 
 
-async def test_a_first_round_is_the_clients_to_send_again() -> None:
+async def test_first_round_is_the_clients_to_send_again() -> None:
     setup = Setup(busy(), busy(503), retries=2)
     assert isinstance(await setup.exchange.complete(Complete(b"{}", offer=True)), Refused)
     assert isinstance(await setup.exchange.complete(Complete(b"{}", through=True)), Refused)
     assert len(setup.bodies) == 2
 
 
-async def test_an_error_event_in_place_of_a_later_answer_is_sent_again_too() -> None:
+async def test_error_event_in_place_of_a_later_answer_is_sent_again_too() -> None:
     late = Reply(failed(message="Overloaded.", code=503), DONE)
     setup = Setup(inner(), late, busy(400), retries=1, retry_wait_s=1)
     await setup.exchange.complete(Complete(b"1", offer=True))
@@ -371,7 +374,7 @@ async def test_an_error_event_in_place_of_a_later_answer_is_sent_again_too() -> 
     assert b"slow" in setup.body and b"Overloaded" not in setup.body  # the error that stayed
 
 
-async def test_the_client_sees_life_while_a_later_round_waits() -> None:
+async def test_client_sees_life_while_a_later_round_waits() -> None:
     setup = Setup(inner(), busy(429, wait_ms=150), Reply(event("here", "stop"), DONE), retries=1, every_s=0.02)
     await setup.exchange.complete(Complete(b"1", offer=True))
     waiting = asyncio.ensure_future(setup.exchange.complete(Complete(b"2", offer=True)))
@@ -381,7 +384,7 @@ async def test_the_client_sees_life_while_a_later_round_waits() -> None:
     await setup.exchange.finish(answer(finish_reason="stop"), [])
 
 
-async def test_a_client_that_leaves_ends_the_wait() -> None:
+async def test_client_that_leaves_ends_the_wait() -> None:
     setup = Setup(inner(), busy(429, wait_ms=9_000), retries=1)
     await setup.exchange.complete(Complete(b"1", offer=True))
     waiting = asyncio.ensure_future(setup.exchange.complete(Complete(b"2", offer=True)))
@@ -408,14 +411,14 @@ async def test_our_own_error_before_and_after_the_start() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>\r\n\r\n</html>", b"[1]", b'{"error": null}', b"\xff\n\nx"])
-def test_an_error_event_is_one_line_with_an_error(body: bytes) -> None:
+def test_error_event_is_one_line_with_an_error(body: bytes) -> None:
     raw = error_event(Refused(502, body))
     assert raw.startswith(b"data: ") and raw.endswith(b"\n\n")
     assert raw.count(b"\n") == 2 and b"\r" not in raw
     assert "502" in json.loads(raw[6:])["error"]["message"]
 
 
-def test_an_error_event_of_a_long_page_is_bounded() -> None:
+def test_error_event_of_a_long_page_is_bounded() -> None:
     assert len(error_event(Refused(500, b"x" * 1_000_000))) < 5_000
 
 
@@ -423,7 +426,7 @@ def failed(**error: Any) -> bytes:
     return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
 
 
-async def test_a_client_that_waits_for_inner_rounds_gets_comments_and_none_at_the_end() -> None:
+async def test_client_that_waits_for_inner_rounds_gets_comments_and_none_at_the_end() -> None:
     go_on = asyncio.Event()
     inner = Reply(event(role="assistant"), vm_call(), event(None, "tool_calls"), go_on, DONE)
     setup = Setup(inner, Reply(event("done", "stop"), DONE), every_s=0.02)
@@ -454,7 +457,7 @@ async def test_no_comment_falls_into_a_stream_that_passes_through() -> None:
     assert setup.body == whole + half + DONE
 
 
-async def test_an_idempotency_key_is_the_first_rounds_only() -> None:
+async def test_idempotency_key_is_the_first_rounds_only() -> None:
     seen: list[Any] = []
     setup = Setup(Reply(b"{}", headers=JSON), Reply(b"{}", headers=JSON), stream=False)
     call = setup.chat
@@ -471,7 +474,7 @@ async def test_an_idempotency_key_is_the_first_rounds_only() -> None:
 
 
 @pytest.mark.parametrize("through", [True, False])
-async def test_an_error_in_place_of_an_answer_is_as_good_as_a_status(through: bool) -> None:
+async def test_error_in_place_of_an_answer_is_as_good_as_a_status(through: bool) -> None:
     """The turn may try again: nothing but the headers has reached the client."""
     too_long = failed(message="prompt is too long: 9 tokens > 8 maximum", code=413)
     setup = Setup(Reply(too_long, DONE), Reply(event("ok", "stop"), DONE))
@@ -484,7 +487,7 @@ async def test_an_error_in_place_of_an_answer_is_as_good_as_a_status(through: bo
     assert b"too long" not in setup.body and setup.body.endswith(DONE)
 
 
-async def test_an_error_that_stays_reaches_the_client_as_it_came() -> None:
+async def test_error_that_stays_reaches_the_client_as_it_came() -> None:
     odd = failed(message="no", type="server_error")
     setup = Setup(Reply(odd, b": bye\n\n"))
     said = await setup.exchange.complete(Complete(b"{}", through=True))
@@ -495,7 +498,7 @@ async def test_an_error_that_stays_reaches_the_client_as_it_came() -> None:
 
 @pytest.mark.parametrize("through", [True, False])
 @pytest.mark.parametrize("stays_open", [True, False])
-async def test_an_answer_ends_with_done_whatever_its_connection_does(
+async def test_answer_ends_with_done_whatever_its_connection_does(
     through: bool, stays_open: bool
 ) -> None:
     end = asyncio.Event() if stays_open else UpstreamBroken("late")
@@ -512,7 +515,7 @@ LARGE = b"{%s}" % (b" " * 8000)  # a request that may have been too long
 
 @pytest.mark.parametrize("raw", ERRORS.values(), ids=ERRORS.keys())
 @pytest.mark.parametrize("through", [True, False])
-async def test_an_error_in_any_form_before_the_first_word_can_be_made_good(through: bool, raw: bytes) -> None:
+async def test_error_in_any_form_before_the_first_word_can_be_made_good(through: bool, raw: bytes) -> None:
     """Also behind the answer's role; the client sees one answer, with one role."""
     setup = Setup(Reply(event("", role="assistant"), raw), Reply(event("", role="assistant"), event("ok", "stop"), DONE))
     said = await setup.exchange.complete(Complete(LARGE, through=through))
@@ -524,7 +527,7 @@ async def test_an_error_in_any_form_before_the_first_word_can_be_made_good(throu
 
 
 @pytest.mark.parametrize("raw", ERRORS.values(), ids=ERRORS.keys())
-async def test_an_error_in_any_form_that_stays_is_what_the_client_reads(raw: bytes) -> None:
+async def test_error_in_any_form_that_stays_is_what_the_client_reads(raw: bytes) -> None:
     setup = Setup(Reply(event("", role="assistant"), raw), Reply(b"no", status=400, headers=JSON))
     first = await setup.exchange.complete(Complete(LARGE, through=True))
     second = await setup.exchange.complete(Complete(LARGE))
@@ -534,7 +537,7 @@ async def test_an_error_in_any_form_that_stays_is_what_the_client_reads(raw: byt
     assert setup.start["status"] == 200
 
 
-async def test_a_status_that_stays_is_not_spoiled_by_a_later_try() -> None:
+async def test_status_that_stays_is_not_spoiled_by_a_later_try() -> None:
     """The second one begins a stream, and fails in it: the client has seen nothing of that."""
     first = Reply(b"zu lang", status=413, headers=[*JSON, (b"x-first", b"1")])
     setup = Setup(first, Reply(event("", role="assistant"), failed(message="no")))
@@ -559,7 +562,7 @@ async def test_a_status_that_stays_is_not_spoiled_by_a_later_try() -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
-async def test_an_error_object_in_place_of_an_answer_is_a_refusal_and_goes_on_as_it_came(
+async def test_error_object_in_place_of_an_answer_is_a_refusal_and_goes_on_as_it_came(
     stream: bool, body: bytes, status: int
 ) -> None:
     setup = Setup(Reply(body, headers=JSON), stream=stream)
@@ -570,7 +573,7 @@ async def test_an_error_object_in_place_of_an_answer_is_a_refusal_and_goes_on_as
     assert dict(setup.start["headers"])[b"content-length"] == b"%d" % len(body)
 
 
-async def test_an_answer_that_speaks_of_errors_is_an_answer() -> None:
+async def test_answer_that_speaks_of_errors_is_an_answer() -> None:
     body = json.dumps({
         "choices": [{"message": {"content": "an error"}, "finish_reason": "stop"}], "error": None, "message": "ok",
     }).encode()
@@ -578,9 +581,63 @@ async def test_an_answer_that_speaks_of_errors_is_an_answer() -> None:
     assert isinstance(await setup.exchange.complete(Complete(b"{}")), Said)
 
 
-async def test_an_error_behind_the_first_word_breaks_the_stream() -> None:
+async def test_error_behind_the_first_word_breaks_the_stream() -> None:
     for raw in (ERRORS["a line"], ERRORS["data beside an empty delta"], ERRORS["a named event"]):
         setup = Setup(Reply(event("half"), raw, DONE))
         with pytest.raises(UpstreamBroken):
             await setup.exchange.complete(Complete(LARGE))
         assert setup.body == event("half") + raw
+
+
+@pytest.mark.parametrize("size", [1000, 20_000])
+async def test_event_beyond_the_limit_passes_or_is_one_clear_error(size: int) -> None:
+    reply = [event("a"), *[b"data: " + b"x" * 8_000, b"x" * size], b"\n\n", event(None, "stop"), DONE]
+    passing = Setup(Reply(*reply))
+    said = await passing.exchange.complete(Complete(b"{}", through=True))
+    assert isinstance(said, Said) and said.messages == []
+    await passing.exchange.finish(answer(), [])
+    assert passing.body == b"".join(reply)
+    if size > 9_000:
+        sieved = Setup(Reply(*reply))
+        with pytest.raises(ApiError, match="longer than 9000 bytes"):
+            await sieved.exchange.complete(Complete(b"{}"))
+
+
+# -- patience
+
+
+NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
+
+
+@pytest.mark.parametrize(
+    "headers, wait_s",
+    [
+        ([(b"retry-after-ms", b"250"), (b"retry-after", b"3")], 0.25),
+        ([(b"retry-after", b"3")], 3.0),
+        ([(b"retry-after-ms", b"soon"), (b"retry-after", b"3")], 3.0),
+        ([(b"retry-after", b"Tue, 14 Nov 2023 22:13:24 GMT")], 4.0),
+        ([(b"retry-after", b"Tue, 14 Nov 2023 22:13:00 GMT")], 0.0),
+        ([(b"retry-after", b"-5")], 0.0),
+        ([(b"retry-after", b"later")], 0.5),
+        ([], 0.5),
+        ([(b"retry-after", b"11")], None),
+        ([(b"retry-after", b"nan")], 0.5),
+        ([(b"x-should-retry", b"false")], None),
+    ],
+)
+def test_patience_keeps_upstreams_word(headers: list[Header], wait_s: float | None) -> None:
+    assert Patience(2, 10).wait_s(429, headers, NOW_S) == wait_s
+
+
+def test_patience_is_bounded_in_tries_and_seconds_and_a_wait_doubles_by_itself() -> None:
+    patience = Patience(3, 100)
+    assert [patience.wait_s(503, [], NOW_S) for _ in range(4)] == [0.5, 1.0, 2.0, None]
+    patience = Patience(9, 5)
+    after = [(b"retry-after", b"2")]
+    assert [patience.wait_s(503, after, NOW_S) for _ in range(3)] == [2.0, 2.0, None]
+    assert patience.wait_s(503, [(b"retry-after", b"1")], NOW_S) == 1.0
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422, 501])
+def test_patience_has_none_with_what_would_be_refused_again(status: int) -> None:
+    assert Patience(2, 10).wait_s(status, [], NOW_S) is None

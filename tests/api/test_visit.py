@@ -69,7 +69,7 @@ async def test_our_own_paths_are_not_counted(
         assert found == []
 
 
-async def test_a_name_from_a_client_stays_on_its_line(
+async def test_name_from_a_client_stays_on_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with app_in(tmp_path, monkeypatch) as (app, _):
@@ -162,7 +162,7 @@ def get(server: ServerProcess, path: str) -> str:
     return text
 
 
-def test_a_paged_answer_says_its_window_streamed_or_not_and_the_log_has_a_line_of_each() -> None:
+def test_paged_answer_says_its_window_streamed_or_not_and_the_log_has_a_line_of_each() -> None:
     with serving(log={"format": "json"}) as (server, _):
         heads = [post(server, model="gpt-4o", messages=history(20), stream=stream)[1] for stream in (False, True)]
         for head in heads:
@@ -190,7 +190,7 @@ def test_a_paged_answer_says_its_window_streamed_or_not_and_the_log_has_a_line_o
     assert 'llm_pager_billed_tokens_total{kind="cached"}' in page
 
 
-def test_the_workers_counts_add_up_and_their_files_go_with_them() -> None:
+def test_workers_counts_add_up_and_their_files_go_with_them() -> None:
     import re
     import tempfile
 

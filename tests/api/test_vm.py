@@ -16,8 +16,8 @@ import httpx
 from fastapi import FastAPI
 
 from proxy.api.caller import caller
-from proxy.api.capable import Capable
 from proxy.api.memory import Memory
+from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.stats import Stats
 from proxy.api.vm import vm_router
@@ -43,7 +43,7 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     await memory.store.commit(list(player.values.items()))
     writer = Writer(config, upstream, Renditions(config, memory))
     app = FastAPI()
-    capabilities = Capable(config, memory).table
+    capabilities = ModelFacts(config, memory, upstream).table
     app.include_router(
         vm_router(Stats(memory, writer), memory, SessionsConfig(), capabilities)
     )
@@ -140,7 +140,7 @@ async def test_looking_changes_nothing(tmp_path: Path) -> None:
 async def test_what_is_held_of_models_is_told_to_the_key_that_taught_it(tmp_path: Path) -> None:
     async with looking_at(tmp_path, Player(limits_of(1500))) as (http, memory):
         scope = memory.identity.tenant(KEY, "")
-        await Capable(load_config(None, {}, {}), memory).learn(scope, "odd-model", {"tools": False})
+        await ModelFacts(config := load_config(None, {}, {}), memory, make_upstream(config)).learn(scope, "odd-model", {"tools": False})
         (row,) = (await http.get("/vm/models")).json()["models"]
         assert row["model"] == "odd-model" and row["tools"] == {"value": False, "from": "learned"}
         other = await http.get("/vm/models", headers={"authorization": "another"})

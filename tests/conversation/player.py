@@ -14,15 +14,14 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.body import message_ends, read_body
-from proxy.conversation.capability import Seen, capabilities
+from proxy.conversation.body import HistoryCache, read_body, remembered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
 from proxy.conversation.form import Form
-from proxy.conversation.history import HistoryCache, Known
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
+from proxy.conversation.model_facts import Seen, capabilities
 from proxy.conversation.records import (
     Record,
     SessionNames,
@@ -94,7 +93,7 @@ class Played:
             return None
         window = self.turn.settled[1].window
         assert self.turn._paging is not None
-        front = self.turn._paging._standing(window.native_from)
+        front, _ = self.turn._paging._standing(window.native_from)
         head = [*self.system, *(anchor.raw for anchor in front)]
         return render(head, window, "developer", False, Form(several=True))[:-1]
 
@@ -184,26 +183,13 @@ class Player:
         tools = split.fields.get("tools")
         frame = self.identity.frame(split.system, bytes(tools) if tools is not None else b"")
         nodes, anchors = chain(split, self.identity, tenant)
-        library = Library(self.get_record, self._load_path, self.values.get)
-        found = place(nodes, anchors, self.identity, tenant, library, frame, session_key, self.reattach)
+        library = Library(self.identity, self.get_record, self._load_path, self.values.get)
+        found = place(nodes, anchors, tenant, library, frame, session_key, self.reattach)
         if found.start == 0 and found.floor == 0 and session_key is None:
-            self._remember(split, scope, tenant, found)
+            known = remembered(split, found.path, found.anchors, tenant)
+            if known is not None:
+                self.histories.add(scope, known, split.known)
         return split, found, tenant, names
-
-    def _remember(self, split: Any, scope: bytes, tenant: bytes, found: Place) -> None:
-        if split.history is None:
-            return
-        known, shared = split.known, split.shared
-        ends = known.ends[:shared] if known else []
-        counts = known.counts[:shared] if known else []
-        raws = [raw for raw, _ in split.new]
-        ends = ends + message_ends(split.history, raws, ends[-1] if ends else 0)
-        nodes = counts[-1] if counts else 0
-        for _, message in split.new:
-            nodes += message.get("role") not in ("system", "developer")
-            counts.append(nodes)
-        new = Known(split.history, ends, counts, found.path, found.anchors, tenant)
-        self.histories.add(scope, new, known)
 
     def ask(
         self,

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.body import Body, message_ends, read_body
-from proxy.conversation.history import HistoryCache, Known
+from proxy.conversation.body import Body, HistoryCache, Known, read_body, remembered
 from proxy.errors import ApiError
 from tests.examples import examples
 
@@ -111,17 +110,14 @@ def known_raws(split: Body) -> list[bytes]:
 
 
 def remember(split: Body, cache: HistoryCache) -> None:
-    if split.history is None:
-        return
-    known, shared = split.known, split.shared
-    ends = known.ends[:shared] if known else []
-    ends = ends + message_ends(split.history, [r for r, _ in split.new], ends[-1] if ends else 0)
-    cache.add(SCOPE, Known(split.history, ends, list(range(1, len(ends) + 1)), [], [], b"t"), known)
+    known = remembered(split, [], [], b"t")
+    if known is not None:
+        cache.add(SCOPE, known, split.known)
 
 
 @many
 @given(conversations())
-def test_a_warm_cache_reads_what_an_empty_one_reads(bodies: list[bytes]) -> None:
+def test_warm_cache_reads_what_an_empty_one_reads(bodies: list[bytes]) -> None:
     cache = HistoryCache(1 << 20)
     for body in bodies:
         assert outcome(body, cache) == outcome(body, HistoryCache(1 << 20))
@@ -149,7 +145,7 @@ def test_what_is_read_is_what_json_says(bodies: list[bytes]) -> None:
             assert json.loads(b"[" + split.history + b"]") == [m for _, m in split.new]
 
 
-def test_the_second_body_of_a_conversation_is_recognised_by_its_bytes() -> None:
+def test_second_body_of_a_conversation_is_recognised_by_its_bytes() -> None:
     cache = HistoryCache(1 << 20)
     messages = [{"role": "system", "content": "x"}] + [
         {"role": "user", "content": f"message {i} " * 9} for i in range(9)
@@ -204,3 +200,72 @@ def test_whatever_follows_the_known_messages_is_read_as_without_a_cache(tail: st
     body = (opening + tail).encode()
     assert cache.find(SCOPE, body, 23) is not None
     assert outcome(body, cache) == outcome(body, HistoryCache(0))
+
+
+# -- the cache of histories: exact, inside its scope, bounded
+
+
+def known(messages: list[bytes]) -> Known:
+    history, ends = b"", []
+    for raw in messages:
+        history += (b"," if history else b"") + raw
+        ends.append(len(history))
+    return Known(history, ends, list(range(1, len(ends) + 1)), [], [], b"t")
+
+
+raws = st.lists(st.sampled_from([b"{a}", b"{" + b"b" * 70 + b"}", b"{" + b"c" * 300 + b"}"]), min_size=1, max_size=6)
+
+
+@many
+@given(st.lists(raws, min_size=1, max_size=6), raws, st.integers(0, 3))
+def test_what_is_found_is_really_shared_and_at_most_what_is_shared(
+    kept: list[list[bytes]], wanted: list[bytes], start: int
+) -> None:
+    cache = HistoryCache(1 << 20)
+    for messages in kept:
+        cache.add(b"s", known(messages), None)
+    body = b"x" * start + known(wanted).history
+    found = cache.find(b"s", body, start)
+    assert cache.find(b"other", body, start) is None
+    if found is None:
+        return
+    history, shared = found
+    end = history.ends[shared - 1]
+    assert shared > 0 and body[start : start + end] == history.history[:end]
+    assert shared == len(history.ends) or body[start:][: history.ends[shared]] != history.history[: history.ends[shared]]
+
+
+def test_longest_of_several_continuations_is_found() -> None:
+    cache = HistoryCache(1 << 20)
+    first = [b"{" + b"a" * 100 + b"}"]
+    longer = [*first, b"{b}", b"{c}"]
+    cache.add(b"s", known(first), None)
+    cache.add(b"s", known(longer), None)
+    found = cache.find(b"s", known([*longer, b"{d}"]).history, 0)
+    assert found is not None and found[1] == 3
+
+
+@many
+@given(st.lists(st.tuples(raws, st.booleans()), max_size=20), st.integers(100, 2000))
+def test_invariant_10_bytes_kept_are_bounded(steps: list[tuple[list[bytes], bool]], limit: int) -> None:
+    cache = HistoryCache(limit)
+    last: Known | None = None
+    for messages, forget in steps:
+        new = known(messages)
+        cache.add(b"s", new, last)
+        if forget:
+            cache.forget(new)
+        last = new
+        kept = {id(k): len(k.history) for bucket in cache._buckets.values() for k in bucket}
+        assert sum(kept.values()) <= cache._bytes <= limit
+    cache.clear()
+    assert cache._bytes == 0 and cache.find(b"s", b"{" + b"a" * 100 + b"}", 0) is None
+
+
+def test_continuation_takes_the_place_of_what_it_continues() -> None:
+    cache = HistoryCache(1 << 20)
+    first = known([b"{" + b"a" * 100 + b"}"])
+    second = known([b"{" + b"a" * 100 + b"}", b"{b}"])
+    cache.add(b"s", first, None)
+    cache.add(b"s", second, first)
+    assert len(cache._keys) == 1

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.calibration import (
+    LEAST_WINDOW_TOKENS,
     MAX_RATIO,
     MAX_SAMPLES,
     MIN_RATIO,
@@ -22,7 +23,6 @@ from proxy.conversation.calibration import (
     Calibration,
     billed_tokens,
 )
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS
 from tests.examples import examples
 
 some = examples(60)
@@ -63,7 +63,7 @@ def test_after_convergence_the_factor_is_constant(true: float, seed: int) -> Non
 
 @some
 @given(st.floats(0.7, 3.0), st.integers(0, 1000), st.lists(st.floats(0.3, 3.9), max_size=6), st.randoms())
-def test_the_order_of_a_few_outliers_does_not_matter_much(
+def test_order_of_a_few_outliers_does_not_matter_much(
     true: float, seed: int, outliers: list[float], shuffler: random.Random
 ) -> None:
     ratios = noisy(true, 64 - len(outliers), seed)
@@ -114,7 +114,7 @@ def test_what_is_no_calibration_is_refused(data: object) -> None:
         Calibration.decode(msgspec.msgpack.encode(data))
 
 
-def test_invariant_03_an_exact_encoding_goes_below_one_only_when_nearly_every_bill_does() -> None:
+def test_invariant_03_exact_encoding_goes_below_one_only_when_nearly_every_bill_does() -> None:
     some_low = [0.8, 0.8, 0.8, 1.0] * 16  # a quarter of the requests cost what we count
     all_low = noisy(0.85, 64, 3)
     assert learn(some_low, Calibration(exact=True)).factor == 1.0
@@ -130,7 +130,7 @@ def test_it_follows_a_tokenizer_that_changed() -> None:
     assert (before.factor, after.factor) == (1.0, pytest.approx(1.3, abs=0.03))
 
 
-def test_a_cut_prompt_is_noticed_and_not_learned_from() -> None:
+def test_cut_prompt_is_noticed_and_not_learned_from() -> None:
     now = learn([1.3] * 8)
     assert now.truncated(10_000, 4_096) and not now.truncated(10_000, 12_000)
     assert now.truncated(10_000, 7_700)  # 13,000 were expected
@@ -183,13 +183,13 @@ def conversations(
 
 @some
 @given(conversations(0.9, 4.0), st.booleans())
-def test_an_honest_bill_is_never_taken_for_a_cut(turns: list[tuple[int, int]], known: bool) -> None:
+def test_honest_bill_is_never_taken_for_a_cut(turns: list[tuple[int, int]], known: bool) -> None:
     assert not any(now.window_tokens for now in told(turns, known))
 
 
 @some
 @given(conversations(0.25, 0.7))
-def test_a_tokenizer_much_denser_than_ours_is_doubted_only_until_its_bills_grow(
+def test_tokenizer_much_denser_than_ours_is_doubted_only_until_its_bills_grow(
     turns: list[tuple[int, int]],
 ) -> None:
     """The first bill of all may look like a cut, where the conversation was never small."""
@@ -202,7 +202,7 @@ def test_a_tokenizer_much_denser_than_ours_is_doubted_only_until_its_bills_grow(
 
 @some
 @given(st.floats(0.65, 3.0), st.integers(600, 60_000), st.floats(0.01, 0.019), st.integers(0, 2), st.booleans(), st.randoms())
-def test_a_cut_is_found_within_three_turns_of_slow_growth(
+def test_cut_is_found_within_three_turns_of_slow_growth(
     factor: float, window: int, growth: float, wobble: int, known: bool, chance: random.Random
 ) -> None:
     turns, cut = [], 0
@@ -218,7 +218,7 @@ def test_a_cut_is_found_within_three_turns_of_slow_growth(
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_a_server_that_cuts_whole_messages_is_found_though_its_bills_wobble(known: bool) -> None:
+def test_server_that_cuts_whole_messages_is_found_though_its_bills_wobble(known: bool) -> None:
     turns = [(3000 + 90 * i, 3000 + 90 * i) for i in range(12)]
     turns += [(4080 + 90 * i, 4090 - wobble) for i, wobble in enumerate((10, 60, 30, 70, 0, 50))]
     found = told(turns, known)
@@ -226,7 +226,7 @@ def test_a_server_that_cuts_whole_messages_is_found_though_its_bills_wobble(know
     assert found[-1].window_tokens == 4090
 
 
-def test_a_bill_far_below_the_count_is_believed_at_once_where_the_window_is_a_guess() -> None:
+def test_bill_far_below_the_count_is_believed_at_once_where_the_window_is_a_guess() -> None:
     (now,) = told([(9000, 4096)])
     assert now.window_tokens == 4096
     assert "cuts the rest" in now.doubt(Calibration(), Bill(MODEL, 1.0, 9000, 4096))
@@ -237,38 +237,38 @@ def test_a_bill_far_below_the_count_is_believed_at_once_where_the_window_is_a_gu
 
 
 @pytest.mark.parametrize("constant", [1, 10, 100])
-def test_a_bill_that_is_always_the_same_small_number_is_no_window(constant: int) -> None:
+def test_bill_that_is_always_the_same_small_number_is_no_window(constant: int) -> None:
     sizes = [(300 * 2**i, constant) for i in range(8)]
     assert not any(now.window_tokens or now.factor != 1.0 for now in told(sizes))
 
 
 @some
 @given(conversations(0.8, 1.5, noise=(0.9, 1.1), first=3000), st.booleans())
-def test_a_bill_of_what_was_not_cached_is_no_cut(turns: list[tuple[int, int]], known: bool) -> None:
+def test_bill_of_what_was_not_cached_is_no_cut(turns: list[tuple[int, int]], known: bool) -> None:
     """Some bill the whole first prompt, and of each later one what is new in it."""
     new = [turns[0], *((c, b - before) for (c, b), (_, before) in zip(turns[1:], turns, strict=False))]
     assert not any(now.window_tokens for now in told(new, known))
 
 
-def test_a_bill_of_a_large_addition_alone_is_no_cut() -> None:
+def test_bill_of_a_large_addition_alone_is_no_cut() -> None:
     assert not any(now.window_tokens for now in told([(200, 210), (2100, 1900), (4700, 2600)]))
     assert told([(2000, 2000), (9000, 4096)])[-1].window_tokens == 4096  # 7,000 were added
 
 
-def test_an_absurd_bill_teaches_nothing() -> None:
+def test_absurd_bill_teaches_nothing() -> None:
     start = told([(3000, 3000)])[-1]
     assert told([(3000, 3000), (3100, 2_000_000)])[-1] == start
     assert told([(9000, 4096), (4000, 50_000)])[-1].window_tokens == 4096
 
 
-def test_a_question_asked_again_and_a_window_made_smaller_show_no_cut() -> None:
+def test_question_asked_again_and_a_window_made_smaller_show_no_cut() -> None:
     again = [(5000, 4000)] * 6
     rebuilt = [(9000, 9000), (4000, 4100), (3990, 4100), (3980, 4100), (3970, 4100)]
     for sizes in (again, rebuilt):
         assert not any(now.window_tokens for now in told(sizes))
 
 
-def test_a_window_that_a_later_bill_disproves_is_believed_no_more() -> None:
+def test_window_that_a_later_bill_disproves_is_believed_no_more() -> None:
     """The model's template drops a large array of tools: few of the counted tokens are billed."""
     found = told([(11_000, 1000), (11_100, 1100), (11_200, 1200), (11_900, 1900)])
     assert [now.window_tokens for now in found] == [1000, 0, 0, 0]

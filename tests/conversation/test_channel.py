@@ -12,6 +12,7 @@ from proxy.conversation.channel import (
     TOOLS,
     Channel,
     choose_channel,
+    client_names,
     tools_array,
     vm_names,
 )
@@ -46,12 +47,12 @@ FORCED = {"type": "function", "function": {"name": "look"}}
         ({"grammar": "", "guided_json": None, "chat_template_kwargs": {"x": 1}, "top_k": 5}, TOOLS, True),
     ],
 )
-def test_the_request_chooses(fields: dict[str, Any], name: str, listed: bool) -> None:
+def test_request_chooses(fields: dict[str, Any], name: str, listed: bool) -> None:
     channel = choose_channel(fields, limits_of(2000))
     assert (channel.name, channel.listed, channel.offer) == (name, listed, name == TOOLS)
 
 
-def test_the_mode_and_the_model_choose_first() -> None:
+def test_mode_and_the_model_choose_first() -> None:
     for limits in (limits_of(2000, mode=VMMode.PASSIVE), limits_of(2000, model_takes_tools=False)):
         assert not choose_channel({}, limits).listed
     picky = limits_of(2000, tools_with_json=False)
@@ -67,18 +68,18 @@ def test_names_that_collide_are_prefixed_until_they_do_not() -> None:
     def named(*names: str) -> list[Any]:
         return [{"function": {"name": n}} for n in names] + [{"custom": {"name": "x"}}, {}, 7]
 
-    assert vm_names(named("page_fault", "vm_page_fault"))["page_fault"] == "vm_vm_page_fault"
-    assert vm_names(named("a")) == {"page_fault": "page_fault", "search_pages": "search_pages"}
-    assert vm_names("odd") == vm_names(None)
+    assert vm_names(client_names(named("page_fault", "vm_page_fault")))["page_fault"] == "vm_vm_page_fault"
+    assert vm_names(client_names(named("a"))) == {"page_fault": "page_fault", "search_pages": "search_pages"}
+    assert client_names("odd") == client_names(None) == frozenset()
 
 
 @pytest.mark.parametrize("client", [None, b"[]", b" [ ] ", b'[{"a" : 1}]', b'\n[ {"a":1} , {} ]\n'])
-def test_the_clients_tools_keep_their_bytes_in_front_of_ours(client: bytes | None) -> None:
-    channel = Channel(TOOLS, True, vm_names(None))
+def test_clients_tools_keep_their_bytes_in_front_of_ours(client: bytes | None) -> None:
+    channel = Channel(TOOLS, True, vm_names())
     array = tools_array(client, channel)
     assert array is not None
     tools, own = json.loads(array), json.loads(client or b"[]")
     assert tools[: len(own)] == own
     assert [t["function"]["name"] for t in tools[len(own) :]] == ["page_fault", "search_pages"]
     assert (client or b"[]").strip()[1:-1].strip() in array
-    assert tools_array(client, Channel(PASSIVE, False, vm_names(None))) == client
+    assert tools_array(client, Channel(PASSIVE, False, vm_names())) == client

@@ -24,7 +24,7 @@ def client(*messages: Any) -> list[tuple[Any, bool]]:
     return [(message, False) for message in messages]
 
 
-def test_the_memorys_text_is_a_part_of_the_clients_system_message() -> None:
+def test_memorys_text_is_a_part_of_the_clients_system_message() -> None:
     system = {"role": "system", "content": "Be kind.", "name": "house"}
     assert made([system], client(ASK)) == [{**system, "content": "Be kind.\n\nthe rules"}, ASK]
     assert made([], client(ASK)) == [{"role": "system", "content": RULES}, ASK]
@@ -41,19 +41,19 @@ def test_several_system_messages_in_front_become_one_of_texts_or_parts() -> None
     assert made([plain], [])[0]["content"] == "a\n\nb\n\nthe rules"
 
 
-def test_a_model_that_surely_reads_several_gets_them_as_they_are() -> None:
+def test_model_that_surely_reads_several_gets_them_as_they_are() -> None:
     system = {"role": "system", "content": "b"}
     assert made([system], client(ASK), Form(several=True)) == [system, {"role": "system", "content": RULES}, ASK]
 
 
-def test_a_late_system_message_stays_until_it_was_refused() -> None:
+def test_late_system_message_stays_until_it_was_refused() -> None:
     late = {"role": "system", "content": "c", "name": "n"}
     assert made([], client(ASK, late, SAY))[2] == late
     refused = made([], client(ASK, late, SAY), Form(late=False))
     assert refused == [{"role": "system", "content": RULES}, {"role": "user", "content": "ask\n\nc"}, SAY]
 
 
-def test_a_template_without_a_system_role_hears_all_of_it_from_the_user() -> None:
+def test_template_without_a_system_role_hears_all_of_it_from_the_user() -> None:
     form = Form(late=False, system=False, alternate=True)
     system = {"role": "system", "content": "Be kind."}
     assert made([system], client(ASK, SAY), form) == [{"role": "user", "content": "Be kind.\n\nthe rules\n\nask"}, SAY]

@@ -72,7 +72,7 @@ SYSTEM = {"role": "system", "content": "You help."}
 
 @pytest.mark.parametrize("keep_last", [3, 5, 6])
 @pytest.mark.parametrize("before", [0, 6])
-def test_a_front_that_moved_on_three_times_gets_its_ancestors_back(keep_last: int, before: int) -> None:
+def test_front_that_moved_on_three_times_gets_its_ancestors_back(keep_last: int, before: int) -> None:
     """Also of what was dropped before that, and with everything cached gone."""
     it = player()
     messages: list[Message] = []
@@ -90,7 +90,7 @@ def test_a_front_that_moved_on_three_times_gets_its_ancestors_back(keep_last: in
         it.forget()
 
 
-def test_an_answer_asked_for_again_does_not_count_twice() -> None:
+def test_answer_asked_for_again_does_not_count_twice() -> None:
     """Each request of a moving window is sent twice, and answered otherwise: three moves are three."""
     it = player()
     messages: list[Message] = []
@@ -106,7 +106,7 @@ def test_an_answer_asked_for_again_does_not_count_twice() -> None:
         messages = [*again, played.message]
 
 
-def test_a_proved_front_may_rest() -> None:
+def test_proved_front_may_rest() -> None:
     it = player()
     messages: list[Message] = []
     window(it, messages, 6, 8)
@@ -116,7 +116,7 @@ def test_a_proved_front_may_rest() -> None:
         assert texts(place) == [m["content"] for m in [*messages, end]]
 
 
-def test_invariant_06_the_last_pair_of_a_proved_window_is_not_its_history() -> None:
+def test_invariant_06_last_pair_of_a_proved_window_is_not_its_history() -> None:
     """Another chat of the tenant begins with an answer that an application kept, word for word."""
     it = player()
     messages: list[Message] = []
@@ -127,7 +127,7 @@ def test_invariant_06_the_last_pair_of_a_proved_window_is_not_its_history() -> N
         assert texts(place) == [m["content"] for m in [*sent, end]]
 
 
-def test_invariant_06_a_deletion_at_the_front_stays_deleted() -> None:
+def test_invariant_06_deletion_at_the_front_stays_deleted() -> None:
     """Once, and twice in a row, and later again: whatever went before a rest is gone for good."""
     it = player()
     messages = keep(it, *map(telling, "abcdef"))
@@ -145,7 +145,7 @@ def test_invariant_06_a_deletion_at_the_front_stays_deleted() -> None:
     assert place.start and not set(texts(place)) & set(gone), "a window that follows brings nothing of it back"
 
 
-def test_invariant_06_a_regenerated_answer_is_on_no_later_path() -> None:
+def test_invariant_06_regenerated_answer_is_on_no_later_path() -> None:
     it = player()
     messages: list[Message] = []
     window(it, messages, 4, 6)
@@ -178,7 +178,7 @@ def test_invariant_06_another_system_message_or_tool_is_another_application(
     assert same or texts(place) == [m["content"] for m in sent if m["role"] != "system"]
 
 
-def test_invariant_06_an_answer_that_nobody_delivered_proves_nothing() -> None:
+def test_invariant_06_answer_that_nobody_delivered_proves_nothing() -> None:
     """An application puts the same pairs into every history, each time from further on."""
     it = player()
     pairs = told(*(telling(f"shot{i}") for i in range(12)))
@@ -203,7 +203,7 @@ def test_invariant_06_two_paths_that_fit_are_none() -> None:
             assert not {telling("red"), telling("blue")} & set(texts(played.place)[: -4])
 
 
-def test_a_whole_history_is_never_taken_for_a_trimmed_one() -> None:
+def test_whole_history_is_never_taken_for_a_trimmed_one() -> None:
     it = player()
     keep(it, "a", "b", "c", "d")
     keep(it, "c", "d")
@@ -216,7 +216,7 @@ def test_reattaching_can_be_switched_off() -> None:
     assert len(window(it, messages, 4, 8).path) == 4
 
 
-def test_a_session_takes_new_messages_overlaps_and_whole_histories() -> None:
+def test_session_takes_new_messages_overlaps_and_whole_histories() -> None:
     it = player()
     messages = keep(it, "a", "b", "c", "d", session="s")
     new = {"role": U, "content": "e"}
@@ -232,7 +232,7 @@ def test_a_session_takes_new_messages_overlaps_and_whole_histories() -> None:
     assert placed(it, stranger, session="s") == ["x", "y", "z"]
 
 
-def test_an_answer_edited_in_a_session_is_a_branch() -> None:
+def test_answer_edited_in_a_session_is_a_branch() -> None:
     it = player()
     keep(it, "a", "b", "c", "d", session="s")
     assert placed(it, told("a", "b", "c2", "d2", "x"), session="s") == ["a", "b", "c2", "d2", "x"]
@@ -263,7 +263,7 @@ def test_invariant_06_nothing_stands_before_what_was_sent_but_what_its_client_sa
             it.forget()
 
 
-def test_invariant_06_a_greeting_is_no_proof_of_identity() -> None:
+def test_invariant_06_greeting_is_no_proof_of_identity() -> None:
     it = player()
     keep(it, "My number is 4711", "Noted.", "hi", "Hello! How can I help you today?")
     opening = ["hi", "Hello! How can I help you today?", "What is my number?"]

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.channel import TOOLS, Channel, vm_names
+from proxy.conversation.chunks import MessageBuilder, decode_chunk
 from proxy.conversation.sieve import Sieve
-from proxy.conversation.sse import EventParser, MessageBuilder, decode_chunk
+from proxy.sse import EventParser
 from tests.examples import examples
 
 many = examples(100)
 VM = frozenset({"page_fault", "search_pages"})
-OURS = Channel(TOOLS, True, vm_names(None), frozenset({"look", "lookup", "page", "page_fault_2"}), True)
+OURS = Channel(TOOLS, True, vm_names(), frozenset({"look", "lookup", "page", "page_fault_2"}), True)
 Delta = dict[str, Any]
 
 
@@ -110,7 +111,7 @@ def received(data: bytes) -> tuple[dict[str, Any], list[str], list[dict[str, Any
 @many
 @given(st.data(), st.booleans(), st.sampled_from([b"\n", b"\r\n"]),
        st.lists(st.integers(0, 4000), max_size=8))
-def test_the_client_gets_exactly_its_part_once(
+def test_client_gets_exactly_its_part_once(
     data: st.DataObject, hold_text: bool, ending: bytes, cuts: list[int]
 ) -> None:
     it = sieve(hold_text=hold_text)
@@ -228,7 +229,7 @@ def test_nothing_of_a_round_that_stays_inside_leaves() -> None:
     assert [*it.feed(b"".join(answer), 0.0), *it.poll(100.0)] == answer  # the shown round's own bytes
 
 
-def test_the_clients_call_opens_as_the_round_did() -> None:
+def test_clients_call_opens_as_the_round_did() -> None:
     it = sieve()
     it.begin_round(True)
     assert it.feed(one_call("search_pages", "v", role="assistant", content=None, refusal=None), 0.0) == []
@@ -265,7 +266,7 @@ def test_what_needs_no_change_leaves_as_it_came() -> None:
     assert it.finish("tool_calls", None) == [end, b"data: [DONE]\n\n"]
 
 
-def test_a_chunk_with_text_and_a_call_gives_each_once() -> None:
+def test_chunk_with_text_and_a_call_gives_each_once() -> None:
     it = sieve()
     it.begin_round(True)
     delta = {"role": "assistant", "content": "so",
@@ -277,7 +278,7 @@ def test_a_chunk_with_text_and_a_call_gives_each_once() -> None:
     assert finishes == ["tool_calls"] and out.count(b'"role"') == 1
 
 
-def test_a_name_that_one_of_ours_begins_with_belongs_to_the_client() -> None:
+def test_name_that_one_of_ours_begins_with_belongs_to_the_client() -> None:
     it = sieve()
     it.begin_round(True)
     delta = {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "page", "arguments": "{}"}}]}
@@ -288,7 +289,7 @@ def test_a_name_that_one_of_ours_begins_with_belongs_to_the_client() -> None:
     assert message["tool_calls"][0]["function"]["name"] == "page" and chunks[0]["id"] == "id-1"
 
 
-def test_a_stream_that_breaks_off_is_not_complete_and_a_late_error_is_kept() -> None:
+def test_stream_that_breaks_off_is_not_complete_and_a_late_error_is_kept() -> None:
     it = sieve()
     it.begin_round(False)
     it.feed(event(chunk({"content": "a"})), 0.0)
@@ -369,7 +370,7 @@ def test_calls_keep_their_order_when_one_begins_like_ours() -> None:
     assert [(c["index"], c["function"]["name"]) for c in calls] == [(0, "page"), (1, "lookup")]
 
 
-def test_a_last_event_without_its_blank_line_is_whole_for_the_client() -> None:
+def test_last_event_without_its_blank_line_is_whole_for_the_client() -> None:
     sieve = Sieve(None, 0, 500.0, False, False, len)
     sieve.begin_round(False)
     out = sieve.feed(b"data: " + json.dumps(_one({"content": "a"}, "stop")).encode(), 0.0)

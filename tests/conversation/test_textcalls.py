@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.channel import PASSIVE, TOOLS, Channel, vm_names
+from proxy.conversation.chunks import MessageBuilder, decode_chunk
 from proxy.conversation.sieve import Round, Sieve
-from proxy.conversation.sse import EventParser, MessageBuilder, decode_chunk
 from proxy.conversation.textcalls import Spoken, Watch, calls_in, unwrapped
+from proxy.sse import EventParser
 from tests.examples import examples
 
-OURS = Channel(TOOLS, True, vm_names(None))
+OURS = Channel(TOOLS, True, vm_names())
 FAULT, SEARCH = "page_fault", "search_pages"
 dump = json.dumps
 
@@ -104,7 +105,7 @@ def expected(tool: str, arguments: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS, ids=[f"{t}{i}" for i, (t, _) in enumerate(CALLS)])
-def test_a_call_is_read_in_every_shape_and_dress(shape: str, call: tuple[str, dict[str, Any]]) -> None:
+def test_call_is_read_in_every_shape_and_dress(shape: str, call: tuple[str, dict[str, Any]]) -> None:
     tool, arguments = call
     if shape == "react_words":
         arguments = dict([next(iter(arguments.items()))])
@@ -131,7 +132,7 @@ def test_calls_in_a_row_are_all_read() -> None:
     '<tool_call>\n{"name": "search_pages", "arguments": {}}\n</tool_call>', "search_pages(query=",
     "[TOOL_CALLS]search_pages[ARGS]", "<function=page_fault>", '{"name": "page_fault"}',
 ])  # fmt: skip
-def test_a_call_that_cannot_be_read_is_no_answer(text: str) -> None:
+def test_call_that_cannot_be_read_is_no_answer(text: str) -> None:
     assert calls_in(text, OURS) == []
 
 
@@ -152,11 +153,11 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("text", ANSWERS)
-def test_an_answer_is_an_answer_whatever_it_speaks_of(text: str) -> None:
+def test_answer_is_an_answer_whatever_it_speaks_of(text: str) -> None:
     assert calls_in(text, OURS) is None
 
 
-def test_a_call_with_an_imagined_result_is_a_call() -> None:
+def test_call_with_an_imagined_result_is_a_call() -> None:
     text = SHAPES["hermes"](*CALLS[2]) + "\n<tool_response>\n" + LONG + "</tool_response>\nHe liked it."
     assert normal(calls_in(text, OURS)) == expected(*CALLS[2])
 
@@ -178,14 +179,13 @@ def test_where_people_speak_of_the_tools_an_example_is_an_answer_and_a_mere_call
     assert calls_in(example, OURS, lambda: True) is None
     assert calls_in(call, OURS, lambda: True) and calls_in(f"```json\n{call}\n```", OURS, lambda: True)
     assert calls_in(f"Let me look:\n{call}", OURS, lambda: True)
-    passive = Channel(PASSIVE, False, vm_names(None))  # nobody offered it: people asked for the text
+    passive = Channel(PASSIVE, False, vm_names())  # nobody offered it: people asked for the text
     assert calls_in(call, passive, lambda: True) is None
     assert calls_in(call, passive, lambda: False)
 
 
-def test_a_text_that_calls_a_clients_tool_is_the_clients() -> None:
-    tools = [{"type": "function", "function": {"name": "page_fault"}}]
-    channel = Channel(TOOLS, True, vm_names(tools), frozenset({"page_fault"}), True)
+def test_text_that_calls_a_clients_tool_is_the_clients() -> None:
+    channel = Channel(TOOLS, True, vm_names(["page_fault"]), frozenset({"page_fault"}), True)
     assert calls_in(SHAPES["bare"](FAULT, {"page_id": "msg_0036"}), channel) is None
     ours = calls_in(SHAPES["bare"]("vm_page_fault", {"page_id": "msg_0036"}), channel)
     assert normal(ours) == expected(FAULT, {"page_id": "msg_0036"})
@@ -228,7 +228,7 @@ cuts = st.lists(st.integers(0, 400), max_size=60)
 @examples(200)
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(CALLS), st.sampled_from(PREAMBLES), cuts,
        st.integers(0, 30), st.booleans())
-def test_a_call_as_text_stays_inside_however_its_stream_is_cut(
+def test_call_as_text_stays_inside_however_its_stream_is_cut(
     shape: str, call: tuple[str, dict[str, Any]], preamble: str, cut: list[int], hold: int, offer: bool
 ) -> None:
     text = preamble + SHAPES[shape](*call)
@@ -244,7 +244,7 @@ def test_a_call_as_text_stays_inside_however_its_stream_is_cut(
 
 @examples(100)
 @given(st.sampled_from(ANSWERS), cuts, st.integers(0, 30), st.booleans())
-def test_an_answer_leaves_whole_however_its_stream_is_cut(
+def test_answer_leaves_whole_however_its_stream_is_cut(
     text: str, cut: list[int], hold: int, offer: bool
 ) -> None:
     ended, shown = stream(text, cut, hold, offer)
@@ -253,7 +253,7 @@ def test_an_answer_leaves_whole_however_its_stream_is_cut(
 
 @examples(200)
 @given(st.text("pagefultsrch_s {}[]<>|`\n\"':(),.aT=/", max_size=60), cuts)
-def test_a_stream_and_a_whole_answer_give_the_same(text: str, cut: list[int]) -> None:
+def test_stream_and_a_whole_answer_give_the_same(text: str, cut: list[int]) -> None:
     ended, shown = stream(text, cut)
     whole = calls_in(text, OURS)
     if whole is None:

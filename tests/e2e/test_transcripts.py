@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.conversation.sse import EventParser, MessageBuilder, choices_of
+from proxy.conversation.chunks import MessageBuilder, choices_of
+from proxy.sse import EventParser
 from tests.e2e.harness import (
     Answer,
     Conversation,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from proxy.conversation.refusal import learn
-from proxy.conversation.sse import MessageBuilder
+from proxy.conversation.chunks import MessageBuilder
+from proxy.conversation.refusals import learn
 from proxy.upstream.dialects import (
     ANTHROPIC,
     GEMINI,

@@ -52,7 +52,7 @@ def wire(newline: str = "\n") -> bytes:
 
 
 def through(pieces: Sequence[bytes]) -> bytes:
-    return asyncio.run(StreamReply(Arrived(pieces), True).read(LIMIT))
+    return asyncio.run(StreamReply(Arrived(pieces), True, LIMIT).read(LIMIT))
 
 
 WHOLE = through([wire()])
@@ -98,7 +98,7 @@ def test_an_event_of_another_kind_is_a_broken_answer(event: bytes) -> None:
 
 async def test_giving_up_closes_upstreams_reply() -> None:
     arrived = Arrived([wire()])
-    reply = StreamReply(arrived, False)
+    reply = StreamReply(arrived, False, LIMIT)
     await reply.close()
     assert arrived.closed
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.conversation.sse import MessageBuilder
+from proxy.conversation.chunks import MessageBuilder
 from proxy.upstream.responses_translation import ChatStream, failure, to_chat, to_responses
 from tests.e2e.providers import Call, Said
 from tests.e2e.providers.responses import ResponsesServer, response_events, response_of

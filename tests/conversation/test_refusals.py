@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Refused
-from proxy.conversation.refusal import by_numbers, excluded_by, is_something_else, learn, overflow
+from proxy.conversation.refusals import by_numbers, excluded_by, is_something_else, learn, overflow
 from tests.conversation.player import Player, limits_of, script
 from tests.conversation.scenario import grown
 from tests.examples import examples
@@ -16,7 +16,7 @@ from tests.examples import examples
 @pytest.mark.parametrize(
     ("status", "window", "tries"), [(400, 1600, 1), (429, 128_000, 1), (500, 128_000, 1), (422, 128_000, 2)]
 )
-def test_invariant_01_only_a_repairable_refusal_that_would_fit_is_tried_again(
+def test_invariant_01_refusal_is_repaired_only_where_the_request_would_fit_and_is_tried_again(
     status: int, window: int, tries: int
 ) -> None:
     player = Player(limits_of(1500, window_tokens=window))
@@ -28,7 +28,7 @@ def test_invariant_01_only_a_repairable_refusal_that_would_fit_is_tried_again(
     assert player.values == stored  # nothing of a refused turn is remembered
 
 
-def test_what_a_refusal_says_of_the_model() -> None:
+def test_refusal_says_what_the_model_takes() -> None:
     limits = limits_of(1500)
     assert learn(b"Unsupported role: developer", limits) == {"developer_role": "system"}
     for refusal in (
@@ -97,7 +97,7 @@ TOO_LONG: list[tuple[str, str, int | None, int | None]] = [
 
 
 @pytest.mark.parametrize(("text", "window", "sent"), [t[1:] for t in TOO_LONG], ids=[t[0] for t in TOO_LONG])
-def test_a_prompt_too_long_in_every_providers_words(
+def test_prompt_too_long_in_every_providers_words(
     text: str, window: int | None, sent: int | None
 ) -> None:
     found = overflow(Refused(400, text.encode()))
@@ -124,7 +124,7 @@ def test_ollama_says_by_how_much() -> None:
         (404, "The model `x` does not exist"),
     ],
 )
-def test_another_limit_is_no_window(status: int, text: str) -> None:
+def test_limit_of_another_kind_is_no_window(status: int, text: str) -> None:
     assert overflow(Refused(status, text.encode()), sent_tokens=9000) is None
 
 
@@ -138,14 +138,14 @@ def test_another_limit_is_no_window(status: int, text: str) -> None:
          20000),
     ],
 )  # fmt: skip
-def test_a_limit_per_minute_that_the_request_can_never_meet_is_a_window(
+def test_limit_per_minute_that_the_request_can_never_meet_is_a_window(
     status: int, text: str, window: int
 ) -> None:
     assert overflow(Refused(status, text.encode()), sent_tokens=39_000) == (window, None, None)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 429, 500, 503])
-def test_the_windows_words_are_understood_under_every_status(status: int) -> None:
+def test_windows_words_are_understood_under_every_status(status: int) -> None:
     text = b"This model's maximum context length is 8192 tokens."
     assert overflow(Refused(status, text)) == (8192, None, None)
 
@@ -185,7 +185,7 @@ def test_two_numbers_say_what_no_words_do(text: str, window: int | None) -> None
         (422, '{"detail": [{"loc": ["body", "top_p"], "msg": "ensure this value is less than 1"}]}'),
     ],
 )  # fmt: skip
-def test_what_is_surely_not_about_size(status: int, text: str) -> None:
+def test_refusal_that_is_surely_not_about_size(status: int, text: str) -> None:
     assert is_something_else(Refused(status, text.encode()))
 
 
@@ -205,20 +205,20 @@ def test_what_is_surely_not_about_size(status: int, text: str) -> None:
         (503, '{"error": null}'),
     ],
 )  # fmt: skip
-def test_what_may_be_about_size(status: int, text: str) -> None:
+def test_refusal_that_may_be_about_size(status: int, text: str) -> None:
     assert not is_something_else(Refused(status, text.encode()))
 
 
 @given(st.integers(400, 599), st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode)))
 @examples(200)
-def test_any_refusal_can_be_read(status: int, body: bytes) -> None:
+def test_refusal_of_any_kind_can_be_read(status: int, body: bytes) -> None:
     refused = Refused(status, body)
     overflow(refused, 9000)
     by_numbers(refused, 9000)
     is_something_else(refused)
 
 
-def test_what_a_refusal_says_of_our_additions() -> None:
+def test_refusal_of_our_additions_is_understood() -> None:
     limits = limits_of(1500)
     for refusal, fact in (
         ("Unknown parameter: 'stream_options'.", {"stream_usage": False}),
@@ -257,6 +257,6 @@ def test_what_a_refusal_says_of_our_additions() -> None:
         ("grammar: unexpected end of input", []),
     ],
 )
-def test_a_refusal_names_the_fields_that_exclude_tools(refusal: str, names: list[str]) -> None:
+def test_refusal_names_the_fields_that_exclude_tools(refusal: str, names: list[str]) -> None:
     fields = ["model", "messages", "tools", "stream", "grammar", "provider", "dry_run", "beam_width"]
     assert excluded_by(refusal.encode(), fields) == names

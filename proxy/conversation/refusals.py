@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxy.conversation.capability import LEAST_WINDOW_TOKENS
+from proxy.conversation.calibration import LEAST_WINDOW_TOKENS
 from proxy.conversation.effects import Refused
 from proxy.conversation.limits import Limits
 
@@ -58,6 +58,16 @@ _ALTERNATE = re.compile(
     r"|\bconsecutive (?:user|assistant|messages)|\bsame role\b[^.]{0,40}\brow\b"
 )
 _NO_SYSTEM = _refused(r"\bsystem[ _](?:role|message|prompt|instruction)s?\b")
+_TEACHES: tuple[tuple[re.Pattern[str], str, Any], ...] = (  # the first that is said counts
+    (_NO_STREAM_OPTIONS, "stream_usage", False),
+    (_NO_CACHE_KEY, "prompt_cache_key", False),
+    (_NO_DEVELOPER, "developer_role", "system"),
+    (_ALTERNATE, "alternate", True),
+    (_NO_MID_SYSTEM, "mid_system", False),
+    (_NO_SYSTEM, "system_role", False),
+    (_NO_TOOLS_WITH_JSON, "tools_with_json", False),
+    (_NO_TOOLS, "tools", False),
+)
 _NO_AUDIO = re.compile(r"\baudio\b[^.]{0,120}(?:expired|not found|no longer|does not exist|invalid)")
 _REPAIRABLE = (400, 404, 413, 415, 422)  # refusals that our own changes may have caused
 _UNPAID = 402  # whatever it says, it is about money
@@ -261,21 +271,10 @@ def learn(refusal: bytes, limits: Limits) -> dict[str, Any]:
     False), `alternate` (True) and `developer_role`.
     """
     text = _sentence(refusal).lower()[:_READ_CHARS]
-    if _NO_STREAM_OPTIONS.search(text):
-        return {"stream_usage": False}
-    if _NO_CACHE_KEY.search(text):
-        return {"prompt_cache_key": False}
-    if limits.developer_role == "developer" and _NO_DEVELOPER.search(text):
-        return {"developer_role": "system"}
-    if _ALTERNATE.search(text):
-        return {"alternate": True}
-    if _NO_MID_SYSTEM.search(text):
-        return {"mid_system": False}
-    if _NO_SYSTEM.search(text):
-        return {"system_role": False}
-    if _NO_TOOLS_WITH_JSON.search(text):
-        return {"tools_with_json": False}
-    return {"tools": False} if _NO_TOOLS.search(text) and not _NO_TOOLS_BESIDE.search(text) else {}
+    for pattern, fact, value in _TEACHES:
+        if pattern.search(text) and not (fact == "developer_role" and limits.developer_role != "developer"):
+            return {} if fact == "tools" and _NO_TOOLS_BESIDE.search(text) else {fact: value}
+    return {}
 
 
 def excluded_by(refusal: bytes, fields: Iterable[str]) -> list[str]:

@@ -1,79 +1,25 @@
-"""Server-sent events of Chat Completions: cut at any byte, put together into messages. Pure.
+"""Chunks of a streamed answer, put together into messages. Pure.
 
-Promises: every byte fed comes back in exactly one event's `raw`; deltas of any provider assemble to
-the message that a non-streaming call would have returned, unknown fields included.
+Promises: deltas of any provider assemble to the message that a non-streaming call would have returned,
+unknown fields included; a stream that only passes keeps every byte.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
-_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # two line ends; CRLF is never taken for two
-_LINE = re.compile(rb"\r\n|\n|\r")
+from proxy.sse import Event, EventParser, EventTooLong, lines_of
+
 _OPENING_BYTES = 65_536  # an event that is longer is no error
-_BOM = b"\xef\xbb\xbf"
 # Values that come whole, if more than once: the later one counts, they do not add up.
 _WHOLE = frozenset({"id", "type", "name", "format", "mime_type", "signature", "thought_signature"})
 _GROWING = frozenset({"text", "thinking", "reasoning.text", "reasoning.summary"})
 _decode = msgspec.json.Decoder().decode
 DONE = b"data: [DONE]\n\n"
-
-
-class Event(NamedTuple):
-    raw: bytes  # as received, with its blank line
-    data: bytes  # the joined `data:` lines; b"" for comments and keep-alives
-
-
-class EventParser:
-    """Splits a byte stream into events, whatever the framing (LF, CRLF, CR, split anywhere).
-
-    A CRLF that is split after its CR ends the event at once; its LF then begins the next event's
-    `raw`, where it means nothing.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = b""
-
-    def feed(self, data: bytes) -> list[Event]:
-        # The end may lie across the seam: the last byte before it is looked at again, no more.
-        seen = max(len(self._buffer) - 1, 0)
-        buffer = self._buffer + data if self._buffer else data
-        events: list[Event] = []
-        at = 0
-        if seen and buffer[seen - 1 : seen + 1] == b"\r\n":
-            seen -= 1
-        for match in _END.finditer(buffer, seen):
-            end = match.end()
-            raw = buffer[at:end]
-            events.append(Event(raw, _data(raw)))
-            at = end
-        self._buffer = buffer[at:]
-        return events
-
-    @property
-    def open_bytes(self) -> int:
-        """Of an event that has not ended."""
-        return len(self._buffer)
-
-    def rest(self) -> bytes:
-        """The bytes of an event that has not ended, which are then forgotten."""
-        rest, self._buffer = self._buffer, b""
-        return rest
-
-    def close(self) -> list[Event]:
-        """The last event, when the stream ended without a blank line."""
-        rest, self._buffer = self._buffer, b""
-        return [Event(rest, _data(rest))] if rest.strip() else []
-
-
-def _data(raw: bytes) -> bytes:
-    if raw.startswith(b"data: ") and raw.find(b"\n", 0, -2) < 0 and b"\r" not in raw:
-        return raw[6:].rstrip(b"\n")  # the common case: one line
-    lines = [line[5:] for line in _LINE.split(raw.removeprefix(_BOM)) if line.startswith(b"data:")]
-    return b"\n".join(line[1:] if line.startswith(b" ") else line for line in lines)
 
 
 def decode_chunk(data: bytes) -> dict[str, Any] | None:
@@ -109,7 +55,7 @@ def error_in(event: Event) -> bytes | None:
     raw = event.raw
     if b"error" not in raw and (b'"choices"' in raw or event.data == b"[DONE]" or raw[:1] == b":"):
         return None
-    lines = _LINE.split(raw.removeprefix(_BOM))
+    lines = lines_of(raw)
     if event.data:
         chunk = decode_chunk(event.data)
         named = any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines)
@@ -119,68 +65,6 @@ def error_in(event: Event) -> bytes | None:
         return line
     chunk = decode_chunk(raw) if raw.lstrip()[:1] == b"{" else None
     return raw.strip() if chunk is not None and says_error(chunk) else None
-
-
-class Opening:
-    """The beginning of a stream, held back until it is known to be an answer or an error.
-
-    Comments pass. `patient`: chunks without a word of the answer (its role) are held, too, because an
-    error may follow them. After feed(), `over` says that all comes out again from here on; with
-    `error`, what the error says, the rest stays in `held`, as it came.
-    """
-
-    def __init__(self, patient: bool) -> None:
-        self._patient = patient
-        self._parser = EventParser()
-        self.held = b""
-        self.over = False
-        self.error: bytes | None = None
-
-    def feed(self, data: bytes) -> bytes:
-        """What may go to the client."""
-        out = b""
-        for event in self._parser.feed(data):
-            out += self._event(event)
-        self.over = self.over or (self.error is None and self._parser.open_bytes > _OPENING_BYTES)
-        return out + self._end() if self.over else out
-
-    def close(self) -> bytes:
-        """The stream is at its end."""
-        last = self._parser.rest()
-        if last.strip():
-            self._event(Event(last, _data(last)))
-        else:
-            self.held += last
-        if self.error is not None:
-            return b""
-        self.over = True
-        return self._end()
-
-    def _event(self, event: Event) -> bytes:
-        if not (self.over or self.error is not None):
-            self.error = error_in(event)
-            if self.error is None and not event.data and not self.held:
-                return event.raw
-            self.over = self.error is None and bool(event.data) and self._speaks(event)
-        self.held += event.raw
-        return b""
-
-    def _speaks(self, event: Event) -> bool:
-        if not self._patient or event.data == b"[DONE]":
-            return True
-        chunk = decode_chunk(event.data) or {}
-        return any(
-            choice.get("finish_reason") or any(v for k, v in choice["delta"].items() if k != "role")
-            for choice in choices_of(chunk)
-        )
-
-    def _end(self) -> bytes:
-        out, self.held = self.held + self._parser.rest(), b""
-        return out
-
-    def rest(self) -> bytes:
-        """All that is held behind an error and with it."""
-        return self._end()
 
 
 def as_event(response: dict[str, Any]) -> bytes:
@@ -195,14 +79,19 @@ def as_event(response: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
+class _Growing(list[str]):
+    """A string that goes on, in its pieces: joined only when the message is asked for."""
+
+
 class MessageBuilder:
-    """Assembles one choice's deltas."""
+    """Assembles one choice's deltas, in time linear in their text."""
 
     def __init__(self) -> None:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self.finish_reason: str | None = None
         self._calls: dict[int, dict[str, Any]] = {}
         self._last = -1
+        self._growing: list[tuple[dict[str, Any], str]] = []  # where the strings are that go on
 
     def add(self, delta: dict[str, Any]) -> None:
         for key, value in delta.items():
@@ -212,7 +101,7 @@ class MessageBuilder:
             elif key == "role":
                 self.message["role"] = value or "assistant"
             else:
-                _merge(self.message, key, value)
+                self._merge(self.message, key, value)
 
     def call_index(self, call: dict[str, Any]) -> int:
         """Which call a delta belongs to; one without an index goes on with the last, or opens one."""
@@ -236,7 +125,7 @@ class MessageBuilder:
                 body = call.setdefault(key, {})
                 for field, piece in value.items():
                     if field in ("arguments", "input"):
-                        body[field] = (body.get(field) or "") + _as_text(piece)
+                        self._grow(body, field, _as_text(piece))
                     elif piece or field not in body:
                         body[field] = piece
             elif key != "index" and (value or key not in call):
@@ -244,16 +133,69 @@ class MessageBuilder:
         return index
 
     def call(self, index: int) -> dict[str, Any]:
+        self._join()
         return self._calls[index]
 
     def build(self) -> dict[str, Any]:
         """The message; tool calls in the order of their index."""
+        self._join()
         if not self._calls:
             return self.message
         calls = [self._calls[index] for index in sorted(self._calls)]
         for call in calls:
             call.setdefault("type", "custom" if "custom" in call else "function")
         return {**self.message, "tool_calls": calls}
+
+    def _grow(self, into: dict[str, Any], key: str, piece: str) -> None:
+        old = into.get(key)
+        if isinstance(old, _Growing):
+            old.append(piece)
+        elif old and piece:
+            into[key] = _Growing((old, piece))
+            self._growing.append((into, key))
+        else:
+            into[key] = old or piece
+
+    def _join(self) -> None:
+        for into, key in self._growing:
+            if isinstance(into[key], _Growing):
+                into[key] = "".join(into[key])
+        self._growing.clear()
+
+    def _merge(self, into: dict[str, Any], key: str, value: Any) -> None:
+        old: Any = into.get(key)
+        if value is None:
+            into.setdefault(key, None)
+        elif isinstance(old, str | _Growing) and isinstance(value, str):
+            if key in _WHOLE:
+                into[key] = value
+            else:
+                self._grow(into, key, value)
+        elif isinstance(value, list) or (isinstance(old, list) and isinstance(value, str)):
+            into[key] = self._merged_list("".join(old) if isinstance(old, _Growing) else old, value)
+        elif isinstance(old, dict) and isinstance(value, dict):
+            for inner, piece in value.items():
+                self._merge(old, inner, piece)
+        else:
+            into[key] = msgspec.to_builtins(value) if isinstance(value, dict) else value
+
+    def _merged_list(self, old: Any, value: Any) -> list[Any]:
+        """A list with the items of a delta: pieces of one item are put together.
+
+        Pieces say which item they are of by an `index`, or they are text or thinking that goes on with
+        the last item of their type. All else is an item of its own (annotations, images).
+        """
+        out: list[Any] = old if isinstance(old, list) else []
+        if isinstance(old, str) and old:
+            out.append(_text_part(old))
+        for item in [_text_part(value)] if isinstance(value, str) else value:
+            into = _item_of(out, item) if isinstance(item, dict) else None
+            if into is None:
+                out.append(msgspec.to_builtins(item) if isinstance(item, dict | list) else item)
+                continue
+            for key, piece in item.items():
+                self._merge(into, key, piece)
+        return out
 
 
 def tool_deltas(delta: dict[str, Any]) -> list[dict[str, Any]]:
@@ -283,40 +225,6 @@ def _name(call: dict[str, Any]) -> Any:
     return body.get("name") if isinstance(body, dict) else None
 
 
-def _merge(into: dict[str, Any], key: str, value: Any) -> None:
-    old: Any = into.get(key)
-    if value is None:
-        into.setdefault(key, None)
-    elif isinstance(old, str) and isinstance(value, str):
-        into[key] = value if key in _WHOLE else old + value
-    elif isinstance(value, list) or (isinstance(old, list) and isinstance(value, str)):
-        into[key] = _merged_list(old, value)
-    elif isinstance(old, dict) and isinstance(value, dict):
-        for inner, piece in value.items():
-            _merge(old, inner, piece)
-    else:
-        into[key] = msgspec.to_builtins(value) if isinstance(value, dict) else value
-
-
-def _merged_list(old: Any, value: Any) -> list[Any]:
-    """A list with the items of a delta: pieces of one item are put together.
-
-    Pieces say which item they are of by an `index`, or they are text or thinking that goes on with
-    the last item of their type. All else is an item of its own (annotations, images).
-    """
-    out: list[Any] = old if isinstance(old, list) else []
-    if isinstance(old, str) and old:
-        out.append(_text_part(old))
-    for item in [_text_part(value)] if isinstance(value, str) else value:
-        into = _item_of(out, item) if isinstance(item, dict) else None
-        if into is None:
-            out.append(msgspec.to_builtins(item) if isinstance(item, dict | list) else item)
-            continue
-        for key, piece in item.items():
-            _merge(into, key, piece)
-    return out
-
-
 def _text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
@@ -335,50 +243,110 @@ def _item_of(items: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Tee:
-    """Lets a stream through untouched while it learns what was said.
+    """Lets a stream through byte for byte while it learns what was said.
 
-    Only `data: [DONE]` is held back, so that the turn can be stored before the client can know that
-    it is over. feed() returns what may go to the client now; `held` is the rest.
+    Its beginning is held until it is known to be an answer or an error; comments pass. `patient`: chunks
+    without a word of the answer (its role) are held, too, because an error may follow them. `data: [DONE]`
+    is held, so that the turn can be stored before the client can know that it is over. feed() and close()
+    return what may go to the client now; `held` is the rest; `error` is what an error says that came in
+    place of an answer. A stream with an event of more than `limit_bytes` passes, and nothing is learned.
     """
 
     _MARK = re.compile(rb"[\r\n]data: ?\[DONE\]")
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool, limit_bytes: int) -> None:
         self.held = b""
-        self._parts: list[bytes] = []
-        self._carry = b"\n"
+        self.error: bytes | None = None
+        self.done = False  # from [DONE] on all is held
+        self._patient = patient
+        self._opening = True
+        self._silent = True  # no event but comments has come
+        self._carry = b"\n"  # what passed last: the mark may be cut
+        self._parser = EventParser(limit_bytes)
+        self._builders: dict[int, MessageBuilder] = {}
+        self._ended = False  # it said so
+        self._lost = False  # it cannot be remembered
 
     def feed(self, data: bytes) -> bytes:
-        self._parts.append(data)
-        if self.held:
+        try:
+            events = [] if self._lost else self._parser.feed(data)
+        except EventTooLong:
+            events, self._lost = [], True
+        self._learn(events)
+        if not self._opening:
+            return self._pass(data)
+        self.held += data
+        return self._open(events, self._lost or self._parser.open_bytes > _OPENING_BYTES)
+
+    def close(self) -> bytes:
+        """The stream is at its end."""
+        events = self._parser.close()
+        self._learn(events)
+        return self._open(events, True) if self._opening else b""
+
+    def _open(self, events: Iterable[Event], enough: bool) -> bytes:
+        """The next events of the beginning; `enough`: no more are waited for."""
+        comments = b""
+        for event in events:
+            self.error = error_in(event)
+            if self.error is not None:
+                return comments
+            if self._silent and not event.data:
+                comments += event.raw
+                self.held = self.held[len(event.raw) :]
+                continue
+            self._silent = False
+            if event.data and self._speaks(event):
+                enough = True
+                break
+        if not enough:
+            return comments
+        self._opening = False
+        held, self.held = self.held, b""
+        return comments + self._pass(held)
+
+    def _speaks(self, event: Event) -> bool:
+        if not self._patient or event.data == b"[DONE]":
+            return True
+        return any(
+            choice.get("finish_reason") or any(v for k, v in choice["delta"].items() if k != "role")
+            for choice in choices_of(decode_chunk(event.data) or {})
+        )
+
+    def _pass(self, data: bytes) -> bytes:
+        if self.done:
             self.held += data
             return b""
-        carry = len(self._carry)
         window = self._carry + data
         match = self._MARK.search(window)
         if match is None:
             self._carry = window[-13:]
             return data
-        cut = max(window.index(b"data:", match.start()) - carry, 0)
-        self.held = data[cut:]
+        cut = max(window.index(b"data:", match.start()) - len(self._carry), 0)
+        self.held, self.done = data[cut:], True
         return data[:cut]
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The complete messages by choice; empty when the stream broke off or carried an error."""
-        parser = EventParser()
-        builders: dict[int, MessageBuilder] = {}
-        done = False
-        for event in [*parser.feed(b"".join(self._parts)), *parser.close()]:
+    def _learn(self, events: Iterable[Event]) -> None:
+        for event in events:
             if event.data == b"[DONE]":
-                done = True
+                self._ended = True
                 continue
             chunk = decode_chunk(event.data) if event.data else {}
             if chunk is None or chunk.get("error"):
-                return []
+                self._lost = True
+                return
             for choice in choices_of(chunk):
-                builder = builders.setdefault(choice.get("index") or 0, MessageBuilder())
+                index = choice.get("index")
+                index = index if isinstance(index, int) else 0
+                if index not in self._builders:
+                    self._builders[index] = MessageBuilder()
+                builder = self._builders[index]
                 builder.add(choice["delta"])
                 builder.finish_reason = choice.get("finish_reason") or builder.finish_reason
-        if not done and not all(builder.finish_reason for builder in builders.values()):
-            return []
-        return [builders[index].build() for index in sorted(builders)]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The complete messages by choice; empty when the stream broke off or carried an error."""
+        self._learn(self._parser.close())  # [DONE] may have no blank line
+        builders = [self._builders[index] for index in sorted(self._builders)]
+        whole = self._ended or all(builder.finish_reason for builder in builders)
+        return [builder.build() for builder in builders] if whole and not self._lost else []

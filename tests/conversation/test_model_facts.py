@@ -1,4 +1,4 @@
-"""Turns whose requests are refused: what the next try is, and what is learned from it."""
+"""What is known of a model: facts, what a refused turn tries next and learns, and what a list states."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.capability import Capabilities, Seen, capabilities, describe, within
 from proxy.conversation.effects import Refused
+from proxy.conversation.model_facts import (
+    Capabilities,
+    Seen,
+    capabilities,
+    describe,
+    stated_windows,
+    window_of,
+    within,
+)
 from proxy.memory import VMMode
 from tests.conversation.player import (
     Message,
@@ -51,7 +59,7 @@ def too_long(limit: int) -> Any:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_never_left_its_window_shrinks_to_the_real_one(stream: bool) -> None:
+def test_prompt_that_never_left_its_window_shrinks_to_the_real_one(stream: bool) -> None:
     player = Player(limits_of(100_000))
     messages = [*grown(player, 30), MORE]
     played = player.ask(messages, too_long(2500), stream=stream)
@@ -62,7 +70,7 @@ def test_a_prompt_that_never_left_its_window_shrinks_to_the_real_one(stream: boo
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_paged_prompt_shrinks_too_and_is_sent_once_more_only(stream: bool) -> None:
+def test_paged_prompt_shrinks_too_and_is_sent_once_more_only(stream: bool) -> None:
     player = Player(limits_of(3000))
     messages = [*grown(player, 40), MORE]
     played = player.ask(messages, too_long(1400), stream=stream)
@@ -86,7 +94,7 @@ def test_upstreams_own_count_says_what_its_tokens_are() -> None:
     assert len(played.bodies) == 2 and played.answer.refused is None
 
 
-def test_a_window_without_a_number_is_guessed_from_what_was_sent() -> None:
+def test_window_without_a_number_is_guessed_from_what_was_sent() -> None:
     no_number = refusal("Your input exceeds the context window of this model.")
     player = Player(limits_of(100_000))
     played = player.ask([*grown(player, 30), MORE], script(no_number, says("fits")))
@@ -133,7 +141,7 @@ def test_system_messages_become_one_for_who_takes_no_second() -> None:
     assert played.answer.learned == {"mid_system": False}
 
 
-def test_a_model_without_tools_is_paged_when_the_whole_would_not_fit() -> None:
+def test_model_without_tools_is_paged_when_the_whole_would_not_fit() -> None:
     def picky(request: Message) -> Message | Refused:
         return refusal("this model does not support tools") if request.get("tools") else says("ok")
 
@@ -146,7 +154,7 @@ def test_a_model_without_tools_is_paged_when_the_whole_would_not_fit() -> None:
     assert played.answer.report.channel == "passive"
 
 
-def test_a_model_that_takes_no_tools_beside_json_loses_them_for_json_alone() -> None:
+def test_model_that_takes_no_tools_beside_json_loses_them_for_json_alone() -> None:
     def picky(request: Message) -> Message | Refused:
         if request.get("tools") and request.get("response_format"):
             return refusal("Function calling with a response mime type: 'application/json' is unsupported")
@@ -164,7 +172,7 @@ def test_a_model_that_takes_no_tools_beside_json_loses_them_for_json_alone() -> 
 
 
 @pytest.mark.parametrize("tools", [0, 1])
-def test_a_call_that_stop_cut_is_asked_again_without_vm_tools(tools: int) -> None:
+def test_call_that_stop_cut_is_asked_again_without_vm_tools(tools: int) -> None:
     cut = calls(call("page_fault", '{"page_id": "msg_0', "c1"))
     player = Player(limits_of(1500))
     more = {"tools": tools_of(tools)} if tools else {}
@@ -189,7 +197,7 @@ def test_one_length_limit_holds_for_all_rounds() -> None:
         assert [r[name] for r in played.requests] == [300, 293]  # a round of the player bills 7
 
 
-def test_a_field_that_excludes_tools_makes_its_requests_passive_and_no_others() -> None:
+def test_field_that_excludes_tools_makes_its_requests_passive_and_no_others() -> None:
     def picky(request: Message) -> Message | Refused:
         if request.get("tools") and request.get("dry_run"):
             return refusal("tools cannot be combined with dry_run")
@@ -203,7 +211,7 @@ def test_a_field_that_excludes_tools_makes_its_requests_passive_and_no_others() 
     assert played.answer.report.channel == "passive"
 
 
-def test_a_template_without_a_system_role_hears_the_memory_from_the_user() -> None:
+def test_template_without_a_system_role_hears_the_memory_from_the_user() -> None:
     def picky(request: Message) -> Message | Refused:
         if any(m["role"] in ("system", "developer") for m in request["messages"]):
             return refusal("System role not supported")
@@ -216,7 +224,7 @@ def test_a_template_without_a_system_role_hears_the_memory_from_the_user() -> No
     assert first["role"] == "user" and first["content"].startswith("<VM:RULES>")
 
 
-def test_a_template_without_a_place_for_calls_gets_pages_as_text() -> None:
+def test_template_without_a_place_for_calls_gets_pages_as_text() -> None:
     """It counts every message, and a call with its result is no turn of the user's."""
 
     def picky(request: Message) -> Message | Refused:
@@ -274,7 +282,7 @@ def refusing_above(limit: int, refused: Refused = SILENT) -> Any:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", [VMMode.RELAXED, VMMode.PASSIVE])
 @pytest.mark.parametrize("budget", [100_000, 7000], ids=["untouched", "paged"])
-def test_a_large_request_refused_without_a_reason_is_tried_at_half_its_size(
+def test_large_request_refused_without_a_reason_is_tried_at_half_its_size(
     stream: bool, mode: VMMode, budget: int
 ) -> None:
     player = Player(limits_of(budget, mode=mode, **ASSUMED))
@@ -308,12 +316,12 @@ def test_what_is_known_or_surely_another_matter_is_not_made_smaller(
     assert played.answer.refused == refusal(words, status) and not played.answer.unexplained
 
 
-def test_a_small_request_is_not_made_smaller() -> None:
+def test_small_request_is_not_made_smaller() -> None:
     player = Player(limits_of(100_000, **ASSUMED))
     assert len(player.ask([*grown(player, 4), MORE], script(SILENT)).bodies) == 1
 
 
-def test_a_size_that_has_passed_is_not_what_is_refused() -> None:
+def test_size_that_has_passed_is_not_what_is_refused() -> None:
     player = Player(limits_of(100_000, **ASSUMED))
     messages = [*grown(player, 40), MORE]
     player.seen = Seen(passed_tokens=50_000)
@@ -341,7 +349,7 @@ def test_when_nothing_helps_the_first_refusal_counts_and_nothing_is_learned() ->
     assert played.answer.learned == {} and played.answer.unexplained
 
 
-def test_invariant_01_a_smaller_request_that_fails_leaves_the_unchanged_one_its_try() -> None:
+def test_invariant_01_smaller_request_that_fails_leaves_the_unchanged_one_its_try() -> None:
     """It was something of ours, in words that nobody knows."""
 
     def picky(request: Message) -> Message | Refused:
@@ -379,7 +387,7 @@ def test_what_may_have_been_the_servers_trouble_is_learned_when_it_shows_twice(
     assert bool(played.answer.doubted_tokens) is not learned
 
 
-def test_a_guessed_window_grows_while_requests_that_fill_it_pass() -> None:
+def test_guessed_window_grows_while_requests_that_fill_it_pass() -> None:
     """An accident costs memory for a while, not for ever; below what was refused it stays."""
     player = Player(limits_of(12_000, **ASSUMED))
     player.learned = {"window_tokens": 3000, "refused_tokens": 6000}
@@ -415,7 +423,7 @@ def test_upstreams_words_end_the_guessing() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_conversation_that_grows_past_an_unknown_window_is_always_answered(stream: bool) -> None:
+def test_conversation_that_grows_past_an_unknown_window_is_always_answered(stream: bool) -> None:
     """Assumed 12,000, in truth 5,000, and never a word."""
     player = Player(limits_of(12_000, **ASSUMED))
     player.learned = {}
@@ -474,3 +482,68 @@ def test_too_large_a_request_is_answered_within_two_further_calls_or_ends_with_u
     first = count_tokens(played.requests[0])
     if status in (400, 413, 422, 500) and len(texts) == 1 and texts[0] == b"" and limit >= first / 2:
         assert played.answer.refused is None
+
+
+# -- an upstream's list of models
+
+
+def listed(*models: dict[str, Any]) -> bytes:
+    return json.dumps({"object": "list", "data": list(models)}).encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"max_model_len": 16384, "created": 1_700_000_000}, 16384),  # vLLM
+        ({"meta": {"n_ctx": 8192, "n_ctx_train": 131072, "n_vocab": 128256, "n_params": 8_030_000_000}}, 8192),
+        ({"meta": {"n_ctx_train": 131072, "n_embd": 4096, "size": 4_900_000_000}}, None),  # llama.cpp, older
+        ({"context_window": 131072, "max_completion_tokens": 32768}, 131072),  # Groq
+        ({"max_context_length": 32768, "capabilities": {"completion_chat": True}}, 32768),  # Mistral
+        (
+            {"context_length": 200_000, "pricing": {"prompt": "0.1"}, "per_request_limits": {"prompt_tokens": 900},
+             "top_provider": {"context_length": 128_000, "max_completion_tokens": 8192}},
+            128_000,
+        ),  # OpenRouter
+        (
+            {"capabilities": {"limits": {"max_context_window_tokens": 128_000, "max_prompt_tokens": 64_000,
+             "max_output_tokens": 16_384}}},
+            64_000,
+        ),  # Copilot
+        ({"inputTokenLimit": 1_048_576, "outputTokenLimit": 65_536}, 1_048_576),  # Gemini
+        ({"loaded_context_length": 4096, "max_context_length": 131_072}, 4096),  # LM Studio
+        ({"metadata": {"context_length": 40_960, "max_tokens": 40_960}}, 40_960),  # DeepInfra
+        ({"providers": [{"context_length": 65_536}, {"context_length": 131_072}]}, 65_536),  # Hugging Face
+        ({"limits": {"max_input_tokens": 9000}}, 9000),
+        ({"owned_by": "openai", "created": 1_715_367_049}, None),
+        ({"context_length": None, "context_window": True, "max_model_len": 0}, None),
+    ],
+)
+def test_stated_window_is_what_the_keys_speak_of(fields: dict[str, Any], window: int | None) -> None:
+    stated = stated_windows(listed({"id": "Org/Some-Model", **fields}, {"id": "another"}))
+    assert window_of("Org/Some-Model", stated) == window
+
+
+def test_stated_window_is_found_by_a_models_name_its_alias_or_as_the_only_one() -> None:
+    stated = stated_windows(listed({"id": "openai/gpt-4o", "context_length": 9000}, {"id": "m", "context_length": 8000, "aliases": ["n"]}))
+    assert [window_of(n, stated) for n in ("openai/gpt-4o", "openai/gpt-4o:online", "GPT-4o", "m", "n", "o")] == [
+        9000, 9000, 9000, 8000, 8000, None,
+    ]  # fmt: skip
+    alone = stated_windows(b'{"models": [{"name": "/models/a.gguf", "meta": {"n_ctx": 4096}}]}')
+    assert window_of("gpt-3.5-turbo", alone) == 4096
+    assert window_of("x", stated_windows(b'[{"id": "x", "context_length": 4096}, {"id": "y"}]')) == 4096
+
+
+def test_stated_windows_of_names_alike_are_the_smallest_window_but_for_the_exact_one() -> None:
+    stated = stated_windows(listed({"id": "a/m", "max_model_len": 9000}, {"id": "b/m", "max_model_len": 4000}))
+    assert [window_of(n, stated) for n in ("a/m", "b/m", "m")] == [9000, 4000, 4000]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "data", "context_length", "meta"]), inner, max_size=4),
+)
+
+
+@given(JSON.map(json.dumps).map(str.encode) | st.binary(max_size=60))
+def test_stated_windows_are_read_from_any_body_without_a_failure(body: bytes) -> None:
+    assert all(isinstance(window, int) and window >= 512 for window in stated_windows(body).values())
