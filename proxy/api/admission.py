@@ -100,6 +100,7 @@ class Admission:
         self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
         self._policy = POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._limits_of)
+        self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
 
     async def admit(
@@ -196,8 +197,7 @@ class Admission:
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
-        override = self._config.model_override(model).tokenizer
-        counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
+        counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
         if not surely:
@@ -251,6 +251,11 @@ class Admission:
         asked = model, tuple(sorted(learned.items()))
         following = self._limits(*asked, factor) if factor != epoch else None
         return self._limits(*asked, epoch), following, known
+
+    def _counter_of(self, model: str) -> tuple[TokenCounter, bool]:
+        """What counts the model's tokens, and whether it is known to be the model's own."""
+        override = self._config.model_override(model).tokenizer
+        return get_counter(model, override), override is None and encoding_is_known(model)
 
     def _limits_of(
         self, model: str, learned: tuple[tuple[str, object], ...], factor: float

@@ -109,8 +109,9 @@ class Turn:
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
         self._sent_unchanged = False
+        self._many = int(context.decoded.get("n") or 1) > 1  # choices
         self._refusals = 0
-        self.report = TurnReport(context.model, "bypass", turn)
+        self.report = TurnReport(str(context.decoded.get("model")), "bypass", turn)
         self.report.budget_tokens = context.limits.budget_tokens
 
     @property
@@ -256,7 +257,7 @@ class Turn:
                     raise
                 return (yield from self._as_it_is())
             channel = paging.channel
-            said = yield Complete(body, channel.offer and not stop, through=self._many())
+            said = yield Complete(body, channel.offer and not stop, through=self._many)
             if isinstance(said, Refused):
                 self._refusals += 1
                 if self._repaired(said, paging):
@@ -268,7 +269,7 @@ class Turn:
                     continue
                 return answer
             number += 1
-            if said.messages and not (self._many() or self._context.given_answers):
+            if said.messages and not (self._many or self._context.given_answers):
                 said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
@@ -312,7 +313,7 @@ class Turn:
         self, said: Said, channel: Channel
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The VM's calls and the client's; what goes through as it came is all the client's."""
-        if self._many():
+        if self._many:
             return [], list(said.messages[0].get("tool_calls") or ())
         return split_calls(said.messages[0], channel)
 
@@ -320,9 +321,6 @@ class Turn:
         """The client's `stop` or its length limit ended the round within a VM call."""
         limited = said.finish_reason == "length" or bool(self._context.decoded.get("stop"))
         return limited and any(is_cut(call) for call in vm)
-
-    def _many(self) -> bool:
-        return int(self._context.decoded.get("n") or 1) > 1
 
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
@@ -347,7 +345,7 @@ class Turn:
             forced = decoded.get("tool_choice") not in (None, "auto")
             if not forced and (stop or not channel.offer):
                 changed["tool_choice"] = b'"none"'
-        if decoded.get("stream") is True and model.stream_usage and not self._many():
+        if decoded.get("stream") is True and model.stream_usage and not self._many:
             changed.update(stream_options(decoded))
         if model.prompt_cache_key and context.cache_key and "prompt_cache_key" not in fields:
             changed["prompt_cache_key"] = _json(context.cache_key.decode())

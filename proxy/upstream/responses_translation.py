@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from proxy.memory.models import SYSTEM_ROLES
+
 Json = dict[str, Any]
 
 REASONING: Final = "reasoning_items"  # our key on an assistant message: [{before, item}]
@@ -144,7 +146,7 @@ def _items(messages: Sequence[Json]) -> Iterator[Json]:
             call_id, output = message["tool_call_id"], _content(message.get("content"))
             kind = _ITEMS["custom" if call_id in custom else "function"]
             yield {"type": f"{kind}_output", "call_id": call_id, "output": output}
-        elif role in ("user", "system", "developer"):
+        elif role in ("user", *SYSTEM_ROLES):
             yield {"type": "message", "role": role, "content": _content(message.get("content"))}
         else:
             raise _Untranslatable(role)
