@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, cast
+from typing import Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
 from proxy.api.encodings import decoded, encodings, plain_headers
@@ -271,6 +271,8 @@ class ChatApi:
                     reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages)
+                else:
+                    assert_never(effect)
         except StopIteration as end:
             answer: Answer = end.value
         finally:

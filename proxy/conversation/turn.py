@@ -5,6 +5,19 @@ the budget (3); each turn is stored whole before its answer ends (5); a request 
 upstream refuses is sent once more unchanged when it would fit (1), or without what was refused; a
 prompt that is too long for the model, or may be, shrinks once, and is answered within two further
 calls or ends with upstream's own words. The shell performs the effects; tests play it as a dialogue.
+
+What a turn is in, and what takes it further:
+
+  state      the request that goes up        answered          refused
+  untouched  the client's bytes              done              too long, or may be: paging, in a smaller window;
+                                                               else: done, with upstream's words
+  paging     the window's messages (rounds)  VM calls: the     too long, or may be: paging, in a smaller window (once);
+                                             next round;       what we added, or the form: paging, without it (each once);
+                                             else: done        else: unchanged, where that fits, or done
+  unchanged  the client's bytes, after all   done              for the form: paging, repaired; else: done
+
+`_run` begins; `_rounds` is paging; `_repaired` is the way back into it, `_refused` and `_as_it_is` the ways to
+unchanged. Each row is left forward a bounded number of times, so a turn ends.
 """
 
 from __future__ import annotations
