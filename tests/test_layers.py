@@ -27,9 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "demo", "logs", "runtime"},  # its upstream is one to choose
-    "serving": set(),
-    "logs": set(),
+    "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
+    "process": set(),
     "api": {*BELOW_APP, *BASE, "limits"},
     "library": {"conversation", "limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
@@ -43,7 +42,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_text": {"errors"},
     "errors": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
-    "runtime": set(),
 }
 
 # `from proxy.memory import MemoryManager`, as the seeds have it, when it is asked for.
@@ -70,7 +68,7 @@ IMPORTERS: dict[str, set[str]] = {
     "rich": {"demo"},
     "starlette": {"api", "app"},
     "tiktoken": {"tokens"},
-    "uvicorn": {"cli", "demo", "serving"},  # the demo serves itself
+    "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
     "xxhash": {"conversation"},
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},
