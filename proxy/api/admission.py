@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 _NO_HISTORIES = HistoryCache(0)
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
+_MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
@@ -301,6 +302,9 @@ def _validate(decoded: Mapping[str, Any]) -> None:
     if not model:
         raise ApiError(400, "you must provide a model parameter", param="model",
                        code="missing_required_parameter")
+    if isinstance(model, str) and len(model) > _MODEL_CHARS:
+        raise ApiError(400, "Invalid value for 'model': no model has so long a name.", param="model",
+                       code="invalid_type")
     for name, kind, words in (("model", str, "a string"), *_TYPES):
         value = decoded.get(name)
         if value is not None and not isinstance(value, kind):
