@@ -389,7 +389,7 @@ class _Given(EnvSettingsSource):
     """Variables and flags: values by names such as `server__port`, of their keys' types already."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__(cast(Any, Config), env_nested_delimiter="__")
+        super().__init__(cast(Any, Config), case_sensitive=True, env_nested_delimiter="__")
         self.env_vars = values
         self.config = SettingsConfigDict()  # no strict types here: it would turn texts into them
 

@@ -141,6 +141,10 @@ def _leaves(section: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[t
         yield from _leaves(inner, (*above, name)) if inner is not None else [(*above, name)]
 
 
+def _nearest(name: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+
+
 # ---------------------------------------------------------------- the sentences
 
 
@@ -175,16 +179,12 @@ class Sentences:
                 name, field = f'{name}["{item}"]', FieldInfo(annotation=section)
         return Place(name, field, section)
 
-    def filled(self, data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-        """`data` with `${VAR}` and `${VAR:-default}` filled in; `$${` stands for a plain `${`."""
-        filled: dict[str, Any] = self._filled(data, (), environ)
-        return filled
-
-    def _filled(self, value: Any, key: Key, environ: Mapping[str, str]) -> Any:
+    def filled(self, value: Any, environ: Mapping[str, str], key: Key = ()) -> Any:
+        """`value` with `${VAR}` and `${VAR:-default}` filled in; `$${` stands for a plain `${`."""
         if isinstance(value, dict):
-            return {k: self._filled(v, (*key, k), environ) for k, v in value.items()}
+            return {k: self.filled(v, environ, (*key, k)) for k, v in value.items()}
         if isinstance(value, list):
-            return [self._filled(v, (*key, i), environ) for i, v in enumerate(value)]
+            return [self.filled(v, environ, (*key, i)) for i, v in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
         broken: list[str] = []
@@ -231,8 +231,8 @@ class Sentences:
         if key[0] == "models" and len(key) > 1:
             return f"{name}: set {self._prefix}MODELS to a mapping such as '{{gpt-4o: {{tools: false}}}}'."
         known = [self._prefix + "__".join(leaf).upper() for leaf in _leaves(self._root)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"the names look like {known[0]}."
+        near = _nearest(name, known)
+        hint = f"did you mean {near}?" if near else f"the names look like {known[0]}."
         return f"{name}: there is no such setting; {hint}"
 
     def invalid(self, error: ValidationError) -> None:
@@ -242,7 +242,11 @@ class Sentences:
             place = self._place(item["loc"])
             origin = self._origin(item["loc"])
             if item["type"] == "extra_forbidden":
-                said = self._unknown_key(place, item["loc"][-1], origin)
+                keys = list(place.section.model_fields) if place.section is not None else []
+                near = _nearest(str(item["loc"][-1]), keys)
+                hint = f"did you mean {near}? The" if near else "the"
+                keys_here = f"{hint} keys here are {', '.join(keys)}"
+                said = f"{place.name}: there is no such key; {keys_here} ({origin})."
             elif item["type"] == "value_error" and (place.field is None or place.section is not None):
                 said = f"{place.name}: {item['ctx']['error']}."
             else:
@@ -250,12 +254,6 @@ class Sentences:
                 said = f"{place.name}: {value!r} is not allowed; it must be {place.allowed()} ({origin})."
             sentences[said] = None
         self.problems += sentences
-
-    def _unknown_key(self, place: Place, key: str | int, origin: str) -> str:
-        keys = list(place.section.model_fields) if place.section is not None else []
-        near = difflib.get_close_matches(str(key), keys, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}? The" if near else "the"
-        return f"{place.name}: there is no such key; {hint} keys here are {', '.join(keys)} ({origin})."
 
     def _origin(self, loc: Key) -> str:
         for length in range(len(loc), 0, -1):

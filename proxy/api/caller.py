@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -107,15 +107,24 @@ def caller(
 
 
 def with_body(caller: Caller, body: Mapping[str, Any]) -> Caller:
-    """The same with what the request's top-level fields say of its user and its session."""
-    told = _text(_told(body))
-    person = caller.person + told
-    if caller.label is not None:
-        return caller._replace(person=person)
+    """The same with what the request says of its user (`user`, `safety_identifier` ... and metadata) and
+    its session. The names of top-level fields that speak of keys and tokens are the API's own."""
     metadata = body.get("metadata")
-    session = metadata.get("session_id") if isinstance(metadata, dict) else None
-    label = None if session is None else str(session)
-    return caller._replace(person=person, label=label or None)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    told = [
+        (name, str(value))
+        for name in dict.fromkeys((*islice(body, _MOST_FIELDS), *_USERS))
+        if _kind(name) == "person" and (value := body.get(name)) is not None
+    ]
+    told += [
+        (f"metadata.{name}", str(value))
+        for name, value in islice(metadata.items(), _MOST_FIELDS)
+        if _kind(name) is not None
+    ]
+    label, session = caller.label, metadata.get("session_id")
+    if label is None and session is not None:
+        label = str(session) or None
+    return caller._replace(person=caller.person + _text(told), label=label)
 
 
 def encoded(names: Iterable[str]) -> tuple[bytes, ...]:
@@ -148,18 +157,3 @@ def _members(value: bytes) -> list[Pair]:
     except (ValueError, RecursionError):
         return []
     return [(str(name), str(member)) for name, member in members.items()]
-
-
-def _told(body: Mapping[str, Any]) -> Iterator[Pair]:
-    """What the body says of its user: top-level fields (`user`, `safety_identifier` ...) and metadata.
-
-    The names of top-level fields that speak of keys and tokens are the API's own.
-    """
-    for name in dict.fromkeys((*islice(body, _MOST_FIELDS), *_USERS)):
-        if _kind(name) == "person" and (value := body.get(name)) is not None:
-            yield name, str(value)
-    metadata = body.get("metadata")
-    for name, value in islice(metadata.items(), _MOST_FIELDS) if isinstance(metadata, dict) else ():
-        if _kind(name) is not None:
-            yield f"metadata.{name}", str(value)
-

@@ -62,12 +62,6 @@ class Memory:
     async def close(self) -> None:
         await self.store.close()
 
-    def forget(self) -> None:
-        """Drop everything that is only cached."""
-        self.cache.clear()
-        self.histories.clear()
-        self.indexes.clear()
-
     # -- reading
 
     def get_record(self, node_id: bytes) -> Record | None:

@@ -72,12 +72,6 @@ class _Line(dict[str, Any]):
 class Visit:
     """What is known of one request; the handlers fill it in as they learn it."""
 
-    __slots__ = (
-        "_headers", "_send", "cached_tokens", "channel", "completion_tokens", "conversation", "epochs",
-        "faults", "kind", "model", "path", "prompt_tokens", "refusals", "rounds", "searches", "seconds",
-        "started_s", "status", "used_tokens",
-    )  # fmt: skip
-
     def __init__(self, scope: Scope, send: Send) -> None:
         self._send = send
         self._headers: list[Header] = [(b"x-llm-pager-channel", b"unpaged")]
