@@ -7,17 +7,17 @@ opened at the last turn that closed a segment and only what happened since is re
 does not grow with the conversation; a block of it that is lost is made again from the whole log.
 
 A record has the messages since the answer before, up to its own answer. Three chains run through them
-(-> reads "names"), all upwards, each within what is stored already:
+(`a <- b`: b names a), each to what is stored already:
 
     parent   r1 <- r2 <- r3 <- r4 <- r5 <- r6       every answer on the path: its messages
     base           r2 <--------- r4 <- r5 <- r6     every turn that paged: its window and its mutations
     closed         r2 <--------------- r5           every turn that closed a segment: derived pages, table
 
-Here r1 fitted the window, and r3 came in the request that r4 answered: the client regenerated, or it
-talked past us, so r4 goes on from the window of r2. `r6.base` is r5, and `r6.closed` too: the last one
-along the bases with a `closing`. Messages are read along `parent`, a window along `base` up to the
-turn that began its epoch, the table along `base` up to the last `closing`, which has its root, and
-the whole mutation log along `base` to the end.
+Here r1 fitted the window, and r3 came in the request that r4 answered (the client regenerated, or it
+talked past us), so r4 goes on from r2; where that turn settled what it found answered, r3 has a state
+too, and r2 for its base. `r6.closed` is r5: the last one along the bases with a `closing`. Messages are
+read along `parent`, a window along `base` up to the turn that began its epoch, the table along `base`
+up to the last `closing`, which has its root, and the whole mutation log along `base` to the end.
 
 The letters of the keys are in keys.py; what a record keeps in bytes:
 

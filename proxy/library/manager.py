@@ -47,6 +47,7 @@ from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import (
+    SYSTEM_ROLES,
     CompressionLevel,
     MemoryPage,
     Modality,
@@ -168,7 +169,7 @@ class MemoryManager:
     def add_message(self, message: Message, metadata: Mapping[str, Any] | None = None) -> MemoryPage:
         """Any Chat Completions message but a system one (ValueError: these stand in front, as
         `system_prompt`); an assistant's is the answer to the last request."""
-        if message.get("role") in ("system", "developer"):
+        if message.get("role") in SYSTEM_ROLES:
             raise ValueError("a system message is the `system_prompt` of the conversation")
         if message.get("role") == "assistant":
             self._answer(message)

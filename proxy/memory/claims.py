@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from proxy.memory.compressor import clip
-from proxy.memory.models import MemoryPage, PageType, StorageTier
+from proxy.memory.models import SYSTEM_ROLES, MemoryPage, PageType, StorageTier
 
 # -- what the user marks (English). A standing instruction rules every later answer, and so does a preference; both
 # share no word with the questions that they rule, so no search would find them in time.
@@ -40,7 +40,7 @@ _PREFERENCE = re.compile(
 def is_standing(role: str, text: str, tokens: int) -> bool:
     """A short message for all later answers: an instruction of the user's or of the application's, or what
     the user says of their own preferences."""
-    if role not in ("user", "system", "developer") or tokens > PIN_TOKENS:
+    if role not in ("user", *SYSTEM_ROLES) or tokens > PIN_TOKENS:
         return False
     low = text.lower()
     if any(word in low for word in _STANDING_WORDS) and _STANDING.search(low):

@@ -21,17 +21,11 @@ from proxy.memory.vm_tools import (
     SearchResultEntry,
     SearchToolResult,
 )
+from proxy.memory.words import STOP_WORDS
 
 _WORD = re.compile(r"[^\W_]+")
 # Scripts without spaces: each pair of characters is a word.
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
-_STOP = frozenset(
-    """
-    a about an and any are as at be but by can did do does for from had has have he her his how i in
-    is it its me my no not of on or our she so that the their them then there they this to us was we
-    were what when where which who why will with would you your
-    """.split()
-)
 _ENDINGS = ("ations", "ation", "ingly", "edly", "ing", "ies", "ed", "es", "ly", "s", "e", "y")
 _SHORTEST_STEM = 3
 _HINT_CHARS = 4_000  # of one hint that are read
@@ -43,7 +37,7 @@ def terms(text: str) -> list[str]:
     """The words of a text without their endings, in order; stop words are left out."""
     found: list[str] = []
     for word in _WORD.findall(text.lower()):
-        if word in _STOP:
+        if word in STOP_WORDS:
             continue
         found.extend(_stem(part) for part in _UNSPACED.sub(" ", word).split())
         for run in _UNSPACED.findall(word):

@@ -1,6 +1,7 @@
 """Words and sentences, as every room that reads text takes them: pure data.
 
 Each user adds the words that are common in what it reads: what a search looks for, what a page is about.
+The demo's reader has words of its own, because it stands in for a model that knows nothing of ours.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Played:
             return None
         window = self.turn.settled[1].window
         assert self.turn._paging is not None
-        front = self.turn._paging._standing(window.native_from)
+        front, _ = self.turn._paging._standing(window.native_from)
         head = [*self.system, *(anchor.raw for anchor in front)]
         return render(head, window, "developer", False, Form(several=True))[:-1]
 
