@@ -29,7 +29,8 @@ class SearchReport:
 
 @dataclass(slots=True)
 class PrefetchReport:
-    """A page brought in before the call: by which source, and whether the answer took anything of it."""
+    """A page brought in before the call, for which words of the user's (`search`: of any message, `recall`: of
+    one that points back), and whether the answer took anything of it."""
 
     page_id: str
     source: str

@@ -352,9 +352,10 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
+        source = "recall" if self.report.asked_back else "search"
         for page in self.brought:
             served = used(page, self.pages, self.query, answer)
-            self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, served))
+            self.report.prefetched.append(PrefetchReport(page.page_id, source, served))
             if served:
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 

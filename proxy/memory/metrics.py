@@ -27,7 +27,7 @@ class UserExperienceMetrics(BaseModel):
     turns: int = 0
     l0_tokens: int = 0  # summed over turns
     reachable_tokens: int = 0  # summed over turns
-    prefetch: dict[str, SourceMetrics] = Field(default_factory=dict)  # by `PrefetchSource`
+    prefetch: dict[str, SourceMetrics] = Field(default_factory=dict)  # by `PrefetchReport.source`
 
     def record_recall(self, success: bool) -> None:
         """Something older was needed (a fault, a search): was it found?"""

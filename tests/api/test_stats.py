@@ -44,7 +44,7 @@ async def test_rates_are_of_what_the_turns_reported(tmp_path: Path) -> None:
         faults = [FaultReport("msg_0001", 0, 70), FaultReport("msg_0002", 0, 50, refault=True),
                   FaultReport("msg_0003", 0, 0), FaultReport("msg_9999", 0, 0, "unknown page")]  # fmt: skip
         searches = [SearchReport("my secret", ["msg_0001"]), SearchReport("nothing", [])]
-        brought = [PrefetchReport("msg_0004", "search", True), PrefetchReport("claim_0001", "claim")]
+        brought = [PrefetchReport("msg_0004", "search", True), PrefetchReport("msg_0001", "recall")]
         stats.told(report(faults=faults, searches=searches, prefetched=brought, evicted_pages=["a", "b"], new_epoch=True))
         stats.told(report(6, used_tokens=3000, reachable_tokens=4000))
         stats.told(report(7, channel="bypass"))
@@ -56,8 +56,8 @@ async def test_rates_are_of_what_the_turns_reported(tmp_path: Path) -> None:
     assert (told["faults"], told["refaults"]) == (2, 1), "a page that was there already costs nothing"
     assert told["thrash_index"] == 0.5 and told["evictions"] == 2 and told["turns"] == 2
     assert told["effective_context"] == 2.0
-    assert told["prefetch_hit_rates"] == {"claim": 0.0, "search": 1.0}
-    assert found["prefetch"] == {"claim": {"prefetched": 1, "used": 0}, "search": {"prefetched": 1, "used": 1}}
+    assert told["prefetch_hit_rates"] == {"recall": 0.0, "search": 1.0}
+    assert found["prefetch"] == {"recall": {"prefetched": 1, "used": 0}, "search": {"prefetched": 1, "used": 1}}
 
 
 async def test_stats_are_numbers_only(tmp_path: Path) -> None:

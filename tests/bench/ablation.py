@@ -88,7 +88,10 @@ class Row:
     changes: dict[str, Change] = field(default_factory=dict)
 
 
-_COOLING = ("table:is_cooling", "eviction:is_cooling", "planner:is_protected", "eviction:is_protected")
+_COOLING = (
+    "conversation.evidence:is_cooling", "memory.table:is_cooling", "memory.eviction:is_cooling",
+    "memory.planner:is_protected", "memory.eviction:is_protected",
+)  # fmt: skip
 ROWS = (
     Row(DEFAULT),
     Row("nothing (the default again)"),
@@ -100,16 +103,13 @@ ROWS = (
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
-    Row("anti-thrash", {}, {f"proxy.memory.{name}": returns(False) for name in _COOLING}),
+    Row("anti-thrash", {}, {f"proxy.{name}": returns(False) for name in _COOLING}),
     Row("levels 1 and 2 of context lines", {}, {"proxy.memory.planner:_LEVELS": becomes((CompressionLevel.FULL,))}),
     Row("level 1 of prefetched pages", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
     Row("context lines, but of pinned pages", {}, {"proxy.memory.planner:_context":
         lambda old: lambda rows, budget: old([row for row in rows if row.first], budget)}),
     Row("context lines", {}, {"proxy.conversation.epoch:_CONTEXT_SHARE": becomes(0.0)}),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
-    Row("prefetch by words", {}, {"proxy.conversation.evidence:_candidates":
-        lambda old: lambda turn, hits, source: old(turn, hits, source) if source.value == "tool" else ()}),
-    Row("prefetch by tools", {}, {"proxy.conversation.evidence:_likely_tools": returns([])}),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
     Row("calibration", {}, {"proxy.conversation.calibration:Calibration.learn":
         lambda old: lambda self, *args, **more: self}),
