@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
-from proxy.memory.eviction import is_cooling
+from proxy.memory.eviction import AntiThrashPolicy
 from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, StorageTier
 from proxy.memory.prefetcher import (
@@ -33,6 +33,8 @@ _TAGS_TOKENS = 16  # of the block around the lines
 _SURE_EVIDENCE = 2 * MIN_EVIDENCE
 # The levels that are tried, and how much of a page they surely take.
 _LEVELS = ((CompressionLevel.FULL, 0.9), (CompressionLevel.REDUCED, 0.2))
+
+_anti_thrash = AntiThrashPolicy()
 
 
 class Shown(NamedTuple):
@@ -96,7 +98,8 @@ def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
         entry = turn.table.lookup(page_id)
         if entry is None or turn.pages.medium(page_id) is not None:
             continue  # a medium is shown when it is asked for: its words came with its message
-        if turn.channel.offer and is_cooling(entry, turn.turn) and hit.evidence < _SURE_EVIDENCE:
+        cooling = turn.channel.offer and _anti_thrash.cooling(entry, turn.turn)
+        if cooling and hit.evidence < _SURE_EVIDENCE:
             continue  # it just left: unasked, it comes back only for words that it nearly alone has
         yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens)
 

@@ -27,7 +27,7 @@ from proxy.memory.models import (
     PageMutation,
     StorageTier,
 )
-from proxy.memory.tlb import AnyTable
+from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import FaultToolResult
 
 RESULT_OVERHEAD = 72  # tokens of the JSON around a page's text
@@ -143,7 +143,7 @@ class PageFaultHandler:
 
     def __init__(
         self,
-        page_table: AnyTable,
+        page_table: PageTable,
         get_page: GetPage | None = None,
         max_faults_per_turn: int = 3,
         max_tokens_per_turn: int | None = None,

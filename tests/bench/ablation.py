@@ -88,10 +88,7 @@ class Row:
     changes: dict[str, Change] = field(default_factory=dict)
 
 
-_COOLING = (
-    "conversation.evidence:is_cooling", "memory.table:is_cooling", "memory.eviction:is_cooling",
-    "memory.planner:is_protected", "memory.eviction:is_protected",
-)  # fmt: skip
+_COOLING = ("table:is_cooling", "eviction:is_cooling", "planner:is_protected", "eviction:is_protected")
 ROWS = (
     Row(DEFAULT),
     Row("nothing (the default again)"),
@@ -103,7 +100,7 @@ ROWS = (
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
-    Row("anti-thrash", {}, {f"proxy.{name}": returns(False) for name in _COOLING}),
+    Row("anti-thrash", {}, {f"proxy.memory.{name}": returns(False) for name in _COOLING}),
     Row("levels 1 and 2 of context lines", {}, {"proxy.memory.planner:_LEVELS": becomes((CompressionLevel.FULL,))}),
     Row("level 1 of prefetched pages", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
     Row("context lines, but of pinned pages", {}, {"proxy.memory.planner:_context":
