@@ -92,9 +92,9 @@ class TLBWithPageTable:
             self.tlb.keep(page_id, entry)
         return entry
 
-    def register(self, page: MemoryPage, turn: int | None = None) -> PageTableEntry:
+    def register(self, page: MemoryPage) -> PageTableEntry:
         """As `PageTable.register`; the entry is kept, as it is about to be asked for."""
-        return self.tlb.keep(page.page_id, self.page_table.register(page, turn))
+        return self.tlb.keep(page.page_id, self.page_table.register(page))
 
 
 class PackedLine(NamedTuple):

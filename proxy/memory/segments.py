@@ -8,7 +8,6 @@ written them. Transcript and artifact pages are the messages themselves; nobody 
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from proxy.memory.compressor import clip, compress_text
@@ -85,29 +84,25 @@ class ProvenanceGraph:
                 self._sources.setdefault(page.page_id, {})[source] = None
                 self._derived.setdefault(source, {})[page.page_id] = None
 
-    def derives_from(self, page_id: str, depth: int = 1) -> list[str]:
-        """What the page was made from: its direct sources, or those up to `depth` steps back."""
-        return _walk(self._sources, page_id, depth)
+    def derives_from(self, page_id: str) -> list[str]:
+        """What the page was made from."""
+        return list(self._sources.get(page_id, ()))
 
-    def derived(self, page_id: str, depth: int = 1) -> list[str]:
-        """What was made from the page: directly, or up to `depth` steps on."""
-        return _walk(self._derived, page_id, depth)
+    def derived(self, page_id: str) -> list[str]:
+        """What was made from the page."""
+        return list(self._derived.get(page_id, ()))
 
-    def justifies(self, page_id: str, depth: int = MAX_DEPTH) -> list[str]:
+    def justifies(self, page_id: str) -> list[str]:
         """The pages that the claim rests on in the end: its ancestors that derive from nothing themselves."""
-        return [p for p in self.derives_from(page_id, depth) if p not in self._sources]
+        return [p for p in _walk(self._sources, page_id) if p not in self._sources]
 
 
-def _walk(edges: Mapping[str, Mapping[str, None]], start: str, depth: int) -> list[str]:
+def _walk(edges: Mapping[str, Mapping[str, None]], start: str) -> list[str]:
     """Breadth first from `start`, which is not in the answer."""
-    found: dict[str, None] = {}
-    queue = deque([(start, 0)])
-    while queue and len(found) < MAX_WALK:
-        page, steps = queue.popleft()
-        if steps >= min(depth, MAX_DEPTH):
-            continue
-        for other in edges.get(page, ()):
-            if other != start and other not in found and len(found) < MAX_WALK:
-                found[other] = None
-                queue.append((other, steps + 1))
-    return list(found)
+    found: list[str] = []
+    layer, seen = [start], {start}
+    for _ in range(MAX_DEPTH):
+        layer = list(dict.fromkeys(other for page in layer for other in edges.get(page, ()) if other not in seen))
+        seen.update(layer)
+        found += layer
+    return found[:MAX_WALK]

@@ -103,7 +103,7 @@ class Replay:
             faults = 0
             for access in turn.accesses:
                 faults += self._access(access, faults < FAULTS_PER_TURN)
-            self._score.metrics.record_turn(0, 0)
+            self._score.metrics.turns += 1
         return self._score
 
     def _register(self, end: int) -> None:
@@ -127,9 +127,7 @@ class Replay:
         mutations = self._rebuild(self)
         self.table.replay(mutations)
         self._score.rebuilds += 1
-        self._score.metrics.record_eviction(
-            sum(mutation.op is MutationType.EVICT for mutation in mutations)
-        )
+        self._score.metrics.evictions += sum(m.op is MutationType.EVICT for m in mutations)
 
     def _access(self, access: Access, may_fault: bool) -> bool:
         """Count it; true when it took a fault."""
@@ -145,7 +143,8 @@ class Replay:
         score.far_hits += hit and access.far
         if hit or not may_fault:
             return False
-        score.metrics.record_fault(is_cooling(entry, self.turn))
+        score.metrics.faults += 1
+        score.metrics.refaults += is_cooling(entry, self.turn)
         fault_in(self.table, access.page_id, self.turn)
         return True
 

@@ -125,7 +125,7 @@ class Memory(RuleBasedStateMachine):
                 storage_tier=StorageTier.L2,
             )
             if not (inside and self.branch.work.add_to_l0(page)):
-                self.branch.table.register(page, self.branch.turn)
+                self.branch.table.register(page)
             self.branch.ids.append(page.page_id)
 
     def name(self, kind: str) -> str:
@@ -146,9 +146,7 @@ class Memory(RuleBasedStateMachine):
     @rule(pick=PICKS, tier=st.sampled_from(["L1", "L2", "L3", "L4"]))
     def move_below(self, pick: int, tier: str) -> None:
         entry = self.entry(pick)
-        self.branch.table.update_location(
-            entry.page_id, StorageTier(tier), turn=self.branch.turn
-        )
+        self.branch.table.update_location(entry.page_id, StorageTier(tier))
 
     @rule(pick=PICKS, level=st.sampled_from(CompressionLevel))
     def compress(self, pick: int, level: CompressionLevel) -> None:
