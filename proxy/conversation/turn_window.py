@@ -36,7 +36,6 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
@@ -52,6 +51,7 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.prefetcher import points_back
+from proxy.memory.segments import PIN_TOKENS, is_standing
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks

@@ -64,7 +64,6 @@ _NO_MORE = error_result("No more pages in this turn; answer with what is loaded.
 _TOO_MANY = error_result("Too many calls at once; answer with what you have.")
 _json = msgspec.json.encode
 _decode = msgspec.json.decode
-_unpack = msgspec.msgpack.decode
 
 Message = dict[str, Any]
 

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.memory.claims import is_standing
 from proxy.memory.compressor import compress_text
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text, modality_of, split_text
 from proxy.memory.models import CompressionLevel, Modality
+from proxy.memory.segments import is_standing
 from proxy.tokens import TokenCounter
 from tests.e2e.data import Conversation
 
