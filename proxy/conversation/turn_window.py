@@ -36,7 +36,6 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
@@ -52,6 +51,7 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.prefetcher import points_back
+from proxy.memory.segments import PIN_TOKENS, is_standing
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
@@ -352,9 +352,10 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
+        source = "recall" if self.report.asked_back else "search"
         for page in self.brought:
             served = used(page, self.pages, self.query, answer)
-            self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, served))
+            self.report.prefetched.append(PrefetchReport(page.page_id, source, served))
             if served:
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 

@@ -30,7 +30,7 @@ from proxy.memory.models import (
     PageTableEntry,
     StorageTier,
 )
-from proxy.memory.tlb import AnyTable
+from proxy.memory.table import PageTable
 
 IsPinned = Callable[[PageTableEntry, int], bool]
 
@@ -46,7 +46,7 @@ _KEYFRAMES = 4
 _TRANSCRIPT_SHARE = 0.35  # speech has about 3.5 tokens a second, sound is billed at 10
 
 # What a page is worth. A longer text is needed more often, as it says more: in proportion to its
-# length by the names and numbers that later messages take up (tests/bench/policies.py), by less
+# length by the names and numbers that later messages take up (access traces of 8fa8a4e), by less
 # where questions are asked about it, whose answers stand in short messages as often as in long
 # ones.
 _SIZE_EXPONENT = 0.8
@@ -102,7 +102,7 @@ class Plan:
 
 
 def plan(
-    table: AnyTable,
+    table: PageTable,
     groups: Sequence[Group],
     budget: Budget,
     policy: EvictionPolicy,
@@ -221,7 +221,7 @@ class _Row:
 
 
 def _row(
-    table: AnyTable, group: Group, policy: EvictionPolicy, turn: int, is_pinned: IsPinned | None
+    table: PageTable, group: Group, policy: EvictionPolicy, turn: int, is_pinned: IsPinned | None
 ) -> _Row:
     entries = [entry for page in group.pages if (entry := table.lookup(page))]
     score = max((policy.score(entry, turn) for entry in entries), default=0.0)
@@ -293,7 +293,7 @@ def _take(rows: Sequence[_Row], left: int) -> int:
 
 
 def _change(
-    table: AnyTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
+    table: PageTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
 ) -> list[PageMutation]:
     entry = table.lookup(page_id)
     if entry is None:

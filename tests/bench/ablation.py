@@ -44,15 +44,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy.upstream.demo import DemoUpstream
-from proxy.upstream.demo_cache import PromptCache
-from proxy.upstream.demo_reader import read, seen_text
 
 import proxy.app
 from proxy.config import Config
 from proxy.conversation.report import TurnReport
+from proxy.demo.bill import CACHED_PRICE, PromptCache
 from proxy.demo.play import conversation as demo_turns
 from proxy.demo.play import demo_config
+from proxy.demo.reader import read, seen_text
+from proxy.demo.upstream import DemoUpstream
 from proxy.memory.models import CompressionLevel
 from proxy.tokens import get_counter
 from proxy.upstream import BytesReply, Header
@@ -96,7 +96,7 @@ ROWS = (
     Row("segments' index lines", {}, {"proxy.conversation.derived:index_page":
         lambda old: lambda number, ids, texts, *more: old(number, ids, [""], *more)}),
     Row("pinned instructions and preferences", {}, {"proxy.conversation.turn_window:is_standing": returns(False)}),
-    Row("pinned preferences", {}, {"proxy.memory.claims:_PREFERENCE": becomes(re.compile("(?!)"))}),
+    Row("pinned preferences", {}, {"proxy.memory.segments:_PREFERENCE": becomes(re.compile("(?!)"))}),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
@@ -107,9 +107,6 @@ ROWS = (
         lambda old: lambda rows, budget: old([row for row in rows if row.first], budget)}),
     Row("context lines", {}, {"proxy.conversation.epoch:_CONTEXT_SHARE": becomes(0.0)}),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
-    Row("prefetch by words", {}, {"proxy.conversation.evidence:_candidates":
-        lambda old: lambda turn, hits, source: old(turn, hits, source) if source.value == "tool" else ()}),
-    Row("prefetch by tools", {}, {"proxy.conversation.evidence:_likely_tools": returns([])}),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
     Row("calibration", {}, {"proxy.conversation.calibration:Calibration.learn":
         lambda old: lambda self, *args, **more: self}),
@@ -215,14 +212,14 @@ class Upstream(DemoUpstream):
             request = json.loads(body)
             request.pop("prompt_cache_key", None)  # of a random secret: the reader's ids come from the request
             self.requests.append(request)
-            bill = self._cache.bill(request)
-            self.billed += bill.billed_tokens
+            prompt, cached = self._cache.tokens(request)
+            self.billed += prompt - cached * (1 - CACHED_PRICE)
             self.said = self.recorded or read(request)
             reason = "tool_calls" if self.said.get("tool_calls") else "stop"
             answer = {
                 "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"],
                 "choices": [{"index": 0, "message": self.said, "finish_reason": reason}],
-                "usage": {"prompt_tokens": bill.prompt_tokens, "completion_tokens": 1},
+                "usage": {"prompt_tokens": prompt, "completion_tokens": 1},
             }  # fmt: skip
             return BytesReply(200, [(b"content-type", b"application/json")], json.dumps(answer).encode())
 
