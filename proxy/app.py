@@ -10,11 +10,8 @@ from __future__ import annotations
 import logging
 import os
 
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
-
 from proxy.api.chat import ChatApi, Observer
-from proxy.api.endpoints import Draining, own_router
+from proxy.api.endpoints import Draining, own_endpoints
 from proxy.api.http import (
     Origins,
     Receive,
@@ -50,22 +47,18 @@ class App:
         self._chat = ChatApi(
             config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
-        self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
         self._draining = Draining(config.server.drain_s)
-        self._rest.include_router(
-            own_router(
-                self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
-            )
+        self._own = own_endpoints(
+            self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
         )
         self._origins = Origins(config)
-        self._rest.add_exception_handler(HTTPException, _refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
-            await self._rest(scope, receive, send)
+            await self._own(scope, receive, send)
             return
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
@@ -80,7 +73,7 @@ class App:
         elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
             await send_error(send, refusal)
         else:
-            await self._rest(scope, receive, send)
+            await self._own(scope, receive, send)
 
     async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
         """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
@@ -120,20 +113,6 @@ class App:
                 await self.memory.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
-
-
-async def _refused(request: Request, failure: Exception) -> Response:
-    """A path or a method that nothing serves, in OpenAI's error shape."""
-    assert isinstance(failure, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    if failure.status_code == 404:
-        error = ApiError(404, f"Unknown request URL: {where}.", code="unknown_url")
-    elif failure.status_code == 405:
-        error = ApiError(405, f"Not allowed: {where}.", code="method_not_allowed")
-    else:
-        error = ApiError(failure.status_code, str(failure.detail))
-    headers = {**(failure.headers or {}), "content-type": "application/json"}
-    return Response(error.body(), error.status, headers)
 
 
 def _upstream(config: Config) -> Upstream:

@@ -55,7 +55,7 @@ IMPORTERS: dict[str, set[str]] = {
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "diskcache": {"storage"},
-    "fastapi": {"api", "app"},  # one web face in two places: routes and their assembly
+    "fastapi": {"api"},  # our own endpoints
     "fsspec": {"storage"},
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
@@ -66,7 +66,7 @@ IMPORTERS: dict[str, set[str]] = {
     "pydantic": {"api", "config", "config_text", "library", "memory"},  # the doors and the seeds' models
     "pydantic_settings": {"config"},  # the sources of the settings
     "rich": {"demo"},
-    "starlette": {"api", "app"},
+    "starlette": {"api"},
     "tiktoken": {"tokens"},
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
     "xxhash": {"conversation"},

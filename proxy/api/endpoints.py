@@ -15,12 +15,13 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from proxy.api.caller import Caller, caller, encoded, with_body
 from proxy.api.memory import Memory
@@ -69,13 +70,13 @@ class Draining:
         signal.signal(signal.SIGTERM, asked)
 
 
-def own_router(
+def own_endpoints(
     draining: Draining,
     stats: Stats,
     memory: Memory,
     sessions: SessionsConfig,
     model_table: Callable[[bytes], list[dict[str, Any]]],
-) -> APIRouter:
+) -> FastAPI:
     """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn),
     /vm/provenance?page=ID.
 
@@ -83,13 +84,15 @@ def own_router(
     request (`model_table` gives it). The last two are about the session that a session header or
     ?session= names; ?user= and ?safety_identifier= are the requests', where they have them.
     """
-    router = APIRouter()
+    app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
+    for failure in (HTTPException, ApiError, StorageError, LookupError):
+        app.add_exception_handler(failure, _refused)
 
-    @router.get("/health")
+    @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready")
+    @app.get("/ready")
     async def ready() -> JSONResponse:
         if draining.begun:
             return JSONResponse({"status": "draining"}, status_code=503)
@@ -100,46 +103,50 @@ def own_router(
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
         return JSONResponse({"status": "ready"})
 
-    @router.get("/metrics")
+    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(await asyncio.to_thread(stats.text), media_type=CONTENT_TYPE)
 
-    @router.get("/vm/stats")
+    @app.get("/vm/stats")
     async def read_stats() -> JSONResponse:
         return JSONResponse(stats.snapshot())
 
-    @router.get("/vm/models")
-    async def read_models(request: Request) -> Response:
-        async def table() -> dict[str, Any]:
-            who = _caller(request, sessions)
-            return {"models": model_table(memory.identity.tenant(who.credentials, ""))}
+    @app.get("/vm/models")
+    async def read_models(request: Request) -> JSONResponse:
+        who = _caller(request, sessions)
+        return JSONResponse({"models": model_table(memory.identity.tenant(who.credentials, ""))})
 
-        return await _answer(table)
+    @app.get("/vm/context")
+    async def read_context(request: Request) -> JSONResponse:
+        return JSONResponse(await _context(request, _head(request, memory, sessions), memory))
 
-    @router.get("/vm/context")
-    async def read_context(request: Request) -> Response:
-        return await _answer(lambda: _context(request, _head(request, memory, sessions), memory))
+    @app.get("/vm/provenance")
+    async def read_provenance(request: Request) -> JSONResponse:
+        return JSONResponse(await _provenance(request, _head(request, memory, sessions), memory))
 
-    @router.get("/vm/provenance")
-    async def read_provenance(request: Request) -> Response:
-        return await _answer(lambda: _provenance(request, _head(request, memory, sessions), memory))
-
-    return router
+    return app
 
 
-async def _answer(make: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
-    """What `make()` gives as JSON, or its failure in OpenAI's shape."""
-    try:
-        return JSONResponse(await make())
-    except ApiError as error:
-        failed = error
-    except StorageError as error:
-        log.error("%s", error)
-        failed = ApiError(503, str(error), "api_error", "storage_unavailable")
-    except LookupError as error:
-        log.exception("damaged storage")
-        failed = ApiError(500, f"Storage is damaged: {error}.", "api_error", "storage_damaged")
-    return Response(failed.body(), failed.status, media_type="application/json")
+async def _refused(request: Request, failure: Exception) -> Response:
+    """What went wrong, in OpenAI's error shape."""
+    headers: Mapping[str, str] = {}
+    if isinstance(failure, ApiError):
+        error = failure
+    elif isinstance(failure, StorageError):
+        log.error("%s", failure)
+        error = ApiError(503, str(failure), "api_error", "storage_unavailable")
+    elif isinstance(failure, HTTPException):  # nothing serves the path, or the method
+        where, headers = f"{request.method} {request.url.path}", failure.headers or {}
+        if failure.status_code == 404:
+            error = ApiError(404, f"Unknown request URL: {where}.", code="unknown_url")
+        elif failure.status_code == 405:
+            error = ApiError(405, f"Not allowed: {where}.", code="method_not_allowed")
+        else:
+            error = ApiError(failure.status_code, str(failure.detail))
+    else:
+        log.error("damaged storage", exc_info=failure)
+        error = ApiError(500, f"Storage is damaged: {failure}.", "api_error", "storage_damaged")
+    return Response(error.body(), error.status, {**headers, "content-type": "application/json"})
 
 
 def _caller(request: Request, sessions: SessionsConfig) -> Caller:

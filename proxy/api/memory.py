@@ -62,6 +62,12 @@ class Memory:
     async def close(self) -> None:
         await self.store.close()
 
+    def forget(self) -> None:
+        """Drop everything that is only cached, as invariant 9 is proved."""
+        self.cache.clear()
+        self.histories.clear()
+        self.indexes.clear()
+
     # -- reading
 
     def get_record(self, node_id: bytes) -> Record | None:

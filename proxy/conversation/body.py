@@ -277,6 +277,11 @@ class HistoryCache:
         self._buckets: dict[_Key, list[Known]] = {}
         self._keys: OrderedDict[int, tuple[Known, list[_Key]]] = OrderedDict()
 
+    def clear(self) -> None:
+        self._buckets.clear()
+        self._keys.clear()
+        self._bytes = 0
+
     def find(self, scope: bytes, body: bytes, start: int) -> tuple[Known, int] | None:
         """The history that shares most with body[start:], and how many whole messages it shares."""
         best: tuple[int, Known] | None = None

@@ -80,6 +80,11 @@ class PathIndexes:
             best = max((_common(branch.ids, ids) for branch in branches), default=0)
         return len(ids) - best
 
+    def clear(self) -> None:
+        with self._lock:
+            self._roots.clear()
+            self._pages = 0
+
     def _branch(self, ids: Sequence[bytes]) -> _Branch:
         """The index nearest to this path, or a new one rather than undoing another branch's."""
         with self._lock:

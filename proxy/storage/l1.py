@@ -50,6 +50,10 @@ class Cache:
         with self._lock:
             self._values[kind, key] = value, weight
 
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
     def _counted(self, found: tuple[Any, int] | None) -> Any:
         if found is None:
             self.misses += 1

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
 
 from proxy.api.caller import caller
-from proxy.api.endpoints import Draining, own_router
+from proxy.api.endpoints import Draining, own_endpoints
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
@@ -42,11 +41,8 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     memory.identity = player.identity
     await memory.store.commit(list(player.values.items()))
     writer = Writer(config, upstream, Renditions(config, memory))
-    app = FastAPI()
     capabilities = ModelFacts(config, memory, upstream).table
-    app.include_router(
-        own_router(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities)
-    )
+    app = own_endpoints(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities)
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
     try:

@@ -258,6 +258,8 @@ def test_invariant_10_bytes_kept_are_bounded(steps: list[tuple[list[bytes], bool
         last = new
         kept = {id(k): len(k.history) for bucket in cache._buckets.values() for k in bucket}
         assert sum(kept.values()) <= cache._bytes <= limit
+    cache.clear()
+    assert cache._bytes == 0 and cache.find(b"s", b"{" + b"a" * 100 + b"}", 0) is None
 
 
 def test_continuation_takes_the_place_of_what_it_continues() -> None:

@@ -11,7 +11,7 @@ from tests.examples import examples
 
 @examples(100)
 @given(
-    st.lists(st.tuples(st.sampled_from(["put", "get", "take"]), st.integers(0, 5), st.integers(0, 400)),
+    st.lists(st.tuples(st.sampled_from(["put", "get", "take", "clear"]), st.integers(0, 5), st.integers(0, 400)),
              max_size=40),
     st.integers(1, 200),
 )
@@ -22,7 +22,10 @@ def test_invariant_10_its_tokens_are_bounded_and_its_values_are_what_was_put(
     model: dict[bytes, tuple[int, int]] = {}  # in order of use
     for op, n, size in steps:
         key = bytes([n])
-        if op == "put":
+        if op == "clear":
+            cache.clear()
+            model.clear()
+        elif op == "put":
             model.pop(key, None)
             cache.put("k", key, (n, size), size)
             model[key] = (n, size)
