@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 _NO_HISTORIES = HistoryCache(0)
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
+_MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
@@ -100,6 +101,7 @@ class Admission:
         self._session_headers = encoded(sessions.headers), encoded(sessions.delta_headers)
         self._policy = POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._limits_of)
+        self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
 
     async def admit(
@@ -196,8 +198,7 @@ class Admission:
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
-        override = self._config.model_override(model).tokenizer
-        counter, exact = get_counter(model, override), override is None and encoding_is_known(model)
+        counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
         if not surely:
@@ -252,6 +253,11 @@ class Admission:
         following = self._limits(*asked, factor) if factor != epoch else None
         return self._limits(*asked, epoch), following, known
 
+    def _counter_of(self, model: str) -> tuple[TokenCounter, bool]:
+        """What counts the model's tokens, and whether it is known to be the model's own."""
+        override = self._config.model_override(model).tokenizer
+        return get_counter(model, override), override is None and encoding_is_known(model)
+
     def _limits_of(
         self, model: str, learned: tuple[tuple[str, object], ...], factor: float
     ) -> Limits:
@@ -296,6 +302,9 @@ def _validate(decoded: Mapping[str, Any]) -> None:
     if not model:
         raise ApiError(400, "you must provide a model parameter", param="model",
                        code="missing_required_parameter")
+    if isinstance(model, str) and len(model) > _MODEL_CHARS:
+        raise ApiError(400, "Invalid value for 'model': no model has so long a name.", param="model",
+                       code="invalid_type")
     for name, kind, words in (("model", str, "a string"), *_TYPES):
         value = decoded.get(name)
         if value is not None and not isinstance(value, kind):

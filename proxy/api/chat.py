@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, cast
+from typing import Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
 from proxy.api.encodings import decoded, encodings, plain_headers
@@ -124,22 +124,23 @@ class ChatApi:
             if context is None:
                 return
             turn = Turn(context)
-            visit.placed(context.model, context.place.path[0].id)
+            visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
             answer = await self._run(turn, context, exchange, visit)
             if answer.refused is None:  # before the end is sent
                 visit.answered(answer.report, answer.usage, context.state is None)
             await exchange.finish(answer, _own_headers(answer))
-            self._warn(context.model, answer.report.warning)
+            self._warn(context.decoded["model"], answer.report.warning)
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                self._writer.submit(
-                    context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
-                )
+                if self._writer.active and turn.shown:
+                    self._writer.submit(
+                        context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
+                    )
                 query = scope.get("query_string", b"")
-                self.model_facts.look(context.scope, context.model, scope["headers"], query)
+                self.model_facts.look(context.scope, context.decoded["model"], scope["headers"], query)
         except ApiError as error:
             await _fail(exchange, send, error)
         except UpstreamBroken as error:
@@ -270,6 +271,8 @@ class ChatApi:
                     reply = await self._memory.search(effect, turn.pages)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages)
+                else:
+                    assert_never(effect)
         except StopIteration as end:
             answer: Answer = end.value
         finally:
@@ -279,7 +282,7 @@ class ChatApi:
             self._memory.keep_state(turn.record, state)
         if turn.settled is not None and turn.settled[0].id in stored:
             self._memory.keep_settled(*turn.settled)
-        model = context.model
+        model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:
                 self.model_facts.failed(context.scope, model)
@@ -295,7 +298,7 @@ class ChatApi:
 
     async def _append(self, effect: Append, context: TurnContext) -> frozenset[bytes]:
         """Store a turn and what it taught in one commit; what is stored already was billed before."""
-        model, facts = context.model, dict(effect.facts)
+        model, facts = context.decoded["model"], dict(effect.facts)
         more: list[tuple[bytes, bytes]] = []
         lesson, record = effect.lesson, effect.records[-1]
         if lesson is not None and self._memory.get_record(record.id) is None:

@@ -88,10 +88,7 @@ class Writer:
         self.written = 0
         self.failed = 0
         self.dropped = 0
-
-    @property
-    def active(self) -> bool:
-        return self._config.model is not None or self._config.transcription_model is not None
+        self.active = self._config.model is not None or self._config.transcription_model is not None
 
     def submit(
         self,

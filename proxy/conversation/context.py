@@ -57,10 +57,6 @@ class TurnContext:
     # it says ends the turn, unless it calls a VM tool
 
     @property
-    def model(self) -> str:
-        return str(self.decoded.get("model"))
-
-    @property
     def agent(self) -> bool:
         """The client has tools of its own."""
         return bool(self.decoded.get("tools"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -115,22 +116,27 @@ class VMCalls:
         self._paging = paging
         self._pages, self._table = paging.pages, paging.table
         self._counter, self._limits = paging.context.counter, paging.limits
-        self._handler = PageFaultHandler(
-            paging.table,
-            max_faults_per_turn=self._limits.faults_per_turn,
-            max_tokens_per_turn=self._limits.fault_tokens,
-            locate=paging.pages.expand,
-            apply=paging.apply,
-            registry=paging.pages.registry,
-            counts=self._counter,
-            turn=paging.turn,
-        )
         self.faults: list[FaultReport] = []
         self.searches: list[SearchReport] = []
+
+    @cached_property
+    def _handler(self) -> PageFaultHandler:  # most turns call for nothing
+        return PageFaultHandler(
+            self._table,
+            max_faults_per_turn=self._limits.faults_per_turn,
+            max_tokens_per_turn=self._limits.fault_tokens,
+            locate=self._pages.expand,
+            apply=self._paging.apply,
+            registry=self._pages.registry,
+            counts=self._counter,
+            turn=self._paging.turn,
+        )
 
     @property
     def exhausted(self) -> bool:
         """The turn may load nothing more."""
+        if not (self.faults or self.searches):
+            return not (self._limits.faults_per_turn and self._limits.fault_tokens)
         return not self._handler.can_fault()
 
     # -- a round

@@ -5,6 +5,19 @@ the budget (3); each turn is stored whole before its answer ends (5); a request 
 upstream refuses is sent once more unchanged when it would fit (1), or without what was refused; a
 prompt that is too long for the model, or may be, shrinks once, and is answered within two further
 calls or ends with upstream's own words. The shell performs the effects; tests play it as a dialogue.
+
+What a turn is in, and what takes it further:
+
+  state      the request that goes up        answered          refused
+  untouched  the client's bytes              done              too long, or may be: paging, in a smaller window;
+                                                               else: done, with upstream's words
+  paging     the window's messages (rounds)  VM calls: the     too long, or may be: paging, in a smaller window (once);
+                                             next round;       what we added, or the form: paging, without it (each once);
+                                             else: done        else: unchanged, where that fits, or done
+  unchanged  the client's bytes, after all   done              for the form: paging, repaired; else: done
+
+`_run` begins; `_rounds` is paging; `_repaired` is the way back into it, `_refused` and `_as_it_is` the ways to
+unchanged. Each row is left forward a bounded number of times, so a turn ends.
 """
 
 from __future__ import annotations
@@ -109,8 +122,9 @@ class Turn:
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
         self._sent_unchanged = False
+        self._many = int(context.decoded.get("n") or 1) > 1  # choices
         self._refusals = 0
-        self.report = TurnReport(context.model, "bypass", turn)
+        self.report = TurnReport(str(context.decoded.get("model")), "bypass", turn)
         self.report.budget_tokens = context.limits.budget_tokens
 
     @property
@@ -256,7 +270,7 @@ class Turn:
                     raise
                 return (yield from self._as_it_is())
             channel = paging.channel
-            said = yield Complete(body, channel.offer and not stop, through=self._many())
+            said = yield Complete(body, channel.offer and not stop, through=self._many)
             if isinstance(said, Refused):
                 self._refusals += 1
                 if self._repaired(said, paging):
@@ -268,7 +282,7 @@ class Turn:
                     continue
                 return answer
             number += 1
-            if said.messages and not (self._many() or self._context.given_answers):
+            if said.messages and not (self._many or self._context.given_answers):
                 said = understood(said, channel, self.talks_of_tools)
             self._responses.append(said)
             if not said.messages:
@@ -312,7 +326,7 @@ class Turn:
         self, said: Said, channel: Channel
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The VM's calls and the client's; what goes through as it came is all the client's."""
-        if self._many():
+        if self._many:
             return [], list(said.messages[0].get("tool_calls") or ())
         return split_calls(said.messages[0], channel)
 
@@ -320,9 +334,6 @@ class Turn:
         """The client's `stop` or its length limit ended the round within a VM call."""
         limited = said.finish_reason == "length" or bool(self._context.decoded.get("stop"))
         return limited and any(is_cut(call) for call in vm)
-
-    def _many(self) -> bool:
-        return int(self._context.decoded.get("n") or 1) > 1
 
     def _stop(self, number: int, paging: TurnWindow, vm_calls: VMCalls) -> bool:
         """No more faults: the model has to answer. With tools of the client's it may still call
@@ -347,7 +358,7 @@ class Turn:
             forced = decoded.get("tool_choice") not in (None, "auto")
             if not forced and (stop or not channel.offer):
                 changed["tool_choice"] = b'"none"'
-        if decoded.get("stream") is True and model.stream_usage and not self._many():
+        if decoded.get("stream") is True and model.stream_usage and not self._many:
             changed.update(stream_options(decoded))
         if model.prompt_cache_key and context.cache_key and "prompt_cache_key" not in fields:
             changed["prompt_cache_key"] = _json(context.cache_key.decode())

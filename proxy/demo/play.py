@@ -129,14 +129,12 @@ async def _ask(client: Upstream, messages: list[dict[str, Any]]) -> str:
     data = await reply.read(_RESPONSE_LIMIT_BYTES)
     if reply.status != 200:
         raise DemoFailed(f"the server answered {reply.status}: {data.decode(errors='replace')[:300]}")
-    text: list[str] = []
-    events = [event.data for event in EventParser().feed(data) if event.data]
-    if not events or events[-1] != b"[DONE]":
+    *events, end = [event.data for event in EventParser().feed(data) if event.data] or [b""]
+    if end != b"[DONE]":
         raise DemoFailed("a stream ended without [DONE]")
-    for event in events[:-1]:
-        for choice in json.loads(event)["choices"]:
-            text.append(choice["delta"].get("content") or "")
-    return "".join(text)
+    chunks = [json.loads(event) for event in events]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "".join(delta.get("content") or "" for delta in deltas)
 
 
 class Show:

@@ -6,8 +6,7 @@ covers the question; else it searches and faults pages in through the VM tools, 
 offered; else it answers with the best it has, or says that it does not know. It never calls the
 same thing twice in one turn. `seen_text(request)` is every page that stands in full in the window.
 
-By hand, because no library reads a window without a model; its words are its own, because a reader
-that shared the search's could not tell when that finds nothing.
+By hand, because no library reads a window without a model.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
+
+from proxy.memory.words import STOP_WORDS
 
 CONFIDENT_COVERAGE: Final = 0.7  # below this the reader searches: a false "I see it" costs more than a search
 ANSWER_COVERAGE: Final = 0.3  # below this the best passage is no answer
@@ -47,17 +48,15 @@ _ASKING: Final = re.compile(
     r"|compare|give|based|according|considering)\b",
     re.IGNORECASE,
 )
-_STOP_WORDS: Final = frozenset("""
-    a an the and or but if then than that this these those there here of in on at to for from by
-    with without about into onto over under up down out off as is are was were be been being am do
-    does did done doing have has had having i me my mine we us our ours you your yours he him his she
-    her hers it its they them their theirs who whom whose which what when where why how not no nor so
-    too very can could would should will shall may might must just also again once ever never any some
-    all both each few more most other such own same s t don didn isn wasn doesn hasn haven ll ve re d m
-    please tell told say said mention mentioned remember remind recall earlier before ago now still yet
-    get got give list name know think exactly actually really let us based according kind many much
-    one thing things way something anything first go went make made use used
-""".split())  # fmt: skip
+_STOP_WORDS: Final = STOP_WORDS | frozenset(  # beside them what questions and chats are full of
+    """
+    according actually again ago anything based before both didn doesn done down each earlier
+    ever exactly few first get give go got hasn haven having hers isn kind know let list made
+    make many mention mentioned might mine most much must name never nor off once one onto ours
+    own really recall remember remind said same say shall something still tell theirs thing
+    things think told under us use used wasn way went where whom whose why without yet yours
+    """.split()
+)
 _IRREGULAR: Final = {
     "paid": "pay", "bought": "buy", "sold": "sell", "chose": "choose", "chosen": "choose",
     "came": "come", "took": "take", "taken": "take", "found": "find", "gave": "give", "given": "give",

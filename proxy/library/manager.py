@@ -45,7 +45,7 @@ from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.faults import PageFaultHandler
 from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.levels import CompressorRegistry
-from proxy.memory.models import MemoryPage, PageMutation, VMMode
+from proxy.memory.models import SYSTEM_ROLES, MemoryPage, PageMutation, VMMode
 from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import (
     SEARCH_PAGES,
@@ -143,7 +143,7 @@ class MemoryManager:
     def add_message(self, message: Message) -> MemoryPage:
         """Any Chat Completions message but a system one (ValueError: these stand in front, as
         `system_prompt`); an assistant's is the answer to the last request."""
-        if message.get("role") in ("system", "developer"):
+        if message.get("role") in SYSTEM_ROLES:
             raise ValueError("a system message is the `system_prompt` of the conversation")
         if message.get("role") == "assistant":
             self._answer(message)

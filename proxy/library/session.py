@@ -16,7 +16,7 @@ from proxy.library.manager import DEFAULT_MODEL, MemoryManager, Message
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import ManifestBuilder, ManifestPolicies
-from proxy.memory.models import VMMode
+from proxy.memory.models import SYSTEM_ROLES, VMMode
 from proxy.memory.vm_tools import build_vm_developer_message, get_vm_tools_as_dicts
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
@@ -144,4 +144,4 @@ class SessionManager:
 
 
 def _is_system(message: Message) -> bool:
-    return message.get("role") in ("system", "developer")
+    return message.get("role") in SYSTEM_ROLES

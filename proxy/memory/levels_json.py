@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from proxy.memory.models import json_text
@@ -25,18 +26,9 @@ _MOST_CHARS_PER_TOKEN = 8  # a longer text is not even counted
 _MAX_FACTS = 24
 _KEY_CHARS = 32
 _FACT_CHARS = 60
-_ID_CHARS = 40
+_MAX_RANK = 24  # deeper, or later in arrays within arrays, is not told
 
 _MORE = re.compile(r"… (\d+) more")
-_INDEX = re.compile(r"\[\d+\]")
-_KEY_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
-_TELLING = frozenset(
-    """
-    id uid uuid name title label status state result outcome decision reason total sum amount price
-    cost balance count size number date time due deadline created updated email user owner author
-    version code type key value path file url address city country summary message description
-    """.split()
-)
 _ALARMING = frozenset(
     "error errors exception failed failure failures fatal critical rejected warning fault".split()
 )
@@ -54,12 +46,8 @@ _CUTS = (
     _Cut(8, 240, 1_000, 12),
     _Cut(5, 160, 1_000, 10),
     _Cut(3, 120, 200, 10),
-    _Cut(3, 80, 100, 8),
     _Cut(2, 60, 64, 8),
-    _Cut(2, 40, 48, 7),
-    _Cut(1, 40, 32, 6),
     _Cut(1, 24, 24, 5),
-    _Cut(1, 16, 16, 4),
     _Cut(1, 12, 12, 3),
 )
 # (keys of the outermost object, keys of those within, depth), most telling first.
@@ -189,94 +177,45 @@ def _length(items: list[Any]) -> int:
     return len(items) - 1 + int(more[1][:18]) if more else len(items)
 
 
-class _Fact(NamedTuple):
-    worth: float
-    text: str
-
-
 def key_facts(value: Any, limit: int, count: Callable[[str], int]) -> str:
-    """The leaves of most value as "path: value; path: value", in the order of the document, within
-    `limit` tokens. "" when none fits.
+    """Leaves and lengths of arrays as "path: value; path: value", in the order of the document, within
+    `limit` tokens: first what tells of a failure, then the least deep and the first items of an array,
+    what is empty last. "" when none fits.
     """
-    facts = _without_echoes(_facts(value))
-    ranked = sorted(range(len(facts)), key=lambda index: (-facts[index].worth, index))
+    facts = list(islice(_facts(value, "", 0), MAX_LEAVES))
+    ranked = sorted(range(len(facts)), key=lambda index: (facts[index][0], index))
     chosen: list[int] = []
     text = ""
     for index in ranked[:_MAX_FACTS]:
-        candidate = "; ".join(facts[i].text for i in sorted([*chosen, index]))
+        candidate = "; ".join(facts[i][1] for i in sorted([*chosen, index]))
         if count(candidate) <= limit:
             chosen.append(index)
             text = candidate
     return text
 
 
-def _without_echoes(facts: Iterable[_Fact]) -> list[_Fact]:
-    """The facts, with less worth where an earlier item of the same array said the same."""
-    seen: set[str] = set()
-    out = []
-    for fact in facts:
-        general = _INDEX.sub("[]", fact.text)
-        out.append(_Fact(fact.worth - 3.0, fact.text) if general in seen else fact)
-        seen.add(general)
-    return out
-
-
-def _facts(value: Any) -> Iterator[_Fact]:
-    """Leaves and array lengths in document order, at most MAX_LEAVES, without recursion."""
-    stack: list[tuple[str, str, int, float, Any]] = [("", "", 0, 0.0, value)]
-    left = MAX_LEAVES
-    while stack and left > 0:
-        path, key, depth, worth, here = stack.pop()
-        left -= 1
-        if isinstance(here, dict) and here:
-            for name, below in reversed(list(_first(here, 200))):
-                short = name[:_KEY_CHARS]
-                shown = f"{path}.{short}" if path else short
-                stack.append((shown, name, depth + 1, worth - 0.5, below))
-        elif isinstance(here, list) and here:
-            total = _length(here)
-            if total > 1:
-                yield _Fact(worth + 2.0 + _key_worth(key, here), f"{path or 'list'}: {total} items")
-            for index in range(min(len(here), MAX_ITEMS_TOLD) - 1, -1, -1):
-                below = here[index]
-                if isinstance(below, str) and _MORE.fullmatch(below):
-                    continue
-                # Later items mostly repeat the first one's keys.
-                shown, later = f"{path}[{index}]", 0.75 * min(index, 4)
-                stack.append((shown, key, depth + 1, worth - 0.5 - later, below))
-        else:
-            shown = _shown(here)
-            if depth == 0:
-                yield _Fact(worth, shown)
-            else:
-                worth += _key_worth(key, here) + _value_worth(here)
-                yield _Fact(worth - len(path) / 40, f"{path}: {shown}")
-
-
-def _shown(leaf: Any) -> str:
-    if isinstance(leaf, str):
-        line = " ".join(leaf[: 4 * _FACT_CHARS].split())
-        return line if len(line) <= _FACT_CHARS else line[:_FACT_CHARS].rstrip() + "…"
-    return _encoded(leaf)
-
-
-def _key_worth(key: str, leaf: Any) -> float:
-    words = {word.lower() for word in _KEY_WORD.findall(key[:80])}
-    if not words.isdisjoint(_ALARMING):
-        return 3.0 if leaf else 0.0
-    return 0.0 if words.isdisjoint(_TELLING) else 2.0
-
-
-def _value_worth(leaf: Any) -> float:
-    if leaf is None or leaf == "" or leaf == [] or leaf == {}:
-        return -3.0
-    if isinstance(leaf, bool):
-        return 0.0
-    if isinstance(leaf, (int, float)):
-        return 1.0
-    if leaf.lower() in _ALARMING:
-        return 4.0
-    return 1.0 if len(leaf) <= _ID_CHARS else 0.0
+def _facts(value: Any, path: str, rank: int) -> Iterator[tuple[int, str]]:
+    """(rank, fact) of each leaf and array in document order; a low rank is told first."""
+    if rank > _MAX_RANK:
+        return
+    if isinstance(value, dict) and value:
+        for key, inner in _first(value, 200):
+            short = key[:_KEY_CHARS]
+            yield from _facts(inner, f"{path}.{short}" if path else short, rank + 1)
+    elif isinstance(value, list) and value:
+        if _length(value) > 1:
+            yield rank, f"{path or 'list'}: {_length(value)} items"
+        for index, inner in enumerate(value[:MAX_ITEMS_TOLD]):
+            if not (isinstance(inner, str) and _MORE.fullmatch(inner)):
+                yield from _facts(inner, f"{path}[{index}]", rank + 1 + min(index, 4))
+    else:
+        shown = _encoded(value)
+        if isinstance(value, str):
+            line = " ".join(value[: 4 * _FACT_CHARS].split())
+            shown = line if len(line) <= _FACT_CHARS else line[:_FACT_CHARS].rstrip() + "…"
+        alarming = shown.lower() in _ALARMING or (value and path.rpartition(".")[2] in _ALARMING)
+        rank += -_MAX_RANK if alarming else _MAX_RANK if value in (None, "", [], {}) else 0
+        yield rank, f"{path}: {shown}" if path else shown
 
 
 def shape(value: Any, limit: int, count: Callable[[str], int]) -> str:

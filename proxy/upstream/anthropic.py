@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from proxy.memory.models import SYSTEM_ROLES
+
 Json = dict[str, Any]
 
 HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
@@ -25,7 +27,6 @@ DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "service_tier": ("auto", "default"),
     "verbosity": ("medium",),
 }
-_SYSTEM: Final = ("system", "developer")
 _ASKING: Final = ("user", "tool", "function")
 _BEGIN: Final[Json] = {"role": "user", "content": "(begin)"}
 _MARKER: Final[Json] = {"type": "ephemeral"}
@@ -37,7 +38,7 @@ _THINKING: Final = ("thinking", "reasoning_effort")
 def for_anthropic(fields: Json) -> Json:
     """The request as litellm has to be given it."""
     messages = list(_with_own_ids(_saying(fields["messages"])))
-    if all(message.get("role") in _SYSTEM for message in messages):
+    if all(message.get("role") in SYSTEM_ROLES for message in messages):
         messages.append(_BEGIN)
     if _thinking_is_lost(messages):
         fields = {k: v for k, v in fields.items() if k not in _THINKING}

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from proxy.errors import ApiError
+from proxy.memory.models import SYSTEM_ROLES
 from proxy.upstream import Header, anthropic, gemini
 from proxy.upstream.routing import end_to_end
 
@@ -56,7 +57,6 @@ _HINTS: Final = frozenset(
     """.split()
 )
 _RULES: Final = "<VM:RULES>"  # in the memory's own system message: the request is a paged one
-_SYSTEM: Final = ("system", "developer")
 # Anthropic's and Gemini's conversations begin with the user; a window may begin with an answer.
 _OPENING: Final[Json] = {"role": "user", "content": "(earlier messages: see the system message)"}
 _BEGINNING: Final[Json] = {"role": "user", "content": "(The conversation begins with your message.)"}
@@ -79,7 +79,7 @@ def prepare(fields: Json, wire: Wire | None) -> Json:
         fields = {name: value for name, value in fields.items() if name not in idle}
         fields = wire.put({**fields, "messages": [_worded(m) for m in fields["messages"]]})
     messages = fields["messages"]
-    leading = next((i for i, m in enumerate(messages) if m.get("role") not in _SYSTEM), len(messages))
+    leading = next((i for i, m in enumerate(messages) if m.get("role") not in SYSTEM_ROLES), len(messages))
     paged = any(_RULES in m["content"] for m in messages[:leading] if isinstance(m.get("content"), str))
     first = messages[leading].get("role") if leading < len(messages) else "user"
     if first != "user" and (paged or (wire is GEMINI and first == "assistant")):

@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from proxy.memory.models import SYSTEM_ROLES
+
 Json = dict[str, Any]
 
 HOSTS: Final = ("gemini", "vertex_ai", "vertex_ai_beta")
@@ -22,7 +24,6 @@ DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "store": (False, None),
     "verbosity": ("medium", None),
 }
-_SYSTEM: Final = ("system", "developer")
 _MODES: Final = {"auto": "VALIDATED", "required": "ANY"}
 _SAYING: Final = (
     "content", "tool_calls", "function_call", "reasoning_content", "provider_specific_fields"
@@ -56,7 +57,7 @@ def _messages(messages: Sequence[Json]) -> Iterator[Json]:
             said = _signed(_called(message))
             if any(said.get(key) for key in _SAYING):
                 yield said
-        elif message.get("content") or role not in ("user", *_SYSTEM):
+        elif message.get("content") or role not in ("user", *SYSTEM_ROLES):
             yield message
         elif role == "user":
             yield {**message, "content": _BLANK}

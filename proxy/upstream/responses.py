@@ -44,7 +44,7 @@ class ResponsesBridge(OpenAIUpstream):
         super().__init__(config)
         self._override = config.model_override
         self._limit_bytes = config.server.body_limit_bytes
-        self._event_limit_bytes = config.stream.event_limit_bytes
+        self._event_limit_bytes = config.stream.event_limit_bytes  # the last event repeats the whole answer
         self._plain: set[str] = set()
 
     async def chat(
@@ -117,7 +117,7 @@ class StreamReply(Reply):
             async for data in self._reply.chunks():
                 if out := self._said(self._parser.feed(data)):
                     yield out
-            if out := self._said(self._parser.close()):
+            if out := self._said(self._parser.close()):  # the last event may have no blank line
                 yield out
         except EventTooLong as error:
             raise UpstreamBroken(str(error)) from error

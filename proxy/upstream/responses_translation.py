@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from proxy.memory.models import SYSTEM_ROLES
+
 Json = dict[str, Any]
 
 REASONING: Final = "reasoning_items"  # our key on an assistant message: [{before, item}]
@@ -144,7 +146,7 @@ def _items(messages: Sequence[Json]) -> Iterator[Json]:
             call_id, output = message["tool_call_id"], _content(message.get("content"))
             kind = _ITEMS["custom" if call_id in custom else "function"]
             yield {"type": f"{kind}_output", "call_id": call_id, "output": output}
-        elif role in ("user", "system", "developer"):
+        elif role in ("user", *SYSTEM_ROLES):
             yield {"type": "message", "role": role, "content": _content(message.get("content"))}
         else:
             raise _Untranslatable(role)
@@ -216,6 +218,11 @@ def _call_item(call: Json) -> Json:
 _CALLS: Final = {item: kind for kind, item in _ITEMS.items()}
 _REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
 _STATUS: Final = {"rate_limit_exceeded": 429, "server_error": 500, "vector_store_timeout": 504}
+_DELTAS: Final = {
+    "response.output_text.delta": "content",
+    "response.refusal.delta": "refusal",
+    "response.reasoning_summary_text.delta": "reasoning_content",
+}
 _CITED: Final = "url_citation"
 _BETWEEN: Final = "\n\n"  # between two messages of one response
 
@@ -382,12 +389,8 @@ class ChatStream:
         if kind == "response.created":
             self._identity = identity(event["response"])
             yield self._chunk({"role": "assistant", "content": None})
-        elif kind == "response.output_text.delta":
-            yield self._chunk({"content": event["delta"]})
-        elif kind == "response.refusal.delta":
-            yield self._chunk({"refusal": event["delta"]})
-        elif kind == "response.reasoning_summary_text.delta":
-            yield self._chunk({"reasoning_content": event["delta"]})
+        elif kind in _DELTAS:
+            yield self._chunk({_DELTAS[kind]: event["delta"]})
         elif kind == "response.output_text.annotation.added":
             notes = _citation(event["annotation"])
             if notes:

@@ -461,3 +461,11 @@ async def test_the_configured_policy_decides_who_leaves(tmp_path: Path, name: st
         given = await one.api._admission.admit([], b"", json.dumps(body()).encode())
         kinds = {"importance": "ImportanceWeightedLRU", "lru": "LRU", "modality": "ModalityAwareLRU"}
         assert type(given.policy).__name__ == kinds[name]
+
+
+async def test_a_name_that_no_model_has_is_upstreams_to_judge_and_nothing_is_kept_by_it(tmp_path: Path) -> None:
+    async with client(tmp_path, answered(), **SMALL) as one:
+        sent = json.dumps({**body(paged_messages()), "model": "m" * 100_000}).encode()
+        assert (await one.ask(sent))[0] == 200
+        assert one.upstream.bodies == [sent]
+        assert one.api._admission._counters.cache_info().currsize == 0

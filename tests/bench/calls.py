@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from tests.bench.oracle import Message, Scenario, Step, Upstream, chat, story
 
 ROOT = str(Path(__file__).resolve().parents[2] / "proxy") + "/"
 OTHERS = ("demo/", "upstream/demo")  # the demo's own model
+_FRONT = re.compile(r"<VM:RULES>.*?</VM:RULES>(?:.*?</VM:(?:CONTEXT|MANIFEST_JSON)>)*")
 KINDS = ("bypass", "continuing", "search", "epoch")
 
 
@@ -116,15 +118,23 @@ async def running(app: Callable[..., Any]) -> AsyncIterator[None]:
     await task
 
 
+def kind_of(requests: list[bytes], before: str) -> tuple[str, str]:
+    """What the turn was by what went upstream, and the window's front after it."""
+    front = next((m.group() for m in [_FRONT.search(requests[-1].decode())] if m), "")
+    if len(requests) > 1:
+        return "search", front
+    return ("bypass" if not front else "continuing" if front == before else "epoch"), front
+
+
 async def measured(messages: list[Message], window_tokens: int) -> list[Crossed]:
-    upstream, reports, crossed = Upstream(), [], []
+    upstream, crossed, front = Upstream(), list[Crossed](), ""
     runner = await upstream.start()
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "upstream": {"base_url": upstream.base_url},
             "tiers": {"l0": {"tokens": window_tokens}, "l2": {"path": folder}},
         }
-        app = create_app(Config.from_json(json.dumps(settings)), observer=reports.append)
+        app = create_app(Config.from_json(json.dumps(settings)))
         profile = Profile()
         async with running(app):
             for turn, at in enumerate(range(1, len(messages), 2)):
@@ -139,9 +149,8 @@ async def measured(messages: list[Message], window_tokens: int) -> list[Crossed]
                     sys.setprofile(None)
                     threading.setprofile(None)  # type: ignore[arg-type]
                 await asyncio.sleep(0)
-                report = reports[-1]
-                kind = "bypass" if report.channel == "bypass" else "epoch" if report.new_epoch else "continuing"
-                crossed.append(profile.take("search" if report.searches or report.faults else kind))
+                kind, front = kind_of(upstream.seen[tag], front)
+                crossed.append(profile.take(kind))
     await runner.cleanup()
     return crossed
 

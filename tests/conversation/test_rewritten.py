@@ -290,13 +290,13 @@ def test_a_turn_with_an_answer_that_came_with_it_counts_as_two(kind: str) -> Non
     """What the prefix did is of the turn before: a request that comes again finds it done."""
     client = grown(kind)
     turn = client.played[-1].turn
-    assert turn.record is not None and turn.turn == turn.record.turn == turn.table.turn
+    assert turn.record is not None and turn.report.turn == turn.record.turn == turn.table.turn
     newest = turn.table.lookup(f"msg_{len(turn.path) - 1:04d}")
-    assert newest is not None and newest.created_turn == turn.turn
+    assert newest is not None and newest.created_turn == turn.report.turn
     assert (turn.settled is not None) is (kind == "retrieved")
     if turn.settled is not None:
         before = turn.table.lookup(f"msg_{len(turn.path) - 2:04d}")
-        assert before is not None and before.created_turn == turn.settled[0].turn == turn.turn - 1
+        assert before is not None and before.created_turn == turn.settled[0].turn == turn.report.turn - 1
 
 
 def test_a_long_answer_does_not_take_the_room_of_what_comes_after_it() -> None:

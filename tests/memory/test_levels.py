@@ -266,6 +266,14 @@ def test_json_becomes_key_facts_and_a_shape() -> None:
         assert (shape.size_tokens or 0) <= SHAPE_TOKENS
 
 
+def test_json_tells_of_a_failure_first_and_of_what_is_empty_last() -> None:
+    pad = {f"field_{number}": "nothing to see here" for number in range(30)}
+    full = structured({"empty": None, **pad, "last": {"deep": {"status": "failed"}, "error": 7}})
+    facts = REGISTRY.compress(full, 2, TILES).content
+    assert "last.deep.status: failed" in facts and "last.error: 7" in facts
+    assert "empty" not in facts and facts.index("field_0") < facts.index("last")
+
+
 def test_file_becomes_its_words_and_then_its_name() -> None:
     full = PAGES["pdf"]
     one, two, three = (REGISTRY.compress(full, level, TILES) for level in (1, 2, 3))
