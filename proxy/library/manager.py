@@ -82,8 +82,8 @@ class _OpenTurn:
 
 class MemoryManager:
     """The memory of one session. `config` is its window (default: the model's own, less the usual
-    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` is the
-    caller's, for checkpoints and what he moves there.
+    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` is for the
+    caller's checkpoints.
     """
 
     def __init__(
@@ -361,14 +361,8 @@ class MemoryManager:
         self._changes.append(mutation)
 
     async def _get_page(self, name: str) -> MemoryPage | None:
-        """A page of the conversation, or what a caller put into `_pages` or `storage`."""
-        if name in self._pages:
-            return self._pages[name]
-        pages, entry = self._path_pages(), self.combined.lookup(name)
-        if pages.expand(name) == [name]:
-            return pages.page(name)
-        artifact_id = entry.artifact_id if entry is not None else None
-        return await self.storage.load_page(artifact_id) if artifact_id is not None else None
+        """A page of the conversation, or one that the caller put into `_pages`."""
+        return self._pages.get(name)
 
     def _path_pages(self, end: int | None = None) -> PathPages:
         """The pages of the first `end` messages (None: all), and what derives from them."""

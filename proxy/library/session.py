@@ -9,6 +9,7 @@ No model is called here: the program calls it, with `get_messages_for_llm()` and
 from __future__ import annotations
 
 import json
+from itertools import dropwhile
 from typing import Any
 from uuid import uuid4
 
@@ -107,8 +108,7 @@ class SessionManager:
             system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
             messages = [*system, *self._messages]
         if not include_system:
-            first = next((i for i, m in enumerate(messages) if not _is_system(m)), len(messages))
-            return list(messages[first:])
+            return list(dropwhile(lambda m: m["role"] in SYSTEM_ROLES, messages))
         at = 1 if self.system_prompt else 0
         rules = self._rules()
         return [*messages[:at], *([rules] if rules else []), *messages[at:]]
@@ -141,7 +141,3 @@ class SessionManager:
         """The result of a VM call as the model made it (`arguments` is its JSON text): a page or what was found,
         or `error`. Call and result stand in the next `get_messages_for_llm()`, as in the proxy."""
         return dict(_NO_VM) if self.vm is None else await self.vm.call(name, arguments)
-
-
-def _is_system(message: Message) -> bool:
-    return message.get("role") in SYSTEM_ROLES
