@@ -46,7 +46,7 @@ _KEYFRAMES = 4
 _TRANSCRIPT_SHARE = 0.35  # speech has about 3.5 tokens a second, sound is billed at 10
 
 # What a page is worth. A longer text is needed more often, as it says more: in proportion to its
-# length by the names and numbers that later messages take up (tests/bench/policies.py), by less
+# length by the names and numbers that later messages take up (access traces of 8fa8a4e), by less
 # where questions are asked about it, whose answers stand in short messages as often as in long
 # ones.
 _SIZE_EXPONENT = 0.8

@@ -44,15 +44,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy.upstream.demo import DemoUpstream
-from proxy.upstream.demo_cache import PromptCache
-from proxy.upstream.demo_reader import read, seen_text
 
 import proxy.app
 from proxy.config import Config
 from proxy.conversation.report import TurnReport
+from proxy.demo.bill import CACHED_PRICE, PromptCache
 from proxy.demo.play import conversation as demo_turns
 from proxy.demo.play import demo_config
+from proxy.demo.reader import read, seen_text
+from proxy.demo.upstream import DemoUpstream
 from proxy.memory.models import CompressionLevel
 from proxy.tokens import get_counter
 from proxy.upstream import BytesReply, Header
@@ -212,14 +212,14 @@ class Upstream(DemoUpstream):
             request = json.loads(body)
             request.pop("prompt_cache_key", None)  # of a random secret: the reader's ids come from the request
             self.requests.append(request)
-            bill = self._cache.bill(request)
-            self.billed += bill.billed_tokens
+            prompt, cached = self._cache.tokens(request)
+            self.billed += prompt - cached * (1 - CACHED_PRICE)
             self.said = self.recorded or read(request)
             reason = "tool_calls" if self.said.get("tool_calls") else "stop"
             answer = {
                 "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"],
                 "choices": [{"index": 0, "message": self.said, "finish_reason": reason}],
-                "usage": {"prompt_tokens": bill.prompt_tokens, "completion_tokens": 1},
+                "usage": {"prompt_tokens": prompt, "completion_tokens": 1},
             }  # fmt: skip
             return BytesReply(200, [(b"content-type", b"application/json")], json.dumps(answer).encode())
 
