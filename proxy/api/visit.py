@@ -248,10 +248,6 @@ class Stats:
             "epochs": self.epochs,
             "unpaged": dict(sorted(self.unpaged.items())),
             "user_experience": self.metrics.snapshot(),
-            "prefetch": {
-                source: counts.model_dump()
-                for source, counts in sorted(self.metrics.prefetch.items())
-            },
             "pack_cache": lines.model_dump(),
             "l1": {"values": len(cache), "tokens": cache.tokens, "hits": cache.hits,
                    "misses": cache.misses},

@@ -389,7 +389,7 @@ def rules_tokens(turn: TurnWindow) -> int:
 
 def _developer(turn: TurnWindow, manifest: str, context: str) -> str:
     names = turn.channel.names
-    return build_vm_developer_message(turn.mode, manifest, context, "", turn.limits.faults_per_turn, names)
+    return build_vm_developer_message(turn.mode, manifest, context, turn.limits.faults_per_turn, names)
 
 
 def _is_pinned(entry: PageTableEntry, turn: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from proxy.conversation.limits import Limits
-from proxy.memory.metrics import SourceMetrics, UserExperienceMetrics
+from proxy.memory.metrics import UserExperienceMetrics
 
 
 @dataclass(slots=True)
@@ -28,16 +28,6 @@ class SearchReport:
 
 
 @dataclass(slots=True)
-class PrefetchReport:
-    """A page brought in before the call, for which words of the user's (`search`: of any message, `recall`: of
-    one that points back), and whether the answer took anything of it."""
-
-    page_id: str
-    source: str
-    used: bool = False
-
-
-@dataclass(slots=True)
 class TurnReport:
     """One answered turn. Tokens count the whole upstream request of the last round."""
 
@@ -51,7 +41,8 @@ class TurnReport:
     native_pages: list[str] = field(default_factory=list)
     context_pages: list[str] = field(default_factory=list)
     evicted_pages: list[str] = field(default_factory=list)
-    prefetched: list[PrefetchReport] = field(default_factory=list)
+    prefetched_pages: list[str] = field(default_factory=list)  # brought in before the call
+    prefetched_used: int = 0  # of them those that the answer took something from
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)
     rounds: int = 0
@@ -74,14 +65,8 @@ class TurnReport:
         new = [fault for fault in served if fault.tokens]  # the others were in the window
         metrics.faults += len(new)
         metrics.refaults += sum(fault.refault for fault in new)
-        for brought in self.prefetched:
-            counts = metrics.prefetch.setdefault(brought.source, SourceMetrics())
-            counts.prefetched += 1
-            counts.used += brought.used
-
-    @property
-    def prefetched_pages(self) -> list[str]:
-        return [page.page_id for page in self.prefetched]
+        metrics.prefetched += len(self.prefetched_pages)
+        metrics.prefetched_used += self.prefetched_used
 
 
 def stretched_window(limits: Limits) -> str:

@@ -24,7 +24,7 @@ from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
 from proxy.conversation.records import Stored, brought_since
-from proxy.conversation.report import PrefetchReport, TurnReport
+from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor
 from proxy.conversation.window import (
     NATIVE,
@@ -354,11 +354,10 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
-        source = "recall" if self.report.asked_back else "search"
         for page in self.brought:
-            served = used(page, self.pages, self.query, answer)
-            self.report.prefetched.append(PrefetchReport(page.page_id, source, served))
-            if served:
+            self.report.prefetched_pages.append(page.page_id)
+            if used(page, self.pages, self.query, answer):
+                self.report.prefetched_used += 1
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 
     @property

@@ -279,17 +279,14 @@ def experience(view: View) -> list[str]:
     if not view.stats:
         return []
     seen = view.stats["user_experience"]
-    brought = ", ".join(
-        f"{counts['used']:,} of {counts['prefetched']:,} from {source}"
-        for source, counts in view.stats["prefetch"].items()
-    )
+    brought, used = seen["prefetched"], seen["prefetched_used"]
     lines = [
         f"memory: {counted(view.segments, 'segment')} closed;"
         f" effective context {seen['effective_context']:.1f} times the window",
         f"look-ups: {seen['recall_success_rate']:.0%} of {seen['recalls']:,} found something;"
         f" thrash index {seen['thrash_index']:.2f}",
     ]
-    return [*lines, f"prefetched pages that the answer used: {brought}"] if brought else lines
+    return [*lines, f"prefetched pages that the answer used: {used:,} of {brought:,}"] if brought else lines
 
 
 def print_summary(view: View, console: Console) -> None:

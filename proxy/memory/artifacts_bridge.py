@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -20,7 +19,6 @@ from proxy.memory.models import MemoryPage, StorageTier
 FORMAT = 1  # of the bytes; a reader refuses what it does not know
 _ID = re.compile(r"(page|checkpoint)_[0-9a-f]{40}")
 _HERE = {"storage_tier", "artifact_id"}  # a page's place is its table entry's to say
-_BYTES_KEY = "llm-pager/base64"
 _UNREADABLE = (ValueError, TypeError, LookupError, RecursionError)
 
 
@@ -143,25 +141,14 @@ def _artifact_id(kind: str, data: bytes) -> str:
 
 def _encode(kind: str, value: dict[str, Any]) -> bytes:
     made = json.dumps(
-        {"format": FORMAT, kind: value},
-        separators=(",", ":"), sort_keys=True, allow_nan=False, default=_from_bytes,
-    )  # fmt: skip
+        {"format": FORMAT, kind: value}, separators=(",", ":"), sort_keys=True, allow_nan=False
+    )
     return made.encode("ascii")
 
 
 def _decode(kind: str, data: bytes) -> dict[str, Any]:
-    value = json.loads(data, object_hook=_to_bytes)
+    value = json.loads(data)
     if value["format"] != FORMAT:
         raise ArtifactError(f"An artifact is not in format {FORMAT}, the only one known here.")
     found: dict[str, Any] = value[kind]
     return found
-
-
-def _from_bytes(value: Any) -> dict[str, str]:
-    if isinstance(value, bytes):
-        return {_BYTES_KEY: b64encode(value).decode("ascii")}
-    raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _to_bytes(value: dict[str, Any]) -> Any:
-    return b64decode(value[_BYTES_KEY]) if value.keys() == {_BYTES_KEY} else value

@@ -104,27 +104,18 @@ def context_block(lines: Iterable[str]) -> str:
 
 # What words about a medium are called in a page's metadata, the most telling first.
 _WORDS_ABOUT = ("caption", "summary", "topic")
-_IMAGE_TOKENS, _LOW_IMAGE_TOKENS = 1_105, 85  # gpt-4o's tile rule: a 1024-pixel square; detail: low
-_DATA_CHARS_PER_TOKEN = 512  # of audio, video and files: 16 kHz sound in base64
+_MEDIUM_TOKENS = 1_105  # gpt-4o's tile rule for a 1024-pixel square
 
 
 class _Estimates:
-    """`Counts` for callers that have no counter."""
+    """`Counts` for callers that have no counter: texts by their length, media all alike."""
 
     def text(self, text: str) -> int:
-        """About so many tokens, by length."""
         return estimate_text_tokens(text)
 
     def part(self, part: dict[str, Any]) -> int:
-        """About so many tokens, media by a typical tile rule."""
         words = part.get("text")
-        if isinstance(words, str):
-            return estimate_text_tokens(words)
-        if part.get("type") == "image_url":
-            image = part.get("image_url")
-            low = isinstance(image, Mapping) and image.get("detail") == "low"
-            return _LOW_IMAGE_TOKENS if low else _IMAGE_TOKENS
-        return 1 + len(_encode_value(part)) // _DATA_CHARS_PER_TOKEN
+        return estimate_text_tokens(words) if isinstance(words, str) else _MEDIUM_TOKENS
 
 
 ESTIMATES: Counts = _Estimates()

@@ -6,14 +6,7 @@ about. Whoever sees an event counts it.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
-
-
-class SourceMetrics(BaseModel):
-    """What one prefetch source brought in, and how much of it was used."""
-
-    prefetched: int = 0
-    used: int = 0
+from pydantic import BaseModel
 
 
 class UserExperienceMetrics(BaseModel):
@@ -27,7 +20,8 @@ class UserExperienceMetrics(BaseModel):
     turns: int = 0
     l0_tokens: int = 0  # in the window, summed over turns
     reachable_tokens: int = 0  # of all pages that can be had, the window's included, summed over turns
-    prefetch: dict[str, SourceMetrics] = Field(default_factory=dict)  # by `PrefetchReport.source`
+    prefetched: int = 0  # pages brought in before the call
+    prefetched_used: int = 0  # of them those that the answer took something from
 
     def recall_success_rate(self) -> float:
         """Recalls that found what was needed, 0..1."""
@@ -42,20 +36,17 @@ class UserExperienceMetrics(BaseModel):
         window, over all turns."""
         return _ratio(self.reachable_tokens, self.l0_tokens)
 
-    def prefetch_hit_rates(self) -> dict[str, float]:
-        """Used per prefetched page, by source, in the order of their names."""
-        return {name: _ratio(c.used, c.prefetched) for name, c in sorted(self.prefetch.items())}
+    def prefetch_hit_rate(self) -> float:
+        """Used per prefetched page, 0..1."""
+        return _ratio(self.prefetched_used, self.prefetched)
 
-    def snapshot(self) -> dict[str, int | float | dict[str, float]]:
+    def snapshot(self) -> dict[str, int | float]:
         """Counts and rates as plain values, for an API or a log."""
-        counts: dict[str, int | float | dict[str, float]] = dict(
-            self.model_dump(exclude={"prefetch", "l0_tokens", "reachable_tokens"})
-        )
-        return counts | {
+        return self.model_dump(exclude={"l0_tokens", "reachable_tokens"}) | {
             "recall_success_rate": self.recall_success_rate(),
             "thrash_index": self.thrash_index(),
             "effective_context": self.effective_context(),
-            "prefetch_hit_rates": self.prefetch_hit_rates(),
+            "prefetch_hit_rate": self.prefetch_hit_rate(),
         }
 
 

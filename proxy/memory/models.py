@@ -265,7 +265,5 @@ class PageTableStats(BaseModel):
 
     total_pages: int = 0
     total_tokens: int = 0
-    pinned_pages: int = 0
     l0_tokens: int = 0
     pages_by_tier: dict[StorageTier, int] = Field(default_factory=dict)
-    pages_by_modality: dict[Modality, int] = Field(default_factory=dict)

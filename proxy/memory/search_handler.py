@@ -1,8 +1,7 @@
 """search_pages without an index: ranks pages by the words of their hints.
 
-Promises: deterministic; a page without a word in common with the query is no result, unless the query
-names it; a rare word counts for more than one that every page has; of equal pages the earlier one given
-comes first. For the whole text of a conversation there is `proxy.search`.
+Promises: deterministic; a page without a word in common with the query is no result; a rare word counts for
+more than one that every page has; of equal pages the earlier one given comes first. For the whole text of a conversation there is `proxy.search`.
 """
 
 from __future__ import annotations
@@ -65,18 +64,12 @@ class PageSearchHandler:
         modality: Modality | str | None = None,
         limit: int = DEFAULT_SEARCH_LIMIT,
     ) -> SearchToolResult:
-        """The best pages for `query`, those that it names by their ids first."""
-        named = set(query.lower().split())
-        found = dict(self.ranked(query))
+        """The best pages for `query`."""
         kind = modality.value if isinstance(modality, Modality) else modality
-        chosen = [
-            i for i, page in self._pages.items()
-            if (i in found or i.lower() in named) and kind in (None, page.modality)
-        ]  # fmt: skip
-        chosen.sort(key=lambda i: (i.lower() not in named, -found.get(i, 0.0)))
+        found = [row for row in self.ranked(query) if kind in (None, self._pages[row[0]].modality)]
         results = [
-            SearchResultEntry(**self._pages[i].model_dump(), relevance=round(found.get(i, 0.0), 3))
-            for i in chosen[: max(1, min(MAX_SEARCH_LIMIT, limit))]
+            SearchResultEntry(**self._pages[i].model_dump(), relevance=round(score, 3))
+            for i, score in found[: max(1, min(MAX_SEARCH_LIMIT, limit))]
         ]
         return SearchToolResult(results=results, total_available=len(self._pages))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from proxy.memory.compressor import clip, compress_text
-from proxy.memory.models import CompressionLevel, MemoryPage, PageType, StorageTier
+from proxy.memory.models import SYSTEM_ROLES, CompressionLevel, MemoryPage, PageType, StorageTier
 
 _Count = Callable[[str], int]  # tokens of a text
 
@@ -146,7 +146,7 @@ _PREFERENCE = re.compile(
 def is_standing(role: str, text: str, tokens: int) -> bool:
     """A short message for all later answers: an instruction of the user's or of the application's, or what
     the user says of their own preferences."""
-    if role not in ("user", "system", "developer") or tokens > PIN_TOKENS:
+    if role not in ("user", *SYSTEM_ROLES) or tokens > PIN_TOKENS:
         return False
     low = text.lower()
     if any(word in low for word in _STANDING_WORDS) and _STANDING.search(low):

@@ -65,12 +65,8 @@ class _Root(msgspec.Struct, array_like=True, gc=False):
     pages: int = 0
     tokens: int = 0
     l0_tokens: int = 0
-    pinned: int = 0
     tiers: dict[StorageTier, int] = msgspec.field(
         default_factory=lambda: dict.fromkeys(StorageTier, 0)
-    )
-    modalities: dict[Modality, int] = msgspec.field(
-        default_factory=lambda: dict.fromkeys(Modality, 0)
     )
     chunks: dict[int, ChunkRef] = msgspec.field(default_factory=dict)  # as they were last stored
     resident: list[int] = msgspec.field(default_factory=list)  # the chunks with pages in the window
@@ -170,15 +166,13 @@ class PageTable:
         return self._root.tokens
 
     def get_stats(self) -> PageTableStats:
-        """Counts by tier and modality; tiers and modalities without pages are left out."""
+        """Counts; tiers without pages are left out."""
         root = self._root
         return PageTableStats(
             total_pages=root.pages,
             total_tokens=root.tokens,
-            pinned_pages=root.pinned,
             l0_tokens=root.l0_tokens,
             pages_by_tier={tier: count for tier, count in root.tiers.items() if count},
-            pages_by_modality={kind: count for kind, count in root.modalities.items() if count},
         )
 
     # -- storage
@@ -230,14 +224,15 @@ class PageTable:
             elif op is _EVICT:
                 self._leave_l0(entry, mutation)
             elif op is _ACCESS:
-                entry.access_count += 1
-                entry.last_turn = max(entry.last_turn, mutation.turn)
+                self._use(entry, mutation)
             elif op is _COMPRESS:
                 self._set_level(entry, mutation)
             elif op is _PIN or op is _UNPIN:
                 self._set_pin(entry, mutation)
             else:
                 self._update(entry, mutation)
+        if mutation.artifact_id is not None:
+            entry.artifact_id = mutation.artifact_id
         self._root.turn = max(self._root.turn, mutation.turn)
         self._changed.add(_chunk_of(entry))
         if self._on_apply is not None:
@@ -274,14 +269,12 @@ class PageTable:
             importance=DEFAULT_IMPORTANCE if m.importance is None else m.importance,
             modality=m.modality or Modality.TEXT,
             page_type=m.page_type or PageType.TRANSCRIPT,
-            artifact_id=m.artifact_id,
         )
         self._entries[m.page_id] = entry
         self._chunks.setdefault(_chunk_of(entry), []).append(entry)
         root.pages += 1
         root.tokens += tokens
         root.tiers[entry.tier] += 1
-        root.modalities[entry.modality] += 1
         if entry.tier is _L0:
             self._window[m.page_id] = entry
             entry.l0_tokens = tokens
@@ -313,10 +306,11 @@ class PageTable:
         self._move(entry, _L0, entry.size_tokens if m.tokens is None else m.tokens)
         if m.level is not None:
             entry.level = m.level
+        self._use(entry, m)
+
+    def _use(self, entry: PageTableEntry, m: PageMutation) -> None:
         entry.access_count += 1
         entry.last_turn = max(entry.last_turn, m.turn)
-        if m.artifact_id is not None:
-            entry.artifact_id = m.artifact_id
 
     def _leave_l0(self, entry: PageTableEntry, m: PageMutation) -> None:
         tier = m.tier or StorageTier.L2
@@ -326,8 +320,6 @@ class PageTable:
         # Below L0 a page is its full body; a level only describes how it is shown in the window.
         entry.level = CompressionLevel.FULL if m.level is None else m.level
         entry.evicted_turn = m.turn
-        if m.artifact_id is not None:
-            entry.artifact_id = m.artifact_id
 
     def _set_level(self, entry: PageTableEntry, m: PageMutation) -> None:
         if m.level is None:
@@ -337,9 +329,7 @@ class PageTable:
             self._move(entry, _L0, m.tokens)
 
     def _set_pin(self, entry: PageTableEntry, m: PageMutation) -> None:
-        pinned = m.op is _PIN
-        self._root.pinned += pinned - entry.pinned
-        if not pinned:
+        if m.op is _UNPIN:
             entry.pin_kind = entry.pinned_turn = None
             return
         if entry.pin_kind is not PinKind.EXPLICIT:  # no guess weakens what somebody asked for
@@ -358,8 +348,6 @@ class PageTable:
             entry.size_tokens = m.tokens
         if m.importance is not None:
             entry.importance = m.importance
-        if m.artifact_id is not None:
-            entry.artifact_id = m.artifact_id
 
     # -- the seeds' doors: each is one mutation (two for a pinned page), at the table's latest turn
 

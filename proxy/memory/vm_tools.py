@@ -64,7 +64,6 @@ def build_vm_developer_message(
     mode: VMMode,
     manifest_json: str,
     context: str,
-    system_prompt: str = "",
     max_faults_per_turn: int = 3,
     names: Mapping[str, str] | None = None,
 ) -> str:
@@ -75,7 +74,7 @@ def build_vm_developer_message(
     (or lines made by `context_line`), which cannot close the tags around them.
     """
     rules = vm_rules(mode, max_faults_per_turn, names)
-    sections = [system_prompt, f"<VM:RULES>\n{rules}\n</VM:RULES>"]
+    sections = [f"<VM:RULES>\n{rules}\n</VM:RULES>"]
     if manifest_json:
         sections.append(f"<VM:MANIFEST_JSON>\n{manifest_json}\n</VM:MANIFEST_JSON>")
     sections.append(context_block([context] if context else []))
@@ -137,9 +136,7 @@ class ToolDefinition(BaseModel):
     function: ToolFunction
 
 
-def get_vm_tools(
-    include_search: bool = True, names: Mapping[str, str] | None = None
-) -> list[ToolDefinition]:
+def get_vm_tools(names: Mapping[str, str] | None = None) -> list[ToolDefinition]:
     """The tools as models, page_fault first."""
     fault = ToolFunction(
         name=_name(PAGE_FAULT, names),
@@ -151,15 +148,12 @@ def get_vm_tools(
         description="Search the older pages of this conversation; returns page ids with hints.",
         parameters=_schema(_SEARCH_PARAMETERS),
     )
-    chosen = [fault, search] if include_search else [fault]
-    return [ToolDefinition(function=function) for function in chosen]
+    return [ToolDefinition(function=function) for function in (fault, search)]
 
 
-def get_vm_tools_as_dicts(
-    include_search: bool = True, names: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
+def get_vm_tools_as_dicts(names: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """The tools as Chat Completions wants them; fresh dicts, always in the same key order."""
-    return [tool.model_dump() for tool in get_vm_tools(include_search, names)]
+    return [tool.model_dump() for tool in get_vm_tools(names)]
 
 
 def _schema(properties: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,6 @@ class WorkingSetStats(BaseModel):
     """The working set at one moment. `utilization` is the used share of the room."""
 
     l0_pages: int = 0
-    l1_pages: int = 0
     tokens_used: int = 0
     utilization: float = 0.0
 
@@ -152,7 +151,6 @@ class WorkingSetManager:
         """Counts of pages and tokens."""
         return WorkingSetStats(
             l0_pages=self._pages_in(_L0),
-            l1_pages=self._pages_in(_L1),
             tokens_used=self.table.get_stats().l0_tokens,
             utilization=self.budget.utilization,
         )

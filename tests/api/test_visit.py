@@ -16,7 +16,7 @@ from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
-from proxy.conversation.report import FaultReport, PrefetchReport, SearchReport, TurnReport
+from proxy.conversation.report import FaultReport, SearchReport, TurnReport
 from proxy.upstream import make_upstream
 from tests.e2e.processes import ServerProcess
 from tests.test_app import CHAT, app_in, call
@@ -240,8 +240,8 @@ async def test_rates_are_of_what_the_turns_reported(tmp_path: Path) -> None:
         faults = [FaultReport("msg_0001", 0, 70), FaultReport("msg_0002", 0, 50, refault=True),
                   FaultReport("msg_0003", 0, 0), FaultReport("msg_9999", 0, 0, "unknown page")]  # fmt: skip
         searches = [SearchReport("my secret", ["msg_0001"]), SearchReport("nothing", [])]
-        brought = [PrefetchReport("msg_0004", "search", True), PrefetchReport("claim_0001", "claim")]
-        stats.told(report(faults=faults, searches=searches, prefetched=brought, evicted_pages=["a", "b"], new_epoch=True))
+        stats.told(report(faults=faults, searches=searches, evicted_pages=["a", "b"], new_epoch=True,
+                          prefetched_pages=["msg_0004", "msg_0005"], prefetched_used=1))
         stats.told(report(6, used_tokens=3000, reachable_tokens=4000))
         stats.told(report(7, channel="bypass"))
         found = stats.snapshot()
@@ -252,16 +252,14 @@ async def test_rates_are_of_what_the_turns_reported(tmp_path: Path) -> None:
     assert (told["faults"], told["refaults"]) == (2, 1), "a page that was there already costs nothing"
     assert told["thrash_index"] == 0.5 and told["evictions"] == 2 and told["turns"] == 2
     assert told["effective_context"] == 2.0
-    assert told["prefetch_hit_rates"] == {"claim": 0.0, "search": 1.0}
-    assert found["prefetch"] == {"claim": {"prefetched": 1, "used": 0}, "search": {"prefetched": 1, "used": 1}}
+    assert (told["prefetched"], told["prefetch_hit_rate"]) == (2, 0.5)
 
 
 async def test_stats_are_numbers_only(tmp_path: Path) -> None:
     async with stats_in(tmp_path) as (stats, _):
         for turn in range(200):
-            brought = [PrefetchReport(f"msg_{turn:04d}", "search", True)]
             searches = [SearchReport(f"secret {turn}", ["msg_0001"])]
-            stats.told(report(turn, prefetched=brought, searches=searches))
+            stats.told(report(turn, prefetched_pages=[f"msg_{turn:04d}"], searches=searches))
         text = json.dumps(stats.snapshot())
     assert "secret" not in text and "msg_" not in text and "gpt" not in text
 

@@ -220,11 +220,9 @@ async def test_stats_are_numbers_and_grow(stand: Stand) -> None:
         "turns", "paged_turns", "epochs", "pack_cache.misses", "l1.values",
         "user_experience.recalls", "user_experience.recall_success_rate", "user_experience.faults",
         "user_experience.refaults", "user_experience.thrash_index", "user_experience.evictions",
+        "user_experience.prefetched",
     ):  # fmt: skip
         assert grown[name] > 0, (name, after)
-    assert after["user_experience"]["prefetch_hit_rates"].keys() <= {"search", "recall"}
-    sources = after["prefetch"]
-    assert sources and sum(counts["prefetched"] for counts in sources.values()) > 0
     rates = [v for name, v in grown.items() if "rate" in name or name.endswith("thrash_index")]
     assert rates and all(0 <= rate <= 1 for rate in rates)
 

@@ -68,9 +68,8 @@ def test_developer_message_is_as_in_the_seeds() -> None:
         mode=VMMode.STRICT,
         manifest_json='{"total_available":1}',
         context='U (msg_0001): "hi"',
-        system_prompt="Be kind.",
     )
-    assert message.startswith("Be kind.\n\n<VM:RULES>\n")
+    assert message.startswith("<VM:RULES>\n")
     assert '<VM:MANIFEST_JSON>\n{"total_available":1}\n</VM:MANIFEST_JSON>' in message
     assert message.endswith('<VM:CONTEXT>\nU (msg_0001): "hi"\n</VM:CONTEXT>')
     assert "<VM:CONTEXT>\n" not in build_vm_developer_message(VMMode.RELAXED, "{}", "")
@@ -104,7 +103,7 @@ def test_names_on_a_collision_reach_tools_and_rules() -> None:
 def test_invariant_07_tools_and_messages_are_constant() -> None:
     assert json.dumps(get_vm_tools_as_dicts()) == json.dumps(get_vm_tools_as_dicts())
     assert get_vm_tools_as_dicts() is not get_vm_tools_as_dicts()
-    assert len(get_vm_tools(include_search=False)) == 1
+    assert [tool.function.name for tool in get_vm_tools()] == ["page_fault", "search_pages"]
 
 
 @pytest.mark.parametrize("mode", list(VMMode))

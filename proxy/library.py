@@ -1,9 +1,13 @@
-"""MemoryManager: one conversation's memory for a program of its own: messages in, Chat Completions
-requests out, the model's VM calls answered between. It plays the proxy's own turns, against records in RAM.
+"""The library: the proxy's memory for programs that call the model themselves.
 
-Promises: a request is, byte for byte, what the proxy sends for the same history with the same settings;
-a turn that is never answered leaves no trace. Table and pages are views of these turns: what a caller
-weighs counts for them, what he moves by hand does not change the window.
+`SessionManager` keeps a conversation, `MemoryManager` its memory under the guide's names: messages in, Chat
+Completions requests out, the model's VM calls answered between. No model is called here.
+
+Promises: a request is, byte for byte, what the proxy sends for the same history with the same settings, because
+it is made by the proxy's own turns, against records in RAM; a turn that is never answered leaves no trace. Table
+and pages are views of these turns: what a caller weighs counts for them, what he moves by hand does not change
+the window. A session without `enable_vm` gives the plain history; with it, while everything fits, the messages
+stand as they were said, behind rules that stay the same (as long as these fit, too).
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import dropwhile
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 
@@ -45,12 +51,15 @@ from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.faults import PageFaultHandler
 from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.levels import CompressorRegistry
+from proxy.memory.manifest import ManifestBuilder, ManifestPolicies
 from proxy.memory.models import SYSTEM_ROLES, MemoryPage, PageMutation, VMMode
 from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import (
     SEARCH_PAGES,
     SearchToolResult,
+    build_vm_developer_message,
     error_result,
+    get_vm_tools_as_dicts,
     parse_fault_args,
     parse_search_args,
 )
@@ -59,8 +68,10 @@ from proxy.search.paths import PathIndexes
 from proxy.tokens import PER_REPLY, get_counter
 
 DEFAULT_MODEL = "gpt-4o"
+MAX_SESSION_ID_CHARS = 256
 _VM = Channel(TOOLS, True, vm_names([]))  # which called names mean our tools
 _NO_MORE = error_result("No more pages in this turn; answer with what is loaded.")
+_NO_VM = {"error": "This session has no virtual memory."}
 _TOO_MANY = error_result("Too many calls at once; answer with what you have.")
 _json = msgspec.json.encode
 _decode = msgspec.json.decode
@@ -82,8 +93,8 @@ class _OpenTurn:
 
 class MemoryManager:
     """The memory of one session. `config` is its window (default: the model's own, less the usual
-    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` is the
-    caller's, for checkpoints and what he moves there.
+    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` is for the
+    caller's checkpoints.
     """
 
     def __init__(
@@ -361,14 +372,8 @@ class MemoryManager:
         self._changes.append(mutation)
 
     async def _get_page(self, name: str) -> MemoryPage | None:
-        """A page of the conversation, or what a caller put into `_pages` or `storage`."""
-        if name in self._pages:
-            return self._pages[name]
-        pages, entry = self._path_pages(), self.combined.lookup(name)
-        if pages.expand(name) == [name]:
-            return pages.page(name)
-        artifact_id = entry.artifact_id if entry is not None else None
-        return await self.storage.load_page(artifact_id) if artifact_id is not None else None
+        """A page of the conversation, or one that the caller put into `_pages`."""
+        return self._pages.get(name)
 
     def _path_pages(self, end: int | None = None) -> PathPages:
         """The pages of the first `end` messages (None: all), and what derives from them."""
@@ -459,3 +464,120 @@ class MemoryManager:
 
 def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+class SessionManager:
+    """One conversation. `session_id` names it (default: a random one, 1 to 256 characters).
+
+    The `vm_*` options only mean something with `enable_vm`: see `MemoryManager`. `model` says how
+    tokens are counted. `vm` is the session's MemoryManager, None without VM.
+    """
+
+    def __init__(
+        self,
+        session_id: str | None = None,
+        system_prompt: str | None = None,
+        enable_vm: bool = False,
+        vm_mode: VMMode = VMMode.PASSIVE,
+        vm_config: WorkingSetConfig | None = None,
+        vm_eviction_policy: EvictionPolicy | None = None,
+        vm_compressor_registry: CompressorRegistry | None = None,
+        model: str = DEFAULT_MODEL,
+    ) -> None:
+        if session_id is not None and not 0 < len(session_id) <= MAX_SESSION_ID_CHARS:
+            raise ValueError(f"a session id has 1 to {MAX_SESSION_ID_CHARS} characters")
+        self.session_id = session_id if session_id is not None else uuid4().hex
+        self.system_prompt = system_prompt
+        self.vm_mode = vm_mode
+        self._messages: list[Message] = []  # without VM
+        self._calls = 0
+        self._counter = get_counter(model)
+        self.vm: MemoryManager | None = None
+        if enable_vm:
+            self.vm = MemoryManager(
+                self.session_id, vm_config, vm_eviction_policy, vm_compressor_registry,
+                mode=vm_mode, model=model, system_prompt=system_prompt,
+            )  # fmt: skip
+
+    # -- what is said
+
+    async def user_says(self, text: str | list[dict[str, Any]]) -> str:
+        """The user's message: a text or content parts. Returns the session's id."""
+        return self._say({"role": "user", "content": text})
+
+    async def ai_responds(self, text: str, model: str = "") -> str:
+        """The model's answer; `model`, who gave it, changes nothing. Returns the session's id."""
+        return self._say({"role": "assistant", "content": text})
+
+    async def tool_used(
+        self,
+        tool_name: str,
+        arguments: dict[str, Any] | None = None,
+        result: Any = None,
+        error: str | None = None,
+    ) -> str:
+        """A tool of the program's was called, with this result or error (JSON, when it is no text). Returns
+        the session's id."""
+        self._calls += 1
+        call_id = f"call_{self._calls:04d}"
+        function = {"name": tool_name, "arguments": json.dumps(arguments or {}, default=str)}
+        call = {"id": call_id, "type": "function", "function": function}
+        told = {"error": error} if error is not None else result
+        content = told if isinstance(told, str) else json.dumps(told, default=str)
+        self._say({"role": "assistant", "content": None, "tool_calls": [call]})
+        return self._say({"role": "tool", "tool_call_id": call_id, "content": content})
+
+    def _say(self, message: Message) -> str:
+        if self.vm is not None:
+            self.vm.add_message(message)
+        else:
+            self._messages.append(message)
+        return self.session_id
+
+    # -- what the model is sent
+
+    async def get_messages_for_llm(self, include_system: bool = True) -> list[Message]:
+        """The messages of the next request, in Chat Completions' shape.
+
+        With VM: the rules with manifest and <VM:CONTEXT> behind the system prompt, then the messages
+        that are in the window. `include_system` false leaves both out.
+        """
+        if self.vm is not None:
+            messages = self.vm.request()["messages"]
+        else:
+            system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+            messages = [*system, *self._messages]
+        if not include_system:
+            return list(dropwhile(lambda m: m["role"] in SYSTEM_ROLES, messages))
+        at = 1 if self.system_prompt else 0
+        rules = self._rules()
+        return [*messages[:at], *([rules] if rules else []), *messages[at:]]
+
+    def get_tools(self) -> list[dict[str, Any]]:
+        """The VM's tools for the next request's `tools`; none without VM and in passive mode."""
+        if self.vm is None:
+            return []
+        tools = self.vm.request().get("tools") or []
+        if not tools and self.vm_mode is not VMMode.PASSIVE and self._rules():
+            tools = get_vm_tools_as_dicts()
+        return list(tools)
+
+    def _rules(self) -> Message | None:
+        """The rules while every page is still in the window; None when they are there, or do not fit."""
+        if self.vm is None or self.vm.paged:
+            return None
+        mode, faults = self.vm.limits.mode, self.vm.limits.faults_per_turn
+        builder = ManifestBuilder(policies=ManifestPolicies(max_faults_per_turn=faults))
+        tools = [] if mode is VMMode.PASSIVE else get_vm_tools_as_dicts()
+        manifest = builder.build().model_dump_json() if tools else ""
+        text = build_vm_developer_message(mode, manifest, "", max_faults_per_turn=faults)
+        rules = {"role": "system", "content": text}
+        added = self._counter.message(rules) + self._counter.tools(tools)
+        return rules if self.vm.tokens + added <= self.vm.limits.budget_tokens else None
+
+    # -- the model's VM calls
+
+    async def handle_tool_call(self, name: str, arguments: str) -> dict[str, Any]:
+        """The result of a VM call as the model made it (`arguments` is its JSON text): a page or what was found,
+        or `error`. Call and result stand in the next `get_messages_for_llm()`, as in the proxy."""
+        return dict(_NO_VM) if self.vm is None else await self.vm.call(name, arguments)
