@@ -44,9 +44,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy.upstream.demo import DemoUpstream
-from proxy.upstream.demo_cache import PromptCache
-from proxy.upstream.demo_reader import read, seen_text
 
 import proxy.app
 from proxy.config import Config
