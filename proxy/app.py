@@ -7,7 +7,6 @@ verbatim. One application per worker process; workers share the state directory.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 
@@ -15,20 +14,24 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from proxy.api.chat import ChatApi, Observer
-from proxy.api.health import Draining, health_router
+from proxy.api.endpoints import Draining, own_router
+from proxy.api.http import (
+    Origins,
+    Receive,
+    Scope,
+    Send,
+    is_chat,
+    is_ours,
+    passthrough,
+    send_error,
+)
 from proxy.api.memory import Memory
-from proxy.api.origins import Origins
-from proxy.api.passthrough import Receive, Scope, Send, passthrough, send_error
-from proxy.api.paths import is_chat, is_ours
 from proxy.api.renditions import Renditions
-from proxy.api.stats import Stats
-from proxy.api.visit import CONTENT_TYPE, Metrics, Visit, path_kind
-from proxy.api.vm import vm_router
+from proxy.api.visit import Stats, Visit, path_kind
 from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
-from proxy.logs import configure
-from proxy.runtime import tune
+from proxy.process import configure, tune
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
@@ -49,29 +52,21 @@ class App:
         )
         self._rest = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
         self._draining = Draining(config.server.drain_s)
-        self._rest.include_router(health_router(self._draining, self.memory.store.check))
         self._rest.include_router(
-            vm_router(
-                self._stats,
-                self.memory,
-                config.sessions,
-                self._chat.model_facts.table,
+            own_router(
+                self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
             )
         )
         self._origins = Origins(config)
-        self._metrics = Metrics()
-        self._rest.add_api_route("/metrics", self._read_metrics, methods=["GET"])
         self._rest.add_exception_handler(HTTPException, _refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        elif scope["type"] != "http":
+            return
+        if scope["type"] != "http":
             await self._rest(scope, receive, send)
-        else:
-            await self._answered(scope, receive, send)
-
-    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
             head = self._origins.preflight(scope, origin)
@@ -80,42 +75,24 @@ class App:
                 await send({"type": "http.response.body", "body": b""})
                 return
             send = self._origins.readable(origin, send)
-        if is_ours(scope["path"]):
-            refusal = self._origins.refusal(scope) if scope["path"].startswith("/vm/") else None
-            if refusal is not None:
-                await send_error(send, refusal)
-            else:
-                await self._rest(scope, receive, send)
-        else:
+        if not is_ours(scope["path"]):
             await self._visited(scope, receive, Visit(scope, send))
+        elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
+            await send_error(send, refusal)
+        else:
+            await self._rest(scope, receive, send)
 
     async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
+        """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
         try:
             if (refusal := self._origins.refusal(scope)) is not None:
                 await send_error(visit.send, refusal)
             elif scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
-                visit.unpaged()  # until it is placed
-                await self._guarded(self._chat, scope, receive, visit)
+                visit.kind = "chat"
+                await self._chat(scope, receive, visit.send)
             else:
-                visit.unpaged(path_kind(visit.path))
-                await self._guarded(self._pass, scope, receive, visit)
-        finally:
-            visit.ended()
-            self._metrics.count(visit)
-            self._stats.seen(visit)
-
-    async def _read_metrics(self) -> Response:
-        return Response(await asyncio.to_thread(self._metrics.text), media_type=CONTENT_TYPE)
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await passthrough(scope, receive, send, self._upstream)
-
-    async def _guarded(
-        self, handler: object, scope: Scope, receive: Receive, visit: Visit
-    ) -> None:
-        """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
-        try:
-            await handler(scope, receive, visit.send)  # type: ignore[operator]
+                visit.kind = path_kind(visit.path)
+                await passthrough(scope, receive, visit.send, self._upstream)
         except UpstreamBroken:
             raise  # the connection has to break, or the client takes half an answer for a whole
         except Exception:
@@ -125,6 +102,9 @@ class App:
             error = ApiError(500, "llm-pager failed to handle this request; its log says why.",
                              "api_error", "internal_error")
             await send_error(visit.send, error)
+        finally:
+            visit.ended()
+            self._stats.count(visit)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

@@ -242,7 +242,7 @@ def _run(listener: socket.socket, workers: int) -> int:
         factory=True,
         workers=workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="proxy.serving:Protocol",
+        http="proxy.process:Protocol",
         ws="none",
         lifespan="on",
         log_level="warning",

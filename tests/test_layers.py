@@ -27,9 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "demo", "logs", "runtime"},  # its upstream is one to choose
-    "serving": set(),
-    "logs": set(),
+    "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
+    "process": set(),
     "api": {*BELOW_APP, *BASE, "limits"},
     "library": {"conversation", "limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
@@ -39,12 +38,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": {"memory", *BASE},
     "upstream": {"memory", *BASE},
     "tokens": {"media"},
-    "config": {"errors", "config_sections", "config_sources"},
-    "config_sections": set(),
-    "config_sources": {"config", "errors"},
+    "config": {"errors", "config_text"},
+    "config_text": {"errors"},
     "errors": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
-    "runtime": set(),
 }
 
 # `from proxy.memory import MemoryManager`, as the seeds have it, when it is asked for.
@@ -66,15 +63,16 @@ IMPORTERS: dict[str, set[str]] = {
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream"},
     "prometheus_client": {"api"},
     "pypdf": {"media"},
-    "pydantic": {"api", "config", "config_sections", "config_sources", "library", "memory"},  # the doors and the seeds' models
+    "pydantic": {"api", "config", "config_text", "library", "memory"},  # the doors and the seeds' models
+    "pydantic_settings": {"config"},  # the sources of the settings
     "rich": {"demo"},
     "starlette": {"api", "app"},
     "tiktoken": {"tokens"},
-    "uvicorn": {"cli", "demo", "serving"},  # the demo serves itself
+    "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
     "xxhash": {"conversation"},
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},
-    "yaml": {"cli", "config_sources"},  # printing and reading the settings
+    "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.
 STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"search", "storage"}}
@@ -193,7 +191,8 @@ def test_dependencies_are_what_is_imported() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]}
-    names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client"}
+    names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
+             "pydantic-settings": "pydantic_settings"}  # fmt: skip
     declared = {names.get(name, name) for name in declared}
     imported = set()
     for path in MODULES:

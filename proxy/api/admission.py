@@ -22,9 +22,9 @@ import msgspec
 from cachetools import LRUCache
 
 from proxy.api.caller import Caller, caller, encoded, parameters, with_body
+from proxy.api.http import Receive, Scope
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
-from proxy.api.passthrough import Receive, Scope
 from proxy.config import Config
 from proxy.conversation.body import (
     Body,

@@ -13,22 +13,25 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
-from proxy.api.encodings import decoded, encodings, plain_headers
 from proxy.api.exchange import Exchange
-from proxy.api.memory import Memory, calibration_key
-from proxy.api.model_facts import ModelFacts
-from proxy.api.passthrough import (
+from proxy.api.http import (
     Receive,
     Scope,
     Send,
+    chat_target,
+    decoded,
+    deployment,
+    encodings,
     passthrough,
+    plain_headers,
+    refuse_dot_segments,
     relay,
     send_error,
 )
-from proxy.api.paths import chat_target, deployment, raw_path, refuse_dot_segments
+from proxy.api.memory import Memory, calibration_key
+from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
-from proxy.api.stats import Stats
-from proxy.api.visit import Visit
+from proxy.api.visit import Stats, Visit
 from proxy.api.writer import Writer
 from proxy.config import Config
 from proxy.conversation.channel import wants_json
@@ -84,7 +87,7 @@ class ChatApi:
             await passthrough(scope, receive, send, self._upstream)
             return
         try:
-            refuse_dot_segments(raw_path(scope))
+            refuse_dot_segments(Visit.of(scope).path)
             body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
             if names := encodings(scope["headers"]):
                 scope, body = await self._decoded(scope, body, names)
@@ -175,7 +178,7 @@ class ChatApi:
         try:
             if not encodings(headers):  # else upstream may know them
                 query = scope.get("query_string", b"")
-                return await self._admission.admit(headers, query, body, deployment(raw_path(scope)))
+                return await self._admission.admit(headers, query, body, deployment(Visit.of(scope).path))
         except ApiError as error:
             if not is_upstreams_to_judge(error):
                 raise
@@ -196,7 +199,7 @@ class ChatApi:
         if not encodings(headers):
             reply = await self._upstream_of(scope).chat(body, headers, query)
         elif self._forwards_encoded:
-            path = chat_target(raw_path(scope))
+            path = chat_target(visit.path)
             reply = await self._upstream.forward("POST", path, query, headers, _whole(body))
         else:
             raise ApiError(415, "The request body cannot be decoded; send it without content-encoding.",
@@ -215,7 +218,7 @@ class ChatApi:
 
     def _upstream_of(self, scope: Scope) -> Upstream:
         """The upstream, at the place where it has what the client's path names."""
-        path = chat_target(raw_path(scope))
+        path = chat_target(Visit.of(scope).path)
         return self._upstream if path == CHAT_PATH else cast(Upstream, _At(self._upstream, path))
 
     # -- the turn's effects

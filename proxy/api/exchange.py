@@ -19,7 +19,7 @@ from math import isfinite
 
 import msgspec
 
-from proxy.api.passthrough import Send, send_error
+from proxy.api.http import Send, send_error
 from proxy.config import Config
 from proxy.conversation.chunks import DONE, Tee, as_event, decode_chunk, says_error
 from proxy.conversation.effects import Complete, Refused, Said

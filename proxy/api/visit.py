@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter as Tally
 from functools import lru_cache
 from typing import Any, Final
 
@@ -28,11 +29,14 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from proxy.api.passthrough import Message, Scope, Send
-from proxy.api.paths import raw_path
+from proxy.api.http import Message, Scope, Send, raw_path
+from proxy.api.memory import Memory
+from proxy.api.writer import Writer
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
+from proxy.conversation.pages import packed_lines
 from proxy.conversation.report import TurnReport
+from proxy.memory.metrics import UserExperienceMetrics
 from proxy.upstream import Header
 
 log = logging.getLogger("proxy.request")
@@ -183,10 +187,16 @@ class Visit:
         log.info("%s", line, extra={"fields": line})
 
 
-class Metrics:
-    """One per process."""
+class Stats:
+    """What all requests of this process add up to, in numbers only, so that any tenant's may be counted
+    (invariant 6): JSON at GET /vm/stats, Prometheus's text at GET /metrics. One per process."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory, writer: Writer) -> None:
+        self._memory = memory
+        self._writer = writer
+        self.metrics = UserExperienceMetrics()
+        self.turns = self.paged_turns = self.epochs = 0
+        self.unpaged: Tally[str] = Tally()  # by what their paths are of
         self._own = own = CollectorRegistry()
         requests = Counter(
             "llm_pager_requests", "Requests answered, by channel and class of status",
@@ -219,14 +229,44 @@ class Metrics:
         self._requests(visit.channel, f"{visit.status // 100}xx" if visit.status else "none").inc()
         if visit.channel == "unpaged":
             self._unpaged(visit.kind).inc()
+            self.unpaged[visit.kind] += 1
         else:
             self._seconds(visit.channel).observe(visit.seconds)
         for field, counter in self._counters:
             if value := getattr(visit, field):
                 counter.inc(value)
 
+    def told(self, report: TurnReport) -> None:
+        """Count one answered turn."""
+        self.turns += 1
+        if report.channel == "bypass":
+            return
+        self.paged_turns += 1
+        self.epochs += report.new_epoch
+        report.record(self.metrics)
+
+    def snapshot(self) -> dict[str, Any]:
+        """For /vm/stats: JSON values, in a fixed order."""
+        cache, lines = self._memory.cache, packed_lines()
+        return {
+            "turns": self.turns,
+            "paged_turns": self.paged_turns,
+            "epochs": self.epochs,
+            "unpaged": dict(sorted(self.unpaged.items())),
+            "user_experience": self.metrics.snapshot(),
+            "prefetch": {
+                source: counts.model_dump()
+                for source, counts in sorted(self.metrics.prefetch.items())
+            },
+            "pack_cache": lines.model_dump(),
+            "l1": {"values": len(cache), "tokens": cache.tokens, "hits": cache.hits,
+                   "misses": cache.misses},
+            "writer": {"written": self._writer.written, "failed": self._writer.failed,
+                       "dropped": self._writer.dropped},
+        }  # fmt: skip
+
     def text(self) -> bytes:
-        """The page in Prometheus's text format; of all workers, where there are several."""
+        """For /metrics: Prometheus's text format; of all workers, where there are several."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self._own)
         shared = CollectorRegistry()

@@ -19,7 +19,7 @@ from proxy.api.caller import caller
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
 from proxy.api.renditions import Renditions
-from proxy.api.stats import Stats
+from proxy.api.visit import Stats
 from proxy.api.writer import Writer
 from proxy.config import Config, load_config
 from proxy.conversation.report import TurnReport

@@ -15,7 +15,7 @@ import pytest
 from proxy.api.chat import ChatApi
 from proxy.api.memory import Memory
 from proxy.api.renditions import Renditions
-from proxy.api.stats import Stats
+from proxy.api.visit import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
 from proxy.conversation.derived import derive

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.api.paths import (
+from proxy.api.http import (
     chat_target,
     deployment,
     forward_target,

@@ -1,4 +1,4 @@
-"""Pass-through and health over real sockets: client -> uvicorn -> passthrough -> aiohttp server."""
+"""Pass-through over real sockets: client -> uvicorn -> passthrough -> aiohttp server."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import aiohttp
 import pytest
 import uvicorn
 from aiohttp import web
-from fastapi import FastAPI
 from yarl import URL
 
-from proxy.api.health import Draining, health_router
-from proxy.api.passthrough import Receive, Scope, Send, passthrough
+from proxy.api.http import Receive, Scope, Send, passthrough
 from proxy.config import load_config
 from proxy.upstream import make_upstream
 from tests.waiting import happens
@@ -221,23 +219,3 @@ async def test_an_unreachable_upstream_is_openais_error_shape() -> None:
         assert response.status == 502
         assert (await response.json())["error"]["code"] == "upstream_unreachable"
     await upstream.close()
-
-
-async def test_health_and_readiness() -> None:
-    broken = False
-
-    async def check() -> None:
-        if broken:
-            raise OSError("the disk is full")
-
-    app = FastAPI()
-    app.include_router(health_router(Draining(0), check))
-    async with uvicorn_on(app) as base, aiohttp.ClientSession() as client:
-        async with client.get(base + "/health") as response:
-            assert (response.status, await response.json()) == (200, {"status": "ok"})
-        async with client.get(base + "/ready") as response:
-            assert (response.status, await response.json()) == (200, {"status": "ready"})
-        broken = True
-        async with client.get(base + "/ready") as response:
-            assert response.status == 503
-            assert (await response.json())["reason"] == "the disk is full"

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.api.encodings import decoded, encodings, plain_headers
+from proxy.api.http import decoded, encodings, plain_headers
 from proxy.errors import ApiError
 
 LIMIT = 64 << 20

@@ -1,4 +1,4 @@
-"""The server as processes: HTTP/1.0 clients, the environment's forward proxy, and how it drains."""
+"""The process: its log, HTTP/1.0 clients, the environment's forward proxy, and how it drains."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.e2e.processes import ServerProcess
+from tests.test_cli import ROOT
 
 CHAT = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 CHUNK = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":%s}]}\n\n'
@@ -188,3 +191,56 @@ def test_ready_is_false_before_the_server_stops_and_streams_end() -> None:
         server.stop()
         with pytest.raises(OSError):
             send(server.port, "GET /health HTTP/1.0")
+
+
+# -- the log
+
+CODE = """
+import logging, sys
+from proxy.process import configure
+configure(sys.argv[1], sys.argv[2])
+ours, theirs = logging.getLogger("proxy.api.chat"), logging.getLogger("somebody")
+ours.info("a %s", "word", extra={"fields": {"status": 200, "name": "\\u00e9\\nx"}})
+fields = {"channel": "tools", "ms": 1.5}
+logging.getLogger("proxy.request").info("%s", fields, extra={"fields": fields})
+theirs.info("chatter")
+theirs.warning("trouble")
+logging.getLogger("uvicorn.error").warning("of the server")
+try:
+    1 / 0
+except ZeroDivisionError:
+    ours.exception("it failed")
+"""
+
+
+def logged(form: str, level: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, form, level], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_json_is_one_object_a_line_with_the_entries_fields() -> None:
+    entries = [json.loads(line) for line in logged("json", "info")]
+    assert [entry["logger"] for entry in entries] == [
+        "proxy.api.chat", "proxy.request", "somebody", "uvicorn.error", "proxy.api.chat",
+    ]  # fmt: skip
+    assert entries[0]["message"] == "a word" and entries[0]["status"] == 200
+    assert (entries[1]["channel"], entries[1]["ms"], "message" in entries[1]) == ("tools", 1.5, False)
+    assert "ZeroDivisionError" in entries[-1]["exception"]
+    assert all(entry["time"].endswith("Z") and entry["level"] for entry in entries)
+
+
+def test_text_is_time_level_place_and_message() -> None:
+    lines = logged("text", "info")
+    assert lines[0].endswith(" INFO proxy.api.chat: a word")
+    assert "trouble" in lines[2] and "chatter" not in "\n".join(lines)
+    assert lines[-1].startswith("ZeroDivisionError")
+
+
+@pytest.mark.parametrize("level", ["warning", "error"])
+def test_a_higher_level_leaves_the_requests_out(level: str) -> None:
+    text = "\n".join(logged("text", level))
+    assert "a word" not in text and "it failed" in text
+    assert ("trouble" in text) == (level == "warning")

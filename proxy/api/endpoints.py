@@ -1,15 +1,22 @@
-"""Looking into the memory from outside: counts for operators, and a session's pages for its owner.
+"""Our own endpoints: is the process well, what has it done, and a session's memory for its owner.
 
-Promises: `/vm/stats` holds numbers only; `/vm/context` and `/vm/provenance` answer for a session of the
-tenant whose credentials come with the request, and for no other (invariant 6); page ids, never texts;
-what is long to read is read beside the event loop; errors are in OpenAI's shape.
+Promises: `/health` touches nothing, so that a slow disk never gets the process killed; `/ready` asks the
+storage, and is false from SIGTERM on, while everything else is served for `server.drain_s` as before, so
+that no load balancer sends a request to a closed port. Neither speaks to the upstream: its failure is the
+client's to see, not ours to hide. `/metrics` and `/vm/stats` hold numbers only; `/vm/context` and
+`/vm/provenance` answer for a session of the tenant whose credentials come with the request, and for no
+other (invariant 6); page ids, never texts; what is long to read is read beside the event loop; errors are
+in OpenAI's shape.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
 from collections.abc import Awaitable, Callable
+from types import FrameType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +24,7 @@ from fastapi.responses import JSONResponse, Response
 
 from proxy.api.caller import Caller, caller, encoded, with_body
 from proxy.api.memory import Memory
-from proxy.api.stats import Stats
+from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.pages import PathPages
@@ -36,42 +43,86 @@ _BODYS, _METADATA = ("user", "safety_identifier"), "metadata."  # of a chat requ
 log = logging.getLogger(__name__)
 
 
-def vm_router(
+class Draining:
+    """Whether this process has been asked to end. `seconds`: how long it goes on serving then."""
+
+    def __init__(self, seconds: float) -> None:
+        self.begun = False
+        self._seconds = seconds
+
+    def watch(self) -> None:
+        """Stand in front of the server's own handler of SIGTERM, which stops it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # of a test: signals are the main thread's
+        stop = signal.getsignal(signal.SIGTERM)
+        if not callable(stop):
+            return
+        loop = asyncio.get_running_loop()
+
+        def asked(number: int, frame: FrameType | None) -> None:
+            first, self.begun = not self.begun, True
+            if first and self._seconds > 0:
+                loop.call_soon_threadsafe(loop.call_later, self._seconds, stop, number, None)
+            else:
+                stop(number, frame)
+
+        signal.signal(signal.SIGTERM, asked)
+
+
+def own_router(
+    draining: Draining,
     stats: Stats,
     memory: Memory,
     sessions: SessionsConfig,
-    capabilities: Callable[[bytes], list[dict[str, Any]]],
+    model_table: Callable[[bytes], list[dict[str, Any]]],
 ) -> APIRouter:
-    """GET /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn), /vm/provenance?page=ID.
+    """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn),
+    /vm/provenance?page=ID.
 
     `/vm/models` says what is held of models, and why, for the credentials that come with the
-    request (`capabilities` gives it). The last two are about the session that a session header or
+    request (`model_table` gives it). The last two are about the session that a session header or
     ?session= names; ?user= and ?safety_identifier= are the requests', where they have them.
     """
-    router = APIRouter(prefix="/vm")
+    router = APIRouter()
 
-    def head_of(request: Request) -> Record:
-        return _head(request, memory, sessions)
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"})
 
-    @router.get("/stats")
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        if draining.begun:
+            return JSONResponse({"status": "draining"}, status_code=503)
+        try:
+            await memory.store.check()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
+            reason = str(error) or type(error).__name__
+            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await asyncio.to_thread(stats.text), media_type=CONTENT_TYPE)
+
+    @router.get("/vm/stats")
     async def read_stats() -> JSONResponse:
         return JSONResponse(stats.snapshot())
 
-    @router.get("/models")
+    @router.get("/vm/models")
     async def read_models(request: Request) -> Response:
         async def table() -> dict[str, Any]:
             who = _caller(request, sessions)
-            return {"models": capabilities(memory.identity.tenant(who.credentials, ""))}
+            return {"models": model_table(memory.identity.tenant(who.credentials, ""))}
 
         return await _answer(table)
 
-    @router.get("/context")
+    @router.get("/vm/context")
     async def read_context(request: Request) -> Response:
-        return await _answer(lambda: _context(request, head_of(request), memory))
+        return await _answer(lambda: _context(request, _head(request, memory, sessions), memory))
 
-    @router.get("/provenance")
+    @router.get("/vm/provenance")
     async def read_provenance(request: Request) -> Response:
-        return await _answer(lambda: _provenance(request, head_of(request), memory))
+        return await _answer(lambda: _provenance(request, _head(request, memory, sessions), memory))
 
     return router
 

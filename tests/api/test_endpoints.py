@@ -16,11 +16,11 @@ import httpx
 from fastapi import FastAPI
 
 from proxy.api.caller import caller
+from proxy.api.endpoints import Draining, own_router
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
-from proxy.api.stats import Stats
-from proxy.api.vm import vm_router
+from proxy.api.visit import Stats
 from proxy.api.writer import Writer
 from proxy.config import SessionsConfig, load_config
 from proxy.conversation.records import record_key
@@ -45,7 +45,7 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     app = FastAPI()
     capabilities = ModelFacts(config, memory, upstream).table
     app.include_router(
-        vm_router(Stats(memory, writer), memory, SessionsConfig(), capabilities)
+        own_router(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities)
     )
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
