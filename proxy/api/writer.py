@@ -23,10 +23,10 @@ from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.errors import ApiError
 from proxy.media.parts import read_part
-from proxy.memory.claims import CLAIMS_PER_SEGMENT, Claim, read_claims
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip
 from proxy.memory.context import page_parts, quote
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
+from proxy.memory.segments import CLAIMS_PER_SEGMENT, Claim, read_claims
 from proxy.storage.l2 import StorageError
 from proxy.tokens import TokenCounter
 from proxy.upstream import Header, Upstream, UpstreamBroken

@@ -17,7 +17,6 @@ import msgspec
 
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
-from proxy.memory.claims import MAX_SOURCES, Claim, claim_page
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import (
     MemoryPage,
@@ -27,7 +26,16 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.search_handler import PageSearchHandler
-from proxy.memory.segments import ProvenanceGraph, index_id, index_page, summary_id, summary_page
+from proxy.memory.segments import (
+    MAX_SOURCES,
+    Claim,
+    ProvenanceGraph,
+    claim_page,
+    index_id,
+    index_page,
+    summary_id,
+    summary_page,
+)
 from proxy.tokens import TokenCounter
 
 if TYPE_CHECKING:  # whose pages these are beside
@@ -125,7 +133,7 @@ def _about(
 
 
 def derive(
-    pages: PathPages, last: int, limits: Limits, turn: int, counter: TokenCounter
+    pages: PathPages, last: int, limits: Limits, counter: TokenCounter
 ) -> Generator[Effect, Any, list[MemoryPage]]:
     """The pages that an epoch makes, in `pages.derived` from now on: what a model has written by now about
     earlier segments, and the index of the one that ends before the position `last`, where messages left."""
@@ -136,16 +144,16 @@ def derive(
         if written is None:
             continue
         number, sources = int(name.rpartition("_")[2]), written.provenance
-        made.append(summary_page(number, written.text(), sources, turn, counter.text))
+        made.append(summary_page(number, written.text(), sources, counter.text))
         for said in written.metadata["claims"] if limits.max_claims else ():
             claims_made += 1
-            made.append(claim_page(claims_made, Claim(*said), sources, turn, counter.text))
+            made.append(claim_page(claims_made, Claim(*said), sources, counter.text))
     first = max(derived.end, last - limits.segment_messages)
     if last > first:
         positions = range(first, last)
         ids = [pages[position].ids[0] for position in positions]
         texts = ["\n".join(pages[position].parts) for position in positions]
-        made.append(index_page(derived.segments + 1, ids, texts, turn, counter.text))
+        made.append(index_page(derived.segments + 1, ids, texts, counter.text))
     pages.derived = derived.grown(made, max(last, derived.end), limits.max_claims)
     return made
 
@@ -159,7 +167,7 @@ def unwritten_page(pages: PathPages, page_id: str) -> MemoryPage | None:
     first, last = (pages.position(i) for i in derived.pages[index_id(_number(page_id))].provenance)
     known_by = f"{first}:{pages.path[last].id.hex()}:{pages.notes_digest(last + 1).hex()}"
     sources = [pages[position].ids[0] for position in range(first, last + 1)]
-    return summary_page(_number(page_id), known_by, sources, 0, len)
+    return summary_page(_number(page_id), known_by, sources, len)
 
 
 def _number(page_id: str) -> int:

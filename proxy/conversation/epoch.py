@@ -168,7 +168,7 @@ class Epoch:
         turn, pages = self.turn, self.pages
         last = native_from(native_groups(groups, budget.native_tokens), self._end)
         before = pages.derived
-        self.made = yield from derive(pages, last, turn.limits, turn.turn, turn.context.counter)
+        self.made = yield from derive(pages, last, turn.limits, turn.context.counter)
         for mutation in entered(self.made, before, pages.derived, turn.turn):
             turn.apply(mutation)
 

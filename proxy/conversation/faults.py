@@ -285,13 +285,13 @@ class VMCalls:
         derived = self._pages.derived
         results = [*entries.values(), *self._derived(args)]
         found = SearchToolResult(results=results, total_available=before + len(derived.pages))
-        left = self._handler.policy.tokens_left or 0
+        left = self._handler.tokens_left or 0
         most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)
         result = found.model_dump_json()
         while found.results and self._counter.text(result) > most:
             found.results.pop()
             result = found.model_dump_json()
-        self._handler.policy.charge(self._counter.text(result))
+        self._handler.charge(self._counter.text(result))
         self.searches.append(SearchReport(args.query, [entry.page_id for entry in found.results]))
         for entry in found.results:
             if entry.complete:  # the model has all of it now: the next search looks further
@@ -304,7 +304,7 @@ class VMCalls:
         if not derived.pages or args.modality not in (None, Modality.TEXT):
             return []
         found = derived.words.ranked(args.query)
-        outside = [(i, score) for i, score, _ in found if self._outside(i)]
+        outside = [(i, score) for i, score in found if self._outside(i)]
         return [self._found(i, score) for i, score in outside[:_DERIVED_RESULTS]]
 
     def _loaded_at(self, position: int, part: int) -> bool:

@@ -23,6 +23,7 @@ import msgspec
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, Node
 from proxy.media.parts import read_part
+from proxy.memory.caches import CacheStats, PackCache
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import ContextPacker
 from proxy.memory.ids import MEDIA_KINDS, Doc, make_page_id, media_page_id, parse_page_id
@@ -36,7 +37,6 @@ from proxy.memory.models import (
     PageType,
     StorageTier,
 )
-from proxy.memory.pack_cache import PackCache, PackCacheStats
 from proxy.tokens import TokenCounter, get_counter
 
 if TYPE_CHECKING:  # a window's pages are made here, and records store windows
@@ -44,7 +44,6 @@ if TYPE_CHECKING:  # a window's pages are made here, and records store windows
 
 RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in one group
 
-_KEPT_LINES = 4096  # packed pages remembered: the same pages are shown epoch after epoch
 _ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
 _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
 _LONG_CHARS = 400  # and only what is longer is shortened
@@ -52,7 +51,7 @@ _SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
 _CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
-_lines = PackCache(_KEPT_LINES)
+_lines = PackCache()  # the same pages are shown epoch after epoch
 _registry = CompressorRegistry.default()
 
 
@@ -520,7 +519,7 @@ def _place(page_id: str) -> tuple[int, int]:
     return place
 
 
-def packed_lines() -> PackCacheStats:
+def packed_lines() -> CacheStats:
     """How often a line of <VM:CONTEXT> did not have to be packed again, over all conversations."""
     return _lines.get_stats()
 

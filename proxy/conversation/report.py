@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from proxy.conversation.limits import Limits
-from proxy.memory.metrics import UserExperienceMetrics
+from proxy.memory.metrics import SourceMetrics, UserExperienceMetrics
 
 
 @dataclass(slots=True)
@@ -29,7 +29,8 @@ class SearchReport:
 
 @dataclass(slots=True)
 class PrefetchReport:
-    """A page brought in before the call: by which source, and whether the answer took anything of it."""
+    """A page brought in before the call, for which words of the user's (`search`: of any message, `recall`: of
+    one that points back), and whether the answer took anything of it."""
 
     page_id: str
     source: str
@@ -63,16 +64,20 @@ class TurnReport:
 
     def record(self, metrics: UserExperienceMetrics) -> None:
         """Add a turn that paged to the counts."""
-        metrics.record_turn(self.used_tokens, self.reachable_tokens)
-        for fault in self.faults:
-            metrics.record_recall(fault.error is None)
-            if fault.error is None and fault.tokens:
-                metrics.record_fault(fault.refault)
-        for search in self.searches:
-            metrics.record_recall(bool(search.results))
-        metrics.record_eviction(len(self.evicted_pages))
+        metrics.turns += 1
+        metrics.l0_tokens += self.used_tokens
+        metrics.reachable_tokens += self.reachable_tokens
+        metrics.evictions += len(self.evicted_pages)
+        served = [fault for fault in self.faults if fault.error is None]
+        metrics.recalls += len(self.faults) + len(self.searches)
+        metrics.recalls_succeeded += len(served) + sum(bool(s.results) for s in self.searches)
+        new = [fault for fault in served if fault.tokens]  # the others were in the window
+        metrics.faults += len(new)
+        metrics.refaults += sum(fault.refault for fault in new)
         for brought in self.prefetched:
-            metrics.record_prefetch(brought.source, brought.used)
+            counts = metrics.prefetch.setdefault(brought.source, SourceMetrics())
+            counts.prefetched += 1
+            counts.used += brought.used
 
     @property
     def prefetched_pages(self) -> list[str]:

@@ -348,9 +348,10 @@ class Turn:
         context, channel, model = self._context, paging.channel, self._model.capabilities
         fields, decoded = context.sent.fields, context.decoded
         messages = yield from paging.messages(self._model.form)
-        messages = with_transcripts(
-            messages, self.path, context.get_record, context.now_s, self._model.audio
-        )
+        if b'"audio"' in messages:
+            messages = with_transcripts(
+                messages, self.path, context.get_record, context.now_s, self._model.audio
+            )
         changed: dict[str, bytes | None] = {}
         if channel.listed:
             raw = fields.get("tools")

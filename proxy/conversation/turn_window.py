@@ -36,7 +36,6 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.claims import PIN_TOKENS, is_standing
 from proxy.memory.context import context_block
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
@@ -52,6 +51,7 @@ from proxy.memory.models import (
     VMMode,
 )
 from proxy.memory.prefetcher import points_back
+from proxy.memory.segments import PIN_TOKENS, is_standing
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
@@ -129,15 +129,16 @@ class TurnWindow:
         self.before = before
         if self._answered:
             yield from self._settle(self._answered)
-        end = len(self.pages.path)
-        self._register(self.pages)
+        end, at = len(self.pages.path), self._differs_at()
+        self._register(self.pages, at)
         for mutation in self.context.changes:
             self.apply(mutation)
-        grown = self._grown(end, end)
+        grown = self._grown(at, end, end)
         if grown is None or not self._fits(grown):
             yield from self._begin_epoch(self._next_epoch, self.pages, ())
         else:
-            self._take_back()
+            if at is not None:
+                self._take_back(at)
             self.window = grown
 
     def _settle(self, end: int) -> Generator[Effect, Any, None]:
@@ -149,19 +150,21 @@ class TurnWindow:
         """
         pages, last = self.pages.before(end), len(self.pages.path)
         behind = self._entries(end, last, last)
-        grown = self._grown(end, end - 1, strict=True)
+        at = self._differs_at(strict=True)
+        grown = self._grown(at, end, end - 1)
         fits = grown is not None and self._fits(grown.append(behind))
         rebuilt = not fits and self._leaves_room(end, behind)
         if self.before is None and not rebuilt:
             return
         self.turn -= 1
-        self._register(pages)
+        self._register(pages, self._differs_at())
         if rebuilt:
             yield from self._begin_epoch(self._next_epoch, pages, behind, last - end)
             self.window = self.window.until(len(self.window.entries) - len(behind), end)
             self.pages.derived = pages.derived
         elif fits and grown is not None:
-            self._take_back(strict=True)
+            if at is not None:
+                self._take_back(at)
             self.window = grown
         elif self.before is not None:  # it does not fit, and the epoch is this turn's own
             self.window = self._continued(self.before, end, end - 1)
@@ -184,19 +187,20 @@ class TurnWindow:
         return sum(entry.tokens for entry in behind) <= low
 
     def _differs_at(self, strict: bool = False) -> int | None:
-        assert self.before is not None
+        """Where the client's system messages differ from the log, if there is one."""
         place = self.context.place
+        if self.before is None:
+            return None
         return differs_at(self.before, self.pages.path, place.anchors, place.start, strict)
 
-    def _grown(self, end: int, anchors_until: int, strict: bool = False) -> Window | None:
-        """The log with the path up to `end`, taken back first to where the client's system messages
+    def _grown(self, at: int | None, end: int, anchors_until: int) -> Window | None:
+        """The log with the path up to `end`, taken back first to `at`, where the client's system messages
         differ from it; None when there is none to go on with."""
         before = self.before
         if before is None:
             return None
         if not self.context.place.start and before.notes != self.pages.notes_digest(before.native_from):
             return None  # what was shown of the older ones is not what the client says now
-        at = self._differs_at(strict)
         if at is not None:
             if not self._whole(at, before.covered):
                 return None
@@ -227,14 +231,12 @@ class TurnWindow:
         entries = [self.table.lookup(i) for p in range(first, last) for i in self.pages[p].ids]
         return all(e and e.tier is StorageTier.L0 and not e.level for e in entries)
 
-    def _register(self, pages: PathPages) -> None:
-        """Enter new pages in the table, and anew those whose system messages are others now."""
+    def _register(self, pages: PathPages, at: int | None) -> None:
+        """Enter new pages in the table, and anew those whose system messages are others now, from `at` on."""
         first = self.before.covered if self.before else 0
-        if self.before is not None and first:
-            at = self._differs_at()
-            for position in range(max(0, (first if at is None else at) - 1), first):
-                for mutation in self._renewed(pages[position]):
-                    self.apply(mutation)
+        for position in range(max(0, (first if at is None else at) - 1), first):
+            for mutation in self._renewed(pages[position]):
+                self.apply(mutation)
         for position in range(first, len(pages.path)):
             for mutation in created(pages[position], self.context.place.floor, self.turn):
                 self.apply(mutation)
@@ -270,10 +272,10 @@ class TurnWindow:
         found = (self.table.lookup(name) for name in names if name not in message.ids)
         return [entry for entry in found if entry is not None]
 
-    def _take_back(self, strict: bool = False) -> None:
+    def _take_back(self, at: int) -> None:
         """What was brought into the part of the log that is gone is not in the window any more."""
         record = self.context.place.record
-        if self.before is None or record is None or (at := self._differs_at(strict)) is None:
+        if record is None:
             return
         self.report.taken_back = True
         for page_id in brought_since(record, at, self.context.get_record):
@@ -352,9 +354,10 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
+        source = "recall" if self.report.asked_back else "search"
         for page in self.brought:
             served = used(page, self.pages, self.query, answer)
-            self.report.prefetched.append(PrefetchReport(page.page_id, page.source.value, served))
+            self.report.prefetched.append(PrefetchReport(page.page_id, source, served))
             if served:
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 

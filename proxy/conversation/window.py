@@ -201,6 +201,9 @@ def render(
     """
     if vm_as_text and any(entry.kind in (VM, MIXED) for entry in window.entries):
         pieces = _as_text(window.entries)
+    elif form.several:  # each message as it is
+        own = [_json({"role": role, "content": window.developer})] if window.developer else []
+        return b"[" + b",".join([*system, *own, *(entry.raw for entry in window.entries)]) + b"]"
     else:
         pieces = [Piece(entry.raw, entry.kind == KEPT) for entry in window.entries]
     return b"[" + b",".join(formed(system, window.developer, role, pieces, form)) + b"]"

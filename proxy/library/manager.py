@@ -2,8 +2,8 @@
 requests out, the model's VM calls answered between. It plays the proxy's own turns, against records in RAM.
 
 Promises: a request is, byte for byte, what the proxy sends for the same history with the same settings;
-a turn that is never answered leaves no trace. Table, log and pages are views of these turns: what a
-caller pins or weighs counts for them, what he moves by hand does not change the window.
+a turn that is never answered leaves no trace. Table and pages are views of these turns: what a caller
+weighs counts for them, what he moves by hand does not change the window.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxy.conversation.body import Body
 from proxy.conversation.channel import TOOLS, Channel, vm_names
 from proxy.conversation.compose import as_input
 from proxy.conversation.context import TurnContext
-from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Append, Complete, Effect, Load, Said, Search
 from proxy.conversation.identify import Place
 from proxy.conversation.model_facts import capabilities
@@ -38,35 +38,23 @@ from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.turn_window import created
 from proxy.errors import ApiError
-from proxy.library.working_set import WorkingSetManager
 from proxy.limits import POLICIES, limits_of
 from proxy.memory.artifacts_bridge import ArtifactsBridge
+from proxy.memory.caches import PageTLB, TLBWithPageTable
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.faults import PageFaultHandler
 from proxy.memory.ids import Hit, make_page_id
 from proxy.memory.levels import CompressorRegistry
-from proxy.memory.metrics import UserExperienceMetrics
-from proxy.memory.models import (
-    SYSTEM_ROLES,
-    CompressionLevel,
-    MemoryPage,
-    Modality,
-    MutationType,
-    PageMutation,
-    VMMode,
-)
-from proxy.memory.segments import ProvenanceGraph
-from proxy.memory.table import MutationLogLite, PageTable, decode_log
-from proxy.memory.tlb import PageTLB, TLBWithPageTable
+from proxy.memory.models import SYSTEM_ROLES, MemoryPage, PageMutation, VMMode
+from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import (
-    PAGE_FAULT,
     SEARCH_PAGES,
     SearchToolResult,
     error_result,
     parse_fault_args,
     parse_search_args,
 )
-from proxy.memory.working_set import WorkingSetConfig
+from proxy.memory.working_set import WorkingSetConfig, WorkingSetManager
 from proxy.search.paths import PathIndexes
 from proxy.tokens import PER_REPLY, get_counter
 
@@ -76,7 +64,6 @@ _NO_MORE = error_result("No more pages in this turn; answer with what is loaded.
 _TOO_MANY = error_result("Too many calls at once; answer with what you have.")
 _json = msgspec.json.encode
 _decode = msgspec.json.decode
-_unpack = msgspec.msgpack.decode
 
 Message = dict[str, Any]
 
@@ -95,8 +82,8 @@ class _OpenTurn:
 
 class MemoryManager:
     """The memory of one session. `config` is its window (default: the model's own, less the usual
-    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` keeps
-    checkpoints.
+    reserve); everything else is as `settings` have it (default: the proxy's defaults). `storage` is the
+    caller's, for checkpoints and what he moves there.
     """
 
     def __init__(
@@ -109,7 +96,6 @@ class MemoryManager:
         mode: VMMode = VMMode.STRICT,
         model: str = DEFAULT_MODEL,
         system_prompt: str | None = None,
-        storage: ArtifactsBridge | None = None,
         settings: Config | None = None,
     ) -> None:
         settings = settings or Config()
@@ -119,8 +105,7 @@ class MemoryManager:
             limits, mode=mode, working_set=config or limits.working_set, written_by_models=False
         )
         self.config = self.limits.working_set
-        self.storage = storage or ArtifactsBridge()
-        self.metrics = UserExperienceMetrics()
+        self.storage = ArtifactsBridge()
         self.path: list[Node] = []
         self._model = model
         self._counter = get_counter(model, override.tokenizer)
@@ -137,7 +122,6 @@ class MemoryManager:
         self._record: Record | None = None  # of the last answer
         self._state: State | None = None  # after it; None while everything fits
         self._open: _OpenTurn | None = None
-        self._log = MutationLogLite()
         self._unpaged: PageTable | None = None
         self._combined: TLBWithPageTable | None = None
         self._entered = 0  # messages that are in `_unpaged`
@@ -148,25 +132,15 @@ class MemoryManager:
 
     # -- adding
 
-    async def add_user_message(self, content: Any, **metadata: Any) -> MemoryPage:
+    async def add_user_message(self, content: Any) -> MemoryPage:
         """A message of the user's: a text, or Chat Completions content parts. Returns its page."""
-        return self.add_message({"role": "user", "content": content}, metadata)
+        return self.add_message({"role": "user", "content": content})
 
-    async def add_assistant_message(self, content: Any, **metadata: Any) -> MemoryPage:
+    async def add_assistant_message(self, content: Any) -> MemoryPage:
         """The answer to the last request. Returns its page."""
-        return self.add_message({"role": "assistant", "content": content}, metadata)
+        return self.add_message({"role": "assistant", "content": content})
 
-    async def add_tool_result(
-        self, content: Any, tool_name: str = "tool", arguments: Mapping[str, Any] | None = None,
-        **metadata: Any,
-    ) -> MemoryPage:
-        """A tool of the application's was called and returned this; returns the result's page."""
-        self._calls += 1
-        call, result = tool_messages(self._calls, tool_name, arguments, content)
-        self.add_message(call, metadata)
-        return self.add_message(result, metadata)
-
-    def add_message(self, message: Message, metadata: Mapping[str, Any] | None = None) -> MemoryPage:
+    def add_message(self, message: Message) -> MemoryPage:
         """Any Chat Completions message but a system one (ValueError: these stand in front, as
         `system_prompt`); an assistant's is the answer to the last request."""
         if message.get("role") in SYSTEM_ROLES:
@@ -177,9 +151,7 @@ class MemoryManager:
             self._add(message)
         pages = self._path_pages()
         said = pages[len(self.path) - 1]
-        for i in said.ids:
-            self._pages[i] = pages.page(i)
-            self._pages[i].metadata.update(metadata or {})
+        self._pages |= {i: pages.page(i) for i in said.ids}
         name, first = make_page_id(said.position), said.ids[0]
         if first != name:  # a long message, in parts
             whole = {"page_id": name, "content": "".join(said.parts), "size_tokens": None}
@@ -206,12 +178,9 @@ class MemoryManager:
         if turn.window is None or turn.record is None:
             self._state = None
             return
-        turn.report.record(self.metrics)
         self._state = State(turn.window, turn.table, turn.pages.derived)
         self._changes.clear()
-        if not turn.record.base:  # the first turn that pages
-            self._log, self._unpaged = MutationLogLite(), None
-        self._log.extend(decode_log(turn.record.mutations))
+        self._unpaged = None
 
     # -- showing
 
@@ -263,23 +232,6 @@ class MemoryManager:
         if not calls:
             return _field(message, "content") or ""
         return {"tool_results": await self._results(calls, _field(message, "content"))}
-
-    async def page_fault(
-        self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
-    ) -> dict[str, Any]:
-        """Bring a page into the window, within the turn's limits: the tool's result (`page` and
-        `effects`, or `error`)."""
-        asked = {"page_id": page_id, "target_level": int(target_level)}
-        return await self.call(PAGE_FAULT, json.dumps(asked))
-
-    async def search_pages(
-        self, query: str, modality: Modality | str | None = None, limit: int = 5
-    ) -> dict[str, Any]:
-        """Search the pages outside the window: the tool's result (`results`, or `error`)."""
-        asked: dict[str, Any] = {"query": query, "limit": limit}
-        if modality is not None:
-            asked["modality"] = modality.value if isinstance(modality, Modality) else modality
-        return await self.call(SEARCH_PAGES, json.dumps(asked))
 
     async def call(self, name: str, arguments: str) -> dict[str, Any]:
         """The result of a VM call as the model made it (`arguments` is its JSON text)."""
@@ -358,13 +310,6 @@ class MemoryManager:
         return self._view()
 
     @property
-    def log(self) -> MutationLogLite:
-        """All mutations up to the last answer; while everything fits, those that made `combined`."""
-        if not self.paged:
-            self._view()
-        return self._log
-
-    @property
     def combined(self) -> TLBWithPageTable:
         """The page table behind a TLB."""
         table = self.page_table
@@ -378,19 +323,9 @@ class MemoryManager:
         return self.combined.tlb
 
     @property
-    def derived(self) -> Derived:
-        """Summaries and claims after the last answer."""
-        return self._state.derived if self._state is not None else NO_DERIVED
-
-    @property
-    def provenance(self) -> ProvenanceGraph:
-        """Which derived page rests on which, walked both ways."""
-        return self.derived.provenance
-
-    @property
     def working_set(self) -> WorkingSetManager:
         """The table's L0 and L1 as a budget; an importance that is set here counts for the turns."""
-        return WorkingSetManager(self.config, None, self.combined, self._policy, change=self._change)
+        return WorkingSetManager(self.config, None, self.page_table, self._policy, change=self._change)
 
     @property
     def fault_handler(self) -> PageFaultHandler:
@@ -411,8 +346,7 @@ class MemoryManager:
     def _view(self) -> PageTable:
         """What the first turn that pages will find."""
         if self._unpaged is None:
-            self._log, self._entered = MutationLogLite(), 0
-            self._unpaged = PageTable(self._log.append)
+            self._unpaged, self._entered = PageTable(), 0
         turn = 1 + sum(node.role == "assistant" for node in self.path[: self._entered])
         for position in range(self._entered, len(self.path)):
             for mutation in created(self._path_pages(position + 1)[position], 0, turn):
@@ -421,26 +355,10 @@ class MemoryManager:
         self._entered = len(self.path)
         return self._unpaged
 
-    # -- changing and keeping
-
-    def pin(self, page_id: str) -> None:
-        """Never evict this page. KeyError for an unknown one."""
-        self._change(PageMutation(MutationType.PIN, page_id, self.page_table.turn))
-
-    def unpin(self, page_id: str) -> None:
-        """Take a pin back."""
-        self._change(PageMutation(MutationType.UNPIN, page_id, self.page_table.turn))
-
     def _change(self, mutation: PageMutation) -> None:
-        """A pin or an importance of the caller's: it holds at once, and in the log from the next
-        answered turn on. KeyError for an unknown page."""
-        self.combined.apply(mutation)
+        """An importance of the caller's: it holds at once, and in the log from the next answered turn on."""
+        self.page_table.apply(mutation)
         self._changes.append(mutation)
-
-    async def checkpoint(self, name: str) -> str:
-        """Store the full pages of the window under a name; returns the checkpoint's id."""
-        found = [await self._get_page(entry.page_id) for entry in self.combined.resident()]
-        return await self.storage.checkpoint([page for page in found if page is not None], name)
 
     async def _get_page(self, name: str) -> MemoryPage | None:
         """A page of the conversation, or what a caller put into `_pages` or `storage`."""
@@ -454,7 +372,8 @@ class MemoryManager:
 
     def _path_pages(self, end: int | None = None) -> PathPages:
         """The pages of the first `end` messages (None: all), and what derives from them."""
-        return PathPages(self.path[:end], self._counter, self.limits.page_tokens, self.derived)
+        derived = self._state.derived if self._state is not None else NO_DERIVED
+        return PathPages(self.path[:end], self._counter, self.limits.page_tokens, derived)
 
     # -- turns
 
@@ -536,20 +455,6 @@ class MemoryManager:
     def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
         ids = pages.index_keys(effect.before)
         return self._indexes.search(ids, pages.docs, effect.query, effect.limit, effect.skip)
-
-
-def tool_messages(
-    number: int, name: str, arguments: Mapping[str, Any] | None, result: Any
-) -> tuple[Message, Message]:
-    """The call of an application's tool and its result; values that are no text become JSON."""
-    call_id = f"call_{number:04d}"
-    function = {"name": name, "arguments": json.dumps(arguments or {}, default=str)}
-    call = {"id": call_id, "type": "function", "function": function}
-    content = result if isinstance(result, str) else json.dumps(result, default=str)
-    return (
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": call_id, "content": content},
-    )
 
 
 def _field(value: Any, name: str) -> Any:

@@ -8,15 +8,15 @@ No model is called here: the program calls it, with `get_messages_for_llm()` and
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from uuid import uuid4
 
-from proxy.config import Config
-from proxy.library.manager import DEFAULT_MODEL, MemoryManager, Message, tool_messages
+from proxy.library.manager import DEFAULT_MODEL, MemoryManager, Message
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.manifest import ManifestBuilder, ManifestPolicies
-from proxy.memory.models import SYSTEM_ROLES, CompressionLevel, VMMode
+from proxy.memory.models import SYSTEM_ROLES, VMMode
 from proxy.memory.vm_tools import build_vm_developer_message, get_vm_tools_as_dicts
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
@@ -42,7 +42,6 @@ class SessionManager:
         vm_eviction_policy: EvictionPolicy | None = None,
         vm_compressor_registry: CompressorRegistry | None = None,
         model: str = DEFAULT_MODEL,
-        vm_settings: Config | None = None,
     ) -> None:
         if session_id is not None and not 0 < len(session_id) <= MAX_SESSION_ID_CHARS:
             raise ValueError(f"a session id has 1 to {MAX_SESSION_ID_CHARS} characters")
@@ -56,19 +55,18 @@ class SessionManager:
         if enable_vm:
             self.vm = MemoryManager(
                 self.session_id, vm_config, vm_eviction_policy, vm_compressor_registry,
-                mode=vm_mode, model=model, system_prompt=system_prompt, settings=vm_settings,
+                mode=vm_mode, model=model, system_prompt=system_prompt,
             )  # fmt: skip
 
     # -- what is said
 
-    async def user_says(self, text: str | list[dict[str, Any]], **metadata: Any) -> str:
+    async def user_says(self, text: str | list[dict[str, Any]]) -> str:
         """The user's message: a text or content parts. Returns the session's id."""
-        return self._say({"role": "user", "content": text}, metadata)
+        return self._say({"role": "user", "content": text})
 
-    async def ai_responds(self, text: str, model: str = "", **metadata: Any) -> str:
-        """The model's answer. `model` is who gave it. Returns the session's id."""
-        more = {"model": model} if model else {}
-        return self._say({"role": "assistant", "content": text}, {**metadata, **more})
+    async def ai_responds(self, text: str, model: str = "") -> str:
+        """The model's answer; `model`, who gave it, changes nothing. Returns the session's id."""
+        return self._say({"role": "assistant", "content": text})
 
     async def tool_used(
         self,
@@ -76,18 +74,21 @@ class SessionManager:
         arguments: dict[str, Any] | None = None,
         result: Any = None,
         error: str | None = None,
-        **metadata: Any,
     ) -> str:
-        """A tool of the program's was called, with this result or error. Returns the session's id."""
+        """A tool of the program's was called, with this result or error (JSON, when it is no text). Returns
+        the session's id."""
         self._calls += 1
+        call_id = f"call_{self._calls:04d}"
+        function = {"name": tool_name, "arguments": json.dumps(arguments or {}, default=str)}
+        call = {"id": call_id, "type": "function", "function": function}
         told = {"error": error} if error is not None else result
-        for message in tool_messages(self._calls, tool_name, arguments, told):
-            self._say(message, metadata)
-        return self.session_id
+        content = told if isinstance(told, str) else json.dumps(told, default=str)
+        self._say({"role": "assistant", "content": None, "tool_calls": [call]})
+        return self._say({"role": "tool", "tool_call_id": call_id, "content": content})
 
-    def _say(self, message: Message, metadata: dict[str, Any]) -> str:
+    def _say(self, message: Message) -> str:
         if self.vm is not None:
-            self.vm.add_message(message, metadata)
+            self.vm.add_message(message)
         else:
             self._messages.append(message)
         return self.session_id
@@ -136,23 +137,9 @@ class SessionManager:
 
     # -- the model's VM calls
 
-    async def page_fault(
-        self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
-    ) -> dict[str, Any]:
-        """Bring a page into the window; returns the tool's result (`page` and `effects`, or `error`).
-
-        The call and its result stand in the next `get_messages_for_llm()`, as in the proxy.
-        """
-        return dict(_NO_VM) if self.vm is None else await self.vm.page_fault(page_id, target_level)
-
-    async def search_pages(
-        self, query: str, modality: str | None = None, limit: int = 5
-    ) -> dict[str, Any]:
-        """Search the pages outside the window; returns the tool's result (`results`, or `error`)."""
-        return dict(_NO_VM) if self.vm is None else await self.vm.search_pages(query, modality, limit)
-
     async def handle_tool_call(self, name: str, arguments: str) -> dict[str, Any]:
-        """The result of a VM call as the model made it (`arguments` is its JSON text)."""
+        """The result of a VM call as the model made it (`arguments` is its JSON text): a page or what was found,
+        or `error`. Call and result stand in the next `get_messages_for_llm()`, as in the proxy."""
         return dict(_NO_VM) if self.vm is None else await self.vm.call(name, arguments)
 
 

@@ -29,6 +29,7 @@ use (`test_invariant_07_...`):
 from typing import TYPE_CHECKING
 
 from proxy.memory.artifacts_bridge import ArtifactsBridge, InMemoryBackend
+from proxy.memory.caches import PageTLB, TLBWithPageTable
 from proxy.memory.context import ContextPacker
 from proxy.memory.eviction import (
     LRU,
@@ -56,16 +57,15 @@ from proxy.memory.models import (
 )
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.table import MutationLogLite, PageTable
-from proxy.memory.tlb import PageTLB, TLBWithPageTable
 from proxy.memory.vm_tools import (
     build_vm_developer_message,
     get_vm_tools,
     get_vm_tools_as_dicts,
 )
-from proxy.memory.working_set import TokenBudget, WorkingSetConfig
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 
 if TYPE_CHECKING:
-    from proxy.library import MemoryManager, WorkingSetManager
+    from proxy.library import MemoryManager
 
 __all__ = [
     "LRU",
@@ -109,9 +109,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The seeds import these from here; they stand on the turns, a floor above."""
-    if name in ("MemoryManager", "WorkingSetManager"):
-        from proxy import library
+    """The guide's home of the manager, which stands on the turns, a floor above."""
+    if name == "MemoryManager":
+        from proxy.library import MemoryManager
 
-        return getattr(library, name)
+        return MemoryManager
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

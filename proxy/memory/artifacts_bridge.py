@@ -51,15 +51,12 @@ class InMemoryBackend:
         self._data: dict[str, bytes] = {}
 
     async def put(self, key: str, data: bytes) -> None:
-        """Keep the bytes; what is there under the key stays."""
         self._data.setdefault(key, data)
 
     async def get(self, key: str) -> bytes | None:
-        """The bytes, or None."""
         return self._data.get(key)
 
     async def delete(self, key: str) -> bool:
-        """True when there was something to delete."""
         return self._data.pop(key, None) is not None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from proxy.memory.caches import PackCache, PackedLine
 from proxy.memory.message_text import prefix_of
 from proxy.memory.models import (
     CompressionLevel,
@@ -24,7 +25,6 @@ from proxy.memory.models import (
     Modality,
     estimate_text_tokens,
 )
-from proxy.memory.pack_cache import PackCache, PackedLine
 
 CONTEXT_OPEN = "<VM:CONTEXT>"
 CONTEXT_CLOSE = "</VM:CONTEXT>"
@@ -189,11 +189,6 @@ class PackedContext(BaseModel):
     tokens_est: int = 0
     parts: list[dict[str, Any]] = Field(default_factory=list)
 
-    @property
-    def has_media(self) -> bool:
-        """`content` alone does not carry everything: send `parts` in a user message."""
-        return any(part["type"] != "text" for part in self.parts)
-
 
 class ContextPacker:
     """Packs pages into the lines of <VM:CONTEXT>.
@@ -203,7 +198,7 @@ class ContextPacker:
 
     def __init__(self, counts: Counts = ESTIMATES, cache: PackCache | None = None) -> None:
         self._counts = counts
-        self._cache = cache
+        self._cache = PackCache() if cache is None else cache
 
     def pack(self, pages: Sequence[MemoryPage]) -> PackedContext:
         """All pages in the order given."""
@@ -224,16 +219,13 @@ class ContextPacker:
     def _packed(self, page: MemoryPage) -> PackedLine:
         # The speaker, or the page's type: a summary, a claim or an index speaks for nobody.
         role = str(page.metadata.get("role", page.page_type.value))
-
-        def pack() -> PackedLine:
-            level, modality = page.compression_level, page.modality
-            line = context_line(page.page_id, role, page_words(page), level, modality)
-            media = sum(self._counts.part(part) for part in page_parts(page))
-            return PackedLine(line, self._counts.text(line + "\n") + media)
-
-        if self._cache is None:
-            return pack()
         about = (page.metadata.get(key) for key in _WORDS_ABOUT)
         beside = role, page.modality, *(words for words in about if isinstance(words, str))
         key = (page.page_id, page.version, beside, int(page.compression_level), self._counts)
-        return self._cache.get_or_pack(key, pack)
+        known = self._cache.lookup(key)
+        if known is not None:
+            return known
+        level, modality = page.compression_level, page.modality
+        line = context_line(page.page_id, role, page_words(page), level, modality)
+        media = sum(self._counts.part(part) for part in page_parts(page))
+        return self._cache.keep(key, PackedLine(line, self._counts.text(line + "\n") + media))

@@ -174,10 +174,6 @@ class PinnedSet:
             return page in self._by_id
         return self.reason(page, turn) is not PinReason.NONE
 
-    def held(self, entry: PageTableEntry, turn: int) -> bool:
-        """Whether the page never leaves: pinned explicitly, or inferred and not decayed."""
-        return self.reason(entry, turn) >= PinReason.INFERRED
-
     def reason(self, entry: PageTableEntry, turn: int) -> PinReason:
         """The firmest reason for which the page is pinned at `turn`."""
         if entry.page_id in self._by_id:

@@ -1,15 +1,15 @@
 """Page faults: what they may cost, how they end, and the handler that serves them.
 
 Promises: what cannot be served is one sentence that the model can act on. A turn spends at most
-`max_per_turn` faults and `max_tokens_per_turn` tokens, and never serves the same page at the same level
-twice. A page that is in the window at that level or better costs nothing; one that does not fit comes
+`max_faults_per_turn` faults and `max_tokens_per_turn` tokens (None: no limit), which search results share,
+and never serves the same page at the same level twice. A page that is in the window at that level or better costs nothing; one that does not fit comes
 at the next level that does; each page served is a FAULT_IN with its reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -27,7 +27,7 @@ from proxy.memory.models import (
     PageMutation,
     StorageTier,
 )
-from proxy.memory.tlb import AnyTable
+from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import FaultToolResult
 
 RESULT_OVERHEAD = 72  # tokens of the JSON around a page's text
@@ -51,53 +51,6 @@ class Room(NamedTuple):
 
     tokens: int
     spare_tokens: int
-
-
-@dataclass(slots=True)
-class FaultPolicy:
-    """What page faults may cost in one turn, and what they have cost so far.
-
-    `max_tokens_per_turn` None: no limit of tokens. Search results share the tokens (`charge`).
-    """
-
-    max_per_turn: int
-    max_tokens_per_turn: int | None = None
-    faults_used: int = 0
-    tokens_used: int = 0
-    _served: set[tuple[str, int]] = field(default_factory=set)
-
-    def new_turn(self) -> None:
-        """Start again with nothing spent."""
-        self.faults_used = self.tokens_used = 0
-        self._served.clear()
-
-    def refusal(self, page_id: str, level: int) -> str | None:
-        """None if this page may be served now, else a sentence for the model: why not, what to do."""
-        if (page_id, level) in self._served:
-            return f"{page_id} at level {int(level)} was already given to you above; use that."
-        if self.faults_used >= self.max_per_turn:
-            return (
-                f"The limit of {self.max_per_turn} page faults for this turn is reached; "
-                "answer with what is loaded."
-            )
-        return None
-
-    def spend(self, page_id: str, level: int, tokens: int) -> None:
-        """Book a page that was served."""
-        self.faults_used += 1
-        self._served.add((page_id, level))
-        self.charge(tokens)
-
-    def charge(self, tokens: int) -> None:
-        """Book tokens: of a page, or of a search's result."""
-        self.tokens_used += tokens
-
-    @property
-    def tokens_left(self) -> int | None:
-        """Tokens that this turn may still load, 0 or more; None without a limit."""
-        if self.max_tokens_per_turn is None:
-            return None
-        return max(0, self.max_tokens_per_turn - self.tokens_used)
 
 
 class FaultResult(BaseModel):
@@ -127,7 +80,6 @@ class FaultMetrics(BaseModel):
 
     faults_this_turn: int = 0
     tokens_this_turn: int = 0
-    faults_remaining: int = 0
 
 
 GetPage = Callable[[str], Awaitable[MemoryPage | None]]
@@ -143,7 +95,7 @@ class PageFaultHandler:
 
     def __init__(
         self,
-        page_table: AnyTable,
+        page_table: PageTable,
         get_page: GetPage | None = None,
         max_faults_per_turn: int = 3,
         max_tokens_per_turn: int | None = None,
@@ -154,8 +106,11 @@ class PageFaultHandler:
         counts: Counts = ESTIMATES,
         turn: int = 0,
     ) -> None:
-        self.policy = FaultPolicy(max_faults_per_turn, max_tokens_per_turn)
         self.turn = turn
+        self._max_faults = max_faults_per_turn
+        self._max_tokens = max_tokens_per_turn
+        self._faults_used = self._tokens_used = 0
+        self._served: set[tuple[str, int]] = set()
         self._table = page_table
         self._get_page = get_page
         self._locate = locate or self._parts_in_table
@@ -167,12 +122,13 @@ class PageFaultHandler:
 
     def can_fault(self) -> bool:
         """True while this turn may load another page."""
-        return self.policy.faults_used < self.policy.max_per_turn and self.policy.tokens_left != 0
+        return self._faults_used < self._max_faults and self.tokens_left != 0
 
-    def new_turn(self, turn: int | None = None) -> None:
-        """Begin `turn` (default: the next one) with nothing spent."""
-        self.turn = self.turn + 1 if turn is None else turn
-        self.policy.new_turn()
+    def new_turn(self) -> None:
+        """Begin the next turn with nothing spent."""
+        self.turn += 1
+        self._faults_used = self._tokens_used = 0
+        self._served.clear()
 
     async def handle_fault(
         self, page_id: str, target_level: CompressionLevel | int = CompressionLevel.ABSTRACT
@@ -199,15 +155,18 @@ class PageFaultHandler:
         return FaultToolResult.of(page, page_tokens(page, self._counts))
 
     def get_metrics(self) -> FaultMetrics:
-        """This turn's."""
-        used = self.policy.faults_used
-        return FaultMetrics(
-            faults_this_turn=used,
-            tokens_this_turn=self.policy.tokens_used,
-            faults_remaining=max(0, self.policy.max_per_turn - used),
-        )
+        return FaultMetrics(faults_this_turn=self._faults_used, tokens_this_turn=self._tokens_used)
 
     # -- the core
+
+    @property
+    def tokens_left(self) -> int | None:
+        """Tokens that this turn may still load, 0 or more; None without a limit."""
+        return None if self._max_tokens is None else max(0, self._max_tokens - self._tokens_used)
+
+    def charge(self, tokens: int) -> None:
+        """Book tokens: of a page, or of a search's result."""
+        self._tokens_used += tokens
 
     def resolve(
         self,
@@ -224,16 +183,21 @@ class PageFaultHandler:
         entries = [self._table.lookup(i) for i in ids]
         if all(e and e.tier is StorageTier.L0 and e.level <= wanted for e in entries):
             return FaultResult(success=True, page_id=page_id, resident=True)
-        refusal = self.policy.refusal(page_id, wanted)
-        if refusal is not None:
-            return _refused(page_id, refusal)
+        if (page_id, wanted) in self._served:
+            given = f"{page_id} at level {int(wanted)} was already given to you above; use that."
+            return _refused(page_id, given)
+        if self._faults_used >= self._max_faults:
+            limit = f"The limit of {self._max_faults} page faults for this turn is reached"
+            return _refused(page_id, f"{limit}; answer with what is loaded.")
         page = yield from self._fit(page_id, ids, wanted, room)
         if isinstance(page, str):
             return _refused(page_id, page)
         tokens, first = page.size_tokens or 0, entries[0]
         tier = first.tier if first is not None else StorageTier.L2
         refault = first is not None and is_cooling(first, self.turn)
-        self.policy.spend(page_id, wanted, tokens)
+        self._faults_used += 1
+        self._served.add((page_id, wanted))
+        self.charge(tokens)
         for i, entry in zip(ids, entries, strict=True):
             if entry is not None:
                 share = max(1, tokens // len(ids))
@@ -252,7 +216,7 @@ class PageFaultHandler:
         self, page_id: str, ids: Sequence[str], level: CompressionLevel, room: Room | None
     ) -> Generator[Load, MemoryPage | None, MemoryPage | str]:
         """The page at the level asked for, or at the next one that fits; else a sentence."""
-        limits = (self.policy.tokens_left, *(room or ()))
+        limits = (self.tokens_left, *(room or ()))
         most = min((n - RESULT_OVERHEAD for n in limits if n is not None), default=None)
         for shown in list(CompressionLevel)[level:]:
             pages: list[MemoryPage] = []

@@ -1,7 +1,7 @@
 """How well the memory serves: does recall work, does the window thrash, how much is within reach.
 
 Promises: counts only, so that its size is bounded; every rate is 0.0 before the first event that it is
-about. What to call an event is the caller's to know.
+about. Whoever sees an event counts it.
 """
 
 from __future__ import annotations
@@ -17,44 +17,17 @@ class SourceMetrics(BaseModel):
 
 
 class UserExperienceMetrics(BaseModel):
-    """The memory system's figures of merit, over as many turns as were recorded."""
+    """The memory system's figures of merit, over as many turns as were counted."""
 
-    recalls: int = 0
+    recalls: int = 0  # faults and searches: something older was needed
     recalls_succeeded: int = 0
-    faults: int = 0
-    refaults: int = 0
-    evictions: int = 0
+    faults: int = 0  # pages faulted in
+    refaults: int = 0  # of them those that had left the window only lately
+    evictions: int = 0  # pages
     turns: int = 0
-    l0_tokens: int = 0  # summed over turns
-    reachable_tokens: int = 0  # summed over turns
-    prefetch: dict[str, SourceMetrics] = Field(default_factory=dict)  # by `PrefetchSource`
-
-    def record_recall(self, success: bool) -> None:
-        """Something older was needed (a fault, a search): was it found?"""
-        self.recalls += 1
-        self.recalls_succeeded += bool(success)
-
-    def record_fault(self, refault: bool = False) -> None:
-        """A page was faulted in. `refault`: it had left the window only lately."""
-        self.faults += 1
-        self.refaults += refault
-
-    def record_eviction(self, pages: int = 1) -> None:
-        """So many pages left the window."""
-        self.evictions += pages
-
-    def record_turn(self, l0_tokens: int, reachable_tokens: int) -> None:
-        """A turn ended: tokens in the window, and tokens of all pages that can be had, those of the
-        window included."""
-        self.turns += 1
-        self.l0_tokens += l0_tokens
-        self.reachable_tokens += reachable_tokens
-
-    def record_prefetch(self, source: str, used: bool = False) -> None:
-        """A source brought in a page."""
-        counts = self.prefetch.setdefault(source, SourceMetrics())
-        counts.prefetched += 1
-        counts.used += used
+    l0_tokens: int = 0  # in the window, summed over turns
+    reachable_tokens: int = 0  # of all pages that can be had, the window's included, summed over turns
+    prefetch: dict[str, SourceMetrics] = Field(default_factory=dict)  # by `PrefetchReport.source`
 
     def recall_success_rate(self) -> float:
         """Recalls that found what was needed, 0..1."""

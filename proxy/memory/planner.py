@@ -30,7 +30,7 @@ from proxy.memory.models import (
     PageTableEntry,
     StorageTier,
 )
-from proxy.memory.tlb import AnyTable
+from proxy.memory.table import PageTable
 
 IsPinned = Callable[[PageTableEntry, int], bool]
 
@@ -102,7 +102,7 @@ class Plan:
 
 
 def plan(
-    table: AnyTable,
+    table: PageTable,
     groups: Sequence[Group],
     budget: Budget,
     policy: EvictionPolicy,
@@ -221,7 +221,7 @@ class _Row:
 
 
 def _row(
-    table: AnyTable, group: Group, policy: EvictionPolicy, turn: int, is_pinned: IsPinned | None
+    table: PageTable, group: Group, policy: EvictionPolicy, turn: int, is_pinned: IsPinned | None
 ) -> _Row:
     entries = [entry for page in group.pages if (entry := table.lookup(page))]
     score = max((policy.score(entry, turn) for entry in entries), default=0.0)
@@ -293,7 +293,7 @@ def _take(rows: Sequence[_Row], left: int) -> int:
 
 
 def _change(
-    table: AnyTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
+    table: PageTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
 ) -> list[PageMutation]:
     entry = table.lookup(page_id)
     if entry is None:

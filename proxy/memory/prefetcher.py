@@ -1,15 +1,13 @@
-"""Which pages are brought in before the model is called: several sources, one budget.
+"""Which pages are brought in before the model is called, when, and whether one was worth it.
 
-Promises: pages only; what is chosen stays within the budget in tokens and pages; a page is proposed
-once, by the source that values it most; deterministic. Whether a page was worth it is measured by
-what the answer took from it (`was_used`), and counted per source.
+Promises: what is chosen stays within its budget in tokens and pages; the best for its tokens comes first;
+deterministic. Whether a page was worth it is measured by what the answer took from it (`was_used`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from enum import Enum
 from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to bring a page in
@@ -18,58 +16,35 @@ _USED_TERMS = 2  # distinctive words that page and answer share, and the questio
 _READ_CHARS = 20_000
 
 
-class PrefetchSource(str, Enum):
-    """Who proposed a page."""
-
-    SEARCH = "search"  # the words of the user's message
-    RECALL = "recall"  # a message that points back: "as we said", "remind me"
-    SUMMARY = "summary"  # the last segment's summary
-    CLAIM = "claim"  # what the conversation came to, the most used first
-    TOOL = "tool"  # what went with the tools that are likely now
-
-
 class Candidate(NamedTuple):
-    """A page that a source proposes. `score` is comparable within one source; `evidence` as in
-    `proxy.memory.ids.Hit`; `tokens` is the whole page's size.
-    """
+    """A page that a search proposes: `score` and `evidence` as in `proxy.memory.ids.Hit`; `tokens` is the
+    whole page's size."""
 
     page_id: str
-    source: PrefetchSource
     score: float
     evidence: float
     tokens: int
 
 
-class Prefetcher:
-    """One decision: `propose` candidates, then `ranked` gives them by value for their tokens."""
+class Prefetcher(NamedTuple):
+    """One decision's budget."""
 
-    def __init__(self) -> None:
-        self._found: dict[str, Candidate] = {}
-
-    def propose(self, candidates: Iterable[Candidate]) -> None:
-        """Take a source's pages; of one page proposed twice the better evidence counts."""
-        for candidate in candidates:
-            known = self._found.get(candidate.page_id)
-            if candidate.evidence >= MIN_EVIDENCE and (
-                known is None or candidate.evidence > known.evidence
-            ):
-                self._found[candidate.page_id] = candidate
-
-    def ranked(self) -> list[Candidate]:
-        """The best for its tokens first: long pages have every word somewhere."""
-        return sorted(self._found.values(), key=_density)
+    max_pages: int
+    max_tokens: int
 
     def choose(
-        self, max_pages: int, max_tokens: int, price: Callable[[Candidate], int | None]
+        self, candidates: Iterable[Candidate], price: Callable[[Candidate, int], int | None]
     ) -> list[Candidate]:
-        """The best that fit; `price` gives a page's tokens as shown (None: it cannot be shown)."""
+        """The best for their tokens that fit: long pages have every word somewhere. `price` gives the tokens
+        of a page as shown in at most so many (None: it does not fit)."""
         chosen: list[Candidate] = []
-        for candidate in self.ranked():
-            if len(chosen) == max_pages:
+        left = self.max_tokens
+        for candidate in sorted((c for c in candidates if c.evidence >= MIN_EVIDENCE), key=_density):
+            if len(chosen) == self.max_pages:
                 break
-            tokens = price(candidate)
-            if tokens is not None and tokens <= max_tokens:
-                max_tokens -= tokens
+            tokens = price(candidate, left)
+            if tokens is not None:
+                left -= tokens
                 chosen.append(candidate)
         return chosen
 

@@ -11,7 +11,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
 
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import Modality
@@ -30,7 +29,6 @@ _ENDINGS = ("ations", "ation", "ingly", "edly", "ing", "ies", "ed", "es", "ly", 
 _SHORTEST_STEM = 3
 _HINT_CHARS = 4_000  # of one hint that are read
 _QUERY_CHARS = 1_000
-_HINTS_IN_RAM = 2_048
 
 
 def terms(text: str) -> list[str]:
@@ -53,17 +51,12 @@ def _stem(word: str) -> str:
     return word
 
 
-@lru_cache(maxsize=_HINTS_IN_RAM)
-def _counted(hint: str) -> Counter[str]:
-    return Counter(terms(hint))
-
-
 class PageSearchHandler:
     """Searches the pages it was given; `hint` is what is known of each (as far as it is read)."""
 
     def __init__(self, available_pages: Iterable[AvailablePageEntry] = ()) -> None:
         self._pages = {page.page_id: page for page in available_pages}
-        self._words = {i: _counted(page.hint[:_HINT_CHARS]) for i, page in self._pages.items()}
+        self._words = {i: Counter(terms(page.hint[:_HINT_CHARS])) for i, page in self._pages.items()}
         self._pages_with = Counter(term for words in self._words.values() for term in words)
 
     def search(
@@ -74,7 +67,7 @@ class PageSearchHandler:
     ) -> SearchToolResult:
         """The best pages for `query`, those that it names by their ids first."""
         named = set(query.lower().split())
-        found = {i: score for i, score, _ in self.ranked(query)}
+        found = dict(self.ranked(query))
         kind = modality.value if isinstance(modality, Modality) else modality
         chosen = [
             i for i, page in self._pages.items()
@@ -87,22 +80,16 @@ class PageSearchHandler:
         ]
         return SearchToolResult(results=results, total_available=len(self._pages))
 
-    def ranked(self, query: str) -> list[tuple[str, float, float]]:
-        """(page id, score, summed rarity of the query's words on it) of all pages found, best first.
-
-        The score is the rarity of the shared terms; a repeated term adds a little, a long hint takes
-        some.
-        """
+    def ranked(self, query: str) -> list[tuple[str, float]]:
+        """(page id, score) of all pages found, best first. The score is the rarity of the shared terms; a
+        repeated term adds a little, a long hint takes some."""
         asked = dict.fromkeys(terms(query[:_QUERY_CHARS]))
         total, docs = len(self._pages), self._pages_with
         rarity = {term: math.log(1.0 + total / docs[term]) for term in asked if docs[term]}
-        rows: list[tuple[str, float, float]] = []
+        rows: list[tuple[str, float]] = []
         for page_id, words in self._words.items():
-            score = rare = 0.0
-            for term, weight in rarity.items():
-                if times := words.get(term, 0):
-                    score += weight * (1.0 + 0.2 * min(times - 1, 3))
-                    rare += weight
-            if rare:
-                rows.append((page_id, score / (1.0 + 0.02 * words.total()), rare))
+            shared = [(weight, words[term]) for term, weight in rarity.items() if term in words]
+            if shared:
+                score = sum(weight * (1.0 + 0.2 * min(times - 1, 3)) for weight, times in shared)
+                rows.append((page_id, score / (1.0 + 0.02 * words.total())))
         return sorted(rows, key=lambda row: -row[1])

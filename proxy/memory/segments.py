@@ -1,23 +1,37 @@
-"""A closed segment: one line that says what it was about, what a model wrote of it, and what rests on what.
+"""What a conversation keeps beside its messages: of a closed segment one line that says what it was about, and
+a model's summary and claims; what its user marked as to be kept; and what rests on what.
 
-Promises: pure and deterministic; every derived page names the pages that it was made from. What a segment makes,
-by page type: index (its topics, first and last page) at once; summary (one) and claims when a configured model has
-written them. Transcript and artifact pages are the messages themselves; nobody makes procedure pages.
+Promises: pure and deterministic; every derived page names the pages that it was made from; every list and every
+text has a bound. Nothing is claimed by our own reading of a text: a claim is a configured model's, taken from its
+answer about a closed segment, or nobody's; a user's own mark ("From now on ...", "I prefer ...") pins the message
+that bears it, word for word. By page type a segment makes: index at once; summary (one) and claims when a model
+has written them. Transcript and artifact pages are the messages themselves; nobody makes procedure pages.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from proxy.memory.compressor import clip, compress_text
 from proxy.memory.models import CompressionLevel, MemoryPage, PageType, StorageTier
 
-SUMMARY_IMPORTANCE = 0.7
+_Count = Callable[[str], int]  # tokens of a text
+
+# -- of a closed segment
+
 INDEX_TOKENS = 48
 _READ_CHARS = 8_000  # of a segment, in equal shares of its messages, for its topics
 _NUMBER = re.compile(r"\b\d+\b")
+_DERIVED_IMPORTANCE = 0.7
+CLAIMS_PER_SEGMENT = 16
+CLAIM_TOKENS = 64
+_CLAIM_IMPORTANCE = 0.8
+MAX_SOURCES = 16  # page ids that one claim keeps as its provenance
+_SUBJECT_CHARS = 80
+_FENCE = "```"
 
 
 def index_id(number: int) -> str:
@@ -28,28 +42,74 @@ def summary_id(number: int) -> str:
     return f"summary_seg_{number:02d}"
 
 
-def index_page(
-    number: int, ids: Sequence[str], texts: Sequence[str], turn: int, count: Callable[[str], int]
-) -> MemoryPage:
+def index_page(number: int, ids: Sequence[str], texts: Sequence[str], count: _Count) -> MemoryPage:
     """`seg 03 (msg_0040-msg_0088): Postgres, deadline, migration`, for the manifest. Segments count from 1; `ids`
     and `texts` are its messages', at least one."""
     share = max(80, _READ_CHARS // len(texts))
     read = "\n".join(_NUMBER.sub(" ", text[:share]) for text in texts)
     topics = compress_text(read, CompressionLevel.REFERENCE, None, count)
     line = clip(f"seg {number:02d} ({ids[0]}-{ids[-1]}): {topics}".rstrip(": "), INDEX_TOKENS, count)
-    return _derived(index_id(number), PageType.INDEX, line, [ids[0], ids[-1]], turn, count)
+    return _derived(index_id(number), PageType.INDEX, line, [ids[0], ids[-1]], count)
 
 
-def summary_page(
-    number: int, text: str, sources: Sequence[str], turn: int, count: Callable[[str], int]
-) -> MemoryPage:
+def summary_page(number: int, text: str, sources: Sequence[str], count: _Count) -> MemoryPage:
     """What a model wrote of the segment whose messages are `sources`."""
-    return _derived(summary_id(number), PageType.SUMMARY, text, list(sources), turn, count)
+    return _derived(summary_id(number), PageType.SUMMARY, text, list(sources), count)
+
+
+class Claim(NamedTuple):
+    """One statement: what it is about, what it says, and the page that it stands on ("": not said)."""
+
+    subject: str
+    text: str
+    source: str = ""
+
+
+def read_claims(answer: str) -> tuple[str, list[Claim]]:
+    """(summary, claims) of a model's answer about a segment: each line that is a JSON object with a `subject`
+    and a `text` is a claim, the others are the summary. The claims stand for a summary that is not there.
+    """
+    words: list[str] = []
+    claims: list[Claim] = []
+    for line in answer.splitlines():
+        claim = _claim(line.strip().lstrip("-* ").rstrip(", "))
+        if claim is not None:
+            claims.append(claim)
+        elif not line.startswith(_FENCE):
+            words.append(line)
+    del claims[CLAIMS_PER_SEGMENT:]
+    summary = "\n".join(words).strip() or " ".join(claim.text for claim in claims)
+    return summary, claims
+
+
+def _claim(line: str) -> Claim | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    subject, text, source = (said.get(name) for name in ("subject", "text", "source"))
+    if not isinstance(subject, str) or not isinstance(text, str) or not text.strip():
+        return None
+    return Claim(subject, " ".join(text.split()), source if isinstance(source, str) else "")
+
+
+def claim_page(number: int, claim: Claim, sources: Collection[str], count: _Count) -> MemoryPage:
+    """`claim_0007`. It rests on the page that the claim names where that is one of `sources`, else on the first
+    and the last of these; a later claim about the same subject takes its place."""
+    ids = list(sources)
+    named = [claim.source] if claim.source in sources else list(dict.fromkeys((ids[0], ids[-1])))
+    text = clip(claim.text, CLAIM_TOKENS, count)
+    page = _derived(f"claim_{number:04d}", PageType.CLAIM, text, named, count, _CLAIM_IMPORTANCE)
+    page.metadata["subject"] = " ".join(claim.subject.casefold().split())[:_SUBJECT_CHARS]
+    return page
 
 
 def _derived(
-    page_id: str, page_type: PageType, text: str, sources: list[str], turn: int, count: Callable[[str], int]
-) -> MemoryPage:
+    page_id: str, page_type: PageType, text: str, sources: list[str], count: _Count,
+    importance: float = _DERIVED_IMPORTANCE,
+) -> MemoryPage:  # fmt: skip
     return MemoryPage(
         page_id=page_id,
         page_type=page_type,
@@ -57,9 +117,42 @@ def _derived(
         storage_tier=StorageTier.L2,
         size_tokens=count(text),
         provenance=sources,
-        importance=SUMMARY_IMPORTANCE,
-        metadata={"turn": turn},
+        importance=importance,
     )
+
+
+# -- what the user marks (English). A standing instruction rules every later answer, and so does a preference; both
+# share no word with the questions that they rule, so no search would find them in time.
+
+PIN_TOKENS = 128  # a longer message is not pinned as a whole
+
+# Looked for before the patterns, which cost more than all of these.
+_STANDING_WORDS = (
+    "always", "never", "from now on", "going forward", "future", "whenever", "every time",
+    "each time", "remember", "keep in mind", "ever",
+)  # fmt: skip
+_PREFERENCE_WORDS = ("prefer", "rather", "favo", "allergic", "call me", "my name")
+_STANDING = re.compile(
+    r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
+    r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
+    r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b"
+)
+_PREFERENCE = re.compile(
+    r"\bi(?:'d| would)? (?:much )?(?:prefer|rather|favou?r)\b|\bmy (?:preference|favou?rite)\b"
+    r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b"
+)
+
+
+def is_standing(role: str, text: str, tokens: int) -> bool:
+    """A short message for all later answers: an instruction of the user's or of the application's, or what
+    the user says of their own preferences."""
+    if role not in ("user", "system", "developer") or tokens > PIN_TOKENS:
+        return False
+    low = text.lower()
+    if any(word in low for word in _STANDING_WORDS) and _STANDING.search(low):
+        return True
+    own = role == "user" and any(word in low for word in _PREFERENCE_WORDS)
+    return own and bool(_PREFERENCE.search(low))
 
 
 # -- what rests on what
@@ -85,29 +178,25 @@ class ProvenanceGraph:
                 self._sources.setdefault(page.page_id, {})[source] = None
                 self._derived.setdefault(source, {})[page.page_id] = None
 
-    def derives_from(self, page_id: str, depth: int = 1) -> list[str]:
-        """What the page was made from: its direct sources, or those up to `depth` steps back."""
-        return _walk(self._sources, page_id, depth)
+    def derives_from(self, page_id: str) -> list[str]:
+        """What the page was made from."""
+        return list(self._sources.get(page_id, ()))
 
-    def derived(self, page_id: str, depth: int = 1) -> list[str]:
-        """What was made from the page: directly, or up to `depth` steps on."""
-        return _walk(self._derived, page_id, depth)
+    def derived(self, page_id: str) -> list[str]:
+        """What was made from the page."""
+        return list(self._derived.get(page_id, ()))
 
-    def justifies(self, page_id: str, depth: int = MAX_DEPTH) -> list[str]:
+    def justifies(self, page_id: str) -> list[str]:
         """The pages that the claim rests on in the end: its ancestors that derive from nothing themselves."""
-        return [p for p in self.derives_from(page_id, depth) if p not in self._sources]
+        return [p for p in _walk(self._sources, page_id) if p not in self._sources]
 
 
-def _walk(edges: Mapping[str, Mapping[str, None]], start: str, depth: int) -> list[str]:
+def _walk(edges: Mapping[str, Mapping[str, None]], start: str) -> list[str]:
     """Breadth first from `start`, which is not in the answer."""
-    found: dict[str, None] = {}
-    queue = deque([(start, 0)])
-    while queue and len(found) < MAX_WALK:
-        page, steps = queue.popleft()
-        if steps >= min(depth, MAX_DEPTH):
-            continue
-        for other in edges.get(page, ()):
-            if other != start and other not in found and len(found) < MAX_WALK:
-                found[other] = None
-                queue.append((other, steps + 1))
-    return list(found)
+    found: list[str] = []
+    layer, seen = [start], {start}
+    for _ in range(MAX_DEPTH):
+        layer = list(dict.fromkeys(other for page in layer for other in edges.get(page, ()) if other not in seen))
+        seen.update(layer)
+        found += layer
+    return found[:MAX_WALK]

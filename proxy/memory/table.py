@@ -362,39 +362,27 @@ class PageTable:
             entry.artifact_id = m.artifact_id
 
     # -- the seeds' doors: each is one mutation (two for a pinned page), at the table's latest turn
-    #    unless another is named
 
-    def register(self, page: MemoryPage, turn: int | None = None) -> PageTableEntry:
-        """Enter a page; a page that is already known only has its location brought up to date."""
-        at = self.turn if turn is None else turn
-        if self.lookup(page.page_id) is not None:
-            return self.update_location(
-                page.page_id, page.storage_tier, page.artifact_id, page.compression_level, at
-            )
+    def register(self, page: MemoryPage) -> PageTableEntry:
+        """Enter a page."""
         entry = self.apply(
             PageMutation(
-                _CREATE, page.page_id, at, page.compression_level, page.storage_tier,
+                _CREATE, page.page_id, self.turn, page.compression_level, page.storage_tier,
                 page.estimate_tokens(), importance=page.importance, modality=page.modality,
                 page_type=page.page_type, artifact_id=page.artifact_id,
             )
         )  # fmt: skip
-        return self.apply(PageMutation(_PIN, page.page_id, at)) if page.pinned else entry
+        return self.apply(PageMutation(_PIN, page.page_id, self.turn)) if page.pinned else entry
 
     def update_location(
-        self,
-        page_id: str,
-        tier: StorageTier,
-        artifact_id: str | None = None,
-        level: CompressionLevel | None = None,
-        turn: int | None = None,
+        self, page_id: str, tier: StorageTier, artifact_id: str | None = None
     ) -> PageTableEntry:
         """Move a page: out of L0 is an EVICT, into L0 a MAP, anything else an UPDATE."""
         was = self._known(page_id).tier
         op = MutationType.UPDATE
         if _L0 in (was, tier) and was is not tier:
             op = _EVICT if was is _L0 else _MAP
-        at = self.turn if turn is None else turn
-        return self.apply(PageMutation(op, page_id, at, level, tier, artifact_id=artifact_id))
+        return self.apply(PageMutation(op, page_id, self.turn, None, tier, artifact_id=artifact_id))
 
 
 class MutationLogLite:

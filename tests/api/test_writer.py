@@ -322,7 +322,7 @@ async def test_closing_does_not_wait_for_the_model(tmp_path: Path) -> None:
 def closed(here: Room, last: int, *written: Any) -> list[str]:
     """An epoch that closes what stands before the position `last`; the ids of what it makes."""
     limits = limits_of(2000, written_by_models=True)
-    dialogue = derive(here.pages, last, limits, 1, COUNTER)
+    dialogue = derive(here.pages, last, limits, COUNTER)
     reply: Any = None
     left = list(written)
     try:

@@ -96,7 +96,7 @@ ROWS = (
     Row("segments' index lines", {}, {"proxy.conversation.derived:index_page":
         lambda old: lambda number, ids, texts, *more: old(number, ids, [""], *more)}),
     Row("pinned instructions and preferences", {}, {"proxy.conversation.turn_window:is_standing": returns(False)}),
-    Row("pinned preferences", {}, {"proxy.memory.claims:_PREFERENCE": becomes(re.compile("(?!)"))}),
+    Row("pinned preferences", {}, {"proxy.memory.segments:_PREFERENCE": becomes(re.compile("(?!)"))}),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
@@ -107,9 +107,6 @@ ROWS = (
         lambda old: lambda rows, budget: old([row for row in rows if row.first], budget)}),
     Row("context lines", {}, {"proxy.conversation.epoch:_CONTEXT_SHARE": becomes(0.0)}),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
-    Row("prefetch by words", {}, {"proxy.conversation.evidence:_candidates":
-        lambda old: lambda turn, hits, source: old(turn, hits, source) if source.value == "tool" else ()}),
-    Row("prefetch by tools", {}, {"proxy.conversation.evidence:_likely_tools": returns([])}),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
     Row("calibration", {}, {"proxy.conversation.calibration:Calibration.learn":
         lambda old: lambda self, *args, **more: self}),

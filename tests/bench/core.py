@@ -46,7 +46,6 @@ from proxy.memory.eviction import ImportanceWeightedLRU
 from proxy.memory.models import VMMode
 from proxy.memory.planner import Plan
 from proxy.memory.table import PageTable
-from proxy.memory.tlb import TLBWithPageTable
 from proxy.memory.working_set import WorkingSetConfig
 from proxy.tokens import get_counter
 from tests.bench.texts import Texts
@@ -107,7 +106,7 @@ class Conversation:
     def __init__(self, pages: int) -> None:
         self._texts = Texts("core")
         self._limits = limits_of(ROOM_TOKENS)
-        self._table = TLBWithPageTable(PageTable())
+        self._table = PageTable()
         self._window: Window | None = None
         self._derived: Derived = NO_DERIVED
         self._turn = 0

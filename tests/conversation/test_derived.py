@@ -26,8 +26,7 @@ from proxy.conversation.effects import Load
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import PathPages
 from proxy.memory import MemoryPage, MutationType, StorageTier
-from proxy.memory.claims import Claim, claim_page
-from proxy.memory.segments import index_page, summary_page
+from proxy.memory.segments import Claim, claim_page, index_page, summary_page
 from proxy.tokens import get_counter
 from tests.conversation.player import Message, Played, Player, limits_of, says
 from tests.conversation.test_pages import pages_of
@@ -50,9 +49,9 @@ def made(derived: Derived, claims: Iterable[Claim]) -> list[MemoryPage]:
     number, ids = derived.segments + 1, [f"msg_{derived.segments + 1:04d}"]
     first = derived.claims_made + 1
     return [
-        index_page(number, ids, ["Words."], number, len),
-        summary_page(number, "A summary of it.", ids, number, len),
-        *(claim_page(n, claim, ids, number, len) for n, claim in enumerate(claims, first)),
+        index_page(number, ids, ["Words."], len),
+        summary_page(number, "A summary of it.", ids, len),
+        *(claim_page(n, claim, ids, len) for n, claim in enumerate(claims, first)),
     ]
 
 
@@ -145,9 +144,9 @@ def written(segment: MemoryPage, text: str = "A summary.", *claims: Claim) -> Me
     return segment.model_copy(update={"content": text, "metadata": {"claims": [list(c) for c in claims]}})
 
 
-def closed(pages: PathPages, last: int, limits: Limits, turn: int = 1, *replies: Any) -> list[MemoryPage]:
+def closed(pages: PathPages, last: int, limits: Limits, *replies: Any) -> list[MemoryPage]:
     """`derive`, told `replies` for what it asks for: None, or claims to write down."""
-    dialogue = derive(pages, last, limits, turn, COUNTER)
+    dialogue = derive(pages, last, limits, COUNTER)
     reply: MemoryPage | None = None
     left = list(replies)
     try:
@@ -176,9 +175,9 @@ def test_segment_reads_no_more_than_max_messages_the_newest_ones(count: int, mos
 def test_segments_continue_one_another_and_an_empty_one_is_none() -> None:
     pages = reading(40)
     assert len(closed(pages, 12, limits_of(2000))) == 1
-    assert closed(pages, 12, limits_of(2000), 2) == closed(pages, 5, limits_of(2000), 2) == []
+    assert closed(pages, 12, limits_of(2000)) == closed(pages, 5, limits_of(2000)) == []
     assert pages.derived.end == 12
-    (second,) = closed(pages, 31, limits_of(2000), 2)
+    (second,) = closed(pages, 31, limits_of(2000))
     assert (second.page_id, second.provenance) == ("index_seg_02", ["msg_0013", "msg_0031"])
 
 
@@ -186,22 +185,22 @@ def test_segment_is_asked_for_until_it_is_written_and_then_never_again() -> None
     pages = reading(60)
     closed(pages, 10, WRITES)
     assert pages.derived.unwritten == ["summary_seg_01"]
-    assert [p.page_id for p in closed(pages, 20, WRITES, 2, None)] == ["index_seg_02"]
-    made = closed(pages, 30, WRITES, 3, (SAID[0],), ())
+    assert [p.page_id for p in closed(pages, 20, WRITES, None)] == ["index_seg_02"]
+    made = closed(pages, 30, WRITES, (SAID[0],), ())
     assert [p.page_id for p in made] == ["summary_seg_01", "claim_0001", "summary_seg_02", "index_seg_03"]
     assert made[0].provenance == [f"msg_{n:04d}" for n in range(1, 11)]
-    made = closed(pages, 40, WRITES, 4, (SAID[1],))
+    made = closed(pages, 40, WRITES, (SAID[1],))
     assert [p.page_id for p in made] == ["summary_seg_03", "claim_0002", "index_seg_04"]
     assert pages.derived.superseded == {"claim_0001": "claim_0002"}
     for turn in range(5, 20):
-        closed(pages, 36 + turn, WRITES, turn, *[None] * min(turn - 4, 4))
+        closed(pages, 36 + turn, WRITES, *[None] * min(turn - 4, 4))
     assert len(pages.derived.unwritten) == 4, "older ones are given up"
 
 
 def test_segment_without_claims_where_none_are_kept() -> None:
     pages, limits = reading(30), limits_of(2000, written_by_models=True, max_claims=0)
     closed(pages, 10, limits)
-    assert [p.page_id for p in closed(pages, 20, limits, 2, SAID)] == ["summary_seg_01", "index_seg_02"]
+    assert [p.page_id for p in closed(pages, 20, limits, SAID)] == ["summary_seg_01", "index_seg_02"]
 
 
 def test_unwritten_segment_is_known_by_all_that_was_said_up_to_its_end() -> None:
@@ -224,10 +223,10 @@ def test_new_pages_stand_in_the_window_and_those_whose_place_was_taken_leave_it(
     before = pages.derived
     mutations = entered(closed(pages, 3, WRITES), before, pages.derived, 1)
     assert [(m.page_id, m.tier) for m in mutations] == [("index_seg_01", StorageTier.L2)]
-    made, before = closed(pages, 6, WRITES, 2, SAID[:1]), pages.derived
+    made, before = closed(pages, 6, WRITES, SAID[:1]), pages.derived
     tiers = {m.page_id: m.tier for m in entered(made, NO_DERIVED, pages.derived, 2)}
     assert tiers == {"summary_seg_01": StorageTier.L0, "claim_0001": StorageTier.L0, "index_seg_02": StorageTier.L2}
-    made = closed(pages, 8, WRITES, 3, SAID[1:2])
+    made = closed(pages, 8, WRITES, SAID[1:2])
     gone = [m for m in entered(made, before, pages.derived, 3) if m.op is MutationType.EVICT]
     assert [(m.page_id, m.tier, m.turn) for m in gone] == [("claim_0001", StorageTier.L2, 3)]
 

@@ -182,8 +182,8 @@ def messages_of(count: int) -> list[Message]:
 def told_of(count: int, ends: list[int]) -> Epoch:
     """A request over a path in which a segment was closed before each of `ends`."""
     asked = epoch_of(messages_of(count), 4000)
-    for turn, end in enumerate(ends, 1):
-        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
+    for end in ends:
+        list(derive(asked.pages, end, limits_of(4000), COUNTER))
     return asked
 
 
@@ -235,8 +235,8 @@ def test_every_page_outside_is_listed_or_in_one_segments_range(
 
 def test_the_nearest_pages_have_entries_and_a_segments_line_its_topics() -> None:
     asked = epoch_of([{"role": "user", "content": f"Wax{n}"} for n in range(200)], 4000)
-    for turn, end in enumerate((60, 120), 1):
-        list(derive(asked.pages, end, limits_of(4000), turn, COUNTER))
+    for end in (60, 120):
+        list(derive(asked.pages, end, limits_of(4000), COUNTER))
     manifest = listed(asked, 190, set(range(190, 200)), 1024, set())
     named = [at(entry["page_id"]) for entry in manifest["available_pages"]]
     assert named == list(range(189, 189 - len(named), -1)) and len(named) > 20

@@ -54,12 +54,12 @@ def test_the_summary_has_the_memorys_figures_of_merit() -> None:
         "user_experience": {
             "recall_success_rate": 0.975, "recalls": 1200, "thrash_index": 0.25, "effective_context": 7.84,
         },
-        "prefetch": {"claim": {"prefetched": 4, "used": 1}, "search": {"prefetched": 1080, "used": 900}},
+        "prefetch": {"recall": {"prefetched": 4, "used": 1}, "search": {"prefetched": 1080, "used": 900}},
     }  # fmt: skip
     assert experience(view) == [
         "memory: 3 segments closed; effective context 7.8 times the window",
         "look-ups: 98% of 1,200 found something; thrash index 0.25",
-        "prefetched pages that the answer used: 1 of 4 from claim, 900 of 1,080 from search",
+        "prefetched pages that the answer used: 1 of 4 from recall, 900 of 1,080 from search",
     ]
 
 

@@ -222,7 +222,7 @@ async def test_stats_are_numbers_and_grow(stand: Stand) -> None:
         "user_experience.refaults", "user_experience.thrash_index", "user_experience.evictions",
     ):  # fmt: skip
         assert grown[name] > 0, (name, after)
-    assert after["user_experience"]["prefetch_hit_rates"].keys() <= {"search", "recall", "summary", "claim", "tool"}
+    assert after["user_experience"]["prefetch_hit_rates"].keys() <= {"search", "recall"}
     sources = after["prefetch"]
     assert sources and sum(counts["prefetched"] for counts in sources.values()) > 0
     rates = [v for name, v in grown.items() if "rate" in name or name.endswith("thrash_index")]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.config import load_config
 from proxy.library import MemoryManager
-from proxy.memory import Modality, StorageTier, VMMode, WorkingSetConfig
+from proxy.memory import MemoryPage, Modality, StorageTier, VMMode, WorkingSetConfig
 from proxy.tokens import get_counter
 from tests.examples import examples
 
@@ -34,6 +34,20 @@ def response(*calls: dict[str, Any], content: str | None = None) -> dict[str, An
     return {"choices": [{"message": {"content": content, "tool_calls": list(calls)}}]}
 
 
+async def fault(memory: MemoryManager, page_id: str, level: int = 2) -> Any:
+    return await memory.call("page_fault", json.dumps({"page_id": page_id, "target_level": level}))
+
+
+async def search(memory: MemoryManager, query: str) -> Any:
+    return await memory.call("search_pages", json.dumps({"query": query}))
+
+
+def tool_result(memory: MemoryManager, number: int, content: str) -> MemoryPage:
+    made = call("query", {"table": "users"}, f"q{number}")
+    memory.add_message({"role": "assistant", "content": None, "tool_calls": [made]})
+    return memory.add_message({"role": "tool", "tool_call_id": f"q{number}", "content": content})
+
+
 async def grown(turns: int = 20, config: WorkingSetConfig = SMALL, **options: Any) -> MemoryManager:
     memory = MemoryManager("s", config, **options)
     for number in range(turns):
@@ -53,11 +67,10 @@ async def test_invariant_04_a_full_body_is_never_lost() -> None:
     assert memory._pages.get("msg_0041") is None and "msg_0041" not in memory._pages
 
 
-async def test_the_log_replays_to_the_table_and_answers_for_any_turn() -> None:
+async def test_the_working_set_and_the_tlb_are_views_of_the_table() -> None:
     memory = await grown()
-    assert memory.log.replay() == memory.page_table
     now = [e.page_id for e in memory.page_table.resident()]
-    assert memory.log.get_context_at_turn(20) == now == memory.working_set.get_l0_page_ids()
+    assert now == memory.working_set.get_l0_page_ids()
     assert memory.working_set.get_stats().l0_pages == len(now)
     assert memory.combined.lookup(now[0]) is memory.combined.lookup(now[0]) and memory.tlb.get_stats().hits == 1
 
@@ -100,18 +113,15 @@ async def test_the_models_calls_are_answered_in_one_exchange() -> None:
     told = await memory.process_response(response(*many))
     assert isinstance(told, dict) and len(told["tool_results"]) == 12
     assert "Too many" in told["tool_results"][-1]["content"]
-    await memory.add_assistant_message("It was 14.")
-    assert memory.metrics.faults >= 1 and memory.metrics.recalls > memory.metrics.faults
-    assert memory.metrics.evictions and 0 < memory.metrics.recall_success_rate() <= 1
 
 
 async def test_calls_are_answered_while_everything_fits() -> None:
     memory = MemoryManager("s")
     await memory.add_user_message("We chose JWT.")
-    assert (await memory.page_fault("msg_0001", 0))["page"]["content"]["text"] == "We chose JWT."
-    assert (await memory.search_pages("JWT"))["results"] == []
-    assert "error" in await memory.search_pages("") and "error" in await memory.call("page_fault", "{")
-    assert "no page" in (await memory.page_fault("msg_0009"))["error"]
+    assert (await fault(memory, "msg_0001", 0))["page"]["content"]["text"] == "We chose JWT."
+    assert (await search(memory, "JWT"))["results"] == []
+    assert "error" in await search(memory, "") and "error" in await memory.call("page_fault", "{")
+    assert "no page" in (await fault(memory, "msg_0009"))["error"]
 
 
 async def test_an_image_is_a_page_and_returns_in_a_users_message() -> None:
@@ -134,29 +144,12 @@ async def test_an_image_is_a_page_and_returns_in_a_users_message() -> None:
     assert user["role"] == "user" and PNG in user["content"]
 
 
-async def test_a_tools_result_stands_behind_its_call_and_metadata_on_the_page() -> None:
+async def test_a_tools_result_stands_behind_its_call() -> None:
     memory = MemoryManager("s")
-    await memory.add_user_message("How many rows?", mood="curious")
-    shown = await memory.add_tool_result({"rows": [1, 2]}, "query", {"table": "users"})
-    assert shown.modality is Modality.STRUCTURED and shown.content.startswith("query({")
+    await memory.add_user_message("How many rows?")
+    assert tool_result(memory, 1, '{"rows":[1,2]}').modality is Modality.STRUCTURED
+    assert memory._pages["msg_0003"].content.startswith("query({")
     assert [m["role"] for m in memory.request()["messages"]] == ["user", "assistant", "tool"]
-    assert memory._pages["msg_0001"].metadata == {"role": "user", "mood": "curious"}
-
-
-async def test_pinned_and_weighed_pages_stay() -> None:
-    memory = MemoryManager("s", SMALL)
-    await memory.add_user_message("Remember: the code is 4711.")
-    memory.pin("msg_0001")
-    await memory.add_assistant_message("Noted.")
-    memory.working_set.set_importance("msg_0002", importance=0.9)
-    for number in range(20):
-        await memory.add_user_message(text(number))
-        await memory.add_assistant_message(text(number))
-    entries = [memory.page_table.lookup(name) for name in ("msg_0001", "msg_0002")]
-    assert all(entries) and entries[0].tier is StorageTier.L0 and entries[1].importance == 0.9  # type: ignore[union-attr]
-    assert "4711" in json.dumps(memory.request()["messages"])
-    memory.unpin("msg_0001")
-    assert not memory.page_table.get_stats().pinned_pages
 
 
 async def test_what_leaves_is_told_before_the_request() -> None:
@@ -170,15 +163,6 @@ async def test_what_leaves_is_told_before_the_request() -> None:
     assert "msg_0001" not in memory.working_set.get_l0_page_ids()
 
 
-async def test_a_checkpoint_has_the_full_pages_of_the_window() -> None:
-    memory = await grown()
-    pages = await memory.storage.load_checkpoint(await memory.checkpoint("segment_1"))
-    resident = [e.page_id for e in memory.page_table.resident()]
-    assert [p.page_id for p in pages] == resident
-    words = [p.content for p in pages if p.page_id.startswith("msg")]
-    assert words == [text(int(i[4:])) for i in resident if i.startswith("msg")]
-
-
 @examples(20)
 @given(st.lists(st.sampled_from(["user", "long", "tool", "answer", "fault", "search", "show"]), max_size=40))
 async def test_invariants_03_and_07_any_history_replays_and_fits(steps: list[str]) -> None:
@@ -190,25 +174,23 @@ async def test_invariants_03_and_07_any_history_replays_and_fits(steps: list[str
             elif step == "long":
                 await memory.add_user_message(text(number) * 3)
             elif step == "tool":
-                await memory.add_tool_result({"n": number})
+                tool_result(memory, number, json.dumps({"n": number}))
             elif step == "answer":
                 await memory.add_assistant_message(text(number))
             elif step == "fault":
-                await memory.page_fault(f"msg_{number % 7 + 1:04d}", number % 4)
+                await fault(memory, f"msg_{number % 7 + 1:04d}", number % 4)
             elif step == "search":
-                await memory.search_pages(f"parameter p{number}")
+                await search(memory, f"parameter p{number}")
             else:
                 requests.append(memory.request())
         return memory, requests
 
     memory, requests = await played()
     again, same = await played()
-    assert requests == same and memory.log.entries == again.log.entries
+    assert requests == same and memory.page_table == again.page_table
     for request in requests:
         tokens = sum(COUNTER.message(m) for m in request["messages"]) + COUNTER.tools(request.get("tools") or [])
         assert tokens <= 1_800
-    if not memory.paged:
-        assert memory.log.replay() == memory.page_table
 
 
 async def test_a_request_is_the_same_until_something_is_said() -> None:
@@ -229,14 +211,14 @@ async def test_a_turn_that_is_given_up_leaves_no_trace() -> None:
         await other.add_user_message(said)
         memory.request()
     await memory.add_user_message("third")
-    assert memory.page_table == other.page_table == memory.log.replay()
+    assert memory.page_table == other.page_table
     await other.add_user_message("third")
     assert memory.request() == other.request()
 
 
 async def test_vm_calls_are_welcome_only_while_a_turn_is_open() -> None:
     memory = await grown(config=ROOMY, turns=60)
-    assert "no more pages" in (await memory.page_fault("msg_0002"))["error"].lower()
+    assert "no more pages" in (await fault(memory, "msg_0002"))["error"].lower()
     await memory.add_user_message("go on")
     before = memory.request()["messages"]
     asked = call("page_fault", {"page_id": "msg_0002"})
@@ -262,23 +244,22 @@ async def test_the_table_is_there_before_a_turn_pages() -> None:
     await memory.add_user_message("c")
     entries = [(e.page_id, e.tier, e.created_turn) for e in memory.page_table]
     assert entries == [(f"msg_{n:04d}", StorageTier.L0, 1 + n // 3) for n in (1, 2, 3)]
-    assert memory.log.replay() == memory.page_table
 
 
-async def test_what_a_caller_changes_holds_at_once_and_gets_into_the_log() -> None:
+async def test_an_importance_of_the_callers_holds_at_once_and_in_later_turns() -> None:
     memory = await grown()
     await memory.add_user_message("go on")
     memory.request()
     memory.working_set.set_importance("msg_0003", 0.9)
-    memory.pin("msg_0005")
     await memory.add_user_message("no, wait")  # the turn that was open is given up
     for _ in range(2):
-        found = [memory.page_table.lookup(i) for i in ("msg_0003", "msg_0005")]
-        assert found[0] is not None and found[0].importance == 0.9
-        assert found[1] is not None and found[1].pinned
+        entry = memory.page_table.lookup("msg_0003")
+        assert entry is not None and entry.importance == 0.9
         await memory.add_assistant_message("Well?")
-        assert memory.log.replay() == memory.page_table
-    with pytest.raises(KeyError):
-        memory.pin("msg_0999")
+        memory.request()
+
+
+async def test_a_system_message_is_the_managers_own() -> None:
+    memory = MemoryManager("s")
     with pytest.raises(ValueError, match="system_prompt"):
         memory.add_message({"role": "system", "content": "Be kind."})

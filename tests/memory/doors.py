@@ -13,13 +13,13 @@ from proxy.memory.models import (
     PinKind,
     StorageTier,
 )
-from proxy.memory.tlb import AnyTable
+from proxy.memory.table import PageTable
 
 _L0 = StorageTier.L0
 
 
 def register_id(
-    table: AnyTable, page_id: str, tokens: int, turn: int,
+    table: PageTable, page_id: str, tokens: int, turn: int,
     modality: Modality = Modality.TEXT, tier: StorageTier = StorageTier.L2,
 ) -> PageTableEntry:  # fmt: skip
     create = MutationType.CREATE
@@ -27,13 +27,13 @@ def register_id(
 
 
 def map_in(
-    table: AnyTable, page_id: str, turn: int, level: CompressionLevel, tokens: int | None = None
+    table: PageTable, page_id: str, turn: int, level: CompressionLevel, tokens: int | None = None
 ) -> PageTableEntry:
     return table.apply(PageMutation(MutationType.MAP, page_id, turn, level, _L0, tokens))
 
 
 def fault_in(
-    table: AnyTable, page_id: str, turn: int,
+    table: PageTable, page_id: str, turn: int,
     level: CompressionLevel = CompressionLevel.FULL, tokens: int | None = None,
 ) -> PageTableEntry:  # fmt: skip
     reason = FaultReason.RESOLVE_REFERENCE
@@ -42,18 +42,18 @@ def fault_in(
 
 
 def evict(
-    table: AnyTable, page_id: str, turn: int, tier: StorageTier = StorageTier.L2
+    table: PageTable, page_id: str, turn: int, tier: StorageTier = StorageTier.L2
 ) -> PageTableEntry:
     return table.apply(PageMutation(MutationType.EVICT, page_id, turn, tier=tier))
 
 
 def pin(
-    table: AnyTable, page_id: str, turn: int, kind: PinKind = PinKind.EXPLICIT
+    table: PageTable, page_id: str, turn: int, kind: PinKind = PinKind.EXPLICIT
 ) -> PageTableEntry:
     return table.apply(PageMutation(MutationType.PIN, page_id, turn, pin_kind=kind))
 
 
-def unpin(table: AnyTable, page_id: str, turn: int) -> PageTableEntry:
+def unpin(table: PageTable, page_id: str, turn: int) -> PageTableEntry:
     return table.apply(PageMutation(MutationType.UNPIN, page_id, turn))
 
 

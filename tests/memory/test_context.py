@@ -147,7 +147,6 @@ def test_an_image_is_named_in_a_line_and_travels_behind_it() -> None:
     lines = packed.content.splitlines()
     assert lines[0] == 'U (msg_0001): "look"' and lines[2] == 'A (msg_0003): "nice"'
     assert lines[1].startswith("I (img_0002_1): ") and "<" not in lines[1]
-    assert packed.has_media
     assert packed.parts == [
         {"type": "text", "text": "\n".join(lines[:2])},
         IMAGE,
@@ -164,7 +163,6 @@ def test_the_parts_of_a_users_message_stand_between_the_tags() -> None:
         assert text.count("VM:CONTEXT") == 2 and text.count("[image]") == 1
         assert IMAGE in parts
     alone = ContextPacker().pack([words("msg_0001", "a")])
-    assert not alone.has_media
     assert context_parts(alone.parts) == [{"type": "text", "text": context_block([alone.content])}]
     assert context_parts([]) == [] and ContextPacker().pack([]).parts == []
     raw = context_parts([IMAGE])

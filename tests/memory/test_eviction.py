@@ -141,7 +141,7 @@ def test_pinned_set_pins_by_id() -> None:
     pinned.pin("msg_0001")
     assert pinned.is_pinned("system_prompt") and not pinned.is_pinned("msg_0002")
     _, made = page()
-    assert pinned.held(made, 10_000) and not is_held(made, 10_000)
+    assert pinned.is_pinned(made, 10_000) and not is_held(made, 10_000)
 
 
 def test_pinned_set_an_explicit_pin_holds_and_an_inferred_one_decays_unless_used() -> None:
@@ -150,7 +150,7 @@ def test_pinned_set_an_explicit_pin_holds_and_an_inferred_one_decays_unless_used
     change(table, MutationType.PIN, 5, pin_kind=PinKind.INFERRED)
     assert [pins.reason(made, turn) for turn in (15, 16)] == [PinReason.INFERRED, PinReason.NONE]
     change(table, MutationType.ACCESS, 20)
-    assert pins.held(made, 30) and not pins.held(made, 31)
+    assert pins.is_pinned(made, 30) and not pins.is_pinned(made, 31)
     change(table, MutationType.PIN, 31)
     assert pins.reason(made, 10_000) is PinReason.EXPLICIT
     change(table, MutationType.PIN, 32, pin_kind=PinKind.INFERRED)  # a guess does not weaken it
@@ -165,7 +165,6 @@ def test_pinned_set_claims_and_the_last_turns_are_pinned_by_rule() -> None:
     _, claim = page(kind=PageType.CLAIM)
     assert [pins.is_pinned(recent, turn) for turn in (7, 9, 10)] == [True, True, False]
     assert [pins.reason(claim, turn) for turn in (10, 11)] == [PinReason.CLAIM, PinReason.NONE]
-    assert not pins.held(recent, 7) and not pins.held(claim, 5)
     assert not PinnedSet(pin_last_n_turns=0).is_pinned(recent, 7)
 
 

@@ -21,7 +21,6 @@ from proxy.memory import (
 from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import Modality, PageTableEntry, PageType
 from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
-from proxy.memory.tlb import TLBWithPageTable
 from tests.examples import examples
 from tests.memory.doors import evict, map_in, register_id
 
@@ -156,13 +155,6 @@ def test_invariant_10_few_of_thousands_of_groups_are_tried_at_every_level(
     monkeypatch.setattr(planner, "_hull", counted)
     case.plan(50, 300)
     assert 0 < len(hulls) <= planner._CANDIDATES
-
-
-def test_the_same_plan_through_a_tlb() -> None:
-    case = Case([(1, 100), (2, 40)] * 6, [], [])
-    groups, budget = case.groups(), Budget(100, 200)
-    through = plan(TLBWithPageTable(case.table), groups, budget, POLICY, 99)
-    assert through == plan(case.table, groups, budget, POLICY, 99)
 
 
 class Lines:

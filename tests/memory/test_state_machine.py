@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from proxy.library import WorkingSetManager
 from proxy.memory import (
     CompressionLevel,
     MemoryPage,
@@ -29,7 +28,7 @@ from proxy.memory.eviction import is_held
 from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import PinKind
 from proxy.memory.table import decode_log, encode_log
-from proxy.memory.working_set import TokenBudget, WorkingSetConfig
+from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
 from tests.memory.doors import fault_in, map_in
 
 CONFIG = WorkingSetConfig(max_l0_tokens=1200, reserved_tokens=200)
@@ -48,7 +47,12 @@ class Branch:
         self.model = PageTable().replay(log.entries)
         self.root: bytes | None = None
         self.stored = 0  # mutations in `root`
+        self.passed = 0  # turns that passed
         self.open()
+
+    @property
+    def turn(self) -> int:
+        return max(self.passed, self.table.turn)
 
     def open(self) -> None:
         """Start from what is durable alone."""
@@ -90,7 +94,7 @@ class Memory(RuleBasedStateMachine):
         return entry
 
     def apply(self, op: MutationType, page: str, **fields: Any) -> None:
-        self.branch.table.apply(PageMutation(op, page, self.branch.work.turn, **fields))
+        self.branch.table.apply(PageMutation(op, page, self.branch.turn, **fields))
 
     # -- what happens to a conversation
 
@@ -121,7 +125,7 @@ class Memory(RuleBasedStateMachine):
                 storage_tier=StorageTier.L2,
             )
             if not (inside and self.branch.work.add_to_l0(page)):
-                self.branch.table.register(page, self.branch.work.turn)
+                self.branch.table.register(page)
             self.branch.ids.append(page.page_id)
 
     def name(self, kind: str) -> str:
@@ -137,14 +141,12 @@ class Memory(RuleBasedStateMachine):
         tokens = entry.size_tokens >> level
         if self.branch.work.can_fit(tokens - entry.l0_tokens):
             bring = fault_in if asked else map_in
-            bring(self.branch.table, entry.page_id, self.branch.work.turn, level, tokens)
+            bring(self.branch.table, entry.page_id, self.branch.turn, level, tokens)
 
     @rule(pick=PICKS, tier=st.sampled_from(["L1", "L2", "L3", "L4"]))
     def move_below(self, pick: int, tier: str) -> None:
         entry = self.entry(pick)
-        self.branch.table.update_location(
-            entry.page_id, StorageTier(tier), turn=self.branch.work.turn
-        )
+        self.branch.table.update_location(entry.page_id, StorageTier(tier))
 
     @rule(pick=PICKS, level=st.sampled_from(CompressionLevel))
     def compress(self, pick: int, level: CompressionLevel) -> None:
@@ -164,8 +166,7 @@ class Memory(RuleBasedStateMachine):
 
     @rule(turns=st.sampled_from([1, 1, 3, 60]))
     def new_turn(self, turns: int) -> None:
-        for _ in range(turns):
-            self.branch.work.new_turn()
+        self.branch.passed = self.branch.turn + turns
 
     @rule()
     def make_room(self) -> None:
@@ -173,7 +174,7 @@ class Memory(RuleBasedStateMachine):
         due = work.calculate_eviction_target()
         candidates = work.get_eviction_candidates()
         inside = table.resident()
-        held = {e.page_id for e in inside if is_held(e, work.turn)}
+        held = {e.page_id for e in inside if is_held(e, table.turn)}
         assert {i for i, _ in candidates} == {e.page_id for e in inside} - held
         for candidate, _ in candidates:
             if work.calculate_eviction_target() == 0:
@@ -258,7 +259,7 @@ class Memory(RuleBasedStateMachine):
     @invariant()
     def the_window_stays_in_its_room(self) -> None:  # invariant 3
         room = CONFIG.max_l0_tokens - CONFIG.reserved_tokens
-        assert self.branch.work.tokens_used <= room
+        assert self.branch.work.budget.used <= room
 
     def teardown(self) -> None:
         for branch in self.branches:

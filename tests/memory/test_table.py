@@ -60,22 +60,12 @@ def test_register_as_in_the_seeds() -> None:
     assert table.lookup("msg_0002") is None
 
 
-def test_register_of_a_known_page_keeps_its_history() -> None:
-    table = PageTable()
-    page = MemoryPage(page_id="msg_0001", content="x", storage_tier=StorageTier.L0)
-    table.register(page)
-    evict(table, "msg_0001", 2)
-    fault_in(table, "msg_0001", 3)
-    again = table.register(page, turn=4)
-    assert (again.fault_count, len(table)) == (1, 1)
-
-
 def test_update_location_moves_between_tiers_and_back() -> None:
     table = PageTable()
     table.register(MemoryPage(page_id="msg_0001", content="x" * 40, storage_tier=StorageTier.L0))
-    table.update_location("msg_0001", tier=StorageTier.L2, artifact_id="a1", turn=3)
+    table.update_location("msg_0001", tier=StorageTier.L2, artifact_id="a1")
     entry = table.get_by_tier(StorageTier.L2)[0]
-    assert (entry.artifact_id, entry.evicted_turn, entry.l0_tokens) == ("a1", 3, 0)
+    assert (entry.artifact_id, entry.evicted_turn, entry.l0_tokens) == ("a1", 0, 0)
     assert table.resident() == []
     table.update_location("msg_0001", tier=StorageTier.L0)
     assert table.resident()[0].l0_tokens == 10
