@@ -99,22 +99,22 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("headers", FOREIGN)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings", "/props", "/vm/stats"])
 async def test_a_foreign_page_never_spends_the_operators_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     site = Site(tmp_path, monkeypatch, **KEY)
-    status, got, asked = await site.ask(path=path, **headers)
-    assert (status, asked) == (403, [])
-    assert "access-control-allow-origin" not in got
+    for headers in FOREIGN:
+        status, got, asked = await site.ask(path=path, **headers)
+        assert (status, asked) == (403, []), headers
+        assert "access-control-allow-origin" not in got
 
 
-@pytest.mark.parametrize("headers", FOREIGN)
 async def test_without_a_key_of_its_own_the_server_asks_nobody_where_they_come_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (await Site(tmp_path, monkeypatch).ask(**headers))[0] == 200
+    site = Site(tmp_path, monkeypatch)
+    assert [headers for headers in FOREIGN if (await site.ask(**headers))[0] != 200] == []
 
 
 async def test_behind_a_load_balancer_any_name_is_ours_unless_they_are_listed(

@@ -82,12 +82,12 @@ SLASHES = ["/", "\\", "%2f", "%2F", "%5c", "%252f", "%c0%af"]
 
 
 @pytest.mark.parametrize("dots", DOTS)
-@pytest.mark.parametrize("slash", SLASHES)
-def test_a_dot_segment_is_refused_however_it_is_spelled(dots: str, slash: str) -> None:
-    for raw in (f"/v1/{dots}{slash}{dots}{slash}admin", f"/v1{slash}{dots}", f"/v1/x{slash}{dots}/y"):
-        with pytest.raises(ApiError) as refused:
-            forward_target(raw)
-        assert (refused.value.status, refused.value.code) == (400, "invalid_path")
+def test_a_dot_segment_is_refused_however_it_is_spelled(dots: str) -> None:
+    for slash in SLASHES:
+        for raw in (f"/v1/{dots}{slash}{dots}{slash}admin", f"/v1{slash}{dots}", f"/v1/x{slash}{dots}/y"):
+            with pytest.raises(ApiError) as refused:
+                forward_target(raw)
+            assert (refused.value.status, refused.value.code) == (400, "invalid_path"), raw
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))

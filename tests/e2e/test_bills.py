@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +26,12 @@ from tests.e2e.harness import (
 from tests.e2e.processes import ServerProcess
 from tests.e2e.script import filler, paged_config
 
-TURNS = 60
+FULL = os.environ.get("LLM_PAGER_E2E_FULL") == "1"
+TURNS = 44
 # The turns in which the server is killed. "between": after the answer was read. "asked": while upstream
 # is at work, so that nothing of the turn is stored. "unread": it is stored, and the client has to ask again.
 MOMENTS = ("between", "asked", "unread")
-KILLS = {3 + 4 * i + i % 3: MOMENTS[i % 3] for i in range(13)}
+KILLS = {3 + 4 * i + i % 3: MOMENTS[i % 3] for i in range(9)}
 Message = dict[str, Any]
 
 
@@ -97,8 +99,8 @@ async def killed_and_quiet(factor: float) -> tuple[Billed, Billed]:
 
 
 async def test_invariant_7_a_kill_changes_no_request_whatever_upstream_bills() -> None:
-    assert len(KILLS) == 13 and max(KILLS) < TURNS
-    pairs = await asyncio.gather(killed_and_quiet(1.13), killed_and_quiet(1.4))
+    assert len(KILLS) == 9 and max(KILLS) < TURNS
+    pairs = await asyncio.gather(*map(killed_and_quiet, (1.13, 1.4) if FULL else (1.4,)))
     for killed, quiet in pairs:
         again = [turn for turn, bodies in enumerate(killed.bodies) if len(bodies) > 1]
         assert again == [turn for turn, moment in KILLS.items() if moment != "between"]

@@ -242,7 +242,7 @@ async def measure(data: DataSet) -> Results:
     session = Session(results)
     conversations = data.conversations()
     if not FULL:
-        conversations = conversations[::2]
+        conversations = conversations[::3]
     async with session.upstream:
         config = {
             "upstream": {"provider": "openai", "base_url": session.upstream.base_url},

@@ -119,8 +119,12 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
-@pytest.mark.parametrize("stream", [None, False, True], ids=["whole", "stream", "stream with usage"])
-@pytest.mark.parametrize(("steps", "fields"), [t[1:] for t in TURNS], ids=[t[0] for t in TURNS])
+@pytest.mark.parametrize(
+    ("steps", "fields", "stream"),
+    # All as they are and as a stream; every second stream asks for usage, and so does the turn with faults.
+    [(*t[1:], s) for n, t in enumerate(TURNS) for s in (None, n % 2 == 0)],
+    ids=[f"{t[0]}-{s}" for n, t in enumerate(TURNS) for s in ("whole", "stream with usage" if n % 2 == 0 else "stream")],
+)
 async def test_every_request_and_answer_fits_the_published_schema(
     server: ServerProcess, steps: Sequence[Step], fields: dict[str, Any], stream: bool | None
 ) -> None:
