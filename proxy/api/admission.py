@@ -40,7 +40,7 @@ from proxy.conversation.context import TurnContext
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
-from proxy.conversation.tree import Anchor, Node
+from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.limits import POLICIES, limits_of
@@ -111,7 +111,7 @@ class Admission:
         cannot be a chat request."""
         memory, identity = self._memory, self._memory.identity
         who = caller(headers, parameters(query), *self._session_headers)
-        scope = identity.tenant(who.credentials, "")
+        scope = identity.scope(who.credentials)
         try:
             split = read_body(body, scope, memory.histories)
             decoded = Decoded(split.fields, deployment)
@@ -129,7 +129,7 @@ class Admission:
             found = self._as_retry(found, tenant, names)
         return await self._context(body, split, decoded, scope, tenant, names, found)
 
-    def _names(self, tenant: bytes, who: Caller) -> SessionNames:
+    def _names(self, tenant: TenantKey, who: Caller) -> SessionNames:
         if who.label is None:
             return NO_NAMES
         identity = self._memory.identity
@@ -137,7 +137,7 @@ class Admission:
         return SessionNames(identity.label(tenant, who.label), delta)
 
     async def _place(
-        self, split: Body, scope: bytes, tenant: bytes, names: SessionNames
+        self, split: Body, scope: KeyScope, tenant: TenantKey, names: SessionNames
     ) -> tuple[Body, Place]:
         memory, identity = self._memory, self._memory.identity
         if len(split.new) > _CHAIN_AT_ONCE:
@@ -165,7 +165,7 @@ class Admission:
                 memory.histories.add(scope, known, split.known)
         return split, found
 
-    def _as_retry(self, found: Place, tenant: bytes, names: SessionNames) -> Place:
+    def _as_retry(self, found: Place, tenant: TenantKey, names: SessionNames) -> Place:
         """`found`, or, when the session's last turn answered these very messages, before that answer:
         its client did not read it, and sends only what is new. Somebody may well say the same thing
         twice, so this is for a request whose SDK says that it sends it again; a client that sends its
@@ -186,7 +186,7 @@ class Admission:
         )
 
     async def _context(
-        self, body: bytes, split: Body, decoded: Decoded, scope: bytes, tenant: bytes,
+        self, body: bytes, split: Body, decoded: Decoded, scope: KeyScope, tenant: TenantKey,
         names: SessionNames, found: Place,
     ) -> TurnContext:  # fmt: skip
         memory, model = self._memory, decoded["model"]

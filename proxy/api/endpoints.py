@@ -30,7 +30,7 @@ from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import GetRecord, Record, history, restore_state
-from proxy.conversation.tree import ID_BYTES
+from proxy.conversation.tree import ID_BYTES, KeyScope
 from proxy.errors import ApiError
 from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import MEDIA_PART
@@ -75,7 +75,7 @@ def own_endpoints(
     stats: Stats,
     memory: Memory,
     sessions: SessionsConfig,
-    model_table: Callable[[bytes], list[dict[str, Any]]],
+    model_table: Callable[[KeyScope], list[dict[str, Any]]],
 ) -> FastAPI:
     """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn),
     /vm/provenance?page=ID.
@@ -114,7 +114,7 @@ def own_endpoints(
     @app.get("/vm/models")
     async def read_models(request: Request) -> JSONResponse:
         who = _caller(request, sessions)
-        return JSONResponse({"models": model_table(memory.identity.tenant(who.credentials, ""))})
+        return JSONResponse({"models": model_table(memory.identity.scope(who.credentials))})
 
     @app.get("/vm/context")
     async def read_context(request: Request) -> JSONResponse:

@@ -32,7 +32,7 @@ from proxy.conversation.records import (
     restore_state,
     restore_table,
 )
-from proxy.conversation.tree import Identity, Node
+from proxy.conversation.tree import Identity, KeyScope, Node
 from proxy.conversation.window import Window
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
@@ -167,20 +167,20 @@ class Memory:
 
     # -- what is known of models
 
-    def learned(self, scope: bytes, model: str) -> dict[str, object]:
+    def learned(self, scope: KeyScope, model: str) -> dict[str, object]:
         """What the upstream behind this key said of a model; one key's refusals bind no other."""
         data = self.store.get(keys.MODEL + scope + model.encode())
         return msgspec.msgpack.decode(data) if data else {}
 
     def learned_put(
-        self, scope: bytes, model: str, facts: Mapping[str, object]
+        self, scope: KeyScope, model: str, facts: Mapping[str, object]
     ) -> tuple[bytes, bytes]:
         """What is stored when these facts are learned (None: such a fact is no more)."""
         merged = {**self.learned(scope, model), **facts}
         kept = {name: fact for name, fact in merged.items() if fact is not None}
         return keys.MODEL + scope + model.encode(), msgspec.msgpack.encode(kept)
 
-    def calibration(self, scope: bytes, model: str, counter: str, exact: bool) -> Calibration:
+    def calibration(self, scope: KeyScope, model: str, counter: str, exact: bool) -> Calibration:
         """What the bills of a key's model taught: as it is stored, so the same in every process."""
         data = self.store.get(calibration_key(scope, model, counter))
         try:
@@ -189,5 +189,5 @@ class Memory:
             return Calibration(exact)
 
 
-def calibration_key(scope: bytes, model: str, counter: str) -> bytes:
+def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:
     return keys.CALIBRATION + scope + counter.encode() + b"/" + model.encode()

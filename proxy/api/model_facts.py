@@ -36,6 +36,7 @@ from proxy.conversation.model_facts import (
     stated_windows,
     window_of,
 )
+from proxy.conversation.tree import KeyScope
 from proxy.errors import ApiError
 from proxy.limits import UPSTREAM_WINDOW
 from proxy.storage.l2 import StorageError
@@ -100,12 +101,12 @@ class ModelFacts:
         assumed = self._assumed(None) | {"mid_system": self._hoisted(model) or None}
         return capabilities(self._override(model), dict(facts), assumed)
 
-    async def learn(self, scope: bytes, model: str, facts: Mapping[str, Any]) -> None:
+    async def learn(self, scope: KeyScope, model: str, facts: Mapping[str, Any]) -> None:
         """Keep what a refusal taught, beside any turn. Raises StorageError."""
         await self._memory.store.commit(self.lessons(scope, model, facts))
 
     def lessons(
-        self, scope: bytes, model: str, facts: Mapping[str, Any]
+        self, scope: KeyScope, model: str, facts: Mapping[str, Any]
     ) -> list[tuple[bytes, bytes]]:
         """What is stored when a model's refusal or bill taught these facts (None: one is no more)."""
         listed = [name for name in self._listed(scope) if name != model]
@@ -113,12 +114,12 @@ class ModelFacts:
         put = self._memory.learned_put(scope, model, facts)
         return [put, (keys.MODELS + scope, msgspec.msgpack.encode(names))]
 
-    def seen(self, scope: bytes, model: str) -> Seen:
+    def seen(self, scope: KeyScope, model: str) -> Seen:
         """What passed, and what failed since."""
         key = scope + model.encode()
         return self._seen.get(key, _NOTHING_SEEN)._replace(doubted=key in self._doubted)
 
-    def answered(self, scope: bytes, model: str, tokens: int, doubted_tokens: int) -> None:
+    def answered(self, scope: KeyScope, model: str, tokens: int, doubted_tokens: int) -> None:
         """A prompt of so many tokens, as upstream counts, was answered (0: nobody counted it); after
         a refusal of the moment, in a window of `doubted_tokens`."""
         key = scope + model.encode()
@@ -129,14 +130,14 @@ class ModelFacts:
         if doubted_tokens:
             _keep(self._doubted, key, doubted_tokens, _SEEN_MODELS)
 
-    def failed(self, scope: bytes, model: str) -> None:
+    def failed(self, scope: KeyScope, model: str) -> None:
         """A turn ended with a refusal that nobody can explain."""
         passed, failures, _ = self.seen(scope, model)
         proof_lapses = passed > 0 and failures + 1 >= _FAILURES
         now = Seen() if proof_lapses else Seen(passed, failures + 1)
         _keep(self._seen, scope + model.encode(), now, _SEEN_MODELS)
 
-    def table(self, scope: bytes) -> list[dict[str, Any]]:
+    def table(self, scope: KeyScope) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.
 
         `{"model", <fact>: {"value", "from": "override" | "learned" | "upstream" | "assumed"}}`; the facts are the
@@ -145,7 +146,7 @@ class ModelFacts:
         names = sorted({*self._config.models, *self._listed(scope)})
         return [self._row(scope, name) for name in names]
 
-    def _row(self, scope: bytes, name: str) -> dict[str, Any]:
+    def _row(self, scope: KeyScope, name: str) -> dict[str, Any]:
         learned = dict(self._memory.learned(scope, name))
         window = learned.pop(UPSTREAM_WINDOW, None)
         row = describe(name, self._override(name), learned, self._assumed(name))
@@ -153,7 +154,7 @@ class ModelFacts:
             row["window_tokens"] = {"value": window, "from": "upstream"}
         return row
 
-    def _listed(self, scope: bytes) -> list[str]:
+    def _listed(self, scope: KeyScope) -> list[str]:
         data = self._memory.store.get(keys.MODELS + scope)
         return msgspec.msgpack.decode(data, type=list[str]) if data else []
 
@@ -183,7 +184,7 @@ class ModelFacts:
 
     # -- upstream's list of models
 
-    def look(self, scope: bytes, model: str, headers: Sequence[Header], query: bytes) -> None:
+    def look(self, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes) -> None:
         """A chat request of this key was answered: see what the list states of its model. Returns at once."""
         listed, now_s = self._lists.get(scope), time.time()
         fresh = listed is not None and listed.until_s > now_s
@@ -211,7 +212,7 @@ class ModelFacts:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _stored_list(self, scope: bytes, now_s: float) -> _List | None:
+    def _stored_list(self, scope: KeyScope, now_s: float) -> _List | None:
         """What any process on this storage was told; a damaged word is none."""
         try:
             data = self._memory.store.get(keys.STATED + scope)
@@ -223,7 +224,7 @@ class ModelFacts:
         return _List(until_s, windows) if until_s > now_s else None
 
     async def _ask(
-        self, listed: _List, scope: bytes, model: str, headers: Sequence[Header], query: bytes
+        self, listed: _List, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes
     ) -> None:
         body = b""
         sent = [header for header in headers if not header[0].startswith(_OF_THE_BODY)]
@@ -247,7 +248,7 @@ class ModelFacts:
             log.warning("an upstream's list of models was not kept: %s", error)
         await self._look_up(listed, scope, model)
 
-    async def _look_up(self, listed: _List, scope: bytes, model: str) -> None:
+    async def _look_up(self, listed: _List, scope: KeyScope, model: str) -> None:
         if len(listed.looked_up) < _LOOKED_UP:
             listed.looked_up.add(model)
         window = window_of(model, listed.windows)

@@ -16,6 +16,7 @@ from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
+from proxy.conversation.tree import TenantKey
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.storage.l2 import StorageError
@@ -41,7 +42,7 @@ class Renditions:
         models = config.compression
         self._written_by_models = bool(models.model or models.transcription_model)
 
-    async def load(self, tenant: bytes, effect: Load, pages: PathPages) -> MemoryPage | None:
+    async def load(self, tenant: TenantKey, effect: Load, pages: PathPages) -> MemoryPage | None:
         """The page at a level: as a model wrote it, as it was made before, or made now. None for a summary
         that is not written yet."""
         level = CompressionLevel(effect.level)
@@ -60,7 +61,7 @@ class Renditions:
         return pages.at(effect.page_id, level)
 
     async def _medium(
-        self, tenant: bytes, page: MemoryPage, level: CompressionLevel, pages: PathPages
+        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, pages: PathPages
     ) -> MemoryPage:
         kind = f"{EXTRACTIVE}/{pages.counter.name}"  # smaller by one model's rule, not by another's
         made = await self.find(tenant, page, level, kind)
@@ -70,7 +71,7 @@ class Renditions:
                 await self.keep(tenant, page, made, kind)
         return made
 
-    async def _told(self, tenant: bytes, page: MemoryPage) -> MemoryPage:
+    async def _told(self, tenant: TenantKey, page: MemoryPage) -> MemoryPage:
         """A medium with the words that a model wrote about it, if any: its lower levels show them."""
         where = _WORDS.get(page.modality) if self._written_by_models else None
         if where is None:
@@ -82,7 +83,7 @@ class Renditions:
         return page.model_copy(update={"metadata": {**page.metadata, key: written.content}})
 
     async def find(
-        self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str
+        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, kind: str
     ) -> MemoryPage | None:
         """A kept rendition, as a version of `page`."""
         key = self._key(tenant, page, level, kind)
@@ -100,7 +101,7 @@ class Renditions:
         return found.model_copy(update=update)
 
     async def keep(
-        self, tenant: bytes, page: MemoryPage, made: MemoryPage, kind: str
+        self, tenant: TenantKey, page: MemoryPage, made: MemoryPage, kind: str
     ) -> None:
         """Store a rendition of `page` in L3; a failure is logged, and it will be made again."""
         key = self._key(tenant, page, made.compression_level, kind)
@@ -124,6 +125,6 @@ class Renditions:
         return None
 
     def _key(
-        self, tenant: bytes, page: MemoryPage, level: CompressionLevel, kind: str
+        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, kind: str
     ) -> bytes:
         return self._memory.identity.rendition(tenant, page.version, int(level), kind)

@@ -21,6 +21,7 @@ from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
+from proxy.conversation.tree import TenantKey
 from proxy.errors import ApiError
 from proxy.media.parts import read_part
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip
@@ -65,7 +66,7 @@ Wanted = tuple[MemoryPage, CompressionLevel, int, str | None]
 class Job:
     """One thing to write, for one caller."""
 
-    tenant: bytes
+    tenant: TenantKey
     page: MemoryPage
     level: CompressionLevel
     limit_tokens: int
@@ -92,7 +93,7 @@ class Writer:
 
     def submit(
         self,
-        tenant: bytes,
+        tenant: TenantKey,
         headers: Sequence[Header],
         pages: PathPages,
         counter: TokenCounter,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 import xxhash
 
-from proxy.conversation.tree import Anchor, Node
+from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
 from proxy.errors import ApiError
 from proxy.memory.models import SYSTEM_ROLES
 from proxy.tokens import TokenCounter
@@ -56,7 +56,7 @@ class Known:
     counts: list[int]  # how many nodes those messages make: counts[i] <= i + 1
     path: list[Node]  # from the root: only whole histories are kept
     anchors: list[Anchor]
-    tenant: bytes  # whose path it is
+    tenant: TenantKey  # whose path it is
 
 
 class Body(NamedTuple):
@@ -71,7 +71,7 @@ class Body(NamedTuple):
     history: bytes | None  # the bytes from the first non-system message to the last; None: not kept
 
 
-def read_body(body: bytes, scope: bytes, cache: HistoryCache) -> Body:
+def read_body(body: bytes, scope: KeyScope, cache: HistoryCache) -> Body:
     """Split a chat request. `scope` (the tenant) bounds whose histories it is compared with.
 
     Raises ApiError 400 in OpenAI's shape for malformed JSON and wrong types.
@@ -247,7 +247,7 @@ def fixed_tokens(system: Sequence[bytes], counted: Sequence[bytes], counter: Tok
 
 
 def remembered(
-    split: Body, path: list[Node], anchors: list[Anchor], tenant: bytes
+    split: Body, path: list[Node], anchors: list[Anchor], tenant: TenantKey
 ) -> Known | None:
     """The history of a body that was found on this path, so that the next one is recognised by its
     bytes; None: it is not kept."""
@@ -282,7 +282,7 @@ class HistoryCache:
         self._keys.clear()
         self._bytes = 0
 
-    def find(self, scope: bytes, body: bytes, start: int) -> tuple[Known, int] | None:
+    def find(self, scope: KeyScope, body: bytes, start: int) -> tuple[Known, int] | None:
         """The history that shares most with body[start:], and how many whole messages it shares."""
         best: tuple[int, Known] | None = None
         for key in reversed(_keys_of(scope, body, start)):
@@ -300,7 +300,7 @@ class HistoryCache:
         self._keys.move_to_end(id(best[1]))
         return best[1], shared
 
-    def add(self, scope: bytes, known: Known, replaces: Known | None) -> None:
+    def add(self, scope: KeyScope, known: Known, replaces: Known | None) -> None:
         """Keep a history; the one that it continues (`replaces`) is inside it and goes."""
         if replaces is not None and known.history.startswith(replaces.history):
             self.forget(replaces)
@@ -333,7 +333,7 @@ class HistoryCache:
                 self._buckets.pop(key, None)
 
 
-def _keys_of(scope: bytes, data: bytes, start: int) -> list[_Key]:
+def _keys_of(scope: KeyScope, data: bytes, start: int) -> list[_Key]:
     """Keys of the first 64, 128, ... bytes from `start`, in one pass over them."""
     view = memoryview(data)[start:]
     hasher = xxhash.xxh3_128()

@@ -16,7 +16,7 @@ from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.model_facts import Capabilities, Seen
 from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
-from proxy.conversation.tree import Identity
+from proxy.conversation.tree import NO_SCOPE, Identity, KeyScope, TenantKey
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.models import PageMutation
 from proxy.tokens import TokenCounter
@@ -37,8 +37,8 @@ class TurnContext:
     exact_counter: bool = False  # the model is known to be counted by this encoding
     policy: EvictionPolicy
     identity: Identity
-    tenant: bytes
-    scope: bytes = b""  # of the API key alone: what is learned of a model holds for it
+    tenant: TenantKey
+    scope: KeyScope = NO_SCOPE  # of the API key alone: what is learned of a model holds for it
     names: SessionNames = NO_NAMES
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was learned of the model
     known_factor: float = 1.0  # what the bills of all conversations taught so far

@@ -20,7 +20,7 @@ import msgspec
 
 from proxy.conversation.body import Body, is_system
 from proxy.conversation.records import GetRecord, Record, Sent, deepest_record
-from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, overlap
+from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, TenantKey, overlap
 from proxy.memory.message_text import message_text
 
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
@@ -53,7 +53,7 @@ class Library:
     get: Callable[[bytes], bytes | None]
 
 
-def chain(body: Body, identity: Identity, tenant: bytes) -> tuple[list[Node], list[Anchor]]:
+def chain(body: Body, identity: Identity, tenant: TenantKey) -> tuple[list[Node], list[Anchor]]:
     """The client's messages as a path from the root, and its mid-conversation system messages."""
     path: list[Node] = []
     anchors: list[Anchor] = []
@@ -75,7 +75,7 @@ def chain(body: Body, identity: Identity, tenant: bytes) -> tuple[list[Node], li
 def place(
     nodes: list[Node],
     anchors: list[Anchor],
-    tenant: bytes,
+    tenant: TenantKey,
     library: Library,
     frame: bytes,
     session_key: bytes | None,
@@ -130,7 +130,7 @@ def _join(
     return Place(joined, start, start, moved, deepest_record(joined, library.get_record), sent)
 
 
-def _trimmed(whole: Place, tenant: bytes, library: Library, frame: bytes) -> Place:
+def _trimmed(whole: Place, tenant: TenantKey, library: Library, frame: bytes) -> Place:
     """A history of which no beginning is known: `whole`, or, once it is proved that its client drops
     the oldest messages, on the path that it is the end of."""
     nodes = whole.path
@@ -156,7 +156,7 @@ def _trimmed(whole: Place, tenant: bytes, library: Library, frame: bytes) -> Pla
 
 
 def _ending(
-    nodes: Sequence[Node], tenant: bytes, library: Library, frame: bytes
+    nodes: Sequence[Node], tenant: TenantKey, library: Library, frame: bytes
 ) -> Record | None:
     """The delivered answer of this frame that `nodes` end with and whose path they are the end of,
     with something before them; None also when there are two."""

@@ -38,7 +38,7 @@ from proxy.conversation import keys
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
-from proxy.conversation.tree import ContentId, Identity, Node, NodeId
+from proxy.conversation.tree import ContentId, Identity, Node, NodeId, TenantKey
 from proxy.conversation.window import Entry, Window
 from proxy.memory.models import MutationType
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
@@ -381,7 +381,7 @@ def new_records(
 def append_effect(
     heads: Sequence[tuple[list[Node], list[Record]]],
     identity: Identity,
-    tenant: bytes,
+    tenant: TenantKey,
     names: SessionNames,
     blocks: Mapping[bytes, bytes],
 ) -> Append:

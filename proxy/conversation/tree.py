@@ -19,7 +19,9 @@ from proxy.conversation import keys
 
 NodeId = NewType("NodeId", bytes)  # names a whole history: its last message and all before it
 ContentId = NewType("ContentId", bytes)  # names a message by itself
-TenantKey = NewType("TenantKey", bytes)  # whose: of a key and its user; of a key alone it is a scope
+TenantKey = NewType("TenantKey", bytes)  # whose: of a key and its user
+KeyScope = NewType("KeyScope", bytes)  # of a key alone: what is learned of a model holds for it
+NO_SCOPE = KeyScope(b"")
 
 ID_BYTES = 16
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -71,14 +73,18 @@ class Identity:
         parts = (text.encode("utf-8", "surrogatepass") for text in (credentials, person))
         return TenantKey(self._hash(b"tenant", *parts))
 
-    def root(self, tenant: bytes) -> bytes:
+    def scope(self, credentials: str) -> KeyScope:
+        """The scope of what a request presents."""
+        return KeyScope(self.tenant(credentials, ""))
+
+    def root(self, tenant: TenantKey) -> bytes:
         return self._hash(b"root", tenant)
 
-    def session(self, tenant: bytes, name: str) -> bytes:
+    def session(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the head of a session of new messages, inside its tenant."""
         return keys.SESSION + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
 
-    def label(self, tenant: bytes, name: str) -> bytes:
+    def label(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the answers that were given under a session's name."""
         return keys.LABEL + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
 
@@ -86,11 +92,11 @@ class Identity:
         """What stands in front of a history, as written: another frame is another application."""
         return self._hash(b"frame", *system, b"", tools)
 
-    def pair(self, tenant: bytes, before: bytes, answer: bytes) -> bytes:
+    def pair(self, tenant: TenantKey, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found."""
         return keys.PAIR + self._hash(b"pair", tenant, before, answer)
 
-    def rendition(self, tenant: bytes, version: str, level: int, kind: str) -> bytes:
+    def rendition(self, tenant: TenantKey, version: str, level: int, kind: str) -> bytes:
         """The storage key under which a tenant's version of a page at a level is found."""
         return keys.RENDITION + self._hash(
             b"rendition", tenant, version.encode(), b"%d" % level, kind.encode()
@@ -103,7 +109,7 @@ class Identity:
         return NodeId(blake2b(parent + content, digest_size=ID_BYTES, key=self._key).digest())
 
     def extend(
-        self, tenant: bytes, path: list[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]
+        self, tenant: TenantKey, path: list[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]
     ) -> list[Node]:
         """The path with (raw, decoded) messages chained on; `path` itself is not changed."""
         nodes = list(path)

@@ -70,7 +70,7 @@ class EvictionPolicy(Protocol):
 
 
 _PROTECTED = 1000.0  # above anything that a policy's `worth` can reach
-# Chosen on access traces of real conversations (tests/bench/policies.py of 8fa8a4e), on a plateau: the numbers matter
+# Chosen on access traces of real conversations (tests/bench/policies.py at commit 8fa8a4e), on a plateau: the numbers matter
 # little, the shapes more, and recall not at all (tests/bench/ablation.py).
 # What is taken up again is mostly of the last turns, but old pages never stop being needed:
 # the chance falls as 1 / age, not exponentially, and not below `_FLOOR`.
