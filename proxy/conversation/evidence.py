@@ -6,6 +6,7 @@ nothing, or on evidence that any page would give; only pages of this path (invar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,6 @@ from proxy.memory.prefetcher import (
     MIN_EVIDENCE,
     Candidate,
     Prefetcher,
-    asks_back,
     fresh_terms,
     was_used,
 )
@@ -33,6 +33,19 @@ _TAGS_TOKENS = 16  # of the block around the lines
 _SURE_EVIDENCE = 2 * MIN_EVIDENCE
 # The levels that are tried, and how much of a page they surely take.
 _LEVELS = ((CompressionLevel.FULL, 0.9), (CompressionLevel.REDUCED, 0.2))
+
+# Signals in a user's message.
+_QUESTION_MARKS = ("?", "？", "؟")
+_REQUEST_CHARS = 160  # a longer text without a question mark tells something
+_RECALL_STEMS = (  # looked for first: a pattern with alternatives costs more than all of them
+    "remember", "remind", "recall", "recap", "summar", "earlier", "previously", "last time",
+    "mention", "discuss", "we said", "we talked", "we agreed", "we decided", "i said", "you said",
+    "i told", "you told", "go back to",
+)  # fmt: skip
+_RECALL = re.compile(
+    r"\b(?:remember|remind|recall|recap|summar\w+|earlier|previously|last time|mention\w*"
+    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b"
+)
 
 _anti_thrash = AntiThrashPolicy()
 
@@ -116,3 +129,23 @@ def _show(pages: PathPages, candidate: Candidate, room: int) -> Shown | None:
                 packed.content,
             )  # fmt: skip
     return None
+
+
+# -- what a user's message asks for
+
+
+def points_back(text: str) -> bool:
+    """Words that point back to what was said, in a question or a short request: a story that says
+    "I remember" asks for nothing."""
+    if len(text) > _REQUEST_CHARS and not any(mark in text for mark in _QUESTION_MARKS):
+        return False
+    low = text.lower()
+    return any(stem in low for stem in _RECALL_STEMS) and bool(_RECALL.search(low))
+
+
+def asks_back(text: str) -> bool:
+    """A question, or words that point back: what the conversation already holds may be wanted.
+
+    A statement is not worth the tokens, and a model that wants more can still fault.
+    """
+    return any(mark in text for mark in _QUESTION_MARKS) or points_back(text)

@@ -19,7 +19,7 @@ from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
-from proxy.conversation.evidence import Shown, choose, reserve, used
+from proxy.conversation.evidence import Shown, choose, points_back, reserve, used
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
@@ -50,7 +50,6 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.prefetcher import points_back
 from proxy.memory.segments import PIN_TOKENS, is_standing
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations

@@ -1,4 +1,4 @@
-"""Which pages are brought in before the model is called, when, and whether one was worth it.
+"""Which pages are brought in before the model is called, and whether one was worth it.
 
 Promises: what is chosen stays within its budget in tokens and pages; the best for its tokens comes first;
 deterministic. Whether a page was worth it is measured by what the answer took from it (`was_used`).
@@ -51,38 +51,6 @@ class Prefetcher(NamedTuple):
 
 def _density(candidate: Candidate) -> tuple[float, str]:
     return -candidate.score / max(1, candidate.tokens) ** LENGTH_POWER, candidate.page_id
-
-
-# -- signals in a user's message
-
-_QUESTION_MARKS = ("?", "？", "؟")
-_REQUEST_CHARS = 160  # a longer text without a question mark tells something
-_RECALL_STEMS = (  # looked for first: a pattern with alternatives costs more than all of them
-    "remember", "remind", "recall", "recap", "summar", "earlier", "previously", "last time",
-    "mention", "discuss", "we said", "we talked", "we agreed", "we decided", "i said", "you said",
-    "i told", "you told", "go back to",
-)  # fmt: skip
-_RECALL = re.compile(
-    r"\b(?:remember|remind|recall|recap|summar\w+|earlier|previously|last time|mention\w*"
-    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b"
-)
-
-
-def points_back(text: str) -> bool:
-    """Words that point back to what was said, in a question or a short request: a story that says
-    "I remember" asks for nothing."""
-    if len(text) > _REQUEST_CHARS and not any(mark in text for mark in _QUESTION_MARKS):
-        return False
-    low = text.lower()
-    return any(stem in low for stem in _RECALL_STEMS) and bool(_RECALL.search(low))
-
-
-def asks_back(text: str) -> bool:
-    """A question, or words that point back: what the conversation already holds may be wanted.
-
-    A statement is not worth the tokens, and a model that wants more can still fault.
-    """
-    return any(mark in text for mark in _QUESTION_MARKS) or points_back(text)
 
 
 # -- whether it was worth it

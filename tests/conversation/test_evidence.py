@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from proxy.conversation import evidence
 from proxy.conversation.effects import Search
-from proxy.conversation.evidence import Shown, reserve
+from proxy.conversation.evidence import Shown, asks_back, reserve
 from proxy.conversation.turn_window import TurnWindow
 from proxy.memory import CompressionLevel, StorageTier
 from proxy.memory.ids import Hit, make_page_id
-from proxy.memory.prefetcher import asks_back
 from proxy.tokens import get_counter
 from tests.conversation.player import limits_of
 from tests.conversation.test_epoch import turn_window

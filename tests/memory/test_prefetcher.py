@@ -6,15 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.memory.prefetcher import (
-    MIN_EVIDENCE,
-    Candidate,
-    Prefetcher,
-    asks_back,
-    fresh_terms,
-    points_back,
-    was_used,
-)
+from proxy.conversation.evidence import asks_back, points_back
+from proxy.memory.prefetcher import MIN_EVIDENCE, Candidate, Prefetcher, fresh_terms, was_used
 from tests.examples import examples
 
 candidates = st.lists(
