@@ -22,7 +22,6 @@ from proxy.api.http import (
     decoded,
     deployment,
     encodings,
-    passthrough,
     plain_headers,
     refuse_dot_segments,
     relay,
@@ -82,10 +81,7 @@ class ChatApi:
         await self.model_facts.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI request."""
-        if scope["method"] != "POST":  # stored completions, and what upstream does not allow
-            await passthrough(scope, receive, send, self._upstream)
-            return
+        """Serve one ASGI request, a POST."""
         try:
             refuse_dot_segments(Visit.of(scope).path)
             body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
