@@ -44,7 +44,6 @@ from proxy.conversation.tree import Identity, Node
 from proxy.conversation.turn import Answer, Turn
 from proxy.conversation.turn_window import created
 from proxy.errors import ApiError
-from proxy.limits import POLICIES, limits_of
 from proxy.memory.artifacts_bridge import ArtifactsBridge
 from proxy.memory.caches import PageTLB, TLBWithPageTable
 from proxy.memory.eviction import EvictionPolicy
@@ -64,6 +63,7 @@ from proxy.memory.vm_tools import (
     parse_search_args,
 )
 from proxy.memory.working_set import WorkingSetConfig, WorkingSetManager
+from proxy.model_limits import POLICIES, limits_of
 from proxy.search.paths import PathIndexes
 from proxy.tokens import PER_REPLY, get_counter
 

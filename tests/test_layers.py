@@ -25,12 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
-    "limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
+    "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
     "process": set(),
-    "api": {*BELOW_APP, *BASE, "limits"},
-    "library": {"conversation", "limits", "memory", "search", *BASE},  # for callers without a server
+    "api": {*BELOW_APP, *BASE, "model_limits"},
+    "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
     "memory": {"media"},
     "media": set(),

@@ -43,7 +43,7 @@ from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
-from proxy.limits import POLICIES, limits_of
+from proxy.model_limits import POLICIES, limits_of
 from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
 from proxy.upstream import Header
 

@@ -38,7 +38,7 @@ from proxy.conversation.model_facts import (
 )
 from proxy.conversation.tree import KeyScope
 from proxy.errors import ApiError
-from proxy.limits import UPSTREAM_WINDOW
+from proxy.model_limits import UPSTREAM_WINDOW
 from proxy.storage.l2 import StorageError
 from proxy.tokens import model_card
 from proxy.upstream import Header, Upstream, UpstreamBroken

@@ -13,8 +13,8 @@ import pytest
 from proxy import SessionManager
 from proxy.config import load_config
 from proxy.library import MemoryManager
-from proxy.limits import limits_of
 from proxy.memory import VMMode, WorkingSetConfig
+from proxy.model_limits import limits_of
 from proxy.tokens import model_card
 from proxy.upstream import BytesReply
 from tests.api.test_chat import JSON, Client, client
