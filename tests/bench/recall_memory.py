@@ -14,6 +14,7 @@ then results by score per token (`density` softens the division), skipping what 
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Protocol
 
 from proxy.search.fts import Doc, PageIndex
@@ -29,6 +30,7 @@ class Message(Protocol):
     content: str
     name: str
     tokens: int
+    time: datetime | None  # when the proxy saw it
 
 
 class Paged:
@@ -44,7 +46,7 @@ class Paged:
         texts = _split(msg.content)
         first = 1 if len(texts) > 1 else 0
         self._index.extend(
-            Doc(msg.id, part, msg.role, msg.name, text) for part, text in enumerate(texts, first)
+            Doc(msg.id, part, msg.role, msg.name, text, _seen(msg)) for part, text in enumerate(texts, first)
         )
 
     def search(self, query: str, limit: int) -> list[int]:
@@ -66,6 +68,10 @@ class Paged:
                 chosen.append(position)
                 used += messages[position].tokens
         return chosen
+
+
+def _seen(msg: Message) -> int:
+    return int(msg.time.replace(tzinfo=UTC).timestamp()) if msg.time else 0
 
 
 def _split(text: str) -> list[str]:

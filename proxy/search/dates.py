@@ -1,0 +1,59 @@
+"""Dates as words: the day on which a page was seen, and the days that a question names.
+
+Promises: pure; a page has its month, its day of any year, its month of its year and its day of its year (UTC); a
+question names what can be read out of it: `8 May 2023`, `May 8th`, `July 2022`, `2023-05-08`, `08.05.2023`. A month's
+name alone that is a word as well ("may", "march") is none.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+Date = tuple[int, ...]  # (month), (month, 0, day), (year, month), (year, month, day)
+
+_MONTHS = (
+    "january february march april may june july august september october november december".split()
+)
+_NUMBER = {name: month for month, name in enumerate(_MONTHS, 1)}
+_NUMBER |= {name[:3]: month for name, month in _NUMBER.items()} | {"sept": 9}
+_ALSO_WORDS = ("may", "mar", "march", "sept", "jan", "dec")
+_WORD = re.compile(r"[a-z]+|\d+")
+_DIGITS = re.compile(r"\b(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})\b|\b(\d{1,2})[./](\d{1,2})[./](\d{4})\b")
+_NEAR = 3  # words around a month that may be its day and year
+
+
+def days_of(seen: int) -> tuple[Date, ...]:
+    """What a page that was seen at `seen` (Unix seconds; 0: unknown) is found by."""
+    if seen <= 0:
+        return ()
+    day = datetime.fromtimestamp(seen, UTC)
+    return (day.month,), (day.month, 0, day.day), (day.year, day.month), (day.year, day.month, day.day)
+
+
+def days_asked(text: str) -> list[Date]:
+    """The dates that a question names, the narrowest first."""
+    found: dict[Date, None] = {}
+    low = text.lower()
+    for match in _DIGITS.finditer(low):
+        year, month, day, first, second, last = (int(n) if n else 0 for n in match.groups())
+        year, month, day = (year, month, day) if year else (last, second, first)
+        if month > 12:
+            month, day = day, month  # the American order
+        found |= dict.fromkeys(((year, month, day), (year, month), (month, 0, day), (month,)))
+    words = _WORD.findall(low)
+    for at, word in enumerate(words):
+        month = _NUMBER.get(word, 0)
+        if month:
+            near = words[max(0, at - 2) : at] + words[at + 1 : at + 1 + _NEAR]
+            numbers = [int(n) for n in near if n.isdigit() and len(n) <= 4]
+            year = next((n for n in numbers if 1900 <= n < 2100), 0)
+            day = next((n for n in numbers if 1 <= n <= 31), 0)
+            if not (year or day) and word in _ALSO_WORDS:
+                continue
+            found |= dict.fromkeys(
+                date for date, known in (
+                    ((year, month, day), year and day), ((year, month), year), ((month, 0, day), day), ((month,), True)
+                ) if known
+            )  # fmt: skip
+    return sorted(found, key=len, reverse=True)
