@@ -67,6 +67,7 @@ IMPORTERS: dict[str, set[str]] = {
     "pydantic_settings": {"config"},  # the sources of the settings
     "rich": {"demo"},
     "starlette": {"api"},
+    "stop_words": {"search"},
     "tiktoken": {"tokens"},
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
     "xxhash": {"conversation"},
@@ -192,7 +193,7 @@ def test_dependencies_are_what_is_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]}
     names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
-             "pydantic-settings": "pydantic_settings"}  # fmt: skip
+             "pydantic-settings": "pydantic_settings", "stop-words": "stop_words"}  # fmt: skip
     declared = {names.get(name, name) for name in declared}
     imported = set()
     for path in MODULES:

@@ -31,14 +31,13 @@ _MEDIA_PREFIXES = {kind.prefix for kind in MEDIA_KINDS.values()}
 
 
 class Doc(NamedTuple):
-    """One page's bare text and place; `seen` is when its message was first seen (Unix seconds; 0: unknown)."""
+    """One page's bare text and place."""
 
     position: int
     part: int
     role: str
     name: str
     text: str
-    seen: int = 0
 
 
 class Hit(NamedTuple):

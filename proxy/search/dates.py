@@ -1,14 +1,14 @@
-"""Dates as words: the day on which a page was seen, and the days that a question names.
+"""Dates as words: the days that a question names, as spans of time.
 
-Promises: pure; a page has its month, its day of any year, its month of its year and its day of its year (UTC); a
-question names what can be read out of it: `8 May 2023`, `May 8th`, `July 2022`, `2023-05-08`, `08.05.2023`. A month's
-name alone that is a word as well ("may", "march") is none.
+Promises: pure; a question names what can be read out of it: `8 May 2023`, `May 8th`, `in July`, `2023-05-08`,
+`08.05.2023`. A month's name alone that is a word as well ("may", "march") is none. All times are UTC.
 """
 
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 
 Date = tuple[int, ...]  # (month), (month, 0, day), (year, month), (year, month, day)
 
@@ -23,12 +23,17 @@ _DIGITS = re.compile(r"\b(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})\b|\b(\d{1,2})[./](\
 _NEAR = 3  # words around a month that may be its day and year
 
 
-def days_of(seen: int) -> tuple[Date, ...]:
-    """What a page that was seen at `seen` (Unix seconds; 0: unknown) is found by."""
-    if seen <= 0:
-        return ()
-    day = datetime.fromtimestamp(seen, UTC)
-    return (day.month,), (day.month, 0, day.day), (day.year, day.month), (day.year, day.month, day.day)
+def spans(date: Date, years: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """From when to when (Unix seconds) that was, in each of those years where it names none."""
+    day = date[2] if len(date) == 3 else 0
+    for year in [date[0]] if date[0] > 12 else years:
+        month = date[0] if date[0] <= 12 else date[1]
+        try:
+            begin = datetime(year, month, day or 1, tzinfo=UTC)
+        except ValueError:  # there is no such day
+            continue
+        end = begin + timedelta(days=1 if day else 32)
+        yield int(begin.timestamp()), int((end if day else end.replace(day=1)).timestamp())
 
 
 def days_asked(text: str) -> list[Date]:

@@ -31,10 +31,11 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from proxy.memory.ids import Doc, Hit
-from proxy.search.dates import days_of, days_asked
+from proxy.search.dates import Date, days_asked, spans
 from proxy.search.terms import (
     clean,
     foreign_stop_terms,
@@ -49,7 +50,7 @@ QUERY_CHARS = 4000  # a longer query is read at its beginning and at its end
 QUERIES = 6  # of one search, that are read
 QUERY_TERMS = 24  # the rarest terms of a query that are looked up
 POSTINGS = 1500  # pages with a term that are read for one query, rarest terms first
-CANDIDATES = 256  # the best by those, for which the other terms are read as well
+CANDIDATES = 128  # the best by those, for which the other terms are read as well
 SPREAD_POSTINGS = 800  # pages that also count for their neighbours
 
 K1, B = 1.2, 0.75  # BM25
@@ -57,17 +58,16 @@ RARITY_POWER = 0.75  # a word that one page has is not all of a question
 NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
 ANSWER_SHARE = 1.3  # of that, where the page before ends by asking
 PAIR_SHARE = 0.25  # of two words' rarity, where they stand side by side
-DATE_SHARE = 1.0  # of a date's rarity
 SPEAKER_BOOST = 0.8
 REPLY_DISCOUNT = 2.0
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
 LONG_REPLY_NEIGHBOURS = 0.5  # share of the neighbours' weight that remains then
 
 SECOND_PAGES = 6  # first hits whose words are read
-SECOND_CHARS = 1_600  # of each of them
-SECOND_TERMS = 40
+SECOND_WORDS = 200  # of each of them
+SECOND_TERMS = 30
 SECOND_COMMON = 0.1  # a word that a larger share of the pages has tells nothing of them
-SECOND_POSTINGS = 1000
+SECOND_POSTINGS = 500
 SECOND_SHARE = 0.15  # of the question's own weight
 
 _ASKING = "?？؟"
@@ -94,10 +94,8 @@ class PageIndex:
         self._ids: dict[str, int] = {}  # term -> its number
         self._texts: list[str] = []  # and back
         self._postings: list[array[int]] = []  # by number
-        self._dates: dict[tuple[int, ...], array[int]] = {}  # date -> rows
         self._keys: list[tuple[int, int]] = []  # row -> (position, part)
         self._words: list[bytes] = []  # row -> the numbers of its terms, in order
-        self._seen: list[int] = []
         self._chars: list[int] = []
         self._roles: list[str] = []
         self._names: list[str] = []
@@ -109,6 +107,7 @@ class PageIndex:
         self._role_chars: Counter[str] = Counter()
         self._role_messages: Counter[str] = Counter()
         self._spoken: Counter[str] = Counter()  # language -> how often its stop words stand in a page
+        self._weights: dict[int, float] = {}  # of a term in so many pages, as long as the pages are these
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -133,15 +132,13 @@ class PageIndex:
             for doc, text in zip(new, texts, strict=True):
                 row = len(self._keys)
                 self._add_words(row, text)
-                for date in days_of(doc.seen):
-                    self._dates.setdefault(date, array("I")).append(row)
                 self._keys.append((doc.position, doc.part))
-                self._seen.append(doc.seen)
                 self._chars.append(len(doc.text))
                 self._roles.append(doc.role)
                 self._names.append(doc.name)
                 self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
                 self._count(row, 1)
+            self._weights.clear()
 
     def truncate(self, position: int) -> None:
         """Drop every page at `position` or later."""
@@ -150,21 +147,20 @@ class PageIndex:
             for row in reversed(range(first, len(self._keys))):
                 for number in set(memoryview(self._words[row]).cast("I")):
                     self._postings[number].pop()
-                for date in days_of(self._seen[row]):
-                    self._dates[date].pop()
                 self._count(row, -1)
-            for column in (
-                self._keys, self._words, self._seen, self._chars, self._roles, self._names, self._asks
-            ):  # fmt: skip
+            for column in (self._keys, self._words, self._chars, self._roles, self._names, self._asks):
                 del column[first:]
+            self._weights.clear()
 
     def search(
         self,
         queries: str | Sequence[str],
         limit: int,
         skip: Callable[[int, int], bool] | None = None,
+        seen_s: Callable[[int], int] | None = None,
     ) -> list[Hit]:
-        """The best `limit` pages for which `skip(position, part)` is not true, best first.
+        """The best `limit` pages for which `skip(position, part)` is not true, best first. `seen_s(position)`: when
+        that message was first seen (Unix seconds; they grow along the path, those that are not known are 0).
 
         Of several queries, each is a question of its own: a page is worth what it is worth to the best of them.
         """
@@ -172,10 +168,9 @@ class PageIndex:
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            scores: dict[int, float] = {}
-            evidence: dict[int, float] = {}
-            for query in asked:
-                found, proof = self._ask(query)
+            scores, evidence = self._ask(asked[0], seen_s) if asked else ({}, {})
+            for query in asked[1:]:
+                found, proof = self._ask(query, seen_s)
                 for row, score in found.items():
                     if score > scores.get(row, 0.0):
                         scores[row] = score
@@ -228,8 +223,11 @@ class PageIndex:
 
     def _weight(self, docs: int) -> float:
         """What a term counts: its rarity, flattened."""
-        unique = self._rarity(1)
-        return unique * float((self._rarity(docs) / unique) ** RARITY_POWER)
+        found = self._weights.get(docs)
+        if found is None:
+            unique = self._rarity(1)
+            found = self._weights[docs] = unique * float((self._rarity(docs) / unique) ** RARITY_POWER)
+        return found
 
     def _long_replies(self) -> float:
         """0 (replies as long as what the user writes) to 1 (much longer)."""
@@ -241,7 +239,9 @@ class PageIndex:
         return min(1.0, max(0.0, (reply / user - low) / (high - low))) if user else 0.0
 
     # ------------------------------------------------------------ one query
-    def _ask(self, query: str) -> tuple[dict[int, float], dict[int, float]]:
+    def _ask(
+        self, query: str, seen_s: Callable[[int], int] | None
+    ) -> tuple[dict[int, float], dict[int, float]]:
         """Row -> score, and row -> evidence."""
         text = _excerpt(query)
         sequence = tokenizer().sequence(text)
@@ -250,26 +250,28 @@ class PageIndex:
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
-        dates = [date for date in days_asked(text) if self._dates.get(date)]
+        dates = self._dated(days_asked(text), seen_s) if seen_s else {}
         terms = self._lookup(plain or ([] if dates else content or asked))
         read = self._affordable(terms)
         own = {term.text: self._worth(term, term.rows) for term in read}
-        for date in dates:
-            rows = self._dates[date]
-            own[str(date)] = dict.fromkeys(rows, DATE_SHARE * self._weight(len(rows)))
         scores = self._score(own)
+        for date, rows in dates.items():
+            own[date] = dict.fromkeys(rows, self._weight(len(rows)))
+            for row, worth in own[date].items():
+                scores[row] = scores.get(row, 0.0) + worth
         if len(read) < len(terms):
-            best = heapq.nsmallest(CANDIDATES, scores, key=lambda row: (-scores[row], -row))
+            best = [row for row, _ in self._best(scores, CANDIDATES, None)]
             for term in terms[len(read) :]:
                 there = own[term.text] = self._worth(term, _among(best, term.rows))
                 for row, value in there.items():
                     scores[row] += value
-        self._add_pairs(scores, sequence, {term.text: term for term in terms})
-        scores = self._weigh(scores, named)
-        scores = self._look_again(scores, {*asked, *idle_terms(), *stops}, terms, named)
+        self._add_pairs(scores, own, sequence, terms)
+        self._weigh(scores, named)
+        self._look_again(scores, {*asked, *idle_terms(), *stops}, terms, named)
         unique = self._rarity(1)
         rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle_terms()}
-        rarity |= {str(date): self._rarity(len(self._dates[date])) / unique for date in dates[:1]}
+        for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
+            rarity[date] = self._rarity(len(rows)) / unique
         evidence: dict[int, float] = {}
         for name, share in sorted(rarity.items()):
             for row in own.get(name, ()):
@@ -281,6 +283,25 @@ class PageIndex:
         if len(self._speakers) < 2:
             return set()
         return {n for n, words in self._name_terms.items() if not words.isdisjoint(content)}
+
+    def _dated(
+        self, dates: Iterable[Date], seen_s: Callable[[int], int]
+    ) -> dict[str, list[int]]:
+        """The rows that were seen at each of these dates, where there are some."""
+        positions = range(self._keys[-1][0] + 1)
+        first, last = (
+            datetime.fromtimestamp(seen_s(at), UTC).year
+            for at in (min(bisect_left(positions, 1, key=seen_s), positions[-1]), positions[-1])
+        )
+        found: dict[str, list[int]] = {}
+        for date in dates:
+            rows: list[int] = []
+            for span in spans(date, range(first, last + 1)):
+                begin, end = (bisect_left(self._keys, (bisect_left(positions, at, key=seen_s),)) for at in span)
+                rows += range(begin, end)
+            if rows:
+                found[str(date)] = rows
+        return found
 
     def _lookup(self, terms: Sequence[str]) -> list[_Term]:
         """The rarest terms that stand anywhere, ordered by rarity."""
@@ -340,19 +361,22 @@ class PageIndex:
         return scores
 
     def _add_pairs(
-        self, scores: dict[int, float], sequence: Sequence[str], terms: Mapping[str, _Term]
+        self,
+        scores: dict[int, float],
+        own: Mapping[str, Mapping[int, float]],
+        sequence: Sequence[str],
+        terms: Sequence[_Term],
     ) -> None:
-        """What two terms that stand side by side in the query add where they do so in a page, of the best."""
-        pairs = dict.fromkeys(p for p in itertools.pairwise(sequence) if p[0] in terms and p[1] in terms)
-        if not pairs:
-            return
-        best = heapq.nsmallest(CANDIDATES, scores, key=lambda row: (-scores[row], -row))
+        """What two terms that stand side by side in the query add where they do so in a page."""
+        weights = {term.text: self._weight(term.docs) for term in terms}
         average = self._total_chars / len(self._keys)
-        chars, words = self._chars, self._words
-        for first, second in pairs:
-            pattern = array("I", (self._ids[first], self._ids[second])).tobytes()
-            worth = PAIR_SHARE * (self._weight(terms[first].docs) + self._weight(terms[second].docs))
-            for row in best:
+        chars, words, ids = self._chars, self._words, self._ids
+        for first, second in dict.fromkeys(itertools.pairwise(sequence)):
+            if first not in weights or second not in weights:
+                continue
+            pattern = array("I", (ids[first], ids[second])).tobytes()
+            worth = PAIR_SHARE * (weights[first] + weights[second])
+            for row in own[first].keys() & own[second].keys():
                 at = words[row].find(pattern)
                 while at > 0 and at % _ID_BYTES:
                     at = words[row].find(pattern, at + 1)
@@ -360,56 +384,57 @@ class PageIndex:
                     scores[row] += worth * min(1.0, math.sqrt(average / max(1, chars[row])))
 
     def _weigh(self, scores: dict[int, float], named: set[str]) -> dict[int, float]:
-        """Scores by who speaks."""
+        """The same scores, by who speaks."""
         reply = 1 / (1 + REPLY_DISCOUNT * self._long_replies())
         if reply < 1:
             roles = self._roles
-            scores = {r: s * reply if roles[r] == "assistant" else s for r, s in scores.items()}
+            for row in scores:
+                if roles[row] == "assistant":
+                    scores[row] *= reply
         if named:
             boost, names = 1 + SPEAKER_BOOST, self._names
-            scores = {r: s * boost if names[r] in named else s for r, s in scores.items()}
+            for row in scores:
+                if names[row] in named:
+                    scores[row] *= boost
         return scores
 
     def _look_again(
         self, scores: dict[int, float], idle: set[str], terms: Sequence[_Term], named: set[str]
-    ) -> dict[int, float]:
-        """The same with what the first hits speak of, as a part of the question's own weight."""
-        first = heapq.nsmallest(SECOND_PAGES, scores, key=lambda row: (-scores[row], -row))
+    ) -> None:
+        """Add what the pages share with the first hits, as a part of the question's own weight."""
+        first = self._best(scores, SECOND_PAGES, None)
         total = math.fsum(self._weight(term.docs) for term in terms)
         if not first or not total:
-            return scores
+            return
         names = frozenset[str]().union(*self._name_terms.values())
-        most = SECOND_COMMON * len(self._keys)
         floor, slope = K1 * (1 - B), K1 * B * len(self._keys) / max(1, self._total_chars)
+        texts, postings = self._texts, self._postings
         spoken: dict[int, float] = {}
-        for row in first:
-            head = self._words[row][: SECOND_CHARS // 8 * _ID_BYTES]
-            share = scores[row] / scores[first[0]]
-            norm = floor + slope * self._chars[row]
-            for number, times in Counter(memoryview(head).cast("I")).items():
-                if 1 < len(self._postings[number]) <= most:
-                    spoken[number] = spoken.get(number, 0.0) + share * times / (times + norm)
+        for row, score in first:
+            share, norm = score / first[0][1], floor + slope * self._chars[row]
+            head = memoryview(self._words[row]).cast("I")[:SECOND_WORDS]
+            for number, times in Counter(head).items():
+                spoken[number] = spoken.get(number, 0.0) + share * times / (times + norm)
+        most = SECOND_COMMON * len(self._keys)
         weighed = [
-            (value * self._weight(len(self._postings[number])), number)
+            (-value * self._weight(len(postings[number])), texts[number], number)
             for number, value in spoken.items()
-            if self._texts[number] not in idle and self._texts[number] not in names
+            if 1 < len(postings[number]) <= most and texts[number] not in idle and texts[number] not in names
         ]
-        weighed.sort(key=lambda item: (-item[0], self._texts[item[1]]))
+        weighed.sort()
         added: dict[int, float] = {}
         spent, weight = 0, 0.0
-        for value, number in weighed[:SECOND_TERMS]:
-            postings = self._postings[number]
-            spent += len(postings)
+        for value, _, number in weighed[:SECOND_TERMS]:
+            rows = postings[number]
+            spent += len(rows)
             if spent > SECOND_POSTINGS:
                 break
             share = value / weighed[0][0]
-            weight += share * self._weight(len(postings))
-            for row, worth in self._worth(_Term("", postings), postings, share).items():
+            weight += share * self._weight(len(rows))
+            for row, worth in self._worth(_Term("", rows), rows, share).items():
                 added[row] = added.get(row, 0.0) + worth
-        scores = dict(scores)
         for row, worth in self._weigh(added, named).items():
             scores[row] = scores.get(row, 0.0) + SECOND_SHARE * total / weight * worth
-        return scores
 
     def _best(
         self, scores: dict[int, float], limit: int, skip: Callable[[int, int], bool] | None
@@ -419,11 +444,11 @@ class PageIndex:
         wanted = limit if skip is None else 2 * limit + 16
         while True:
             least = heapq.nlargest(wanted, scores.values())[-1] if scores else 0.0
-            best = [(row, score) for row, score in scores.items() if score >= least]
-            best.sort(key=lambda item: (-item[1], -keys[item[0]][0], keys[item[0]][1]))
-            if skip is None:
-                return best[:limit]
-            seen = (item for item in best if not skip(*keys[item[0]]))
+            best = [
+                (-score, -keys[row][0], keys[row][1], row) for row, score in scores.items() if score >= least
+            ]
+            best.sort()
+            seen = ((row, -less) for less, _, _, row in best if skip is None or not skip(*keys[row]))
             chosen = list(itertools.islice(seen, limit))
             if len(chosen) == limit or wanted >= len(scores):
                 return chosen

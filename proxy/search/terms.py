@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from stop_words import get_stop_words
+from stop_words import get_stop_words  # type: ignore[import-untyped]
 
 from proxy.memory.words import STOP_WORDS
 
@@ -195,4 +195,4 @@ _SPOKEN_SHARE = 0.5
 def spoken(pages_with: Counter[str]) -> tuple[str, ...]:
     """The languages, other than English, of pages that have each language's stop words so often."""
     most = max(pages_with.values(), default=0)
-    return tuple(sorted(l for l, n in pages_with.items() if n > _SPOKEN_SHARE * most and l != "en"))
+    return tuple(sorted(name for name, n in pages_with.items() if n > _SPOKEN_SHARE * most and name != "en"))

@@ -46,11 +46,15 @@ class Paged:
         texts = _split(msg.content)
         first = 1 if len(texts) > 1 else 0
         self._index.extend(
-            Doc(msg.id, part, msg.role, msg.name, text, _seen(msg)) for part, text in enumerate(texts, first)
+            Doc(msg.id, part, msg.role, msg.name, text) for part, text in enumerate(texts, first)
         )
 
+    def _seen_s(self, position: int) -> int:
+        time = self._messages[position].time
+        return int(time.replace(tzinfo=UTC).timestamp()) if time else 0
+
     def search(self, query: str, limit: int) -> list[int]:
-        hits = self._index.search(query, 3 * limit)
+        hits = self._index.search(query, 3 * limit, None, self._seen_s)
         return list(dict.fromkeys(hit.position for hit in hits))[:limit]
 
     def window(self, question: str, budget: int) -> list[int]:
@@ -58,7 +62,7 @@ class Paged:
         chosen: list[int] = []
         used = 0
         value: dict[int, float] = {}
-        for hit in self._index.search(question, WINDOW_RESULTS):
+        for hit in self._index.search(question, WINDOW_RESULTS, None, self._seen_s):
             tokens = messages[hit.position].tokens
             value.setdefault(hit.position, hit.score / tokens**self._density)
         ranked = sorted(value, key=lambda position: (-value[position], -position))
@@ -68,10 +72,6 @@ class Paged:
                 chosen.append(position)
                 used += messages[position].tokens
         return chosen
-
-
-def _seen(msg: Message) -> int:
-    return int(msg.time.replace(tzinfo=UTC).timestamp()) if msg.time else 0
 
 
 def _split(text: str) -> list[str]:
