@@ -123,7 +123,7 @@ class Memory:
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
-        work = (ids, pages.docs, effect.query, effect.limit, effect.skip)
+        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s)
         if self.indexes.missing(ids) > _OFF_LOOP_MESSAGES:
             return await asyncio.to_thread(self.indexes.search, *work)
         return self.indexes.search(*work)

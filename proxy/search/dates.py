@@ -45,20 +45,17 @@ def days_asked(text: str) -> list[Date]:
         year, month, day = (year, month, day) if year else (last, second, first)
         if month > 12:
             month, day = day, month  # the American order
-        found |= dict.fromkeys(((year, month, day), (year, month), (month, 0, day), (month,)))
+        found |= dict.fromkeys(((year, month, day), (year, month)))
     words = _WORD.findall(low)
     for at, word in enumerate(words):
         month = _NUMBER.get(word, 0)
-        if month:
-            near = words[max(0, at - 2) : at] + words[at + 1 : at + 1 + _NEAR]
-            numbers = [int(n) for n in near if n.isdigit() and len(n) <= 4]
-            year = next((n for n in numbers if 1900 <= n < 2100), 0)
-            day = next((n for n in numbers if 1 <= n <= 31), 0)
-            if not (year or day) and word in _ALSO_WORDS:
-                continue
-            found |= dict.fromkeys(
-                date for date, known in (
-                    ((year, month, day), year and day), ((year, month), year), ((month, 0, day), day), ((month,), True)
-                ) if known
-            )  # fmt: skip
+        if not month:
+            continue
+        near = words[max(0, at - _NEAR) : at] + words[at + 1 : at + 1 + _NEAR]
+        numbers = [int(n) for n in near if n.isdigit() and len(n) <= 4]
+        year = next((n for n in numbers if 1900 <= n < 2100), 0)
+        day = next((n for n in numbers if 1 <= n <= 31), 0)
+        if year or day or word not in _ALSO_WORDS:
+            whole = (year, month) if year else (month,)
+            found |= dict.fromkeys(((year, month, day) if year else (month, 0, day), whole) if day else (whole,))
     return sorted(found, key=len, reverse=True)

@@ -35,6 +35,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from proxy.memory.ids import Doc, Hit
+from proxy.memory.questions import Query
 from proxy.search.dates import Date, days_asked, spans
 from proxy.search.terms import (
     clean,
@@ -58,6 +59,10 @@ RARITY_POWER = 0.75  # a word that one page has is not all of a question
 NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
 ANSWER_SHARE = 1.3  # of that, where the page before ends by asking
 PAIR_SHARE = 0.25  # of two words' rarity, where they stand side by side
+QUESTIONS_POWER = 0.75  # of several questions in one: 1 makes their best pages equal, 0 leaves the scores
+CONTEXT_SHARE = 0.33  # of what the same words count in the question itself
+CONTEXT_TERMS = 12
+DATE_SHARE = 2.0  # of a day's, or a month's, rarity
 SPEAKER_BOOST = 0.8
 REPLY_DISCOUNT = 2.0
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
@@ -154,7 +159,7 @@ class PageIndex:
 
     def search(
         self,
-        queries: str | Sequence[str],
+        queries: str | Sequence[str | Query],
         limit: int,
         skip: Callable[[int, int], bool] | None = None,
         seen_s: Callable[[int], int] | None = None,
@@ -162,21 +167,16 @@ class PageIndex:
         """The best `limit` pages for which `skip(position, part)` is not true, best first. `seen_s(position)`: when
         that message was first seen (Unix seconds; they grow along the path, those that are not known are 0).
 
-        Of several queries, each is a question of its own: a page is worth what it is worth to the best of them.
+        Of several queries, each is a question of its own: a page is worth what it is worth to the one it answers best.
         """
-        asked = (queries,) if isinstance(queries, str) else queries[:QUERIES]
+        asked = [
+            Query(query) if isinstance(query, str) else query
+            for query in ([queries] if isinstance(queries, str) else queries[:QUERIES])
+        ]
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            scores, evidence = self._ask(asked[0], seen_s) if asked else ({}, {})
-            for query in asked[1:]:
-                found, proof = self._ask(query, seen_s)
-                for row, score in found.items():
-                    if score > scores.get(row, 0.0):
-                        scores[row] = score
-                for row, share in proof.items():
-                    if share > evidence.get(row, 0.0):
-                        evidence[row] = share
+            scores, evidence = _merged([self._ask(query, seen_s) for query in asked])
             return [
                 Hit(*self._keys[row], score, evidence.get(row, 0.0))
                 for row, score in self._best(scores, limit, skip)
@@ -240,10 +240,10 @@ class PageIndex:
 
     # ------------------------------------------------------------ one query
     def _ask(
-        self, query: str, seen_s: Callable[[int], int] | None
+        self, query: Query, seen_s: Callable[[int], int] | None
     ) -> tuple[dict[int, float], dict[int, float]]:
         """Row -> score, and row -> evidence."""
-        text = _excerpt(query)
+        text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
         stops = stop_terms().union(*map(foreign_stop_terms, spoken(self._spoken)))
@@ -256,7 +256,7 @@ class PageIndex:
         own = {term.text: self._worth(term, term.rows) for term in read}
         scores = self._score(own)
         for date, rows in dates.items():
-            own[date] = dict.fromkeys(rows, self._weight(len(rows)))
+            own[date] = dict.fromkeys(rows, DATE_SHARE * self._weight(len(rows)))
             for row, worth in own[date].items():
                 scores[row] = scores.get(row, 0.0) + worth
         if len(read) < len(terms):
@@ -266,6 +266,7 @@ class PageIndex:
                 for row, value in there.items():
                     scores[row] += value
         self._add_pairs(scores, own, sequence, terms)
+        self._add_context(scores, query.context, {*asked, *stops})
         self._weigh(scores, named)
         self._look_again(scores, {*asked, *idle_terms(), *stops}, terms, named)
         unique = self._rarity(1)
@@ -383,6 +384,13 @@ class PageIndex:
                 if at >= 0:
                     scores[row] += worth * min(1.0, math.sqrt(average / max(1, chars[row])))
 
+    def _add_context(self, scores: dict[int, float], context: str, known: set[str]) -> None:
+        """What the words around the question add, as far as the pages that have them are few."""
+        words = [term for term in tokenizer().terms(_excerpt(context)) if term not in known]
+        for term in self._affordable(self._lookup(words)[:CONTEXT_TERMS]):
+            for row, worth in self._worth(term, term.rows, CONTEXT_SHARE).items():
+                scores[row] = scores.get(row, 0.0) + worth
+
     def _weigh(self, scores: dict[int, float], named: set[str]) -> dict[int, float]:
         """The same scores, by who speaks."""
         reply = 1 / (1 + REPLY_DISCOUNT * self._long_replies())
@@ -453,6 +461,28 @@ class PageIndex:
             if len(chosen) == limit or wanted >= len(scores):
                 return chosen
             wanted *= 8
+
+
+def _merged(
+    found: Sequence[tuple[dict[int, float], dict[int, float]]],
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Several questions' scores and evidence in one: of each the best that a page has. The questions are brought near
+    each other, as far as they have words that few pages have: a long one would have all the first places."""
+    if len(found) < 2:
+        return found[0] if found else ({}, {})
+    tops = [max(scores.values(), default=0.0) for scores, _ in found]
+    best: dict[int, float] = {}
+    proven: dict[int, float] = {}
+    for (scores, evidence), top in zip(found, tops, strict=True):
+        factor = (max(tops) / top) ** QUESTIONS_POWER if top else 0.0
+        factor *= min(1.0, max(evidence.values(), default=0.0))
+        for row, score in scores.items():
+            if score * factor > best.get(row, 0.0):
+                best[row] = score * factor
+        for row, share in evidence.items():
+            if share > proven.get(row, 0.0):
+                proven[row] = share
+    return best, proven
 
 
 def _among(rows: Iterable[int], postings: array[int]) -> Iterable[int]:

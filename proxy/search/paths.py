@@ -11,10 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from proxy.memory.ids import Doc, Hit
+from proxy.memory.questions import Query
 from proxy.search.fts import PageIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
-_INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its own has its price
+_INDEX_PAGES = 1  # what an empty index weighs, in pages
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
 
 DocsOf = Callable[[int, int], Iterable[Doc]]
@@ -47,12 +48,13 @@ class PathIndexes:
         self,
         ids: Sequence[bytes],
         docs: DocsOf,
-        query: str,
+        queries: str | Sequence[str | Query],
         limit: int,
         skip: Callable[[int, int], bool],
+        seen_s: Callable[[int], int] | None = None,
     ) -> list[Hit]:
         """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
-        gives new pages.
+        gives new pages; the rest is as `PageIndex.search` takes it.
 
         Blocks while it indexes; may be called from any thread.
         """
@@ -68,7 +70,7 @@ class PathIndexes:
             if same < len(ids):
                 branch.index.extend(docs(same, len(ids)))
                 branch.ids.extend(ids[same:])
-            hits = branch.index.search(query, limit, skip)
+            hits = branch.index.search(queries, limit, skip, seen_s)
             grown = len(branch.index) - size
         self._trim(grown)
         return hits
