@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.fts import PageIndex
+from proxy.search.terms import languages_of
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
 _INDEX_PAGES = 1  # what an empty index weighs, in pages
@@ -43,6 +44,7 @@ class PathIndexes:
         self._roots: OrderedDict[bytes, list[_Branch]] = OrderedDict()
         self._pages = 0
         self._lock = threading.Lock()
+        languages_of()  # what takes its time once in a process takes it before the first request
 
     def search(
         self,
