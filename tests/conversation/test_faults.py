@@ -48,8 +48,10 @@ class Setting:
             for i in self.pages[position].ids:
                 register_id(self.table, i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
+        place = SimpleNamespace(record=None)
+        context = SimpleNamespace(counter=COUNTER, now_s=0.0, place=place)
         window: Any = SimpleNamespace(
-            pages=self.pages, table=self.table, context=SimpleNamespace(counter=COUNTER), limits=limits, turn=2,
+            pages=self.pages, table=self.table, context=context, limits=limits, turn=2,
             apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE,
             channel=choose_channel({}, limits),
         )  # fmt: skip
