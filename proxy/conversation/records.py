@@ -80,7 +80,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
     seen_s: int = 0  # when its messages were first seen (Unix time; 0: in a version that did not say)
-    answered_s: int = 0  # and when its answer was given here (0 as well: it came in a request)
+    answered_s: int = 0  # and its answer (0 as well: it came in the first request of its conversation)
 
     @property
     def id(self) -> NodeId:
@@ -369,7 +369,7 @@ def new_records(
                 counter=counter,
                 bill=known,
                 seen_s=run[0].seen_s or seen_s,
-                answered_s=run[-1].seen_s,
+                answered_s=run[-1].seen_s or (seen_s if parent else 0),
             )
         )
         first, above = position + 1, run[-1].id

@@ -1,8 +1,8 @@
 """When the messages of a path were first seen here, and which of them a model's `after` and `before` mean. Pure.
 
-Promises: what a record says, so the same after a restart and on any replica. It is "seen", not "said": of messages that came
-with their answer in one request, as a history does at first sight, nobody knows when they were said, so no result says when they
-were seen; `after` and `before` take the time of that request. A path of n messages costs some log n looks at records.
+Promises: what a record says, so the same after a restart and on any replica. It is "seen", not "said": of a history that came
+with its answers in a conversation's first request nobody knows when it was said, so no result says when it was seen; `after` and
+`before` take the time of that request. A path of n messages costs some log n looks at records.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Timeline:
         return self._context.get_record(path[end].id)
 
     def _witnessed(self, position: int) -> bool:
-        """It came by itself, and its answer was given here."""
+        """It came when it was said, as far as anybody can tell: not with a history at first sight."""
         if not 0 <= position < self._stored:
             return False
         record = self._record(position)
@@ -74,13 +74,12 @@ class Timeline:
     def tell(self, found: SearchToolResult) -> None:
         """Enter when each result was seen: once, where that is the same for all."""
         places = [self._pages.position(entry.page_id) for entry in found.results]
-        if not places:
+        if not any(map(self._witnessed, places)):
             return
-        first, last = self.seen_s(self._first_at(1) % self._end), self.seen_s(self._end - 1)
-        for entry, position in zip(found.results, places, strict=True):
-            entry.seen = seen_text(self.seen_s(position), last - first) if self._witnessed(position) else ""
-        times = {entry.seen for entry in found.results}
-        if len(times) == 1:
-            found.seen = times.pop()
-            for entry in found.results:
-                entry.seen = ""
+        span_s = self.seen_s(self._end - 1) - self.seen_s(self._first_at(1) % self._end)
+        times = [seen_text(at, span_s) if (at := self.seen_s(place)) else "" for place in places if place >= 0]
+        if len(set(times)) == 1:
+            found.seen = times[0]
+            return
+        for entry, place in zip(found.results, places, strict=True):
+            entry.seen = seen_text(self.seen_s(place), span_s) if self._witnessed(place) else ""
