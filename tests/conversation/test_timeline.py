@@ -10,7 +10,16 @@ import msgspec
 import pytest
 
 from proxy.conversation.records import Record, decode_record, encode_record, record_key
-from tests.conversation.player import Message, Player, call, calls, limits_of, says, script, tool_messages
+from tests.conversation.player import (
+    Message,
+    Player,
+    call,
+    calls,
+    limits_of,
+    says,
+    script,
+    tool_messages,
+)
 
 DAY_S = 86_400
 FIRST_S = int(datetime(2026, 5, 1, 9, 0, tzinfo=UTC).timestamp())
