@@ -339,7 +339,7 @@ class SearchToolResult(BaseModel):
             said["seen"] = self.seen
         said["total_available"] = self.total_available
         if self.left_out:
-            said["more"] = f"{self.left_out} left out: no room"
+            said["no_room_for"] = self.left_out
         if self.note:
             said["note"] = self.note
         return quote_json(said)

@@ -196,9 +196,9 @@ def test_results_that_have_no_room_are_counted() -> None:
     it = Setting([*texts, "?"], page_tokens=2000, snippet_tokens=64)
     it.hits = [Hit(number, 0, 6.0 - number) for number in range(6)]
     found = it.ask("search_pages", {"query": "vault"}, 450)
-    assert 0 < len(found["results"]) < 5 and found["more"] == f"{5 - len(found['results'])} left out: no room"
+    assert 0 < len(found["results"]) < 5 and found["no_room_for"] == 5 - len(found["results"])
     assert all(VAULT in one["hint"] for one in found["results"])
-    assert "more" not in it.ask("search_pages", {"query": "vault"}, 2000)
+    assert "no_room_for" not in it.ask("search_pages", {"query": "vault"}, 2000)
     (one,) = it.ask("search_pages", {"query": "vault"}, 180)["results"]  # shown shorter, rather than not at all
     assert "vault" in one["hint"]
 

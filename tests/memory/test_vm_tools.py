@@ -245,6 +245,10 @@ def test_results_have_the_seeds_shape() -> None:
         "results": [{"page_id": "msg_0001", "hint": "h", "relevance": 0.5}],
         "total_available": 9,
     }
+    found = SearchToolResult(seen="2026-05-01", left_out=2, note="n").model_dump_json()
+    assert json.loads(found) == {
+        "results": [], "seen": "2026-05-01", "total_available": 0, "no_room_for": 2, "note": "n",
+    }  # fmt: skip
     assert json.loads(error_result("no such page")) == {"error": "no such page"}
 
 
