@@ -369,7 +369,7 @@ def new_records(
                 counter=counter,
                 bill=known,
                 seen_s=run[0].seen_s or seen_s,
-                answered_s=run[-1].seen_s or (seen_s if parent else 0),
+                answered_s=run[-1].seen_s or ((run[0].seen_s or seen_s) if parent else 0),
             )
         )
         first, above = position + 1, run[-1].id

@@ -138,3 +138,24 @@ def test_records_without_times_are_older_than_those_with() -> None:
     it.forget()
     found = search(it, messages, before="2020")
     assert ports(found) == everything and "not known" in found["note"]
+
+
+def test_what_a_client_dropped_was_seen_when_it_was() -> None:
+    """The path of a history that lost its front is stored under new ids: its times go with it."""
+    it = player()
+    kept: list[Message] = []
+    for number, port in enumerate(PORTS):
+        it.now_s = FIRST_S + number * DAY_S
+        user, answer = said(port)
+        kept = [*kept[-6:], user]
+        it.ask(kept, script(says(answer["content"])))
+        kept.append(answer)
+    it.forget()
+    for _ in range(2):  # in the turn that joins them, and from storage
+        it.now_s += DAY_S
+        found = search(it, kept)
+        seen = {port: one["seen"] for port in PORTS for one in found["results"] if port in one["hint"]}
+        assert PORTS[0] in seen and len(seen) > 5
+        assert seen.pop("Trieste", "2026-05-06") == "2026-05-06"  # seen first before it was proved where it belongs
+        assert seen == {port: f"2026-05-{PORTS.index(port) + 1:02d}" for port in seen}
+        kept += [{"role": "user", "content": "Where did it go?"}, {"role": "assistant", "content": "There."}]
