@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -50,7 +51,8 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.planner import Budget, Group, Plan, native_groups, plan
+from proxy.memory.planner import Budget, Group, Plan, changed, native_groups, plan
+from proxy.memory.standing import holding
 from proxy.memory.vm_tools import build_vm_developer_message
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_MESSAGE
@@ -70,8 +72,37 @@ _MANIFEST_ENTRY_TOKENS = 24  # no entry is shorter
 _SEGMENTS = 8
 _LOOKED_AT = 16  # messages, for one of the user's
 _FIRST_HINT_WORDS = 10
+_STANDING_SHARE = 16  # what was said for all later answers takes at most 1/16 of the room
+_HARDLY_LONGER = 2  # times what stands in it: such a message is shown whole
 
 _PINS = PinnedSet()
+
+
+@dataclass
+class _Standing:
+    """What is kept of messages that stand: as lines, of so many `tokens` in all, and what that changes in the
+    table. `decided`: their groups, by their first position, and those that leave."""
+
+    lines: list[tuple[Group, CompressionLevel]] = field(default_factory=list)
+    mutations: list[PageMutation] = field(default_factory=list)
+    tokens: int = 0
+    decided: set[int] = field(default_factory=set)
+
+    def keep(self, group: Group, page: MemoryPage, tokens: int, turn: TurnWindow) -> None:
+        """One page of the group as a line."""
+        level = page.compression_level
+        self.tokens += tokens
+        self.leave(group, turn, page.page_id)
+        self.lines.append((replace(group, pages=(page.page_id,)), level))
+        for mutation in changed(turn.table, page.page_id, level, True, turn.turn):
+            self.mutations.append(msgspec.structs.replace(mutation, tokens=tokens))
+
+    def leave(self, group: Group, turn: TurnWindow, but: str = "") -> None:
+        """The group's pages go, but for one."""
+        self.decided.add(group.first)
+        for page_id in group.pages:
+            if page_id != but:
+                self.mutations += changed(turn.table, page_id, None, True, turn.turn)
 
 
 class Epoch:
@@ -110,6 +141,7 @@ class Epoch:
         users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
         self._last_user = -1 if after else next(users, -1)  # else the user's newest message is in the tail
         self._cuts: Cuts = {}
+        self._said: dict[str, MemoryPage] = {}  # what is kept word for word
 
     def begin(self) -> Generator[Effect, Any, Window]:
         """The new window; ApiError context_length_exceeded when nothing fits.
@@ -148,9 +180,13 @@ class Epoch:
         for shrink in (1.0, 0.5, 0.0):
             budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
             yield from self._derive(groups, budget)
-            candidates = [*self._derived_groups(), *groups]
+            standing = self._standing(groups, budget, room // _STANDING_SHARE)
+            candidates = [*self._derived_groups(), *(g for g in groups if g.first not in standing.decided)]
+            budget = Budget(budget.native_tokens, budget.context_tokens - standing.tokens)
             planned = plan(turn.table, candidates, budget, turn.context.policy, turn.turn, _is_pinned)
             planned.native = [g for g in planned.native if g.first < self._end]
+            planned.context = sorted([*planned.context, *standing.lines], key=lambda one: one[0].first)
+            planned.mutations += standing.mutations
             window = yield from self._assemble(planned, int(manifest * shrink))
             over = window.tokens - room
             if over <= 0:
@@ -171,6 +207,45 @@ class Epoch:
         self.made = yield from derive(pages, last, turn.limits, turn.context.counter)
         for mutation in entered(self.made, before, pages.derived, turn.turn):
             turn.apply(mutation)
+
+    # -- what the user said for all later answers
+
+    def _standing(self, groups: Sequence[Group], budget: Budget, most_tokens: int) -> _Standing:
+        """Of the messages that do not stay native, what their user said for all later answers: word for
+        word, and all of the message where it says little else. Instructions first, and the newest, as far as
+        there is room; what a later one took the place of leaves.
+        """
+        turn, pages, out = self.turn, self.pages, _Standing()
+        native = {group.first for group in native_groups(groups, budget.native_tokens)}
+        marked = [
+            (group, pages[position])
+            for group in groups
+            for position in range(group.first, min(group.last, self._end))
+            if (entry := turn.table.lookup(pages[position].ids[0])) and entry.pinned and pages[position].standing
+        ]
+        rows: list[tuple[bool, int, Group, MemoryPage]] = []
+        for (group, message), holds in zip(marked, holding([m.standing for _, m in marked]), strict=True):
+            if group.first in native:
+                continue
+            page = pages.page(message.ids[0])
+            words = " ".join(sentence.text for sentence in holds)
+            if len(message.parts) > 1 or len(page.text()) > _HARDLY_LONGER * len(words):
+                changes = {"content": words, "size_tokens": None, "compression_level": CompressionLevel.REDUCED}
+                page = page.model_copy(update=changes)
+            if holds:
+                rows.append((any(sentence.instruction for sentence in holds), group.first, group, page))
+            else:
+                out.leave(group, turn)
+                out.mutations.append(PageMutation(MutationType.UNPIN, page.page_id, turn.turn))
+        left = min(most_tokens, budget.context_tokens)
+        for _, _, group, page in sorted(rows, key=lambda row: row[:2], reverse=True):
+            tokens = pages.packer.pack([page]).tokens_est
+            if out.tokens + tokens > left:
+                out.leave(group, turn)
+            else:
+                self._said[page.page_id] = page
+                out.keep(group, page, tokens, turn)
+        return out
 
     # -- what may stay native
 
@@ -245,7 +320,7 @@ class Epoch:
 
     def show(self, page_id: str, level: CompressionLevel) -> Generator[Effect, Any, MemoryPage]:
         """A page at a level: from the shell where that takes a codec or a model, else made here."""
-        page = self.shown.get((page_id, int(level)))
+        page = self._said.get(page_id) or self.shown.get((page_id, int(level)))
         if page is None:
             pages = self.pages
             made_elsewhere = self.turn.limits.written_by_models or pages.medium(page_id) is not None

@@ -50,14 +50,15 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.segments import PIN_TOKENS, is_standing
+from proxy.memory.standing import standing_in
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
-STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most
+STANDING_TOKENS = 256  # of standing instructions of the application's in front of a window, at most
 
+_STANDING_BYTES = 2048  # of one of them
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _ALL = 1 << 40  # tokens
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
@@ -396,11 +397,12 @@ class TurnWindow:
             most = STANDING_TOKENS
         found: list[Anchor] = []
         for anchor in reversed(anchors):
-            if len(anchor.raw) > 16 * PIN_TOKENS:
+            if len(anchor.raw) > _STANDING_BYTES:
                 continue
             tokens = anchor_tokens(anchor, self.context.counter)
             message = msgspec.json.decode(anchor.raw)
-            if is_standing(str(message.get("role")), message_text(message), tokens):
+            standing = standing_in(str(message.get("role")), message_text(message))
+            if standing and 2 * tokens <= STANDING_TOKENS:
                 if total + tokens > most:
                     break
                 total += tokens
@@ -471,8 +473,8 @@ class TurnWindow:
 
 
 def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor; a standing instruction
-    is pinned."""
+    """A new message stands in the window, but for those before the floor; one that says something for all
+    later answers is pinned."""
     tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
     for page in message.pages:
         kind = page.page_type
@@ -481,5 +483,5 @@ def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutati
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
         )  # fmt: skip
-    if is_standing(message.node.role, message.own_text, message.text_tokens):
+    if message.standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)
