@@ -11,7 +11,7 @@ an earlier one about the same thing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from proxy.memory.words import SENTENCE_END, STOP_WORDS
 
 SENTENCE_CHARS = 800  # a longer sentence stands for nothing
 MOST_SENTENCES = 4  # of one message, the first ones
+_HEAD_CHARS = 5  # of a word that is a cue
 _READ_CHARS = 8_000  # of a message, half of them from its end
 _HOLDING = 128  # sentences that are compared, the newest
 
@@ -32,29 +33,28 @@ class Standing(NamedTuple):
 
 
 class _Language(NamedTuple):
-    """`cues`: one of them is in every sentence that the patterns match; both read lower case, `instruction` from
-    where a clause begins, `preference` anywhere in a sentence."""
+    """`cues`: in every sentence that the patterns match one of them is in it: of a language with spaces the beginning
+    of a word, of one without any characters. Both patterns read lower case, `instruction` from where a clause begins,
+    `preference` anywhere in a sentence."""
 
-    cues: tuple[str, ...]
+    cues: frozenset[str]
+    spaced: bool
     instruction: re.Pattern[str]
     preference: re.Pattern[str]
 
 
-def _language(cues: str, instruction: str, preference: str) -> _Language:
-    return _Language(tuple(cues.split("|")), re.compile(instruction), re.compile(preference))
-
-
 def _spaced(
-    *, always: str, later: str, please: str, opening: str, must: str, told: str, prefers: str, cues: str,
-    past: str = "(?!)", objects: str = "", keep: str = "(?!)",
+    *, always: str, later: str, please: str, opening: str, must: str, told: str, subjects: str, prefers: str, cues: str,
+    past: str = "(?!)", objects: str = "", keep: str = "(?!)", each: str = "(?!)",
 ) -> _Language:  # fmt: skip
     """A language with spaces between its words.
 
     `always`: quantifiers over time; `later`: those over the time to come, and conditions on what is asked, which may
     stand at the end, too; `please`, `opening`: what may stand before an imperative; `must`: the assistant as a
-    subject, and that it has to; `told`: what no imperative begins with, and subjects of a story; `past`: endings of
-    verbs that tell; `objects`: pronouns between an imperative and its adverb, where that comes second ("": it does
-    not); `keep`: what asks by itself to be kept in mind.
+    subject, and that it has to; `told`: what no imperative begins with; `subjects`: those of them that make a story
+    of a sentence anywhere in it; `past`: endings of verbs that tell; `objects`: pronouns between an imperative and its adverb, where that comes second ("": it does
+    not); `keep`: what asks by itself to be kept in mind; `each`: conditions that hold again and again, for an
+    imperative behind a comma.
     """
     begin = rf"(?:(?:{please}|{opening})[\s,]+)*"
     verb = rf"(?!(?:{told})\b)(?!\w+(?:{past})\b)[^\W\d_][\w’'-]*"
@@ -63,36 +63,49 @@ def _spaced(
         rf"{begin}{quantified},?\s+{begin}{verb}",
         rf"{begin}(?:{must})\s+(?:\w+\s+){{0,2}}?{quantified}\b",
         rf"{begin}(?:{please})[\s,]+(?:\w+\s+){{0,2}}?{quantified}\b",
-        rf"(?!.*\?){begin}{verb}(?:(?!\b(?:{told})\b)[^.!?])*\b(?:{later})\b",
+        rf"(?!.*\?){begin}{verb}(?:(?!\b(?:{subjects})\b)[^.!?])*\b(?:{later})\b",
         rf"{begin}(?:{keep})\b",
+        rf"{begin}(?:{each})\b[^,.!?]+,\s*{begin}{verb}",
     ]
     if objects:
         forms.append(rf"{begin}{verb}(?:[\s-](?:{objects}))*\s+(?:{always})\b")
-    return _language(cues, "|".join(forms), rf"\b(?:{prefers})")
+    heads = frozenset(cue[:_HEAD_CHARS] for cue in cues.split())
+    return _Language(heads, True, re.compile("|".join(forms)), re.compile(rf"\b(?:{prefers})"))
+
+
+def _unspaced(cues: str, instruction: str, preference: str) -> _Language:
+    return _Language(frozenset(cues.split("|")), False, re.compile(instruction), re.compile(preference))
 
 
 _ENGLISH = _spaced(
     always="always|never|ever",
     later=r"from now on|from here on|from this point on|going forward|henceforth|in (?:the )?future|at all times|by default"
     r"|until further notice|no longer|any ?more(?=[.!]?$)|(?:when|whenever|if|every time|each time) i (?:ask|say|tell|mention"
-    r"|request|send|type|want)|(?:when|whenever|every time|each time) you (?:answer|reply|respond|write)"
-    r"|(?:in|for|with) (?:all|every|each)(?: of)?(?: your)? (?:answers?|repl(?:y|ies)|responses?)",
+    r"|request|send|type|want)|when you (?:answer|reply|respond|write)|(?:whenever|every time|each time) you"
+    r"|(?:in|for|with) (?:all|every|each)(?: of)?(?: your)? (?:answers?|repl(?:y|ies)|responses?)"
+    r"|(?:in|for) (?:future|all) (?:answers|replies|responses|messages)|for the rest of (?:this|our|the) (?:conversation|chat|session)"
+    r"|throughout(?=[.!]?$)",
     please="please|kindly",
     opening=r"and|so|also|but|ok|okay|then|now|just|actually|instead|do not|don['’]t|make sure(?: that)?(?: to| you)?|be sure to"
     r"|remember to|remember,|i(?:['’]d| would)? (?:want|like|need|expect) you to|could you|can you",
-    must="you (?:must|should|shall|have to|need to|ought to|are to)",
+    must=r"(?:you|your \w+) (?:must|should|shall|have to|need to|ought to|are to)",
     told="i|i['’]\\w+|me|he|him|she|it|we|us|they|them|you|this|that|there|these|those|who|what|which|my|his|her|our|their|the"
     "|a|an|is|are|was|were|am|been|had|has|have|did|does|would|could|will|in|on|at|up|so|too|very|more|as|for|of|to|with|not"
     "|thought|knew|felt|got|went|said|saw|came|heard|seen|met|know|mind|here|such|quite|really|just|like|enough|before|again"
     "|yes|no|how|why|where|if|when",
     past="ed|ing|n['’]t|es|[^sui]s",
-    keep="remember (?:that|to|not)|keep in mind",
+    keep="remember (?:that|to|not)|keep in mind|(?:all|each|every one) (?:of )?your (?:answers|replies|responses|messages)",
+    each="(?:whenever|every time|each time) (?:i|we|the|there)",
+    subjects=r"i|i['’]\w+|he|she|we|we['’]\w+|they|they['’]\w+|it['’]s|was|were|is|are|has|had|will|would|am|been|did|does",
     prefers=r"i(?:['’]d| would)?(?: \w+){0,2}? (?:prefer|favou?r|rather)\b|my (?:\w+ )?preferences?\b|call me\b|my name is\b"
     r"|i(?:['’]m| am) allergic\b|i(?:['’]ve| have)?(?: \w+)? (?:chose|chosen|opted|decided|settled on)\b|i aim\b"
+    r"|i (?:hate|(?:don['’]t|do not) (?:like|eat|drink)|only (?:want|use|eat|drink|need))\b"
+    r"|i(?:['’]m| am)(?: an?)? (?:vegan|vegetarian|\w+ intolerant)\b"
     r"|i(?:['’]m| am|['’]d)?(?: \w+)? (?:trying|want|need|like|hope|hoping) to (?:keep|avoid|stick)\b",
-    cues="always|never|ever|every |each |from |going forward|hence|future|at all times|by default|until further|longer|more|i ask"
-    "|when |if i |in all|for all|remember|in mind|prefer|rather|favo|call me|my name|allergic|chose|opted|decided|settled|aim"
-    "|to keep|to avoid|to stick",
+    cues="always never ever whenever every each now here point forward henceforth future times default notice longer "
+    "anymore more ask say tell mention request send type want answer answers reply replies respond response messages "
+    "rest throughout remember mind prefer rather favour favor call name allergic chose chosen opted decided settled "
+    "aim keep avoid stick hate like eat drink only vegan vegetarian intolerant",
 )  # fmt: skip
 
 _GERMAN = _spaced(
@@ -108,11 +121,14 @@ _GERMAN = _spaced(
     "|da|dort|gut",
     objects="mir|uns|mich|sie|du|dabei|doch|mal|bitte|auch",
     keep="merk dir|denk daran|denke daran|vergiss nicht",
+    subjects=r"ich|er|es|wir|war|waren|ist|sind|hat|habe|haben|hatte|wurde|wird|werden",
+    each="immer wenn ich|jedes mal,? wenn|sooft ich|sobald ich",
     prefers=r"ich bevorzuge|ich (?:\w+ ){0,4}?(?:lieber|am liebsten)|ich ziehe .{1,40} vor\b|mir (?:ist|wäre|sind) .{0,30}lieber"
     r"|meine (?:präferenz|vorliebe)|nenn(?:en sie)? mich|ich heiße|mein name ist|ich bin allergisch|ich habe mich (?:\w+ ){0,6}?"
     r"entschieden",
-    cues="immer|stets|nie|jederzeit|jedes mal|ab jetzt|ab sofort|ab nun|an|künftig|zukunft|fortan|nicht mehr|standardm|wenn ich"
-    "|antwort|merk dir|denk|vergiss|bevorzug|lieb|ziehe|präferenz|nenn|heiße|mein name|allergisch|entschieden",
+    cues="immer stets nie niemals jederzeit jedes jetzt sofort nun künftig zukunft fortan mehr standardmäßig frage bitte "
+    "schreibe sage antwort antworten merk denk denke vergiss bevorzuge lieber liebsten ziehe präferenz vorliebe nenn "
+    "nennen heiße name allergisch entschieden sooft sobald",
 )  # fmt: skip
 
 _FRENCH = _spaced(
@@ -127,12 +143,24 @@ _FRENCH = _spaced(
     r"|y|eu|vu|fait|l['’]\w+|d['’]\w+|tu",
     objects="moi|nous|toi|vous|le|la|les|lui|leur",
     keep="souviens-toi|souvenez-vous|rappelle-toi|n['’]oublie pas|n['’]oubliez pas",
+    subjects=r"je|j['’]\w+|il|elle|on|nous|ils|elles|est|était|ai|avait|sont|c['’]\w+",
+    each="(?:à )?chaque fois que|dès que je",
     prefers=r"je préf[èé]r|j['’]aime(?:rais)? mieux|mes? préférences?|ma préférence|appelle-moi|appelez-moi|je m['’]appelle"
     r"|mon (?:nom|prénom) est|je suis allergique|j['’]ai (?:choisi|décidé|opté)",
-    cues="toujours|jamais|systématiquement|chaque|désormais|dorénavant|maintenant|avenir|défaut|demande|je |toutes|préf|mieux"
-    "|appel|mon nom|prénom|allergique|choisi|décidé|opté|souv|rappelle|oublie",
+    cues="toujours jamais systématiquement chaque désormais dorénavant maintenant avenir défaut demande dis pose parle "
+    "mentionne toutes préfère préférerais mieux préférence appelle appelez nom prénom allergique choisi décidé opté "
+    "souviens souvenez rappelle oublie oubliez dès",
 )  # fmt: skip
 
+# These three share words.
+_ROMANCE = (
+    r"yo|él|ella|nosotros|ellos|ellas|me|mi|mis|su|sus|nos|el|la|los|las|un|una|es|era|fue|fui|soy|son|estoy|está"
+    r"|estaba|he|ha|han|había|tengo|tenía|hay|en|con|de|a|para|por|que|muy|más|así|lo|se|le|quise|quiero|supe|vi"
+    r"|hice|digo|creo|tuve|eu|ele|ela|nós|eles|elas|meu|minha|seu|sua|o|os|as|um|uma|é|foi|sou|são|estou|tenho"
+    r"|tinha|há|em|com|muito|mais|assim|lhe|quis|quero|fiz|acho|no|na|do|da|tive|tem|io|lui|lei|noi|loro|mio|mia"
+    r"|miei|suo|ci|il|i|gli|è|sono|ho|hanno|abbiamo|avevo|aveva|stato|in|di|per|che|molto|più|così|si|nel|nella|al"
+    r"|alla|visto|l['’]\w+|penso|credo"
+)
 _SPANISH = _spaced(
     always="siempre|nunca|jamás|cada vez",
     later=r"a partir de ahora|de ahora en adelante|desde ahora|en (?:el|lo) (?:futuro|sucesivo)|por defecto"
@@ -140,15 +168,17 @@ _SPANISH = _spaced(
     please="por favor",
     opening="y|así que|también|pero|ok|vale|entonces|no|asegúrate de|procura",
     must="(?:tú |usted )?(?:debes|deberías|debe|tienes que|tiene que)|(?:quiero|necesito|gustaría|prefiero) que",
-    told="yo|él|ella|nosotros|ellos|ellas|me|mi|mis|su|sus|nos|el|la|los|las|un|una|es|era|fue|fui|soy|son|estoy|está|estaba|he"
-    "|ha|han|había|tengo|tenía|hay|en|con|de|a|para|por|que|muy|más|así|lo|se|le|quise|quiero|supe|vi|hice|digo|creo|tuve",
-    past="é|í|ó|aba|ía|aron|ieron|amos|emos|imos|ado|ido",
+    told=_ROMANCE,
+    past="é|í|ó|aba|ía|aron|ieron|amos|emos|imos|ado|ido|ei|ou|aram|eram|iram",
     objects="me|nos|le|lo|la|usted",
     keep="recuerda que|no olvides|ten en cuenta",
+    subjects=r"yo|él|ella|nosotros|ellos|es|era|fue|fui|soy|son|estoy|está|he|ha|había|tengo|voy|vamos",
+    each="cada vez que|siempre que",
     prefers=r"prefiero|preferiría|mis? preferencias?|llámame|llámeme|me llamo|mi nombre es|soy alérgic|(?:elegí|decidí|opté)\b"
     r"|he (?:elegido|decidido|optado)",
-    cues="siempre|nunca|jamás|cada|ahora|futuro|sucesivo|defecto|te p|te d|todas|recuerda|olvides|en cuenta|prefer|prefier|llám"
-    "|llamo|mi nombre|alérgic|eleg|decid|opt",
+    cues="siempre nunca jamás cada ahora futuro sucesivo defecto pregunte pregunto pida pido diga digo todas recuerda "
+    "olvides cuenta prefiero preferiría preferencia preferencias llámame llámeme llamo nombre alérgico alérgica elegí "
+    "elegido decidí decidido opté optado",
 )  # fmt: skip
 
 _PORTUGUESE = _spaced(
@@ -158,15 +188,16 @@ _PORTUGUESE = _spaced(
     please="por favor",
     opening="e|então|também|mas|ok|não|certifique-se de|procure",
     must="(?:você|tu) (?:deve|deves|precisa|tem que|deveria)|(?:quero|preciso|gostaria|prefiro) que(?: você)?",
-    told="eu|ele|ela|nós|eles|elas|me|meu|minha|seu|sua|nos|o|a|os|as|um|uma|é|era|foi|fui|sou|são|estou|está|tenho|tinha|há|em"
-    "|com|de|para|por|que|muito|mais|assim|se|lhe|quis|quero|vi|fiz|digo|acho|no|na|do|da|tive|tem",
-    past="ei|ou|ava|aram|eram|iram|amos|emos|imos|ado|ido",
+    told=_ROMANCE,
+    past="ei|ou|ava|aram|eram|iram|amos|emos|imos|ado|ido|é|í|ó|aba|ía|aron|ieron|ato|uto|ito|avo|eva|evo|iamo",
     objects="me|nos|lhe|o|a",
     keep="lembre-se|lembra-te|não esqueça|não se esqueça",
+    subjects=r"eu|ele|ela|nós|eles|é|era|foi|fui|sou|são|estou|está|tenho|vou|vamos",
+    each="toda vez que|sempre que",
     prefers=r"prefiro|preferiria|minhas? preferências?|me chame|chame-me|me chamo|meu nome é|sou alérgic"
     r"|(?:escolhi|decidi|optei)\b",
-    cues="sempre|nunca|jamais|toda|cada|agora|daqui|futuro|padrão|eu |lembr|esqueça|prefer|prefir|cham|meu nome|alérgic|escolhi"
-    "|decidi|optei",
+    cues="sempre nunca jamais toda todas cada agora daqui futuro padrão perguntar pedir disser escrever lembre lembra "
+    "esqueça prefiro preferiria preferência preferências chame chamo nome alérgico alérgica escolhi decidi optei",
 )  # fmt: skip
 
 _ITALIAN = _spaced(
@@ -176,15 +207,17 @@ _ITALIAN = _spaced(
     please="per favore|per piacere|per cortesia",
     opening="e|quindi|anche|ma|ok|allora|non|assicurati di|cerca di",
     must="(?:tu |lei )?(?:devi|deve|dovresti|dovrebbe)|(?:voglio|vorrei|preferisco) che(?: tu)?",
-    told=r"io|lui|lei|noi|loro|mi|mio|mia|miei|suo|sua|ci|il|lo|la|i|gli|le|un|una|è|era|sono|ho|ha|hanno|abbiamo|avevo|aveva"
-    r"|stato|in|con|di|a|per|che|molto|più|così|si|penso|credo|nel|nella|al|alla|da|visto|l['’]\w+",
-    past="ato|uto|ito|avo|eva|ava|evo|iamo",
+    told=_ROMANCE,
+    past="ato|uto|ito|avo|eva|ava|evo|iamo|ei|ou|aram|eram|iram|amos|emos",
     objects="mi|ci|gli|le|lo|la",
     keep="ricorda che|ricordati|non dimenticare|tieni presente",
+    subjects=r"io|lui|lei|noi|loro|è|era|sono|ho|ha|abbiamo|avevo",
+    each="ogni volta che",
     prefers=r"preferisco|preferirei|(?:la mia|le mie) preferenz[ae]|chiamami|mi chiami|mi chiamo|il mio nome è|sono allergic"
     r"|ho (?:scelto|deciso|optato)",
-    cues="sempre|mai|ogni|ora in|adesso in|futuro|predefinita|chiedo|dico|scrivo|domando|tutte|ricorda|dimentica|presente|prefer"
-    "|chiam|mio nome|allergic|ho ",
+    cues="sempre mai ogni ora adesso futuro predefinita chiedo dico scrivo domando tutte ricorda ricordati dimenticare "
+    "presente preferisco preferirei preferenza preferenze chiamami chiami chiamo nome allergico allergica scelto "
+    "deciso optato",
 )  # fmt: skip
 
 _DUTCH = _spaced(
@@ -198,10 +231,12 @@ _DUTCH = _spaced(
     "|voor|met|van|te|als|zo|nog|weer|al|heel|meer|wie|wat|hoe|waar|waarom|er|geweest|goed",
     objects="me|mij|ons|u|je|ook",
     keep="onthoud|vergeet niet",
+    subjects=r"ik|hij|zij|ze|we|wij|is|was|waren|ben|heb|heeft|had|zal",
+    each="telkens als|elke keer dat|steeds als",
     prefers=r"ik (?:\w+ ){0,4}?(?:liever|verkies|prefereer)|ik geef de voorkeur|mijn voorkeur|noem (?:me|mij)|ik heet|mijn naam is"
     r"|ik ben allergisch|ik heb (?:\w+ ){0,6}?(?:gekozen|besloten)",
-    cues="altijd|nooit|steeds|telkens|vanaf nu|voortaan|vervolg|toekomst|standaard|niet meer| ik |antwoord|onthoud|vergeet|liever"
-    "|verkies|prefereer|voorkeur|noem|ik heet|mijn naam|allergisch|gekozen|besloten",
+    cues="altijd nooit steeds telkens nu voortaan vervolg toekomst standaard meer vraag zeg schrijf stuur elk elke "
+    "antwoord antwoorden onthoud vergeet liever verkies prefereer voorkeur noem heet naam allergisch gekozen besloten",
 )  # fmt: skip
 
 _RUSSIAN = _spaced(
@@ -216,10 +251,13 @@ _RUSSIAN = _spaced(
     past="л|ла|ло|лся|лась|лись|али|или|ели|ет|ит|ют|ят|ут|ешь|ишь|ем|им|ю|у",
     objects="мне|нам",
     keep="запомни|запомните|помни|помните|не забывай|не забывайте|имей в виду",
+    subjects=r"я|он|она|мы|они|был|была|было|были",
+    each="каждый раз,? когда",
     prefers=r"я предпочита|предпочитаю|я бы предпоч|мне больше нравится|мо[иёе] предпочтени|зови(?:те)? меня|называй(?:те)? меня"
     r"|меня зовут|у меня аллерги|я (?:выбрал|решил|предпоч)",
-    cues="всегда|никогда|каждый|постоянно|отныне|впредь|этого|дальнейшем|будущем|умолчанию|больше не| я |ответ|помни|забывай|виду"
-    "|предпоч|нравится|меня|аллерги|выбрал|решил",
+    cues="всегда никогда каждый постоянно отныне впредь этого дальнейшем будущем умолчанию больше спрошу спрашиваю прошу "
+    "попрошу скажу пишу каждом любом всех запомни запомните помни помните забывай забывайте виду предпочитаю "
+    "предпочёл нравится предпочтения зови зовите называй называйте зовут аллергия выбрал выбрала решил решила",
 )  # fmt: skip
 
 _ARABIC = _spaced(
@@ -231,14 +269,17 @@ _ARABIC = _spaced(
     told="أنا|هو|هي|نحن|هم|كان|كانت|كنت|هذا|هذه|ذلك|في|من|على|إلى|ما|قد|لقد|أحب",
     objects="لي|لنا|علي",
     keep="تذكر أن|لا تنس",
+    subjects=r"أنا|هو|هي|نحن|هم|كان|كانت|كنت",
+    each="كلما",
     prefers="أنا أفض|أفضّل|أفضل (?:أن|استخدام|عدم)|تفضيلاتي|نادني|ناديني|اسمي|(?:لدي|عندي) حساسية|اخترت|قررت",
-    cues="دائم|أبد|كلما|في كل|الآن|مستقبل|عندما|تذكر|تنس|أفض|تفضيل|ناد|اسمي|حساسية|اخترت|قررت",
+    cues="دائما دائمًا دائماً أبدا أبدًا أبداً كلما مرة الآن مستقبل المستقبل مستقبلا مستقبلاً عندما تذكر تنس أفضل أفضّل "
+    "أفض تفضيلاتي نادني ناديني اسمي حساسية اخترت قررت",
 )  # fmt: skip
 
 _ZH_LATER = (
     "以[后後]|今[后後]|[从從]现在(?:起|开始)|從現在(?:起|開始)|[从從]今以[后後]|往[后後]|[总總]是|始[终終]|永[远遠]|[务務]必|一律|默[认認]|不要再|[别別]再"
 )
-_CHINESE = _language(
+_CHINESE = _unspaced(
     "以后|以後|今后|今後|现在|現在|往后|往後|是|始终|始終|永远|永遠|务必|務必|一律|默认|默認|再|每|当我|當我|偏好|倾向|傾向|宁|寧|喜|愿意|願意|选择|選擇|决定|決定|叫|名字|过敏|過敏|记住|記住",
     rf"(?:[请請]你?|麻[烦煩]你?|那|好的?|嗯|也|[您你](?:要|得|应该|應該|必须|必須)|[,，\s])*(?:(?:{_ZH_LATER})(?![我他她它]|不?[爱愛]|很)"
     rf"|每次(?:我[问問说說]|[请請回])|每[当當]我[问問说說]|[当當]我[问問说說]|[记記]住)"
@@ -247,14 +288,14 @@ _CHINESE = _language(
     r"|我的偏好|(?:^|[请請，,就])叫我|我叫|我的名字|我[对對][^，。]{1,10}[过過]敏",
 )
 
-_JAPANESE = _language(
+_JAPANESE = _unspaced(
     "常に|必ず|いつも|今後|これから|以後|以降|毎回|絶対|決して|二度と|好|希望|私の|呼んで|アレルギー|決めました|選びました|覚えて",
     r"(?:(?!私[はが]|僕[はが]|俺[はが]|彼)[^。！？])*?(?:常に|必ず|いつも|今後|これから|以後|以降|毎回|絶対に?|決して|二度と)(?:(?!私[はが]|僕[はが]|俺[はが])[^。！？])*?"
     r"(?:ください|下さい|くれ|ほしい|欲しい|お願い(?:します)?|なさい|こと|しろ|して|ないで|てね|るな)[。！!\s]*$|[^。]*覚えて(?:おいて)?(?:ください|ね)?[。！!\s]*$",
     r"(?:方|ほう)が好き|の方を好|を好みます|が好みです|を希望します|私の(?:好み|名前)は|と呼んで|アレルギー|に決めました|を選びました",
 )
 
-_KOREAN = _language(
+_KOREAN = _unspaced(
     "항상|언제나|늘|절대|앞으로|부터|매번|더 이상|때|선호|좋|이름|불러|알레르기|하기로|기억해",
     r"(?:(?!나는|저는|내가|제가|난 )[^.!?])*?(?:항상|언제나|늘|절대|앞으로|이제부터|지금부터|다음부터|매번|더 이상|(?:물어볼|질문할|물으면) ?때?)"
     r"(?:(?!나는|저는|내가|제가)[^.!?])*?(?:세요|십시오|줘요?|주라|해라|하라|마라|지 ?마|마세요|바랍니다|부탁(?:해요?|드립니다|드려요)?|말 ?것|할 ?것)[.!\s]*$"
@@ -275,6 +316,7 @@ _CLAUSE = re.compile(  # what may stand in front of an instruction: a list's mar
     r"|^(?:when|whenever|if|for|as|since|because|wenn|quand|si|cuando|quando|se|als|wanneer|когда|если)\b[^,]{1,160},\s*"
 )
 _QUOTED = (">", "|")
+_LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def standing_in(role: str, text: str) -> list[Standing]:
@@ -283,16 +325,26 @@ def standing_in(role: str, text: str) -> list[Standing]:
         return []
     if len(text) > _READ_CHARS:
         text = f"{text[: _READ_CHARS // 2]}\n{text[-_READ_CHARS // 2 :]}"
-    low = text.lower()
-    languages = [language for language in LANGUAGES if any(cue in low for cue in language.cues)]
-    found: list[Standing] = []
+    languages, found = _written_in(text.lower(), LANGUAGES), list[Standing]()
     for sentence in _sentences(text) if languages else ():
         low = sentence.lower()
-        if any(_instructs(low, language) for language in languages):
+        here = _written_in(low, languages)
+        if any(_instructs(low, language) for language in here):
             found.append(Standing(sentence, True))
-        elif role == "user" and any(language.preference.search(low) for language in languages):
+        elif role == "user" and any(language.preference.search(low) for language in here):
             found.append(Standing(sentence, False))
     return found[:MOST_SENTENCES]
+
+
+def _written_in(low: str, languages: Iterable[_Language]) -> list[_Language]:
+    """Those whose cues are in it: told for far less than the patterns cost."""
+    heads = {word[:_HEAD_CHARS] for word in _LETTERS.findall(low)}
+    wide = not low.isascii()
+    return [
+        language
+        for language in languages
+        if (not heads.isdisjoint(language.cues) if language.spaced else wide and any(cue in low for cue in language.cues))
+    ]
 
 
 def _sentences(text: str) -> Iterator[str]:
@@ -329,6 +381,7 @@ _CHANGE = re.compile(  # it was otherwise before
 _ADDS = re.compile(r"\b(?:also|too|as well|includ\w+|add|mention)\b|auch|aussi|ajoute|también|añad|também|anche|ook|также|добав|也|も|도 ")
 _SLOT = frozenset("in with as by to at auf mit als en avec con em com op met на в с по بال".split())
 _SLOT_WORDS = 3
+_SIGNS = re.compile(r"[总總]是?|始[终終]|永[远遠]|[务務]必|一律|默[认認]|每次|都|[请請]|常に|必ず|いつも|毎回|항상|언제나|절대|늘|매번")
 _COMMON = STOP_WORDS | frozenset("always never ever every each time please now forward future default".split())
 
 
@@ -365,7 +418,7 @@ def _subject(text: str) -> _Subject:
 def _content(low: str) -> Iterator[str]:
     """What tells one subject from another: words by their beginnings, pairs of characters where no space parts
     words; not what quantifies."""
-    words = [word for word in _WORD.findall(_CHANGE.sub(" ", low)) if word not in _COMMON]
+    words = [word for word in _WORD.findall(_SIGNS.sub(" ", _CHANGE.sub(" ", low))) if word not in _COMMON]
     yield from (word[:6] for word in words if not _NO_SPACES.match(word))
     signs = [word for word in words if _NO_SPACES.match(word)]
     yield from map("".join, pairwise(signs))
