@@ -370,6 +370,7 @@ class Epoch:
             counter.name,
             pages.notes_digest(first),
             turn.limits.tokens_factor,
+            turn.limits.calls,
         )
 
     def _native(self, position: int) -> list[Entry]:

@@ -36,6 +36,7 @@ class Limits:
     tools_with_json: bool = True  # the model takes tools in a request whose answer has to be JSON
     not_with_tools: frozenset[str] = frozenset()  # fields of a request that exclude tools
     written_by_models: bool = False  # a model writes summaries and captions off the request path
+    calls: bool = True  # the VM tools are worth their tokens: the model calls them, or may
     tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
 
     @property

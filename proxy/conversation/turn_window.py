@@ -9,17 +9,18 @@ messages.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
+from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens, wants_json
 from proxy.conversation.compose import with_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
-from proxy.conversation.evidence import Shown, choose, points_back, reserve, used
+from proxy.conversation.evidence import Shown, asks_back, choose, points_back, reserve, used
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
@@ -316,7 +317,15 @@ class TurnWindow:
         self.made += epoch.made or ()
 
     def resize(self, limits: Limits) -> None:
-        """Other bounds from now on."""
+        """Other bounds from now on, and with them the VM tools or none; in a turn that has called, they stay."""
+        if self._tail:
+            limits = replace(limits, calls=self.limits.calls)
+        if limits.calls != self.limits.calls:
+            counter, takes = self.context.counter, self.channel.client_calls
+            self._whole_room_tokens += vm_tools_tokens(self.channel, counter)
+            self.channel = replace(choose_channel(self.context.decoded, limits), client_calls=takes)
+            self._whole_room_tokens -= vm_tools_tokens(self.channel, counter)
+            self.report.channel = self.channel.name
         self._whole_room_tokens += limits.budget_tokens - self.limits.budget_tokens
         self.limits, self._next_limits = limits, None
         self.report.budget_tokens = limits.budget_tokens
@@ -359,6 +368,12 @@ class TurnWindow:
             if used(page, self.pages, self.query, answer):
                 self.report.prefetched_used += 1
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
+
+    @property
+    def unserved(self) -> bool:
+        """The user asked, pages about it were outside the window, and the answer took nothing from what was
+        shown of them (after `settle`)."""
+        return bool(self.brought) and not self.report.prefetched_used and asks_back(self.query)
 
     @property
     def fault_reason(self) -> FaultReason:

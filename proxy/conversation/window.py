@@ -58,6 +58,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     counter: str = ""  # the name of the counter of all these tokens
     notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
     factor: float = 0.0  # billed tokens per counted one that the epoch's budget is in; 0.0: not known
+    tools: bool = True  # the VM tools are on offer in the epoch, where the request allows it
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
         new = tuple(entries)
