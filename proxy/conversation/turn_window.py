@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from proxy.conversation.calling import holds
 from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens, wants_json
 from proxy.conversation.compose import with_context
 from proxy.conversation.context import TurnContext
@@ -371,9 +372,12 @@ class TurnWindow:
 
     @property
     def unserved(self) -> bool:
-        """The user asked, pages about it were outside the window, and the answer took nothing from what was
-        shown of them (after `settle`)."""
-        return bool(self.brought) and not self.report.prefetched_used and asks_back(self.query)
+        """The user asked for what a page outside the window holds, and the answer took nothing from what was
+        shown of it (after `settle`)."""
+        if not self.brought or self.report.prefetched_used or not asks_back(self.query):
+            return False
+        texts = (self.pages.bare(page.page_id) for page in self.brought)
+        return any(holds(text, self.query) for text in texts if not asks_back(text))
 
     @property
     def fault_reason(self) -> FaultReason:
