@@ -267,7 +267,8 @@ class Admission:
     def _limits_of(
         self, model: str, learned: tuple[tuple[str, object], ...], factor: float, calls: bool
     ) -> Limits:
-        return replace(limits_of(self._config, model, dict(learned), factor), calls=calls)
+        limits = limits_of(self._config, model, dict(learned), factor)
+        return limits if calls else limits.uncalled()
 
 
 async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

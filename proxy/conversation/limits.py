@@ -9,6 +9,7 @@ from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
 
 _LEAST_ROOM_SHARE = 4  # of L0: messages get at least a quarter of it, whatever stands before them
+_TOOLS_TOKENS = 350  # of the VM tools and what is told of them
 _LEAST_ROOM_TOKENS = 1024  # and no less than this, where half of L0 is that much
 
 
@@ -43,6 +44,11 @@ class Limits:
     def budget_tokens(self) -> int:
         """What a whole upstream request may count: L0 less the reserve for the answer."""
         return self.working_set.max_l0_tokens - self.working_set.reserved_tokens
+
+    def uncalled(self) -> Limits:
+        """For a model that does not call: no VM tools, and their tokens are evidence's."""
+        evidence = self.prefetch_tokens + _TOOLS_TOKENS if self.prefetch_tokens else 0
+        return replace(self, calls=False, prefetch_tokens=evidence)
 
 
 def least_room(l0_tokens: int) -> int:

@@ -319,8 +319,8 @@ class TurnWindow:
 
     def resize(self, limits: Limits) -> None:
         """Other bounds from now on, and with them the VM tools or none; in a turn that has called, they stay."""
-        if self._tail:
-            limits = replace(limits, calls=self.limits.calls)
+        if self._tail and limits.calls != self.limits.calls:
+            limits = replace(limits, calls=self.limits.calls, prefetch_tokens=self.limits.prefetch_tokens)
         if limits.calls != self.limits.calls:
             counter, takes = self.context.counter, self.channel.client_calls
             self._whole_room_tokens += vm_tools_tokens(self.channel, counter)

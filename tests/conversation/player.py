@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -219,8 +219,8 @@ class Player:
         limits, following = self.limits, None
         if self.facts is not None:  # how the model calls is learned
             calls, later = offered(decoded["model"], self.facts, found.record, state.window if state else None)
-            limits = replace(self.limits, calls=calls)
-            following = replace(self.limits, calls=later) if later != calls else None
+            limits, following = (self.limits if called else self.limits.uncalled() for called in (calls, later))
+            following = following if later != calls else None
         context = TurnContext(
             body=body, sent=split, decoded=decoded, place=found, state=state, limits=limits, next_limits=following,
             counter=counter, facts=self.facts or {},
