@@ -72,7 +72,7 @@ _MANIFEST_ENTRY_TOKENS = 24  # no entry is shorter
 _SEGMENTS = 8
 _LOOKED_AT = 16  # messages, for one of the user's
 _FIRST_HINT_WORDS = 10
-_STANDING_SHARE = 16  # what was said for all later answers takes at most 1/16 of the room
+_STANDING_SHARE = 10  # what was said for all later answers takes at most 1/10 of the room
 _HARDLY_LONGER = 2  # times what stands in it: such a message is shown whole
 
 _PINS = PinnedSet()

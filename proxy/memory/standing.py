@@ -97,7 +97,7 @@ _ENGLISH = _spaced(
     keep="remember (?:that|to|not)|keep in mind|(?:all|each|every one) (?:of )?your (?:answers|replies|responses|messages)",
     each="(?:whenever|every time|each time) (?:i|we|the|there)",
     subjects=r"i|i['’]\w+|he|she|we|we['’]\w+|they|they['’]\w+|it['’]s|was|were|is|are|has|had|will|would|am|been|did|does",
-    prefers=r"i(?:['’]d| would)?(?: \w+){0,2}? (?:prefer|favou?r|rather)\b|my (?:\w+ )?preferences?\b|call me\b|my name is\b"
+    prefers=r"i(?:['’]d| would)?(?: \w+){0,2}? (?:prefer|favou?r|rather)\b|(?:my|a) (?:\w+ )?preferences?\b|call me\b|my name is\b"
     r"|i(?:['’]m| am) allergic\b|i(?:['’]ve| have)?(?: \w+)? (?:chose|chosen|opted|decided|settled on)\b|i aim\b"
     r"|i (?:hate|(?:don['’]t|do not) (?:like|eat|drink)|only (?:want|use|eat|drink|need))\b"
     r"|i(?:['’]m| am)(?: an?)? (?:vegan|vegetarian|\w+ intolerant)\b"
@@ -382,7 +382,7 @@ _ADDS = re.compile(r"\b(?:also|too|as well|includ\w+|add|mention)\b|auch|aussi|a
 _SLOT = frozenset("in with as by to at auf mit als en avec con em com op met на в с по بال".split())
 _SLOT_WORDS = 3
 _SIGNS = re.compile(r"[总總]是?|始[终終]|永[远遠]|[务務]必|一律|默[认認]|每次|都|[请請]|常に|必ず|いつも|毎回|항상|언제나|절대|늘|매번")
-_COMMON = STOP_WORDS | frozenset("always never ever every each time please now forward future default".split())
+_COMMON = STOP_WORDS | frozenset("always never ever every each time please now forward future default ask".split())
 
 
 class _Subject(NamedTuple):
