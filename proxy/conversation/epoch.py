@@ -182,7 +182,7 @@ class Epoch:
             yield from self._derive(groups, budget)
             standing = self._standing(groups, budget, room // _STANDING_SHARE)
             candidates = [*self._derived_groups(), *(g for g in groups if g.first not in standing.decided)]
-            budget = Budget(budget.native_tokens, budget.context_tokens - standing.tokens)
+            budget = replace(budget, context_tokens=budget.context_tokens - standing.tokens)
             planned = plan(turn.table, candidates, budget, turn.context.policy, turn.turn, _is_pinned)
             planned.native = [g for g in planned.native if g.first < self._end]
             planned.context = sorted([*planned.context, *standing.lines], key=lambda one: one[0].first)
