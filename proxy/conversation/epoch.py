@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -52,7 +53,7 @@ from proxy.memory.models import (
 )
 from proxy.memory.planner import Budget, Group, Plan, native_groups, plan
 from proxy.memory.vm_tools import build_vm_developer_message
-from proxy.memory.working_set import watermarks
+from proxy.memory.working_set import CACHED_PRICE, rebuild_target, watermarks
 from proxy.tokens import PER_MESSAGE
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
 _MANIFEST_SHARE = 0.20  # and at most so much for the manifest
-_MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
+_GROWTH_ANSWERS = 8  # the last ones, whose messages say how fast the window fills
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that a VM result keeps free and the result's JSON
 _OPENING = "[The messages before this one are in memory.]"
@@ -105,6 +106,8 @@ class Epoch:
         self.made: Sequence[MemoryPage] | None = None
         self.shown: dict[tuple[str, int], MemoryPage] = {}
         floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
+        record = turn.context.place.record
+        self._known = record.end if record else 0  # what is behind is new since the last answer
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
         self._end = len(pages.path)
         users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
@@ -131,9 +134,11 @@ class Epoch:
         """The new window, or None and by how many tokens it is too large."""
         turn, room = self.turn, self.room_tokens
         tail_tokens = sum(entry.tokens for entry in self.tail)
-        _, low = watermarks(room, turn.limits.working_set)
+        high, low = watermarks(room, turn.limits.working_set)
+        low = rebuild_target(low, high, self._growth(), CACHED_PRICE)
         groups = self._groups()
-        limit = int(room * _MANDATORY_SHARE) - tail_tokens
+        frame = rules_tokens(turn) + tail_tokens
+        limit = high - frame
         self._cuts = {}
         if sum(group.tokens for group in groups if group.mandatory) > limit:
             # So that one of its parts can still be loaded beside what is shown of it.
@@ -141,12 +146,12 @@ class Epoch:
             self._cuts = yield from cut_newest(self, groups, min(limit, loadable))
         manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE))
         context = int(low * _CONTEXT_SHARE)
-        frame = rules_tokens(turn) + tail_tokens
         if self.after:  # their room is taken: the newest native messages stand before them
             groups.append(Group(self._end, self._end + self.after, 0, (), mandatory=True))
         over = 0
         for shrink in (1.0, 0.5, 0.0):
-            budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
+            lines = int(context * shrink)
+            budget = Budget(low - frame - manifest - lines, lines, high - frame)
             yield from self._derive(groups, budget)
             candidates = [*self._derived_groups(), *groups]
             planned = plan(turn.table, candidates, budget, turn.context.policy, turn.turn, _is_pinned)
@@ -166,7 +171,7 @@ class Epoch:
         if self.made is not None:
             return
         turn, pages = self.turn, self.pages
-        last = native_from(native_groups(groups, budget.native_tokens), self._end)
+        last = native_from(native_groups(groups, budget), self._end)
         before = pages.derived
         self.made = yield from derive(pages, last, turn.limits, turn.context.counter)
         for mutation in entered(self.made, before, pages.derived, turn.turn):
@@ -203,9 +208,18 @@ class Epoch:
                 tuple(i for position in range(first, last) for i in self.pages[position].ids),
                 mandatory=not self.after and (last == self._end or first <= user < last),
                 answer=last - first == 1 and path[first].role == "assistant",
+                fresh=first >= max(floor, self._known),
             )
             for first, last in starts
         ]
+
+    def _growth(self) -> float:
+        """Tokens that a request has more than the one before, on the average of the last ones."""
+        path = self.pages.path
+        answers = (p for p in range(self._end - 1, -1, -1) if path[p].role == "assistant")
+        last = list(islice(answers, _GROWTH_ANSWERS + 1))
+        first = last[-1] if len(last) > _GROWTH_ANSWERS else 0
+        return sum(map(self.pages.tokens, range(first, self._end))) / max(1, len(last))
 
     def _native_tokens(self, first: int, last: int) -> int:
         pages = self.pages

@@ -82,14 +82,17 @@ class Group:
     pages: tuple[str, ...]
     mandatory: bool = False
     answer: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Tokens for native messages and for <VM:CONTEXT> lines."""
+    """Tokens for native messages and for <VM:CONTEXT> lines; `fresh_tokens`: for native messages where
+    what is above `native_tokens` is fresh."""
 
     native_tokens: int
     context_tokens: int
+    fresh_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -117,7 +120,7 @@ def plan(
     lines it cost a tenth more epochs and found nothing more. `is_pinned` says which pages are placed first beside those that the policy never lets go
     (score infinity); pages faulted in just now are placed with them.
     """
-    native = native_groups(groups, budget.native_tokens)
+    native = native_groups(groups, budget)
     kept = {group.first for group in native}
     others = [group for group in groups if group.first not in kept]
     rows = [_row(table, group, policy, turn, is_pinned) for group in others]
@@ -133,16 +136,23 @@ def plan(
     return result
 
 
-def native_groups(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
-    """Those that stay in their own roles: mandatory ones, and the newest without a gap that fit."""
-    left = budget_tokens - sum(group.tokens for group in groups if group.mandatory)
+def native_groups(groups: Sequence[Group], budget: Budget) -> list[Group]:
+    """Those that stay in their own roles: mandatory ones, and the newest without a gap that fit.
+
+    Fresh ones stay beyond the budget of the others: all, or, where those are too many (a long history
+    seen for the first time), the one that this budget ends in.
+    """
+    used = sum(group.tokens for group in groups if group.mandatory)
+    most = max(budget.native_tokens, budget.fresh_tokens)
+    whole = used + sum(group.tokens for group in groups if group.fresh and not group.mandatory) <= most
     native: list[Group] = []
     edge = groups[-1].last if groups else 0  # where the run of newest messages begins so far
     for group in reversed(groups):
         if not group.mandatory:
-            if group.last != edge or group.tokens > left:
+            beyond = group.fresh and (whole or used < budget.native_tokens)
+            if group.last != edge or used + group.tokens > (most if beyond else budget.native_tokens):
                 continue
-            left -= group.tokens
+            used += group.tokens
         if group.last == edge:
             edge = group.first
         native.append(group)
