@@ -60,7 +60,8 @@ if TYPE_CHECKING:
     from proxy.conversation.turn_window import TurnWindow
 
 _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
-_MANIFEST_SHARE = 0.20  # and at most so much for the manifest
+_MANIFEST_SHARE = 0.20  # and at most so much for the manifest,
+_OWN_SHARE = 0.10  # which with rules and tools takes at most so much of L0
 _GROWTH_ANSWERS = 8  # the last ones, whose messages say how fast the window fills
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that a VM result keeps free and the result's JSON
@@ -137,14 +138,16 @@ class Epoch:
         high, low = watermarks(room, turn.limits.working_set)
         low = rebuild_target(low, high, self._growth(), CACHED_PRICE)
         groups = self._groups()
-        frame = rules_tokens(turn) + tail_tokens
+        rules = rules_tokens(turn)
+        frame = rules + tail_tokens
         limit = high - frame
         self._cuts = {}
         if sum(group.tokens for group in groups if group.mandatory) > limit:
             # So that one of its parts can still be loaded beside what is shown of it.
             loadable = max(int(room * _MIN_CUT_SHARE), room - turn.limits.page_tokens - _LOAD_TOKENS)
             self._cuts = yield from cut_newest(self, groups, min(limit, loadable))
-        manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE))
+        own = int(turn.limits.working_set.max_l0_tokens * _OWN_SHARE) - rules - turn.tools_tokens
+        manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE, max(own, MIN_MANIFEST_TOKENS)))
         context = int(low * _CONTEXT_SHARE)
         if self.after:  # their room is taken: the newest native messages stand before them
             groups.append(Group(self._end, self._end + self.after, 0, (), mandatory=True))

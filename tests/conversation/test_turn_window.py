@@ -218,7 +218,7 @@ def test_a_second_system_message_behind_the_first_is_seen_at_once() -> None:
 
 def test_a_system_message_behind_the_newest_survives_an_epoch_in_mid_turn() -> None:
     player = Player(limits_of(1200, page_tokens=200))
-    messages = [*grown(player, 30, words=30), {"role": "user", "content": "one"}]
+    messages = [*grown(player, 30, words=45), {"role": "user", "content": "one"}]
     messages.append({"role": "system", "content": "note1x"})
     rounds = [
         calls(*(call("page_fault", {"page_id": f"msg_{i:04d}"}, f"c{i}") for i in (n, n + 1)))
