@@ -21,6 +21,7 @@ from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
 from proxy.conversation.oversized import Cuts, cut_newest
 from proxy.conversation.pages import RESULT_ROLES, PathPages, group_start, groups_of
+from proxy.conversation.report import crowded_window
 from proxy.conversation.window import (
     KEPT,
     SYSTEM,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
 _MANIFEST_SHARE = 0.20  # and at most so much for the manifest,
 _OWN_SHARE = 0.10  # which with rules and tools takes at most so much of L0
+_TAGS_TOKENS = 16  # of the tags around it
 _GROWTH_ANSWERS = 8  # the last ones, whose messages say how fast the window fills
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that a VM result keeps free and the result's JSON
@@ -136,7 +138,8 @@ class Epoch:
         turn, room = self.turn, self.room_tokens
         tail_tokens = sum(entry.tokens for entry in self.tail)
         high, low = watermarks(room, turn.limits.working_set)
-        low = rebuild_target(low, high, self._growth(), CACHED_PRICE)
+        growth = self._growth()
+        low = rebuild_target(low, high, growth, CACHED_PRICE)
         groups = self._groups()
         rules = rules_tokens(turn)
         frame = rules + tail_tokens
@@ -146,7 +149,7 @@ class Epoch:
             # So that one of its parts can still be loaded beside what is shown of it.
             loadable = max(int(room * _MIN_CUT_SHARE), room - turn.limits.page_tokens - _LOAD_TOKENS)
             self._cuts = yield from cut_newest(self, groups, min(limit, loadable))
-        own = int(turn.limits.working_set.max_l0_tokens * _OWN_SHARE) - rules - turn.tools_tokens
+        own = int(turn.limits.working_set.max_l0_tokens * _OWN_SHARE) - rules - turn.tools_tokens - _TAGS_TOKENS
         manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE, max(own, MIN_MANIFEST_TOKENS)))
         context = int(low * _CONTEXT_SHARE)
         if self.after:  # their room is taken: the newest native messages stand before them
@@ -162,12 +165,28 @@ class Epoch:
             window = yield from self._assemble(planned, int(manifest * shrink))
             over = window.tokens - room
             if over <= 0:
+                stays = max(low, frame + sum(group.tokens for group in groups if group.mandatory))
+                window = self._judged(window, high - stays, int(growth))
                 mutations = planned.mutations + self._evict_cut()
                 for mutation in mutations:
                     turn.apply(mutation)
                 self.evicted = [m.page_id for m in mutations if m.op is MutationType.EVICT]
                 return window, 0
         return None, over
+
+    def _judged(self, window: Window, left_tokens: int, growth_tokens: int) -> Window:
+        """The window with what is to be said of its size: that requests of the usual growth leave no room for
+        a second one, even rebuilt as far as can be. Said once of a conversation and a size."""
+        turn, before = self.turn, self.turn.before
+        if before is None:
+            return window
+        crowded = growth_tokens > left_tokens
+        turn.report.crowded = turn.report.crowded or crowded
+        said, l0 = before.crowded, turn.limits.working_set.max_l0_tokens
+        if crowded and said != l0:
+            said = l0
+            turn.report.warning = turn.report.warning or crowded_window(turn.limits, left_tokens, growth_tokens)
+        return msgspec.structs.replace(window, crowded=said)
 
     def _derive(self, groups: Sequence[Group], budget: Budget) -> Generator[Effect, Any, None]:
         """Close the segment of what is about to leave; what derives from it competes for the window."""
@@ -203,6 +222,10 @@ class Epoch:
         if 0 <= user < floor and all(not a <= user < b for a, b in starts):
             starts.append((user, user + 1))
             starts.sort()
+        came_with: dict[int, int] = {}  # where the user's messages begin that follow each other up to this one
+        for first, _ in starts:
+            follows = first > 0 and path[first - 1].role == path[first].role == "user"
+            came_with[first] = came_with.get(first - 1, first) if follows else first
         return [
             Group(
                 first,
@@ -211,7 +234,7 @@ class Epoch:
                 tuple(i for position in range(first, last) for i in self.pages[position].ids),
                 mandatory=not self.after and (last == self._end or first <= user < last),
                 answer=last - first == 1 and path[first].role == "assistant",
-                fresh=first >= max(floor, self._known),
+                fresh=came_with[first] if first >= max(floor, self._known) else -1,
             )
             for first, last in starts
         ]

@@ -21,7 +21,6 @@ from proxy.memory.eviction import (
 from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier
 from proxy.memory.table import PageTable
 
-
 CACHED_PRICE = 0.1  # of a token that was in the prompt before, as most providers bill it
 _REBUILD_SHARE = 0.5
 _LEAST_TARGET = 4

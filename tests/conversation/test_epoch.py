@@ -25,7 +25,7 @@ from proxy.conversation.tree import Anchor, Identity
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import NATIVE, Entry, Window
 from proxy.errors import ApiError
-from proxy.memory import ImportanceWeightedLRU, PageTable, StorageTier, VMMode
+from proxy.memory import ImportanceWeightedLRU, PageTable, StorageTier, VMMode, WorkingSetConfig
 from proxy.memory.ids import parse_page_id
 from proxy.memory.manifest import MIN_MANIFEST_TOKENS
 from proxy.tokens import get_counter
@@ -136,6 +136,15 @@ def test_the_manifest_counts_what_is_outside(messages: list[Message], room: int)
     assert manifest.get("total_available", 0) >= len(outside)
     named = {int(p["page_id"][4:8]) - 1 for p in manifest.get("available_pages", [])}
     assert named <= outside
+
+
+@many
+@given(histories(), st.integers(4000, 40_000))
+def test_the_memorys_own_texts_take_at_most_a_tenth_of_the_window(messages: list[Message], l0: int) -> None:
+    limits = limits_of(l0 - 1100, working_set=WorkingSetConfig(max_l0_tokens=l0, reserved_tokens=1000))
+    epoch = epoch_of(messages * 9, l0 - 1100, limits=limits)
+    own = rebuilt(epoch).developer.partition("\n\n<VM:CONTEXT>")[0]
+    assert COUNTER.text(own) + epoch.turn.tools_tokens <= l0 // 10
 
 
 def test_invariant_04_a_cut_messages_pages_are_outside_the_window() -> None:
