@@ -104,8 +104,8 @@ class TurnWindow:
         self._answered = answered
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
-        added = vm_tools_tokens(channel, context.counter)
-        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - added
+        self.tools_tokens = vm_tools_tokens(channel, context.counter)
+        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - self.tools_tokens
         self._tail: list[Entry] = []  # this turn's VM exchange
         self._folded = False  # rounds of it had to leave
         self._stood: dict[int | None, tuple[list[Anchor], int]] = {}
