@@ -113,7 +113,8 @@ class Epoch:
     """One rebuild of `turn`'s window over `pages`, down to the low watermark of `room_tokens`.
 
     `tail`: this turn's VM exchange so far, or the `after` messages that follow those of the pages.
-    `newest`: the newest message as this turn already sent it. After `begin()`: `evicted` pages left the
+    `sent`: by position, the messages that stay as this turn already sent them: the newest one before its
+    exchange, the user's with its evidence. After `begin()`: `evicted` pages left the
     window, `made` were derived, `shown` are the older pages in it by (id, level), and where the
     exchange did not fit, `tail` is what is left of it (`folded`).
     """
@@ -126,7 +127,7 @@ class Epoch:
         room_tokens: int,
         tail: tuple[Entry, ...],
         after: int,
-        newest: Entry | None,
+        sent: dict[int, Entry],
     ) -> None:
         self.turn = turn
         self.pages = pages
@@ -134,7 +135,7 @@ class Epoch:
         self.room_tokens = room_tokens
         self.tail = tail
         self.after = after
-        self.newest = newest
+        self.sent = sent
         self.folded = False
         self.evicted: list[str] = []
         self.made: Sequence[MemoryPage] | None = None
@@ -153,17 +154,19 @@ class Epoch:
         """The new window; ApiError context_length_exceeded when nothing fits.
 
         When this turn's own exchange does not fit (upstream has just said that its window is smaller),
-        the oldest rounds of it leave; without any of it, the newest message is cut anew.
+        the evidence leaves first, then the oldest rounds of it; without any of it, the newest message is cut anew.
         """
         while True:
             window, over = yield from self._rebuild()
             if window is not None:
                 return window
+            if self._hide_evidence():
+                continue
             if self.after or all(entry.kind == SYSTEM for entry in self.tail):
                 limits = self.turn.limits
                 raise context_length_exceeded(limits, limits.budget_tokens + over)
             self.tail, self.folded = without_oldest_round(self.tail), True
-            self.newest = self.newest if self.tail else None
+            self.sent = self.sent if self.tail else {}
 
     def _rebuild(self) -> Generator[Effect, Any, tuple[Window | None, int]]:
         """The new window, or None and by how many tokens it is too large."""
@@ -177,6 +180,8 @@ class Epoch:
         frame = rules + tail_tokens
         limit = high - frame
         self._cuts = {}
+        if sum(group.tokens for group in groups if group.mandatory) > limit and self._hide_evidence():
+            groups = self._groups()
         if sum(group.tokens for group in groups if group.mandatory) > limit:
             # So that one of its parts can still be loaded beside what is shown of it.
             loadable = max(int(room * _MIN_CUT_SHARE), room - turn.limits.page_tokens - _LOAD_TOKENS)
@@ -281,10 +286,11 @@ class Epoch:
         path, floor = self.pages.path, self._floor
         starts: list[tuple[int, int]] = []
         seen = -1
+        shown = self._shown_as_evidence()
         for entry in self.turn.table.resident():
             if entry.position >= floor:
                 break
-            if entry.position <= seen or entry.position < 0:
+            if entry.position <= seen or entry.position < 0 or entry.page_id in shown:
                 continue
             first = group_start(path, entry.position)
             end = first + 1
@@ -322,6 +328,16 @@ class Epoch:
         first = last[-1] if len(last) > _GROWTH_ANSWERS else 0
         return sum(map(self.pages.tokens, range(first, self._end))) / max(1, len(last))
 
+    def _hide_evidence(self) -> bool:
+        """Whether there was any."""
+        evidence = [entry for entry in self.sent.values() if entry.shown_tokens]
+        self.sent |= {entry.position: self.turn.bare(entry) for entry in evidence}
+        return bool(evidence)
+
+    def _shown_as_evidence(self) -> set[str]:
+        """Pages that are not planned: they stand before the user's message until the turn ends."""
+        return {page_id for entry in self.sent.values() for page_id in entry.shown}
+
     def _native_tokens(self, first: int, last: int) -> int:
         pages = self.pages
         if first < self._floor and not first <= self._last_user < last:
@@ -330,9 +346,8 @@ class Epoch:
         if last - first > 1:  # a call with results may have been a mixed one
             kept = native_entries(pages, first, self.turn.context.substitutes)
             total += sum(entry.tokens for entry in kept) - pages.tokens(first)
-        if self.newest is not None and last == self._end:
-            total += self.newest.tokens - pages.tokens(last - 1)
-        return total
+        here = (entry for position, entry in self.sent.items() if first <= position < last)
+        return total + sum(entry.tokens - pages.tokens(entry.position) for entry in here)
 
     def _derived_groups(self) -> list[Group]:
         """Summaries and claims in L0: in front of all messages, in the order of their making."""
@@ -382,6 +397,7 @@ class Epoch:
         cut = self._shortened()
         resident = {p for g in planned.native for p in range(g.first, g.last)} - cut
         resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
+        resident.update(pages.position(page_id) for page_id in self._shown_as_evidence())
         manifest = self._manifest(first, resident, cut, manifest_tokens)
         context = pages.packer.pack([page for page in kept if not page_parts(page)]).content
         developer = _developer(turn, manifest, context)
@@ -420,8 +436,8 @@ class Epoch:
             self._cuts.get((position, number)) or system_entry(note, counter)
             for number, note in enumerate(self.pages[position].notes, 1)
         ]
-        if self.newest is not None and position == self._end - 1:
-            own = [self.newest]
+        if position in self.sent:
+            own = [self.sent[position]]
         elif (position, 0) in self._cuts:
             own = [self._cuts[position, 0]]
         else:

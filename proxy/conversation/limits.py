@@ -38,6 +38,7 @@ class Limits:
     not_with_tools: frozenset[str] = frozenset()  # fields of a request that exclude tools
     written_by_models: bool = False  # a model writes summaries and captions off the request path
     calls: bool = True  # the VM tools are worth their tokens: the model calls them, or may
+    cached_price: float = 0.1  # of a token that upstream has cached, where a new one is 1.0
     tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
 
     @property

@@ -44,6 +44,7 @@ class TurnReport:
     context_pages: list[str] = field(default_factory=list)
     evicted_pages: list[str] = field(default_factory=list)
     prefetched_pages: list[str] = field(default_factory=list)  # brought in before the call
+    evidence_left: bool = False  # what was shown for the last message was taken out of the log
     prefetched_used: int = 0  # of them those that the answer took something from
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)
@@ -51,7 +52,7 @@ class TurnReport:
     segments: int = 0  # closed so far
     claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
-    asked_back: bool = False  # the user's message points back
+    asked_back: bool = False  # the user asks, and older pages say something of it
     taken_back: bool = False  # the window's log was cut where the client's system messages changed
     crowded: bool = False  # the epoch's window is full again with the next request, or nearly
     warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change

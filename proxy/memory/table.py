@@ -319,7 +319,8 @@ class PageTable:
         self._move(entry, tier, 0)
         # Below L0 a page is its full body; a level only describes how it is shown in the window.
         entry.level = CompressionLevel.FULL if m.level is None else m.level
-        entry.evicted_turn = m.turn
+        if entry.created_turn != m.turn:  # else it never was in the window
+            entry.evicted_turn = m.turn
 
     def _set_level(self, entry: PageTableEntry, m: PageMutation) -> None:
         if m.level is None:

@@ -4,7 +4,14 @@ Promises: see counter.py (what counts), media.py (the providers' rules for media
 model's name says). Only local files are read.
 """
 
-from proxy.tokens.cards import UNKNOWN_WINDOW_TOKENS, ModelCard, Role, model_card, normal_name
+from proxy.tokens.cards import (
+    UNKNOWN_WINDOW_TOKENS,
+    ModelCard,
+    Role,
+    model_card,
+    normal_name,
+    parameters_b,
+)
 from proxy.tokens.counter import (
     DEFAULT_ENCODING,
     PER_MESSAGE,
@@ -27,5 +34,6 @@ __all__ = [
     "get_counter",
     "model_card",
     "normal_name",
+    "parameters_b",
     "tokens_upper_bound",
 ]
