@@ -175,6 +175,7 @@ class UpstreamConfig(Section):
 
 class MemoryConfig(Section):
     mode: Literal["strict", "relaxed", "passive"] = "relaxed"
+    tools: Literal["auto", "always"] = "auto"
     eviction: Literal["importance", "lru", "modality"] = "importance"
 
 

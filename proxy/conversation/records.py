@@ -312,9 +312,8 @@ def encode_change(before: Window | None, after: Window) -> bytes:
     old, new = before.entries, after.entries
     pairs = enumerate(zip(old, new, strict=False))
     kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
-    if kept == len(old):
-        return _encode_change(_WindowChange(after.covered, new[kept:]))
-    return _encode_change(_WindowChange(after.covered, new[kept:], kept=kept))
+    all_of_them = kept == len(old)
+    return _encode_change(_WindowChange(after.covered, new[kept:], kept=-1 if all_of_them else kept))
 
 
 def _measure(window: Window) -> tuple[int, str, float]:

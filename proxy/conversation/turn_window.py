@@ -9,11 +9,13 @@ messages.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
+from proxy.conversation.calling import holds
+from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens, wants_json
 from proxy.conversation.compose import with_context, without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
@@ -50,14 +52,15 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.segments import PIN_TOKENS, is_standing
+from proxy.memory.standing import standing_in
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
-STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most
+STANDING_TOKENS = 256  # of standing instructions of the application's in front of a window, at most
 
+_STANDING_BYTES = 2048  # of one of them
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _ALL = 1 << 40  # tokens
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
@@ -101,8 +104,8 @@ class TurnWindow:
         self._answered = answered
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
-        added = vm_tools_tokens(channel, context.counter)
-        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - added
+        self.tools_tokens = vm_tools_tokens(channel, context.counter)
+        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - self.tools_tokens
         self._tail: list[Entry] = []  # this turn's VM exchange
         self._folded = False  # rounds of it had to leave
         self._stood: dict[int | None, tuple[list[Anchor], int]] = {}
@@ -347,7 +350,15 @@ class TurnWindow:
         return sent if newest is None else {**sent, newest.position: newest}
 
     def resize(self, limits: Limits) -> None:
-        """Other bounds from now on."""
+        """Other bounds from now on, and with them the VM tools or none; in a turn that has called, they stay."""
+        if self._tail and limits.calls != self.limits.calls:
+            limits = replace(limits, calls=self.limits.calls, prefetch_tokens=self.limits.prefetch_tokens)
+        if limits.calls != self.limits.calls:
+            takes, before = self.channel.client_calls, self.tools_tokens
+            self.channel = replace(choose_channel(self.context.decoded, limits), client_calls=takes)
+            self.tools_tokens = vm_tools_tokens(self.channel, self.context.counter)
+            self._whole_room_tokens += before - self.tools_tokens
+            self.report.channel = self.channel.name
         self._whole_room_tokens += limits.budget_tokens - self.limits.budget_tokens
         self.limits, self._next_limits = limits, None
         self.report.budget_tokens = limits.budget_tokens
@@ -400,6 +411,15 @@ class TurnWindow:
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 
     @property
+    def unserved(self) -> bool:
+        """The user asked for what a page outside the window holds, and the answer took nothing from what was
+        shown of it (after `settle`)."""
+        if not self.brought or self.report.prefetched_used or not asks(self.query):
+            return False
+        texts = (self.pages.bare(page.page_id) for page in self.brought)
+        return any(holds(text, self.query) for text in texts if not asks(text))
+
+    @property
     def fault_reason(self) -> FaultReason:
         """Why the model would ask for a page in this turn."""
         if self.report.asked_back:
@@ -436,11 +456,12 @@ class TurnWindow:
             most = STANDING_TOKENS
         found: list[Anchor] = []
         for anchor in reversed(anchors):
-            if len(anchor.raw) > 16 * PIN_TOKENS:
+            if len(anchor.raw) > _STANDING_BYTES:
                 continue
             tokens = anchor_tokens(anchor, self.context.counter)
             message = msgspec.json.decode(anchor.raw)
-            if is_standing(str(message.get("role")), message_text(message), tokens):
+            standing = standing_in(str(message.get("role")), message_text(message))
+            if standing and 2 * tokens <= STANDING_TOKENS:
                 if total + tokens > most:
                     break
                 total += tokens
@@ -511,8 +532,8 @@ class TurnWindow:
 
 
 def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor; a standing instruction
-    is pinned."""
+    """A new message stands in the window, but for those before the floor; one that says something for all
+    later answers is pinned."""
     tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
     for page in message.pages:
         kind = page.page_type
@@ -521,5 +542,5 @@ def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutati
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
         )  # fmt: skip
-    if is_standing(message.node.role, message.own_text, message.text_tokens):
+    if message.standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)
