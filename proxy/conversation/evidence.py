@@ -45,7 +45,7 @@ def limit(turn: TurnWindow) -> int:
     """Tokens that evidence may take in this request; 0 when there is nobody to show it to."""
     if turn.pages.path[-1].role != "user" or not turn.limits.prefetch_pages:
         return 0
-    return min(turn.limits.prefetch_tokens, turn.room // _ROOM_SHARE)
+    return min(turn.limits.evidence_tokens, turn.room // _ROOM_SHARE)
 
 
 def reserve(turn: TurnWindow) -> int:

@@ -352,7 +352,7 @@ class TurnWindow:
     def resize(self, limits: Limits) -> None:
         """Other bounds from now on, and with them the VM tools or none; in a turn that has called, they stay."""
         if self._tail and limits.calls != self.limits.calls:
-            limits = replace(limits, calls=self.limits.calls, prefetch_tokens=self.limits.prefetch_tokens)
+            limits = replace(limits, calls=self.limits.calls)
         if limits.calls != self.limits.calls:
             takes, before = self.channel.client_calls, self.tools_tokens
             self.channel = replace(choose_channel(self.context.decoded, limits), client_calls=takes)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.conversation import evidence
 from proxy.conversation.effects import Search
-from proxy.conversation.evidence import Shown, asks, limit, reserve, stays
+from proxy.conversation.evidence import Shown, asks, limit, stays
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import Entry, Window
 from proxy.memory import CompressionLevel, StorageTier

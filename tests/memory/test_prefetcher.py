@@ -75,7 +75,7 @@ def test_evidence_grows_with_the_window_and_is_bounded_by_a_small_model() -> Non
 
 
 def test_of_two_pages_that_say_as_much_the_shorter_is_first() -> None:
-    proposed = of("msg_0001", tokens=900), of("msg_0002", tokens=60), of("msg_0003", score=20.0, tokens=900)
+    proposed = of("msg_0001", tokens=900), of("msg_0002", tokens=60), of("msg_0003", score=10.0, tokens=900)
     assert ids(*proposed) == ["msg_0003", "msg_0002", "msg_0001"]
     assert ids(*proposed, pages=2) == ["msg_0003", "msg_0002"]
 
