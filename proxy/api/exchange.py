@@ -170,7 +170,7 @@ class Exchange:
             tee.feed(await _rest(chunks))
         await self._start(reply)
         self._tee = tee
-        return Said(tee.messages(), None, None)
+        return Said(tee.messages(), None, tee.usage)
 
     async def _sift(self, reply: Reply, effect: Complete) -> Said | Refused:
         if self._sieve is None:

@@ -29,12 +29,15 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
 from proxy.api.writer import Writer
+from proxy.conversation.bill import Sums
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
 from proxy.conversation.pages import packed_lines
+from proxy.conversation.records import CONVERSATION_BYTES
 from proxy.conversation.report import TurnReport
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.upstream import Header
@@ -47,8 +50,9 @@ _COUNTED: Final = (
     "rounds", "faults", "searches", "used_tokens", "prompt_tokens", "cached_tokens", "completion_tokens",
     "refusals",
 )  # fmt: skip
-_ID_BYTES: Final = 6
 _NAME: Final = re.compile(r"[\w.:/-]{1,64}")  # a code of upstream's, in the log
+_MODELS: Final = 256  # whose bills are kept apart, for their prices
+_OTHER: Final = ""  # all others'
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST  # of the metrics
 _SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _COUNTERS: Final = (  # a visit's field, the counter's name, what it counts
@@ -108,7 +112,7 @@ class Visit:
         """A chat request found its conversation; `root`: the id of its first node, which is keyed."""
         short = model[:_PATH_CHARS]  # a client's text, on one line of a log
         self.model = "".join(c if c.isprintable() else "?" for c in short)
-        self.conversation = root[:_ID_BYTES].hex()
+        self.conversation = root[:CONVERSATION_BYTES].hex()
 
     def asks(self, report: TurnReport, epoch: int) -> None:
         """The turn calls upstream: what it decided, for the head of the answer. `epoch`: 0 for none."""
@@ -191,6 +195,8 @@ class Stats:
         self.metrics = UserExperienceMetrics()
         self.turns = self.paged_turns = self.epochs = 0
         self.unpaged: Tally[str] = Tally()  # by what their paths are of
+        self._bills: dict[str, Sums] = {}  # by model
+        self._breaks: dict[str, tuple[int, int]] = {}  # of the provider's cache, by reason
         self._own = own = CollectorRegistry()
         requests = Counter(
             "llm_pager_requests", "Requests answered, by channel and class of status",
@@ -233,6 +239,12 @@ class Stats:
     def told(self, report: TurnReport) -> None:
         """Count one answered turn."""
         self.turns += 1
+        if (billed := report.billed) is not None:
+            model = billed.model if billed.model in self._bills or len(self._bills) < _MODELS else _OTHER
+            self._bills[model] = self._bills.get(model, Sums(model)) + billed
+        if (broke := report.broke) is not None:
+            turns, lost = self._breaks.get(broke.reason, (0, 0))
+            self._breaks[broke.reason] = turns + 1, lost + max(0, broke.lost_tokens)
         if report.channel == "bypass":
             return
         self.paged_turns += 1
@@ -254,6 +266,10 @@ class Stats:
             "writer": {"written": self._writer.written, "failed": self._writer.failed,
                        "dropped": self._writer.dropped},
         }  # fmt: skip
+
+    def bill(self) -> dict[str, Any]:
+        """For /vm/bill, when it names no conversation: JSON values, no model's name."""
+        return bill_of(self._bills.values(), self._breaks)
 
     def text(self) -> bytes:
         """For /metrics: Prometheus's text format; of all workers, where there are several."""

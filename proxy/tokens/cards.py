@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -84,6 +84,10 @@ class _Row(msgspec.Struct):
     max_tokens: float | str | None = None
     litellm_provider: str = ""
     mode: str = ""
+    input_cost_per_token: float | str | None = None
+    cache_read_input_token_cost: float | str | None = None
+    cache_creation_input_token_cost: float | str | None = None
+    output_cost_per_token: float | str | None = None
 
     @property
     def window_tokens(self) -> int | None:
@@ -116,12 +120,17 @@ def _rows(names: list[str]) -> Iterator[tuple[str, _Row]]:
             yield name, row
 
 
+def _names(model: str) -> list[str]:
+    """Under which the table may have the very model: its name, and that without the prefixes before it."""
+    pieces = model.split("/")
+    return ["/".join(pieces[i:]) for i in range(len(pieces))] + [plain_name(model)]
+
+
 def _row(model: str) -> _Row | None:
     """The table's row for a name: its own; without the prefixes before it; else what the rows say that
     name the same model: those without a provider, and the window that most of them state (of windows
     as frequent the smallest: one provider's cut-down offer is not the model's window)."""
-    pieces = model.split("/")
-    for _, row in _rows(["/".join(pieces[i:]) for i in range(len(pieces))] + [plain_name(model)]):
+    for _, row in _rows(_names(model)):
         return row
     alike = [pair for pair in _rows(_alike().get(normal_name(model), [])) if pair[1].mode in _CHATS]
     own = [row for name, row in alike if _is_bare(name)] or [row for _, row in alike]
@@ -150,3 +159,28 @@ def model_card(model: str) -> ModelCard:
     is_old = any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
     takes = row.litellm_provider == "openai" and not is_old
     return ModelCard(window, True, "developer" if takes else "system")
+
+
+class Prices(NamedTuple):
+    """US dollars a token, by the table's list price: of a prompt, of what of it was cached or was written
+    into the cache, and of a completion. What the table has no price of its own for costs as a prompt does."""
+
+    prompt: float
+    cached: float
+    written: float
+    completion: float
+
+
+@lru_cache(maxsize=1024)
+def prices(model: str) -> Prices | None:
+    """None for a name that the table does not have: another provider's price is not this one's."""
+    for _, row in _rows(_names(model)):
+        prompt, completion = _usd(row.input_cost_per_token), _usd(row.output_cost_per_token)
+        if prompt > 0:
+            cached, written = _usd(row.cache_read_input_token_cost), _usd(row.cache_creation_input_token_cost)
+            return Prices(prompt, cached or prompt, written or prompt, completion)
+    return None
+
+
+def _usd(cost: float | str | None) -> float:
+    return cost if isinstance(cost, float | int) else 0.0
