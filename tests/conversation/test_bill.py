@@ -147,12 +147,12 @@ class Talk:
     def ask(self, *new: Message, answer: Message | None = None, **extra: Any) -> Played:
         self.messages += new
         self.provider.first_cached = None
-        extra = {"tools": [LOOKUP], **extra}
-        played = self.player.ask([self.system, *self.messages], lambda _: answer or says("Noted."), **extra)
+        sent = {"model": "gpt-4o", "messages": [self.system, *self.messages], "tools": [LOOKUP], **extra}
+        played = self.player.ask((), lambda _: answer or says("Noted."), body=json.dumps(sent).encode())
         assert played.message is not None
         self.last = played
         if not self.provider.silent:
-            self._bill_others(played, extra["tools"])
+            self._bill_others(played, sent["tools"])
         self.messages.append({k: v for k, v in played.message.items() if v is not None})
         return played
 
@@ -216,3 +216,96 @@ def test_invariant_7_the_two_others_are_billed_as_if_they_had_been_sent(seed: in
 
 def _usage(parts: list[tuple[str, int]]) -> Message:
     return {"prompt_tokens": sum(tokens for _, tokens in parts) + PER_REPLY}
+
+
+def paged(seed: int = 1) -> tuple[Talk, random.Random]:
+    """A conversation that has just begun to page, and grows in its window."""
+    talk, rng = Talk(), random.Random(seed)
+    while talk.last is None or talk.last.answer.report.channel == "bypass":
+        talk.ask(note(rng, 250))
+    assert talk.account.broke is not None and talk.account.broke.reason is Reason.EPOCH
+    talk.ask(note(rng, 100))
+    assert talk.account.broke is None and talk.account.prompt > 1500
+    return talk, rng
+
+
+def test_a_break_of_the_cache_has_its_reason_and_what_was_lost() -> None:
+    talk, rng = paged()
+    found: list[tuple[Reason, int]] = []
+
+    def ask(**extra: Any) -> None:
+        before = talk.account.prompt
+        talk.ask(note(rng, 20), **extra)
+        broke = talk.account.broke
+        assert broke is not None and broke.turn == len(talk.messages) // 2
+        assert broke.lost_tokens == cached_prefix(before) - (talk.provider.first_cached or 0) > 256
+        found.append((broke.reason, broke.lost_tokens))
+        talk.ask(note(rng, 20), **extra)
+        assert talk.account.broke is None
+
+    talk.system = {"role": "system", "content": "You lose notes."}
+    ask()
+    more = [{"type": "function", "function": {"name": "more", "parameters": {"type": "object"}}}, LOOKUP]
+    ask(tools=more)
+    talk.provider.old.clear()
+    ask(model="gpt-4o-mini", tools=more)
+    talk.provider.cold = True
+    ask(model="gpt-4o-mini", tools=more)
+    reasons = [reason for reason, _ in found]
+    assert reasons == [Reason.SYSTEM, Reason.TOOLS, Reason.MODEL, Reason.COLD]
+    account = talk.account
+    assert {name: turns for name, (turns, _) in account.breaks.items()} == {
+        "epoch": 1, "system": 1, "tools": 1, "model": 1, "cold": 1,
+    }  # fmt: skip
+    assert account.breaks["cold"] == (1, found[-1][1])
+    assert [one.model for one in account.sums] == ["gpt-4o", "gpt-4o-mini"] and account.sums[1].turns == 4
+    chain, record = [], talk.last.turn.record if talk.last else None
+    while record is not None and record.account is not None and record.account.broken:
+        record = talk.player.get_record(record.account.broken)
+        assert record is not None and record.account is not None and record.account.broke is not None
+        chain.append(record.account.broke.reason)
+    assert chain == [*reversed(reasons), Reason.EPOCH]
+
+
+def test_the_others_lose_what_a_cold_cache_lost_of_ours() -> None:
+    talk, rng = paged()
+    before = talk.sums
+    talk.provider.cold = True
+    talk.ask(note(rng, 20))
+    assert talk.sums.ours.cached == before.ours.cached
+    assert (talk.sums.full.cached, talk.sums.sliding.cached) == (before.full.cached, before.sliding.cached)
+
+
+def test_a_client_that_says_its_newest_message_otherwise_later_keeps_its_account() -> None:
+    """Its answers hang on what it said then; the account goes on along what it says now, but for the
+    first time, when nobody could know."""
+    talk, rng = paged()
+    turns = talk.sums.turns
+    for _ in range(4):
+        said = note(rng, 30)
+        talk.ask({**said, "content": f"Retrieved: {note(rng, 400)['content']}\n\n{said['content']}"})
+        position = len(talk.messages) - 2
+        talk.messages[position] = said
+    turns += 3
+    assert talk.sums.turns == turns
+    broke = talk.account.broke
+    assert broke is not None and broke.reason in (Reason.REWRITTEN, Reason.EPOCH)
+    assert broke.reason is Reason.EPOCH or broke.message == len(talk.messages) - 4
+    assert "rewritten" in talk.account.breaks
+    prompts = [sum(tokens for _, tokens in parts) + PER_REPLY for parts in talk.provider.old]
+    assert talk.sums.ours.prompt == sum(prompts) - prompts[-4]
+
+
+def test_a_turn_without_usage_is_counted_and_adds_nothing() -> None:
+    talk, rng = paged()
+    before = talk.sums
+    talk.provider.silent = True
+    talk.ask(note(rng, 20))
+    talk.ask(note(rng, 20))
+    sums = talk.sums
+    assert (sums.turns, sums.unbilled) == (before.turns + 2, before.unbilled + 2)
+    assert (sums.ours, sums.sliding, sums.full) == (before.ours, before.sliding, before.full)
+    assert talk.account.broke is None
+    talk.provider.silent = False
+    talk.ask(note(rng, 20))
+    assert talk.sums.full.prompt - before.full.prompt == talk.full.prompt - before.full.prompt
