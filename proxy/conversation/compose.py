@@ -19,6 +19,7 @@ from proxy.conversation.records import GetRecord
 from proxy.conversation.tree import Node
 
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
+_raw_fields = msgspec.json.Decoder(Fields).decode
 LEAST_ANSWER_TOKENS = 64  # a later round may say so much, or all that the client allowed if less
 
 
@@ -166,6 +167,13 @@ def total_usage(
         names = ("conversation", "sliding_window", "full_history")
         last["vm"] |= {f"{n}_billed_tokens": t for n, t in zip(names, account.billed, strict=True)}
     return last
+
+
+def with_usage(body: bytes, usage: Mapping[str, Any]) -> bytes:
+    """A response with another usage, every other field as upstream wrote it."""
+    fields = _raw_fields(body)
+    fields["usage"] = msgspec.Raw(_encode(usage))
+    return b"{" + b",".join(_encode(name) + b":" + value for name, value in fields.items()) + b"}"
 
 
 def response_body(

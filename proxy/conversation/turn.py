@@ -98,12 +98,14 @@ _NO_ANSWER = Refused(502, ApiError(
 
 @dataclass(slots=True)
 class Answer:
-    """How the turn ended. `body` is the response of a non-streaming call (None: as upstream said)."""
+    """How the turn ended. `body` is the response of a non-streaming call (None: as upstream said, but for
+    the `usage` where that is `ours`)."""
 
     report: TurnReport
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     body: bytes | None = None
+    ours: bool = False
     refused: Refused | None = None
     learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
     doubted_tokens: int = 0  # a window that is learned when it shows once more
@@ -525,7 +527,9 @@ class Turn:
             paging.tell()
         served = sum(1 for fault in report.faults if fault.error is None)
         account = self.record.account if self.record is not None else None
-        usage = total_usage([s.usage for s in self._responses], served, account)
+        usage = said.usage
+        if not self._many:  # else it goes through as it came
+            usage = total_usage([s.usage for s in self._responses], served, account)
         reason = said.finish_reason
         vm, client = self._split(said, paging.channel) if said.messages else ([], [])
         if vm and not client and reason in ("tool_calls", "function_call"):
@@ -535,9 +539,8 @@ class Turn:
         if said.response is not None and first is not None and (len(self._responses) > 1 or vm):
             shown = shown_messages(said, client)[0]
             body = response_body(said.response, first, shown, reason, usage)
-        elif said.response is not None and usage is not None:
-            body = _json({**said.response, "usage": usage})
-        return Answer(report, reason, usage, body, learned=dict(self._model.learned))
+        ours = usage is not said.usage
+        return Answer(report, reason, usage, body, ours, learned=dict(self._model.learned))
 
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
         """The next try is another request: smaller, or without what was refused."""
