@@ -20,9 +20,9 @@ the history and fits the window, so there all three are one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -73,25 +73,18 @@ def usage_of(usage: Mapping[str, Any] | None, expected_tokens: float) -> Usage |
     cached: int | None = None
     written = 0
     details = usage.get("prompt_tokens_details")
-    for fields in (usage, details if isinstance(details, Mapping) else {}):
-        for name, value in fields.items():
-            if "cache" not in name or "miss" in name or type(value) is not int:
+    for fields in (usage, details) if isinstance(details, dict) else (usage,):
+        for name in fields:
+            if "cache" not in name or "miss" in name or type(value := fields[name]) is not int:
                 continue
             if "creat" in name or "writ" in name:
                 written = max(written, _number(value))
             else:
                 cached = max(cached or 0, _number(value))
-    beside = (cached or 0) + written
-    if beside and _is_beside(prompt, beside, cached or 0, expected_tokens):
-        prompt += beside
+    whole = prompt + (cached or 0) + written
+    if (cached or 0) > prompt or whole * prompt < expected_tokens**2:  # as a ratio, `whole` is nearer
+        prompt = whole
     return Usage(prompt, cached, written, _number(usage.get("completion_tokens")))
-
-
-def _is_beside(prompt: int, beside: int, cached: int, expected_tokens: float) -> bool:
-    if expected_tokens <= 0:
-        return cached > prompt
-    far = [abs(math.log(tokens / expected_tokens)) for tokens in (prompt, prompt + beside)]
-    return cached > prompt or far[1] < far[0]
 
 
 def _number(value: object) -> int:
@@ -119,28 +112,43 @@ class Tokens(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, g
 
     def billed(self, model: str) -> int:
         """Input in tokens at the model's full price."""
-        known = prices(model)
-        cached, written = CACHED_PRICE, WRITTEN_PRICE
-        if known is not None:
-            cached, written = known.cached / known.prompt, known.written / known.prompt
+        cached, written = _relative_prices(model)
         return round(self.prompt - self.cached * (1 - cached) + self.written * (written - 1))
 
 
+@lru_cache(maxsize=1024)
+def _relative_prices(model: str) -> tuple[float, float]:
+    """Of a cached and of a written token, to that of any other in a prompt."""
+    known = prices(model)
+    if known is None:
+        return CACHED_PRICE, WRITTEN_PRICE
+    return known.cached / known.prompt, known.written / known.prompt
+
+
 class Sums(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
-    """Turns that one model answered. Of `unbilled` ones upstream told no usage: they add nothing else."""
+    """Turns that one model answered. Of `unbilled` ones upstream told no usage: they add nothing else.
+    `others`: the sliding window's bill and the whole history's, where they are not ours."""
 
     model: str
     turns: int = 0
     unbilled: int = 0
     ours: Tokens = Tokens()
-    sliding: Tokens = Tokens()
-    full: Tokens = Tokens()
+    others: tuple[Tokens, Tokens] | None = None
+
+    @property
+    def sliding(self) -> Tokens:
+        return self.ours if self.others is None else self.others[0]
+
+    @property
+    def full(self) -> Tokens:
+        return self.ours if self.others is None else self.others[1]
 
     def __add__(self, more: Sums) -> Sums:
-        return Sums(
-            self.model, self.turns + more.turns, self.unbilled + more.unbilled,
-            self.ours + more.ours, self.sliding + more.sliding, self.full + more.full,
-        )  # fmt: skip
+        others = None
+        if self.others is not None or more.others is not None:
+            others = self.sliding + more.sliding, self.full + more.full
+        ours = self.ours + more.ours
+        return Sums(self.model, self.turns + more.turns, self.unbilled + more.unbilled, ours, others)
 
 
 class Reason(StrEnum):
@@ -255,6 +263,9 @@ class Account(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, 
         return self if self.sizes is None else _replace(self, sizes=self.sizes.at(end, pages, anchors))
 
 
+_NOTHING = Account()
+
+
 # -- a turn
 
 
@@ -285,30 +296,42 @@ class Others(NamedTuple):
 def accounted(before: Account | None, record_id: bytes, turn: Turned, others: Others | None) -> tuple[Account, Sums]:
     """The account after a turn, and the turn's own sums. `before`: after the record `record_id`, which the
     turn goes on from; `others`: None for what went up untouched."""
-    told = [usage for usage in turn.usages if usage is not None]
-    first = turn.usages[0] if turn.usages else None
-    whole = bool(told) and len(told) == len(turn.usages)
-    broke = _broke(before, turn, first)
-    before = before or Account()
-    own, sizes = Sums(turn.model, 1, 0 if whole else 1), None
+    usages, sizes = turn.usages, None
+    broke = _broke(before, turn, usages[0]) if before is not None else None
+    before = before or _NOTHING
     if others is not None:
         room = others.budget - others.fixed - PER_REPLY
         sizes = others.sizes.at(len(others.pages.path), others.pages, others.anchors).slide(others.pages, room)
-    if whole:
-        ours = Tokens(*map(sum, zip(*((u.prompt, u.cached or 0, u.written, u.completion) for u in told), strict=True)))
-        sliding = full = ours
+    if None in usages:
+        own = Sums(turn.model, 1, 1)
+    else:
+        ours, two = _together(usages), None
         if others is not None and sizes is not None:
-            sliding, full = _others_billed(before, turn, others, sizes, ours, broke)
-        own = Sums(turn.model, 1, 0, ours, sliding, full)
+            two = _others_billed(before, turn, others, sizes, ours, broke)
+        own = Sums(turn.model, 1, 0, ours, two)
     breaks = before.breaks
     if broke is not None:
         count, lost = breaks.get(broke.reason, (0, 0))
         breaks = {**breaks, broke.reason.value: (count + 1, lost + max(0, broke.lost_tokens))}
-    same = [one for one in before.sums if one.model == turn.model]
-    sums = (*(one for one in before.sums if one.model != turn.model), same[0] + own if same else own)
-    last = turn.usages[-1] if turn.usages else None
+    if before.model == turn.model:
+        sums = (*before.sums[:-1], before.sums[-1] + own)
+    else:
+        known = next((one for one in before.sums if one.model == turn.model), None)
+        sums = (*(one for one in before.sums if one is not known), own if known is None else known + own)
+    last = usages[-1]
     broken = record_id if before.broke is not None else before.broken
     return Account(sums, last.prompt if last else 0, turn.head, sizes, breaks, broke, broken), own
+
+
+def _together(usages: Sequence[Usage | None]) -> Tokens:
+    prompt = cached = written = completion = 0
+    for usage in usages:
+        if usage is not None:
+            prompt += usage.prompt
+            cached += usage.cached or 0
+            written += usage.written
+            completion += usage.completion
+    return Tokens(prompt, cached, written, completion)
 
 
 def _in_front(before: Account, turn: Turned) -> Reason | None:
@@ -321,8 +344,8 @@ def _in_front(before: Account, turn: Turned) -> Reason | None:
     return None if old.frame == new.frame else Reason.SYSTEM
 
 
-def _broke(before: Account | None, turn: Turned, first: Usage | None) -> Break | None:
-    if before is None or before.head is None:
+def _broke(before: Account, turn: Turned, first: Usage | None) -> Break | None:
+    if before.head is None:
         return None
     reason, message = _in_front(before, turn), -1
     if reason is None:

@@ -436,7 +436,7 @@ class Turn:
         """What the path was billed, with this turn."""
         context, report, record = self._context, self.report, self._context.place.record
         before = record.account if record is not None else None
-        frame = context.place.sent.frame if context.place.sent is not None else b""
+        frame = context.place.sent.frame[:8] if context.place.sent is not None else b""
         tools = xxhash.xxh3_64_digest(b"".join(counted_fields(context.sent.fields)))
         head = Head(frame, tools, self.channel is not None and self.channel.listed)
         if report.rewritten_at is None and record is not None and self._answered:
