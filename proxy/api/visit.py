@@ -214,6 +214,16 @@ class Stats:
             "llm_pager_billed_tokens", "Tokens by upstream's usage, all rounds together; cached ones are"
             " prompt tokens, too", ("kind",), registry=own,
         )  # fmt: skip
+        broken = Counter(
+            "llm_pager_cache_breaks", "Turns for which upstream read again what it could have had in its cache",
+            ("reason",), registry=own,
+        )  # fmt: skip
+        paged = Counter(
+            "llm_pager_paged_billed_tokens", "Input of paged turns in tokens at the full price: billed, and"
+            " what a sliding window and the whole history would have been", ("what",), registry=own,
+        )  # fmt: skip
+        self._broken = lru_cache(8)(broken.labels)
+        self._sides = [paged.labels(what) for what in ("llm_pager", "sliding_window", "full_history")]
         self._requests = lru_cache(64)(requests.labels)
         self._unpaged = lru_cache(8)(unpaged.labels)
         self._seconds = lru_cache(8)(seconds.labels)
@@ -242,9 +252,13 @@ class Stats:
         if (billed := report.billed) is not None:
             model = billed.model if billed.model in self._bills or len(self._bills) < _MODELS else _OTHER
             self._bills[model] = self._bills.get(model, Sums(model)) + billed
+            if billed.others is not None:
+                for counter, tokens in zip(self._sides, (billed.ours, *billed.others), strict=True):
+                    counter.inc(tokens.billed(billed.model))
         if (broke := report.broke) is not None:
             turns, lost = self._breaks.get(broke.reason, (0, 0))
             self._breaks[broke.reason] = turns + 1, lost + max(0, broke.lost_tokens)
+            self._broken(broke.reason.value).inc()
         if report.channel == "bypass":
             return
         self.paged_turns += 1

@@ -47,8 +47,9 @@ import httpx
 
 import proxy.app
 from proxy.config import Config
+from proxy.conversation.bill import CACHED_PRICE
 from proxy.conversation.report import TurnReport
-from proxy.demo.bill import CACHED_PRICE, PromptCache
+from proxy.demo.bill import PromptCache
 from proxy.demo.play import conversation as demo_turns
 from proxy.demo.play import demo_config
 from proxy.demo.reader import read, seen_text

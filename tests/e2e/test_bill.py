@@ -14,7 +14,14 @@ import pytest
 
 from proxy.demo.bill import PromptCache
 from proxy.tokens import get_counter, prices
-from tests.e2e.harness import Answer, RecordingUpstream, Response, answer, count_request_tokens, message_of
+from tests.e2e.harness import (
+    Answer,
+    RecordingUpstream,
+    Response,
+    answer,
+    count_request_tokens,
+    message_of,
+)
 from tests.e2e.processes import ServerProcess
 from tests.e2e.recording import Stream
 from tests.e2e.script import MODEL, SYSTEM, fault, filler, paged_config
