@@ -39,6 +39,8 @@ STEP_TOKENS = 128
 _SLACK_TOKENS = 2 * STEP_TOKENS  # a prefix that comes so much short is whole: what ends a prompt is not cached
 _MOST_TOKENS = 1 << 32  # no prompt is that large
 _LEAST_RATIO, _MOST_RATIO = 0.25, 4.0  # billed tokens for a counted one
+_MODELS = 8  # of one conversation, whose sums are kept apart
+_OTHERS = ""  # all others'
 _RESULTS = ("tool", "function")  # roles that cannot stand without the call in front of them
 
 _replace = msgspec.structs.replace
@@ -164,7 +166,7 @@ class Reason(StrEnum):
 
 
 class Break(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
-    """A turn whose first request found less than it could. `message`: the position that was rewritten (-1:
+    """A turn whose requests found less than they could. `message`: the position that was rewritten (-1:
     none); `lost_tokens` were read again (-1: upstream does not say)."""
 
     reason: Reason
@@ -297,7 +299,7 @@ def accounted(before: Account | None, record_id: bytes, turn: Turned, others: Ot
     """The account after a turn, and the turn's own sums. `before`: after the record `record_id`, which the
     turn goes on from; `others`: None for what went up untouched."""
     usages, sizes = turn.usages, None
-    broke = _broke(before, turn, usages[0]) if before is not None else None
+    broke = _broke(before, turn) if before is not None else None
     before = before or _NOTHING
     if others is not None:
         room = others.budget - others.fixed - PER_REPLY
@@ -316,8 +318,10 @@ def accounted(before: Account | None, record_id: bytes, turn: Turned, others: Ot
     if before.model == turn.model:
         sums = (*before.sums[:-1], before.sums[-1] + own)
     else:
-        known = next((one for one in before.sums if one.model == turn.model), None)
-        sums = (*(one for one in before.sums if one is not known), own if known is None else known + own)
+        name = turn.model if len(before.sums) < _MODELS else _OTHERS
+        by_model = {one.model: one for one in before.sums}
+        known = by_model.get(turn.model) or by_model.get(name) or Sums(name)
+        sums = (*(one for one in before.sums if one is not known), known + own)
     last = usages[-1]
     broken = record_id if before.broke is not None else before.broken
     return Account(sums, last.prompt if last else 0, turn.head, sizes, breaks, broke, broken), own
@@ -337,14 +341,14 @@ def _together(usages: Sequence[Usage | None]) -> Tokens:
 def _in_front(before: Account, turn: Turned) -> Reason | None:
     """What of the client's stands otherwise in front of all messages."""
     old, new = before.head, turn.head
-    if old is None or before.model != turn.model:
+    if old is None or before.model not in (turn.model, _OTHERS):
         return Reason.MODEL
     if old.tools != new.tools:
         return Reason.TOOLS
     return None if old.frame == new.frame else Reason.SYSTEM
 
 
-def _broke(before: Account, turn: Turned, first: Usage | None) -> Break | None:
+def _broke(before: Account, turn: Turned) -> Break | None:
     if before.head is None:
         return None
     reason, message = _in_front(before, turn), -1
@@ -352,10 +356,16 @@ def _broke(before: Account, turn: Turned, first: Usage | None) -> Break | None:
         reason, message = turn.why, turn.message
         if before.head.listed != turn.head.listed and reason is not Reason.EPOCH:
             reason, message = Reason.TOOLS, -1
-    if first is None or first.cached is None or not before.prompt:
-        return None if reason is None else Break(reason, turn.number, message)
-    lost = cached_prefix(before.prompt) - first.cached
-    return Break(reason or Reason.COLD, turn.number, message, lost) if lost > _SLACK_TOKENS else None
+    lost, prompt = 0, before.prompt
+    for usage in turn.usages:
+        if usage is None or usage.cached is None or not prompt:
+            return None if reason is None else Break(reason, turn.number, message)
+        missed, prompt = cached_prefix(prompt) - usage.cached, usage.prompt
+        if missed > _SLACK_TOKENS:
+            lost += missed
+        elif not lost:  # it was whole so far: all that can break it in a later round
+            reason, message = Reason.EPOCH if turn.why is Reason.EPOCH else None, -1
+    return Break(reason or Reason.COLD, turn.number, message, lost) if lost else None
 
 
 def _others_billed(
@@ -377,7 +387,7 @@ def _others_billed(
     is_new = _in_front(before, turn) is not None
     warm = 1.0
     if broke is not None and broke.reason is Reason.COLD:
-        warm = found / cached_prefix(before.prompt)
+        warm = min(1.0, found / max(1, cached_prefix(before.prompt)))
     written = ours.written / max(1, ours.prompt - ours.cached)
 
     def bill(prompt_tokens: int, shared_tokens: int) -> Tokens:

@@ -16,7 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.bill import Account, Reason, Sums, Tokens, cached_prefix, usage_of
+from proxy.conversation.bill import (
+    Account,
+    Break,
+    Head,
+    Reason,
+    Sums,
+    Tokens,
+    Turned,
+    Usage,
+    accounted,
+    cached_prefix,
+    usage_of,
+)
 from proxy.tokens import PER_REPLY, get_counter
 from tests.conversation.player import Message, Played, Player, call, calls, limits_of, says
 from tests.examples import examples
@@ -309,3 +321,23 @@ def test_a_turn_without_usage_is_counted_and_adds_nothing() -> None:
     talk.provider.silent = False
     talk.ask(note(rng, 20))
     assert talk.sums.full.prompt - before.full.prompt == talk.full.prompt - before.full.prompt
+
+
+def test_what_a_later_round_lost_counts_and_is_an_epoch_or_a_cold_cache() -> None:
+    head, whole, lost = Head(b"", b"", True), Usage(2000, 1920), Usage(2300, 0)
+    before, _ = accounted(None, b"", Turned(1, "gpt-4o", [Usage(2000, 0)], 2000, head), None)
+    for why, reason in ((Reason.EPOCH, Reason.EPOCH), (Reason.REWRITTEN, Reason.COLD), (None, Reason.COLD)):
+        after, _ = accounted(before, b"r", Turned(2, "gpt-4o", [whole, lost], 2300, head, why, 4), None)
+        assert after.broke == Break(reason, 2, -1, cached_prefix(2000))
+    after, _ = accounted(before, b"r", Turned(2, "gpt-4o", [lost, lost], 2300, head, Reason.REWRITTEN, 4), None)
+    assert after.broke == Break(Reason.REWRITTEN, 2, 4, cached_prefix(2000) + cached_prefix(2300))
+
+
+def test_invariant_10_the_models_of_a_conversation_whose_sums_are_kept_are_few() -> None:
+    account: Account | None = None
+    for number in [*range(12), 3, 11]:
+        turn = Turned(number, f"model-{number}", [Usage(100)], 100, Head(b"", b"", False))
+        account, _ = accounted(account, b"", turn, None)
+    assert account is not None and sum(one.turns for one in account.sums) == 14
+    turns = {one.model: one.turns for one in account.sums}
+    assert len(turns) == 9 and (turns["model-3"], turns[""]) == (2, 5)
