@@ -43,6 +43,7 @@ class TurnReport:
     context_pages: list[str] = field(default_factory=list)
     evicted_pages: list[str] = field(default_factory=list)
     prefetched_pages: list[str] = field(default_factory=list)  # brought in before the call
+    evidence_left: bool = False  # what was shown for the last message was taken out of the log
     prefetched_used: int = 0  # of them those that the answer took something from
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)

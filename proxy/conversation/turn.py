@@ -446,6 +446,8 @@ class Turn:
             why = Reason.EPOCH
         elif report.rewritten_at is not None:
             why = Reason.REWRITTEN
+        elif report.evidence_left:
+            why = Reason.EVIDENCE
         others = None
         if self._paging is not None:
             anchors = self._anchors()
