@@ -234,17 +234,19 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     """The window that upstream was sent in a turn. A turn that did not page had everything in front
     of its answer."""
     record = _record_at(head, turn, memory.get_record)
-    derived = NO_DERIVED
+    derived, crowded = NO_DERIVED, False
     if record.window:
         table = history(record, memory.get_record).replay(turn)
         pages = [{"page_id": e.page_id, "level": int(e.level)} for e in table.resident()]
-        derived = _derived(record, memory)
+        state = restore_state(record, memory.get_record, memory.get_block)
+        derived, crowded = state.derived, bool(state.window and state.window.crowded)
     else:
         pages = [{"page_id": make_page_id(p), "level": 0} for p in range(record.end - 1)]
     return {
         "last_turn": head.turn,
         "turn": turn,
         "paged": bool(record.window),
+        "window_too_small": crowded,  # for what the conversation's requests bring
         "pages": pages,
         "derived": [
             {"page_id": i, "provenance": p.provenance, "superseded_by": derived.superseded.get(i)}

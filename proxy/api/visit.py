@@ -60,6 +60,7 @@ _COUNTERS: Final = (  # a visit's field, the counter's name, what it counts
     ("faults", "faults", "Page faults of models"),
     ("searches", "searches", "Searches of models"),
     ("epochs", "epochs", "Windows rebuilt"),
+    ("crowded", "crowded_epochs", "Windows rebuilt that are too small for their traffic: nearly each request rebuilds them"),
     ("refusals", "upstream_refusals", "Answers of upstream to chat requests with a status of 400 or more"),
 )
 
@@ -88,7 +89,7 @@ class Visit:
         self.kind = "other"  # of what is not paged: responses | messages | chat | other
         self.conversation = ""
         self.model = ""
-        self.rounds = self.faults = self.searches = self.epochs = self.refusals = 0
+        self.rounds = self.faults = self.searches = self.epochs = self.crowded = self.refusals = 0
         self.used_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     @staticmethod
@@ -153,7 +154,7 @@ class Visit:
         self.channel = report.channel
         self.rounds, self.used_tokens = report.rounds, report.used_tokens
         self.faults, self.searches = len(report.faults), len(report.searches)
-        self.epochs = int(report.new_epoch)
+        self.epochs, self.crowded = int(report.new_epoch), int(report.crowded)
         usage = usage or {}
         billed = usage.get("vm") or usage
         self.prompt_tokens = _count(billed, "prompt_tokens") or _count(usage, "prompt_tokens")
@@ -193,7 +194,7 @@ class Stats:
         self._memory = memory
         self._writer = writer
         self.metrics = UserExperienceMetrics()
-        self.turns = self.paged_turns = self.epochs = 0
+        self.turns = self.paged_turns = self.epochs = self.crowded_epochs = 0
         self.unpaged: Tally[str] = Tally()  # by what their paths are of
         self._bills: dict[str, Sums] = {}  # by model
         self._breaks: dict[str, tuple[int, int]] = {}  # of the provider's cache, by reason
@@ -263,6 +264,7 @@ class Stats:
             return
         self.paged_turns += 1
         self.epochs += report.new_epoch
+        self.crowded_epochs += report.crowded
         report.record(self.metrics)
 
     def snapshot(self) -> dict[str, Any]:
@@ -272,6 +274,7 @@ class Stats:
             "turns": self.turns,
             "paged_turns": self.paged_turns,
             "epochs": self.epochs,
+            "crowded_epochs": self.crowded_epochs,
             "unpaged": dict(sorted(self.unpaged.items())),
             "user_experience": self.metrics.snapshot(),
             "pack_cache": lines.model_dump(),

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from proxy.tokens import PER_REPLY, prices
+from proxy.tokens import PER_REPLY, USUAL_CACHED_PRICE, prices
 
 if TYPE_CHECKING:  # its records have accounts
     from proxy.conversation.pages import PathPages
 
-CACHED_PRICE = 0.1  # of an uncached token's, where nobody knows the model's own
+CACHED_PRICE = USUAL_CACHED_PRICE  # of an uncached token's, where nobody knows the model's own
 WRITTEN_PRICE = 1.25  # Anthropic's, for five minutes
 MIN_PREFIX_TOKENS = 1024
 STEP_TOKENS = 128

@@ -43,12 +43,14 @@ _replace = msgspec.structs.replace
 
 class Bill(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
     """What a turn's last request was counted and billed, in tokens (0: not known), and the factor that
-    the next turn of the conversation begins with. `counted` is a guess for what was surely small."""
+    the next turn of the conversation begins with. `counted` is a guess for what was surely small. `calls`: its
+    next epoch has the VM tools."""
 
     model: str
     factor: float = 1.0
     counted: int = 0
     billed: int = 0
+    calls: bool = True
 
 
 class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):

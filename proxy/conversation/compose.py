@@ -17,6 +17,7 @@ from proxy.conversation.body import Fields
 from proxy.conversation.effects import Said
 from proxy.conversation.records import GetRecord
 from proxy.conversation.tree import Node
+from proxy.memory.context import CONTEXT_CLOSE
 
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
 _raw_fields = msgspec.json.Decoder(Fields).decode
@@ -112,6 +113,14 @@ def with_context(message: dict[str, Any], block: str) -> dict[str, Any]:
     if isinstance(content, list):
         return {**message, "content": [{"type": "text", "text": block}, *content]}
     return {**message, "content": f"{block}\n\n{content or ''}"}
+
+
+def without_context(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as it was before `with_context`. No line of a block can close it."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": content[1:]}
+    return {**message, "content": str(content).partition(f"{CONTEXT_CLOSE}\n\n")[2]}
 
 
 def as_input(message: dict[str, Any]) -> dict[str, Any]:

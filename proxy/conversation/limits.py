@@ -9,6 +9,7 @@ from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
 
 _LEAST_ROOM_SHARE = 4  # of L0: messages get at least a quarter of it, whatever stands before them
+_TOOLS_TOKENS = 350  # of the VM tools and what is told of them
 _LEAST_ROOM_TOKENS = 1024  # and no less than this, where half of L0 is that much
 
 
@@ -36,12 +37,19 @@ class Limits:
     tools_with_json: bool = True  # the model takes tools in a request whose answer has to be JSON
     not_with_tools: frozenset[str] = frozenset()  # fields of a request that exclude tools
     written_by_models: bool = False  # a model writes summaries and captions off the request path
+    calls: bool = True  # the VM tools are worth their tokens: the model calls them, or may
+    cached_price: float = 0.1  # of a token that upstream has cached, where a new one is 1.0
     tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
 
     @property
     def budget_tokens(self) -> int:
         """What a whole upstream request may count: L0 less the reserve for the answer."""
         return self.working_set.max_l0_tokens - self.working_set.reserved_tokens
+
+    def uncalled(self) -> Limits:
+        """For a model that does not call: no VM tools, and their tokens are evidence's."""
+        evidence = self.prefetch_tokens + _TOOLS_TOKENS if self.prefetch_tokens else 0
+        return replace(self, calls=False, prefetch_tokens=evidence)
 
 
 def least_room(l0_tokens: int) -> int:

@@ -318,11 +318,10 @@ def encode_change(before: Window | None, after: Window) -> bytes:
     if before is None or _measure(before) != _measure(after):
         return _encode_change(_WindowChange(after.covered, snapshot=after))
     old, new = before.entries, after.entries
-    if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
-        return _encode_change(_WindowChange(after.covered, new[len(old) :]))
     pairs = enumerate(zip(old, new, strict=False))
-    kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    return _encode_change(_WindowChange(after.covered, new[kept:], kept=kept))
+    kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
+    all_of_them = kept == len(old)
+    return _encode_change(_WindowChange(after.covered, new[kept:], kept=-1 if all_of_them else kept))
 
 
 def _measure(window: Window) -> tuple[int, str, float]:

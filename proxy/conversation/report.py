@@ -8,6 +8,8 @@ from proxy.conversation.bill import Break, Sums
 from proxy.conversation.limits import Limits
 from proxy.memory.metrics import UserExperienceMetrics
 
+_REQUESTS_AN_EPOCH = 4  # what a window has to hold beside what stays, to be worth a cache
+
 
 @dataclass(slots=True)
 class FaultReport:
@@ -51,7 +53,8 @@ class TurnReport:
     segments: int = 0  # closed so far
     claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
-    asked_back: bool = False  # the user's message points back
+    asked_back: bool = False  # the user asks, and older pages say something of it
+    crowded: bool = False  # the epoch's window is full again with the next request, or nearly
     rewritten_at: int | None = None  # from this message on, the client says something else than it did
     billed: Sums | None = None  # by upstream's usage; None: the answer could not be remembered
     broke: Break | None = None  # the provider's cache did not have what it could have
@@ -79,6 +82,19 @@ def stretched_window(limits: Limits) -> str:
     return (
         f"System messages, tools and schemas, which cannot be paged, leave too little of the {tokens}"
         f" tokens of {key} for messages, so the window was stretched: raise {key}."
+    )
+
+
+def crowded_window(limits: Limits, left_tokens: int, growth_tokens: int) -> str:
+    """The warning of a window that is rebuilt nearly each time: so much of it is left after a rebuild, so much
+    a request brings."""
+    key, config = _window_key(limits), limits.working_set
+    more = (_REQUESTS_AN_EPOCH * growth_tokens - left_tokens) / config.eviction_threshold
+    enough = -(-(config.max_l0_tokens + int(more)) // 1000) * 1000
+    return (
+        f"A window of {config.max_l0_tokens} tokens is too small for this conversation: each request brings about"
+        f" {growth_tokens}, and {max(0, left_tokens)} are free after a rebuild, so nearly each one rebuilds it, which costs"
+        f" the prompt cache: raise {key} to {enough}."
     )
 
 

@@ -49,6 +49,7 @@ from proxy.conversation.calibration import (
     Calibration,
     plateau,
 )
+from proxy.conversation.calling import Calling
 from proxy.conversation.channel import Channel, choose_channel, tools_array, unlisted
 from proxy.conversation.compose import (
     answer_budget,
@@ -132,6 +133,7 @@ class Turn:
         self.settled: tuple[Record, Stored] | None = None
         self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's
         self._paging: TurnWindow | None = None
+        self._vm_calls: VMCalls | None = None
         self._responses: list[Said] = []
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
@@ -199,9 +201,10 @@ class Turn:
             yield from paging.open()
         except ApiError:
             return (yield from self._as_it_is())
-        self._paging = paging
+        self._paging, self.channel = paging, paging.channel  # an epoch may have begun with another
+        self._vm_calls = VMCalls(paging)
         yield from paging.bring()
-        return (yield from self._rounds(paging, VMCalls(paging)))
+        return (yield from self._rounds(paging, self._vm_calls))
 
     def _shrinks(self, refused: Refused) -> bool:
         """The client's own bytes are too long for the model: what it takes is known now."""
@@ -392,7 +395,7 @@ class Turn:
     ) -> Effect:
         context, record = self._context, self._context.place.record
         self._model.passed(self.report.used_tokens)
-        began = (context.next_limits or context.limits).tokens_factor
+        began = context.next_limits or context.limits
         usages = self._usages(said)
         bill, lesson = self._billed(usages[-1])
         account = self._account(usages)
@@ -412,11 +415,14 @@ class Turn:
             state = self._paging.snapshot()
             last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}
+        before_calls = Calling.of(context.facts)
+        calls = self._calling(before_calls)
+        last["bill"] = msgspec.structs.replace(bill, calls=calls.offered)
         heads = []
         for message in answers:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
-            known = Bill(bill.model, began)
+            known = Bill(bill.model, began.tokens_factor, calls=began.calls)
             heads.append((path, new_records(path, record, last, settled, known)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
@@ -424,7 +430,16 @@ class Turn:
             self.settled = heads[0][1][-2], before
         effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
         facts = self._model.learned if learned is None else learned
-        return replace(effect, facts=dict(facts), lesson=lesson)
+        effect = replace(effect, facts=dict(facts), lesson=lesson)
+        return effect if calls == before_calls else replace(effect, calls=calls)
+
+    def _calling(self, known: Calling) -> Calling:
+        """What is known of the model's calls after this turn, whose answer was settled."""
+        paging, vm_calls = self._paging, self._vm_calls
+        if paging is None or vm_calls is None:
+            return known
+        needed = paging.unserved and paging.channel.offer
+        return known.after(needed=needed, helped=vm_calls.helped, began=self.report.new_epoch)
 
     def _usages(self, said: Said) -> list[Usage | None]:
         """What upstream billed for each round; the last one's answer is `said`."""

@@ -6,11 +6,13 @@ model's name says). Only local files are read.
 
 from proxy.tokens.cards import (
     UNKNOWN_WINDOW_TOKENS,
+    USUAL_CACHED_PRICE,
     ModelCard,
     Prices,
     Role,
     model_card,
     normal_name,
+    parameters_b,
     prices,
 )
 from proxy.tokens.counter import (
@@ -28,6 +30,7 @@ __all__ = [
     "PER_MESSAGE",
     "PER_REPLY",
     "UNKNOWN_WINDOW_TOKENS",
+    "USUAL_CACHED_PRICE",
     "ModelCard",
     "Prices",
     "Role",
@@ -36,6 +39,7 @@ __all__ = [
     "get_counter",
     "model_card",
     "normal_name",
+    "parameters_b",
     "prices",
     "tokens_upper_bound",
 ]

@@ -27,12 +27,15 @@ _LITELLM = importlib.util.find_spec("litellm")  # found, not imported: importing
 assert _LITELLM is not None and _LITELLM.origin is not None, "litellm is a dependency"
 LITELLM_DIR = Path(_LITELLM.origin).parent
 UNKNOWN_WINDOW_TOKENS = 32_000
+USUAL_CACHED_PRICE = 0.1  # OpenAI's, Anthropic's and Google's newer models
 
 _DEAD = re.compile(r"(?:-v\d+)?[:@][^:@/]*$")  # a routing suffix, a version: ":free", "@001", "-v1:0"
 _TUNED = re.compile(r"[:.]ft-.*$")  # "gpt-3.5-turbo:ft-acme", Azure's "gpt-4o-mini.ft-1a2b"
 _DATE = re.compile(r"[-@]20\d\d-?(?:0[1-9]|1[0-2])-?(?:[0-2]\d|3[01])$")
 _VENDOR = re.compile(r"^(?:[a-z-]+\.)+(?=[a-z])")  # Bedrock's "us.anthropic."
 _MARKS = re.compile(r"[^a-z0-9:@]+")
+
+_SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)(b|m)(?![a-z0-9])")
 
 _CHATS = ("chat", "completion", "responses", "")
 Role = Literal["developer", "system"]
@@ -72,11 +75,13 @@ def _is_bare(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What is known of a model: its input window in tokens, and what its API accepts."""
+    """What is known of a model: its input window in tokens, what its API accepts, and what a cached input token
+    costs of a new one's price."""
 
     window_tokens: int
     known: bool
     developer_role: Role
+    cached_price: float = USUAL_CACHED_PRICE
 
 
 class _Row(msgspec.Struct):
@@ -93,6 +98,12 @@ class _Row(msgspec.Struct):
     def window_tokens(self) -> int | None:
         window = self.max_input_tokens or self.max_tokens
         return int(window) if isinstance(window, (int, float)) else None
+
+    @property
+    def cached_price(self) -> float:
+        """0.0 to 1.0 of a new token's price."""
+        new, cached = _usd(self.input_cost_per_token), self.cache_read_input_token_cost
+        return min(1.0, max(0.0, _usd(cached) / new)) if new and cached is not None else USUAL_CACHED_PRICE
 
 
 @lru_cache(maxsize=1)
@@ -158,7 +169,14 @@ def model_card(model: str) -> ModelCard:
     old = ("gpt-3.5*", "gpt-4", "gpt-4-*", "o1-mini*", "o1-preview*")
     is_old = any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
     takes = row.litellm_provider == "openai" and not is_old
-    return ModelCard(window, True, "developer" if takes else "system")
+    return ModelCard(window, True, "developer" if takes else "system", row.cached_price)
+
+
+def parameters_b(model: str) -> float | None:
+    """The billions of parameters that a model's name says: 0.5 for "qwen2.5-coder-0.5b-instruct", 0.27 for
+    "gemma3-270m"; None where it says nothing."""
+    sizes = [float(size) * (1 if unit == "b" else 0.001) for size, unit in _SIZE.findall(model.lower())]
+    return max(sizes, default=None)
 
 
 class Prices(NamedTuple):

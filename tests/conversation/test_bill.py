@@ -146,8 +146,8 @@ def slid(messages: Sequence[Message], fixed: int) -> list[Message]:
 class Talk:
     """A client, the proxy, and the two others beside it, each with its whole request."""
 
-    def __init__(self) -> None:
-        self.player = Player(limits_of(BUDGET, prefetch_pages=0))
+    def __init__(self, prefetch_pages: int = 0) -> None:
+        self.player = Player(limits_of(BUDGET, prefetch_pages=prefetch_pages))
         self.provider = Provider()
         self.player.bills = self.provider.bill
         self.system: Message = {"role": "system", "content": "You keep notes."}
@@ -230,14 +230,14 @@ def _usage(parts: list[tuple[str, int]]) -> Message:
     return {"prompt_tokens": sum(tokens for _, tokens in parts) + PER_REPLY}
 
 
-def paged(seed: int = 1) -> tuple[Talk, random.Random]:
+def paged(seed: int = 1, prefetch_pages: int = 0) -> tuple[Talk, random.Random]:
     """A conversation that has just begun to page, and grows in its window."""
-    talk, rng = Talk(), random.Random(seed)
+    talk, rng = Talk(prefetch_pages), random.Random(seed)
     while talk.last is None or talk.last.answer.report.channel == "bypass":
         talk.ask(note(rng, 250))
     assert talk.account.broke is not None and talk.account.broke.reason is Reason.EPOCH
-    talk.ask(note(rng, 100))
-    assert talk.account.broke is None and talk.account.prompt > 1500
+    while talk.account.prompt < 1500 or talk.account.broke is not None:
+        talk.ask(note(rng, 60))
     return talk, rng
 
 
@@ -277,6 +277,18 @@ def test_a_break_of_the_cache_has_its_reason_and_what_was_lost() -> None:
         assert record is not None and record.account is not None and record.account.broke is not None
         chain.append(record.account.broke.reason)
     assert chain == [*reversed(reasons), Reason.EPOCH]
+
+
+def test_evidence_that_was_taken_out_is_a_break_of_its_own() -> None:
+    talk, rng = paged(prefetch_pages=5)
+    old = " ".join(str(talk.messages[0]["content"]).split()[:12])
+    talk.ask({"role": "user", "content": f"What about {old}?"})
+    report = talk.last.answer.report if talk.last else None
+    assert report is not None and report.prefetched_pages and not report.new_epoch
+    shown_at = talk.account.prompt
+    talk.ask(note(rng, 20))
+    assert talk.account.broke is not None and talk.account.broke.reason is Reason.EVIDENCE
+    assert 256 < talk.account.broke.lost_tokens < shown_at / 2
 
 
 def test_the_others_lose_what_a_cold_cache_lost_of_ours() -> None:

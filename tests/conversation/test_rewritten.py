@@ -239,7 +239,7 @@ def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() 
     rng = random.Random(5)
     history = [{"role": role, "content": text_of(rng, 100, f"old{i}x")}
                for i in range(20) for role in ("user", "assistant")]  # fmt: skip
-    history += [{"role": "user", "content": text_of(rng, 900, "long1x")},
+    history += [{"role": "user", "content": text_of(rng, 3600, "long1x")},
                 {"role": "assistant", "content": "short1x"}]  # fmt: skip
     sent = [*history, {"role": "user", "content": text_of(rng, 100, "new1x")}]
     played = new_player().ask(sent, script(says("so")))
@@ -320,7 +320,7 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
     comes to a server with more room."""
     client = grown("system")
     number = len(client.sent)
-    asked = {"role": "user", "content": text_of(random.Random(1), 2500, "long1x")}
+    asked = {"role": "user", "content": text_of(random.Random(1), 3200, "long1x")}
     sent = [*client.history, {"role": "system", "content": "Reminder: first"}, asked]
     played = client.player.ask(sent, script(says("cut")))
     window = played.turn.window

@@ -160,7 +160,6 @@ async def test_what_leaves_is_told_before_the_request() -> None:
         gone += await memory.check_and_evict()
         await memory.add_assistant_message("Yes.")
     assert gone and "msg_0001" in gone
-    assert "msg_0001" not in memory.working_set.get_l0_page_ids()
 
 
 @examples(20)
