@@ -146,8 +146,8 @@ def slid(messages: Sequence[Message], fixed: int) -> list[Message]:
 class Talk:
     """A client, the proxy, and the two others beside it, each with its whole request."""
 
-    def __init__(self) -> None:
-        self.player = Player(limits_of(BUDGET, prefetch_pages=0))
+    def __init__(self, prefetch_pages: int = 0) -> None:
+        self.player = Player(limits_of(BUDGET, prefetch_pages=prefetch_pages))
         self.provider = Provider()
         self.player.bills = self.provider.bill
         self.system: Message = {"role": "system", "content": "You keep notes."}
@@ -230,14 +230,14 @@ def _usage(parts: list[tuple[str, int]]) -> Message:
     return {"prompt_tokens": sum(tokens for _, tokens in parts) + PER_REPLY}
 
 
-def paged(seed: int = 1) -> tuple[Talk, random.Random]:
+def paged(seed: int = 1, prefetch_pages: int = 0) -> tuple[Talk, random.Random]:
     """A conversation that has just begun to page, and grows in its window."""
-    talk, rng = Talk(), random.Random(seed)
+    talk, rng = Talk(prefetch_pages), random.Random(seed)
     while talk.last is None or talk.last.answer.report.channel == "bypass":
         talk.ask(note(rng, 250))
     assert talk.account.broke is not None and talk.account.broke.reason is Reason.EPOCH
-    talk.ask(note(rng, 100))
-    assert talk.account.broke is None and talk.account.prompt > 1500
+    while talk.account.prompt < 1500 or talk.account.broke is not None:
+        talk.ask(note(rng, 60))
     return talk, rng
 
 
