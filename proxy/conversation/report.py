@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from proxy.conversation.bill import Break, Sums
 from proxy.conversation.limits import Limits
 from proxy.memory.metrics import UserExperienceMetrics
 
@@ -53,8 +54,10 @@ class TurnReport:
     claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
     asked_back: bool = False  # the user asks, and older pages say something of it
-    taken_back: bool = False  # the window's log was cut where the client's system messages changed
     crowded: bool = False  # the epoch's window is full again with the next request, or nearly
+    rewritten_at: int | None = None  # from this message on, the client says something else than it did
+    billed: Sums | None = None  # by upstream's usage; None: the answer could not be remembered
+    broke: Break | None = None  # the provider's cache did not have what it could have
     warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change
 
     def record(self, metrics: UserExperienceMetrics) -> None:

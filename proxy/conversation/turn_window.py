@@ -303,7 +303,7 @@ class TurnWindow:
         record = self.context.place.record
         if record is None:
             return
-        self.report.taken_back = True
+        self.report.rewritten_at = at
         for page_id in brought_since(record, at, self.context.get_record):
             entry = self.table.lookup(page_id)
             if entry is not None and entry.tier is StorageTier.L0 and entry.position < at:

@@ -6,11 +6,14 @@ model's name says). Only local files are read.
 
 from proxy.tokens.cards import (
     UNKNOWN_WINDOW_TOKENS,
+    USUAL_CACHED_PRICE,
     ModelCard,
+    Prices,
     Role,
     model_card,
     normal_name,
     parameters_b,
+    prices,
 )
 from proxy.tokens.counter import (
     DEFAULT_ENCODING,
@@ -27,7 +30,9 @@ __all__ = [
     "PER_MESSAGE",
     "PER_REPLY",
     "UNKNOWN_WINDOW_TOKENS",
+    "USUAL_CACHED_PRICE",
     "ModelCard",
+    "Prices",
     "Role",
     "TokenCounter",
     "encoding_is_known",
@@ -35,5 +40,6 @@ __all__ = [
     "model_card",
     "normal_name",
     "parameters_b",
+    "prices",
     "tokens_upper_bound",
 ]

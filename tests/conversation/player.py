@@ -122,6 +122,7 @@ class Player:
         self.facts: dict[str, Any] | None = None  # a dict: how the model calls is counted
         self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
+        self.bills: Callable[[Message], Message | None] | None = None  # an upstream request -> its usage
         self.identity = Identity(SECRET)
         self.forget()
 
@@ -234,7 +235,7 @@ class Player:
         return played
 
     def _perform(self, turn: Turn, context: TurnContext, played: Played, model: Model) -> None:
-        shell = _Shell(turn, context, model, bool(context.decoded.get("stream")))
+        shell = _Shell(turn, context, model, bool(context.decoded.get("stream")), self.bills)
         dialogue = turn.run()
         reply: Any = None
         try:
@@ -274,10 +275,14 @@ class Player:
 class _Shell:
     """Performs `Complete`: whole answers, or streams through the sieve."""
 
-    def __init__(self, turn: Turn, context: TurnContext, model: Model, stream: bool) -> None:
+    def __init__(
+        self, turn: Turn, context: TurnContext, model: Model, stream: bool,
+        bills: Callable[[Message], Message | None] | None,
+    ) -> None:
         self._turn = turn
         self._count = context.counter.text
         self._model = model
+        self._bills = bills
         self._stream = stream
         self._whole: dict[str, Any] | None = None
         self._out: list[bytes] = []
@@ -300,7 +305,9 @@ class _Shell:
             return said
         message = json.loads(json.dumps(said))
         reason = "tool_calls" if message.get("tool_calls") else "stop"
-        usage = {"prompt_tokens": len(effect.body) // 4, "completion_tokens": 7, "total_tokens": 0}
+        usage: Message | None = {"prompt_tokens": len(effect.body) // 4, "completion_tokens": 7, "total_tokens": 0}
+        if self._bills is not None:
+            usage = self._bills(request)
         if self._stream and not effect.through:
             self._sieve.begin_round(effect.offer)
             for chunk in sse_of(message, reason):

@@ -370,7 +370,9 @@ async def test_cached_tokens_are_told_to_the_client(
     assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
     assert (reply.usage.prompt_tokens_details.cached_tokens or 0) > 500
     billed: Any = reply.usage.model_extra or {}
-    assert billed["vm"]["rounds"] == 2 and billed["vm"]["cached_tokens"] > 500
+    vm = billed["vm"]
+    assert vm["rounds"] == 2 and vm["cached_tokens"] > 500 and vm["written_tokens"] > 100
+    assert vm["prompt_tokens"] >= vm["cached_tokens"] + vm["written_tokens"]
 
 
 # ---------------------------------------------------------------- errors
