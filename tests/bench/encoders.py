@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 Encode = Callable[[Sequence[str]], Any]
-_SPEAKER = re.compile(r"^\w{1,20}: ")  # a name in front of each message drowns what it says
 _MOST_TOKENS = 256  # as all-MiniLM-L6-v2 was trained
 _AT_ONCE = 32
 _KEPT = Path(tempfile.gettempdir()) / "llm-pager-bench-vectors"
@@ -63,7 +61,7 @@ def _static_words() -> Encode:
     tokenizer.no_padding()
 
     def encode(texts: Sequence[str]) -> Any:
-        rows = [tokenizer.encode(_SPEAKER.sub("", t), add_special_tokens=False).ids for t in texts]
+        rows = [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
         means = [table[ids].astype("float32").mean(axis=0) if ids else numpy.zeros(table.shape[1]) for ids in rows]
         return _unit(numpy.stack(means).astype("float32"))
 
@@ -111,7 +109,7 @@ def _minilm() -> Encode:
         return x.mean(1)
 
     def encode(texts: Sequence[str]) -> Any:
-        rows = [tokenizer.encode(_SPEAKER.sub("", text)).ids for text in texts]
+        rows = [tokenizer.encode(text).ids for text in texts]
         out = numpy.zeros((len(texts), 384), "float32")
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while by_length:  # texts of one length together: no padding, no mask

@@ -18,7 +18,7 @@ upstream of ours, over HTTP; each question is the next user message, as a branch
 - The index alone: `R@k` is the mean share of a question's evidence in the first k results; `all@T` the share of
   questions with all of it in T tokens of results (what does not fit is skipped); `window` the same for a window of
   4,000 tokens made of the newest 4 messages and the best results by value for their tokens; `1.5k+1k` for the
-  newest 1,500 tokens and 1,000 of results; `session` R@10 with sessions (BEAM: days) ranked by their best message.
+  newest 1,500 tokens and 1,000 of results; `session` R@10 with sessions ranked by their best message (BEAM has at most ten days).
 
 Percent of questions; LoCoMo's adversarial ones, which have no answer, are not asked. With `--against`, the
 difference to an earlier run's file with its standard error, question by question.
@@ -83,8 +83,9 @@ KS = (1, 5, 10)
 RESULT_TOKENS = (600, 1000, 2000, 4000)
 WINDOW_TOKENS = 4000
 SPLITS = {"1.5k+1k": (1500, 1000), "9k+2k": (9000, 2000), "18k+4k": (18000, 4000)}  # newest, results
+SESSIONS = 10
 RANKED = 200  # results that are looked at
-MINILM_DATA = ("locomo",)  # it takes 50 ms a message
+MINILM_DATA = ("locomo",)  # it takes 50 ms a message, the first time
 
 # row ("locomo 4,000 grown") -> column ("at once") -> question ("conv-26/17") -> value
 Figures = dict[str, dict[str, dict[str, float]]]
@@ -290,9 +291,10 @@ def ranking(ranked: Sequence[int], evidence: Sequence[int], messages: Sequence[M
     values: dict[str, float] = {f"R@{k}": len(wanted & set(ranked[:k])) / len(wanted) for k in KS}
     for tokens in RESULT_TOKENS:
         values[f"all@{tokens}"] = wanted <= set(fill(ranked, messages, tokens, tail=0))
-    sessions = list(dict.fromkeys(messages[i].session for i in ranked))[:10]
-    asked = {messages[i].session for i in evidence}
-    values["session"] = len(asked & set(sessions)) / len(asked)
+    if len({message.session for message in messages}) > SESSIONS:
+        sessions = list(dict.fromkeys(messages[i].session for i in ranked))[:SESSIONS]
+        asked = {messages[i].session for i in evidence}
+        values["session"] = len(asked & set(sessions)) / len(asked)
     for column, (recent, results) in SPLITS.items():
         kept = newest(messages, recent)
         rest = [i for i in ranked if i not in set(kept)]
@@ -393,7 +395,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--sample", type=int, default=1, help="every N-th question")
     parser.add_argument("--conversations", type=int, default=1, help="every N-th conversation")
-    parser.add_argument("--quick", action="store_true", help="LoCoMo at 4,000 and BEAM 100K at 16,000, a third of each")
+    parser.add_argument("--quick", action="store_true", help="LoCoMo at 4,000 and BEAM 100K at 16,000, a part of each, without MiniLM")
     parser.add_argument("--set", action="append", default=[], help="a setting of the program: prefetch.max_pages=20")
     parser.add_argument("--json", type=Path, help="a file for the figures, question by question")
     parser.add_argument("--against", type=Path, help="such a file of an earlier run")
@@ -405,12 +407,17 @@ def main() -> None:
     if given.quick:
         plans = [("locomo", [4000]), ("beam", [16000])]
     encode, notes = encoders() if {"baselines", "index"} & set(parts) else ({}, [])
+    if given.quick:
+        encode.pop("MiniLM", None)
     figures: Figures = {}
     for data, windows in plans:
         began_s = time.monotonic()
         quick = {"locomo": (4, 1), "beam": (1, 3)}.get(data, (1, 1)) if given.quick else (1, 1)
         chosen = Chosen(data, given.sample * quick[0], given.conversations * quick[1])
         through = [part for part in ("first", "grown") if part in parts]
+        sizes = [sum(m.tokens for m in messages_of(conversation)) for conversation in chosen.conversations]
+        notes += [f"{data} fits into {w:,}: nothing is paged" for w in windows if w > max(sizes)]
+        windows = [w for w in windows if w <= max(sizes)]
         for window_tokens in windows if through else []:
             figures |= through_program(chosen, window_tokens, through, settings)
             print(f"{data} {window_tokens:,}: {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
