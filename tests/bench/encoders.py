@@ -119,7 +119,7 @@ def _minilm() -> Encode:
             del by_length[: len(batch)]
         return _unit(out)
 
-    return _kept(encode, "minilm")
+    return _kept(encode, f"all-MiniLM-L6-v2 {_MOST_TOKENS}")
 
 
 def _kept(encode: Encode, name: str) -> Encode:
