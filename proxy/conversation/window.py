@@ -58,6 +58,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     counter: str = ""  # the name of the counter of all these tokens
     notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
     factor: float = 0.0  # billed tokens per counted one that the epoch's budget is in; 0.0: not known
+    began: int = 0  # the turn in which its epoch began
     crowded: int = 0  # the L0 of which it was said that it is too small for this conversation's traffic
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:

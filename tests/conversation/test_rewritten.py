@@ -224,7 +224,7 @@ def test_an_agents_results_are_new_messages_too() -> None:
     rng = random.Random(5)
     other = [{"role": role, "content": text_of(rng, 100, f"other{i}x")}
              for i in range(30) for role in ("user", "assistant")]  # fmt: skip
-    for history, words in ((other, 200), (client.history, 200), (client.history, 900)):
+    for history, words in ((other, 200), (client.history, 200), (client.history, 1500)):
         result = {"role": "tool", "tool_call_id": "c1", "content": text_of(rng, words, "result1x")}
         asked = {"role": "user", "content": f"look {words}"}
         played = client.player.ask([*history, asked, wanted, result], script(says("found")))
