@@ -141,8 +141,7 @@ class Epoch:
         self.made: Sequence[MemoryPage] | None = None
         self.shown: dict[tuple[str, int], MemoryPage] = {}
         floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
-        record = turn.context.place.record
-        self._known = record.end if record else 0  # what is behind is new since the last answer
+        self._known = turn.known_until(settling=after > 0)  # what is behind is fresh
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
         self._end = len(pages.path)
         users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
@@ -427,6 +426,7 @@ class Epoch:
             pages.notes_digest(first),
             turn.limits.tokens_factor,
             turn.limits.calls,
+            turn.turn,
         )
 
     def _native(self, position: int) -> list[Entry]:

@@ -202,6 +202,13 @@ class TurnWindow:
     def _next_epoch(self) -> int:
         return self.before.epoch + 1 if self.before else 1
 
+    def known_until(self, settling: bool) -> int:
+        """The end of the messages that are answered for an epoch of this turn: a request that comes again
+        finds all that have an answer."""
+        record = self.context.place.record
+        known = record.end if record else 0
+        return known if settling else max(known, self._answered)
+
     def _leaves_room(self, end: int, behind: Sequence[Entry]) -> bool:
         """Whether an epoch can be planned without a look at what stands behind its path."""
         path = self.pages.path
@@ -247,10 +254,12 @@ class TurnWindow:
         )
 
     def _fits(self, window: Window) -> bool:
-        """The window stays below the high watermark, with what may be brought in before the call."""
+        """The window stays below the high watermark, with what may be brought in before the call: not for its
+        sake where it was rebuilt in the turn before and is full of what came since the last answer."""
         self.window = window
         high, _ = watermarks(self.room, self.limits.working_set)
-        return window.tokens <= min(high, self.room - reserve(self))
+        rebuilt = window.began and self.turn - window.began <= 1
+        return window.tokens <= min(high, self.room - (0 if rebuilt else reserve(self)))
 
     def _whole(self, first: int, last: int) -> bool:
         """These messages are in the window, and nothing of them was cut."""

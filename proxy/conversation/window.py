@@ -62,6 +62,7 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
     factor: float = 0.0  # billed tokens per counted one that the epoch's budget is in; 0.0: not known
     tools: bool = True  # the VM tools are on offer in the epoch, where the request allows it
+    began: int = 0  # the turn in which its epoch began
     crowded: int = 0  # the L0 of which it was said that it is too small for this conversation's traffic
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:

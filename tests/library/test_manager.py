@@ -131,8 +131,8 @@ async def test_an_image_is_a_page_and_returns_in_a_users_message() -> None:
     image = memory.page_table.lookup("img_0001_1")
     assert image is not None and image.modality is Modality.IMAGE and image.l0_tokens >= 85
     await memory.add_assistant_message("A tabby.")
-    for number in range(60):
-        await memory.add_user_message(text(number))
+    for number in range(20):  # later ones take its place
+        await memory.add_user_message([{"type": "text", "text": "my cat"}, PNG])
         await memory.add_assistant_message(text(number))
     memory.build_request("go on")
     image = memory.page_table.lookup("img_0001_1")
