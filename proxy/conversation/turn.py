@@ -401,7 +401,7 @@ class Turn:
         account = self._account(usages)
         last: dict[str, object] = {
             "echo": self._echo(), "substitute": list(substitute), "sent": context.place.sent, "bill": bill,
-            "account": account,
+            "account": account, "answered_s": int(said.ended_s or context.now_s),
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         came = context.state.window if context.state else None
@@ -423,7 +423,7 @@ class Turn:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began.tokens_factor, calls=began.calls)
-            heads.append((path, new_records(path, record, last, settled, known)))
+            heads.append((path, new_records(path, record, last, settled, known, int(context.now_s))))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
         if before is not None:

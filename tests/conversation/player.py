@@ -123,6 +123,7 @@ class Player:
         self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
         self.bills: Callable[[Message], Message | None] | None = None  # an upstream request -> its usage
+        self.now_s = 0.0
         self.identity = Identity(SECRET)
         self.forget()
 
@@ -227,7 +228,7 @@ class Player:
             counter=counter, facts=self.facts or {},
             policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
             fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
-            capabilities=lambda: known, seen=lambda: self.seen,
+            capabilities=lambda: known, seen=lambda: self.seen, now_s=self.now_s,
         )
         turn = Turn(context)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]
