@@ -17,7 +17,8 @@ How it ranks: BM25 over stems, and what beats it widely on both LoCoMo and BEAM
 - two words that stand side by side in the query count more where they do so in a page;
 - a speaker named in the question favours that speaker's pages;
 - a day, month or year in the question favours the pages that were seen then;
-- where replies are much longer than what the user writes, replies weigh less and so do neighbours;
+- where replies are much longer than what the user writes, replies weigh less and so do neighbours; where
+  they are not, a long page is worth more than a short one;
 - what the first hits speak of ranks the rest (a relevance model: Lavrenko and Croft 2001).
 """
 
@@ -65,6 +66,7 @@ CONTEXT_TERMS = 12
 DATE_SHARE = 2.0  # of a day's, or a month's, rarity
 SPEAKER_BOOST = 0.8
 REPLY_DISCOUNT = 2.0
+LENGTH_PRIOR = (3.0, 0.2)  # a page's length in average pages, at most; to this power, where replies are short
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
 LONG_REPLY_NEIGHBOURS = 0.5  # share of the neighbours' weight that remains then
 
@@ -392,13 +394,18 @@ class PageIndex:
                 scores[row] = scores.get(row, 0.0) + worth
 
     def _weigh(self, scores: dict[int, float], named: set[str]) -> dict[int, float]:
-        """The same scores, by who speaks."""
-        reply = 1 / (1 + REPLY_DISCOUNT * self._long_replies())
-        if reply < 1:
-            roles = self._roles
+        """The same scores, by who speaks and, in a chat of short messages, how long: "Take care!" is all of few words."""
+        long_replies = self._long_replies()
+        if long_replies > 0:
+            roles, reply = self._roles, 1 / (1 + REPLY_DISCOUNT * long_replies)
             for row in scores:
                 if roles[row] == "assistant":
                     scores[row] *= reply
+        if long_replies < 1:
+            chars, unit = self._chars, len(self._keys) / max(1, self._total_chars)
+            most, power = LENGTH_PRIOR[0], LENGTH_PRIOR[1] * (1 - long_replies)
+            for row in scores:
+                scores[row] *= min(most, max(1, chars[row]) * unit) ** power
         if named:
             boost, names = 1 + SPEAKER_BOOST, self._names
             for row in scores:
