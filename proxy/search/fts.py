@@ -11,7 +11,7 @@ Promises:
 
 How it ranks: BM25 over stems, and what beats it widely on both LoCoMo and BEAM
 (tests/bench/recall_memory.py):
-- stop words do not count, unless the query has nothing else; rare words count less than by their rarity;
+- stop words do not count, unless the query has nothing else;
 - a word found in a neighbouring page counts for this page too, at a fraction and never on top of
   the page's own: what answers "Where did you go?" often shares no word with the question;
 - two words that stand side by side in the query count more where they do so in a page;
@@ -55,7 +55,6 @@ CANDIDATES = 128  # the best by those, for which the other terms are read as wel
 SPREAD_POSTINGS = 800  # pages that also count for their neighbours
 
 K1, B = 1.2, 0.75  # BM25
-RARITY_POWER = 0.75  # a word that one page has is not all of a question
 NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
 ANSWER_SHARE = 1.3  # of that, where the page before ends by asking
 PAIR_SHARE = 0.25  # of two words' rarity, where they stand side by side
@@ -220,15 +219,11 @@ class PageIndex:
             if not self._speakers[name]:
                 del self._speakers[name], self._name_terms[name]
 
-    def _rarity(self, docs: int) -> float:
-        return math.log(1 + (len(self._keys) - docs + 0.5) / (docs + 0.5))
-
     def _weight(self, docs: int) -> float:
-        """What a term counts: its rarity, flattened."""
+        """What a term in so many pages counts: its rarity."""
         found = self._weights.get(docs)
         if found is None:
-            unique = self._rarity(1)
-            found = self._weights[docs] = unique * float((self._rarity(docs) / unique) ** RARITY_POWER)
+            found = self._weights[docs] = math.log(1 + (len(self._keys) - docs + 0.5) / (docs + 0.5))
         return found
 
     def _long_replies(self) -> float:
@@ -272,10 +267,10 @@ class PageIndex:
             self._add_context(scores, query.context, stops.union(asked))
         self._look_again(scores, idle.union(asked), terms, named)
         self._weigh(scores, named)
-        unique = self._rarity(1)
-        rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle}
+        unique = self._weight(1)
+        rarity = {t.text: self._weight(t.docs) / unique for t in terms if t.text not in idle}
         for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
-            rarity[date] = self._rarity(len(rows)) / unique
+            rarity[date] = self._weight(len(rows)) / unique
         evidence: dict[int, float] = {}
         for name, share in sorted(rarity.items()):
             for row in own.get(name, ()):
