@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from proxy.conversation.bill import Break, Sums
 from proxy.conversation.limits import Limits
 from proxy.memory.metrics import UserExperienceMetrics
 
@@ -44,6 +45,7 @@ class TurnReport:
     context_pages: list[str] = field(default_factory=list)
     evicted_pages: list[str] = field(default_factory=list)
     prefetched_pages: list[str] = field(default_factory=list)  # brought in before the call
+    evidence_left: bool = False  # what was shown for the last message was taken out of the log
     prefetched_used: int = 0  # of them those that the answer took something from
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)
@@ -51,9 +53,11 @@ class TurnReport:
     segments: int = 0  # closed so far
     claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
-    asked_back: bool = False  # the user's message points back
-    taken_back: bool = False  # the window's log was cut where the client's system messages changed
+    asked_back: bool = False  # the user asks, and older pages say something of it
     crowded: bool = False  # the epoch's window is full again with the next request, or nearly
+    rewritten_at: int | None = None  # from this message on, the client says something else than it did
+    billed: Sums | None = None  # by upstream's usage; None: the answer could not be remembered
+    broke: Break | None = None  # the provider's cache did not have what it could have
     warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change
 
     def record(self, metrics: UserExperienceMetrics) -> None:

@@ -135,7 +135,7 @@ def plan(
         level = levels.get(group.first)
         as_line = group.first not in kept
         for page_id in group.pages:
-            result.mutations.extend(_change(table, page_id, level, as_line, turn))
+            result.mutations.extend(changed(table, page_id, level, as_line, turn))
     return result
 
 
@@ -302,9 +302,10 @@ def _take(rows: Sequence[_Row], left: int) -> int:
     return left
 
 
-def _change(
+def changed(
     table: PageTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
 ) -> list[PageMutation]:
+    """What brings a page to a level in the window, in its own role or as a line, or out of it (None)."""
     entry = table.lookup(page_id)
     if entry is None:
         return []

@@ -95,8 +95,9 @@ ROWS = (
     Row("manifest", {"manifest": {"max_tokens": 1}}),
     Row("segments' index lines", {}, {"proxy.conversation.derived:index_page":
         lambda old: lambda number, ids, texts, *more: old(number, ids, [""], *more)}),
-    Row("pinned instructions and preferences", {}, {"proxy.conversation.turn_window:is_standing": returns(False)}),
-    Row("pinned preferences", {}, {"proxy.memory.segments:_PREFERENCE": becomes(re.compile("(?!)"))}),
+    Row("pinned instructions and preferences", {}, {"proxy.conversation.pages:standing_in": returns([])}),
+    Row("pinned preferences", {}, {"proxy.conversation.pages:standing_in":
+        lambda old: lambda *args: [said for said in old(*args) if said.instruction]}),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),

@@ -67,7 +67,7 @@ def turn_window(
 
 def epoch_of(messages: list[Message], room: int, newest: Entry | None = None, **changes: Any) -> Epoch:
     turn = turn_window(messages, room, **changes)
-    return Epoch(turn, turn.pages, 2, room, (), 0, newest)
+    return Epoch(turn, turn.pages, 2, room, (), 0, {} if newest is None else {newest.position: newest})
 
 
 def loaded(dialogue: Generator[Effect, Any, Any], epoch: Epoch) -> Any:
