@@ -205,8 +205,7 @@ class Epoch:
             window = yield from self._assemble(planned, int(manifest * shrink))
             over = window.tokens - room
             if over <= 0:
-                stays = max(low, frame + sum(group.tokens for group in groups if group.mandatory))
-                window = self._judged(window, high - stays, int(growth))
+                window = self._judged(window, high - max(low, rules + int(growth)), int(growth))
                 mutations = planned.mutations + self._evict_cut()
                 for mutation in mutations:
                     turn.apply(mutation)
@@ -215,8 +214,8 @@ class Epoch:
         return None, over
 
     def _judged(self, window: Window, left_tokens: int, growth_tokens: int) -> Window:
-        """The window with what is to be said of its size: that requests of the usual growth leave no room for
-        a second one, even rebuilt as far as can be. Said once of a conversation and a size."""
+        """The window with what is to be said of its size: of requests of the usual growth a second one has no
+        room, even in a window rebuilt as far as can be. Said once of a conversation and a size."""
         turn, before = self.turn, self.turn.before
         if before is None:
             return window

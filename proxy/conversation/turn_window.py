@@ -156,10 +156,12 @@ class TurnWindow:
         return before.replaced(before.entries[at], self.bare(before.entries[at]))
 
     def bare(self, entry: Entry) -> Entry:
-        """A user's message without the evidence in front of its text, whose pages leave the window."""
+        """A user's message without the evidence in front of its text, whose pages leave the window, but for those
+        that the model asked for since: they stand in a result, too."""
+        since = self.turn - sum(node.role == "assistant" for node in self.pages.path[entry.position :])
         for page_id in entry.shown:
             found = self.table.lookup(page_id)
-            if found is not None and found.tier is StorageTier.L0:
+            if found is not None and found.tier is StorageTier.L0 and (found.faulted_turn or 0) < since:
                 self.apply(PageMutation(MutationType.EVICT, page_id, self.turn, tier=StorageTier.L2))
         raw = self.pages.path[entry.position].raw
         message = without_context(msgspec.json.decode(entry.raw))
