@@ -276,11 +276,15 @@ class ChatApi:
             answer: Answer = end.value
         finally:
             dialogue.close()
-        if turn.record is not None and turn.window is not None and turn.record.id in stored:
-            state = State(turn.window, turn.table, turn.pages.derived)
-            self._memory.keep_state(turn.record, state)
-        if turn.settled is not None and turn.settled[0].id in stored:
-            self._memory.keep_settled(*turn.settled)
+        ours = [record for record, _ in turn.settled]
+        if turn.record is not None and turn.window is not None:
+            ours.append(turn.record)
+        if ours and all(record.id in stored for record in ours):  # else another request's state is the one
+            if turn.window is not None and turn.record is not None:
+                state = State(turn.window, turn.table, turn.pages.derived)
+                self._memory.keep_state(turn.record, state)
+            for record, settled in turn.settled:
+                self._memory.keep_settled(record, settled)
         model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:

@@ -13,11 +13,16 @@ A record has the messages since the answer before, up to its own answer. Three c
     base           r2 <--------- r4 <- r5 <- r6     every turn that paged: its window and its mutations
     closed         r2 <--------------- r5           every turn that closed a segment: derived pages, table
 
-Here r1 fitted the window, and r3 came in the request that r4 answered (the client regenerated, or it
-talked past us), so r4 goes on from r2; where that turn settled what it found answered, r3 has a state
-too, and r2 for its base. `r6.closed` is r5: the last one along the bases with a `closing`. Messages are
-read along `parent`, a window along `base` up to the turn that began its epoch, the table along `base`
-up to the last `closing`, which has its root, and the whole mutation log along `base` to the end.
+Here r1 fitted the window, and r3 came in the request that r4 answered (the client wrote its history
+anew, or it talked past us) and left no state, so r4 goes on from r2; where that turn settled what it
+found answered, r3 has a state as if in a turn of its own, and r4 goes on from it. `r6.closed` is r5: the last one
+along the bases with a `closing`. Messages are read along `parent`, a window along `base` up to the turn
+that began its epoch, the table along `base` up to the last `closing`, which has its root, and the whole
+mutation log along `base` to the end.
+
+What stands behind r3 may be said otherwise in two requests at once, which then both store r3; how much
+room was left behind it may have made the two states differ. The first one stays, and `based` tells the
+loser, whose r4 goes on from what is not there: it is a miss.
 
 The letters of the keys are in keys.py; what a record keeps in bytes:
 
@@ -30,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import NamedTuple
 
 import msgspec
@@ -38,7 +44,7 @@ from proxy.conversation import keys
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
-from proxy.conversation.tree import ContentId, Identity, Node, NodeId, TenantKey
+from proxy.conversation.tree import ID_BYTES, ContentId, Identity, Node, NodeId, TenantKey
 from proxy.conversation.window import Entry, Window
 from proxy.memory.models import MutationType
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
@@ -70,7 +76,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     tokens: list[int]
     turn: int
     echo: bytes = b""  # the previous answer in the client's own bytes, where they differ
-    base: bytes = b""  # the record after which this turn's window and table were continued
+    base: bytes = b""  # the record after whose state this turn's window and table were continued
     window: bytes = b""  # empty: never evicted
     mutations: bytes = b""
     substitute: list[bytes] = []  # messages that go upstream in place of the answer's echo (mixed calls)
@@ -79,6 +85,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
+    based: bytes = b""  # the digest of the state of `base`, which was stored in the same commit
 
     @property
     def id(self) -> NodeId:
@@ -103,6 +110,7 @@ encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _encode_change = msgspec.msgpack.Encoder().encode
 _decode_change = msgspec.msgpack.Decoder(_WindowChange).decode
+_encode_state = msgspec.msgpack.Encoder().encode
 
 
 def decode_record(data: bytes) -> Record:
@@ -178,6 +186,7 @@ def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
 
 def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTable:
     """The page table of that state, a new one."""
+    _check_bases(head, get)
     logs: list[bytes] = []
     table = PageTable()
     for record in _bases(head, get):
@@ -260,6 +269,21 @@ def _bases(head: Record, get: GetRecord) -> Iterator[Record]:
         yield head
 
 
+def _check_bases(head: Record, get: GetRecord) -> None:
+    """LookupError when the state that this one goes on from was never stored: another request's was, of
+    the same messages, in the moment before the commit."""
+    while head.based:
+        base = _need(head.base, get)
+        if _state_digest(base) != head.based:
+            raise LookupError("two requests at once stored the same messages, and this is the later one")
+        head = base
+
+
+def _state_digest(record: Record) -> bytes:
+    state = (record.base, record.based, record.window, record.mutations, record.closing)
+    return blake2b(_encode_state(state), digest_size=ID_BYTES).digest()
+
+
 def _need(record_id: bytes, get: GetRecord) -> Record:
     record = get(record_id)
     if record is None:
@@ -272,8 +296,10 @@ def _need(record_id: bytes, get: GetRecord) -> Record:
 
 class Stored(NamedTuple):
     """A state as a record keeps it: the window, and since the state that it was continued from the
-    encoded mutations and what its epochs derived. `blocks` are the page table's new ones, by reference."""
+    encoded mutations and what its epochs derived. `blocks` are the page table's new ones, by reference;
+    `end` is the position after the messages that it is the state after."""
 
+    end: int
     window: Window
     mutations: bytes
     closing: bytes
@@ -321,26 +347,26 @@ def _measure(window: Window) -> tuple[int, str, float]:
     return window.epoch, window.counter, window.factor
 
 
-def answered_by(path: Sequence[Node], record: Record | None) -> tuple[int, int]:
-    """(end of the answered messages that have no record yet, 0 if all have; this turn's number)."""
-    first, turn = (record.end, record.turn) if record else (0, 0)
-    answers = [i for i in range(first, len(path)) if path[i].role == "assistant"]
-    return (answers[-1] + 1 if answers else 0), turn + len(answers) + 1
+def answered_by(path: Sequence[Node], record: Record | None) -> list[int]:
+    """The positions behind the path's answers that have no record yet: each ends one, and counts as a turn."""
+    first = record.end if record else 0
+    return [i + 1 for i in range(first, len(path)) if path[i].role == "assistant"]
 
 
 def new_records(
     path: Sequence[Node],
     parent: Record | None,
     last: dict[str, object],
-    settled: dict[str, object] | None = None,
+    states: Sequence[Stored] = (),
+    before: Window | None = None,
     known: Bill | None = None,
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer.
 
-    `path` ends with an answer; `last` are the last record's own fields (window, mutations,
-    substitute, sent, bill), which describe the turn that is being stored, and `settled` those of the
-    one before it. `known`: what the turn began with, for all but the last. `last`'s echo is that of
-    the parent's answer: the first record's.
+    `path` ends with an answer; `last` are the last record's own fields (substitute, sent, bill), which
+    describe the turn that is being stored; its echo is that of the parent's answer: the first record's.
+    `states`, in the order of the path, were continued one from the other, the first one from `before`,
+    the window after `parent` (None: it began anew). `known`: what the turn began with, for all but the last.
     """
     records: list[Record] = []
     first = parent.end if parent else 0
@@ -373,8 +399,15 @@ def new_records(
     echo = last.get("echo", b"")
     records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
     records[0] = replace(records[0], echo=echo)
-    if settled and len(records) > 1:
-        records[-2] = replace(records[-2], **settled)
+    at, base = 0, parent
+    for state in states:
+        while records[at].end < state.end:
+            at += 1
+        fields = state.fields(before, base)
+        if base is not parent and base is not None:
+            fields["based"] = _state_digest(base)
+        base = records[at] = replace(records[at], **fields)
+        before = state.window
     return records
 
 

@@ -100,7 +100,7 @@ class Answer:
 
 class Turn:
     """Runs one turn. After it, `path`, `table`, `record` and `window` are the state to cache, and
-    `settled` that of the last answer that the request brought."""
+    `settled` those of answers that the request brought, in their order."""
 
     def __init__(self, context: TurnContext) -> None:
         place, state = context.place, context.state
@@ -108,14 +108,15 @@ class Turn:
         self._model = Model(Capabilities(), context.limits, context.decoded)
         self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
         self.path = place.path
-        self._answered, turn = answered_by(place.path, place.record)
+        self._answered = answered_by(place.path, place.record)
+        turn = (place.record.turn if place.record else 0) + len(self._answered) + 1
         self.pages = PathPages(
             place.path, context.counter, context.limits.page_tokens,
             state.derived if state else NO_DERIVED, context.get_record, place.anchors,
         )  # fmt: skip
         self.table = state.table if state else PageTable()
         self.record: Record | None = None
-        self.settled: tuple[Record, Stored] | None = None
+        self.settled: list[tuple[Record, Stored]] = []
         self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's
         self._paging: TurnWindow | None = None
         self._responses: list[Said] = []
@@ -385,24 +386,25 @@ class Turn:
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         came = context.state.window if context.state else None
-        before = self._paging.settled if self._paging is not None else None
-        settled = before.fields(came, record) if before is not None else None
+        settled: list[Stored] = []
+        states: list[Stored] = []
         if self._paging is not None:
             if self._paging.brought:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
-            state = self._paging.snapshot()
-            last.update(state.fields(came, record))
-            blocks = {**state.blocks, **(before.blocks if before is not None else {})}
+            settled = self._paging.settled
+            states = [*settled, self._paging.snapshot(len(self.path) + 1)]
+            for state in states:
+                blocks.update(state.blocks)
         heads = []
         for message in answers:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began)
-            heads.append((path, new_records(path, record, last, settled, known)))
+            heads.append((path, new_records(path, record, last, states, came, known)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
-        if before is not None:
-            self.settled = heads[0][1][-2], before
+        records = {made.end: made for made in heads[0][1]}
+        self.settled = [(records[state.end], state) for state in settled]
         effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
         facts = self._model.learned if learned is None else learned
         return replace(effect, facts=dict(facts), lesson=lesson)

@@ -89,9 +89,9 @@ class Played:
     def settled(self) -> bytes | None:
         """What the messages of a request begin with that says something else behind the last answer;
         None when the turn left no such state."""
-        if self.turn.settled is None:
+        if not self.turn.settled:
             return None
-        window = self.turn.settled[1].window
+        window = self.turn.settled[-1][1].window
         assert self.turn._paging is not None
         front, _ = self.turn._paging._standing(window.native_from)
         head = [*self.system, *(anchor.raw for anchor in front)]

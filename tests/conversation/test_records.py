@@ -115,11 +115,10 @@ def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> N
     store = Store()
     path = path_of([(role, f"{role}{i}") for i in range(3) for role in ("user", "assistant")])
     store.keep(path[:2])
-    for record in new_records(path, store[path[1].id], {"echo": b"echoed", "window": b"w"}, {"window": b"s"}):
+    for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
     raws = [b"echoed" if i == 1 else node.raw for i, node in enumerate(path)]
     assert [n.raw for n in load_path(store[path[5].id], store.get)] == raws
-    assert [store[path[i].id].window for i in (3, 5)] == [b"s", b"w"]
 
 
 def test_nothing_new_is_nothing_to_store() -> None:

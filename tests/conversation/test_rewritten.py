@@ -166,8 +166,8 @@ def test_pages_brought_in_before_the_call_go_with_the_message() -> None:
     sent = [*client.history, {**question, "content": f"more{number}x {question['content']}"}]
     played = client.player.ask(sent, script(says("This.")))
     brought = played.answer.report.prefetched_pages
-    assert brought and played.turn.settled is not None
-    state = played.turn.settled[1]
+    assert brought and played.turn.settled
+    state = played.turn.settled[-1][1]
     sent = [*client.history, question, {"role": "assistant", "content": "This."},
             {"role": "user", "content": "And now?"}]  # fmt: skip
     then = client.player.ask(sent, script(says("That.")))
@@ -195,7 +195,7 @@ def test_invariant_06_two_that_differ_in_the_newest_message_do_not_mix_even_at_o
 
     played["outer"] = client.player.ask(sent["outer"], asks_meanwhile)
     stored = [one.turn.settled for one in played.values()]
-    assert stored[0] and stored[1] and stored[0][0].id == stored[1][0].id
+    assert stored[0] and stored[1] and stored[0][-1][0].id == stored[1][-1][0].id
     for name, foreign in (("outer", b"inner7x"), ("inner", b"outer7x")):
         client.player.forget()
         answer = {"role": "assistant", "content": name}
@@ -232,7 +232,7 @@ def test_an_agents_results_are_new_messages_too() -> None:
         assert again.bodies == played.bodies
         check_pairs(played.requests[0])
         assert b"result1x" in played.bodies[0]
-    assert played.answer.report.new_epoch and played.turn.settled is not None
+    assert played.answer.report.new_epoch and played.turn.settled
 
 
 def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() -> None:
@@ -243,7 +243,7 @@ def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() 
                 {"role": "assistant", "content": "short1x"}]  # fmt: skip
     sent = [*history, {"role": "user", "content": text_of(rng, 100, "new1x")}]
     played = new_player().ask(sent, script(says("so")))
-    assert played.turn.settled is not None
+    assert played.turn.settled
     assert [m["role"] for m in played.requests[0]["messages"]] == ["developer", "user"]
 
 
@@ -293,10 +293,10 @@ def test_a_turn_with_an_answer_that_came_with_it_counts_as_two(kind: str) -> Non
     assert turn.record is not None and turn.report.turn == turn.record.turn == turn.table.turn
     newest = turn.table.lookup(f"msg_{len(turn.path) - 1:04d}")
     assert newest is not None and newest.created_turn == turn.report.turn
-    assert (turn.settled is not None) is (kind == "retrieved")
-    if turn.settled is not None:
+    assert bool(turn.settled) is (kind == "retrieved")
+    if turn.settled:
         before = turn.table.lookup(f"msg_{len(turn.path) - 2:04d}")
-        assert before is not None and before.created_turn == turn.settled[0].turn == turn.report.turn - 1
+        assert before is not None and before.created_turn == turn.settled[-1][0].turn == turn.report.turn - 1
 
 
 def test_a_long_answer_does_not_take_the_room_of_what_comes_after_it() -> None:
@@ -306,7 +306,7 @@ def test_a_long_answer_does_not_take_the_room_of_what_comes_after_it() -> None:
     for number in range(30):
         long = says(text_of(random.Random(number), 750, f"answer{number}x"))  # 0.35 of the window
         played = client.turn("retrieved", number, words=600, model=script(long))
-        if played.turn.settled is None or not played.answer.report.new_epoch:
+        if not played.turn.settled or not played.answer.report.new_epoch:
             continue
         assert len(played.epochs) == 1 and played.turn.window is not None
         assert played.turn.window.tokens <= 0.7 * BUDGET
