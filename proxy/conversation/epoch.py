@@ -107,8 +107,9 @@ class Epoch:
         floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
         self._end = len(pages.path)
-        users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
-        self._last_user = -1 if after else next(users, -1)  # else the user's newest message is in the tail
+        path = turn.pages.path
+        users = (i for i in range(self._end + after - 1, -1, -1) if path[i].role == "user")
+        self._last_user = next(users, -1)  # in the tail, where it stands behind the pages
         self._cuts: Cuts = {}
 
     def begin(self) -> Generator[Effect, Any, Window]:
@@ -201,7 +202,7 @@ class Epoch:
                 last,
                 self._native_tokens(first, last),
                 tuple(i for position in range(first, last) for i in self.pages[position].ids),
-                mandatory=not self.after and (last == self._end or first <= user < last),
+                mandatory=(last == self._end and not self.after) or first <= user < last,
                 answer=last - first == 1 and path[first].role == "assistant",
             )
             for first, last in starts

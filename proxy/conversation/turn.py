@@ -391,10 +391,13 @@ class Turn:
         if self._paging is not None:
             if self._paging.brought:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
+            for state in self._paging.settled:
+                blocks.update(state.blocks)
+            if any(context.get_record(self.path[state.end - 1].id) for state in self._paging.settled):
+                self._paging.unsettle()
             settled = self._paging.settled
             states = [*settled, self._paging.snapshot(len(self.path) + 1)]
-            for state in states:
-                blocks.update(state.blocks)
+            blocks.update(states[-1].blocks)
         heads = []
         for message in answers:
             shown = as_input(message)

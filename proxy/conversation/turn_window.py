@@ -106,6 +106,7 @@ class TurnWindow:
         self.settled: list[Stored] = []  # the states after what is `answered`
         self.brought: list[Shown] = []  # before the call
         self._query: str | None = None
+        self._settled_with: tuple[list[PageMutation], list[MemoryPage]] = [], []
         self._answered = answered
         self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
         self._next_limits = next_limits
@@ -184,9 +185,16 @@ class TurnWindow:
                     self._take_back(at)
                 self.window = grown
             self.settled.append(self.snapshot(end))
+            self._settled_with[0].extend(self.mutations)
+            self._settled_with[1].extend(self.made)
             self.mutations, self.made = [], []
             self.before = self.window
         self.turn = turn
+
+    def unsettle(self) -> None:
+        """Another request stored these answers meanwhile, with states of its own: this turn is stored as one."""
+        mutations, made = self._settled_with
+        self.mutations, self.made, self.settled = [*mutations, *self.mutations], [*made, *self.made], []
 
     def _epoch_begins(self, known: int, answered: int) -> int | None:
         """Where the path of a new epoch ends that leaves room for all that stands behind it: where the client
@@ -215,9 +223,7 @@ class TurnWindow:
     def _leaves_room(self, end: int, behind: Sequence[Entry]) -> bool:
         """Whether an epoch can be planned without a look at what stands behind its path."""
         path = self.pages.path
-        if end < len(path) and (
-            path[end].role in RESULT_ROLES or all(n.role != "user" for n in path[end:])
-        ):
+        if end < len(path) and path[end].role in RESULT_ROLES:
             return False
         _, low = watermarks(self.room_for_messages, self.limits.working_set)
         return sum(entry.tokens for entry in behind) <= low

@@ -118,6 +118,7 @@ class Player:
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.late: Callable[[], object] | None = None  # happens between a turn's last word and its commit
         self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
         self.identity = Identity(SECRET)
@@ -156,6 +157,9 @@ class Player:
         return self.values.get(block_key(ref))
 
     def _append(self, effect: Append) -> None:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late()
         known = {record_key(r.id) for r in effect.records if record_key(r.id) in self.values}
         for key, value in effect.puts:
             if key not in known:
@@ -207,7 +211,10 @@ class Player:
             body = json.dumps({"model": "gpt-4o", "messages": list(messages), **extra}).encode()
         split, found, tenant, names = self.place(body, key, session)
         decoded = {name: json.loads(bytes(raw)) for name, raw in split.fields.items()}
-        state = self._state_after(found.record) if found.record else None
+        try:
+            state = self._state_after(found.record) if found.record else None
+        except LookupError:  # as admission
+            found.record, state = None, None
         counter = get_counter(decoded["model"])
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
@@ -257,7 +264,8 @@ class Player:
         played.message, played.stream = shell.received(played.answer)
         record = turn.record
         # An equal answer may have been stored before: then that turn's state is the one that counts.
-        if record and turn.window and self.get_record(record.id) is record:
+        ours = [settled for settled, _ in turn.settled]
+        if record and turn.window and all(self.get_record(r.id) is r for r in (*ours, record)):
             self._states[record.id] = State(turn.window, turn.table, turn.pages.derived)
 
 

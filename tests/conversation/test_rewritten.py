@@ -1,8 +1,9 @@
-"""Clients that say their newest message otherwise in the next request: the prefix before it stays.
+"""Clients that say their newest messages otherwise in the next request: the prefix before these stays.
 
-RAG front ends send it with the text that they retrieved and keep it without; agents put a system
-message before it and take that along. A client without us loses its provider's cache from that
-message on: so much, and no more, may it lose with us.
+RAG front ends send the newest one with the text that they retrieved and keep it without; agents put a
+system message before it and take that along, or a pair with the files in front of it; others have a note
+some messages before the end, drop thoughts, or cut older results. A client without us loses its
+provider's cache from the first message on that it rewrites: so much, and no more, may it lose with us.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -194,8 +198,7 @@ def test_invariant_06_two_that_differ_in_the_newest_message_do_not_mix_even_at_o
         return says("outer")
 
     played["outer"] = client.player.ask(sent["outer"], asks_meanwhile)
-    stored = [one.turn.settled for one in played.values()]
-    assert stored[0] and stored[1] and stored[0][-1][0].id == stored[1][-1][0].id
+    assert played["inner"].turn.settled and not played["outer"].turn.settled, "the first one's stays"
     for name, foreign in (("outer", b"inner7x"), ("inner", b"outer7x")):
         client.player.forget()
         answer = {"role": "assistant", "content": name}
@@ -336,3 +339,215 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
         if entry.position >= 0 and entry.raw == then.turn.path[entry.position].raw:
             pages = [then.turn.table.lookup(i) for i in then.turn.pages[entry.position].ids]
             assert all(page and page.tier is StorageTier.L0 for page in pages)
+
+
+# -- rewritten further from the end
+
+Way = Callable[[list[Message], Message, int], list[Message]]  # of what was said, the question, its number
+
+
+def at_depth(depth: int) -> Way:
+    """As SillyTavern's author's note."""
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        sent = [*said, asked]
+        at = max(0, len(sent) - depth)
+        return [*sent[:at], {"role": "user", "content": f"Keep to note{number}x."}, *sent[at:]]
+
+    return way
+
+
+def with_files(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """As aider: what the files say now, and that this was read, in front of the newest message."""
+    files = {"role": "user", "content": f"The files: note{number}x {text_of(random.Random(1), 120, 'file')}"}
+    return [*said, files, {"role": "assistant", "content": "I have read them."}, asked]
+
+
+def without_thoughts(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """But for the last answer's."""
+    return [*(drop(m, "note") if i < len(said) - 1 else m for i, m in enumerate(said)), asked]
+
+
+def with_short_results(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """What is older than three turns is cut."""
+    return [*(drop(m, "note") if i < len(said) - 6 else m for i, m in enumerate(said)), asked]
+
+
+def with_a_memory(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """A pair that is edited now and then."""
+    memory = {"role": "user", "content": f"Remember note{number // 3}x."}
+    return [*said[:-6], memory, {"role": "assistant", "content": "Yes."}, *said[-6:], asked]
+
+
+def drop(message: Message, word: str) -> Message:
+    words = str(message["content"]).split()
+    return {**message, "content": " ".join(w for w in words if not w.startswith(word))}
+
+
+WAYS: dict[str, Way] = {
+    **{f"note {depth}": at_depth(depth) for depth in (1, 2, 3, 4, 8)},
+    "files": with_files, "thoughts": without_thoughts, "results": with_short_results, "memory": with_a_memory,
+}  # fmt: skip
+
+
+class Writer:
+    """A client that builds its requests in a way."""
+
+    def __init__(self, player: Player, way: Way) -> None:
+        self.player, self.way = player, way
+        self.said: list[Message] = []
+        self.sent: list[list[Message]] = []
+        self.played: list[Played] = []
+
+    def turn(self, words: int = 60, model: Model | None = None) -> Played:
+        number = len(self.sent)
+        rng = random.Random(number)
+        asked = {"role": "user", "content": text_of(rng, words, f"user{number}x")}
+        more = f"note{number}x " if self.way in (without_thoughts, with_short_results) else ""
+        answer = says(more + text_of(rng, 60, f"answer{number}x"))
+        self.sent.append(self.way(self.said, asked, number))
+        self.played.append(self.player.ask(self.sent[-1], model or script(answer)))
+        message = self.played[-1].message
+        assert message is not None
+        self.said += [asked, {"role": "assistant", "content": message["content"]}]
+        return self.played[-1]
+
+    def check(self) -> bool:
+        """The newest request has all of the one before that the client still had; False: not to be compared."""
+        if len(self.played) < 2 or self.played[-2].turn.window is None:
+            return False
+        before, now = self.played[-2:]
+        if now.answer.report.new_epoch or before.epochs[-1] != now.epochs[0]:
+            return False
+        one, other = self.sent[-2:]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        had, has = before.requests[-1]["messages"], now.requests[0]["messages"]
+        if same == len(one):  # it rewrote nothing
+            return False
+        at = max(i for i, m in enumerate(had) if m == one[same])
+        assert had[:at] == has[:at]
+        return True
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_no_more_is_lost_than_what_the_client_rewrote_at_any_depth(name: str) -> None:
+    client, linear = Writer(new_player(), WAYS[name]), Writer(new_player(), lambda said, asked, _: [*said, asked])
+    cold, kept = new_player(), 0
+    for number in range(48):
+        played = client.turn()
+        linear.turn()
+        cold.values = {**client.player.values} if number % 7 == 0 else cold.values
+        if number % 5 == 0:
+            client.player.forget()
+        for request in played.requests:
+            assert count_tokens(request) <= BUDGET
+        kept += client.check()
+        gone = set(range(number)) - {int(n) for n in NOTE.findall(json.dumps(client.sent[-1]))}
+        assert not gone & {int(n) for n in NOTE.findall(played.bodies[0].decode())}, "invariant 6"
+    epochs = sum(played.answer.report.new_epoch for played in client.played)
+    assert kept >= 15 and 2 <= epochs <= 2 + sum(p.answer.report.new_epoch for p in linear.played)
+
+
+LOOKUP_TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
+NOTE = re.compile(r"note(\d+)x")
+
+
+@pytest.mark.parametrize("name", ["note 4", "thoughts", "files"])
+def test_invariant_07_a_rewritten_history_gives_the_same_bytes_cold_and_again(name: str) -> None:
+    client, cold = Writer(new_player(), WAYS[name]), Writer(new_player(), WAYS[name])
+    for number in range(36):
+        model = script(fault_of("msg_0003", f"f{number}"), says(f"Loaded answer{number}x.")) if number % 4 == 3 else None
+        played = client.turn(model=model)
+        other = cold.turn(model=model and script(fault_of("msg_0003", f"f{number}"), says(f"Loaded answer{number}x.")))
+        assert other.bodies == played.bodies and cold.player.values == client.player.values
+        again = new_player()
+        again.values = dict(cold.player.values)
+        assert again.ask(client.sent[-1], script(says("Another."))).bodies[0] == played.bodies[0]
+        cold.player.forget()
+    assert played.turn.window is not None
+
+
+@examples(10)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(WAYS)), st.sampled_from((20, 80, 250)), st.booleans()),
+        min_size=30, max_size=36,
+    ),
+    st.sampled_from((2500, 4000)), st.integers(0, 999),
+)  # fmt: skip
+def test_a_client_may_change_its_way(turns: list[tuple[str, int, bool]], budget: int, seed: int) -> None:
+    client = Writer(new_player(budget), WAYS["files"])
+    for number, (name, words, forgets) in enumerate(turns):
+        if number % 5 == 0:
+            client.way = WAYS[name]
+        rng = random.Random(seed + number)
+        loads = fault_of(f"msg_{rng.randint(1, 2 * number + 1):04d}", f"t{number}")
+        played = client.turn(words, script(loads, says(f"said{number}x")) if rng.random() < 0.3 else None)
+        for request in played.requests:
+            assert count_tokens(request) <= budget
+            check_pairs(request)
+        client.check()
+        if forgets:
+            client.player.forget()
+
+
+def test_an_agent_whose_older_results_are_cut_keeps_the_rest() -> None:
+    """One task, then calls and results; a call stays whole with its result (invariant 8)."""
+    player, plain = new_player(2000), new_player(2000)
+    task = {"role": "user", "content": text_of(random.Random(0), 60, "task0x")}
+    steps: list[tuple[Message, Message]] = []
+    sent: list[list[Message]] = []
+    played: list[Played] = []
+    kept = epochs = 0
+    for number in range(80):
+        whole = [m for step in steps for m in step]
+        cut = [{**m, "content": "[cut]"} if m["role"] == "tool" and i < len(whole) - 8 else m
+               for i, m in enumerate(whole)]  # fmt: skip
+        wanted = calls(call("lookup", {"word": f"w{number}"}, f"c{number}"))
+        sent.append([task, *cut])
+        played.append(player.ask(sent[-1], script(wanted), tools=[LOOKUP_TOOL]))
+        epochs += plain.ask([task, *whole], script(wanted), tools=[LOOKUP_TOOL]).answer.report.new_epoch
+        for request in played[-1].requests:
+            assert count_tokens(request) <= 2000
+            check_pairs(request)
+            assert request["messages"].count(task) == 1
+        result = text_of(random.Random(number), 90, f"result{number}x")
+        steps.append((wanted, {"role": "tool", "tool_call_id": f"c{number}", "content": result}))
+        if number and played[-2].turn.window and not played[-1].answer.report.new_epoch:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sent[-2:], strict=False)))
+            had, has = played[-2].requests[-1]["messages"], played[-1].requests[0]["messages"]
+            at = max(i for i, m in enumerate(had) if m == sent[-2][same])
+            assert had[:at] == has[:at]
+            kept += 1
+    assert kept >= 15 and sum(p.answer.report.new_epoch for p in played) <= epochs + 2
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it is asked", "while it is stored"])
+def test_two_requests_at_once_that_rewrite_alike_do_not_mix_their_states(late: bool) -> None:
+    """Both store the same answers; one of them had to make room for what stands behind these."""
+    client = Writer(new_player(), WAYS["note 4"])
+    while not client.turn().answer.report.new_epoch:
+        pass
+    differ = False
+    while not differ:
+        sent, large = (
+            client.way(client.said, {"role": "user", "content": text_of(random.Random(3), words, name)}, 99)
+            for words, name in ((1, "outer7x"), (900, "inner7x"))
+        )
+        inner: list[Played] = []
+
+        def meanwhile(large: list[Message] = large, inner: list[Played] = inner) -> Message:
+            inner.append(client.player.ask(large, script(says("inner7x"))))
+            return says("outer7x")
+
+        client.player.late = meanwhile if late else None
+        outer = client.player.ask(sent, script(says("outer7x")) if late else lambda _: meanwhile())
+        differ = inner[0].answer.report.new_epoch and not outer.answer.report.new_epoch
+        then, also = client.player, new_player()
+        also.values = dict(then.values)
+        history = [*sent, says("outer7x"), {"role": "user", "content": "And?"}]
+        played = then.ask(history, script(says("So.")))
+        assert also.ask(history, script(says("So."))).bodies == played.bodies
+        assert b"inner7x" not in played.bodies[0] and b"outer7x" in played.bodies[0]
+        assert played.answer.report.new_epoch is (late and differ), "it goes on, or is a miss"
+        client.turn()
