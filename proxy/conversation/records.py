@@ -24,6 +24,10 @@ What stands behind r3 may be said otherwise in two requests at once, which then 
 room was left behind it may have made the two states differ. The first one stays, and `based` tells the
 loser, whose r4 goes on from what is not there: it is a miss.
 
+A client that says something else further up (an address that is signed anew, a note some messages before
+the end) sends messages that are stored already, under other nodes. Those that the answer before it stands on
+as well are not stored again: the record that is `Shared` says where they are read. No record ends in them.
+
 The letters of the keys are in keys.py; what a record keeps in bytes:
 
     window     _WindowChange: the entries added since `base`, or the whole window of a new epoch
@@ -36,6 +40,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -60,11 +65,21 @@ class Sent(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=
     above_at: int = 0  # and where it stood on it
 
 
+class Shared(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Messages of a record that stand on another's path, with the same bytes: the last `count` of it but for
+    the last `skip`. They follow the first `head` of the record's own."""
+
+    record: bytes
+    count: int
+    skip: int
+    head: int
+
+
 class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one answered turn adds to the tree; stored under the id of its last node, immutable.
 
     A record ends with an assistant message; `parent` is the id of the record before it (b"" for
-    the first), `first` the position of its first message along the path.
+    the first), `first` the position of its first message along the path. The lists leave out what is `shared`.
     """
 
     parent: bytes
@@ -86,6 +101,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
     based: bytes = b""  # the digest of the state of `base`, which was stored in the same commit
+    shared: Shared | None = None
 
     @property
     def id(self) -> NodeId:
@@ -94,15 +110,19 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     @property
     def end(self) -> int:
         """The position after its last message."""
-        return self.first + len(self.ids)
+        return self.first + len(self.ids) + (self.shared.count if self.shared else 0)
 
 
 class _WindowChange(msgspec.Struct, array_like=True, omit_defaults=True):
+    """An entry without bytes has those of the message at its position on the path."""
+
     covered: int
     entries: tuple[Entry, ...] = ()
     snapshot: Window | None = None
     kept: int = -1  # of the entries before, the first so many; -1: all of them
 
+
+_LEAST_ALIKE = 2  # messages that are not stored again
 
 GetRecord = Callable[[bytes], Record | None]
 
@@ -110,6 +130,7 @@ encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _encode_change = msgspec.msgpack.Encoder().encode
 _decode_change = msgspec.msgpack.Decoder(_WindowChange).decode
+NO_RAWS: Mapping[int, bytes] = {}
 _encode_state = msgspec.msgpack.Encoder().encode
 
 
@@ -162,20 +183,74 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
     return get(path[answers[low]].id)
 
 
-def load_path(head: Record, get: GetRecord) -> list[Node]:
+def load_path(head: Record, get: GetRecord, identity: Identity) -> list[Node]:
     """All nodes from the root to the head's last message, each with the bytes last seen of it."""
-    records = [head]
-    while records[-1].parent:
-        records.append(_need(records[-1].parent, get))
-    nodes: list[Node] = []
-    for record in reversed(records):
-        if record.echo and nodes:
-            nodes[-1].raw = record.echo
-        for fields in zip(
-            record.ids, record.contents, record.roles, record.raws, record.tokens, strict=True
-        ):
-            nodes.append(Node(*fields, record.counter))
+    nodes = list(backwards(head, get))[::-1]
+    for before, node in pairwise(nodes):
+        if not node.id:  # a shared one
+            node.id = identity.child(before.id, node.content)
     return nodes
+
+
+def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
+    """The nodes from the head's last message to the root; those that are shared have no id."""
+    record, at = head, len(head.ids) - 1  # the next message: of the record's own
+    within: list[tuple[int, Record]] = []  # whose shared messages are read, and how many are told with them
+    told, skip, echo = 0, 0, b""
+    while True:
+        if at < 0:
+            if not record.parent:
+                break
+            echo, record = record.echo, _need(record.parent, get)
+            at = len(record.ids) - 1
+        if skip:
+            skip -= 1
+        else:
+            yield Node(
+                NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
+                echo or record.raws[at], record.tokens[at], record.counter,
+            )  # fmt: skip
+            told += 1
+        echo, shared = b"", record.shared
+        if shared is not None and at == shared.head:
+            until = told + shared.count
+            within.append((min(until, within[-1][0]) if within else until, record))
+            skip, record = shared.skip, _need(shared.record, get)
+            at = len(record.ids)
+        at -= 1
+        while within and within[-1][0] == told:
+            _, record = within.pop()
+            at, skip = (record.shared.head if record.shared else 0) - 1, 0
+
+
+class Alike(NamedTuple):
+    """Messages of a path, from the position `first` on, that `record`'s path has at its end but for `skip`."""
+
+    record: Record
+    first: int
+    messages: int
+    skip: int
+
+
+def find_alike(
+    path: Sequence[Node], first: int, end: int, record: Record, get: GetRecord
+) -> Alike | None:
+    """How much of positions first..end-1, but for the first of them, `record`'s path ends with, by its bytes
+    (an answer at its very end may be echoed in other ones). None: too little to be worth it."""
+    at, skip = end, 0
+    try:
+        for node in backwards(record, get):
+            if at - 1 <= first or path[at - 1].content != node.content:
+                break
+            if path[at - 1].raw != node.raw:
+                if at < end:
+                    break
+                skip = 1
+            at -= 1
+    except LookupError:  # of another path: this one is stored whole
+        return None
+    count = end - skip - at
+    return Alike(record, at, count, skip) if count >= _LEAST_ALIKE else None
 
 
 def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
@@ -210,7 +285,7 @@ def restore_window(head: Record, get: GetRecord) -> Window | None:
     for record in _bases(head, get):
         if not record.window:
             break
-        change = _decode_change(record.window)
+        change = _read_change(record, get)
         if change.snapshot is not None:
             window = change.snapshot
             for later in reversed(changes):
@@ -222,6 +297,26 @@ def restore_window(head: Record, get: GetRecord) -> Window | None:
     if changes:
         raise LookupError("the beginning of an epoch's window is missing from storage")
     return None
+
+
+def _read_change(record: Record, get: GetRecord) -> _WindowChange:
+    """What the record stored of its window, every entry with its bytes."""
+    change = _decode_change(record.window)
+    entries = change.entries if change.snapshot is None else change.snapshot.entries
+    if all(entry.raw for entry in entries):
+        return change
+    replace, raws, at = msgspec.structs.replace, dict[int, bytes](), record.end
+    for node in backwards(record, get):
+        at -= 1
+        raws[at] = node.raw
+        if at < record.first:
+            break
+    entries = tuple(e if e.raw else replace(e, raw=raws[e.position]) for e in entries)
+    if change.snapshot is None:
+        change.entries = entries
+    else:
+        change.snapshot = replace(change.snapshot, entries=entries)
+    return change
 
 
 def _restore_derived(head: Record, get: GetRecord) -> Derived:
@@ -306,10 +401,13 @@ class Stored(NamedTuple):
     blocks: Mapping[bytes, bytes]
     derived: Derived
 
-    def fields(self, before: Window | None, record: Record | None) -> dict[str, object]:
-        """A record's fields; `before` is the window after `record`, which it was continued from."""
+    def fields(
+        self, before: Window | None, record: Record | None, raws: Mapping[int, bytes]
+    ) -> dict[str, object]:
+        """A record's fields; `before` is the window after `record`, which it was continued from; `raws`: see
+        `encode_change`."""
         fields: dict[str, object] = {
-            "window": encode_change(before, self.window),
+            "window": encode_change(before, self.window, raws),
             "mutations": self.mutations,
             "closing": self.closing,
         }
@@ -330,17 +428,25 @@ class SessionNames(NamedTuple):
 NO_NAMES = SessionNames()
 
 
-def encode_change(before: Window | None, after: Window) -> bytes:
+def encode_change(before: Window | None, after: Window, raws: Mapping[int, bytes] = NO_RAWS) -> bytes:
     """What a turn stores: the entries added (behind those kept), or the whole window when a new
-    epoch began in it, or when it was counted anew."""
+    epoch began in it, or when it was counted anew. `raws`: what the messages at these positions say is read
+    from the record itself and the end of the one before it, and not said again."""
     if before is None or _measure(before) != _measure(after):
-        return _encode_change(_WindowChange(after.covered, snapshot=after))
+        entries = _without(raws, after.entries)
+        snapshot = msgspec.structs.replace(after, entries=entries)
+        return _encode_change(_WindowChange(after.covered, snapshot=snapshot))
     old, new = before.entries, after.entries
     if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
-        return _encode_change(_WindowChange(after.covered, new[len(old) :]))
+        return _encode_change(_WindowChange(after.covered, _without(raws, new[len(old) :])))
     pairs = enumerate(zip(old, new, strict=False))
     kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    return _encode_change(_WindowChange(after.covered, new[kept:], kept=kept))
+    return _encode_change(_WindowChange(after.covered, _without(raws, new[kept:]), kept=kept))
+
+
+def _without(raws: Mapping[int, bytes], entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    replace = msgspec.structs.replace
+    return tuple(replace(e, raw=b"") if raws.get(e.position) == e.raw else e for e in entries)
 
 
 def _measure(window: Window) -> tuple[int, str, float]:
@@ -360,8 +466,10 @@ def new_records(
     states: Sequence[Stored] = (),
     before: Window | None = None,
     known: Bill | None = None,
+    alike: Alike | None = None,
 ) -> list[Record]:
-    """Records for the positions after `parent`; one for each run that ends with an answer.
+    """Records for the positions after `parent`; one for each run that ends with an answer, but from what is
+    `alike` on one for all.
 
     `path` ends with an answer; `last` are the last record's own fields (substitute, sent, bill), which
     describe the turn that is being stored; its echo is that of the parent's answer: the first record's.
@@ -376,8 +484,13 @@ def new_records(
     for position in range(first, len(path)):
         if path[position].role != "assistant":
             continue
-        run = path[first : position + 1]
         turn += 1
+        shared, run = None, path[first : position + 1]
+        if alike is not None and position >= alike.first:
+            if position + 1 < len(path):
+                continue
+            shared = Shared(alike.record.id, alike.messages, alike.skip, alike.first - first)
+            run = [*path[first : alike.first], *path[alike.first + alike.messages :]]
         records.append(
             Record(
                 above,
@@ -390,6 +503,7 @@ def new_records(
                 turn,
                 counter=counter,
                 bill=known,
+                shared=shared,
             )
         )
         first, above = position + 1, run[-1].id
@@ -403,10 +517,12 @@ def new_records(
     for state in states:
         while records[at].end < state.end:
             at += 1
-        fields = state.fields(before, base)
+        record = records[at]
+        raws = {p: path[p].raw for p in range(max(0, record.first - 1), record.end)}
+        fields = state.fields(before, base, raws)
         if base is not parent and base is not None:
             fields["based"] = _state_digest(base)
-        base = records[at] = replace(records[at], **fields)
+        base = records[at] = replace(record, **fields)
         before = state.window
     return records
 

@@ -57,7 +57,14 @@ from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.pages import PathPages, anchor_tokens
-from proxy.conversation.records import Record, Stored, answered_by, append_effect, new_records
+from proxy.conversation.records import (
+    Record,
+    Stored,
+    answered_by,
+    append_effect,
+    find_alike,
+    new_records,
+)
 from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
@@ -388,13 +395,19 @@ class Turn:
         came = context.state.window if context.state else None
         settled: list[Stored] = []
         states: list[Stored] = []
+        alike = None
+        if context.place.alike is not None and self._answered:
+            alike = find_alike(self.path, record.end if record else 0, self._answered[-1], context.place.alike,
+                               context.get_record)  # fmt: skip
         if self._paging is not None:
             if self._paging.brought:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
             for state in self._paging.settled:
                 blocks.update(state.blocks)
             if any(context.get_record(self.path[state.end - 1].id) for state in self._paging.settled):
-                self._paging.unsettle()
+                self._paging.unsettle(0)
+            elif alike is not None:
+                self._paging.unsettle(alike.first)
             settled = self._paging.settled
             states = [*settled, self._paging.snapshot(len(self.path) + 1)]
             blocks.update(states[-1].blocks)
@@ -403,7 +416,7 @@ class Turn:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began)
-            heads.append((path, new_records(path, record, last, states, came, known)))
+            heads.append((path, new_records(path, record, last, states, came, known, alike)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
         records = {made.end: made for made in heads[0][1]}

@@ -106,7 +106,7 @@ class TurnWindow:
         self.settled: list[Stored] = []  # the states after what is `answered`
         self.brought: list[Shown] = []  # before the call
         self._query: str | None = None
-        self._settled_with: tuple[list[PageMutation], list[MemoryPage]] = [], []
+        self._settled_with: list[tuple[list[PageMutation], list[MemoryPage]]] = []
         self._answered = answered
         self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
         self._next_limits = next_limits
@@ -185,16 +185,17 @@ class TurnWindow:
                     self._take_back(at)
                 self.window = grown
             self.settled.append(self.snapshot(end))
-            self._settled_with[0].extend(self.mutations)
-            self._settled_with[1].extend(self.made)
+            self._settled_with.append((self.mutations, self.made))
             self.mutations, self.made = [], []
             self.before = self.window
         self.turn = turn
 
-    def unsettle(self) -> None:
-        """Another request stored these answers meanwhile, with states of its own: this turn is stored as one."""
-        mutations, made = self._settled_with
-        self.mutations, self.made, self.settled = [*mutations, *self.mutations], [*made, *self.made], []
+    def unsettle(self, end: int) -> None:
+        """No states are left behind `end`: what happened there is this turn's own."""
+        while self.settled and self.settled[-1].end > end:
+            self.settled.pop()
+            mutations, made = self._settled_with.pop()
+            self.mutations, self.made = [*mutations, *self.mutations], [*made, *self.made]
 
     def _epoch_begins(self, known: int, answered: int) -> int | None:
         """Where the path of a new epoch ends that leaves room for all that stands behind it: where the client

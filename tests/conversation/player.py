@@ -144,7 +144,7 @@ class Player:
         return record.substitute if record is not None else ()
 
     def _load_path(self, head: Record) -> list[Node]:
-        return load_path(head, self.get_record)
+        return load_path(head, self.get_record, self.identity)
 
     def _state_after(self, record: Record) -> State | None:
         if not record.window:

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.records import record_key
 from proxy.memory import StorageTier
 from tests.conversation.player import (
     Message,
@@ -489,6 +490,47 @@ def test_a_client_may_change_its_way(turns: list[tuple[str, int, bool]], budget:
         client.check()
         if forgets:
             client.player.forget()
+
+
+def with_signature_at(position: int) -> Way:
+    """An address that is signed anew for every request, in a message that does not move."""
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        image = {"role": "user", "content": f"Look: https://b.example/p.png?signature={number:040d}"}
+        return [*said[:position], image, {"role": "assistant", "content": "A cat."}, *said[position:], asked]
+
+    return way
+
+
+@pytest.mark.parametrize("name", ["linear", *WAYS, "signed 0", "signed 4"])
+def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: str) -> None:
+    way = WAYS.get(name) or (with_signature_at(int(name[-1])) if "signed" in name else lambda s, a, _: [*s, a])
+    client, stored = Writer(new_player(100_000), way), [0]
+    said = 0
+    for _ in range(60):
+        played = client.turn()
+        said += sum(len(json.dumps(m)) for m in client.said[-2:])
+        stored.append(sum(map(len, client.player.values.values())))
+        assert played.turn.record is not None
+        loaded = client.player._load_path(played.turn.record)
+        assert [(n.id, n.role, n.raw) for n in loaded] == [(n.id, n.role, n.raw) for n in played.turn.path]
+    assert stored[-1] <= 4.5 * said
+    assert stored[60] - stored[40] <= 1.3 * (stored[40] - stored[20]), "it grows by the history"
+
+
+def test_a_path_that_others_are_read_from_is_missed_and_nothing_else() -> None:
+    client = Writer(new_player(), with_signature_at(0))
+    for _ in range(20):
+        client.turn()
+    lost, last = (played.turn.record for played in client.played[-2:])
+    assert lost is not None and last is not None
+    del client.player.values[record_key(lost.id)]
+    client.player.forget()
+    with pytest.raises(LookupError, match="missing"):
+        client.player._load_path(last)
+    played = client.turn()
+    assert played.answer.refused is None and played.turn.record is not None
+    assert [n.raw for n in client.player._load_path(played.turn.record)] == [n.raw for n in played.turn.path]
 
 
 def test_an_agent_whose_older_results_are_cut_keeps_the_rest() -> None:
