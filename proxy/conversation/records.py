@@ -27,6 +27,8 @@ loser, whose r4 goes on from what is not there: it is a miss.
 A client that says something else further up (an address that is signed anew, a note some messages before
 the end) sends messages that are stored already, under other nodes. Those that the answer before it stands on
 as well are not stored again: the record that is `Shared` says where they are read. No record ends in them.
+Where it does so with every request and nothing of a window can be kept from one to the next, its state is
+`unkept` as well: it is as large as the history, and nobody goes on from it.
 
 The letters of the keys are in keys.py; what a record keeps in bytes:
 
@@ -40,7 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -102,6 +104,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
     based: bytes = b""  # the digest of the state of `base`, which was stored in the same commit
     shared: Shared | None = None
+    unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
 
     @property
     def id(self) -> NodeId:
@@ -224,12 +227,18 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
 
 
 class Alike(NamedTuple):
-    """Messages of a path, from the position `first` on, that `record`'s path has at its end but for `skip`."""
+    """So many messages of a path, from the position `first` on, that `record`'s path has at its end but for
+    `skip`."""
 
     record: Record
     first: int
     messages: int
     skip: int
+
+    @property
+    def again(self) -> bool:
+        """That path had been changed in the same way."""
+        return self.record.shared is not None
 
 
 def find_alike(
@@ -303,14 +312,12 @@ def _read_change(record: Record, get: GetRecord) -> _WindowChange:
     """What the record stored of its window, every entry with its bytes."""
     change = _decode_change(record.window)
     entries = change.entries if change.snapshot is None else change.snapshot.entries
-    if all(entry.raw for entry in entries):
+    asked = [entry.position for entry in entries if not entry.raw]
+    if not asked:
         return change
-    replace, raws, at = msgspec.structs.replace, dict[int, bytes](), record.end
-    for node in backwards(record, get):
-        at -= 1
-        raws[at] = node.raw
-        if at < record.first:
-            break
+    replace, first = msgspec.structs.replace, min(asked)
+    told = islice(backwards(record, get), record.end - first)
+    raws = {record.end - n: node.raw for n, node in enumerate(told, 1)}
     entries = tuple(e if e.raw else replace(e, raw=raws[e.position]) for e in entries)
     if change.snapshot is None:
         change.entries = entries

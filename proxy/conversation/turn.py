@@ -409,8 +409,11 @@ class Turn:
             elif alike is not None:
                 self._paging.unsettle(alike.first)
             settled = self._paging.settled
-            states = [*settled, self._paging.snapshot(len(self.path) + 1)]
-            blocks.update(states[-1].blocks)
+            if alike is not None and alike.again and self.report.new_epoch and not settled:
+                last["unkept"], blocks = True, {}
+            else:
+                states = [*settled, self._paging.snapshot(len(self.path) + 1)]
+                blocks.update(states[-1].blocks)
         heads = []
         for message in answers:
             shown = as_input(message)

@@ -502,10 +502,11 @@ def with_signature_at(position: int) -> Way:
     return way
 
 
-@pytest.mark.parametrize("name", ["linear", *WAYS, "signed 0", "signed 4"])
-def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: str) -> None:
+@pytest.mark.parametrize("budget", [BUDGET, 100_000])
+@pytest.mark.parametrize("name", ["linear", "note 4", "thoughts", "files", "signed 0", "signed 4"])
+def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: str, budget: int) -> None:
     way = WAYS.get(name) or (with_signature_at(int(name[-1])) if "signed" in name else lambda s, a, _: [*s, a])
-    client, stored = Writer(new_player(100_000), way), [0]
+    client, stored = Writer(new_player(budget), way), [0]
     said = 0
     for _ in range(60):
         played = client.turn()
@@ -514,8 +515,22 @@ def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: st
         assert played.turn.record is not None
         loaded = client.player._load_path(played.turn.record)
         assert [(n.id, n.role, n.raw) for n in loaded] == [(n.id, n.role, n.raw) for n in played.turn.path]
-    assert stored[-1] <= 4.5 * said
+    assert stored[-1] <= 5 * said
     assert stored[60] - stored[40] <= 1.3 * (stored[40] - stored[20]), "it grows by the history"
+
+
+def test_a_client_that_does_not_change_its_first_message_any_more_has_a_window_again() -> None:
+    client = Writer(new_player(), with_signature_at(0))
+    for _ in range(30):
+        assert client.turn().turn.record is not None
+    record = client.played[-1].turn.record
+    assert record is not None and record.unkept and not record.window
+    client.way = lambda said, asked, _: [*client.sent[29][:2], *said, asked]
+    assert client.turn().answer.report.new_epoch
+    client.player.forget()
+    assert not client.turn().answer.report.new_epoch
+    had, has = (played.requests[0]["messages"] for played in client.played[-2:])
+    assert has[: len(had)] == had
 
 
 def test_a_path_that_others_are_read_from_is_missed_and_nothing_else() -> None:
