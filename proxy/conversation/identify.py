@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from proxy.memory.message_text import message_text
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
 _TELLING_CHARS = 64  # so much text to count as proof
 _CANDIDATES = 32  # paths that a trimmed history is compared with; as many as storage keeps
+_TRIED = 2  # of a request's answers, the newest: behind them a client may put a pair of its own
 _MOVES = 3  # turns in a row in which the front moved on: one or two may be deletions
 
 LoadPath = Callable[[Record], list[Node]]
@@ -41,7 +43,7 @@ class Place:
     anchors: list[Anchor]
     record: Record | None
     sent: Sent | None = None
-    alike: Record | None = None  # another path's, whose answer is the last one here that has no record
+    alike: tuple[Record, int] | None = None  # another path's, whose answer is also before this position here
 
 
 @dataclass(slots=True)
@@ -101,14 +103,17 @@ def place(
 
 def _alike(
     nodes: list[Node], known: Record | None, tenant: TenantKey, library: Library
-) -> Record | None:
-    """A delivered answer on another path that says what the newest answer says that has no record here: the
-    client has changed something before it. Both need not agree in more."""
-    last = next((i for i in range(len(nodes) - 1, 0, -1) if nodes[i].role == "assistant"), 0)
-    if not last or (known is not None and known.end > last):
-        return None
-    ids = library.get(library.identity.pair(tenant, nodes[last - 1].content, nodes[last].content))
-    return library.get_record(ids[-ID_BYTES:]) if ids else None
+) -> tuple[Record, int] | None:
+    """An answer delivered on another path that is also one of the newest here that have no record, and the
+    position behind it: the client has changed something before it. Both need not agree in more."""
+    first = max(1, known.end if known is not None else 0)
+    answers = (i for i in range(len(nodes) - 1, first - 1, -1) if nodes[i].role == "assistant")
+    for at in islice(answers, _TRIED):
+        ids = library.get(library.identity.pair(tenant, nodes[at - 1].content, nodes[at].content))
+        record = library.get_record(ids[-ID_BYTES:]) if ids else None
+        if record is not None:
+            return record, at + 1
+    return None
 
 
 def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> Place | None:

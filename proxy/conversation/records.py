@@ -27,6 +27,7 @@ loser, whose r4 goes on from what is not there: it is a miss.
 A client that says something else further up (an address that is signed anew, a note some messages before
 the end) sends messages that are stored already, under other nodes. Those that the answer before it stands on
 as well are not stored again: the record that is `Shared` says where they are read. No record ends in them.
+A large message that moved (files that are always the newest message but one) is read `elsewhere`, too.
 Where it does so with every request and nothing of a window can be kept from one to the next, its state is
 `unkept` as well: it is as large as the history, and nobody goes on from it.
 
@@ -104,6 +105,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
     based: bytes = b""  # the digest of the state of `base`, which was stored in the same commit
     shared: Shared | None = None
+    elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
     unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
 
     @property
@@ -126,6 +128,8 @@ class _WindowChange(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 _LEAST_ALIKE = 2  # messages that are not stored again
+_LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
+_NEAR = 4  # records
 
 GetRecord = Callable[[bytes], Record | None]
 
@@ -134,6 +138,7 @@ _decode_record = msgspec.msgpack.Decoder(Record).decode
 _encode_change = msgspec.msgpack.Encoder().encode
 _decode_change = msgspec.msgpack.Decoder(_WindowChange).decode
 NO_RAWS: Mapping[int, bytes] = {}
+NO_LARGE: Mapping[bytes, tuple[bytes, int]] = {}
 _encode_state = msgspec.msgpack.Encoder().encode
 
 
@@ -211,7 +216,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         else:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
-                echo or record.raws[at], record.tokens[at], record.counter,
+                echo or _raw(record, at, get), record.tokens[at], record.counter,
             )  # fmt: skip
             told += 1
         echo, shared = b"", record.shared
@@ -224,6 +229,30 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         while within and within[-1][0] == told:
             _, record = within.pop()
             at, skip = (record.shared.head if record.shared else 0) - 1, 0
+
+
+def _raw(record: Record, at: int, get: GetRecord) -> bytes:
+    for place, other, there in record.elsewhere:
+        if place == at:
+            return _need(other, get).raws[there]
+    return record.raws[at]
+
+
+def large_messages(record: Record, get: GetRecord) -> dict[bytes, tuple[bytes, int]]:
+    """Which record, and at which place, has the bytes of the large messages that stand near the end of `record`'s
+    path."""
+    found: dict[bytes, tuple[bytes, int]] = {}
+    near: Record | None = record
+    for _ in range(_NEAR):
+        if near is None:
+            break
+        refs = {place: (other, there) for place, other, there in near.elsewhere}
+        for at in range(len(near.raws)):
+            raw = _raw(near, at, get)
+            if len(raw) >= _LARGE_BYTES:
+                found.setdefault(raw, refs.get(at, (near.id, at)))
+        near = get(near.parent) if near.parent else None
+    return found
 
 
 class Alike(NamedTuple):
@@ -474,9 +503,10 @@ def new_records(
     before: Window | None = None,
     known: Bill | None = None,
     alike: Alike | None = None,
+    large: Mapping[bytes, tuple[bytes, int]] = NO_LARGE,
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer, but from what is
-    `alike` on one for all.
+    `alike` on one for all. `large`: see `large_messages`.
 
     `path` ends with an answer; `last` are the last record's own fields (substitute, sent, bill), which
     describe the turn that is being stored; its echo is that of the parent's answer: the first record's.
@@ -498,6 +528,8 @@ def new_records(
                 continue
             shared = Shared(alike.record.id, alike.messages, alike.skip, alike.first - first)
             run = [*path[first : alike.first], *path[alike.first + alike.messages :]]
+        # (Its last message is read by itself.)
+        refs = {at: large[node.raw] for at, node in enumerate(run[:-1]) if node.raw in large} if large else {}
         records.append(
             Record(
                 above,
@@ -505,12 +537,13 @@ def new_records(
                 [node.id for node in run],
                 [node.content for node in run],
                 [node.role for node in run],
-                [node.raw for node in run],
+                [b"" if at in refs else node.raw for at, node in enumerate(run)],
                 [node.tokens if node.counter == counter else -1 for node in run],
                 turn,
                 counter=counter,
                 bill=known,
                 shared=shared,
+                elsewhere=[(at, *ref) for at, ref in refs.items()],
             )
         )
         first, above = position + 1, run[-1].id

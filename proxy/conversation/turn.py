@@ -58,11 +58,13 @@ from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.pages import PathPages, anchor_tokens
 from proxy.conversation.records import (
+    NO_LARGE,
     Record,
     Stored,
     answered_by,
     append_effect,
     find_alike,
+    large_messages,
     new_records,
 )
 from proxy.conversation.refusals import repairable, unchanged_fits
@@ -395,10 +397,11 @@ class Turn:
         came = context.state.window if context.state else None
         settled: list[Stored] = []
         states: list[Stored] = []
-        alike = None
-        if context.place.alike is not None and self._answered:
-            alike = find_alike(self.path, record.end if record else 0, self._answered[-1], context.place.alike,
-                               context.get_record)  # fmt: skip
+        alike, large = None, NO_LARGE
+        if context.place.alike is not None:
+            other, end = context.place.alike
+            alike = find_alike(self.path, record.end if record else 0, end, other, context.get_record)
+            large = large_messages(other, context.get_record)
         if self._paging is not None:
             if self._paging.brought:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
@@ -419,7 +422,7 @@ class Turn:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began)
-            heads.append((path, new_records(path, record, last, states, came, known, alike)))
+            heads.append((path, new_records(path, record, last, states, came, known, alike, large)))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
         records = {made.end: made for made in heads[0][1]}

@@ -358,10 +358,15 @@ def at_depth(depth: int) -> Way:
     return way
 
 
-def with_files(said: list[Message], asked: Message, number: int) -> list[Message]:
+def with_files(words: int, often: int) -> Way:
     """As aider: what the files say now, and that this was read, in front of the newest message."""
-    files = {"role": "user", "content": f"The files: note{number}x {text_of(random.Random(1), 120, 'file')}"}
-    return [*said, files, {"role": "assistant", "content": "I have read them."}, asked]
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        text = text_of(random.Random(1), words, "file")
+        files = {"role": "user", "content": f"The files: note{number // often}x {text}"}
+        return [*said, files, {"role": "assistant", "content": "I have read them."}, asked]
+
+    return way
 
 
 def without_thoughts(said: list[Message], asked: Message, number: int) -> list[Message]:
@@ -387,7 +392,7 @@ def drop(message: Message, word: str) -> Message:
 
 WAYS: dict[str, Way] = {
     **{f"note {depth}": at_depth(depth) for depth in (1, 2, 3, 4, 8)},
-    "files": with_files, "thoughts": without_thoughts, "results": with_short_results, "memory": with_a_memory,
+    "files": with_files(120, 1), "thoughts": without_thoughts, "results": with_short_results, "memory": with_a_memory,
 }  # fmt: skip
 
 
@@ -502,10 +507,13 @@ def with_signature_at(position: int) -> Way:
     return way
 
 
+STEADY = {"signed 0": with_signature_at(0), "signed 4": with_signature_at(4), "large files": with_files(900, 20)}
+
+
 @pytest.mark.parametrize("budget", [BUDGET, 100_000])
-@pytest.mark.parametrize("name", ["linear", "note 4", "thoughts", "files", "signed 0", "signed 4"])
+@pytest.mark.parametrize("name", ["linear", "note 4", "thoughts", "files", *STEADY])
 def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: str, budget: int) -> None:
-    way = WAYS.get(name) or (with_signature_at(int(name[-1])) if "signed" in name else lambda s, a, _: [*s, a])
+    way = WAYS.get(name) or STEADY.get(name) or (lambda said, asked, _: [*said, asked])
     client, stored = Writer(new_player(budget), way), [0]
     said = 0
     for _ in range(60):
