@@ -407,6 +407,10 @@ class Turn:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
             for state in self._paging.settled:
                 blocks.update(state.blocks)
+            if alike is not None and any(end <= alike.first for end in self._answered):
+                epochs = [state.window.epoch for state in self._paging.settled if state.end <= alike.first]
+                if epochs[-1:] != [self._paging.window.epoch]:  # the request, when it comes again, would begin
+                    alike = None  # its epoch there and not where it did
             if any(context.get_record(self.path[state.end - 1].id) for state in self._paging.settled):
                 self._paging.unsettle(0)
             elif alike is not None:

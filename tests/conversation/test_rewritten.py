@@ -390,10 +390,23 @@ def drop(message: Message, word: str) -> Message:
     return {**message, "content": " ".join(w for w in words if not w.startswith(word))}
 
 
+def with_signature_at(position: int) -> Way:
+    """An address that is signed anew for every request, in a message that does not move."""
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        image = {"role": "user", "content": f"Look: https://b.example/p.png?signature={number:040d}"}
+        return [*said[:position], image, {"role": "assistant", "content": "A cat."}, *said[position:], asked]
+
+    return way
+
+
 WAYS: dict[str, Way] = {
     **{f"note {depth}": at_depth(depth) for depth in (1, 2, 3, 4, 8)},
     "files": with_files(120, 1), "thoughts": without_thoughts, "results": with_short_results, "memory": with_a_memory,
 }  # fmt: skip
+
+
+STEADY: dict[str, Way] = {"signed 0": with_signature_at(0), "signed 4": with_signature_at(4), "large files": with_files(900, 20)}
 
 
 class Writer:
@@ -476,7 +489,7 @@ def test_invariant_07_a_rewritten_history_gives_the_same_bytes_cold_and_again(na
 @examples(10)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(sorted(WAYS)), st.sampled_from((20, 80, 250)), st.booleans()),
+        st.tuples(st.sampled_from(sorted(WAYS | STEADY)), st.sampled_from((20, 80, 250)), st.booleans()),
         min_size=30, max_size=36,
     ),
     st.sampled_from((2500, 4000)), st.integers(0, 999),
@@ -485,7 +498,7 @@ def test_a_client_may_change_its_way(turns: list[tuple[str, int, bool]], budget:
     client = Writer(new_player(budget), WAYS["files"])
     for number, (name, words, forgets) in enumerate(turns):
         if number % 5 == 0:
-            client.way = WAYS[name]
+            client.way = (WAYS | STEADY)[name]
         rng = random.Random(seed + number)
         loads = fault_of(f"msg_{rng.randint(1, 2 * number + 1):04d}", f"t{number}")
         played = client.turn(words, script(loads, says(f"said{number}x")) if rng.random() < 0.3 else None)
@@ -493,21 +506,11 @@ def test_a_client_may_change_its_way(turns: list[tuple[str, int, bool]], budget:
             assert count_tokens(request) <= budget
             check_pairs(request)
         client.check()
+        again = new_player(budget)
+        again.values = dict(client.player.values)
+        assert again.ask(client.sent[-1], script(says("Again."))).bodies[0] == played.bodies[0], "invariant 7"
         if forgets:
             client.player.forget()
-
-
-def with_signature_at(position: int) -> Way:
-    """An address that is signed anew for every request, in a message that does not move."""
-
-    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
-        image = {"role": "user", "content": f"Look: https://b.example/p.png?signature={number:040d}"}
-        return [*said[:position], image, {"role": "assistant", "content": "A cat."}, *said[position:], asked]
-
-    return way
-
-
-STEADY = {"signed 0": with_signature_at(0), "signed 4": with_signature_at(4), "large files": with_files(900, 20)}
 
 
 @pytest.mark.parametrize("budget", [BUDGET, 100_000])
