@@ -10,6 +10,7 @@ from proxy.conversation.calibration import Calibration
 from proxy.memory.faults import Load as Load
 
 if TYPE_CHECKING:  # records.py says what an answered turn appends
+    from proxy.conversation.calling import Calling
     from proxy.conversation.records import Record
 
 
@@ -51,6 +52,7 @@ class Said:
     response: dict[str, Any] | None = None
     shown: dict[str, Any] | None = None
     unread: bool = False
+    ended_s: float = 0.0  # when the answer was there (Unix time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class Lesson:
 class Append:
     """Answered when durable. `joins` add a node id to the set under a key.
 
-    `facts` are what refusals taught of the model. `lesson` counts only when the turn is new: one that
-    is stored already was billed before.
+    `facts` are what refusals taught of the model. `lesson` and `calls`, the fact of how it calls where that
+    changed, count only when the turn is new: one that is stored already was billed before.
     """
 
     puts: Sequence[tuple[bytes, bytes]]
@@ -86,6 +88,7 @@ class Append:
     records: Sequence[Record]
     facts: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
+    calls: Calling | None = None
 
 
 Effect = Load | Search | Complete | Append

@@ -49,6 +49,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy.conversation import keys
+from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
@@ -103,6 +104,9 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
+    account: Account | None = None  # what the path was billed up to here; None: this answer came in a request
+    seen_s: int = 0  # when its messages were first seen (Unix time; 0: in a version that did not say)
+    answered_s: int = 0  # and its answer (0 as well: it came in the first request of its conversation)
     based: bytes = b""  # the digest of the state of `base`, which was stored in the same commit
     shared: Shared | None = None
     elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
@@ -132,6 +136,7 @@ _LARGE_BYTES = 1024  # a message that is looked for near the end of the path bef
 _NEAR = 4  # records
 
 GetRecord = Callable[[bytes], Record | None]
+CONVERSATION_BYTES = 6  # of its first node's id, by which people know it
 
 encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
@@ -152,6 +157,11 @@ def record_key(node_id: bytes) -> bytes:
 
 def block_key(ref: bytes) -> bytes:
     return keys.BLOCK + ref
+
+
+def conversation_key(tenant: TenantKey, root: bytes) -> bytes:
+    """`root`: the first `CONVERSATION_BYTES` of a path's first node's id."""
+    return keys.CONVERSATION + tenant + root
 
 
 # -- reading: a path and its state. LookupError where a record is missing that was written before, or in
@@ -217,6 +227,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
                 echo or _raw(record, at, get), record.tokens[at], record.counter,
+                seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
             )  # fmt: skip
             told += 1
         echo, shared = b"", record.shared
@@ -473,11 +484,11 @@ def encode_change(before: Window | None, after: Window, raws: Mapping[int, bytes
         snapshot = msgspec.structs.replace(after, entries=entries)
         return _encode_change(_WindowChange(after.covered, snapshot=snapshot))
     old, new = before.entries, after.entries
-    if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
-        return _encode_change(_WindowChange(after.covered, _without(raws, new[len(old) :])))
     pairs = enumerate(zip(old, new, strict=False))
-    kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    return _encode_change(_WindowChange(after.covered, _without(raws, new[kept:]), kept=kept))
+    kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
+    all_of_them = kept == len(old)
+    added = _without(raws, new[kept:])
+    return _encode_change(_WindowChange(after.covered, added, kept=-1 if all_of_them else kept))
 
 
 def _without(raws: Mapping[int, bytes], entries: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -504,14 +515,17 @@ def new_records(
     known: Bill | None = None,
     alike: Alike | None = None,
     large: Mapping[bytes, tuple[bytes, int]] = NO_LARGE,
+    seen_s: int = 0,
+    account: Callable[[int], Account | None] = lambda _: None,
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer, but from what is
     `alike` on one for all. `large`: see `large_messages`.
 
-    `path` ends with an answer; `last` are the last record's own fields (substitute, sent, bill), which
+    `path` ends with an answer; `last` are the last record's own fields (substitute, sent, bill, account), which
     describe the turn that is being stored; its echo is that of the parent's answer: the first record's.
     `states`, in the order of the path, were continued one from the other, the first one from `before`,
-    the window after `parent` (None: it began anew). `known`: what the turn began with, for all but the last.
+    the window after `parent` (None: it began anew). For all but the last: `known`, what the turn began with,
+    and `account`, of the path up to a position. `seen_s`: when the request came (Unix time).
     """
     records: list[Record] = []
     first = parent.end if parent else 0
@@ -542,8 +556,11 @@ def new_records(
                 turn,
                 counter=counter,
                 bill=known,
+                account=account(position + 1),
                 shared=shared,
                 elsewhere=[(at, *ref) for at, ref in refs.items()],
+                seen_s=run[0].seen_s or seen_s,
+                answered_s=run[-1].seen_s or ((run[0].seen_s or seen_s) if parent else 0),
             )
         )
         first, above = position + 1, run[-1].id
@@ -580,6 +597,9 @@ def append_effect(
     their words: what came in a request proves nothing.
     """
     puts = {block_key(ref): block for ref, block in blocks.items()}
+    if heads and heads[0][1] and heads[0][1][-1].window:
+        path = heads[0][0]
+        puts[conversation_key(tenant, path[0].id[:CONVERSATION_BYTES])] = path[-1].id
     joins: list[tuple[bytes, bytes]] = []
     records: list[Record] = []
     for path, new in heads:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from proxy.conversation.records import record_key
 from proxy.memory import StorageTier
+from tests.conversation.checks import goes_on
 from tests.conversation.player import (
     Message,
     Model,
@@ -228,7 +229,7 @@ def test_an_agents_results_are_new_messages_too() -> None:
     rng = random.Random(5)
     other = [{"role": role, "content": text_of(rng, 100, f"other{i}x")}
              for i in range(30) for role in ("user", "assistant")]  # fmt: skip
-    for history, words in ((other, 200), (client.history, 200), (client.history, 900)):
+    for history, words in ((other, 200), (client.history, 200), (client.history, 2400)):
         result = {"role": "tool", "tool_call_id": "c1", "content": text_of(rng, words, "result1x")}
         asked = {"role": "user", "content": f"look {words}"}
         played = client.player.ask([*history, asked, wanted, result], script(says("found")))
@@ -243,7 +244,7 @@ def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() 
     rng = random.Random(5)
     history = [{"role": role, "content": text_of(rng, 100, f"old{i}x")}
                for i in range(20) for role in ("user", "assistant")]  # fmt: skip
-    history += [{"role": "user", "content": text_of(rng, 900, "long1x")},
+    history += [{"role": "user", "content": text_of(rng, 3600, "long1x")},
                 {"role": "assistant", "content": "short1x"}]  # fmt: skip
     sent = [*history, {"role": "user", "content": text_of(rng, 100, "new1x")}]
     played = new_player().ask(sent, script(says("so")))
@@ -286,7 +287,7 @@ def test_no_more_is_lost_than_a_client_without_us_loses(
             mark = b"more%dx" % (number - 1)
             assert mark in json.dumps(one[same]).encode()
             raw = raw[: raw.rfind(b'{"role"', 0, raw.index(mark))]
-        assert played.messages_bytes()[0].startswith(raw[:-1])
+        assert goes_on(raw[:-1] + b"]", played.messages_bytes()[0])
 
 
 @pytest.mark.parametrize("kind", ["retrieved", "plain"])
@@ -324,7 +325,7 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
     comes to a server with more room."""
     client = grown("system")
     number = len(client.sent)
-    asked = {"role": "user", "content": text_of(random.Random(1), 2500, "long1x")}
+    asked = {"role": "user", "content": text_of(random.Random(1), 3200, "long1x")}
     sent = [*client.history, {"role": "system", "content": "Reminder: first"}, asked]
     played = client.player.ask(sent, script(says("cut")))
     window = played.turn.window
@@ -531,7 +532,7 @@ def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: st
         assert played.turn.record is not None
         loaded = client.player._load_path(played.turn.record)
         assert [(n.id, n.role, n.raw) for n in loaded] == [(n.id, n.role, n.raw) for n in played.turn.path]
-    assert stored[-1] <= 5 * said
+    assert stored[-1] <= 8 * said
     assert stored[60] - stored[40] <= 1.3 * (stored[40] - stored[20]), "it grows by the history"
 
 
@@ -546,7 +547,7 @@ def test_a_client_that_does_not_change_its_first_message_any_more_has_a_window_a
     client.player.forget()
     assert not client.turn().answer.report.new_epoch
     had, has = (played.requests[0]["messages"] for played in client.played[-2:])
-    assert has[: len(had)] == had
+    assert has[: len(had) - 1] == had[:-1], "but for the newest, whose evidence has left"
 
 
 def test_a_path_that_others_are_read_from_is_missed_and_nothing_else() -> None:
