@@ -49,6 +49,7 @@ from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
 log = logging.getLogger(__name__)
 
+_SETTLED = 2  # of a turn's states of answers that the request brought, the newest: one of them comes next
 _WARNINGS = 256  # remembered, so that each is logged once
 
 Observer = Callable[[TurnReport], None]
@@ -281,11 +282,15 @@ class ChatApi:
             answer: Answer = end.value
         finally:
             dialogue.close()
-        if turn.record is not None and turn.window is not None and turn.record.id in stored:
-            state = State(turn.window, turn.table, turn.pages.derived)
-            self._memory.keep_state(turn.record, state)
-        if turn.settled is not None and turn.settled[0].id in stored:
-            self._memory.keep_settled(*turn.settled)
+        ours = [record for record, _ in turn.settled]
+        if turn.record is not None and turn.window is not None:
+            ours.append(turn.record)
+        if ours and all(record.id in stored for record in ours):  # else another request's state is the one
+            if turn.window is not None and turn.record is not None and not turn.record.unkept:
+                state = State(turn.window, turn.table, turn.pages.derived)
+                self._memory.keep_state(turn.record, state)
+            for record, settled in turn.settled[-_SETTLED:]:
+                self._memory.keep_settled(record, settled)
         model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:

@@ -94,7 +94,7 @@ class Memory:
     def load_path(self, head: Record) -> list[Node]:
         found: list[Node] | None = self.cache.get("path", head.id)
         if found is None:
-            found = load_path(head, self.get_record)
+            found = load_path(head, self.get_record, self.identity)
             size = sum(len(node.raw) + _NODE_BYTES for node in found)
             self.cache.put("path", head.id, found, size)
         return found

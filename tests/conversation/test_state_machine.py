@@ -176,9 +176,9 @@ class Machine(RuleBasedStateMachine):
 
     def check_settled(self, before: Past | None, played: Played) -> None:
         """The state before what the client may say otherwise: this turn went on from it too."""
-        if played.turn.settled is None or played.settled is None:
+        if not played.turn.settled or played.settled is None:
             return
-        record, state = played.turn.settled
+        record, state = played.turn.settled[-1]
         if self.warm.get_record(record.id) is not record:
             return
         past = self.past[record.id]
