@@ -40,11 +40,10 @@ from proxy.memory.questions import Query
 from proxy.search.dates import Date, days_asked, spans
 from proxy.search.terms import (
     clean,
-    foreign_stop_terms,
-    idle_terms,
     languages_of,
     spoken,
     stop_terms,
+    stops_of,
     tokenizer,
 )
 
@@ -70,9 +69,10 @@ LENGTH_PRIOR = (3.0, 0.2)  # a page's length in average pages, at most; to this 
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
 LONG_REPLY_NEIGHBOURS = 0.5  # share of the neighbours' weight that remains then
 
+SECOND_CANDIDATES = 64  # among which the first hits are
 SECOND_PAGES = 6  # first hits whose words are read
 SECOND_WORDS = 200  # of each of them
-SECOND_TERMS = 30
+SECOND_TERMS = 24
 SECOND_COMMON = 0.1  # a word that a larger share of the pages has tells nothing of them
 SECOND_POSTINGS = 500
 SECOND_SHARE = 0.15  # of the question's own weight
@@ -140,7 +140,7 @@ class PageIndex:
                 row = len(self._keys)
                 self._add_words(row, text)
                 self._keys.append((doc.position, doc.part))
-                self._chars.append(len(doc.text))
+                self._chars.append(max(1, len(doc.text)))
                 self._roles.append(doc.role)
                 self._names.append(doc.name)
                 self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
@@ -248,7 +248,7 @@ class PageIndex:
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
-        stops = stop_terms().union(*map(foreign_stop_terms, spoken(self._spoken)))
+        stops, idle = stops_of(spoken(self._spoken))
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
@@ -268,11 +268,12 @@ class PageIndex:
                 for row, value in there.items():
                     scores[row] += value
         self._add_pairs(scores, own, sequence, terms)
-        self._add_context(scores, query.context, {*asked, *stops})
+        if query.context:
+            self._add_context(scores, query.context, stops.union(asked))
+        self._look_again(scores, idle.union(asked), terms, named)
         self._weigh(scores, named)
-        self._look_again(scores, {*asked, *idle_terms(), *stops}, terms, named)
         unique = self._rarity(1)
-        rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle_terms()}
+        rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle}
         for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
             rarity[date] = self._rarity(len(rows)) / unique
         evidence: dict[int, float] = {}
@@ -386,7 +387,7 @@ class PageIndex:
                 if at >= 0:
                     scores[row] += worth * min(1.0, math.sqrt(average / max(1, chars[row])))
 
-    def _add_context(self, scores: dict[int, float], context: str, known: set[str]) -> None:
+    def _add_context(self, scores: dict[int, float], context: str, known: frozenset[str]) -> None:
         """What the words around the question add, as far as the pages that have them are few."""
         words = [term for term in tokenizer().terms(_excerpt(context)) if term not in known]
         for term in self._affordable(self._lookup(words)[:CONTEXT_TERMS]):
@@ -405,7 +406,8 @@ class PageIndex:
             chars, unit = self._chars, len(self._keys) / max(1, self._total_chars)
             most, power = LENGTH_PRIOR[0], LENGTH_PRIOR[1] * (1 - long_replies)
             for row in scores:
-                scores[row] *= min(most, max(1, chars[row]) * unit) ** power
+                length = chars[row] * unit
+                scores[row] *= (length if length < most else most) ** power
         if named:
             boost, names = 1 + SPEAKER_BOOST, self._names
             for row in scores:
@@ -414,10 +416,11 @@ class PageIndex:
         return scores
 
     def _look_again(
-        self, scores: dict[int, float], idle: set[str], terms: Sequence[_Term], named: set[str]
+        self, scores: dict[int, float], idle: frozenset[str], terms: Sequence[_Term], named: set[str]
     ) -> None:
         """Add what the pages share with the first hits, as a part of the question's own weight."""
-        first = self._best(scores, SECOND_PAGES, None)
+        best = self._weigh(dict(self._best(scores, SECOND_CANDIDATES, None)), named)
+        first = self._best(best, SECOND_PAGES, None)
         total = math.fsum(self._weight(term.docs) for term in terms)
         if not first or not total:
             return
@@ -438,18 +441,20 @@ class PageIndex:
         ]
         weighed.sort()
         added: dict[int, float] = {}
-        spent, weight = 0, 0.0
+        get, chars, spent, weight = added.get, self._chars, 0, 0.0
         for value, _, number in weighed[:SECOND_TERMS]:
             rows = postings[number]
             spent += len(rows)
             if spent > SECOND_POSTINGS:
                 break
-            share = value / weighed[0][0]
-            weight += share * self._weight(len(rows))
-            for row, worth in self._worth(_Term("", rows), rows, share).items():
-                added[row] = added.get(row, 0.0) + worth
-        for row, worth in self._weigh(added, named).items():
-            scores[row] = scores.get(row, 0.0) + SECOND_SHARE * total / weight * worth
+            share = value / weighed[0][0] * self._weight(len(rows))
+            weight += share
+            for posting in rows:
+                row, times = posting >> _TF_BITS, posting & _TF_MASK
+                added[row] = get(row, 0.0) + share * times / (times + floor + slope * chars[row])
+        part = SECOND_SHARE * (K1 + 1) * total / weight if weight else 0.0
+        for row, worth in added.items():
+            scores[row] = scores.get(row, 0.0) + part * worth
 
     def _best(
         self, scores: dict[int, float], limit: int, skip: Callable[[int, int], bool] | None
