@@ -30,6 +30,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from proxy.memory.ids import Doc, Hit
@@ -152,6 +153,18 @@ class PageIndex:
                 Hit(*self._keys[row], score, _evidence(row, own, rarity) / unique)
                 for row, score in best
             ]
+
+    def prior(self, query: str) -> tuple[str, Callable[[dict[int, float]], dict[int, float]]]:
+        """For another ranking of the same pages: the query without the names of speakers, and what makes of
+        scores by row what they are worth for who speaks."""
+        with self._lock:
+            text = _excerpt(query)
+            named = self._named([t for t in tokenizer().terms(text) if t not in stop_terms()])
+            if named:
+                names = frozenset[str]().union(*(self._name_terms[name] for name in named))
+                words = [word for word in text.split() if names.isdisjoint(tokenizer().terms(word))]
+                text = " ".join(words) or text
+            return text, partial(self._weigh, named=named)
 
     # ------------------------------------------------------------ statistics
     def _count(self, first: int, sign: int) -> None:

@@ -1,4 +1,5 @@
-"""The search index of each conversation path that is in use. Derived: it can be rebuilt any time.
+"""The search index of each conversation path that is in use, by words and, where an encoder is given, by
+meaning. Derived: it can be rebuilt any time.
 
 Promises: an index holds the pages of one path only, whichever branch asks (invariant 6); the pages
 kept over all paths are bounded.
@@ -9,36 +10,72 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from proxy.memory.ids import Doc, Hit
 from proxy.search.fts import PageIndex
+from proxy.search.fusion import fuse
+
+if TYPE_CHECKING:  # an extra
+    from proxy.search.vectors import Encoder, VectorIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
 _INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its own has its price
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
+_FUSED = 200  # hits by words that a ranking by meaning is fused with
 
 DocsOf = Callable[[int, int], Iterable[Doc]]
 
 
 class _Branch:
-    """An index and the keys of the messages whose pages it holds."""
+    """The indexes of a path and the keys of the messages whose pages they hold."""
 
     def __init__(self) -> None:
         self.index = PageIndex()
+        self.vectors: VectorIndex | None = None
         self.ids: list[bytes] = []
         self.lock = threading.Lock()
 
     @property
     def weight(self) -> int:
         """What it counts against the limit, in pages."""
-        return len(self.index) + _INDEX_PAGES
+        vectors = self.vectors.weight if self.vectors is not None else 0
+        return len(self.index) + vectors + _INDEX_PAGES
+
+    def follow(self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder | None) -> None:
+        """Bring it to the path."""
+        same = _common(self.ids, ids)
+        if same < len(self.ids):
+            self.index.truncate(same)
+            del self.ids[same:]
+            if self.vectors is not None:
+                self.vectors.truncate(same)
+        new = list(docs(same, len(ids))) if same < len(ids) else []
+        self.index.extend(new)
+        self.ids.extend(ids[same:])
+        if encoder is None:
+            return
+        if self.vectors is None:
+            from proxy.search.vectors import VectorIndex
+
+            self.vectors = VectorIndex()
+        due = self.vectors.due(encoder)
+        if due < len(ids):
+            self.vectors.extend(new if due == same else list(docs(due, len(ids))), len(ids), encoder)
+
+    def nearest(self, query: str, encoder: Encoder) -> list[Hit]:
+        """The pages of the path by meaning, best first."""
+        text, prior = self.index.prior(query)
+        vector = encoder.encode([text])[0]
+        return self.vectors.nearest(vector, prior) if self.vectors is not None and vector is not None else []
 
 
 class PathIndexes:
     """Indexes by conversation, least recently used ones dropped above `limit_pages` pages."""
 
-    def __init__(self, limit_pages: int) -> None:
+    def __init__(self, limit_pages: int, encoder: Encoder | None = None) -> None:
         self._limit = limit_pages
+        self._encoder = encoder
         self._roots: OrderedDict[bytes, list[_Branch]] = OrderedDict()
         self._pages = 0
         self._lock = threading.Lock()
@@ -60,18 +97,14 @@ class PathIndexes:
             return []
         branch = self._branch(ids)
         with branch.lock:
-            size = len(branch.index)
-            same = _common(branch.ids, ids)
-            if same < len(branch.ids):
-                branch.index.truncate(same)
-                del branch.ids[same:]
-            if same < len(ids):
-                branch.index.extend(docs(same, len(ids)))
-                branch.ids.extend(ids[same:])
-            hits = branch.index.search(query, limit, skip)
-            grown = len(branch.index) - size
+            weight = branch.weight
+            branch.follow(ids, docs, self._encoder)
+            grown = branch.weight - weight
+            near = branch.nearest(query, self._encoder) if self._encoder is not None else []
+            near = [hit for hit in near if not skip(hit.position, hit.part)]
+            hits = branch.index.search(query, max(limit, _FUSED) if near else limit, skip)
         self._trim(grown)
-        return hits
+        return fuse(hits, near)[:limit]
 
     def missing(self, ids: Sequence[bytes]) -> int:
         """How many messages of the path the nearest index lacks."""
