@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from proxy.memory.ids import Doc, Hit
@@ -17,7 +18,7 @@ from proxy.search.fts import PageIndex
 from proxy.search.fusion import fuse
 
 if TYPE_CHECKING:  # an extra
-    from proxy.search.vectors import Encoder, VectorIndex
+    from proxy.search.vectors import Encoder, Vector, VectorIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
 _INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its own has its price
@@ -25,6 +26,15 @@ _STEP_BACK = 8  # messages an index is cut by before another branch gets an inde
 _FUSED = 200  # hits by words that a ranking by meaning is fused with
 
 DocsOf = Callable[[int, int], Iterable[Doc]]
+
+
+def make_encoder(embeddings: str) -> Encoder | None:
+    """The encoder of `search.embeddings` that is here, not upstream. ImportError without its extra."""
+    if embeddings != "static":
+        return None
+    from proxy.search.static import static_encoder
+
+    return static_encoder()
 
 
 class _Branch:
@@ -63,11 +73,11 @@ class _Branch:
         if due < len(ids):
             self.vectors.extend(new if due == same else list(docs(due, len(ids))), len(ids), encoder)
 
-    def nearest(self, query: str, encoder: Encoder) -> list[Hit]:
+    def nearest(self, query: str, vector: Vector | None) -> list[Hit]:
         """The pages of the path by meaning, best first."""
-        text, prior = self.index.prior(query)
-        vector = encoder.encode([text])[0]
-        return self.vectors.nearest(vector, prior) if self.vectors is not None and vector is not None else []
+        if self.vectors is None or vector is None:
+            return []
+        return self.vectors.nearest(vector, self.index.prior(query)[1])
 
 
 class PathIndexes:
@@ -87,24 +97,34 @@ class PathIndexes:
         query: str,
         limit: int,
         skip: Callable[[int, int], bool],
+        near: Sequence[Hit] = (),
     ) -> list[Hit]:
         """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
-        gives new pages.
+        gives new pages. `near`: the pages by meaning, where their vectors are not the encoder's own.
 
         Blocks while it indexes; may be called from any thread.
         """
         if not ids:
             return []
-        branch = self._branch(ids)
-        with branch.lock:
-            weight = branch.weight
-            branch.follow(ids, docs, self._encoder)
-            grown = branch.weight - weight
-            near = branch.nearest(query, self._encoder) if self._encoder is not None else []
+        with self._followed(ids, docs, self._encoder) as branch:
+            if self._encoder is not None:
+                vector = self._encoder.encode([branch.index.prior(query)[0]])[0]
+                near = branch.nearest(query, vector)
             near = [hit for hit in near if not skip(hit.position, hit.part)]
             hits = branch.index.search(query, max(limit, _FUSED) if near else limit, skip)
-        self._trim(grown)
         return fuse(hits, near)[:limit]
+
+    def asked(self, ids: Sequence[bytes], docs: DocsOf, query: str) -> str:
+        """What is to be encoded of a query about that path: not the names of its speakers."""
+        with self._followed(ids, docs, None) as branch:
+            return branch.index.prior(query)[0]
+
+    def nearest(
+        self, ids: Sequence[bytes], docs: DocsOf, query: str, vector: Vector, encoder: Encoder
+    ) -> list[Hit]:
+        """The pages of the path by meaning, best first, with vectors of that encoder's."""
+        with self._followed(ids, docs, encoder) as branch:
+            return branch.nearest(query, vector)
 
     def missing(self, ids: Sequence[bytes]) -> int:
         """How many messages of the path the nearest index lacks."""
@@ -117,6 +137,19 @@ class PathIndexes:
         with self._lock:
             self._roots.clear()
             self._pages = 0
+
+    @contextmanager
+    def _followed(
+        self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder | None
+    ) -> Iterator[_Branch]:
+        """The index of that path, up to date and held."""
+        branch = self._branch(ids)
+        with branch.lock:
+            weight = branch.weight
+            branch.follow(ids, docs, encoder)
+            grown = branch.weight - weight
+            yield branch
+        self._trim(grown)
 
     def _branch(self, ids: Sequence[bytes]) -> _Branch:
         """The index nearest to this path, or a new one rather than undoing another branch's."""

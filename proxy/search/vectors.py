@@ -44,13 +44,18 @@ class Encoder(Protocol):
         ...
 
 
-def whole(direction: NDArray[Any]) -> Vector:
+def whole(direction: NDArray[Any] | Sequence[float]) -> Vector:
     """A direction in whole numbers, SCALE long; NO_VECTOR for none."""
-    exact = direction.astype(np.float64)
+    exact = np.asarray(direction, np.float64)
     length = float(np.sqrt(exact @ exact))
     if not 0 < length < float("inf"):
         return NO_VECTOR
     return np.rint(exact * (SCALE / length)).astype(np.int16)
+
+
+def vector_of(data: bytes) -> Vector:
+    """The vector that was stored as these bytes (its `tobytes()`)."""
+    return np.frombuffer(data, "<i2") if len(data) % 2 == 0 else NO_VECTOR
 
 
 def page_text(doc: Doc) -> str:

@@ -11,21 +11,12 @@ Run from the repository's root, with the extra [semantic]:
 
 from __future__ import annotations
 
-import functools
-import random
-import time
 from collections.abc import Iterator
 
 from proxy.memory.ids import Doc, Hit
 from proxy.search.paths import PathIndexes
-from proxy.search.static import StaticEncoder
+from proxy.search.static import static_encoder
 from tests.bench.recall_memory import Message, Paged, _split
-from tests.bench.texts import WORDS
-
-
-@functools.cache
-def encoder() -> StaticEncoder:
-    return StaticEncoder()
 
 
 class Fused(Paged):
@@ -39,7 +30,7 @@ class Fused(Paged):
 class _Path:
     def __init__(self, messages: list[Message]) -> None:
         self._messages = messages
-        self._indexes = PathIndexes(10**9, encoder())
+        self._indexes = PathIndexes(10**9, static_encoder())
 
     def extend(self, docs: object) -> None:
         """The messages are read when they are searched."""
