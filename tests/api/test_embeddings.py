@@ -148,9 +148,11 @@ async def test_invariant_06_a_search_has_its_own_tenants_vectors(tmp_path: Path)
         assert (await here.near())[0].position == 4
         calls = len(here.endpoint.bodies)
         assert await here.near(tenant=OTHER) == [] and len(here.endpoint.bodies) == calls
-        here.submit(OTHER)
+        here.submit(OTHER, TALK[5:])
         await here.idle()
-        assert len(here.endpoint.texts[-1]) == len(TALK)  # none was shared
+        assert here.endpoint.texts[-1] == TALK[5:]  # none was shared ...
+        assert await here.near("And the cat?", OTHER) == []  # ... nor is the one that it has not
+        assert here.endpoint.texts[-1] == ["And the cat?"]
 
 
 async def test_invariant_07_a_search_finds_what_it_found_whatever_came_since(tmp_path: Path) -> None:
