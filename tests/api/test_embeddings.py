@@ -84,12 +84,12 @@ class Room:
         self.memory = Memory(config)
         self.embedder = Embedder(config, endpoint, self.memory)  # type: ignore[arg-type]
 
-    def pages(self, texts: Sequence[str] = TALK) -> PathPages:
+    def pages(self, tenant: TenantKey, texts: Sequence[str]) -> PathPages:
         raws = [(json.dumps(m).encode(), m) for m in ({"role": "user", "content": text} for text in texts)]
-        return PathPages(Identity(bytes(32)).extend(ONE, [], raws), get_counter("gpt-4o"), 1024)
+        return PathPages(Identity(bytes(32)).extend(tenant, [], raws), get_counter("gpt-4o"), 1024)
 
     def submit(self, tenant: TenantKey = ONE, texts: Sequence[str] = TALK) -> None:
-        self.embedder.submit(tenant, HEADERS, self.pages(texts))
+        self.embedder.submit(tenant, HEADERS, self.pages(tenant, texts))
 
     async def idle(self) -> None:
         """Until nothing is on its way."""
@@ -101,7 +101,7 @@ class Room:
         self, query: str = "Where is the feline?", tenant: TenantKey = ONE, texts: Sequence[str] = TALK
     ) -> list[Hit]:
         search = Search(query, 3, len(texts), lambda position, part: False)
-        return await self.embedder.near(tenant, HEADERS, search, self.pages(texts))
+        return await self.embedder.near(tenant, HEADERS, search, self.pages(tenant, texts))
 
 
 @asynccontextmanager
