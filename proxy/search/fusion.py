@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from proxy.memory.ids import Hit
 
-SHARE = 0.45  # of the meaning's best score, beside 1 for the best by words
+SHARE = 0.3  # of the meaning's best score, beside 1 for the best by words
 
 
 def fuse(lexical: Sequence[Hit], semantic: Sequence[Hit]) -> list[Hit]:
