@@ -42,8 +42,8 @@ from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
-_ENCODE_AT_ONCE = 12  # so does encoding more than this,
-_RANK_AT_ONCE = 4096  # or ranking the vectors of more
+_ENCODE_AT_ONCE = 8  # so does encoding more than this,
+_RANK_AT_ONCE = 2048  # or ranking the vectors of more
 _TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well

@@ -13,17 +13,17 @@ import pytest
 
 pytest.importorskip("numpy", reason="needs the extra [semantic]")
 
-from proxy.api.embeddings import Embedder  # noqa: E402
-from proxy.api.memory import Memory  # noqa: E402
-from proxy.config import load_config  # noqa: E402
-from proxy.conversation.effects import Search  # noqa: E402
-from proxy.conversation.pages import PathPages  # noqa: E402
-from proxy.conversation.tree import Identity, TenantKey  # noqa: E402
-from proxy.errors import ApiError  # noqa: E402
-from proxy.memory.ids import Hit  # noqa: E402
-from proxy.tokens import get_counter  # noqa: E402
-from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken  # noqa: E402
-from tests.search.test_vectors import Topics  # noqa: E402
+from proxy.api.embeddings import Embedder
+from proxy.api.memory import Memory
+from proxy.config import load_config
+from proxy.conversation.effects import Search
+from proxy.conversation.pages import PathPages
+from proxy.conversation.tree import Identity, TenantKey
+from proxy.errors import ApiError
+from proxy.memory.ids import Hit
+from proxy.tokens import get_counter
+from proxy.upstream import BytesReply, Header, Reply, UpstreamBroken
+from tests.search.test_vectors import Topics
 
 ONE, OTHER = TenantKey(b"one"), TenantKey(b"other")
 HEADERS: list[Header] = [(b"authorization", b"Bearer sk-client"), (b"cookie", b"a=1"), (b"content-length", b"9")]

@@ -14,15 +14,14 @@ import pytest
 
 pytest.importorskip("numpy", reason="needs the extra [semantic]")
 
-from tests.e2e.harness import (  # noqa: E402
+from tests.e2e.harness import (
     Answer,
     Hang,
     Recorded,
     Response,
     ServerProcess,
-    message_of,
 )
-from tests.e2e.script import (  # noqa: E402
+from tests.e2e.script import (
     Chat,
     Script,
     Stand,
@@ -31,7 +30,7 @@ from tests.e2e.script import (  # noqa: E402
     search,
     talk,
 )
-from tests.search.test_vectors import Topics  # noqa: E402
+from tests.search.test_vectors import Topics
 
 UPSTREAM = {"embeddings": "upstream", "embeddings_model": "small-embed", "embeddings_batch_pages": 8}
 TURNS = 12  # then the first ones have left the window

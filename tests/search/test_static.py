@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("wordllama", reason="needs the extra [semantic]")
 
-from proxy.memory.ids import Doc  # noqa: E402
-from proxy.search.paths import PathIndexes, make_encoder  # noqa: E402
-from proxy.search.static import StaticEncoder, static_encoder  # noqa: E402
-from proxy.search.vectors import SCALE  # noqa: E402
+from proxy.memory.ids import Doc
+from proxy.search.paths import PathIndexes, make_encoder
+from proxy.search.static import StaticEncoder, static_encoder
+from proxy.search.vectors import SCALE
 
 
 def likeness(a: str, b: str) -> float:
