@@ -42,8 +42,9 @@ from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
-_ENCODE_AT_ONCE = 8  # so does encoding more than this,
-_RANK_AT_ONCE = 2048  # or ranking the vectors of more
+_ENCODE_AT_ONCE = 8  # so does encoding more than this
+# or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
+_RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
 _TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
@@ -62,7 +63,7 @@ class Memory:
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder)
         self._at_once = _OFF_LOOP_MESSAGES if encoder is None else _ENCODE_AT_ONCE
-        self._ranked_at_once = _RANK_AT_ONCE if encoder is not None else sys.maxsize
+        self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:

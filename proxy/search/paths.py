@@ -61,17 +61,22 @@ class _Branch:
             if self.vectors is not None:
                 self.vectors.truncate(same)
         new = list(docs(same, len(ids))) if same < len(ids) else []
+        if encoder is not None:
+            self._encode(ids, docs, encoder, new, same)
         self.index.extend(new)
-        self.ids.extend(ids[same:])
-        if encoder is None:
-            return
+        self.ids.extend(ids[same:])  # last: who sees them will not wait for this
+
+    def _encode(
+        self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder, new: list[Doc], first: int
+    ) -> None:
+        """Bring the vectors to the path, of which `new` are the pages from message `first` on."""
         if self.vectors is None:
             from proxy.search.vectors import VectorIndex
 
             self.vectors = VectorIndex()
         due = self.vectors.due(encoder)
         if due < len(ids):
-            self.vectors.extend(new if due == same else list(docs(due, len(ids))), len(ids), encoder)
+            self.vectors.extend(new if due == first else list(docs(due, len(ids))), len(ids), encoder)
 
     def nearest(self, query: str, vector: Vector | None) -> list[Hit]:
         """The pages of the path by meaning, best first."""

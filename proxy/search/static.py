@@ -45,7 +45,7 @@ class StaticEncoder:
     def encode(self, texts: Sequence[str]) -> list[Vector]:
         """A vector each; NO_VECTOR for a text without tokens."""
         plain = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON may carry lone surrogates
-        found = self._tokenizer.encode_batch(plain, add_special_tokens=False)
+        found = self._tokenizer.encode_batch_fast(plain, add_special_tokens=False)
         return [self._sum(encoding.ids) for encoding in found]
 
     def _sum(self, ids: list[int]) -> Vector:

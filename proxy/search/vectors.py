@@ -117,7 +117,8 @@ class VectorIndex:
         rows = len(self._keys)
         if not rows or len(query) != self._rows.shape[1]:
             return []
-        own = (self._rows[:rows] @ query.astype(np.float32)).astype(np.float64)
+        # Not `@`: a BLAS wakes its threads for it, which cost ten times what they do.
+        own = np.einsum("ij,j->i", self._rows[:rows], query.astype(np.float32)).astype(np.float64)
         near = own * WEIGHTS[0]
         for step, weight in enumerate(WEIGHTS[1:], 1):
             near[step:] += weight * own[:-step]

@@ -53,7 +53,7 @@ class _Path:
 def main() -> None:
     """CPU milliseconds by words alone and with vectors: indexing a thousand messages, then a search; and the
     most that is done at once on the event loop: `_ENCODE_AT_ONCE` new messages behind `_RANK_AT_ONCE`."""
-    texts, at_once, most = Texts("semantic"), memory._ENCODE_AT_ONCE, memory._RANK_AT_ONCE
+    texts, at_once, most = Texts("semantic"), memory._ENCODE_AT_ONCE, memory._RANK_AT_ONCE["static"]
     docs = [Doc(i, 0, "user", "", texts.text(400)) for i in range(most)]
     ids = [b"%d" % i for i in range(most)]
     static_encoder().encode(["read"])
