@@ -148,31 +148,32 @@ class Embedder:
         key = memory.identity.near(tenant, self._model, ids[-1], effect.query)
         stored = memory.store.get(key)
         if stored is None:
-            found, puts = await self._found(self._caller(tenant, headers), effect.query, ids, pages)
+            found, puts = await self._found(self._caller(tenant, headers), effect, ids, pages)
             stored = msgspec.msgpack.encode(found)
             if await memory.store.commit(puts, adds=[(key, stored)]):  # another replica was first
                 stored = memory.store.get(key) or stored
         return _read_hits(stored)
 
     async def _found(
-        self, caller: _Caller, query: str, ids: list[bytes], pages: PathPages
+        self, caller: _Caller, effect: Search, ids: list[bytes], pages: PathPages
     ) -> tuple[list[Hit], list[tuple[bytes, bytes]]]:
         """The pages, and what is learned of the endpoint."""
         health = self._health(caller.tenant)
         if health.owed:
             return [], []
         indexes, wait_s = self._memory.indexes, self._config.embeddings_wait_ms / 1000
-        text = await asyncio.to_thread(indexes.asked, ids, pages.docs, query)
+        texts = await asyncio.to_thread(indexes.asked, ids, pages.docs, effect.query)
         try:
             async with asyncio.timeout(wait_s):
-                (vector,) = await self._embed([text], caller.headers)
+                vectors = await self._embed(texts, caller.headers)
         except (*_FAILURES, TimeoutError) as error:
             log.warning("a search is by words only: %s", str(error) or f"no vector within {wait_s:g} s")
             late = min(health.late + 1, _MOST_LATE)
             return [], [self._health_put(caller.tenant, _Health(health.version, late, 2**late))]
         puts = [self._health_put(caller.tenant, _Health(health.version, 0, 0))] if health.late else []
         stored = _Stored(self, caller.tenant, health.version)
-        return await asyncio.to_thread(indexes.nearest, ids, pages.docs, query, vector, stored), puts
+        work = (ids, pages.docs, effect.query, vectors, stored)
+        return await asyncio.to_thread(indexes.nearest, *work), puts
 
     # -- after the answer
 
@@ -271,8 +272,6 @@ class Embedder:
             await reply.close()
         if reply.status >= 400:
             raise _Refused(reply.status)
-        if len(texts) == 1:
-            return _vectors(data, 1)
         return await asyncio.to_thread(_vectors, data, len(texts))
 
 

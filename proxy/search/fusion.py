@@ -1,4 +1,4 @@
-"""Two rankings of the same pages in one: by words and by meaning.
+"""Several rankings of the same pages in one: by words and by meaning, of several questions.
 
 Promises: pure and deterministic; without the second list the first stays as it is; a page's evidence is
 that of its words: likeness alone is no reason to bring a page in unasked.
@@ -9,11 +9,22 @@ fusion) LoCoMo loses what BEAM gains (tests/bench/recall_semantic.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from proxy.memory.ids import Hit
 
 SHARE = 0.3  # of the meaning's best score, beside 1 for the best by words
+
+
+def merge(rankings: Sequence[Sequence[Hit]]) -> list[Hit]:
+    """Several questions' pages in one list, best first: a page is worth what it is worth to the best of
+    them, relative to that question's best."""
+    found: dict[tuple[int, int], Hit] = {}
+    for ranking in filter(None, rankings):
+        for hit in ranking:
+            here = hit._replace(score=hit.score / ranking[0].score)
+            found[hit[:2]] = max(here, found.get(hit[:2], here))
+    return _ordered(found.values())
 
 
 def fuse(lexical: Sequence[Hit], semantic: Sequence[Hit]) -> list[Hit]:
@@ -27,4 +38,8 @@ def fuse(lexical: Sequence[Hit], semantic: Sequence[Hit]) -> list[Hit]:
         place = hit.position, hit.part
         known = found.get(place, Hit(*place, 0.0))
         found[place] = known._replace(score=known.score + share * hit.score)
-    return sorted(found.values(), key=lambda hit: (-hit.score, -hit.position, hit.part))
+    return _ordered(found.values())
+
+
+def _ordered(hits: Iterable[Hit]) -> list[Hit]:
+    return sorted(hits, key=lambda hit: (-hit.score, -hit.position, hit.part))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from proxy.memory.ids import Doc, Hit
 from proxy.search.fts import PageIndex
-from proxy.search.fusion import fuse
+from proxy.search.fusion import fuse, merge
 
 if TYPE_CHECKING:  # an extra
     from proxy.search.vectors import Encoder, Vector, VectorIndex
@@ -25,6 +25,7 @@ _INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its ow
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
 _FUSED = 200  # hits by words that a ranking by meaning is fused with
 
+Query = str | Sequence[str]  # several are questions of their own, merged
 DocsOf = Callable[[int, int], Iterable[Doc]]
 
 
@@ -78,11 +79,15 @@ class _Branch:
         if due < len(ids):
             self.vectors.extend(new if due == first else list(docs(due, len(ids))), len(ids), encoder)
 
-    def nearest(self, query: str, vector: Vector | None) -> list[Hit]:
+    def asked(self, queries: Query) -> list[str]:
+        """What is to be encoded of each query: not the names of the speakers."""
+        return [self.index.prior(query)[0] for query in _each(queries)]
+
+    def nearest(self, queries: Query, vectors: Sequence[Vector | None]) -> list[Hit]:
         """The pages of the path by meaning, best first."""
-        if self.vectors is None or vector is None:
-            return []
-        return self.vectors.nearest(vector, self.index.prior(query)[1])
+        asked = zip(_each(queries), vectors, strict=True)
+        found, index = self.vectors, self.index
+        return merge([found.nearest(v, index.prior(q)[1]) for q, v in asked if found and v is not None])
 
 
 class PathIndexes:
@@ -99,7 +104,7 @@ class PathIndexes:
         self,
         ids: Sequence[bytes],
         docs: DocsOf,
-        query: str,
+        query: Query,
         limit: int,
         skip: Callable[[int, int], bool],
         near: Sequence[Hit] = (),
@@ -113,23 +118,23 @@ class PathIndexes:
             return []
         with self._followed(ids, docs, self._encoder) as branch:
             if self._encoder is not None:
-                vector = self._encoder.encode([branch.index.prior(query)[0]])[0]
-                near = branch.nearest(query, vector)
+                near = branch.nearest(query, self._encoder.encode(branch.asked(query)))
             near = [hit for hit in near if not skip(hit.position, hit.part)]
-            hits = branch.index.search(query, max(limit, _FUSED) if near else limit, skip)
+            words = query if isinstance(query, str) else " ".join(query)
+            hits = branch.index.search(words, max(limit, _FUSED) if near else limit, skip)
         return fuse(hits, near)[:limit]
 
-    def asked(self, ids: Sequence[bytes], docs: DocsOf, query: str) -> str:
-        """What is to be encoded of a query about that path: not the names of its speakers."""
+    def asked(self, ids: Sequence[bytes], docs: DocsOf, query: Query) -> list[str]:
+        """What is to be encoded of each query about that path."""
         with self._followed(ids, docs, None) as branch:
-            return branch.index.prior(query)[0]
+            return branch.asked(query)
 
     def nearest(
-        self, ids: Sequence[bytes], docs: DocsOf, query: str, vector: Vector, encoder: Encoder
+        self, ids: Sequence[bytes], docs: DocsOf, query: Query, vectors: Sequence[Vector], encoder: Encoder
     ) -> list[Hit]:
-        """The pages of the path by meaning, best first, with vectors of that encoder's."""
+        """The pages of the path by meaning, best first: of the queries' vectors, with the encoder's of pages."""
         with self._followed(ids, docs, encoder) as branch:
-            return branch.nearest(query, vector)
+            return branch.nearest(query, vectors)
 
     def missing(self, ids: Sequence[bytes]) -> int:
         """How many messages of the path the nearest index lacks."""
@@ -180,6 +185,10 @@ class PathIndexes:
             while self._pages > self._limit and len(self._roots) > 1:
                 _, branches = self._roots.popitem(last=False)
                 self._pages -= sum(branch.weight for branch in branches)
+
+
+def _each(query: Query) -> Sequence[str]:
+    return (query,) if isinstance(query, str) else query
 
 
 def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:

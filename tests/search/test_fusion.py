@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory.ids import Hit
-from proxy.search.fusion import SHARE, fuse
+from proxy.search.fusion import SHARE, fuse, merge
 from tests.examples import examples
 
 
@@ -23,6 +23,11 @@ def test_what_is_near_rises_and_what_is_only_near_is_no_evidence() -> None:
 
 def test_a_question_without_a_word_in_common_has_the_near_pages_alone() -> None:
     assert fuse([], [Hit(4, 2, 8.0), Hit(5, 0, 4.0)]) == [Hit(4, 2, SHARE), Hit(5, 0, SHARE / 2)]
+
+
+def test_of_several_questions_a_page_has_what_it_is_worth_to_the_best() -> None:
+    merged = merge([[Hit(1, 0, 10.0), Hit(2, 0, 5.0)], [], [Hit(2, 0, 2.0), Hit(3, 0, 1.0)]])
+    assert merged == [Hit(2, 0, 1.0), Hit(1, 0, 1.0), Hit(3, 0, 0.5)] and merge([]) == []
 
 
 hits = st.lists(

@@ -164,7 +164,7 @@ def test_a_speaker_who_is_named_is_preferred_and_not_encoded() -> None:
     found = talk.search(indexes, "Which tune does Ben's band play?", limit=10)
     assert "Which tune does band play?" in encoder.asked
     assert {hit.position % 2 for hit in found[:5]} == {1}
-    assert indexes.asked(talk.ids, lambda a, b: talk.docs[a:b], "Ann sings?") == "sings?"
+    assert indexes.asked(talk.ids, lambda a, b: talk.docs[a:b], "Ann sings?") == ["sings?"]
 
 
 def test_invariant_06_no_branch_finds_or_feels_another_by_meaning() -> None:
@@ -187,9 +187,9 @@ def test_vectors_of_elsewhere_are_read_for_one_search_and_fused_in_the_next() ->
 
     query = Topics()._one("boat")
     assert talk.search(indexes, "boat") == []
-    assert indexes.nearest(talk.ids, docs, "boat", query, stored) == []
+    assert indexes.nearest(talk.ids, docs, "boat", [query], stored) == []
     stored.unknown, stored.version = set(), b"2"
-    found = indexes.nearest(talk.ids, docs, "boat", query, stored)
+    found = indexes.nearest(talk.ids, docs, "boat", [query], stored)
     assert found[0].position == 10
     fused = indexes.search(talk.ids, docs, "boat", 2, lambda position, part: position == 10, found)
     assert [hit.position for hit in fused] == [11, 9]
