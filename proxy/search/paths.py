@@ -25,6 +25,8 @@ _INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its ow
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
 _FUSED = 200  # hits by words that a ranking by meaning is fused with
 
+_QUERIES = 6  # of one search, that are read
+
 Query = str | Sequence[str]  # several are questions of their own, merged
 DocsOf = Callable[[int, int], Iterable[Doc]]
 
@@ -188,7 +190,7 @@ class PathIndexes:
 
 
 def _each(query: Query) -> Sequence[str]:
-    return (query,) if isinstance(query, str) else query
+    return (query,) if isinstance(query, str) else query[:_QUERIES]
 
 
 def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:
