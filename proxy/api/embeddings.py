@@ -39,6 +39,7 @@ _PATH = "/embeddings"
 _ANSWER_LIMIT_BYTES = 64 << 20
 _CALLERS = 1024  # tenants whose credentials, waits and places are remembered
 _PLACES = 4096  # of histories whose pages were looked up, per tenant
+_TRIES = 5  # in a row, before a tenant's pages leave the queue
 _LONGEST_WAIT_S = 600.0
 _MOST_LATE = 8  # 2 ** 8 calls owed
 _FAILURES = (ApiError, UpstreamBroken, ValueError)
@@ -88,6 +89,7 @@ class _Caller:
         self.waiting: OrderedDict[bytes, str] = OrderedDict()  # storage key -> text
         self.places: LRUCache[bytes, bool] = LRUCache(_PLACES)
         self.failures = 0  # in a row, in the background
+        self.rests_until_s = 0.0
         self.task: asyncio.Task[None] | None = None
 
 
@@ -180,6 +182,8 @@ class Embedder:
     def submit(self, tenant: TenantKey, headers: Sequence[Header], pages: PathPages) -> None:
         """Have the pages of that path embedded which are not yet."""
         caller = self._caller(tenant, headers)
+        if caller.rests_until_s > asyncio.get_running_loop().time():
+            return
         if self._waiting < self._config.embeddings_queue_pages and len(self._tasks) < _CALLERS:
             self._start(self._look(caller, pages))
 
@@ -234,9 +238,14 @@ class Embedder:
                 size, caller.failures = min(most, 2 * size), 0
             except (*_FAILURES, TimeoutError, StorageError) as error:
                 log.warning("%d pages are not embedded yet: %s", len(keys), str(error) or "no answer in time")
-                await asyncio.sleep(min(_LONGEST_WAIT_S, 2.0**min(caller.failures, 10)))
+                too_much = isinstance(error, _Refused) and error.status in _TOO_MUCH
+                wait_s = min(_LONGEST_WAIT_S, 2.0**min(caller.failures, 10))
                 caller.failures += 1
-                if not (isinstance(error, _Refused) and error.status in _TOO_MUCH):
+                if caller.failures >= _TRIES and not too_much:
+                    self._give_up(caller, wait_s)
+                    return
+                await asyncio.sleep(wait_s)
+                if not too_much:
                     continue
                 if size > 1:
                     size //= 2
@@ -245,6 +254,13 @@ class Embedder:
                     await self._keep(caller.tenant, keys, [NO_VECTOR])
             for key in keys:
                 self._waiting -= caller.waiting.pop(key, None) is not None
+
+    def _give_up(self, caller: _Caller, wait_s: float) -> None:
+        """Leave the queue to others: a turn of its own after so many seconds looks its pages up again."""
+        self._waiting -= len(caller.waiting)
+        caller.waiting.clear()
+        caller.places.clear()
+        caller.rests_until_s = asyncio.get_running_loop().time() + wait_s
 
     async def _turn(self, pages: int) -> None:
         """Wait until so many pages may be sent."""
@@ -263,7 +279,8 @@ class Embedder:
 
     async def _embed(self, texts: Sequence[str], headers: Sequence[Header]) -> list[Vector]:
         """A vector for each text. Raises ValueError for an answer that has none."""
-        body = msgspec.json.encode({"model": self._model, "input": texts})
+        plain = [text.encode("utf-8", "replace").decode() for text in texts]  # it may carry lone surrogates
+        body = msgspec.json.encode({"model": self._model, "input": plain})
         sent = [*headers, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         reply = await self._upstream.forward("POST", _PATH, b"", sent, _once(body))
         try:

@@ -227,6 +227,21 @@ async def test_what_fails_is_tried_again_after_longer_and_longer(
         assert (await here.near(texts=TALK[:5]))[0].position == 4
 
 
+async def test_a_tenant_whose_calls_all_fail_leaves_the_queue_to_others(tmp_path: Path, waits: list[float]) -> None:
+    refusing = Endpoint(lambda body: BytesReply(401, [], b"{}"))
+    async with room(tmp_path, refusing, embeddings_pages_per_minute=10**9) as here:
+        here.submit()
+        await here.idle()
+        assert here.embedder._waiting == 0 and waits == [1, 2, 4, 8] and len(here.endpoint.bodies) == 5
+        here.submit()  # it rests
+        await here.idle()
+        assert len(here.endpoint.bodies) == 5
+        here.endpoint.answers = embedded
+        here.submit(OTHER, ["A \ud800 cat"])
+        await here.idle()
+        assert here.endpoint.texts[5:] == [["A ? cat"]]
+
+
 async def test_a_page_that_is_refused_by_itself_costs_the_others_nothing(
     tmp_path: Path, waits: list[float]
 ) -> None:
