@@ -459,7 +459,9 @@ class MemoryManager:
 
     def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
         ids = pages.index_keys(effect.before)
-        return self._indexes.search(ids, pages.docs, effect.query, effect.limit, effect.skip)
+        return self._indexes.search(
+            ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s
+        )
 
 
 def _field(value: Any, name: str) -> Any:

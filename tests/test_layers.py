@@ -68,6 +68,7 @@ IMPORTERS: dict[str, set[str]] = {
     "pydantic_settings": {"config"},  # the sources of the settings
     "rich": {"demo"},
     "starlette": {"api"},
+    "stop_words": {"search"},
     "tiktoken": {"tokens"},
     "tokenizers": {"search"},  # the extra [semantic]
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
@@ -195,7 +196,7 @@ def test_dependencies_are_what_is_imported() -> None:
     optional = {line.partition(">=")[0] for line in project["optional-dependencies"]["semantic"]}
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]} | optional
     names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
-             "pydantic-settings": "pydantic_settings"}  # fmt: skip
+             "pydantic-settings": "pydantic_settings", "stop-words": "stop_words"}  # fmt: skip
     declared = {names.get(name, name) for name in declared}
     imported = set()
     for path in MODULES:

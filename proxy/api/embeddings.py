@@ -147,7 +147,7 @@ class Embedder:
         if not ids:
             return []
         memory = self._memory
-        key = memory.identity.near(tenant, self._model, ids[-1], effect.query)
+        key = memory.identity.near(tenant, self._model, ids[-1], repr(list(effect.queries)))
         stored = memory.store.get(key)
         if stored is None:
             found, puts = await self._found(self._caller(tenant, headers), effect, ids, pages)
@@ -164,7 +164,7 @@ class Embedder:
         if health.owed:
             return [], []
         indexes, wait_s = self._memory.indexes, self._config.embeddings_wait_ms / 1000
-        texts = await asyncio.to_thread(indexes.asked, ids, pages.docs, effect.query)
+        texts = await asyncio.to_thread(indexes.asked, ids, pages.docs, effect.queries)
         try:
             async with asyncio.timeout(wait_s):
                 vectors = await self._embed(texts, caller.headers)
@@ -174,7 +174,7 @@ class Embedder:
             return [], [self._health_put(caller.tenant, _Health(health.version, late, 2**late))]
         puts = [self._health_put(caller.tenant, _Health(health.version, 0, 0))] if health.late else []
         stored = _Stored(self, caller.tenant, health.version)
-        work = (ids, pages.docs, effect.query, vectors, stored)
+        work = (ids, pages.docs, effect.queries, vectors, stored)
         return await asyncio.to_thread(indexes.nearest, *work), puts
 
     # -- after the answer

@@ -133,7 +133,7 @@ class Memory:
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
-        work = (ids, pages.docs, effect.query, effect.limit, effect.skip, near)
+        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
         if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
             return await asyncio.to_thread(self.indexes.search, *work)
         return self.indexes.search(*work)

@@ -22,6 +22,7 @@ from proxy.memory.prefetcher import (
     fresh_terms,
     was_used,
 )
+from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 
 if TYPE_CHECKING:
     from proxy.conversation.turn_window import TurnWindow
@@ -102,7 +103,9 @@ def _search(turn: TurnWindow, limit: int) -> Search:
         found = table.lookup(pages.id_of(position, part))
         return bool(found and found.tier is StorageTier.L0 and not found.level)
 
-    return Search(turn.query, limit, len(pages.path) - 1, is_resident)
+    newest = len(pages.path) - 1
+    earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
+    return Search(search_queries(turn.query, earlier), limit, newest, is_resident)
 
 
 def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:

@@ -272,7 +272,7 @@ class VMCalls:
         before += any(self._outside(i) for i in self._pages[before].ids)  # it was cut: search it too
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
-        hits: list[Hit] = yield Search(args.query, wide, before, self._loaded_at)
+        hits: list[Hit] = yield Search([args.query], wide, before, self._loaded_at)
         entries: dict[str, SearchResultEntry] = {}
         for hit in hits:
             page_id = self._pages.id_of(hit.position, hit.part)

@@ -10,20 +10,19 @@ fusion) LoCoMo loses what BEAM gains (tests/bench/recall_semantic.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from proxy.memory.ids import Hit
 
 SHARE = 0.3  # of the meaning's best score, beside 1 for the best by words
 
 
-def merge(rankings: Sequence[Sequence[Hit]]) -> list[Hit]:
-    """Several questions' pages in one list, best first: a page is worth what it is worth to the best of
-    them, relative to that question's best."""
+def merge(rankings: Iterable[Sequence[Hit]]) -> list[Hit]:
+    """Several questions' pages in one list, best first: a page is worth what it is worth to the one it
+    answers best. Likenesses to several questions are in one unit, so small talk does not count as much."""
     found: dict[tuple[int, int], Hit] = {}
-    for ranking in filter(None, rankings):
-        for hit in ranking:
-            here = hit._replace(score=hit.score / ranking[0].score)
-            found[hit[:2]] = max(here, found.get(hit[:2], here))
+    for hit in chain.from_iterable(rankings):
+        found[hit[:2]] = max(hit, found.get(hit[:2], hit))
     return _ordered(found.values())
 
 

@@ -14,20 +14,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from proxy.memory.ids import Doc, Hit
-from proxy.search.fts import PageIndex
+from proxy.memory.questions import Query
+from proxy.search.fts import QUERIES, PageIndex
 from proxy.search.fusion import fuse, merge
 
 if TYPE_CHECKING:  # an extra
     from proxy.search.vectors import Encoder, Vector, VectorIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
-_INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its own has its price
+_INDEX_PAGES = 1  # what an empty index weighs, in pages
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
 _FUSED = 200  # hits by words that a ranking by meaning is fused with
 
-_QUERIES = 6  # of one search, that are read
-
-Query = str | Sequence[str]  # several are questions of their own, merged
+Queries = str | Sequence[str | Query]  # as `PageIndex.search` takes them
 DocsOf = Callable[[int, int], Iterable[Doc]]
 
 
@@ -81,11 +80,11 @@ class _Branch:
         if due < len(ids):
             self.vectors.extend(new if due == first else list(docs(due, len(ids))), len(ids), encoder)
 
-    def asked(self, queries: Query) -> list[str]:
+    def asked(self, queries: Queries) -> list[str]:
         """What is to be encoded of each query: not the names of the speakers."""
         return [self.index.prior(query)[0] for query in _each(queries)]
 
-    def nearest(self, queries: Query, vectors: Sequence[Vector | None]) -> list[Hit]:
+    def nearest(self, queries: Queries, vectors: Sequence[Vector | None]) -> list[Hit]:
         """The pages of the path by meaning, best first."""
         asked = zip(_each(queries), vectors, strict=True)
         found, index = self.vectors, self.index
@@ -106,13 +105,15 @@ class PathIndexes:
         self,
         ids: Sequence[bytes],
         docs: DocsOf,
-        query: Query,
+        queries: Queries,
         limit: int,
         skip: Callable[[int, int], bool],
+        seen_s: Callable[[int], int] | None = None,
         near: Sequence[Hit] = (),
     ) -> list[Hit]:
         """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
-        gives new pages. `near`: the pages by meaning, where their vectors are not the encoder's own.
+        gives new pages; `near` are the pages by meaning, where their vectors are not the encoder's own; the
+        rest is as `PageIndex.search` takes it.
 
         Blocks while it indexes; may be called from any thread.
         """
@@ -120,23 +121,23 @@ class PathIndexes:
             return []
         with self._followed(ids, docs, self._encoder) as branch:
             if self._encoder is not None:
-                near = branch.nearest(query, self._encoder.encode(branch.asked(query)))
+                near = branch.nearest(queries, self._encoder.encode(branch.asked(queries)))
             near = [hit for hit in near if not skip(hit.position, hit.part)]
-            words = query if isinstance(query, str) else " ".join(query)
-            hits = branch.index.search(words, max(limit, _FUSED) if near else limit, skip)
+            wide = max(limit, _FUSED) if near else limit
+            hits = branch.index.search(queries, wide, skip, seen_s)
         return fuse(hits, near)[:limit]
 
-    def asked(self, ids: Sequence[bytes], docs: DocsOf, query: Query) -> list[str]:
+    def asked(self, ids: Sequence[bytes], docs: DocsOf, queries: Queries) -> list[str]:
         """What is to be encoded of each query about that path."""
         with self._followed(ids, docs, None) as branch:
-            return branch.asked(query)
+            return branch.asked(queries)
 
     def nearest(
-        self, ids: Sequence[bytes], docs: DocsOf, query: Query, vectors: Sequence[Vector], encoder: Encoder
+        self, ids: Sequence[bytes], docs: DocsOf, queries: Queries, vectors: Sequence[Vector], encoder: Encoder
     ) -> list[Hit]:
         """The pages of the path by meaning, best first: of the queries' vectors, with the encoder's of pages."""
         with self._followed(ids, docs, encoder) as branch:
-            return branch.nearest(query, vectors)
+            return branch.nearest(queries, vectors)
 
     def missing(self, ids: Sequence[bytes]) -> int:
         """How many messages of the path the nearest index lacks."""
@@ -189,8 +190,10 @@ class PathIndexes:
                 self._pages -= sum(branch.weight for branch in branches)
 
 
-def _each(query: Query) -> Sequence[str]:
-    return (query,) if isinstance(query, str) else query[:_QUERIES]
+def _each(queries: Queries) -> list[str]:
+    """What each of them asks: its context would make it like everything else."""
+    several = [queries] if isinstance(queries, str) else queries[:QUERIES]
+    return [query if isinstance(query, str) else query.text for query in several]
 
 
 def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:

@@ -100,7 +100,7 @@ class Room:
     async def near(
         self, query: str = "Where is the feline?", tenant: TenantKey = ONE, texts: Sequence[str] = TALK
     ) -> list[Hit]:
-        search = Search(query, 3, len(texts), lambda position, part: False)
+        search = Search([query], 3, len(texts), lambda position, part: False)
         return await self.embedder.near(tenant, HEADERS, search, self.pages(tenant, texts))
 
 

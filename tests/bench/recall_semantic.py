@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from proxy.api import memory
 from proxy.memory.ids import Doc, Hit
-from proxy.search.paths import PathIndexes
+from proxy.search.paths import PathIndexes, Queries
 from proxy.search.static import static_encoder
 from tests.bench.recall_memory import Message, Paged, _split
 from tests.bench.texts import Texts
@@ -31,6 +31,10 @@ class Fused(Paged):
         self._index = _Path(self._messages)  # type: ignore[assignment]
 
 
+def _nothing(position: int, part: int) -> bool:
+    return False
+
+
 class _Path:
     def __init__(self, messages: list[Message]) -> None:
         self._messages = messages
@@ -39,9 +43,11 @@ class _Path:
     def extend(self, docs: object) -> None:
         """The messages are read when they are searched."""
 
-    def search(self, query: str, limit: int) -> list[Hit]:
+    def search(
+        self, queries: Queries, limit: int, skip: None, seen_s: Callable[[int], int]
+    ) -> list[Hit]:
         ids = [b"%d" % message.id for message in self._messages]
-        return self._indexes.search(ids, self._docs, query, limit, lambda position, part: False)
+        return self._indexes.search(ids, self._docs, queries, limit, _nothing, seen_s)
 
     def _docs(self, first: int, last: int) -> Iterator[Doc]:
         for message in self._messages[first:last]:
@@ -60,7 +66,7 @@ def main() -> None:
 
     def measured(indexes: PathIndexes, count: int, query: str) -> float:
         start = time.process_time()
-        indexes.search(ids[:count], lambda a, b: docs[a:b], query, 20, lambda position, part: False)
+        indexes.search(ids[:count], lambda a, b: docs[a:b], query, 20, _nothing)
         return 1e3 * (time.process_time() - start)
 
     print(f"{'':28}{'1,000 messages':>16}{'search':>10}{'at once':>10}")

@@ -240,7 +240,7 @@ class Player:
                 elif isinstance(effect, Search):
                     ids = turn.pages.index_keys(effect.before)
                     reply = ids and self.indexes.search(
-                        ids, turn.pages.docs, effect.query, effect.limit, effect.skip
+                        ids, turn.pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s
                     )
                 else:
                     assert isinstance(effect, Load)

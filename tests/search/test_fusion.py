@@ -26,8 +26,8 @@ def test_a_question_without_a_word_in_common_has_the_near_pages_alone() -> None:
 
 
 def test_of_several_questions_a_page_has_what_it_is_worth_to_the_best() -> None:
-    merged = merge([[Hit(1, 0, 10.0), Hit(2, 0, 5.0)], [], [Hit(2, 0, 2.0), Hit(3, 0, 1.0)]])
-    assert merged == [Hit(2, 0, 1.0), Hit(1, 0, 1.0), Hit(3, 0, 0.5)] and merge([]) == []
+    merged = merge([[Hit(1, 0, 10.0), Hit(2, 0, 1.0)], [], [Hit(2, 0, 2.0), Hit(3, 0, 1.0)]])
+    assert merged == [Hit(1, 0, 10.0), Hit(2, 0, 2.0), Hit(3, 0, 1.0)] and merge([]) == []
 
 
 hits = st.lists(

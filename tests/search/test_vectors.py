@@ -191,5 +191,5 @@ def test_vectors_of_elsewhere_are_read_for_one_search_and_fused_in_the_next() ->
     stored.unknown, stored.version = set(), b"2"
     found = indexes.nearest(talk.ids, docs, "boat", [query], stored)
     assert found[0].position == 10
-    fused = indexes.search(talk.ids, docs, "boat", 2, lambda position, part: position == 10, found)
+    fused = indexes.search(talk.ids, docs, "boat", 2, lambda position, part: position == 10, near=found)
     assert [hit.position for hit in fused] == [11, 9]
