@@ -13,6 +13,7 @@ stand as they were said, behind rules that stay the same (as long as these fit, 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -440,6 +441,7 @@ class MemoryManager:
             substitutes=self._substitutes,
             get_record=self._get,
             capabilities=lambda: self._capabilities,
+            now_s=time.time(),
             changes=self._changes,
             given_answers=True,
         )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
@@ -276,6 +278,8 @@ class ChatApi:
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
+                    else:
+                        reply = replace(reply, ended_s=time.time())
                 elif isinstance(effect, Append):
                     stored = await self._append(effect, context)
                     reply, appended = None, True

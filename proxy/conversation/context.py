@@ -49,7 +49,7 @@ class TurnContext:
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     seen: Callable[[], Seen] = Seen  # asked only after a refusal
     calibration: Callable[[], Calibration] | None = None  # of the model's bills, as it is stored now
-    now_s: float = 0.0  # Unix time, for what upstream lets expire
+    now_s: float = 0.0  # Unix time: of the request, and for what upstream lets expire
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
     changes: Sequence[PageMutation] = ()  # a library's caller's pins and importances, for the log
     observed: bool = True  # somebody reads the report's page lists

@@ -59,6 +59,7 @@ class Said:
     response: dict[str, Any] | None = None
     shown: dict[str, Any] | None = None
     unread: bool = False
+    ended_s: float = 0.0  # when the answer was there (Unix time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
+from proxy.conversation.timeline import Timeline
 from proxy.memory.eviction import AntiThrashPolicy
 from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, StorageTier
@@ -105,7 +106,8 @@ def _search(turn: TurnWindow, limit: int) -> Search:
 
     newest = len(pages.path) - 1
     earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
-    return Search(search_queries(turn.query, earlier), limit, newest, is_resident)
+    seen_s = Timeline(pages, newest, turn.context).seen_s
+    return Search(search_queries(turn.query, earlier), limit, newest, is_resident, seen_s)
 
 
 def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:

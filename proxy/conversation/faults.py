@@ -30,9 +30,9 @@ from proxy.conversation.textcalls import (
     said_text,
     unwrapped,
 )
+from proxy.conversation.timeline import Timeline
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import VM, Entry
-from proxy.memory.compressor import compress_text
 from proxy.memory.context import context_parts
 from proxy.memory.faults import PageFaultHandler, Room
 from proxy.memory.ids import Hit
@@ -45,6 +45,7 @@ from proxy.memory.models import (
     PageMutation,
     StorageTier,
 )
+from proxy.memory.passages import passage
 from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,
@@ -64,6 +65,7 @@ _NAME_CHARS = 64  # of a function's name, by the API
 _ERROR_TOKENS = 64  # a VM result that says no
 _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
 _DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
+_LEAST_SNIPPET_TOKENS = 24  # of a result, however little room there is
 _MEDIA_OVERHEAD = 48  # the message around a page's media, and its notice
 _MEDIA_NOTICE = "The media of the pages just loaded, in the order of the calls:"
 _json = msgspec.json.encode
@@ -257,7 +259,8 @@ class VMCalls:
         if self._pages.medium(ids[0]) is not None:
             within = Room(room.tokens, room.spare_tokens - _MEDIA_OVERHEAD)
             level = level if media else max(level, CompressionLevel.ABSTRACT)
-        result = yield from self._handler.resolve(page_id, level, self._paging.fault_reason, within)
+        reason, asked = self._paging.fault_reason, self._asked_about() if within is room else ()
+        result = yield from self._handler.resolve(page_id, level, reason, within, asked)
         if result.resident:
             self.faults.append(FaultReport(page_id, int(level), 0))
             return self._says(f"{page_id} is already loaded: you have it above.", room)
@@ -265,32 +268,47 @@ class VMCalls:
             return self._error(page_id, level, result.error or "", room)
         shown = int(result.page.compression_level)
         self.faults.append(FaultReport(page_id, shown, result.tokens, refault=result.refault))
-        return self._handler.build_tool_result(result.page).model_dump_json(), result.parts
+        return self._handler.build_tool_result(result.page, level).model_dump_json(), result.parts
+
+    def _asked_about(self) -> list[str]:
+        """What a page is asked for: the last search of this turn, and the user's newest message."""
+        path = self._pages.path
+        user = next((p for p in range(len(path) - 1, -1, -1) if path[p].role == "user"), None)
+        searched = [search.query for search in self.searches[-1:]]
+        return list(filter(None, [*searched, "" if user is None else self._pages[user].own_text]))
 
     def _search(self, args: SearchArgs, room: Room) -> Generator[Effect, Any, str]:
         before = len(self._pages.path) - 1
         before += any(self._outside(i) for i in self._pages[before].ids)  # it was cut: search it too
+        timeline = Timeline(self._pages, before, self._paging.context)
+        positions, note = timeline.positions(args)
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
-        hits: list[Hit] = yield Search([args.query], wide, before, self._loaded_at)
+        hits: list[Hit] = yield Search(
+            [args.query], wide, before, lambda p, part: p not in positions or self._loaded_at(p, part), timeline.seen_s
+        )
+        left = self._handler.tokens_left or 0
+        most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)
         entries: dict[str, SearchResultEntry] = {}
         for hit in hits:
             page_id = self._pages.id_of(hit.position, hit.part)
             if len(entries) == limit:
                 break
-            if page_id in entries:
+            if page_id in entries or self._pages.position(page_id) not in positions:
                 continue  # a medium is found by its message and by the answer to it
             if args.modality is None or self._pages.modality(page_id) is args.modality:
-                entries[page_id] = self._found(page_id, hit.score)
+                entries[page_id] = self._found(page_id, hit.score, args.query, most)
         derived = self._pages.derived
-        results = [*entries.values(), *self._derived(args)]
-        found = SearchToolResult(results=results, total_available=before + len(derived.pages))
-        left = self._handler.tokens_left or 0
-        most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)
+        results = [*entries.values(), *(self._derived(args, most) if len(positions) == before else ())]
+        found = SearchToolResult(results=results, total_available=before + len(derived.pages), note=note)
+        timeline.tell(found)
         result = found.model_dump_json()
         while found.results and self._counter.text(result) > most:
             found.results.pop()
+            found.left_out += 1
             result = found.model_dump_json()
+        if self._counter.text(result) > most or (found.left_out and not found.results):
+            result = NO_ROOM
         self._handler.charge(self._counter.text(result))
         self.searches.append(SearchReport(args.query, [entry.page_id for entry in found.results]))
         for entry in found.results:
@@ -298,14 +316,14 @@ class VMCalls:
                 self._map(entry.page_id, self._counter.text(entry.hint))
         return result
 
-    def _derived(self, args: SearchArgs) -> list[SearchResultEntry]:
+    def _derived(self, args: SearchArgs, most: int) -> list[SearchResultEntry]:
         """Summaries and claims about the query that are not in the window."""
         derived = self._pages.derived
         if not derived.pages or args.modality not in (None, Modality.TEXT):
             return []
         found = derived.words.ranked(args.query)
         outside = [(i, score) for i, score in found if self._outside(i)]
-        return [self._found(i, score) for i, score in outside[:_DERIVED_RESULTS]]
+        return [self._found(i, score, args.query, most) for i, score in outside[:_DERIVED_RESULTS]]
 
     def _loaded_at(self, position: int, part: int) -> bool:
         entry = self._table.lookup(self._pages.id_of(position, part))
@@ -326,19 +344,16 @@ class VMCalls:
                 )
             )  # fmt: skip
 
-    def _found(self, page_id: str, score: float) -> SearchResultEntry:
-        """`hint` is the whole text when it is short (`complete`), else its most telling sentences."""
-        text = self._pages.text(page_id)
-        snippet = self._limits.snippet_tokens
-        complete = len(text) <= snippet * 8 and self._counter.text(text) <= snippet
-        complete = complete and self._pages.medium(page_id) is None
-        if not complete:
-            text = compress_text(text, CompressionLevel.REDUCED, snippet, self._counter.text)
+    def _found(self, page_id: str, score: float, query: str, most: int) -> SearchResultEntry:
+        """`hint` is the whole text when it is short (`complete`), else the passages about the query."""
+        text, count = self._pages.text(page_id), self._counter.text
+        snippet = max(_LEAST_SNIPPET_TOKENS, min(self._limits.snippet_tokens, most - _ERROR_TOKENS))
+        hint = passage(text, [query], snippet, count)
         return SearchResultEntry(
             page_id=page_id,
             modality=self._pages.modality(page_id).value,
-            hint=text,
-            complete=complete,
+            hint=hint,
+            complete=hint == text and self._pages.medium(page_id) is None,
             relevance=round(score, 3),
         )
 

@@ -121,7 +121,7 @@ def _join(
     shared = [
         Node(
             old.id, old.content, old.role, new.raw,
-            old.tokens if old.raw == new.raw else -1, old.counter,
+            old.tokens if old.raw == new.raw else -1, old.counter, seen_s=old.seen_s,
         )
         for old, new in zip(path[start : start + length], nodes, strict=False)
     ]

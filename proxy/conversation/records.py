@@ -79,6 +79,8 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
+    seen_s: int = 0  # when its messages were first seen (Unix time; 0: in a version that did not say)
+    answered_s: int = 0  # and its answer (0 as well: it came in the first request of its conversation)
 
     @property
     def id(self) -> NodeId:
@@ -166,7 +168,8 @@ def load_path(head: Record, get: GetRecord) -> list[Node]:
         for fields in zip(
             record.ids, record.contents, record.roles, record.raws, record.tokens, strict=True
         ):
-            nodes.append(Node(*fields, record.counter))
+            nodes.append(Node(*fields, record.counter, seen_s=record.seen_s))
+        nodes[-1].seen_s = record.answered_s
     return nodes
 
 
@@ -334,13 +337,14 @@ def new_records(
     last: dict[str, object],
     settled: dict[str, object] | None = None,
     known: Bill | None = None,
+    seen_s: int = 0,
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer.
 
     `path` ends with an answer; `last` are the last record's own fields (window, mutations,
     substitute, sent, bill), which describe the turn that is being stored, and `settled` those of the
     one before it. `known`: what the turn began with, for all but the last. `last`'s echo is that of
-    the parent's answer: the first record's.
+    the parent's answer: the first record's. `seen_s`: when the request came (Unix time).
     """
     records: list[Record] = []
     first = parent.end if parent else 0
@@ -364,6 +368,8 @@ def new_records(
                 turn,
                 counter=counter,
                 bill=known,
+                seen_s=run[0].seen_s or seen_s,
+                answered_s=run[-1].seen_s or ((run[0].seen_s or seen_s) if parent else 0),
             )
         )
         first, above = position + 1, run[-1].id

@@ -38,7 +38,7 @@ _MOST_CALLS = 16  # that are read, and mentions that are looked at
 _MOST_OPENINGS = 24  # brackets in front of a mention that are tried as JSON
 _PARAMETERS = {
     PAGE_FAULT: ("page_id", "target_level"),
-    "search_pages": ("query", "modality", "limit"),
+    "search_pages": ("query", "modality", "limit", "after", "before"),
 }
 _ANY_PARAMETER = re.compile(r"\b(page_id|target_level|query|modality|limit)\b", re.IGNORECASE)
 # A parameter and its value: behind `:` or `=`, or between tags.

@@ -37,6 +37,7 @@ class Node(msgspec.Struct, gc=False):
     tokens: int = -1  # -1: not counted yet
     counter: str = ""  # the name of the counter that counted them
     cuts: tuple[int, tuple[int, ...]] | None = None  # a text's hash, and where its pages end
+    seen_s: int = 0  # when it was first seen, where it was read from a record (Unix time)
 
 
 class Anchor(msgspec.Struct, gc=False):
@@ -144,7 +145,9 @@ class Identity:
         for node in nodes:
             parent = self.child(parent, node.content)
             out.append(
-                Node(parent, node.content, node.role, node.raw, node.tokens, node.counter)
+                Node(
+                    parent, node.content, node.role, node.raw, node.tokens, node.counter, seen_s=node.seen_s
+                )
             )
         return out
 

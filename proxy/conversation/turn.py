@@ -382,6 +382,7 @@ class Turn:
         bill, lesson = self._billed(said)
         last: dict[str, object] = {
             "echo": self._echo(), "substitute": list(substitute), "sent": context.place.sent, "bill": bill,
+            "answered_s": int(said.ended_s or context.now_s),
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         came = context.state.window if context.state else None
@@ -398,7 +399,7 @@ class Turn:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began)
-            heads.append((path, new_records(path, record, last, settled, known)))
+            heads.append((path, new_records(path, record, last, settled, known, int(context.now_s))))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
         if before is not None:

@@ -2,8 +2,9 @@
 
 Promises: what cannot be served is one sentence that the model can act on. A turn spends at most
 `max_faults_per_turn` faults and `max_tokens_per_turn` tokens (None: no limit), which search results share,
-and never serves the same page at the same level twice. A page that is in the window at that level or better costs nothing; one that does not fit comes
-at the next level that does; each page served is a FAULT_IN with its reason.
+and never serves the same page at the same level twice for the same words. A page that is in the window at that level or better costs nothing; one that
+does not fit comes at the next level that does; below level 0 a text is its passages about what is asked, where it has any; each page served is a
+FAULT_IN with its reason.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from proxy.memory.models import (
     PageMutation,
     StorageTier,
 )
+from proxy.memory.passages import find_passages
 from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import FaultToolResult
 
@@ -110,7 +112,7 @@ class PageFaultHandler:
         self._max_faults = max_faults_per_turn
         self._max_tokens = max_tokens_per_turn
         self._faults_used = self._tokens_used = 0
-        self._served: set[tuple[str, int]] = set()
+        self._served: set[tuple[str, int, tuple[str, ...]]] = set()
         self._table = page_table
         self._get_page = get_page
         self._locate = locate or self._parts_in_table
@@ -150,9 +152,9 @@ class PageFaultHandler:
         shown = self._at_level(page, CompressionLevel(target_level))
         return result.model_copy(update={"page": shown})
 
-    def build_tool_result(self, page: MemoryPage) -> FaultToolResult:
-        """The tool result for a page that a fault returned."""
-        return FaultToolResult.of(page, page_tokens(page, self._counts))
+    def build_tool_result(self, page: MemoryPage, asked: int = CompressionLevel.REFERENCE) -> FaultToolResult:
+        """The tool result for a page that a fault returned; it says so where there was no room for the level asked."""
+        return FaultToolResult.of(page, page_tokens(page, self._counts), asked)
 
     def get_metrics(self) -> FaultMetrics:
         return FaultMetrics(faults_this_turn=self._faults_used, tokens_this_turn=self._tokens_used)
@@ -174,29 +176,32 @@ class PageFaultHandler:
         level: CompressionLevel | int = CompressionLevel.ABSTRACT,
         reason: FaultReason = FaultReason.RESOLVE_REFERENCE,
         room: Room | None = None,
+        queries: Sequence[str] = (),
     ) -> Generator[Load, MemoryPage | None, FaultResult]:
-        """One fault as a dialogue. `room` None: only the turn's limit bounds the result."""
+        """One fault as a dialogue. `room` None: only the turn's limit bounds the result. `queries`: what the page is
+        asked for, the most telling first."""
         wanted = CompressionLevel(level)
         ids = tuple(self._locate(page_id))
         if not ids:
             return _refused(page_id, f"There is no page {page_id} in this conversation.")
         entries = [self._table.lookup(i) for i in ids]
-        if all(e and e.tier is StorageTier.L0 and e.level <= wanted for e in entries):
+        shown = CompressionLevel.FULL if queries else wanted  # a lower level may show other passages
+        if all(e and e.tier is StorageTier.L0 and e.level <= shown for e in entries):
             return FaultResult(success=True, page_id=page_id, resident=True)
-        if (page_id, wanted) in self._served:
+        if (page_id, wanted, tuple(queries)) in self._served:
             given = f"{page_id} at level {int(wanted)} was already given to you above; use that."
             return _refused(page_id, given)
         if self._faults_used >= self._max_faults:
             limit = f"The limit of {self._max_faults} page faults for this turn is reached"
             return _refused(page_id, f"{limit}; answer with what is loaded.")
-        page = yield from self._fit(page_id, ids, wanted, room)
+        page = yield from self._fit(page_id, ids, wanted, room, queries)
         if isinstance(page, str):
             return _refused(page_id, page)
         tokens, first = page.size_tokens or 0, entries[0]
         tier = first.tier if first is not None else StorageTier.L2
         refault = first is not None and is_cooling(first, self.turn)
         self._faults_used += 1
-        self._served.add((page_id, wanted))
+        self._served.add((page_id, wanted, tuple(queries)))
         self.charge(tokens)
         for i, entry in zip(ids, entries, strict=True):
             if entry is not None:
@@ -213,19 +218,20 @@ class PageFaultHandler:
         )
 
     def _fit(
-        self, page_id: str, ids: Sequence[str], level: CompressionLevel, room: Room | None
+        self, page_id: str, ids: Sequence[str], level: CompressionLevel, room: Room | None, queries: Sequence[str]
     ) -> Generator[Load, MemoryPage | None, MemoryPage | str]:
         """The page at the level asked for, or at the next one that fits; else a sentence."""
         limits = (self.tokens_left, *(room or ()))
         most = min((n - RESULT_OVERHEAD for n in limits if n is not None), default=None)
         for shown in list(CompressionLevel)[level:]:
-            pages: list[MemoryPage] = []
-            for i in ids:
-                page = yield Load(i, shown)
-                if page is None:
-                    return f"{page_id} could not be loaded; answer with what you have."
-                pages.append(self._at_level(page, shown))
-            whole = pages[0] if len(pages) == 1 else _joined(page_id, pages, shown)
+            whole = yield from self._load(page_id, ids, shown)
+            if whole is not None and shown and queries:
+                # What was asked for whole takes what room there is.
+                most_words = most if shown > level and shown is CompressionLevel.REDUCED else None
+                full = yield from self._load(page_id, ids, CompressionLevel.FULL)
+                whole = self._about(whole, full, queries, most, most_words)
+            if whole is None:
+                return f"{page_id} could not be loaded; answer with what you have."
             words = page_words(whole)
             if most is not None and len(words) > max(0, most) * _MOST_CHARS_PER_TOKEN:
                 continue  # far too long to be worth counting
@@ -238,6 +244,29 @@ class PageFaultHandler:
                     continue
             return whole.model_copy(update={"size_tokens": tokens})
         return f"{page_id} does not fit into what is left; answer with what you have."
+
+    def _load(
+        self, page_id: str, ids: Sequence[str], level: CompressionLevel
+    ) -> Generator[Load, MemoryPage | None, MemoryPage | None]:
+        """The pages that an id names, as one."""
+        pages: list[MemoryPage] = []
+        for i in ids:
+            page = yield Load(i, level)
+            if page is None:
+                return None
+            pages.append(self._at_level(page, level))
+        return pages[0] if len(pages) == 1 else _joined(page_id, pages, level)
+
+    def _about(
+        self, page: MemoryPage, full: MemoryPage | None, queries: Sequence[str], most: int | None, limit: int | None
+    ) -> MemoryPage:
+        """A text below level 0 as the passages about `queries`, in at most as many tokens as it has (`limit`: so many);
+        as it is where they have no word in common."""
+        if full is None or not isinstance(full.content, str):
+            return page
+        tokens = page_tokens(page, self._counts) if limit is None else limit
+        found = find_passages(full.content, queries, tokens if most is None else min(tokens, most), self._counts.text)
+        return page.model_copy(update={"content": found}) if found else page
 
     def _parts_in_table(self, page_id: str) -> tuple[str, ...]:
         """The page itself, or the parts of the long message that the id names."""

@@ -7,12 +7,12 @@ more than one that every page has; of equal pages the earlier one given comes fi
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import Modality
+from proxy.memory.stems import RUN, WORD, folded, stem
 from proxy.memory.vm_tools import (
     DEFAULT_SEARCH_LIMIT,
     MAX_SEARCH_LIMIT,
@@ -21,33 +21,19 @@ from proxy.memory.vm_tools import (
 )
 from proxy.memory.words import STOP_WORDS
 
-_WORD = re.compile(r"[^\W_]+")
-# Scripts without spaces: each pair of characters is a word.
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
-_ENDINGS = ("ations", "ation", "ingly", "edly", "ing", "ies", "ed", "es", "ly", "s", "e", "y")
-_SHORTEST_STEM = 3
 _HINT_CHARS = 4_000  # of one hint that are read
 _QUERY_CHARS = 1_000
 
 
 def terms(text: str) -> list[str]:
-    """The words of a text without their endings, in order; stop words are left out."""
-    found: list[str] = []
-    for word in _WORD.findall(text.lower()):
-        if word in STOP_WORDS:
-            continue
-        found.extend(_stem(part) for part in _UNSPACED.sub(" ", word).split())
-        for run in _UNSPACED.findall(word):
-            found.extend(run[i : i + 2] for i in range(max(1, len(run) - 1)))
+    """The stems of a text's words, in order, without stop words; a run of a script without spaces is its pairs
+    of characters."""
+    low = folded(text)
+    found = [stem(word) for word in WORD.findall(RUN.sub(" ", low)) if word not in STOP_WORDS]
+    for match in RUN.finditer(low):
+        run = match.group()
+        found.extend(run[i : i + 2] for i in range(max(1, len(run) - 1)))
     return found
-
-
-def _stem(word: str) -> str:
-    for ending in _ENDINGS:
-        if word.endswith(ending) and len(word) - len(ending) >= _SHORTEST_STEM:
-            stem = word[: -len(ending)]
-            return stem[:-1] if len(stem) > _SHORTEST_STEM and stem[-1] == stem[-2] else stem
-    return word
 
 
 class PageSearchHandler:

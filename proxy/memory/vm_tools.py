@@ -20,6 +20,7 @@ from proxy.memory.context import context_block, page_words, quote_json
 from proxy.memory.ids import canonical_page_id, make_page_id
 from proxy.memory.manifest import AvailablePageEntry
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, VMMode
+from proxy.memory.seen import read_bound
 
 PAGE_FAULT = "page_fault"
 SEARCH_PAGES = "search_pages"
@@ -118,6 +119,8 @@ _SEARCH_PARAMETERS = {
         "maximum": MAX_SEARCH_LIMIT,
         "default": DEFAULT_SEARCH_LIMIT,
     },
+    "after": {"type": "string", "description": "date or page id"},
+    "before": {"type": "string"},
 }
 
 
@@ -176,11 +179,13 @@ class FaultArgs(NamedTuple):
 
 
 class SearchArgs(NamedTuple):
-    """Arguments of search_pages; modality None means any."""
+    """Arguments of search_pages; modality None means any. `after` and `before` are what `seen.read_bound` reads."""
 
     query: str
     modality: Modality | None
     limit: int
+    after: object = None
+    before: object = None
 
 
 def parse_fault_args(arguments_json: str) -> FaultArgs | str:
@@ -218,8 +223,12 @@ def parse_search_args(arguments_json: str) -> SearchArgs | str:
     limit = DEFAULT_SEARCH_LIMIT if raw_limit is None else _whole_number(raw_limit)
     if limit is None:
         return f"limit must be a whole number from 1 to {MAX_SEARCH_LIMIT}."
+    bounds = [arguments.get(name) or None for name in ("after", "before")]
+    for name, bound in zip(("after", "before"), bounds, strict=True):
+        if bound is not None and read_bound(bound, 0.0) is None:
+            return f'{name} must be a date such as "2026-05-31", or a page id such as "msg_0042".'
     clipped = max(1, min(MAX_SEARCH_LIMIT, limit))
-    return SearchArgs(query.strip()[:_MAX_QUERY_CHARS], modality, clipped)
+    return SearchArgs(query.strip()[:_MAX_QUERY_CHARS], modality, clipped, *bounds)
 
 
 def _object(arguments_json: str, example: str) -> dict[str, Any] | str:
@@ -285,8 +294,9 @@ class FaultToolResult(BaseModel):
     effects: dict[str, Any]
 
     @classmethod
-    def of(cls, page: MemoryPage, tokens: int) -> FaultToolResult:
-        """A page that is in the window from now on, for `tokens`; its tier is where it came from."""
+    def of(cls, page: MemoryPage, tokens: int, asked: int = 0) -> FaultToolResult:
+        """A page that is in the window from now on, for `tokens`; its tier is where it came from. `asked`: the
+        level that it has where there is room."""
         shown = {
             "page_id": page.page_id,
             "modality": page.modality.value,
@@ -294,7 +304,10 @@ class FaultToolResult(BaseModel):
             "tier": page.storage_tier.value,
             "content": {"text": page_words(page)},
         }
-        return cls(page=shown, effects={"promoted_to_working_set": True, "tokens_est": tokens})
+        effects: dict[str, Any] = {"promoted_to_working_set": True, "tokens_est": tokens}
+        if page.compression_level > asked:
+            effects["shortened"] = f"no room for level {int(asked)}"
+        return cls(page=shown, effects=effects)
 
     def model_dump_json(self, **_: Any) -> str:
         """Compact, escaped JSON, as the proxy sends it; pydantic's options do not apply."""
@@ -306,18 +319,30 @@ class SearchResultEntry(AvailablePageEntry):
 
     relevance: float = 0.0
     complete: bool = False  # the hint is the page's whole text
+    seen: str = ""  # when the page was, where that is not the same for all results
 
 
 class SearchToolResult(BaseModel):
-    """The tool result of a search, best first; `total_available`: how many pages were searched."""
+    """The tool result of a search, best first; `total_available`: how many pages were searched; `seen`: when all
+    results were; `left_out`: results that were found and had no room; `note`: a sentence for the model."""
 
     results: list[SearchResultEntry] = Field(default_factory=list)
     total_available: int = 0
+    seen: str = ""
+    left_out: int = 0
+    note: str = ""
 
     def model_dump_json(self, **_: Any) -> str:
         """Compact, escaped JSON, as the proxy sends it; pydantic's options do not apply."""
-        results = [entry.compact() for entry in self.results]
-        return quote_json({"results": results, "total_available": self.total_available})
+        said: dict[str, Any] = {"results": [entry.compact() for entry in self.results]}
+        if self.seen:
+            said["seen"] = self.seen
+        said["total_available"] = self.total_available
+        if self.left_out:
+            said["no_room_for"] = self.left_out
+        if self.note:
+            said["note"] = self.note
+        return quote_json(said)
 
 
 def error_result(message: str) -> str:

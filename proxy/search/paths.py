@@ -17,6 +17,7 @@ from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.fts import QUERIES, PageIndex
 from proxy.search.fusion import fuse, merge
+from proxy.search.terms import languages_of
 
 if TYPE_CHECKING:  # an extra
     from proxy.search.vectors import Encoder, Vector, VectorIndex
@@ -100,6 +101,7 @@ class PathIndexes:
         self._roots: OrderedDict[bytes, list[_Branch]] = OrderedDict()
         self._pages = 0
         self._lock = threading.Lock()
+        languages_of()  # what takes its time once in a process takes it before the first request
 
     def search(
         self,

@@ -61,7 +61,7 @@ _LANGUAGES = "en ar de es fr hi id it nl pl pt ru sv tr uk".split()
 _SMALL_TALK = (
     "ahead amazing awesome bye congrats continue cool exciting fun glad good great haha happy hear "
     "interesting know later like lol love lovely morning nice night oh really right see soon sorry "
-    "sound sounds sure talk think today tomorrow tonight well wonderful wow"
+    "sound sounds sure talk tell think today tomorrow tonight well wonderful wow"
 )
 
 

@@ -120,6 +120,7 @@ class Player:
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
         self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
+        self.now_s = 0.0
         self.identity = Identity(SECRET)
         self.forget()
 
@@ -216,7 +217,7 @@ class Player:
             body=body, sent=split, decoded=decoded, place=found, state=state, limits=self.limits, counter=counter,
             policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
             fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
-            capabilities=lambda: known, seen=lambda: self.seen,
+            capabilities=lambda: known, seen=lambda: self.seen, now_s=self.now_s,
         )
         turn = Turn(context)
         played = Played(None, found, turn, system=split.system)  # type: ignore[arg-type]

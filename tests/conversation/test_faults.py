@@ -41,15 +41,18 @@ TEXTS = ["short", "word " * 50, "sentence. " * 120, "", "last"]
 
 
 class Setting:
-    def __init__(self, **changes: Any) -> None:
-        self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in TEXTS])
+    def __init__(self, texts: list[str] | None = None, page_tokens: int = 64, **changes: Any) -> None:
+        texts = TEXTS if texts is None else texts
+        self.pages: PathPages = pages_of([{"role": "user", "content": t} for t in texts], page_tokens)
         self.table = PageTable()
-        for position in range(len(TEXTS)):
+        for position in range(len(texts)):
             for i in self.pages[position].ids:
                 register_id(self.table, i, self.pages.tokens(position), 1)
         limits = limits_of(2000, **changes)
+        place = SimpleNamespace(record=None)
+        context = SimpleNamespace(counter=COUNTER, now_s=0.0, place=place)
         window: Any = SimpleNamespace(
-            pages=self.pages, table=self.table, context=SimpleNamespace(counter=COUNTER), limits=limits, turn=2,
+            pages=self.pages, table=self.table, context=context, limits=limits, turn=2,
             apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE,
             channel=choose_channel({}, limits),
         )  # fmt: skip
@@ -147,6 +150,57 @@ def test_a_search_gives_short_pages_whole_and_only_once() -> None:
     assert [r["page_id"] for r in again] == ["msg_0003.1"]
     assert it.ask("search_pages", {"query": "x", "modality": "image"}).get("results", []) == []
     assert it.calls.searches[0].results == ["msg_0001", "msg_0003.1"]
+
+
+# -- what is shown of a page is what it was asked for
+
+FILLER = "The tide ran out and the crew waited for the pilot at the quay. " * 8
+VAULT = "The vault behind the third bookcase opens with 7719."
+LEDGER = "Ada keeps the red ledger in her cabin."
+LONG = f"{FILLER}{LEDGER} {FILLER}{VAULT} {FILLER}"
+
+
+def test_a_result_shows_the_words_that_were_searched() -> None:
+    it = Setting([LONG, "short", "?"], page_tokens=2000, snippet_tokens=48)
+    it.hits = [Hit(0, 0, 1.0)]
+    (found,) = it.ask("search_pages", {"query": "opening the vault"})["results"]
+    assert VAULT in found["hint"] and "complete" not in found and COUNTER.text(found["hint"]) <= 48
+    (other,) = it.ask("search_pages", {"query": "Ada's ledger"})["results"]
+    assert LEDGER in other["hint"] and VAULT not in other["hint"]
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_lower_level_shows_what_was_searched_and_what_the_user_asks(level: int) -> None:
+    it = Setting([LONG, "short", "Where is the ledger?"], page_tokens=2000)
+    page = it.fault("msg_0001", level)["page"]
+    assert page["level"] == level and "ledger" in page["content"]["text"]
+    assert "vault" not in page["content"]["text"] or level == 1
+    it.ask("search_pages", {"query": "vault"})
+    page = it.fault("msg_0001", level)["page"]  # asked for other words, it is another page to show
+    assert "vault" in page["content"]["text"] and COUNTER.text(page["content"]["text"]) <= (200, 48, 12)[level - 1]
+    assert "already given" in it.fault("msg_0001", level)["error"]
+
+
+def test_a_page_without_room_shows_what_was_asked_and_says_so() -> None:
+    it = Setting([LONG, "short", "Where is the ledger?"], page_tokens=2000)
+    result = it.fault("msg_0001", 0, 200)
+    assert LEDGER in result["page"]["content"]["text"] and result["page"]["level"] == 1
+    assert result["effects"]["shortened"] == "no room for level 0"
+    assert COUNTER.text(json.dumps(result)) <= 200
+    whole = Setting([LONG, "?"], page_tokens=2000).fault("msg_0001")
+    assert whole["page"]["content"]["text"] == LONG and "shortened" not in whole["effects"]
+
+
+def test_results_that_have_no_room_are_counted() -> None:
+    texts = [f"{FILLER}{VAULT} {number}" for number in range(6)]
+    it = Setting([*texts, "?"], page_tokens=2000, snippet_tokens=64)
+    it.hits = [Hit(number, 0, 6.0 - number) for number in range(6)]
+    found = it.ask("search_pages", {"query": "vault"}, 450)
+    assert 0 < len(found["results"]) < 5 and found["no_room_for"] == 5 - len(found["results"])
+    assert all(VAULT in one["hint"] for one in found["results"])
+    assert "no_room_for" not in it.ask("search_pages", {"query": "vault"}, 2000)
+    (one,) = it.ask("search_pages", {"query": "vault"}, 180)["results"]  # shown shorter, rather than not at all
+    assert "vault" in one["hint"]
 
 
 @examples(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ def talk(turns: int) -> list[Message]:
 @pytest.mark.parametrize(
     ("mode", "window"), [(VMMode.STRICT, 3_000), (VMMode.RELAXED, 6_000), (VMMode.PASSIVE, 3_000)]
 )
-async def test_a_real_conversation_is_sent_as_the_proxy_sends_it(tmp_path: Path, mode: VMMode, window: int) -> None:
+async def test_a_real_conversation_is_sent_as_the_proxy_sends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: VMMode, window: int
+) -> None:
+    now_s = 1_790_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now_s)  # both have the same clock
     l0 = {"tiers.l0.tokens": window, "tiers.l0.reserve_tokens": 700, "memory.mode": mode.value}
     memory = MemoryManager(
         "s", WorkingSetConfig(max_l0_tokens=window, reserved_tokens=700), mode=mode, system_prompt="Be kind."
@@ -76,6 +81,7 @@ async def test_a_real_conversation_is_sent_as_the_proxy_sends_it(tmp_path: Path,
     paged = faulted = 0
     async with client(tmp_path, **sections(l0)) as one:
         for number, message in enumerate(talk(100)):
+            now_s += 20_000
             if message["role"] == "user":
                 history.append(message)
                 await memory.add_user_message(message["content"])

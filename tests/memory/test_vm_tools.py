@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, StorageTier, VMMode
 from proxy.memory.vm_tools import (
     FaultToolResult,
+    SearchArgs,
     SearchResultEntry,
     SearchToolResult,
     build_vm_developer_message,
@@ -172,10 +173,12 @@ def test_fault_arguments_that_are_bad_give_a_sentence(arguments: str, word: str)
         ('{"query": "x", "modality": "IMAGE", "limit": "3"}', ("x", Modality.IMAGE, 3)),
         ('{"query": 2027, "modality": null, "limit": 1000}', ("2027", None, 20)),
         ('{"query": "x", "modality": "any", "limit": -4}', ("x", None, 1)),
+        ('{"query": "x", "after": "May 7, 2023", "before": "msg_42"}', ("x", None, 5, "May 7, 2023", "msg_42")),
+        ('{"query": "x", "after": "", "before": null}', ("x", None, 5)),
     ],
 )
 def test_search_arguments_are_read_generously(arguments: str, expected: tuple[Any, ...]) -> None:
-    assert parse_search_args(arguments) == expected
+    assert parse_search_args(arguments) == SearchArgs(*expected)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,8 @@ def test_search_arguments_are_read_generously(arguments: str, expected: tuple[An
         ('{"query": "x", "modality": "smell"}', "modality"),
         ('{"query": "x", "modality": {}}', "modality"),
         ('{"query": "x", "limit": "many"}', "limit"),
+        ('{"query": "x", "after": "soon"}', "after"),
+        ('{"query": "x", "before": ["2023"]}', "before"),
     ],
 )
 def test_search_arguments_that_are_bad_give_a_sentence(arguments: str, word: str) -> None:
@@ -201,7 +206,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=4,
 )
-_keys = st.sampled_from(["page_id", "target_level", "query", "modality", "limit"])
+_keys = st.sampled_from(["page_id", "target_level", "query", "modality", "limit", "after", "before"])
 
 
 @given(st.text() | st.dictionaries(_keys, _json).map(json.dumps))
@@ -240,6 +245,10 @@ def test_results_have_the_seeds_shape() -> None:
         "results": [{"page_id": "msg_0001", "hint": "h", "relevance": 0.5}],
         "total_available": 9,
     }
+    found = SearchToolResult(seen="2026-05-01", left_out=2, note="n").model_dump_json()
+    assert json.loads(found) == {
+        "results": [], "seen": "2026-05-01", "total_available": 0, "no_room_for": 2, "note": "n",
+    }  # fmt: skip
     assert json.loads(error_result("no such page")) == {"error": "no such page"}
 
 
