@@ -20,6 +20,7 @@ from tests.e2e.harness import (
     Recorded,
     Response,
     ServerProcess,
+    message_of,
 )
 from tests.e2e.script import (
     Chat,
@@ -64,6 +65,7 @@ async def served(search_config: dict[str, Any], endpoint: Any = vectors) -> Asyn
 async def told(stand: Stand, key: str) -> Chat:
     """A chat whose beginning has left the window."""
     chat = Chat(stand.client(key))
+    stand.script.plan(f"{key}/fact", message_of(f"Noted. {filler('answer', 60)}"))
     await chat.say(FACT, f"{key}/fact")
     await talk(chat, stand.script, key, TURNS, [])
     return chat
