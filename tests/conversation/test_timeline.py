@@ -105,6 +105,14 @@ def test_a_time_that_leaves_no_page_is_said() -> None:
     assert found["note"] == "No page was seen then: these were from 2026-05-01 to 2026-05-10."
 
 
+def test_a_question_that_names_a_day_is_about_what_was_seen_then() -> None:
+    it = player()
+    messages = grown(it)
+    asked = calls(call("search_pages", {"query": "parcel on May 4th", "limit": 2}, "s1"))
+    played = it.ask([*messages, {"role": "user", "content": "Where did it go?"}], script(asked, says("There.")))
+    assert ports(json.loads(tool_messages(played.requests[-1])[-1]["content"])) == {PORTS[3]}
+
+
 def test_of_a_history_that_came_at_once_no_result_says_when() -> None:
     messages = grown(player())
     it = player()
