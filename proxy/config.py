@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -174,6 +175,7 @@ class UpstreamConfig(Section):
 
 class MemoryConfig(Section):
     mode: Literal["strict", "relaxed", "passive"] = "relaxed"
+    tools: Literal["auto", "always"] = "auto"
     eviction: Literal["importance", "lru", "modality"] = "importance"
 
 
@@ -235,8 +237,11 @@ class FaultsConfig(Section):
 
 
 class PrefetchConfig(Section):
-    max_pages: AtLeast0 = 5
-    max_tokens: AtLeast0 = 1024
+    tokens: Annotated[
+        Literal["auto"] | AtLeast0,
+        Field(validation_alias=AliasChoices("tokens", "max_tokens"), description='"auto" or a whole number of at least 0'),
+    ] = "auto"
+    max_pages: AtLeast0 = 64
 
 
 class ManifestConfig(Section):

@@ -9,7 +9,7 @@ from proxy.conversation.limits import Limits
 from proxy.memory.eviction import LRU, EvictionPolicy, ImportanceWeightedLRU, ModalityAwareLRU
 from proxy.memory.models import VMMode
 from proxy.memory.working_set import WorkingSetConfig
-from proxy.tokens import model_card
+from proxy.tokens import model_card, parameters_b
 
 UPSTREAM_WINDOW = "upstream_window_tokens"  # of what is learned of a model: what upstream's list states
 POLICIES: dict[str, EvictionPolicy] = {  # by `memory.eviction`
@@ -55,7 +55,7 @@ def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: f
         fault_tokens=config.faults.max_tokens_per_turn,
         max_rounds=config.faults.max_rounds,
         prefetch_pages=config.prefetch.max_pages,
-        prefetch_tokens=config.prefetch.max_tokens,
+        prefetch_tokens=None if config.prefetch.tokens == "auto" else config.prefetch.tokens,
         manifest_tokens=config.manifest.max_tokens,
         page_tokens=config.pages.max_tokens,
         search_results=config.search.max_results,
@@ -63,5 +63,7 @@ def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: f
         segment_messages=config.segments.max_messages,
         max_claims=config.segments.max_claims,
         written_by_models=config.compression.model is not None,
+        parameters_b=parameters_b(model),
+        cached_price=card.cached_price,
         tokens_factor=factor,
     )

@@ -113,7 +113,7 @@ def test_a_later_source_wins_key_by_key() -> None:
     config = load(text, environ, {"server.port": 3, "server.host": None})
     assert (config.server.host, config.server.port) == ("h1", 3)
     assert config.faults.max_rounds == 3
-    assert config.prefetch.max_pages == 5
+    assert (config.prefetch.tokens, config.prefetch.max_pages) == ("auto", 64)
 
 
 def test_the_given_file_replaces_the_one_in_the_working_directory(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_variables_take_the_type_of_their_key() -> None:
     assert config.tiers.l3.url is None
     assert config.sessions.headers == ("x-chat", "x-session-id")
     assert config.sessions.reattach is False
-    assert (config.prefetch.max_pages, config.prefetch.max_tokens) == (2, 1024)
+    assert (config.prefetch.max_pages, config.prefetch.tokens) == (2, "auto")
     assert config.models == {"gpt-4o*": ModelOverride(window_tokens=64000, tools=False)}
 
 

@@ -36,6 +36,7 @@ from proxy.conversation.body import (
     remembered,
 )
 from proxy.conversation.calibration import TOKENS_FACTOR
+from proxy.conversation.calling import VM_CALLS, offered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
@@ -237,7 +238,7 @@ class Admission:
         next epoch where they differ, and the factor that all bills taught so far.
 
         A conversation's own records say which factor its next turn begins with, and its window with
-        which one it was made: a retry, another replica or a restart finds the same bounds, whatever
+        which one it was made, and whether with the VM tools: a retry, another replica or a restart finds the same bounds, whatever
         was learned meanwhile. What its first turn begins with is what the model's bills taught by then.
         """
         known = facts.get(TOKENS_FACTOR, 1.0)
@@ -248,10 +249,15 @@ class Admission:
         epoch = factor
         if window is not None and window.factor and (bill is None or bill.model == model):
             epoch = window.factor
-        learned = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k != TOKENS_FACTOR}
+        calls, calls_next = True, True
+        if self._config.memory.tools == "auto":
+            calls, calls_next = offered(model, facts, record, window)
+        counted = (TOKENS_FACTOR, VM_CALLS)
+        learned = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k not in counted}
         asked = model, tuple(sorted(learned.items()))
-        following = self._limits(*asked, factor) if factor != epoch else None
-        return self._limits(*asked, epoch), following, known
+        same = (factor, calls_next) == (epoch, calls)
+        following = None if same else self._limits(*asked, factor, calls_next)
+        return self._limits(*asked, epoch, calls), following, known
 
     def _counter_of(self, model: str) -> tuple[TokenCounter, bool]:
         """What counts the model's tokens, and whether it is known to be the model's own."""
@@ -259,9 +265,10 @@ class Admission:
         return get_counter(model, override), override is None and encoding_is_known(model)
 
     def _limits_of(
-        self, model: str, learned: tuple[tuple[str, object], ...], factor: float
+        self, model: str, learned: tuple[tuple[str, object], ...], factor: float, calls: bool
     ) -> Limits:
-        return limits_of(self._config, model, dict(learned), factor)
+        limits = limits_of(self._config, model, dict(learned), factor)
+        return limits if calls else limits.uncalled()
 
 
 async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

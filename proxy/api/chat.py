@@ -35,6 +35,7 @@ from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
 from proxy.api.writer import Writer
 from proxy.config import Config
+from proxy.conversation.calling import VM_CALLS, Calling
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
@@ -326,9 +327,23 @@ class ChatApi:
             facts |= lesson.facts
             if lesson.warning:
                 log.warning("model %s: %s", model, lesson.warning)
+        if effect.calls is not None and self._memory.get_record(record.id) is None:
+            facts[VM_CALLS] = effect.calls
+            before = Calling.of(context.facts)
+            if effect.calls.given_up != before.given_up:
+                log.warning(
+                    "model %s: %s", model, _GIVEN_UP % effect.calls.missed if effect.calls.given_up else _TAKEN_UP
+                )
         if facts:
             more += self.model_facts.lessons(context.scope, model, facts)
         return await self._memory.append(effect, more)
+
+
+_GIVEN_UP = (
+    "no VM call came in %d turns that needed one, so its next epochs go without the VM tools; now and then they are"
+    " tried again (memory.tools: always keeps them)"
+)
+_TAKEN_UP = "a VM call helped: its next epochs have the VM tools again"
 
 
 class _At:

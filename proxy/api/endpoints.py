@@ -3,8 +3,8 @@
 Promises: `/health` touches nothing, so that a slow disk never gets the process killed; `/ready` asks the
 storage, and is false from SIGTERM on, while everything else is served for `server.drain_s` as before, so
 that no load balancer sends a request to a closed port. Neither speaks to the upstream: its failure is the
-client's to see, not ours to hide. `/metrics` and `/vm/stats` hold numbers only; `/vm/context` and
-`/vm/provenance` answer for a session of the tenant whose credentials come with the request, and for no
+client's to see, not ours to hide. `/metrics`, `/vm/stats` and the process's `/vm/bill` hold numbers only; `/vm/context`,
+`/vm/provenance` and a conversation's `/vm/bill` answer for a session of the tenant whose credentials come with the request, and for no
 other (invariant 6); page ids, never texts; what is long to read is read beside the event loop; errors are
 in OpenAI's shape.
 """
@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from proxy.api.bill import conversation_bill
 from proxy.api.caller import Caller, caller, encoded, with_body
 from proxy.api.memory import Memory
 from proxy.api.visit import CONTENT_TYPE, Stats
@@ -77,12 +78,30 @@ def own_endpoints(
     sessions: SessionsConfig,
     model_table: Callable[[KeyScope], list[dict[str, Any]]],
 ) -> FastAPI:
-    """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/context?turn=N (default: the last turn),
-    /vm/provenance?page=ID.
+    """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/bill, /vm/context?turn=N (default: the last
+    turn), /vm/provenance?page=ID.
 
     `/vm/models` says what is held of models, and why, for the credentials that come with the
-    request (`model_table` gives it). The last two are about the session that a session header or
-    ?session= names; ?user= and ?safety_identifier= are the requests', where they have them.
+    request (`model_table` gives it). The last three are about the session that a session header or
+    ?session= names, or about the paged conversation that ?conversation= names as the header
+    `x-llm-pager-conversation` does, on the path of its last answer; ?user= and ?safety_identifier= are the
+    requests', where they have them.
+
+    `/vm/bill` names neither for what this process has answered since its start, of all callers. Its JSON:
+
+        turns, turns_without_usage    answered; of the latter upstream told no usage, so they are in no sum
+        llm_pager, sliding_window, full_history    what was billed, and what the same turns would have been:
+            prompt_tokens             read, of all rounds, cached and written ones included
+            cached_tokens, written_tokens    of them from, and into, the provider's cache
+            completion_tokens
+            billed_prompt_tokens      the prompt in tokens at the model's full price
+            cost_usd                  by list prices; null where one of the models has none in litellm's table
+        cache_breaks {reason: {turns, lost_tokens}}    prefixes that had to be read again, by `Reason`:
+            model | tools | system | epoch | rewritten | evidence | cold
+        models [{model, turns, turns_without_usage, usd_per_million_tokens}]       (of a conversation)
+        latest_breaks [{turn, reason, message, lost_tokens}]    the newest 50      (of a conversation)
+            message                   the page id from which on the client said something else, or null
+            lost_tokens               null where upstream does not say what it cached
     """
     app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
     for failure in (HTTPException, ApiError, StorageError, LookupError):
@@ -119,6 +138,13 @@ def own_endpoints(
     @app.get("/vm/context")
     async def read_context(request: Request) -> JSONResponse:
         return JSONResponse(await _context(request, _head(request, memory, sessions), memory))
+
+    @app.get("/vm/bill")
+    async def read_bill(request: Request) -> JSONResponse:
+        if not _caller(request, sessions).label and not {"session", "conversation"} & {*request.query_params}:
+            return JSONResponse(stats.bill())
+        head = _head(request, memory, sessions)
+        return JSONResponse(await asyncio.to_thread(conversation_bill, head, memory.get_record))
 
     @app.get("/vm/provenance")
     async def read_provenance(request: Request) -> JSONResponse:
@@ -163,13 +189,20 @@ def _caller(request: Request, sessions: SessionsConfig) -> Caller:
 
 
 def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:
-    """The last answered turn of the session that the request names."""
+    """The last answered turn of the conversation or session that the request names."""
     who = _caller(request, sessions)
+    tenant = memory.identity.tenant(who.credentials, who.person)
     session = who.label or request.query_params.get("session")
+    conversation = request.query_params.get("conversation")
+    if conversation:
+        head = memory.conversation(tenant, conversation)
+        if head is None:
+            raise ApiError(404, "There is no such paged conversation for these credentials.",
+                           param="conversation", code="conversation_not_found")  # fmt: skip
+        return head
     if not session:
         raise ApiError(400, "Name the session in its header or in ?session=.", param="session",
                        code="missing_required_parameter")  # fmt: skip
-    tenant = memory.identity.tenant(who.credentials, who.person)
     head = _last(memory.store.get(memory.identity.label(tenant, session)) or b"", memory.get_record)
     if head is None:
         raise ApiError(404, "There is no such session for these credentials.", param="session",
@@ -201,17 +234,19 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     """The window that upstream was sent in a turn. A turn that did not page had everything in front
     of its answer."""
     record = _record_at(head, turn, memory.get_record)
-    derived = NO_DERIVED
+    derived, crowded = NO_DERIVED, False
     if record.window:
         table = history(record, memory.get_record).replay(turn)
         pages = [{"page_id": e.page_id, "level": int(e.level)} for e in table.resident()]
-        derived = _derived(record, memory)
+        state = restore_state(record, memory.get_record, memory.get_block)
+        derived, crowded = state.derived, bool(state.window and state.window.crowded)
     else:
         pages = [{"page_id": make_page_id(p), "level": 0} for p in range(record.end - 1)]
     return {
         "last_turn": head.turn,
         "turn": turn,
         "paged": bool(record.window),
+        "window_too_small": crowded,  # for what the conversation's requests bring
         "pages": pages,
         "derived": [
             {"page_id": i, "provenance": p.provenance, "superseded_by": derived.superseded.get(i)}

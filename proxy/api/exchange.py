@@ -22,6 +22,7 @@ import msgspec
 from proxy.api.http import Send, send_error
 from proxy.config import Config
 from proxy.conversation.chunks import DONE, Tee, as_event, decode_chunk, says_error
+from proxy.conversation.compose import with_usage
 from proxy.conversation.effects import Complete, Refused, Said
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer
@@ -170,7 +171,7 @@ class Exchange:
             tee.feed(await _rest(chunks))
         await self._start(reply)
         self._tee = tee
-        return Said(tee.messages(), None, None)
+        return Said(tee.messages(), None, tee.usage)
 
     async def _sift(self, reply: Reply, effect: Complete) -> Said | Refused:
         if self._sieve is None:
@@ -252,6 +253,8 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             body = self._body if answer.body is None else answer.body
+            if answer.body is None and answer.ours and answer.usage is not None:
+                body = with_usage(body, answer.usage)
             await self._send_whole(self._status, [*self._reply_headers, *extra], body)
 
     async def _send_whole(self, status: int, headers: list[Header], body: bytes) -> None:

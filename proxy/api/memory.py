@@ -23,17 +23,19 @@ from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
+    CONVERSATION_BYTES,
     Record,
     State,
     Stored,
     block_key,
+    conversation_key,
     decode_record,
     load_path,
     record_key,
     restore_state,
     restore_table,
 )
-from proxy.conversation.tree import Identity, KeyScope, Node
+from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
@@ -85,6 +87,16 @@ class Memory:
                 found = decode_record(data)
                 self.cache.put("record", node_id, found, len(data))
         return found
+
+    def conversation(self, tenant: TenantKey, name: str) -> Record | None:
+        """The last answer given in a window of the tenant's conversation; `name`: its id in hexadecimal."""
+        try:
+            root = bytes.fromhex(name)
+        except ValueError:
+            return None
+        if len(root) != CONVERSATION_BYTES:
+            return None
+        return self.get_record(self.store.get(conversation_key(tenant, root)) or b"")
 
     def load_path(self, head: Record) -> list[Node]:
         found: list[Node] | None = self.cache.get("path", head.id)

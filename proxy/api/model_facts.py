@@ -27,6 +27,7 @@ from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.calibration import TOKENS_FACTOR
+from proxy.conversation.calling import VM_CALLS, Calling
 from proxy.conversation.model_facts import (
     LARGE_TOKENS,
     Capabilities,
@@ -141,7 +142,8 @@ class ModelFacts:
         """A row for each model with an override or a lesson of this key, sorted by name.
 
         `{"model", <fact>: {"value", "from": "override" | "learned" | "upstream" | "assumed"}}`; the facts are the
-        fields of `models:` in the configuration and `tokens_factor` (billed per counted token).
+        fields of `models:` in the configuration, `tokens_factor` (billed per counted token) and, once anything was
+        counted, `vm_calls` (`Calling.described`).
         """
         names = sorted({*self._config.models, *self._listed(scope)})
         return [self._row(scope, name) for name in names]
@@ -149,6 +151,8 @@ class ModelFacts:
     def _row(self, scope: KeyScope, name: str) -> dict[str, Any]:
         learned = dict(self._memory.learned(scope, name))
         window = learned.pop(UPSTREAM_WINDOW, None)
+        if VM_CALLS in learned:
+            learned[VM_CALLS] = Calling.of(learned).described(self._config.memory.tools == "always")
         row = describe(name, self._override(name), learned, self._assumed(name))
         if window is not None and row["window_tokens"]["from"] == "assumed":
             row["window_tokens"] = {"value": window, "from": "upstream"}

@@ -29,12 +29,15 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
 from proxy.api.writer import Writer
+from proxy.conversation.bill import Sums
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
 from proxy.conversation.pages import packed_lines
+from proxy.conversation.records import CONVERSATION_BYTES
 from proxy.conversation.report import TurnReport
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.upstream import Header
@@ -47,8 +50,9 @@ _COUNTED: Final = (
     "rounds", "faults", "searches", "used_tokens", "prompt_tokens", "cached_tokens", "completion_tokens",
     "refusals",
 )  # fmt: skip
-_ID_BYTES: Final = 6
 _NAME: Final = re.compile(r"[\w.:/-]{1,64}")  # a code of upstream's, in the log
+_MODELS: Final = 256  # whose bills are kept apart, for their prices
+_OTHER: Final = ""  # all others'
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST  # of the metrics
 _SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _COUNTERS: Final = (  # a visit's field, the counter's name, what it counts
@@ -56,6 +60,7 @@ _COUNTERS: Final = (  # a visit's field, the counter's name, what it counts
     ("faults", "faults", "Page faults of models"),
     ("searches", "searches", "Searches of models"),
     ("epochs", "epochs", "Windows rebuilt"),
+    ("crowded", "crowded_epochs", "Windows rebuilt that are too small for their traffic: nearly each request rebuilds them"),
     ("refusals", "upstream_refusals", "Answers of upstream to chat requests with a status of 400 or more"),
 )
 
@@ -84,7 +89,7 @@ class Visit:
         self.kind = "other"  # of what is not paged: responses | messages | chat | other
         self.conversation = ""
         self.model = ""
-        self.rounds = self.faults = self.searches = self.epochs = self.refusals = 0
+        self.rounds = self.faults = self.searches = self.epochs = self.crowded = self.refusals = 0
         self.used_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     @staticmethod
@@ -108,7 +113,7 @@ class Visit:
         """A chat request found its conversation; `root`: the id of its first node, which is keyed."""
         short = model[:_PATH_CHARS]  # a client's text, on one line of a log
         self.model = "".join(c if c.isprintable() else "?" for c in short)
-        self.conversation = root[:_ID_BYTES].hex()
+        self.conversation = root[:CONVERSATION_BYTES].hex()
 
     def asks(self, report: TurnReport, epoch: int) -> None:
         """The turn calls upstream: what it decided, for the head of the answer. `epoch`: 0 for none."""
@@ -149,7 +154,7 @@ class Visit:
         self.channel = report.channel
         self.rounds, self.used_tokens = report.rounds, report.used_tokens
         self.faults, self.searches = len(report.faults), len(report.searches)
-        self.epochs = int(report.new_epoch)
+        self.epochs, self.crowded = int(report.new_epoch), int(report.crowded)
         usage = usage or {}
         billed = usage.get("vm") or usage
         self.prompt_tokens = _count(billed, "prompt_tokens") or _count(usage, "prompt_tokens")
@@ -189,8 +194,10 @@ class Stats:
         self._memory = memory
         self._writer = writer
         self.metrics = UserExperienceMetrics()
-        self.turns = self.paged_turns = self.epochs = 0
+        self.turns = self.paged_turns = self.epochs = self.crowded_epochs = 0
         self.unpaged: Tally[str] = Tally()  # by what their paths are of
+        self._bills: dict[str, Sums] = {}  # by model
+        self._breaks: dict[str, tuple[int, int]] = {}  # of the provider's cache, by reason
         self._own = own = CollectorRegistry()
         requests = Counter(
             "llm_pager_requests", "Requests answered, by channel and class of status",
@@ -208,6 +215,16 @@ class Stats:
             "llm_pager_billed_tokens", "Tokens by upstream's usage, all rounds together; cached ones are"
             " prompt tokens, too", ("kind",), registry=own,
         )  # fmt: skip
+        broken = Counter(
+            "llm_pager_cache_breaks", "Turns for which upstream read again what it could have had in its cache",
+            ("reason",), registry=own,
+        )  # fmt: skip
+        paged = Counter(
+            "llm_pager_paged_billed_tokens", "Input of paged turns in tokens at the full price: billed, and"
+            " what a sliding window and the whole history would have been", ("what",), registry=own,
+        )  # fmt: skip
+        self._broken = lru_cache(8)(broken.labels)
+        self._sides = [paged.labels(what) for what in ("llm_pager", "sliding_window", "full_history")]
         self._requests = lru_cache(64)(requests.labels)
         self._unpaged = lru_cache(8)(unpaged.labels)
         self._seconds = lru_cache(8)(seconds.labels)
@@ -233,10 +250,21 @@ class Stats:
     def told(self, report: TurnReport) -> None:
         """Count one answered turn."""
         self.turns += 1
+        if (billed := report.billed) is not None:
+            model = billed.model if billed.model in self._bills or len(self._bills) < _MODELS else _OTHER
+            self._bills[model] = self._bills.get(model, Sums(model)) + billed
+            if billed.others is not None:
+                for counter, tokens in zip(self._sides, (billed.ours, *billed.others), strict=True):
+                    counter.inc(tokens.billed(billed.model))
+        if (broke := report.broke) is not None:
+            turns, lost = self._breaks.get(broke.reason, (0, 0))
+            self._breaks[broke.reason] = turns + 1, lost + max(0, broke.lost_tokens)
+            self._broken(broke.reason.value).inc()
         if report.channel == "bypass":
             return
         self.paged_turns += 1
         self.epochs += report.new_epoch
+        self.crowded_epochs += report.crowded
         report.record(self.metrics)
 
     def snapshot(self) -> dict[str, Any]:
@@ -246,6 +274,7 @@ class Stats:
             "turns": self.turns,
             "paged_turns": self.paged_turns,
             "epochs": self.epochs,
+            "crowded_epochs": self.crowded_epochs,
             "unpaged": dict(sorted(self.unpaged.items())),
             "user_experience": self.metrics.snapshot(),
             "pack_cache": lines.model_dump(),
@@ -254,6 +283,10 @@ class Stats:
             "writer": {"written": self._writer.written, "failed": self._writer.failed,
                        "dropped": self._writer.dropped},
         }  # fmt: skip
+
+    def bill(self) -> dict[str, Any]:
+        """For /vm/bill, when it names no conversation: JSON values, no model's name."""
+        return bill_of(self._bills.values(), self._breaks)
 
     def text(self) -> bytes:
         """For /metrics: Prometheus's text format; of all workers, where there are several."""

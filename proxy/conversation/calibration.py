@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import msgspec
 
@@ -37,7 +36,6 @@ SERIES = 8  # bills of one conversation that are looked at, with the newest
 _READ_SHARE = 0.8  # a bill below this share of the largest one is no window: more was read before
 _SAME = 1.02  # bills within 2% are the same for a prompt that grew much; so much growth is enough ...
 _SAME_TOKENS = 2  # ... when the bill stayed the same to the token; in a row of three, to two tokens
-_MOST_TOKENS = 1 << 32  # no prompt is that large
 _LEAST_GROWTH_TOKENS = 12  # over three bills, as upstream counts
 
 _replace = msgspec.structs.replace
@@ -45,12 +43,14 @@ _replace = msgspec.structs.replace
 
 class Bill(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
     """What a turn's last request was counted and billed, in tokens (0: not known), and the factor that
-    the next turn of the conversation begins with. `counted` is a guess for what was surely small."""
+    the next turn of the conversation begins with. `counted` is a guess for what was surely small. `calls`: its
+    next epoch has the VM tools."""
 
     model: str
     factor: float = 1.0
     counted: int = 0
     billed: int = 0
+    calls: bool = True
 
 
 class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):
@@ -173,30 +173,6 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Calibration).decode
-
-
-def billed_tokens(usage: Mapping[str, Any] | None, expected_tokens: float) -> int:
-    """The prompt's tokens in upstream's bill, 0 when it tells none.
-
-    Some leave what they read from their cache out of `prompt_tokens` and let it stand beside: of the
-    two readings the one counts that is nearer to what we expect.
-    """
-    if usage is None or not (prompt := _number(usage.get("prompt_tokens"))):
-        return 0
-    details = usage.get("prompt_tokens_details")
-    cached = _number(details.get("cached_tokens")) if isinstance(details, Mapping) else 0
-    cached = cached or _number(usage.get("cache_read_input_tokens"))
-    whole = prompt + cached + _number(usage.get("cache_creation_input_tokens"))
-    if whole == prompt or expected_tokens <= 0:
-        return prompt if cached <= prompt else whole
-    far = [abs(math.log(tokens / expected_tokens)) for tokens in (prompt, whole)]
-    return prompt if cached <= prompt and far[0] <= far[1] else whole
-
-
-def _number(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        return 0
-    return value if 0 < value <= _MOST_TOKENS else 0
 
 
 def _alike(billed_tokens: int, added_tokens: float) -> bool:

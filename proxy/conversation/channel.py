@@ -99,7 +99,7 @@ def choose_channel(fields: Mapping[str, Any], limits: Limits) -> Channel:
     choice = fields.get("tool_choice")
     without = (
         limits.mode is VMMode.PASSIVE
-        or not limits.model_takes_tools
+        or not (limits.model_takes_tools and limits.calls)
         or any(fields.get(key) for key in ("functions", "function_call", "prediction"))
         or fields.get("web_search_options") is not None
         or (fields.get("n") or 1) != 1

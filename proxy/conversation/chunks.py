@@ -269,6 +269,7 @@ class Tee:
         self._builders: dict[int, MessageBuilder] = {}
         self._ended = False  # it said so
         self._lost = False  # it cannot be remembered
+        self.usage: dict[str, Any] | None = None  # the last that was told
 
     def feed(self, data: bytes) -> bytes:
         if not self._opening:
@@ -350,6 +351,8 @@ class Tee:
             if chunk is None or chunk.get("error"):
                 self._lost = True
                 return
+            if isinstance(usage := chunk.get("usage"), dict):
+                self.usage = usage
             for choice in choices_of(chunk):
                 index = choice.get("index")
                 index = index if isinstance(index, int) else 0

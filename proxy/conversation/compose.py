@@ -12,12 +12,15 @@ from typing import Any
 
 import msgspec
 
+from proxy.conversation.bill import Account, usage_of
 from proxy.conversation.body import Fields
 from proxy.conversation.effects import Said
 from proxy.conversation.records import GetRecord
 from proxy.conversation.tree import Node
+from proxy.memory.context import CONTEXT_CLOSE
 
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
+_raw_fields = msgspec.json.Decoder(Fields).decode
 LEAST_ANSWER_TOKENS = 64  # a later round may say so much, or all that the client allowed if less
 
 
@@ -112,6 +115,14 @@ def with_context(message: dict[str, Any], block: str) -> dict[str, Any]:
     return {**message, "content": f"{block}\n\n{content or ''}"}
 
 
+def without_context(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as it was before `with_context`. No line of a block can close it."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": content[1:]}
+    return {**message, "content": str(content).partition(f"{CONTEXT_CLOSE}\n\n")[2]}
+
+
 def as_input(message: dict[str, Any]) -> dict[str, Any]:
     """An answer as a request may carry it: without the null and empty fields of a response, each
     call with its type and its arguments as text, which some servers leave out or send as an object."""
@@ -135,30 +146,43 @@ def _call_as_input(call: Any) -> Any:
     return call if call.get("type") else {**call, "type": "custom" if "custom" in call else "function"}
 
 
-def total_usage(usages: Sequence[Mapping[str, Any] | None], faults: int) -> dict[str, Any] | None:
-    """One usage for several rounds.
+def total_usage(
+    usages: Sequence[Mapping[str, Any] | None], faults: int, account: Account | None = None
+) -> dict[str, Any] | None:
+    """One usage for the rounds of a paged turn.
 
     `prompt_tokens` is the last round's (clients use it as a gauge), `completion_tokens` the sum;
-    what all rounds were billed stands in `vm`. None when upstream gave none.
+    what all rounds were billed stands in `vm`, with what the conversation was by now and would have been
+    otherwise (`account`): whole numbers of a fixed few names, which clients can add up. None when
+    upstream gave none.
     """
     known = [usage for usage in usages if usage]
     if not known:
         return None
-    details = [usage.get("prompt_tokens_details") for usage in known]
-    cached = [one.get("cached_tokens") for one in details if isinstance(one, dict)]
+    told = [one for usage in known if (one := usage_of(usage, 0.0)) is not None]
     last = dict(known[-1])
-    completion = sum(int(usage.get("completion_tokens") or 0) for usage in known)
-    prompt = int(last.get("prompt_tokens") or 0)
-    last["completion_tokens"] = completion
-    last["total_tokens"] = prompt + completion
+    if len(known) > 1:
+        last["completion_tokens"] = completion = sum(int(u.get("completion_tokens") or 0) for u in known)
+        last["total_tokens"] = int(last.get("prompt_tokens") or 0) + completion
     last["vm"] = {
         "rounds": len(usages),
         "faults": faults,
-        "prompt_tokens": sum(int(usage.get("prompt_tokens") or 0) for usage in known),
-        "cached_tokens": sum(int(tokens or 0) for tokens in cached),
-        "completion_tokens": completion,
+        "prompt_tokens": sum(one.prompt for one in told),
+        "cached_tokens": sum(one.cached or 0 for one in told),
+        "written_tokens": sum(one.written for one in told),
+        "completion_tokens": sum(one.completion for one in told),
     }
+    if account is not None:
+        names = ("conversation", "sliding_window", "full_history")
+        last["vm"] |= {f"{n}_billed_tokens": t for n, t in zip(names, account.billed, strict=True)}
     return last
+
+
+def with_usage(body: bytes, usage: Mapping[str, Any]) -> bytes:
+    """A response with another usage, every other field as upstream wrote it."""
+    fields = _raw_fields(body)
+    fields["usage"] = msgspec.Raw(_encode(usage))
+    return b"{" + b",".join(_encode(name) + b":" + value for name, value in fields.items()) + b"}"
 
 
 def response_body(

@@ -11,6 +11,7 @@ from proxy.memory.faults import Load as Load
 from proxy.memory.questions import Query
 
 if TYPE_CHECKING:  # records.py says what an answered turn appends
+    from proxy.conversation.calling import Calling
     from proxy.conversation.records import Record
 
 
@@ -86,8 +87,8 @@ class Lesson:
 class Append:
     """Answered when durable. `joins` add a node id to the set under a key.
 
-    `facts` are what refusals taught of the model. `lesson` counts only when the turn is new: one that
-    is stored already was billed before.
+    `facts` are what refusals taught of the model. `lesson` and `calls`, the fact of how it calls where that
+    changed, count only when the turn is new: one that is stored already was billed before.
     """
 
     puts: Sequence[tuple[bytes, bytes]]
@@ -95,6 +96,7 @@ class Append:
     records: Sequence[Record]
     facts: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
+    calls: Calling | None = None
 
 
 Effect = Load | Search | Complete | Append

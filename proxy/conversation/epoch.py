@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +22,7 @@ from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
 from proxy.conversation.oversized import Cuts, cut_newest
 from proxy.conversation.pages import RESULT_ROLES, PathPages, group_start, groups_of
+from proxy.conversation.report import crowded_window
 from proxy.conversation.window import (
     KEPT,
     SYSTEM,
@@ -50,17 +53,20 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.planner import Budget, Group, Plan, native_groups, plan
+from proxy.memory.planner import Budget, Group, Plan, changed, native_groups, plan
+from proxy.memory.standing import holding
 from proxy.memory.vm_tools import build_vm_developer_message
-from proxy.memory.working_set import watermarks
+from proxy.memory.working_set import CACHED_PRICE, rebuild_target, watermarks
 from proxy.tokens import PER_MESSAGE
 
 if TYPE_CHECKING:
     from proxy.conversation.turn_window import TurnWindow
 
 _CONTEXT_SHARE = 0.25  # of the low watermark, for pages kept from older turns
-_MANIFEST_SHARE = 0.20  # and at most so much for the manifest
-_MANDATORY_SHARE = 0.70  # of the room; a newest group above it is cut
+_MANIFEST_SHARE = 0.20  # and at most so much for the manifest,
+_OWN_SHARE = 0.10  # which with rules and tools takes at most so much of L0
+_TAGS_TOKENS = 16  # of the tags around it
+_GROWTH_ANSWERS = 8  # the last ones, whose messages say how fast the window fills
 _MIN_CUT_SHARE = 0.35  # of the room, for what is shown of a newest group that is cut
 _LOAD_TOKENS = 480  # beside a loaded page: the frame that a VM result keeps free and the result's JSON
 _OPENING = "[The messages before this one are in memory.]"
@@ -70,15 +76,45 @@ _MANIFEST_ENTRY_TOKENS = 24  # no entry is shorter
 _SEGMENTS = 8
 _LOOKED_AT = 16  # messages, for one of the user's
 _FIRST_HINT_WORDS = 10
+_STANDING_SHARE = 10  # what was said for all later answers takes at most 1/10 of the room
+_HARDLY_LONGER = 2  # times what stands in it: such a message is shown whole
 
 _PINS = PinnedSet()
+
+
+@dataclass
+class _Standing:
+    """What is kept of messages that stand: as lines, of so many `tokens` in all, and what that changes in the
+    table. `decided`: their groups, by their first position, and those that leave."""
+
+    lines: list[tuple[Group, CompressionLevel]] = field(default_factory=list)
+    mutations: list[PageMutation] = field(default_factory=list)
+    tokens: int = 0
+    decided: set[int] = field(default_factory=set)
+
+    def keep(self, group: Group, page: MemoryPage, tokens: int, turn: TurnWindow) -> None:
+        """One page of the group as a line."""
+        level = page.compression_level
+        self.tokens += tokens
+        self.leave(group, turn, page.page_id)
+        self.lines.append((replace(group, pages=(page.page_id,)), level))
+        for mutation in changed(turn.table, page.page_id, level, True, turn.turn):
+            self.mutations.append(msgspec.structs.replace(mutation, tokens=tokens))
+
+    def leave(self, group: Group, turn: TurnWindow, but: str = "") -> None:
+        """The group's pages go, but for one."""
+        self.decided.add(group.first)
+        for page_id in group.pages:
+            if page_id != but:
+                self.mutations += changed(turn.table, page_id, None, True, turn.turn)
 
 
 class Epoch:
     """One rebuild of `turn`'s window over `pages`, down to the low watermark of `room_tokens`.
 
     `tail`: this turn's VM exchange so far, or the `after` messages that follow those of the pages.
-    `newest`: the newest message as this turn already sent it. After `begin()`: `evicted` pages left the
+    `sent`: by position, the messages that stay as this turn already sent them: the newest one before its
+    exchange, the user's with its evidence. After `begin()`: `evicted` pages left the
     window, `made` were derived, `shown` are the older pages in it by (id, level), and where the
     exchange did not fit, `tail` is what is left of it (`folded`).
     """
@@ -91,7 +127,7 @@ class Epoch:
         room_tokens: int,
         tail: tuple[Entry, ...],
         after: int,
-        newest: Entry | None,
+        sent: dict[int, Entry],
     ) -> None:
         self.turn = turn
         self.pages = pages
@@ -99,61 +135,78 @@ class Epoch:
         self.room_tokens = room_tokens
         self.tail = tail
         self.after = after
-        self.newest = newest
+        self.sent = sent
         self.folded = False
         self.evicted: list[str] = []
         self.made: Sequence[MemoryPage] | None = None
         self.shown: dict[tuple[str, int], MemoryPage] = {}
         floor = max(turn.context.place.floor, turn.before.native_from if turn.before else 0)
+        self._known = turn.known_until(settling=after > 0)  # what is behind is fresh
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
         self._end = len(pages.path)
         users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
         self._last_user = -1 if after else next(users, -1)  # else the user's newest message is in the tail
         self._cuts: Cuts = {}
+        self._said: dict[str, MemoryPage] = {}  # what is kept word for word
 
     def begin(self) -> Generator[Effect, Any, Window]:
         """The new window; ApiError context_length_exceeded when nothing fits.
 
         When this turn's own exchange does not fit (upstream has just said that its window is smaller),
-        the oldest rounds of it leave; without any of it, the newest message is cut anew.
+        the evidence leaves first, then the oldest rounds of it; without any of it, the newest message is cut anew.
         """
         while True:
             window, over = yield from self._rebuild()
             if window is not None:
                 return window
+            if self._hide_evidence():
+                continue
             if self.after or all(entry.kind == SYSTEM for entry in self.tail):
                 limits = self.turn.limits
                 raise context_length_exceeded(limits, limits.budget_tokens + over)
             self.tail, self.folded = without_oldest_round(self.tail), True
-            self.newest = self.newest if self.tail else None
+            self.sent = self.sent if self.tail else {}
 
     def _rebuild(self) -> Generator[Effect, Any, tuple[Window | None, int]]:
         """The new window, or None and by how many tokens it is too large."""
         turn, room = self.turn, self.room_tokens
         tail_tokens = sum(entry.tokens for entry in self.tail)
-        _, low = watermarks(room, turn.limits.working_set)
+        high, low = watermarks(room, turn.limits.working_set)
+        growth = self._growth()
+        low = rebuild_target(low, high, growth, CACHED_PRICE)
         groups = self._groups()
-        limit = int(room * _MANDATORY_SHARE) - tail_tokens
+        rules = rules_tokens(turn)
+        frame = rules + tail_tokens
+        limit = high - frame
         self._cuts = {}
+        if sum(group.tokens for group in groups if group.mandatory) > limit and self._hide_evidence():
+            groups = self._groups()
         if sum(group.tokens for group in groups if group.mandatory) > limit:
             # So that one of its parts can still be loaded beside what is shown of it.
             loadable = max(int(room * _MIN_CUT_SHARE), room - turn.limits.page_tokens - _LOAD_TOKENS)
             self._cuts = yield from cut_newest(self, groups, min(limit, loadable))
-        manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE))
+        own = int(turn.limits.working_set.max_l0_tokens * _OWN_SHARE) - rules - turn.tools_tokens - _TAGS_TOKENS
+        manifest = int(min(turn.limits.manifest_tokens, low * _MANIFEST_SHARE, max(own, MIN_MANIFEST_TOKENS)))
         context = int(low * _CONTEXT_SHARE)
-        frame = rules_tokens(turn) + tail_tokens
         if self.after:  # their room is taken: the newest native messages stand before them
             groups.append(Group(self._end, self._end + self.after, 0, (), mandatory=True))
         over = 0
         for shrink in (1.0, 0.5, 0.0):
-            budget = Budget(low - frame - manifest - int(context * shrink), int(context * shrink))
+            lines = int(context * shrink)
+            budget = Budget(low - frame - manifest - lines, lines, high - frame)
             yield from self._derive(groups, budget)
-            candidates = [*self._derived_groups(), *groups]
+            standing = self._standing(groups, budget, room // _STANDING_SHARE)
+            candidates = [*self._derived_groups(), *(g for g in groups if g.first not in standing.decided)]
+            budget = replace(budget, context_tokens=budget.context_tokens - standing.tokens)
             planned = plan(turn.table, candidates, budget, turn.context.policy, turn.turn, _is_pinned)
             planned.native = [g for g in planned.native if g.first < self._end]
+            planned.context = sorted([*planned.context, *standing.lines], key=lambda one: one[0].first)
+            planned.mutations += standing.mutations
             window = yield from self._assemble(planned, int(manifest * shrink))
             over = window.tokens - room
             if over <= 0:
+                stays = max(low, frame + sum(group.tokens for group in groups if group.mandatory))
+                window = self._judged(window, high - stays, int(growth))
                 mutations = planned.mutations + self._evict_cut()
                 for mutation in mutations:
                     turn.apply(mutation)
@@ -161,16 +214,69 @@ class Epoch:
                 return window, 0
         return None, over
 
+    def _judged(self, window: Window, left_tokens: int, growth_tokens: int) -> Window:
+        """The window with what is to be said of its size: that requests of the usual growth leave no room for
+        a second one, even rebuilt as far as can be. Said once of a conversation and a size."""
+        turn, before = self.turn, self.turn.before
+        if before is None:
+            return window
+        crowded = growth_tokens > left_tokens
+        turn.report.crowded = turn.report.crowded or crowded
+        said, l0 = before.crowded, turn.limits.working_set.max_l0_tokens
+        if crowded and said != l0:
+            said = l0
+            turn.report.warning = turn.report.warning or crowded_window(turn.limits, left_tokens, growth_tokens)
+        return msgspec.structs.replace(window, crowded=said)
+
     def _derive(self, groups: Sequence[Group], budget: Budget) -> Generator[Effect, Any, None]:
         """Close the segment of what is about to leave; what derives from it competes for the window."""
         if self.made is not None:
             return
         turn, pages = self.turn, self.pages
-        last = native_from(native_groups(groups, budget.native_tokens), self._end)
+        last = native_from(native_groups(groups, budget), self._end)
         before = pages.derived
         self.made = yield from derive(pages, last, turn.limits, turn.context.counter)
         for mutation in entered(self.made, before, pages.derived, turn.turn):
             turn.apply(mutation)
+
+    # -- what the user said for all later answers
+
+    def _standing(self, groups: Sequence[Group], budget: Budget, most_tokens: int) -> _Standing:
+        """Of the messages that do not stay native, what their user said for all later answers: word for
+        word, and all of the message where it says little else. Instructions first, and the newest, as far as
+        there is room; what a later one took the place of leaves.
+        """
+        turn, pages, out = self.turn, self.pages, _Standing()
+        native = {group.first for group in native_groups(groups, budget)}
+        marked = [
+            (group, pages[position])
+            for group in groups
+            for position in range(group.first, min(group.last, self._end))
+            if (entry := turn.table.lookup(pages[position].ids[0])) and entry.pinned and pages[position].standing
+        ]
+        rows: list[tuple[bool, int, Group, MemoryPage]] = []
+        for (group, message), holds in zip(marked, holding([m.standing for _, m in marked]), strict=True):
+            if group.first in native:
+                continue
+            page = pages.page(message.ids[0])
+            words = " ".join(sentence.text for sentence in holds)
+            if len(message.parts) > 1 or len(page.text()) > _HARDLY_LONGER * len(words):
+                changes = {"content": words, "size_tokens": None, "compression_level": CompressionLevel.REDUCED}
+                page = page.model_copy(update=changes)
+            if holds:
+                rows.append((any(sentence.instruction for sentence in holds), group.first, group, page))
+            else:
+                out.leave(group, turn)
+                out.mutations.append(PageMutation(MutationType.UNPIN, page.page_id, turn.turn))
+        left = min(most_tokens, budget.context_tokens)
+        for _, _, group, page in sorted(rows, key=lambda row: row[:2], reverse=True):
+            tokens = pages.packer.pack([page]).tokens_est
+            if out.tokens + tokens > left:
+                out.leave(group, turn)
+            else:
+                self._said[page.page_id] = page
+                out.keep(group, page, tokens, turn)
+        return out
 
     # -- what may stay native
 
@@ -179,10 +285,11 @@ class Epoch:
         path, floor = self.pages.path, self._floor
         starts: list[tuple[int, int]] = []
         seen = -1
+        shown = self._shown_as_evidence()
         for entry in self.turn.table.resident():
             if entry.position >= floor:
                 break
-            if entry.position <= seen or entry.position < 0:
+            if entry.position <= seen or entry.position < 0 or entry.page_id in shown:
                 continue
             first = group_start(path, entry.position)
             end = first + 1
@@ -195,6 +302,10 @@ class Epoch:
         if 0 <= user < floor and all(not a <= user < b for a, b in starts):
             starts.append((user, user + 1))
             starts.sort()
+        came_with: dict[int, int] = {}  # where the user's messages begin that follow each other up to this one
+        for first, _ in starts:
+            follows = first > 0 and path[first - 1].role == path[first].role == "user"
+            came_with[first] = came_with.get(first - 1, first) if follows else first
         return [
             Group(
                 first,
@@ -203,9 +314,28 @@ class Epoch:
                 tuple(i for position in range(first, last) for i in self.pages[position].ids),
                 mandatory=not self.after and (last == self._end or first <= user < last),
                 answer=last - first == 1 and path[first].role == "assistant",
+                fresh=came_with[first] if first >= max(floor, self._known) else -1,
             )
             for first, last in starts
         ]
+
+    def _growth(self) -> float:
+        """Tokens that a request has more than the one before, on the average of the last ones."""
+        path = self.pages.path
+        answers = (p for p in range(self._end - 1, -1, -1) if path[p].role == "assistant")
+        last = list(islice(answers, _GROWTH_ANSWERS + 1))
+        first = last[-1] if len(last) > _GROWTH_ANSWERS else 0
+        return sum(map(self.pages.tokens, range(first, self._end))) / max(1, len(last))
+
+    def _hide_evidence(self) -> bool:
+        """Whether there was any."""
+        evidence = [entry for entry in self.sent.values() if entry.shown_tokens]
+        self.sent |= {entry.position: self.turn.bare(entry) for entry in evidence}
+        return bool(evidence)
+
+    def _shown_as_evidence(self) -> set[str]:
+        """Pages that are not planned: they stand before the user's message until the turn ends."""
+        return {page_id for entry in self.sent.values() for page_id in entry.shown}
 
     def _native_tokens(self, first: int, last: int) -> int:
         pages = self.pages
@@ -215,9 +345,8 @@ class Epoch:
         if last - first > 1:  # a call with results may have been a mixed one
             kept = native_entries(pages, first, self.turn.context.substitutes)
             total += sum(entry.tokens for entry in kept) - pages.tokens(first)
-        if self.newest is not None and last == self._end:
-            total += self.newest.tokens - pages.tokens(last - 1)
-        return total
+        here = (entry for position, entry in self.sent.items() if first <= position < last)
+        return total + sum(entry.tokens - pages.tokens(entry.position) for entry in here)
 
     def _derived_groups(self) -> list[Group]:
         """Summaries and claims in L0: in front of all messages, in the order of their making."""
@@ -245,7 +374,7 @@ class Epoch:
 
     def show(self, page_id: str, level: CompressionLevel) -> Generator[Effect, Any, MemoryPage]:
         """A page at a level: from the shell where that takes a codec or a model, else made here."""
-        page = self.shown.get((page_id, int(level)))
+        page = self._said.get(page_id) or self.shown.get((page_id, int(level)))
         if page is None:
             pages = self.pages
             made_elsewhere = self.turn.limits.written_by_models or pages.medium(page_id) is not None
@@ -267,6 +396,7 @@ class Epoch:
         cut = self._shortened()
         resident = {p for g in planned.native for p in range(g.first, g.last)} - cut
         resident.update(p for g, _ in planned.context for p in range(g.first, g.last))
+        resident.update(pages.position(page_id) for page_id in self._shown_as_evidence())
         manifest = self._manifest(first, resident, cut, manifest_tokens)
         context = pages.packer.pack([page for page in kept if not page_parts(page)]).content
         developer = _developer(turn, manifest, context)
@@ -295,6 +425,8 @@ class Epoch:
             counter.name,
             pages.notes_digest(first),
             turn.limits.tokens_factor,
+            turn.limits.calls,
+            turn.turn,
         )
 
     def _native(self, position: int) -> list[Entry]:
@@ -304,8 +436,8 @@ class Epoch:
             self._cuts.get((position, number)) or system_entry(note, counter)
             for number, note in enumerate(self.pages[position].notes, 1)
         ]
-        if self.newest is not None and position == self._end - 1:
-            own = [self.newest]
+        if position in self.sent:
+            own = [self.sent[position]]
         elif (position, 0) in self._cuts:
             own = [self._cuts[position, 0]]
         else:

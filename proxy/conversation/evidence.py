@@ -1,55 +1,36 @@
 """What is shown unasked: the pages that the newest message is about, in front of its own text. Pure.
 
-Promises: what is chosen stays within its room; nothing is brought in for a message that asks for
-nothing, or on evidence that any page would give; only pages of this path (invariant 6).
+Promises: what is chosen stays within its room; nothing is shown on words that any page has; only pages of this path
+(invariant 6). It is for this turn: at the user's next message it is taken out of the log, or stays in it to the end of
+the epoch where that is cheaper (`stays`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import name
 
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
-from proxy.memory.eviction import AntiThrashPolicy
 from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, StorageTier
-from proxy.memory.prefetcher import (
-    MIN_EVIDENCE,
-    Candidate,
-    Prefetcher,
-    fresh_terms,
-    was_used,
-)
+from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
+from proxy.memory.working_set import watermarks
 
 if TYPE_CHECKING:
+    from proxy.conversation.limits import Limits
     from proxy.conversation.turn_window import TurnWindow
+    from proxy.conversation.window import Window
 
-_SHARE = 8  # evidence takes at most 1/8 of the room
-_PASSIVE_SHARE = 3  # where the model cannot fault: 1/3
-_PASSIVE_PAGES = 4  # and so many times as many pages
+_ROOM_SHARE = 2  # evidence takes at most 1/2 of the room
+_RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may grow into the rest
+_HITS = 100  # pages that are looked at
 _TAGS_TOKENS = 16  # of the block around the lines
-_SURE_EVIDENCE = 2 * MIN_EVIDENCE
 # The levels that are tried, and how much of a page they surely take.
 _LEVELS = ((CompressionLevel.FULL, 0.9), (CompressionLevel.REDUCED, 0.2))
-
-# Signals in a user's message.
-_QUESTION_MARKS = ("?", "？", "؟")
-_REQUEST_CHARS = 160  # a longer text without a question mark tells something
-_RECALL_STEMS = (  # looked for first: a pattern with alternatives costs more than all of them
-    "remember", "remind", "recall", "recap", "summar", "earlier", "previously", "last time",
-    "mention", "discuss", "we said", "we talked", "we agreed", "we decided", "i said", "you said",
-    "i told", "you told", "go back to",
-)  # fmt: skip
-_RECALL = re.compile(
-    r"\b(?:remember|remind|recall|recap|summar\w+|earlier|previously|last time|mention\w*"
-    r"|discuss\w*|we (?:said|talked|agreed|decided)|(?:i|you) (?:said|told)|go back to)\b"
-)
-
-_anti_thrash = AntiThrashPolicy()
 
 
 class Shown(NamedTuple):
@@ -62,23 +43,24 @@ class Shown(NamedTuple):
     line: str
 
 
-def reserve(turn: TurnWindow) -> int:
-    """Tokens to keep free for evidence; 0 when nothing is to be brought in."""
-    limits = turn.limits
-    if turn.pages.path[-1].role != "user":
+def limit(turn: TurnWindow) -> int:
+    """Tokens that evidence may take in this request; 0 when there is nobody to show it to."""
+    if turn.pages.path[-1].role != "user" or not turn.limits.prefetch_pages:
         return 0
-    if turn.channel.offer:
-        return min(limits.prefetch_tokens, turn.room // _SHARE) if asks_back(turn.query) else 0
-    return min(limits.prefetch_tokens + limits.fault_tokens, turn.room // _PASSIVE_SHARE)
+    return min(turn.limits.evidence_tokens, turn.room // _ROOM_SHARE)
+
+
+def reserve(turn: TurnWindow) -> int:
+    """Tokens of the room that the log leaves to evidence."""
+    return limit(turn) // _RESERVED_SHARE
 
 
 def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Shown]]:
     """The pages, in path order; `left_tokens` is what the window has free."""
-    room = min(reserve(turn), left_tokens) - _TAGS_TOKENS
-    most = turn.limits.prefetch_pages * (1 if turn.channel.offer else _PASSIVE_PAGES)
-    if room <= 0 or most == 0:
+    room = min(limit(turn), left_tokens) - _TAGS_TOKENS
+    if room <= 0:
         return []
-    hits: list[Hit] = yield _search(turn, most * 4)
+    hits: list[Hit] = yield _search(turn, _HITS)
     shown: dict[str, Shown] = {}
 
     def price(candidate: Candidate, left: int) -> int | None:
@@ -88,8 +70,30 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         shown[candidate.page_id] = line
         return line.tokens
 
-    Prefetcher(most, room).choose(_candidates(turn, hits), price)
+    prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
+    prefetcher.choose(_candidates(turn, hits), price)
     return sorted(shown.values())
+
+
+def asks(text: str) -> bool:
+    """The user asks a question."""
+    return "?" in text or any("QUESTION MARK" in name(c, "") for c in set(text) if not c.isascii())
+
+
+def stays(window: Window, at: int, limits: Limits) -> bool:
+    """Whether the evidence of the entry `at` is cheaper to carry to the end of the epoch than to take out.
+
+    Taken out, all that stands from that entry on is read once more at the full price. Carried, it is read at the
+    cached price in each turn that the epoch still has (turns like this one), and brings the next rebuild, which
+    reads the window down to the low watermark anew, nearer by its share.
+    """
+    shown = window.entries[at].shown_tokens
+    turn = sum(entry.tokens for entry in window.entries[at:]) - shown
+    high, low = watermarks(limits.budget_tokens, limits.working_set)
+    dearer = 1.0 - limits.cached_price
+    turns = max(0, high - window.tokens) / max(1, turn)
+    rebuilt = dearer * low / max(1, high - low)
+    return shown * (limits.cached_price * turns + rebuilt) <= dearer * turn
 
 
 def used(page: Shown, pages: PathPages, query: str, answer: str) -> bool:
@@ -116,9 +120,6 @@ def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
         entry = turn.table.lookup(page_id)
         if entry is None or turn.pages.medium(page_id) is not None:
             continue  # a medium is shown when it is asked for: its words came with its message
-        cooling = turn.channel.offer and _anti_thrash.cooling(entry, turn.turn)
-        if cooling and hit.evidence < _SURE_EVIDENCE:
-            continue  # it just left: unasked, it comes back only for words that it nearly alone has
         yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens)
 
 
@@ -134,23 +135,3 @@ def _show(pages: PathPages, candidate: Candidate, room: int) -> Shown | None:
                 packed.content,
             )  # fmt: skip
     return None
-
-
-# -- what a user's message asks for
-
-
-def points_back(text: str) -> bool:
-    """Words that point back to what was said, in a question or a short request: a story that says
-    "I remember" asks for nothing."""
-    if len(text) > _REQUEST_CHARS and not any(mark in text for mark in _QUESTION_MARKS):
-        return False
-    low = text.lower()
-    return any(stem in low for stem in _RECALL_STEMS) and bool(_RECALL.search(low))
-
-
-def asks_back(text: str) -> bool:
-    """A question, or words that point back: what the conversation already holds may be wanted.
-
-    A statement is not worth the tokens, and a model that wants more can still fault.
-    """
-    return any(mark in text for mark in _QUESTION_MARKS) or points_back(text)

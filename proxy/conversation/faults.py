@@ -141,6 +141,11 @@ class VMCalls:
             return not (self._limits.faults_per_turn and self._limits.fault_tokens)
         return not self._handler.can_fault()
 
+    @property
+    def helped(self) -> bool:
+        """A call brought a page, or a search found one."""
+        return any(fault.tokens for fault in self.faults) or any(search.results for search in self.searches)
+
     # -- a round
 
     def takes(self, message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> bool:

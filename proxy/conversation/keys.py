@@ -18,6 +18,7 @@ PAIR = b"p"  # + hash of tenant, message, answer: the delivered answers like thi
 LABEL = b"l"  # + hash of tenant, name: the answers given under a session's name
 
 # Replaced by what is newer:
+CONVERSATION = b"c"  # + tenant, beginning of its root's id: the last answer given in a window of it
 SESSION = b"s"  # + hash of tenant, name: the head of a session whose client sends only what is new
 RENDITION = b"v"  # + hash of tenant, version, level, kind: the artifact with that version of a page
 VECTORS = b"E"  # + hash of tenant, model: another value whenever vectors of theirs arrived

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from proxy.memory.models import VMMode
+from proxy.memory.prefetcher import evidence_tokens
 from proxy.memory.working_set import WorkingSetConfig
 
 _LEAST_ROOM_SHARE = 4  # of L0: messages get at least a quarter of it, whatever stands before them
+_TOOLS_TOKENS = 350  # of the VM tools and what is told of them
 _LEAST_ROOM_TOKENS = 1024  # and no less than this, where half of L0 is that much
 
 
@@ -26,7 +28,7 @@ class Limits:
     fault_tokens: int
     max_rounds: int
     prefetch_pages: int
-    prefetch_tokens: int
+    prefetch_tokens: int | None  # None: by the window's size
     manifest_tokens: int
     page_tokens: int
     search_results: int
@@ -36,12 +38,27 @@ class Limits:
     tools_with_json: bool = True  # the model takes tools in a request whose answer has to be JSON
     not_with_tools: frozenset[str] = frozenset()  # fields of a request that exclude tools
     written_by_models: bool = False  # a model writes summaries and captions off the request path
+    calls: bool = True  # the VM tools are worth their tokens: the model calls them, or may
+    parameters_b: float | None = None  # the model's billions of parameters, where its name says them
+    cached_price: float = 0.1  # of a token that upstream has cached, where a new one is 1.0
     tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
 
     @property
     def budget_tokens(self) -> int:
         """What a whole upstream request may count: L0 less the reserve for the answer."""
         return self.working_set.max_l0_tokens - self.working_set.reserved_tokens
+
+    @property
+    def evidence_tokens(self) -> int:
+        """What may be shown unasked; of a model that does not call also what its tools would take."""
+        tokens = self.prefetch_tokens
+        if tokens is None:
+            tokens = evidence_tokens(self.working_set.max_l0_tokens, self.parameters_b)
+        return tokens + _TOOLS_TOKENS if tokens and not self.calls else tokens
+
+    def uncalled(self) -> Limits:
+        """The limits of a model that goes without the VM tools, as it does not call them."""
+        return replace(self, calls=False)
 
 
 def least_room(l0_tokens: int) -> int:

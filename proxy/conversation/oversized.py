@@ -40,9 +40,8 @@ def cut_newest(epoch: Epoch, groups: Sequence[Group], limit: int) -> Generator[E
     pages, counter = epoch.pages, epoch.turn.context.counter
     positions = [p for g in groups if g.mandatory for p in range(g.first, g.last)]
     notes = [(p, n) for p in positions for n in range(1, len(pages[p].notes) + 1)]
-    if epoch.newest is not None:  # cut before, in this turn
-        positions = [p for p in positions if p != len(pages.path) - 1]
-        limit -= epoch.newest.tokens
+    limit -= sum(epoch.sent[p].tokens for p in positions if p in epoch.sent)  # cut before, in this turn
+    positions = [p for p in positions if p not in epoch.sent]
     places = [*((p, 0) for p in positions), *notes]
     sizes = [pages.tokens(p) for p in positions]
     sizes += [anchor_tokens(pages[p].notes[n - 1], counter) for p, n in notes]

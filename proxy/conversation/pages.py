@@ -37,6 +37,7 @@ from proxy.memory.models import (
     PageType,
     StorageTier,
 )
+from proxy.memory.standing import Standing, standing_in
 from proxy.tokens import TokenCounter, get_counter
 
 if TYPE_CHECKING:  # a window's pages are made here, and records store windows
@@ -169,6 +170,11 @@ class MessagePages:
             transcript = words if isinstance(words, str) else ""
             add("aud", Medium(-1, Modality.AUDIO, part, transcript=transcript))
         return tuple(found)
+
+    @property
+    def standing(self) -> list[Standing]:
+        """What of it its speaker said for all later answers."""
+        return standing_in(self.node.role, self.own_text) if self.node.role == "user" else []
 
     @property
     def parts(self) -> list[str]:

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy.conversation import keys
+from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
@@ -79,6 +80,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     closed: bytes = b""  # the last record before this one, along the bases, that has a `closing`
     sent: Sent | None = None  # None: this answer came in a request, nobody delivered it here
     bill: Bill | None = None  # of the turn's last upstream request, and what was known after it
+    account: Account | None = None  # what the path was billed up to here; None: this answer came in a request
     seen_s: int = 0  # when its messages were first seen (Unix time; 0: in a version that did not say)
     answered_s: int = 0  # and its answer (0 as well: it came in the first request of its conversation)
 
@@ -100,6 +102,7 @@ class _WindowChange(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 GetRecord = Callable[[bytes], Record | None]
+CONVERSATION_BYTES = 6  # of its first node's id, by which people know it
 
 encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
@@ -117,6 +120,11 @@ def record_key(node_id: bytes) -> bytes:
 
 def block_key(ref: bytes) -> bytes:
     return keys.BLOCK + ref
+
+
+def conversation_key(tenant: TenantKey, root: bytes) -> bytes:
+    """`root`: the first `CONVERSATION_BYTES` of a path's first node's id."""
+    return keys.CONVERSATION + tenant + root
 
 
 # -- reading: a path and its state. LookupError where a record is missing that was written before, or in
@@ -313,11 +321,10 @@ def encode_change(before: Window | None, after: Window) -> bytes:
     if before is None or _measure(before) != _measure(after):
         return _encode_change(_WindowChange(after.covered, snapshot=after))
     old, new = before.entries, after.entries
-    if len(new) >= len(old) and (not old or new[len(old) - 1] is old[-1]):
-        return _encode_change(_WindowChange(after.covered, new[len(old) :]))
     pairs = enumerate(zip(old, new, strict=False))
-    kept = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-    return _encode_change(_WindowChange(after.covered, new[kept:], kept=kept))
+    kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
+    all_of_them = kept == len(old)
+    return _encode_change(_WindowChange(after.covered, new[kept:], kept=-1 if all_of_them else kept))
 
 
 def _measure(window: Window) -> tuple[int, str, float]:
@@ -342,8 +349,8 @@ def new_records(
     """Records for the positions after `parent`; one for each run that ends with an answer.
 
     `path` ends with an answer; `last` are the last record's own fields (window, mutations,
-    substitute, sent, bill), which describe the turn that is being stored, and `settled` those of the
-    one before it. `known`: what the turn began with, for all but the last. `last`'s echo is that of
+    substitute, sent, bill, account), which describe the turn that is being stored, and `settled` those of
+    the one before it. `known`: what the turn began with, for all but the last. `last`'s echo is that of
     the parent's answer: the first record's. `seen_s`: when the request came (Unix time).
     """
     records: list[Record] = []
@@ -397,6 +404,9 @@ def append_effect(
     their words: what came in a request proves nothing.
     """
     puts = {block_key(ref): block for ref, block in blocks.items()}
+    if heads and heads[0][1] and heads[0][1][-1].window:
+        path = heads[0][0]
+        puts[conversation_key(tenant, path[0].id[:CONVERSATION_BYTES])] = path[-1].id
     joins: list[tuple[bytes, bytes]] = []
     records: list[Record] = []
     for path, new in heads:

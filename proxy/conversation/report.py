@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from proxy.conversation.bill import Break, Sums
 from proxy.conversation.limits import Limits
 from proxy.memory.metrics import UserExperienceMetrics
+
+_REQUESTS_AN_EPOCH = 4  # what a window has to hold beside what stays, to be worth a cache
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class TurnReport:
     context_pages: list[str] = field(default_factory=list)
     evicted_pages: list[str] = field(default_factory=list)
     prefetched_pages: list[str] = field(default_factory=list)  # brought in before the call
+    evidence_left: bool = False  # what was shown for the last message was taken out of the log
     prefetched_used: int = 0  # of them those that the answer took something from
     faults: list[FaultReport] = field(default_factory=list)
     searches: list[SearchReport] = field(default_factory=list)
@@ -49,8 +53,11 @@ class TurnReport:
     segments: int = 0  # closed so far
     claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
-    asked_back: bool = False  # the user's message points back
-    taken_back: bool = False  # the window's log was cut where the client's system messages changed
+    asked_back: bool = False  # the user asks, and older pages say something of it
+    crowded: bool = False  # the epoch's window is full again with the next request, or nearly
+    rewritten_at: int | None = None  # from this message on, the client says something else than it did
+    billed: Sums | None = None  # by upstream's usage; None: the answer could not be remembered
+    broke: Break | None = None  # the provider's cache did not have what it could have
     warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change
 
     def record(self, metrics: UserExperienceMetrics) -> None:
@@ -75,6 +82,19 @@ def stretched_window(limits: Limits) -> str:
     return (
         f"System messages, tools and schemas, which cannot be paged, leave too little of the {tokens}"
         f" tokens of {key} for messages, so the window was stretched: raise {key}."
+    )
+
+
+def crowded_window(limits: Limits, left_tokens: int, growth_tokens: int) -> str:
+    """The warning of a window that is rebuilt nearly each time: so much of it is left after a rebuild, so much
+    a request brings."""
+    key, config = _window_key(limits), limits.working_set
+    more = (_REQUESTS_AN_EPOCH * growth_tokens - left_tokens) / config.eviction_threshold
+    enough = -(-(config.max_l0_tokens + int(more)) // 1000) * 1000
+    return (
+        f"A window of {config.max_l0_tokens} tokens is too small for this conversation: each request brings about"
+        f" {growth_tokens}, and {max(0, left_tokens)} are free after a rebuild, so nearly each one rebuilds it, which costs"
+        f" the prompt cache: raise {key} to {enough}."
     )
 
 

@@ -27,16 +27,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
+import xxhash
 
+from proxy.conversation.bill import (
+    Account,
+    Head,
+    Others,
+    Reason,
+    Sizes,
+    Turned,
+    Usage,
+    accounted,
+    usage_of,
+)
+from proxy.conversation.body import counted_fields
 from proxy.conversation.calibration import (
     LEAST_WINDOW_TOKENS,
     SERIES,
     TOKENS_FACTOR,
     Bill,
     Calibration,
-    billed_tokens,
     plateau,
 )
+from proxy.conversation.calling import Calling
 from proxy.conversation.channel import Channel, choose_channel, tools_array, unlisted
 from proxy.conversation.compose import (
     answer_budget,
@@ -86,12 +99,14 @@ _NO_ANSWER = Refused(502, ApiError(
 
 @dataclass(slots=True)
 class Answer:
-    """How the turn ended. `body` is the response of a non-streaming call (None: as upstream said)."""
+    """How the turn ended. `body` is the response of a non-streaming call (None: as upstream said, but for
+    the `usage` where that is `ours`)."""
 
     report: TurnReport
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     body: bytes | None = None
+    ours: bool = False
     refused: Refused | None = None
     learned: dict[str, Any] = field(default_factory=dict)  # about the model, from a refusal
     doubted_tokens: int = 0  # a window that is learned when it shows once more
@@ -118,6 +133,7 @@ class Turn:
         self.settled: tuple[Record, Stored] | None = None
         self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's
         self._paging: TurnWindow | None = None
+        self._vm_calls: VMCalls | None = None
         self._responses: list[Said] = []
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
@@ -185,9 +201,10 @@ class Turn:
             yield from paging.open()
         except ApiError:
             return (yield from self._as_it_is())
-        self._paging = paging
+        self._paging, self.channel = paging, paging.channel  # an epoch may have begun with another
+        self._vm_calls = VMCalls(paging)
         yield from paging.bring()
-        return (yield from self._rounds(paging, VMCalls(paging)))
+        return (yield from self._rounds(paging, self._vm_calls))
 
     def _shrinks(self, refused: Refused) -> bool:
         """The client's own bytes are too long for the model: what it takes is known now."""
@@ -378,27 +395,34 @@ class Turn:
     ) -> Effect:
         context, record = self._context, self._context.place.record
         self._model.passed(self.report.used_tokens)
-        began = (context.next_limits or context.limits).tokens_factor
-        bill, lesson = self._billed(said)
+        began = context.next_limits or context.limits
+        usages = self._usages(said)
+        bill, lesson = self._billed(usages[-1])
+        account = self._account(usages)
         last: dict[str, object] = {
             "echo": self._echo(), "substitute": list(substitute), "sent": context.place.sent, "bill": bill,
-            "answered_s": int(said.ended_s or context.now_s),
+            "account": account, "answered_s": int(said.ended_s or context.now_s),
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         came = context.state.window if context.state else None
         before = self._paging.settled if self._paging is not None else None
-        settled = before.fields(came, record) if before is not None else None
+        settled: dict[str, object] = before.fields(came, record) if before is not None else {}
+        if self._answered:
+            settled["account"] = account.rewound(self._answered, self.pages, self._anchors())
         if self._paging is not None:
             if self._paging.brought:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
             state = self._paging.snapshot()
             last.update(state.fields(came, record))
             blocks = {**state.blocks, **(before.blocks if before is not None else {})}
+        before_calls = Calling.of(context.facts)
+        calls = self._calling(before_calls)
+        last["bill"] = msgspec.structs.replace(bill, calls=calls.offered)
         heads = []
         for message in answers:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
-            known = Bill(bill.model, began)
+            known = Bill(bill.model, began.tokens_factor, calls=began.calls)
             heads.append((path, new_records(path, record, last, settled, known, int(context.now_s))))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
@@ -406,15 +430,64 @@ class Turn:
             self.settled = heads[0][1][-2], before
         effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
         facts = self._model.learned if learned is None else learned
-        return replace(effect, facts=dict(facts), lesson=lesson)
+        effect = replace(effect, facts=dict(facts), lesson=lesson)
+        return effect if calls == before_calls else replace(effect, calls=calls)
 
-    def _billed(self, said: Said) -> tuple[Bill, Lesson | None]:
-        """The last round's bill beside our count, and what it teaches. A stream that was passed through
-        tells none."""
+    def _calling(self, known: Calling) -> Calling:
+        """What is known of the model's calls after this turn, whose answer was settled."""
+        paging, vm_calls = self._paging, self._vm_calls
+        if paging is None or vm_calls is None:
+            return known
+        needed = paging.unserved and paging.channel.offer
+        return known.after(needed=needed, helped=vm_calls.helped, began=self.report.new_epoch)
+
+    def _usages(self, said: Said) -> list[Usage | None]:
+        """What upstream billed for each round; the last one's answer is `said`."""
+        guess = self.report.used_tokens or len(self._context.body) // _USUAL_BYTES
+        rounds = [one for one in self._responses if one is not said]
+        return [usage_of(one.usage, self._context.known_factor * guess) for one in (*rounds, said)]
+
+    def _account(self, usages: Sequence[Usage | None]) -> Account:
+        """What the path was billed, with this turn."""
+        context, report, record = self._context, self.report, self._context.place.record
+        before = record.account if record is not None else None
+        frame = context.place.sent.frame[:8] if context.place.sent is not None else b""
+        tools = xxhash.xxh3_64_digest(b"".join(counted_fields(context.sent.fields)))
+        head = Head(frame, tools, self.channel is not None and self.channel.listed)
+        if report.rewritten_at is None and record is not None and self._answered:
+            report.rewritten_at = record.end  # answers came that were not given here
+        why = None
+        if report.new_epoch:
+            why = Reason.EPOCH
+        elif report.rewritten_at is not None:
+            why = Reason.REWRITTEN
+        elif report.evidence_left:
+            why = Reason.EVIDENCE
+        others = None
+        if self._paging is not None:
+            anchors = self._anchors()
+            sizes = before.sizes if before is not None else None
+            if sizes is None or record is None or record.counter != context.counter.name:
+                end = 0 if record is None else record.end - (record.sent is not None)
+                sizes = Sizes().at(end, self.pages, anchors)
+            others = Others(self.pages, anchors, self._fixed_tokens, report.budget_tokens, sizes)
+        at = report.rewritten_at if why is Reason.REWRITTEN and report.rewritten_at is not None else -1
+        turn = Turned(report.turn, report.model, usages, report.used_tokens, head, why, at)
+        account, report.billed = accounted(before, record.id if record is not None else b"", turn, others)
+        report.broke = account.broke
+        return account
+
+    def _anchors(self) -> list[tuple[int, int]]:
+        """Where the client's system messages stand on the path, and their tokens."""
+        counter = self._context.counter
+        return [(anchor.position, anchor_tokens(anchor, counter)) for anchor in self._context.place.anchors]
+
+    def _billed(self, usage: Usage | None) -> tuple[Bill, Lesson | None]:
+        """The last round's bill beside our count, and what it teaches."""
         context, model, factor = self._context, self.report.model, self._context.known_factor
         counted, size = self.report.used_tokens, len(context.body)
         guess = size // _USUAL_BYTES
-        billed = billed_tokens(said.usage, factor * (counted or guess))
+        billed = usage.prompt if usage is not None else 0
         if context.calibration is None or not billed:
             return Bill(model, factor), None
         if not counted and billed < LEAST_WINDOW_TOKENS:
@@ -469,10 +542,11 @@ class Turn:
         report.reachable_tokens = paging.table.total_tokens
         if self._context.observed:
             paging.tell()
+        served = sum(1 for fault in report.faults if fault.error is None)
+        account = self.record.account if self.record is not None else None
         usage = said.usage
-        if len(self._responses) > 1:
-            served = sum(1 for fault in report.faults if fault.error is None)
-            usage = total_usage([s.usage for s in self._responses], served)
+        if not self._many:  # else it goes through as it came
+            usage = total_usage([s.usage for s in self._responses], served, account)
         reason = said.finish_reason
         vm, client = self._split(said, paging.channel) if said.messages else ([], [])
         if vm and not client and reason in ("tool_calls", "function_call"):
@@ -482,7 +556,8 @@ class Turn:
         if said.response is not None and first is not None and (len(self._responses) > 1 or vm):
             shown = shown_messages(said, client)[0]
             body = response_body(said.response, first, shown, reason, usage)
-        return Answer(report, reason, usage, body, learned=dict(self._model.learned))
+        ours = usage is not said.usage
+        return Answer(report, reason, usage, body, ours, learned=dict(self._model.learned))
 
     def _repaired(self, refused: Refused, paging: TurnWindow) -> bool:
         """The next try is another request: smaller, or without what was refused."""

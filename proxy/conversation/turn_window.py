@@ -9,17 +9,19 @@ messages.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from proxy.conversation.channel import Channel, vm_tools_tokens, wants_json
-from proxy.conversation.compose import with_context
+from proxy.conversation.calling import holds
+from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens, wants_json
+from proxy.conversation.compose import with_context, without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
-from proxy.conversation.evidence import Shown, choose, points_back, reserve, used
+from proxy.conversation.evidence import Shown, asks, choose, reserve, stays, used
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
@@ -50,14 +52,15 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
-from proxy.memory.segments import PIN_TOKENS, is_standing
+from proxy.memory.standing import standing_in
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
-STANDING_TOKENS = 2 * PIN_TOKENS  # of standing instructions in front of a window, at most
+STANDING_TOKENS = 256  # of standing instructions of the application's in front of a window, at most
 
+_STANDING_BYTES = 2048  # of one of them
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _ALL = 1 << 40  # tokens
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
@@ -101,8 +104,8 @@ class TurnWindow:
         self._answered = answered
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
-        added = vm_tools_tokens(channel, context.counter)
-        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - added
+        self.tools_tokens = vm_tools_tokens(channel, context.counter)
+        self._whole_room_tokens = limits.budget_tokens - fixed_tokens - PER_REPLY - self.tools_tokens
         self._tail: list[Entry] = []  # this turn's VM exchange
         self._folded = False  # rounds of it had to leave
         self._stood: dict[int | None, tuple[list[Anchor], int]] = {}
@@ -125,7 +128,7 @@ class TurnWindow:
             before = before.recount(counter)  # another model than in the last turn
         if before is not None and before.factor != self.limits.tokens_factor:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
-        self.before = before
+        self.before = self._without_evidence(before)
         if self._answered:
             yield from self._settle(self._answered)
         end, at = len(self.pages.path), self._differs_at()
@@ -139,6 +142,30 @@ class TurnWindow:
             if at is not None:
                 self._take_back(at)
             self.window = grown
+
+    def _without_evidence(self, before: Window | None) -> Window | None:
+        """The log a turn later: what was shown for the last message of the user's is taken out of it, where
+        that is cheaper than to carry it on."""
+        path = self.pages.path
+        if before is None or all(node.role != "user" for node in path[before.covered :]):
+            return before  # the same turn goes on
+        at = next((i for i in range(len(before.entries) - 1, -1, -1) if before.entries[i].shown), None)
+        if at is None or stays(before, at, self.limits):
+            return before
+        self.report.evidence_left = True
+        return before.replaced(before.entries[at], self.bare(before.entries[at]))
+
+    def bare(self, entry: Entry) -> Entry:
+        """A user's message without the evidence in front of its text, whose pages leave the window."""
+        for page_id in entry.shown:
+            found = self.table.lookup(page_id)
+            if found is not None and found.tier is StorageTier.L0:
+                self.apply(PageMutation(MutationType.EVICT, page_id, self.turn, tier=StorageTier.L2))
+        raw = self.pages.path[entry.position].raw
+        message = without_context(msgspec.json.decode(entry.raw))
+        if message != msgspec.json.decode(raw):  # it was cut
+            raw = msgspec.json.encode(message)
+        return Entry(raw, entry.tokens - entry.shown_tokens, entry.position)
 
     def _settle(self, end: int) -> Generator[Effect, Any, None]:
         """Open the window for the answered messages alone, as if in a turn before this one.
@@ -174,6 +201,13 @@ class TurnWindow:
     @property
     def _next_epoch(self) -> int:
         return self.before.epoch + 1 if self.before else 1
+
+    def known_until(self, settling: bool) -> int:
+        """The end of the messages that are answered for an epoch of this turn: a request that comes again
+        finds all that have an answer."""
+        record = self.context.place.record
+        known = record.end if record else 0
+        return known if settling else max(known, self._answered)
 
     def _leaves_room(self, end: int, behind: Sequence[Entry]) -> bool:
         """Whether an epoch can be planned without a look at what stands behind its path."""
@@ -220,10 +254,12 @@ class TurnWindow:
         )
 
     def _fits(self, window: Window) -> bool:
-        """The window stays below the high watermark, with what may be brought in before the call."""
+        """The window stays below the high watermark, with what may be brought in before the call: not for its
+        sake where it was rebuilt in the turn before and is full of what came since the last answer."""
         self.window = window
         high, _ = watermarks(self.room, self.limits.working_set)
-        return window.tokens + reserve(self) <= high
+        rebuilt = window.began and self.turn - window.began <= 1
+        return window.tokens <= min(high, self.room - (0 if rebuilt else reserve(self)))
 
     def _whole(self, first: int, last: int) -> bool:
         """These messages are in the window, and nothing of them was cut."""
@@ -276,7 +312,7 @@ class TurnWindow:
         record = self.context.place.record
         if record is None:
             return
-        self.report.taken_back = True
+        self.report.rewritten_at = at
         for page_id in brought_since(record, at, self.context.get_record):
             entry = self.table.lookup(page_id)
             if entry is not None and entry.tier is StorageTier.L0 and entry.position < at:
@@ -303,8 +339,7 @@ class TurnWindow:
         room = self.room_for_messages
         if room <= 0:
             raise context_length_exceeded(self.limits, self.limits.budget_tokens - room)
-        newest = self.newest_entry() if self._tail else None
-        epoch = Epoch(self, pages, number, room, tuple(tail), after, newest)
+        epoch = Epoch(self, pages, number, room, tuple(tail), after, {} if after else self._sent())
         self.window = yield from epoch.begin()
         self.shown = [Load(page_id, level) for page_id, level in epoch.shown]
         self.shown += [Load(page_id, 0) for page_id in pages.derived.unwritten]
@@ -314,8 +349,25 @@ class TurnWindow:
         self.report.evicted_pages += epoch.evicted
         self.made += epoch.made or ()
 
+    def _sent(self) -> dict[int, Entry]:
+        """By position, the messages that no epoch of this turn may change (`Epoch.sent`)."""
+        path, window = self.pages.path, getattr(self, "window", None) or self.before
+        user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
+        entries = window.entries if window is not None else ()
+        sent = {e.position: e for e in entries if e.shown_tokens and e.position == user}
+        newest = self.newest_entry() if self._tail else None
+        return sent if newest is None else {**sent, newest.position: newest}
+
     def resize(self, limits: Limits) -> None:
-        """Other bounds from now on."""
+        """Other bounds from now on, and with them the VM tools or none; in a turn that has called, they stay."""
+        if self._tail and limits.calls != self.limits.calls:
+            limits = replace(limits, calls=self.limits.calls)
+        if limits.calls != self.limits.calls:
+            takes, before = self.channel.client_calls, self.tools_tokens
+            self.channel = replace(choose_channel(self.context.decoded, limits), client_calls=takes)
+            self.tools_tokens = vm_tools_tokens(self.channel, self.context.counter)
+            self._whole_room_tokens += before - self.tools_tokens
+            self.report.channel = self.channel.name
         self._whole_room_tokens += limits.budget_tokens - self.limits.budget_tokens
         self.limits, self._next_limits = limits, None
         self.report.budget_tokens = limits.budget_tokens
@@ -334,22 +386,30 @@ class TurnWindow:
         entry = self.newest_entry()
         if entry is None:
             return
-        self.report.asked_back = points_back(self.query)
         self.brought = yield from choose(self, max(0, self.free_tokens))
-        for page in self.brought:
+        if not self.brought:
+            return
+        self.report.asked_back = asks(self.query)
+        new = [page for page in self.brought if not self._is_loaded(page.page_id)]
+        for page in new:
             self.apply(
                 PageMutation(
                     MutationType.MAP, page.page_id, self.turn, page.level, StorageTier.L0,
                     page.tokens, reason=FaultReason.SPECULATIVE,
                 )
             )  # fmt: skip
-        if self.brought:
-            block = context_block(page.line for page in self.brought)
-            message = with_context(msgspec.json.decode(entry.raw), block)
-            new = Entry(msgspec.json.encode(message), self.context.counter.message(message), entry.position)
-            entries = tuple(new if e is entry else e for e in self.window.entries)
-            tokens = self.window.tokens + new.tokens - entry.tokens
-            self.window = msgspec.structs.replace(self.window, entries=entries, tokens=tokens)
+        message = with_context(msgspec.json.decode(entry.raw), context_block(p.line for p in self.brought))
+        tokens = self.context.counter.message(message)
+        ids = tuple(page.page_id for page in new)
+        with_evidence = Entry(
+            msgspec.json.encode(message), tokens, entry.position, shown_tokens=tokens - entry.tokens, shown=ids
+        )  # fmt: skip
+        self.window = self.window.replaced(entry, with_evidence)
+
+    def _is_loaded(self, page_id: str) -> bool:
+        """The page is in the window already, at some level."""
+        entry = self.table.lookup(page_id)
+        return entry is not None and entry.tier is StorageTier.L0
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
@@ -358,6 +418,15 @@ class TurnWindow:
             if used(page, self.pages, self.query, answer):
                 self.report.prefetched_used += 1
                 self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
+
+    @property
+    def unserved(self) -> bool:
+        """The user asked for what a page outside the window holds, and the answer took nothing from what was
+        shown of it (after `settle`)."""
+        if not self.brought or self.report.prefetched_used or not asks(self.query):
+            return False
+        texts = (self.pages.bare(page.page_id) for page in self.brought)
+        return any(holds(text, self.query) for text in texts if not asks(text))
 
     @property
     def fault_reason(self) -> FaultReason:
@@ -396,11 +465,12 @@ class TurnWindow:
             most = STANDING_TOKENS
         found: list[Anchor] = []
         for anchor in reversed(anchors):
-            if len(anchor.raw) > 16 * PIN_TOKENS:
+            if len(anchor.raw) > _STANDING_BYTES:
                 continue
             tokens = anchor_tokens(anchor, self.context.counter)
             message = msgspec.json.decode(anchor.raw)
-            if is_standing(str(message.get("role")), message_text(message), tokens):
+            standing = standing_in(str(message.get("role")), message_text(message))
+            if standing and 2 * tokens <= STANDING_TOKENS:
                 if total + tokens > most:
                     break
                 total += tokens
@@ -471,8 +541,8 @@ class TurnWindow:
 
 
 def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor; a standing instruction
-    is pinned."""
+    """A new message stands in the window, but for those before the floor; one that says something for all
+    later answers is pinned."""
     tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
     for page in message.pages:
         kind = page.page_type
@@ -481,5 +551,5 @@ def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutati
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
         )  # fmt: skip
-    if is_standing(message.node.role, message.own_text, message.text_tokens):
+    if message.standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)

@@ -30,13 +30,16 @@ KEPT = 4  # media kept from older turns, in a user message: a developer message 
 
 class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
     """One upstream message as it was sent; `position` is its place on the path (-1: none), of a system
-    message that of the message behind it. `whole` is the digest of a system message that was cut."""
+    message that of the message behind it. `whole` is the digest of a system message that was cut.
+    `shown_tokens` of it are evidence, in front of a user's own text, with the pages `shown`."""
 
     raw: bytes
     tokens: int
     position: int = -1
     kind: int = NATIVE
     whole: bytes = b""
+    shown_tokens: int = 0
+    shown: tuple[str, ...] = ()
 
     @property
     def said(self) -> bytes:
@@ -58,6 +61,9 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
     counter: str = ""  # the name of the counter of all these tokens
     notes: bytes = b""  # what the client's system messages before `native_from` were (`notes_digest`)
     factor: float = 0.0  # billed tokens per counted one that the epoch's budget is in; 0.0: not known
+    tools: bool = True  # the VM tools are on offer in the epoch, where the request allows it
+    began: int = 0  # the turn in which its epoch began
+    crowded: int = 0  # the L0 of which it was said that it is too small for this conversation's traffic
 
     def append(self, entries: Iterable[Entry], covered: int | None = None) -> Window:
         new = tuple(entries)
@@ -79,6 +85,11 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return msgspec.structs.replace(
             self, covered=covered, entries=self.entries[:kept], tokens=self.tokens - gone
         )
+
+    def replaced(self, old: Entry, new: Entry) -> Window:
+        """The log with another entry in the place of one."""
+        entries = tuple(new if entry is old else entry for entry in self.entries)
+        return msgspec.structs.replace(self, entries=entries, tokens=self.tokens + new.tokens - old.tokens)
 
     def recount(self, counter: TokenCounter) -> Window:
         """The same log in another model's tokens."""

@@ -1,8 +1,8 @@
 """What input costs: OpenAI's rule for cached prompts, on the requests that really went out.
 
-Promises: deterministic, no clock. A prompt is the tools array and then the messages; the longest
-prefix that it shares with one of the recent prompts is cached when it has at least 1,024 tokens, in
-steps of 128, at a tenth of the price (a cache that never expires between two turns). Beside ours, the
+Promises: deterministic, no clock. A prompt is the tools array and then the messages; of the longest
+prefix that it shares with one of the recent prompts is cached what `/vm/bill`'s rule says (1,024 tokens and
+more, in steps of 128), at a tenth of the price (a cache that never expires between two turns). Beside ours, the
 ledger bills what an application without the proxy would send, one request a turn.
 """
 
@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from proxy.conversation.bill import CACHED_PRICE, cached_prefix
 from proxy.demo.reader import read
 from proxy.tokens import TokenCounter
 
-MIN_PREFIX_TOKENS = 1024
-STEP_TOKENS = 128
-CACHED_PRICE = 0.1
 _RECENT_PROMPTS = 8
 _COUNTED_MESSAGES = 4096
 
@@ -41,8 +39,7 @@ class PromptCache:
         tokens = [self._counter.tools(tools), *map(self._message_tokens, parts[1:])]
         shared = max((self._shared(parts, tokens, old) for old in self._recent), default=0)
         self._recent.append(parts)
-        cached = shared - shared % STEP_TOKENS if shared >= MIN_PREFIX_TOKENS else 0
-        return sum(tokens), cached
+        return sum(tokens), cached_prefix(shared)
 
     def _shared(self, new: list[str], tokens: list[int], old: list[str]) -> int:
         least = min(len(new), len(old))

@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from proxy.demo.bill import MIN_PREFIX_TOKENS, STEP_TOKENS
+from proxy.conversation.bill import MIN_PREFIX_TOKENS, STEP_TOKENS
 
 if TYPE_CHECKING:
     from proxy.conversation.report import FaultReport, TurnReport

@@ -8,8 +8,11 @@ are compressed before they are evicted, and nothing but their place and level ch
 
 Levels are chosen as a multiple-choice knapsack, solved greedily: each group's levels become upgrade
 steps of falling value per token (the upper convex hull of its prices and values), and steps are
-taken by value per token until the budget is used. It is O(n log n) in the groups handed in, of
-which at most `_CANDIDATES` are considered at more than one level.
+taken by value per token until the budget is used.
+
+A text is no context line unless it is pinned, was just faulted in or derives from others: lines of other texts
+were a tenth of the bill and found no more (tests/bench/ablation.py: LoCoMo 149 and 146 of 199, BEAM 46 and 47 of
+74). It is looked up when a message is about it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from heapq import nsmallest
 from itertools import pairwise
 
 from proxy.memory.compressor import ABSTRACT_TOKENS
@@ -38,7 +40,7 @@ IsPinned = Callable[[PageTableEntry, int], bool]
 _LEVELS = (CompressionLevel.ABSTRACT, CompressionLevel.REDUCED, CompressionLevel.FULL)
 _LINE_TOKENS = 14  # prefix, page id and quotes of a line
 _FIRST_SHARE = 0.5  # of the context budget, for pinned and just faulted pages before all others
-_CANDIDATES = 512  # groups considered for a context line: more than any window has room for
+_CANDIDATES = 512  # the newest groups considered for a context line: more than any window has room for
 
 _ABSTRACT_MIN_TOKENS = 20  # below this an abstract gets no shorter with its text
 _THUMBNAIL_TOKENS = 85  # a picture at low detail
@@ -73,7 +75,8 @@ class Group:
     `answer`: it is a plain answer, which says little without the question before it. `pages` are
     the text pages and the media of the messages. A derived page (a summary, a claim) is a group of
     its own in front of all messages: first and last are the same negative number, unlike any other
-    group's, and `tokens` is more than any budget, because it can only be a context line.
+    group's, and `tokens` is more than any budget, because it can only be a context line. `fresh`: it came
+    after the last answer that is known, together with the messages from this position on; -1: it is older.
     """
 
     first: int
@@ -82,14 +85,17 @@ class Group:
     pages: tuple[str, ...]
     mandatory: bool = False
     answer: bool = False
+    fresh: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Tokens for native messages and for <VM:CONTEXT> lines."""
+    """Tokens for native messages and for <VM:CONTEXT> lines; `fresh_tokens`: for native messages where
+    what is above `native_tokens` is fresh."""
 
     native_tokens: int
     context_tokens: int
+    fresh_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -112,16 +118,16 @@ def plan(
     """Rebuild the window: `groups` are all groups with a page in L0, in path order.
 
     The newest groups stay native as long as they fit, without a gap but for mandatory ones; of the
-    others those with the most value per token become context lines, each at the level that is worth
-    its tokens; the rest is evicted to L2. What the native ones leave free stays free: filled with
-    lines it cost a tenth more epochs and found nothing more. `is_pinned` says which pages are placed first beside those that the policy never lets go
+    others those with the most value per token become context lines, if they are pinned, media or derived, each
+    at the level that is worth its tokens; the rest is evicted to L2. What the native ones leave free stays free:
+    filled with lines it cost a tenth more epochs and found nothing more. `is_pinned` says which pages are placed first beside those that the policy never lets go
     (score infinity); pages faulted in just now are placed with them.
     """
-    native = native_groups(groups, budget.native_tokens)
+    native = native_groups(groups, budget)
     kept = {group.first for group in native}
     others = [group for group in groups if group.first not in kept]
     rows = [_row(table, group, policy, turn, is_pinned) for group in others]
-    context = _context(rows, budget.context_tokens)
+    context = _context([row for row in rows if row.is_line], budget.context_tokens)
     result = Plan(native, sorted(context, key=lambda item: item[0].first))
     levels = {group.first: CompressionLevel.FULL for group in native}
     levels.update((group.first, level) for group, level in context)
@@ -129,20 +135,30 @@ def plan(
         level = levels.get(group.first)
         as_line = group.first not in kept
         for page_id in group.pages:
-            result.mutations.extend(_change(table, page_id, level, as_line, turn))
+            result.mutations.extend(changed(table, page_id, level, as_line, turn))
     return result
 
 
-def native_groups(groups: Sequence[Group], budget_tokens: int) -> list[Group]:
-    """Those that stay in their own roles: mandatory ones, and the newest without a gap that fit."""
-    left = budget_tokens - sum(group.tokens for group in groups if group.mandatory)
+def native_groups(groups: Sequence[Group], budget: Budget) -> list[Group]:
+    """Those that stay in their own roles: mandatory ones, and the newest without a gap that fit.
+
+    Fresh ones stay beyond the budget of the others: all, or, where those are too many (a long history
+    seen for the first time), those that this budget ends in.
+    """
+    used = sum(group.tokens for group in groups if group.mandatory)
+    most = max(budget.native_tokens, budget.fresh_tokens)
+    whole = used + sum(group.tokens for group in groups if group.fresh >= 0 and not group.mandatory) <= most
     native: list[Group] = []
     edge = groups[-1].last if groups else 0  # where the run of newest messages begins so far
+    together, begun = -1, False  # the messages that this group came with, and whether the budget ends in them
     for group in reversed(groups):
         if not group.mandatory:
-            if group.last != edge or group.tokens > left:
+            if group.fresh != together:
+                together, begun = group.fresh, used < budget.native_tokens
+            beyond = group.fresh >= 0 and (whole or begun)
+            if group.last != edge or used + group.tokens > (most if beyond else budget.native_tokens):
                 continue
-            left -= group.tokens
+            used += group.tokens
         if group.last == edge:
             edge = group.first
         native.append(group)
@@ -207,10 +223,10 @@ class _Row:
     steps: list[tuple[float, int, CompressionLevel]] = field(default_factory=list)
     taken: int = 0
 
-    def density(self) -> float:
-        """Value per token of the shortest line."""
-        tokens, value = self.option(CompressionLevel.ABSTRACT)
-        return value / tokens
+    @property
+    def is_line(self) -> bool:
+        """It may become a context line; other texts are found when they are asked for."""
+        return self.first or self.group.first < 0 or any(e.modality in _KEPT for e in self.entries)
 
     def option(self, level: CompressionLevel) -> tuple[int, float]:
         """(tokens, value) of all pages at a level."""
@@ -237,7 +253,7 @@ def _context(rows: Iterable[_Row], budget_tokens: int) -> list[tuple[Group, Comp
     others: list[_Row] = []
     for row in rows:
         (first if row.first else others).append(row)
-    first, others = _best(first), _best(others)
+    first, others = first[-_CANDIDATES:], others[-_CANDIDATES:]
     for row in (*first, *others):
         row.steps = _hull([(level, *row.option(level)) for level in _LEVELS])
     one_line = min((row.steps[0][1] for row in first if row.steps), default=0)
@@ -246,12 +262,6 @@ def _context(rows: Iterable[_Row], budget_tokens: int) -> list[tuple[Group, Comp
     left = _take(others, left)
     _take(first, left)
     return [(r.group, r.steps[r.taken - 1][2]) for r in (*first, *others) if r.taken]
-
-
-def _best(rows: list[_Row]) -> list[_Row]:
-    if len(rows) <= _CANDIDATES:
-        return rows
-    return nsmallest(_CANDIDATES, rows, key=lambda row: (-row.density(), -row.group.first))
 
 
 def _hull(
@@ -292,9 +302,10 @@ def _take(rows: Sequence[_Row], left: int) -> int:
     return left
 
 
-def _change(
+def changed(
     table: PageTable, page_id: str, level: CompressionLevel | None, as_line: bool, turn: int
 ) -> list[PageMutation]:
+    """What brings a page to a level in the window, in its own role or as a line, or out of it (None)."""
     entry = table.lookup(page_id)
     if entry is None:
         return []

@@ -1,7 +1,8 @@
-"""Which pages are brought in before the model is called, and whether one was worth it.
+"""Which pages are shown unasked before the model is called, and whether one was worth it.
 
-Promises: what is chosen stays within its budget in tokens and pages; the best for its tokens comes first;
-deterministic. Whether a page was worth it is measured by what the answer took from it (`was_used`).
+Promises: what is chosen stays within its budget in tokens and pages, which is a limit and no aim: the best for its
+tokens comes first, and what is far below it is left out; deterministic. Whether a page was worth it is measured by
+what the answer took from it (`was_used`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,27 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to bring a page in
-LENGTH_POWER = 0.4  # measured on LoCoMo and BEAM (tests/bench/recall_memory.py)
+MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
+LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
+_ASKED_FALL = 0.3  # what is worth less than this share of the best is left out, where the user asks
+_TOLD_FALL = 0.6  # and where the user tells
 _USED_TERMS = 2  # distinctive words that page and answer share, and the question does not have
 _READ_CHARS = 20_000
+
+# An eighth of the window and a base, but at most a quarter of it.
+_WINDOW_SHARE, _BASE_TOKENS, _MOST_SHARE = 8, 2000, 4
+# A small model is right less often with more lines: the 0.5B of ../shared/README.md does best with some 600.
+_MODEL_TOKENS = 1000  # for each billion of parameters
+_LEAST_MODEL_TOKENS = 600
+
+
+def evidence_tokens(l0_tokens: int, parameters_b: float | None = None) -> int:
+    """What evidence may take of a window, by default; `parameters_b`: the model's billions of parameters, where
+    its name says them."""
+    tokens = min(l0_tokens // _MOST_SHARE, _BASE_TOKENS + l0_tokens // _WINDOW_SHARE)
+    if parameters_b is None:
+        return tokens
+    return min(tokens, max(_LEAST_MODEL_TOKENS, int(_MODEL_TOKENS * parameters_b)))
 
 
 class Candidate(NamedTuple):
@@ -27,21 +45,30 @@ class Candidate(NamedTuple):
 
 
 class Prefetcher(NamedTuple):
-    """One decision's budget."""
+    """One decision's budget. `asked`: the user asks for something; to what is only told, a page has to say
+    something itself."""
 
     max_pages: int
     max_tokens: int
+    asked: bool = True
 
     def choose(
         self, candidates: Iterable[Candidate], price: Callable[[Candidate, int], int | None]
     ) -> list[Candidate]:
-        """The best for their tokens that fit: long pages have every word somewhere. `price` gives the tokens
-        of a page as shown in at most so many (None: it does not fit)."""
+        """The best for their tokens that fit: long pages have every word somewhere. Nothing where no page has
+        evidence: then the query names nobody's words. `price` gives the tokens of a page as shown in at
+        most so many (None: it does not fit)."""
         chosen: list[Candidate] = []
         left = self.max_tokens
-        for candidate in sorted((c for c in candidates if c.evidence >= MIN_EVIDENCE), key=_density):
-            if len(chosen) == self.max_pages:
+        ranked = sorted(candidates, key=lambda c: (-_worth(c), c.page_id))
+        if all(c.evidence < MIN_EVIDENCE for c in ranked):
+            return chosen
+        least = _worth(ranked[0]) * (_ASKED_FALL if self.asked else _TOLD_FALL)
+        for candidate in ranked:
+            if len(chosen) == self.max_pages or _worth(candidate) < least:
                 break
+            if not self.asked and candidate.evidence < MIN_EVIDENCE:
+                continue
             tokens = price(candidate, left)
             if tokens is not None:
                 left -= tokens
@@ -49,8 +76,8 @@ class Prefetcher(NamedTuple):
         return chosen
 
 
-def _density(candidate: Candidate) -> tuple[float, str]:
-    return -candidate.score / max(1, candidate.tokens) ** LENGTH_POWER, candidate.page_id
+def _worth(candidate: Candidate) -> float:
+    return candidate.score / float(max(1, candidate.tokens) ** LENGTH_POWER)
 
 
 # -- whether it was worth it

@@ -1,10 +1,9 @@
 """What a conversation keeps beside its messages: of a closed segment one line that says what it was about, and
-a model's summary and claims; what its user marked as to be kept; and what rests on what.
+a model's summary and claims; and what rests on what.
 
 Promises: pure and deterministic; every derived page names the pages that it was made from; every list and every
 text has a bound. Nothing is claimed by our own reading of a text: a claim is a configured model's, taken from its
-answer about a closed segment, or nobody's; a user's own mark ("From now on ...", "I prefer ...") pins the message
-that bears it, word for word. By page type a segment makes: index at once; summary (one) and claims when a model
+answer about a closed segment, or nobody's. By page type a segment makes: index at once; summary (one) and claims when a model
 has written them. Transcript and artifact pages are the messages themselves; nobody makes procedure pages.
 """
 
@@ -16,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from proxy.memory.compressor import clip, compress_text
-from proxy.memory.models import SYSTEM_ROLES, CompressionLevel, MemoryPage, PageType, StorageTier
+from proxy.memory.models import CompressionLevel, MemoryPage, PageType, StorageTier
 
 _Count = Callable[[str], int]  # tokens of a text
 
@@ -119,40 +118,6 @@ def _derived(
         provenance=sources,
         importance=importance,
     )
-
-
-# -- what the user marks (English). A standing instruction rules every later answer, and so does a preference; both
-# share no word with the questions that they rule, so no search would find them in time.
-
-PIN_TOKENS = 128  # a longer message is not pinned as a whole
-
-# Looked for before the patterns, which cost more than all of these.
-_STANDING_WORDS = (
-    "always", "never", "from now on", "going forward", "future", "whenever", "every time",
-    "each time", "remember", "keep in mind", "ever",
-)  # fmt: skip
-_PREFERENCE_WORDS = ("prefer", "rather", "favo", "allergic", "call me", "my name")
-_STANDING = re.compile(
-    r"(?:^|[.!?:\n]\s*)(?:and |so |also |but )?(?:please,? )?"
-    r"(?:always|never|from now on|going forward|in (?:the )?future|whenever|every time|each time"
-    r"|remember (?:that|to|not)|keep in mind|do not ever|don't ever|make sure (?:to|you) always)\b"
-)
-_PREFERENCE = re.compile(
-    r"\bi(?:'d| would)? (?:much )?(?:prefer|rather|favou?r)\b|\bmy (?:preference|favou?rite)\b"
-    r"|\bi(?:'m| am) allergic\b|\bcall me\b|\bmy name is\b"
-)
-
-
-def is_standing(role: str, text: str, tokens: int) -> bool:
-    """A short message for all later answers: an instruction of the user's or of the application's, or what
-    the user says of their own preferences."""
-    if role not in ("user", *SYSTEM_ROLES) or tokens > PIN_TOKENS:
-        return False
-    low = text.lower()
-    if any(word in low for word in _STANDING_WORDS) and _STANDING.search(low):
-        return True
-    own = role == "user" and any(word in low for word in _PREFERENCE_WORDS)
-    return own and bool(_PREFERENCE.search(low))
 
 
 # -- what rests on what

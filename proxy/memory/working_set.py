@@ -21,6 +21,10 @@ from proxy.memory.eviction import (
 from proxy.memory.models import MemoryPage, MutationType, PageMutation, StorageTier
 from proxy.memory.table import PageTable
 
+CACHED_PRICE = 0.1  # of a token that was in the prompt before, as most providers bill it
+_REBUILD_SHARE = 0.5
+_LEAST_TARGET = 4
+
 
 class WorkingSetConfig(BaseModel):
     """Capacity of L0 in tokens and of L1 in pages, and when and how far L0 is emptied (fractions of
@@ -50,6 +54,22 @@ def watermarks(room_tokens: int, config: WorkingSetConfig) -> tuple[int, int]:
     room = max(0, room_tokens)
     high = int(room * config.eviction_threshold)
     return high, min(high, int(room * config.target_utilization))
+
+
+def rebuild_target(low_tokens: int, high_tokens: int, growth_tokens: float, cached_price: float) -> int:
+    """Down to how many tokens an epoch is rebuilt: `low_tokens`, or less where the window soon is full again.
+
+    A rebuilt window of `t` tokens is read uncached, for (1 - cached_price) * t more, once in (high - t) /
+    growth requests; without that, a request costs its growth and the cached window, half full on the average.
+    A rebuild may cost at most `_REBUILD_SHARE` of it: the largest target of which that holds, in sixteenths of
+    `low_tokens`, at least `_LEAST_TARGET` of them: what leaves can only be found again.
+    """
+    for share in range(16, _LEAST_TARGET, -1):
+        target = low_tokens * share // 16
+        rebuilds = (1 - cached_price) * target * growth_tokens / max(1, high_tokens - target)
+        if rebuilds <= _REBUILD_SHARE * (growth_tokens + cached_price * (target + high_tokens) / 2):
+            return target
+    return low_tokens * _LEAST_TARGET // 16
 
 
 class TokenBudget(BaseModel):

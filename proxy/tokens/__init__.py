@@ -4,7 +4,17 @@ Promises: see counter.py (what counts), media.py (the providers' rules for media
 model's name says). Only local files are read.
 """
 
-from proxy.tokens.cards import UNKNOWN_WINDOW_TOKENS, ModelCard, Role, model_card, normal_name
+from proxy.tokens.cards import (
+    UNKNOWN_WINDOW_TOKENS,
+    USUAL_CACHED_PRICE,
+    ModelCard,
+    Prices,
+    Role,
+    model_card,
+    normal_name,
+    parameters_b,
+    prices,
+)
 from proxy.tokens.counter import (
     DEFAULT_ENCODING,
     PER_MESSAGE,
@@ -20,12 +30,16 @@ __all__ = [
     "PER_MESSAGE",
     "PER_REPLY",
     "UNKNOWN_WINDOW_TOKENS",
+    "USUAL_CACHED_PRICE",
     "ModelCard",
+    "Prices",
     "Role",
     "TokenCounter",
     "encoding_is_known",
     "get_counter",
     "model_card",
     "normal_name",
+    "parameters_b",
+    "prices",
     "tokens_upper_bound",
 ]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -27,12 +27,15 @@ _LITELLM = importlib.util.find_spec("litellm")  # found, not imported: importing
 assert _LITELLM is not None and _LITELLM.origin is not None, "litellm is a dependency"
 LITELLM_DIR = Path(_LITELLM.origin).parent
 UNKNOWN_WINDOW_TOKENS = 32_000
+USUAL_CACHED_PRICE = 0.1  # OpenAI's, Anthropic's and Google's newer models
 
 _DEAD = re.compile(r"(?:-v\d+)?[:@][^:@/]*$")  # a routing suffix, a version: ":free", "@001", "-v1:0"
 _TUNED = re.compile(r"[:.]ft-.*$")  # "gpt-3.5-turbo:ft-acme", Azure's "gpt-4o-mini.ft-1a2b"
 _DATE = re.compile(r"[-@]20\d\d-?(?:0[1-9]|1[0-2])-?(?:[0-2]\d|3[01])$")
 _VENDOR = re.compile(r"^(?:[a-z-]+\.)+(?=[a-z])")  # Bedrock's "us.anthropic."
 _MARKS = re.compile(r"[^a-z0-9:@]+")
+
+_SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)(b|m)(?![a-z0-9])")
 
 _CHATS = ("chat", "completion", "responses", "")
 Role = Literal["developer", "system"]
@@ -72,11 +75,13 @@ def _is_bare(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What is known of a model: its input window in tokens, and what its API accepts."""
+    """What is known of a model: its input window in tokens, what its API accepts, and what a cached input token
+    costs of a new one's price."""
 
     window_tokens: int
     known: bool
     developer_role: Role
+    cached_price: float = USUAL_CACHED_PRICE
 
 
 class _Row(msgspec.Struct):
@@ -84,11 +89,21 @@ class _Row(msgspec.Struct):
     max_tokens: float | str | None = None
     litellm_provider: str = ""
     mode: str = ""
+    input_cost_per_token: float | str | None = None
+    cache_read_input_token_cost: float | str | None = None
+    cache_creation_input_token_cost: float | str | None = None
+    output_cost_per_token: float | str | None = None
 
     @property
     def window_tokens(self) -> int | None:
         window = self.max_input_tokens or self.max_tokens
         return int(window) if isinstance(window, (int, float)) else None
+
+    @property
+    def cached_price(self) -> float:
+        """0.0 to 1.0 of a new token's price."""
+        new, cached = _usd(self.input_cost_per_token), self.cache_read_input_token_cost
+        return min(1.0, max(0.0, _usd(cached) / new)) if new and cached is not None else USUAL_CACHED_PRICE
 
 
 @lru_cache(maxsize=1)
@@ -116,12 +131,17 @@ def _rows(names: list[str]) -> Iterator[tuple[str, _Row]]:
             yield name, row
 
 
+def _names(model: str) -> list[str]:
+    """Under which the table may have the very model: its name, and that without the prefixes before it."""
+    pieces = model.split("/")
+    return ["/".join(pieces[i:]) for i in range(len(pieces))] + [plain_name(model)]
+
+
 def _row(model: str) -> _Row | None:
     """The table's row for a name: its own; without the prefixes before it; else what the rows say that
     name the same model: those without a provider, and the window that most of them state (of windows
     as frequent the smallest: one provider's cut-down offer is not the model's window)."""
-    pieces = model.split("/")
-    for _, row in _rows(["/".join(pieces[i:]) for i in range(len(pieces))] + [plain_name(model)]):
+    for _, row in _rows(_names(model)):
         return row
     alike = [pair for pair in _rows(_alike().get(normal_name(model), [])) if pair[1].mode in _CHATS]
     own = [row for name, row in alike if _is_bare(name)] or [row for _, row in alike]
@@ -149,4 +169,36 @@ def model_card(model: str) -> ModelCard:
     old = ("gpt-3.5*", "gpt-4", "gpt-4-*", "o1-mini*", "o1-preview*")
     is_old = any(fnmatch.fnmatchcase(plain_name(model), pattern) for pattern in old)
     takes = row.litellm_provider == "openai" and not is_old
-    return ModelCard(window, True, "developer" if takes else "system")
+    return ModelCard(window, True, "developer" if takes else "system", row.cached_price)
+
+
+def parameters_b(model: str) -> float | None:
+    """The billions of parameters that a model's name says: 0.5 for "qwen2.5-coder-0.5b-instruct", 0.27 for
+    "gemma3-270m"; None where it says nothing."""
+    sizes = [float(size) * (1 if unit == "b" else 0.001) for size, unit in _SIZE.findall(model.lower())]
+    return max(sizes, default=None)
+
+
+class Prices(NamedTuple):
+    """US dollars a token, by the table's list price: of a prompt, of what of it was cached or was written
+    into the cache, and of a completion. What the table has no price of its own for costs as a prompt does."""
+
+    prompt: float
+    cached: float
+    written: float
+    completion: float
+
+
+@lru_cache(maxsize=1024)
+def prices(model: str) -> Prices | None:
+    """None for a name that the table does not have: another provider's price is not this one's."""
+    for _, row in _rows(_names(model)):
+        prompt, completion = _usd(row.input_cost_per_token), _usd(row.output_cost_per_token)
+        if prompt > 0:
+            cached, written = _usd(row.cache_read_input_token_cost), _usd(row.cache_creation_input_token_cost)
+            return Prices(prompt, cached or prompt, written or prompt, completion)
+    return None
+
+
+def _usd(cost: float | str | None) -> float:
+    return cost if isinstance(cost, float | int) else 0.0

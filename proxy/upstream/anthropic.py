@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from proxy.memory.context import CONTEXT_OPEN
 from proxy.memory.models import SYSTEM_ROLES
 
 Json = dict[str, Any]
@@ -92,15 +93,18 @@ def _thinking_is_lost(messages: Sequence[Json]) -> bool:
 
 
 def with_markers(fields: Json, leading: int) -> Json:
-    """A window with at most three markers, or the client's own; `leading`: its system messages. The marker before
+    """A window with at most four markers, or the client's own; `leading`: its system messages. The marker before
     the last answer stood at the end of the request before, so that its prefix is found however
-    many blocks this turn has added."""
+    many blocks this turn has added; where the newest message has evidence, which it will not have in the next
+    request, that one finds the marker at the last answer."""
     messages = fields["messages"]
     if _marked(messages) or _marked(fields.get("tools")):
         return fields
     last = _last_asking(messages, len(messages))
     answer = next((i for i in range(last, -1, -1) if messages[i].get("role") == "assistant"), 0)
     places = {leading - 1, last, _last_asking(messages, answer)}
+    if last >= 0 and CONTEXT_OPEN in str(messages[last].get("content")):
+        places.add(answer)
     marked = [_with_marker(m) if i in places else m for i, m in enumerate(messages)]
     return {**fields, "messages": marked}
 

@@ -242,10 +242,11 @@ async def test_rates_are_of_what_the_turns_reported(tmp_path: Path) -> None:
         searches = [SearchReport("my secret", ["msg_0001"]), SearchReport("nothing", [])]
         stats.told(report(faults=faults, searches=searches, evicted_pages=["a", "b"], new_epoch=True,
                           prefetched_pages=["msg_0004", "msg_0005"], prefetched_used=1))
-        stats.told(report(6, used_tokens=3000, reachable_tokens=4000))
+        stats.told(report(6, used_tokens=3000, reachable_tokens=4000, crowded=True))
         stats.told(report(7, channel="bypass"))
         found = stats.snapshot()
     assert (found["turns"], found["paged_turns"], found["epochs"]) == (3, 2, 1)
+    assert found["crowded_epochs"] == 1
     told = found["user_experience"]
     assert (told["recalls"], told["recalls_succeeded"]) == (6, 4)
     assert told["recall_success_rate"] == pytest.approx(4 / 6)

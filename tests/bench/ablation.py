@@ -48,7 +48,7 @@ import httpx
 import proxy.app
 from proxy.config import Config
 from proxy.conversation.report import TurnReport
-from proxy.demo.bill import CACHED_PRICE, PromptCache
+from proxy.demo.bill import Account, PromptCache
 from proxy.demo.play import conversation as demo_turns
 from proxy.demo.play import demo_config
 from proxy.demo.reader import read, seen_text
@@ -95,8 +95,9 @@ ROWS = (
     Row("manifest", {"manifest": {"max_tokens": 1}}),
     Row("segments' index lines", {}, {"proxy.conversation.derived:index_page":
         lambda old: lambda number, ids, texts, *more: old(number, ids, [""], *more)}),
-    Row("pinned instructions and preferences", {}, {"proxy.conversation.turn_window:is_standing": returns(False)}),
-    Row("pinned preferences", {}, {"proxy.memory.segments:_PREFERENCE": becomes(re.compile("(?!)"))}),
+    Row("pinned instructions and preferences", {}, {"proxy.conversation.pages:standing_in": returns([])}),
+    Row("pinned preferences", {}, {"proxy.conversation.pages:standing_in":
+        lambda old: lambda *args: [said for said in old(*args) if said.instruction]}),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
@@ -205,21 +206,26 @@ class Upstream(DemoUpstream):
 
     def begin(self) -> None:
         """Another conversation: nothing of it is in the provider's cache."""
-        self._cache, self.billed = PromptCache(get_counter("gpt-4o")), 0.0
+        self.account = Account("llm-pager", PromptCache(get_counter("gpt-4o")))
+
+    @property
+    def billed(self) -> float:
+        """Input tokens since then, a cached one a tenth."""
+        return self.account.billed_tokens
 
     async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = "") -> BytesReply:
         with self.outside():
             request = json.loads(body)
             request.pop("prompt_cache_key", None)  # of a random secret: the reader's ids come from the request
             self.requests.append(request)
-            prompt, cached = self._cache.tokens(request)
-            self.billed += prompt - cached * (1 - CACHED_PRICE)
+            before = self.account.prompt_tokens
+            self.account.book(request)
             self.said = self.recorded or read(request)
             reason = "tool_calls" if self.said.get("tool_calls") else "stop"
             answer = {
                 "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"],
                 "choices": [{"index": 0, "message": self.said, "finish_reason": reason}],
-                "usage": {"prompt_tokens": prompt, "completion_tokens": 1},
+                "usage": {"prompt_tokens": self.account.prompt_tokens - before, "completion_tokens": 1},
             }  # fmt: skip
             return BytesReply(200, [(b"content-type", b"application/json")], json.dumps(answer).encode())
 

@@ -6,9 +6,33 @@ import json
 import re
 from itertools import pairwise
 
+import msgspec
+
+from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN
 from proxy.memory.message_text import message_text
 from tests.bench.token_error import Published
 from tests.conversation.player import Message, Played, count_tokens, tool_messages
+
+
+def without_evidence(message: Message) -> Message:
+    """A user's message without what was shown in front of its text, for its turn."""
+    content = message.get("content")
+    if isinstance(content, list):
+        first = content[0] if content else {}
+        shown = str(first.get("text")).startswith(CONTEXT_OPEN) and str(first.get("text")).endswith(CONTEXT_CLOSE)
+        return {**message, "content": content[1:]} if shown else message
+    if message.get("role") != "user" or not str(content).startswith(CONTEXT_OPEN):
+        return message
+    return {**message, "content": str(content).partition(f"{CONTEXT_CLOSE}\n\n")[2]}
+
+
+def goes_on(before: bytes, after: bytes) -> bool:
+    """The messages `after` begin with those `before`, byte for byte, but for evidence that was taken out."""
+    old, new = (msgspec.json.decode(messages, type=list[msgspec.Raw]) for messages in (before, after))
+    return len(old) <= len(new) and all(
+        bytes(one) == bytes(other) or json.loads(bytes(other)) == without_evidence(json.loads(bytes(one)))
+        for one, other in zip(old, new, strict=False)
+    )
 
 
 def upstream_tokens(request: Message) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from proxy.conversation.body import HistoryCache, read_body, remembered
+from proxy.conversation.calling import VM_CALLS, offered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
@@ -118,8 +119,10 @@ class Player:
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.facts: dict[str, Any] | None = None  # a dict: how the model calls is counted
         self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
+        self.bills: Callable[[Message], Message | None] | None = None  # an upstream request -> its usage
         self.now_s = 0.0
         self.identity = Identity(SECRET)
         self.forget()
@@ -166,6 +169,8 @@ class Player:
             ids = [old[i : i + ID_BYTES] for i in range(0, len(old), ID_BYTES)]
             if node_id not in ids:
                 self.values[key] = b"".join([*ids, node_id][-32:])
+        if self.facts is not None and effect.calls is not None and record_key(effect.records[-1].id) not in known:
+            self.facts[VM_CALLS] = effect.calls
         for record in effect.records:
             if record_key(record.id) not in known:
                 self._records[record.id] = record
@@ -213,8 +218,14 @@ class Player:
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
         known = capabilities({}, self.learned or {}, {})
+        limits, following = self.limits, None
+        if self.facts is not None:  # how the model calls is learned
+            calls, later = offered(decoded["model"], self.facts, found.record, state.window if state else None)
+            limits, following = (self.limits if called else self.limits.uncalled() for called in (calls, later))
+            following = following if later != calls else None
         context = TurnContext(
-            body=body, sent=split, decoded=decoded, place=found, state=state, limits=self.limits, counter=counter,
+            body=body, sent=split, decoded=decoded, place=found, state=state, limits=limits, next_limits=following,
+            counter=counter, facts=self.facts or {},
             policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
             fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
             capabilities=lambda: known, seen=lambda: self.seen, now_s=self.now_s,
@@ -225,7 +236,7 @@ class Player:
         return played
 
     def _perform(self, turn: Turn, context: TurnContext, played: Played, model: Model) -> None:
-        shell = _Shell(turn, context, model, bool(context.decoded.get("stream")))
+        shell = _Shell(turn, context, model, bool(context.decoded.get("stream")), self.bills)
         dialogue = turn.run()
         reply: Any = None
         try:
@@ -265,10 +276,14 @@ class Player:
 class _Shell:
     """Performs `Complete`: whole answers, or streams through the sieve."""
 
-    def __init__(self, turn: Turn, context: TurnContext, model: Model, stream: bool) -> None:
+    def __init__(
+        self, turn: Turn, context: TurnContext, model: Model, stream: bool,
+        bills: Callable[[Message], Message | None] | None,
+    ) -> None:
         self._turn = turn
         self._count = context.counter.text
         self._model = model
+        self._bills = bills
         self._stream = stream
         self._whole: dict[str, Any] | None = None
         self._out: list[bytes] = []
@@ -291,7 +306,9 @@ class _Shell:
             return said
         message = json.loads(json.dumps(said))
         reason = "tool_calls" if message.get("tool_calls") else "stop"
-        usage = {"prompt_tokens": len(effect.body) // 4, "completion_tokens": 7, "total_tokens": 0}
+        usage: Message | None = {"prompt_tokens": len(effect.body) // 4, "completion_tokens": 7, "total_tokens": 0}
+        if self._bills is not None:
+            usage = self._bills(request)
         if self._stream and not effect.through:
             self._sieve.begin_round(effect.offer)
             for chunk in sse_of(message, reason):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +20,6 @@ from proxy.conversation.calibration import (
     STEPS,
     Bill,
     Calibration,
-    billed_tokens,
 )
 from tests.examples import examples
 
@@ -283,25 +281,3 @@ def test_whatever_is_billed_the_lessons_round_trip(pairs: list[tuple[int, int]],
     for now in told(pairs, known):
         assert Calibration.decode(now.encode()) == now
         assert now.window_tokens == 0 or now.window_tokens >= LEAST_WINDOW_TOKENS
-
-
-@pytest.mark.parametrize(
-    ("usage", "expected", "tokens"),
-    [
-        (None, 900, 0),
-        ({}, 900, 0),
-        ({"prompt_tokens": 10**30}, 900, 0),
-        ({"prompt_tokens": True}, 900, 0),
-        ({"prompt_tokens": "many"}, 900, 0),
-        ({"prompt_tokens": 1000}, 900, 1000),
-        ({"prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 768}}, 900, 1000),
-        ({"prompt_tokens": 40, "prompt_tokens_details": {"cached_tokens": 960}}, 900, 1000),
-        ({"prompt_tokens": 600, "prompt_tokens_details": {"cached_tokens": 400}}, 1000, 1000),
-        ({"prompt_tokens": 40, "cache_read_input_tokens": 960}, 900, 1000),
-        ({"prompt_tokens": 40, "cache_creation_input_tokens": 60, "cache_read_input_tokens": 900}, 0, 1000),
-        ({"prompt_tokens": 1000, "cache_creation_input_tokens": 950}, 900, 1000),
-        ({"prompt_tokens": 1000, "prompt_tokens_details": None}, 900, 1000),
-    ],
-)  # fmt: skip
-def test_tokens_from_the_cache_are_part_of_the_prompt(usage: Any, expected: int, tokens: int) -> None:
-    assert billed_tokens(usage, expected) == tokens

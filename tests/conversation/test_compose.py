@@ -57,7 +57,7 @@ def test_usage_of_several_rounds() -> None:
     two = {"prompt_tokens": 20, "completion_tokens": 3, "odd": 1}
     assert total_usage([one, None, two], 2) == {
         "prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25, "odd": 1,
-        "vm": {"rounds": 3, "faults": 2, "prompt_tokens": 30, "cached_tokens": 4, "completion_tokens": 5},
+        "vm": {"rounds": 3, "faults": 2, "prompt_tokens": 30, "cached_tokens": 4, "written_tokens": 0, "completion_tokens": 5},
     }
     assert total_usage([None], 0) is None
 

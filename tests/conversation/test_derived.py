@@ -279,7 +279,7 @@ def test_models_words_are_shown_from_the_next_epoch_on_and_restored() -> None:
                 derived.superseded
             )
 
-    last = talk(player, 30, check)[-1]
+    last = talk(player, 40, check)[-1]
     derived = last.turn.pages.derived
     assert derived.claims_made > 3 and "(claim_" in developer_of(last) and "(summary_seg_" in developer_of(last)
     assert last.turn.record is not None

@@ -55,3 +55,9 @@ def test_it_stretches_only_by_what_is_missing_and_never_past_a_known_window(
         assert found.working_set.reserved_tokens <= given.working_set.reserved_tokens
     again = stretched(given, fixed, asked)
     assert again == found
+
+
+def test_limits_of_a_model_that_does_not_call_give_the_tools_tokens_to_evidence() -> None:
+    limits = limits_of(4000)
+    assert not limits.uncalled().calls and limits.uncalled().evidence_tokens > limits.evidence_tokens
+    assert limits_of(4000, prefetch_tokens=0).uncalled().evidence_tokens == 0  # nothing is shown unasked

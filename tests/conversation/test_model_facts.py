@@ -73,10 +73,10 @@ def test_prompt_that_never_left_its_window_shrinks_to_the_real_one(stream: bool)
 def test_paged_prompt_shrinks_too_and_is_sent_once_more_only(stream: bool) -> None:
     player = Player(limits_of(3000))
     messages = [*grown(player, 40), MORE]
-    played = player.ask(messages, too_long(1400), stream=stream)
+    played = player.ask(messages, too_long(1200), stream=stream)
     assert len(played.bodies) == 2
-    assert count_tokens(played.requests[1]) <= 1400
-    assert played.answer.learned == {"window_tokens": 1400}
+    assert count_tokens(played.requests[1]) <= 1200
+    assert played.answer.learned == {"window_tokens": 1200}
     check_pairs(played.requests[1])
 
 

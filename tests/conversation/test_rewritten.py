@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory import StorageTier
+from tests.conversation.checks import goes_on
 from tests.conversation.player import (
     Message,
     Model,
@@ -224,7 +225,7 @@ def test_an_agents_results_are_new_messages_too() -> None:
     rng = random.Random(5)
     other = [{"role": role, "content": text_of(rng, 100, f"other{i}x")}
              for i in range(30) for role in ("user", "assistant")]  # fmt: skip
-    for history, words in ((other, 200), (client.history, 200), (client.history, 900)):
+    for history, words in ((other, 200), (client.history, 200), (client.history, 2400)):
         result = {"role": "tool", "tool_call_id": "c1", "content": text_of(rng, words, "result1x")}
         asked = {"role": "user", "content": f"look {words}"}
         played = client.player.ask([*history, asked, wanted, result], script(says("found")))
@@ -239,7 +240,7 @@ def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() 
     rng = random.Random(5)
     history = [{"role": role, "content": text_of(rng, 100, f"old{i}x")}
                for i in range(20) for role in ("user", "assistant")]  # fmt: skip
-    history += [{"role": "user", "content": text_of(rng, 900, "long1x")},
+    history += [{"role": "user", "content": text_of(rng, 3600, "long1x")},
                 {"role": "assistant", "content": "short1x"}]  # fmt: skip
     sent = [*history, {"role": "user", "content": text_of(rng, 100, "new1x")}]
     played = new_player().ask(sent, script(says("so")))
@@ -282,7 +283,7 @@ def test_no_more_is_lost_than_a_client_without_us_loses(
             mark = b"more%dx" % (number - 1)
             assert mark in json.dumps(one[same]).encode()
             raw = raw[: raw.rfind(b'{"role"', 0, raw.index(mark))]
-        assert played.messages_bytes()[0].startswith(raw[:-1])
+        assert goes_on(raw[:-1] + b"]", played.messages_bytes()[0])
 
 
 @pytest.mark.parametrize("kind", ["retrieved", "plain"])
@@ -320,7 +321,7 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
     comes to a server with more room."""
     client = grown("system")
     number = len(client.sent)
-    asked = {"role": "user", "content": text_of(random.Random(1), 2500, "long1x")}
+    asked = {"role": "user", "content": text_of(random.Random(1), 3200, "long1x")}
     sent = [*client.history, {"role": "system", "content": "Reminder: first"}, asked]
     played = client.player.ask(sent, script(says("cut")))
     window = played.turn.window

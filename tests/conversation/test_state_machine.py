@@ -31,7 +31,12 @@ from proxy.conversation.turn import Turn
 from proxy.conversation.window import MIXED, NATIVE
 from proxy.memory import StorageTier, VMMode
 from tests.bench.token_error import png_part, wav_part
-from tests.conversation.checks import check_full_pages, check_media_messages, upstream_tokens
+from tests.conversation.checks import (
+    check_full_pages,
+    check_media_messages,
+    goes_on,
+    upstream_tokens,
+)
 from tests.conversation.player import (
     Message,
     Played,
@@ -189,7 +194,7 @@ class Machine(RuleBasedStateMachine):
         if any(tool["function"]["name"] == "search_pages" for tool in names):
             past.last = state.window.epoch, self.model, played.settled + b"]"
             if played.epochs[0] == state.window.epoch:
-                assert played.messages_bytes()[0].startswith(played.settled)
+                assert goes_on(played.settled + b"]", played.messages_bytes()[0])
 
     def check_prefix(
         self, branch: Branch, before: tuple[int, str, bytes] | None, played: Played

@@ -18,7 +18,7 @@ from proxy.errors import ApiError
 from proxy.memory import StorageTier, VMMode, WorkingSetConfig
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part
-from tests.conversation.checks import check_media_messages, upstream_tokens
+from tests.conversation.checks import check_media_messages, goes_on, upstream_tokens
 from tests.conversation.player import (
     Message,
     Model,
@@ -154,7 +154,7 @@ def test_a_newest_system_message_larger_than_the_window_is_cut_and_can_be_loaded
         before_bytes = played.messages_bytes()[-1]
         played = player.ask(messages, script(says("ok")))
         assert not played.answer.report.new_epoch or number == 0
-        assert number == 0 or played.messages_bytes()[0].startswith(before_bytes[:-1])
+        assert number == 0 or goes_on(before_bytes, played.messages_bytes()[0])
 
 
 def test_a_standing_instruction_of_the_applications_stays_in_front() -> None:
@@ -217,18 +217,21 @@ def test_a_second_system_message_behind_the_first_is_seen_at_once() -> None:
 
 
 def test_a_system_message_behind_the_newest_survives_an_epoch_in_mid_turn() -> None:
-    player = Player(limits_of(1200, page_tokens=200))
-    messages = [*grown(player, 30, words=30), {"role": "user", "content": "one"}]
-    messages.append({"role": "system", "content": "note1x"})
-    rounds = [
-        calls(*(call("page_fault", {"page_id": f"msg_{i:04d}"}, f"c{i}") for i in (n, n + 1)))
-        for n in (1, 3, 5)
-    ]
-    played = player.ask(messages, script(*rounds, says("yes")))
-    assert len(set(played.epochs)) > 1
-    for request in played.requests:
-        assert json.dumps(request["messages"]).count("note1x") == 1
-        check_pairs(request)
+    begun = 0
+    for budget in (1000, 1100, 1200, 1300):  # the window is full to another height in each
+        player = Player(limits_of(budget, page_tokens=200))
+        messages = [*grown(player, 20, words=60), {"role": "user", "content": "one"}]
+        messages.append({"role": "system", "content": "note1x"})
+        rounds = [
+            calls(*(call("page_fault", {"page_id": f"msg_{i:04d}"}, f"c{i}") for i in (n, n + 1)))
+            for n in (1, 3, 5)
+        ]
+        played = player.ask(messages, script(*rounds, says("yes")))
+        begun += len(set(played.epochs)) > 1
+        for request in played.requests:
+            assert json.dumps(request["messages"]).count("note1x") == 1
+            check_pairs(request)
+    assert begun
 
 
 @pytest.mark.parametrize("formatted", [True, False])
@@ -244,6 +247,43 @@ def test_strict_mode_asks_for_citations_but_never_where_the_answer_is_json(forma
     rules = [next(m["content"] for m in r["messages"] if m["role"] == "developer") for r in (asked, then)]
     assert ("cite the page" in rules[0]) is not formatted
     assert "cite the page" in rules[1] and "never guess" in rules[0]
+
+
+# -- what the client has just sent
+
+
+@pytest.mark.parametrize("files", [["files1x"], ["files1x", "files2x", "files3x"]])
+def test_what_came_since_the_last_answer_is_whole_as_long_as_it_fits(files: list[str]) -> None:
+    """A client that sends its files again before each question, and leaves the old ones out."""
+    player, history = Player(limits_of(4000)), list[Message]()
+    opening = [{"role": "user", "content": text_of(random.Random(1), 2100, "map1x")}, says("Ok.")]
+    for number in range(6):
+        words = 1500 // len(files)
+        sent = [{"role": "user", "content": text_of(random.Random(2), words, mark)} for mark in files]
+        asked = {"role": "user", "content": f"change {number}x"}
+        played = player.ask([*opening, *history, *sent, says("Ok, those."), asked], script(says(f"done {number}x")))
+        assert played.answer.report.channel == "tools"
+        messages = played.requests[0]["messages"]
+        assert [m for m in messages if m in sent] == sent and messages[-1] == asked
+        history += [asked, says(f"done {number}x")]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_window_that_is_too_small_for_its_traffic_is_said_to_be_once(restarts: bool) -> None:
+    player, messages, said, epochs = Player(limits_of(4000)), list[Message](), list[str](), 0
+    for number in range(12):
+        messages.append({"role": "user", "content": text_of(random.Random(number), 1500, f"user{number}x")})
+        report = player.ask(messages, script(says("noted"))).answer.report
+        messages.append({"role": "assistant", "content": "noted"})
+        epochs += report.crowded
+        said += [report.warning] if report.warning else []
+        if restarts:
+            player.forget()
+    assert epochs > 5 and len(said) == 1
+    assert said[0].isascii() and "4100 tokens" in said[0] and "raise tiers.l0.tokens to" in said[0]
+    enough = int(said[0].rpartition(" to ")[2].rstrip("."))
+    larger = Player(limits_of(enough - 100))
+    assert not any(larger.ask(messages[: n + 1], script(says("noted"))).answer.report.crowded for n in range(0, 24, 2))
 
 
 # -- room
@@ -500,3 +540,35 @@ def test_invariant_01_a_turn_that_was_opened_never_fails_for_lack_of_room(how: S
     for _ in range(8):
         talk.turn()
     assert talk.asked > 0 and talk.bodies, "at least one turn was opened"
+
+
+def user_of(request: Message, words: str) -> list[str]:
+    """The lines of a request's context that have these words."""
+    text = "\n".join(m["content"] for m in request["messages"] if m["role"] == "developer")
+    return [line for line in text.splitlines() if words in line]
+
+
+def test_what_a_user_said_for_all_later_answers_stands_in_every_window_word_for_word() -> None:
+    """And no more of a long message than that; a later one takes its place; a restart changes no byte."""
+    player, history = Player(limits_of(1500)), list[Message]()
+    pasted = "\n".join(f"row {i}: harbour {i * 7} lantern {i * 13}" for i in range(60))
+    said = {
+        1: "Always answer in French.",
+        2: f"{pasted}\nWhat is in row 7? I prefer tables over lists.",
+        12: "From now on answer in German.",
+    }
+    requests: dict[int, Message] = {}
+    for turn in range(24):
+        text = said.get(turn, f"Turn {turn}: " + "what lies at the quay of the old town today? " * 6)
+        history.append({"role": "user", "content": text})
+        twin = Player(player.limits)
+        twin.values = dict(player.values)
+        bodies = [one.ask(history, lambda _: says("It is quiet there. " * 8)).bodies for one in (player, twin)]
+        assert bodies[0] == bodies[1]
+        requests[turn] = json.loads(bodies[0][0])
+        history.append(says("It is quiet there. " * 8))
+    french, tables = user_of(requests[10], "French"), user_of(requests[23], "tables over")
+    assert french == ['U (msg_0003): "Always answer in French."']
+    assert tables == ['U (msg_0005, level 1): "I prefer tables over lists."']
+    assert user_of(requests[23], "German") == ['U (msg_0025): "From now on answer in German."']
+    assert not user_of(requests[23], "French") and "row 7:" not in json.dumps(requests[23])

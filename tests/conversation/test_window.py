@@ -72,6 +72,14 @@ def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in(
     assert found == grown.append([Entry(b"2", 1)]) and found.factor == 1.25
 
 
+def test_invariant_07_a_window_comes_back_where_an_entry_before_its_last_one_is_another() -> None:
+    old = EMPTY.append([Entry(b"asked, with evidence", 9), Entry(b"said", 1)])
+    new = EMPTY.append([Entry(b"asked", 2), old.entries[1], Entry(b"next", 1)])
+    first = Record(b"", 0, [b"a"], [b""], ["assistant"], [b""], [0], 1, window=encode_change(None, old))
+    then = Record(b"a", 1, [b"b"], [b""], ["assistant"], [b""], [0], 2, base=b"a", window=encode_change(old, new))
+    assert restore_window(then, {record.id: record for record in (first, then)}.get) == new
+
+
 def test_a_missing_beginning_is_an_error() -> None:
     record = Record(b"", 0, [b"b"], [b""], ["assistant"], [b""], [0], 2)
     record.base, record.window = b"a", encode_change(EMPTY, EMPTY.append([]))

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,24 @@ LOCOMO_CATEGORY = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a conversation; `evidence` holds indexes into its messages."""
+    """A question about a conversation; `evidence` holds indexes into its messages. BEAM's have no
+    `answer`."""
 
     text: str
     category: str
     evidence: tuple[int, ...]
+    answer: str = ""
 
 
 @dataclass
 class Conversation:
-    """OpenAI messages in order; tool transcripts have no questions."""
+    """OpenAI messages in order; tool transcripts have no questions, times and sessions."""
 
     id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
+    times: list[datetime | None] = field(default_factory=list)  # of each message
+    sessions: list[int] = field(default_factory=list)  # of each message; BEAM's are days
 
     def turns(self) -> list[int]:
         """Indexes of the answers: an assistant message right after a user message."""
@@ -70,6 +75,7 @@ def load_locomo() -> tuple[Conversation, ...]:
         source, conv, ids = d["conversation"], Conversation(d["sample_id"]), {}
         sessions = (int(k.split("_")[1]) for k in source if re.fullmatch(r"session_\d+", k))
         for session in sorted(sessions):
+            when = datetime.strptime(source[f"session_{session}_date_time"], "%I:%M %p on %d %B, %Y")
             for turn in source[f"session_{session}"]:
                 text = f"{turn['speaker']}: {turn['text']}"
                 if turn.get("blip_caption"):
@@ -77,11 +83,14 @@ def load_locomo() -> tuple[Conversation, ...]:
                 ids[turn["dia_id"]] = len(conv.messages)
                 role = "user" if turn["speaker"] == source["speaker_a"] else "assistant"
                 conv.messages.append({"role": role, "content": text})
+                conv.times.append(when)
+                conv.sessions.append(session)
         for q in d["qa"]:
             evidence = _dia_ids(q["evidence"], ids)
             if evidence:  # a few questions have no usable evidence id
                 category = LOCOMO_CATEGORY[q["category"]]
-                conv.questions.append(Question(q["question"], category, evidence))
+                answer = str(q.get("answer", ""))
+                conv.questions.append(Question(q["question"], category, evidence, answer))
         out.append(conv)
     return tuple(out)
 
@@ -100,8 +109,19 @@ def _dia_ids(evidence: list[str], ids: dict[str, int]) -> tuple[int, ...]:
 @lru_cache(maxsize=1)
 def load_beam() -> tuple[Conversation, ...]:
     """Ten user/assistant chats of about 100k tokens each."""
+    return _beam("beam", "100K")
+
+
+@lru_cache(maxsize=2)
+def load_beam_long(size: str) -> tuple[Conversation, ...]:
+    """Three chats of about 500k tokens ("500K"), or two of about a million ("1M")."""
+    return _beam("beam-long", size)
+
+
+def _beam(folder: str, size: str) -> tuple[Conversation, ...]:
     out = []
-    for path in sorted((data_dir() / "beam").glob("*.json"), key=lambda p: int(p.stem[5:])):
+    paths = (data_dir() / folder).glob(f"{size}_*.json")
+    for path in sorted(paths, key=lambda p: int(p.stem.partition("_")[2])):
         d = json.loads(path.read_text())
         messages = [{"role": m["role"], "content": m["content"]} for m in d["messages"]]
         questions = [
@@ -109,8 +129,21 @@ def load_beam() -> tuple[Conversation, ...]:
             for q in d["questions"]
             if q["evidence"]
         ]
-        out.append(Conversation(d["id"], messages, questions))
+        conv = Conversation(d["id"], messages, questions)
+        for m in d["messages"]:
+            when = _day(m.get("time")) or (conv.times[-1] if conv.times else None)
+            another = bool(conv.times) and when != conv.times[-1]
+            conv.sessions.append((conv.sessions[-1] if conv.sessions else 0) + another)
+            conv.times.append(when)
+        out.append(conv)
     return tuple(out)
+
+
+def _day(text: str | None) -> datetime | None:
+    try:
+        return datetime.strptime(text, "%B-%d-%Y") if text else None
+    except ValueError:  # some are written otherwise
+        return None
 
 
 @lru_cache(maxsize=1)

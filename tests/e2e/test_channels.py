@@ -445,11 +445,15 @@ async def test_usage_and_headers_over_several_rounds(server: ServerProcess) -> N
         assert json.loads(text)["id"] == first["id"]
 
 
-async def test_usage_of_one_round_is_upstreams_own(server: ServerProcess) -> None:
+async def test_usage_of_one_round_is_upstreams_own_with_the_bill_beside(server: ServerProcess) -> None:
     async with told(server, DONE) as (calls, text, headers):
-        assert text.encode() == bytes(calls[0].sent)
+        got, sent = json.loads(text), json.loads(bytes(calls[0].sent))
+        vm, billed = got["usage"].pop("vm"), sent["usage"]["prompt_tokens"]
+        assert got == sent
+        assert (vm["rounds"], vm["prompt_tokens"], vm["conversation_billed_tokens"]) == (1, billed, billed)
+        assert all(type(value) is int for value in vm.values()) and vm["full_history_billed_tokens"] > billed
         assert headers["x-llm-pager-rounds"] == "1"
-        assert "x-llm-pager-billed-prompt-tokens" not in headers
+        assert headers["x-llm-pager-billed-prompt-tokens"] == str(billed)
 
 
 async def test_a_bypassed_answer_says_so_and_nothing_else(server: ServerProcess) -> None:

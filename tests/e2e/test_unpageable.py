@@ -9,7 +9,6 @@ which key to change.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.conversation.checks import goes_on
 from tests.e2e.harness import (
     Answer,
     Recorded,
@@ -167,8 +167,7 @@ async def test_a_conversation_grows_in_what_is_left_and_keeps_its_prefix(
 
 
 def kept(before: Recorded, now: Recorded) -> bool:
-    one, other = messages_span(before.body)[:-1], messages_span(now.body)
-    return os.path.commonprefix([one, other]) == one
+    return goes_on(messages_span(before.body).encode(), messages_span(now.body).encode())
 
 
 async def test_a_terminal_agents_outputs_are_paged_over_sockets() -> None:

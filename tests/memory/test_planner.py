@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -141,20 +140,8 @@ def test_pinned_pages_are_the_last_to_leave() -> None:
     assert [g.first for g, _ in result.context] == [1]
 
 
-def test_invariant_10_few_of_thousands_of_groups_are_tried_at_every_level(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    case = Case([(1, 100)] * 3000, [], [])
-    hulls = []
-    build = planner._hull
-
-    def counted(options: Sequence[tuple[CompressionLevel, int, float]]) -> object:
-        hulls.append(options)
-        return build(options)
-
-    monkeypatch.setattr(planner, "_hull", counted)
-    case.plan(50, 300)
-    assert 0 < len(hulls) <= planner._CANDIDATES
+def _all(entry: PageTableEntry, turn: int) -> bool:
+    return True
 
 
 class Lines:
@@ -169,9 +156,9 @@ class Lines:
                 register_id(self.table, i, size, 1, modality, StorageTier.L0)
             self.groups.append(Group(n, n + 1, 1 << 40, tuple(ids)))
 
-    def levels(self, context: int, **more: Any) -> dict[int, int]:
+    def levels(self, context: int, pinned: Callable[[PageTableEntry, int], bool] = _all) -> dict[int, int]:
         """Group -> level of what is kept."""
-        made = plan(self.table, self.groups, Budget(0, context), POLICY, 50, **more)
+        made = plan(self.table, self.groups, Budget(0, context), POLICY, 50, pinned)
         return {group.first: int(level) for group, level in made.context}
 
 
@@ -221,15 +208,32 @@ def test_more_room_never_keeps_less_worth() -> None:
 
 
 def test_pins_come_first_but_cannot_crowd_out_everything() -> None:
-    texts = Lines(*[[(300, Modality.TEXT)]] * 40)
+    texts = Lines(*[[(300, Modality.TEXT)]] * 39, [(300, Modality.AUDIO)])
     texts.table.apply(PageMutation(MutationType.ACCESS, make_page_id(39), 50))  # worth most by itself
 
     def pinned(entry: PageTableEntry, turn: int) -> bool:
         return entry.position < 39
 
-    assert 3 in texts.levels(70, is_pinned=lambda entry, turn: entry.position == 3)
-    kept = texts.levels(1000, is_pinned=pinned)
+    assert texts.levels(70, lambda entry, turn: entry.position == 3) == {3: 2}
+    kept = texts.levels(1000, pinned)
     assert 39 in kept and len(kept) > 8
+
+
+def test_a_text_is_a_line_only_where_somebody_wants_it() -> None:
+    mixed = Lines([(300, Modality.TEXT)], [(300, Modality.STRUCTURED)], [(765, Modality.IMAGE)], [(9, Modality.TEXT)])
+    mixed.table.apply(PageMutation(MutationType.FAULT_IN, make_page_id(3), 50, tokens=9))
+    assert set(mixed.levels(2000, lambda entry, turn: False)) == {2, 3}
+
+
+def test_invariant_10_few_of_thousands_of_groups_are_tried_at_every_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = Lines(*[[(100, Modality.IMAGE)]] * 3000)
+    hulls: list[object] = []
+    build = planner._hull
+    monkeypatch.setattr(planner, "_hull", lambda options: hulls.append(options) or build(options))  # type: ignore[func-returns-value]
+    kept = lines.levels(300, lambda entry, turn: False)
+    assert 0 < len(hulls) <= planner._CANDIDATES and min(kept) >= 3000 - planner._CANDIDATES
 
 
 def test_derived_pages_compete_as_lines_and_are_never_native() -> None:
@@ -256,3 +260,18 @@ def test_the_window_does_not_begin_with_an_answer_without_its_question() -> None
         groups.append(Group(n, n + 1, 100, (make_page_id(n),), n == 3, answer=n == 1))
     made = plan(table, groups, Budget(300, 0), POLICY, 2)  # room for the last three
     assert [group.first for group in made.native] == [2, 3]
+
+
+def test_what_is_fresh_stays_beyond_the_budget_of_what_is_old() -> None:
+    table, tokens = PageTable(), [40, 60, 100, 100, 10]
+    groups = [
+        Group(n, n + 1, size, (), mandatory=n == 4, fresh=n if n > 1 else -1) for n, size in enumerate(tokens)
+    ]
+
+    def native(budget: int, fresh: int) -> list[int]:
+        return [g.first for g in plan(table, groups, Budget(budget, 0, fresh), POLICY, 2).native]
+
+    assert native(270, 300) == [1, 2, 3, 4]
+    assert native(60, 300) == [2, 3, 4]  # all of it, and nothing that is older
+    assert native(60, 200) == [3, 4]  # too much of it: down to the budget, which ends in a message that stays whole
+    assert native(60, 100) == [4] and native(10, 200) == [4]

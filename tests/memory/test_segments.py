@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,12 +12,10 @@ from proxy.memory.segments import (
     CLAIM_TOKENS,
     CLAIMS_PER_SEGMENT,
     INDEX_TOKENS,
-    PIN_TOKENS,
     Claim,
     ProvenanceGraph,
     claim_page,
     index_page,
-    is_standing,
     read_claims,
     summary_page,
 )
@@ -57,28 +54,6 @@ def test_index_of_any_texts_is_short_and_the_same_again(texts: list[str]) -> Non
 
 def test_index_of_a_long_segment_hears_all_of_it() -> None:
     assert "Zanzibar" in index([*["word " * 2_000] * 20, "Zanzibar Zanzibar Zanzibar Zanzibar"]).text()
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["Always cite sources.", "please never use tabs", "Fine. From now on answer in French", "ok\nremember that I fly",
-     "And whenever I ask, be brief", "Don't ever apologise"],
-)
-def test_marks_a_standing_instruction_of_the_users_is_pinned(text: str) -> None:
-    assert is_standing("user", text, 10)
-    assert not is_standing("assistant", text, 10) and not is_standing("user", text, PIN_TOKENS + 1)
-
-
-@pytest.mark.parametrize("text", ["I always walk home.", "She never came", "Do you remember Paris?", ""])
-def test_marks_a_story_is_not_an_instruction(text: str) -> None:
-    assert not is_standing("user", text, 10)
-
-
-def test_marks_preferences_of_the_users_own_are_pinned() -> None:
-    for text in ("I'd prefer tea", "my name is Ada", "I am allergic to nuts", "So call me Al"):
-        assert is_standing("user", text, 10) and not is_standing("user", text, PIN_TOKENS + 1)
-        assert not is_standing("assistant", text, 10) and not is_standing("system", text, 10)
-    assert not is_standing("user", "hello", 10) and not is_standing("user", "They prefer tea", 10)
 
 
 ANSWER = """They planned the launch.

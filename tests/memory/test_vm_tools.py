@@ -26,7 +26,7 @@ from proxy.memory.vm_tools import (
     without_citations,
 )
 
-LIMITS = {VMMode.STRICT: 160, VMMode.RELAXED: 130, VMMode.PASSIVE: 60}
+LIMITS = {VMMode.STRICT: 130, VMMode.RELAXED: 90, VMMode.PASSIVE: 45}
 
 
 @pytest.fixture

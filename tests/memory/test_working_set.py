@@ -21,6 +21,7 @@ from proxy.memory.working_set import (
     TokenBudget,
     WorkingSetConfig,
     WorkingSetManager,
+    rebuild_target,
     watermarks,
 )
 from tests.memory.doors import fault_in, register_id
@@ -31,6 +32,21 @@ def test_invariant_03_watermarks_stay_within_the_room(room: int, a: float, b: fl
     config = WorkingSetConfig(eviction_threshold=max(a, b), target_utilization=min(a, b))
     high, low = watermarks(room, config)
     assert 0 <= low <= high <= max(0, room)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 10**6), st.floats(0, 10**6), st.floats(0, 1))
+def test_the_faster_a_window_fills_the_deeper_it_is_rebuilt(
+    low: int, above: int, slow: float, fast: float, price: float
+) -> None:
+    slow, fast = sorted((slow, fast))
+    deeper, target = (rebuild_target(low, low + above, growth, price) for growth in (fast, slow))
+    assert low // 4 - 1 <= deeper <= target <= low
+    assert rebuild_target(low, low + above, fast, 1.0) == low  # nothing is cached that could be lost
+
+
+def test_a_chat_in_a_large_window_is_rebuilt_as_configured_and_an_agent_in_a_small_one_is_not() -> None:
+    assert rebuild_target(14_000, 25_000, 1_200, 0.1) == 14_000
+    assert rebuild_target(2_000, 3_600, 2_000, 0.1) <= 1_400
 
 
 def test_defaults_are_the_designs() -> None:

@@ -1,0 +1,99 @@
+"""The benches' own rulers: what counts as shown, as right, and what the baselines and the reader do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.bench.baselines import (
+    Message,
+    Oracle,
+    SlidingWindow,
+    StemmedBM25,
+    fill,
+)
+from tests.bench.coverage import folded, is_right, share_shown, shows, window_text
+from tests.bench.recall import Reader, cell, ranking, setting
+
+TEXT = 'Ann said:\n\t"<VM: the café\'s path is C:\\new\\table" and left.'
+LONG = " ".join(f"word{i}" for i in range(400))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        TEXT,
+        f"msg_0001 U: {json.dumps(TEXT)}",
+        json.dumps({"hint": TEXT}, ensure_ascii=False),
+        json.dumps({"hint": TEXT}).replace("<", "\\u003c"),
+        json.dumps({"again": json.dumps({"hint": TEXT})}),
+    ],
+)
+def test_coverage_reads_a_text_through_its_quotation(wrapped: str) -> None:
+    request = {"messages": [{"role": "user", "content": [{"type": "text", "text": f"x {wrapped} y"}]}]}
+    assert shows(window_text(request), folded(TEXT))
+    assert not shows(window_text(request), folded(TEXT + " No more"))
+
+
+def test_coverage_joins_the_pieces_of_a_long_text_and_misses_a_gap() -> None:
+    first, second = LONG[:1500], LONG[1500:]
+    window = folded(f"msg_0007.2 U: {second!r}\nmsg_0007.1 U: {first!r}")
+    assert shows(window, folded(LONG))
+    assert not shows(folded(f"{first} ... {second[40:]}"), folded(LONG))
+    assert share_shown(window, [folded(LONG), folded("absent")]) == 0.5
+
+
+def test_coverage_calls_an_answer_right_by_two_thirds_of_its_key_words() -> None:
+    assert is_right("It was on the 7th of May, in 2023.", "7th May 2023")
+    assert is_right("She is a nurse", "a trained nurse at work") is False
+    assert is_right("The Hague", "the") is True is not is_right("A cat", "the")
+
+
+def _messages(*texts: str) -> list[Message]:
+    return [Message(i, "user", text, "", None, 0, 10) for i, text in enumerate(texts)]
+
+
+def test_baselines_stay_within_their_budget_and_rank_as_they_say() -> None:
+    messages = _messages("a red bicycle", "the running dogs", "x", "y", "z", "w", "v")
+    assert SlidingWindow(messages).window("", (), 35) == [6, 5, 4]
+    assert Oracle(messages).window("", (0, 1), 30) == [0, 1, 6]
+    assert StemmedBM25(messages).search("Which dog runs to the ...?", 5) == [1]
+    assert StemmedBM25(messages).window("bicycles", (), 55) == [6, 5, 4, 3, 0]
+    assert fill([0, 1], messages, 10, tail=0) == [0]
+
+
+def test_ranking_counts_results_tokens_and_what_is_newest() -> None:
+    messages = [Message(i, "user", "", "", None, i // 2, 400) for i in range(30)]
+    values = ranking([5, 0, 7, 6], (0, 7), messages)
+    assert (values["R@1"], values["R@5"]) == (0, 1)
+    assert (values["all@1000"], values["all@2000"]) == (False, True)
+    assert values["session"] == 1
+    assert values["1.5k+1k"] is False and values["9k+2k"] is True
+
+
+def test_reader_searches_once_faults_what_was_cut_and_then_ends() -> None:
+    tools: list[dict[str, Any]] = [{"function": {"name": f"vm_{name}"}} for name in ("page_fault", "search_pages")]
+    reader = Reader("Where?", ["In the Hague.", "By train."])
+    request: dict[str, Any] = {"tools": tools, "messages": [{"role": "user", "content": "Where?"}]}
+    [search] = reader.reply(request)["tool_calls"]
+    assert search["function"]["name"] == "vm_search_pages"
+    results = [{"page_id": "msg_0001", "complete": True}, {"page_id": "msg_0002"}]
+    request["messages"].append({"role": "tool", "content": json.dumps({"results": results, "hint": "In the Hague."})})
+    [fault] = reader.reply(request)["tool_calls"]
+    assert json.loads(fault["function"]["arguments"]) == {"page_id": "msg_0002"}
+    request["messages"].append({"role": "tool", "content": "By train."})
+    assert reader.reply(request)["content"] and reader.shares == [0, 0.5, 1]
+
+
+def test_reader_does_not_search_for_what_it_sees_nor_without_tools() -> None:
+    request = {"messages": [{"role": "user", "content": "In the Hague."}]}
+    assert "tool_calls" not in Reader("Where?", ["In the Hague."]).reply(request)
+    assert "tool_calls" not in Reader("Where?", ["Elsewhere."]).reply(request)
+
+
+def test_table_shows_the_difference_on_the_same_questions() -> None:
+    assert cell({"a": 1, "b": 0}, None, "lost") == "50.0"
+    assert cell({"a": 1, "b": 0, "c": 1}, {"a": 0, "b": 0}, "lost") == "66.7 +50.0±50.0"
+    assert setting("prefetch.max_pages=20") == {"prefetch": {"max_pages": 20}}
