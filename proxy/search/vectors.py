@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxy.memory.ids import Doc, Hit
+from proxy.search.speakers import speaker_label
 
 SCALE = 2048  # SCALE ** 2 is far below 2 ** 24, up to where float32 holds every whole number
 WEIGHTS = (10, 3, 2, 1)  # of a page and of those one, two and three away; measured (tests/bench/recall_semantic.py)
@@ -60,7 +61,8 @@ def vector_of(data: bytes) -> Vector:
 
 def page_text(doc: Doc) -> str:
     """What is encoded of a page: not who says it, which would make all pages of a speaker alike."""
-    return doc.text.removeprefix(f"{doc.name}:").lstrip()[:PAGE_CHARS] if doc.name else doc.text[:PAGE_CHARS]
+    label = doc.name if doc.name and doc.text.startswith(f"{doc.name}:") else speaker_label(doc.text)
+    return doc.text[len(label) + 1 if label else 0 :].lstrip()[:PAGE_CHARS]
 
 
 class VectorIndex:

@@ -89,7 +89,8 @@ def test_invariant_07_a_score_is_exact_in_whatever_order_it_is_added() -> None:
 
 def test_who_speaks_is_not_encoded_and_neither_is_the_end_of_a_long_page() -> None:
     assert page_text(Doc(0, 0, "user", "Ann", "Ann: a ship")) == "a ship"
-    assert page_text(Doc(0, 0, "user", "", "Ann: a ship")) == "Ann: a ship"
+    assert page_text(Doc(0, 0, "user", "", "Ann: a ship")) == "a ship"
+    assert page_text(Doc(0, 0, "user", "", "here it is: a ship")) == "here it is: a ship"
     assert len(page_text(Doc(0, 0, "user", "", "x" * 5000))) == 1024
 
 
