@@ -17,7 +17,8 @@ How it ranks: BM25 over stems, and what beats it widely on both LoCoMo and BEAM
 - two words that stand side by side in the query count more where they do so in a page;
 - a speaker named in the question favours that speaker's pages;
 - a day, month or year in the question favours the pages that were seen then;
-- where replies are much longer than what the user writes, replies weigh less and so do neighbours;
+- where replies are much longer than what the user writes, replies weigh less and so do neighbours; where
+  they are not, a long page is worth more than a short one;
 - what the first hits speak of ranks the rest (a relevance model: Lavrenko and Croft 2001).
 """
 
@@ -40,11 +41,10 @@ from proxy.memory.questions import Query
 from proxy.search.dates import Date, days_asked, spans
 from proxy.search.terms import (
     clean,
-    foreign_stop_terms,
-    idle_terms,
     languages_of,
     spoken,
     stop_terms,
+    stops_of,
     tokenizer,
 )
 
@@ -66,9 +66,11 @@ CONTEXT_TERMS = 12
 DATE_SHARE = 2.0  # of a day's, or a month's, rarity
 SPEAKER_BOOST = 0.8
 REPLY_DISCOUNT = 2.0
+LENGTH_PRIOR = (3.0, 0.2)  # a page's length in average pages, at most; to this power, where replies are short
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
 LONG_REPLY_NEIGHBOURS = 0.5  # share of the neighbours' weight that remains then
 
+SECOND_CANDIDATES = 64  # among which the first hits are
 SECOND_PAGES = 6  # first hits whose words are read
 SECOND_WORDS = 200  # of each of them
 SECOND_TERMS = 30
@@ -139,7 +141,7 @@ class PageIndex:
                 row = len(self._keys)
                 self._add_words(row, text)
                 self._keys.append((doc.position, doc.part))
-                self._chars.append(len(doc.text))
+                self._chars.append(max(1, len(doc.text)))
                 self._roles.append(doc.role)
                 self._names.append(doc.name)
                 self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
@@ -259,7 +261,7 @@ class PageIndex:
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
-        stops = stop_terms().union(*map(foreign_stop_terms, spoken(self._spoken)))
+        stops, idle = stops_of(spoken(self._spoken))
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
@@ -279,11 +281,12 @@ class PageIndex:
                 for row, value in there.items():
                     scores[row] += value
         self._add_pairs(scores, own, sequence, terms)
-        self._add_context(scores, query.context, {*asked, *stops})
+        if query.context:
+            self._add_context(scores, query.context, stops.union(asked))
+        self._look_again(scores, idle.union(asked), terms, named)
         self._weigh(scores, named)
-        self._look_again(scores, {*asked, *idle_terms(), *stops}, terms, named)
         unique = self._rarity(1)
-        rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle_terms()}
+        rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle}
         for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
             rarity[date] = self._rarity(len(rows)) / unique
         evidence: dict[int, float] = {}
@@ -397,7 +400,7 @@ class PageIndex:
                 if at >= 0:
                     scores[row] += worth * min(1.0, math.sqrt(average / max(1, chars[row])))
 
-    def _add_context(self, scores: dict[int, float], context: str, known: set[str]) -> None:
+    def _add_context(self, scores: dict[int, float], context: str, known: frozenset[str]) -> None:
         """What the words around the question add, as far as the pages that have them are few."""
         words = [term for term in tokenizer().terms(_excerpt(context)) if term not in known]
         for term in self._affordable(self._lookup(words)[:CONTEXT_TERMS]):
@@ -405,13 +408,19 @@ class PageIndex:
                 scores[row] = scores.get(row, 0.0) + worth
 
     def _weigh(self, scores: dict[int, float], named: set[str]) -> dict[int, float]:
-        """The same scores, by who speaks."""
-        reply = 1 / (1 + REPLY_DISCOUNT * self._long_replies())
-        if reply < 1:
-            roles = self._roles
+        """The same scores, by who speaks and, in a chat of short messages, how long: "Take care!" is all of few words."""
+        long_replies = self._long_replies()
+        if long_replies > 0:
+            roles, reply = self._roles, 1 / (1 + REPLY_DISCOUNT * long_replies)
             for row in scores:
                 if roles[row] == "assistant":
                     scores[row] *= reply
+        if long_replies < 1:
+            chars, unit = self._chars, len(self._keys) / max(1, self._total_chars)
+            most, power = LENGTH_PRIOR[0], LENGTH_PRIOR[1] * (1 - long_replies)
+            for row in scores:
+                length = chars[row] * unit
+                scores[row] *= (length if length < most else most) ** power
         if named:
             boost, names = 1 + SPEAKER_BOOST, self._names
             for row in scores:
@@ -420,10 +429,11 @@ class PageIndex:
         return scores
 
     def _look_again(
-        self, scores: dict[int, float], idle: set[str], terms: Sequence[_Term], named: set[str]
+        self, scores: dict[int, float], idle: frozenset[str], terms: Sequence[_Term], named: set[str]
     ) -> None:
         """Add what the pages share with the first hits, as a part of the question's own weight."""
-        first = self._best(scores, SECOND_PAGES, None)
+        best = self._weigh(dict(self._best(scores, SECOND_CANDIDATES, None)), named)
+        first = self._best(best, SECOND_PAGES, None)
         total = math.fsum(self._weight(term.docs) for term in terms)
         if not first or not total:
             return
@@ -444,18 +454,20 @@ class PageIndex:
         ]
         weighed.sort()
         added: dict[int, float] = {}
-        spent, weight = 0, 0.0
+        get, chars, spent, weight = added.get, self._chars, 0, 0.0
         for value, _, number in weighed[:SECOND_TERMS]:
             rows = postings[number]
             spent += len(rows)
             if spent > SECOND_POSTINGS:
                 break
-            share = value / weighed[0][0]
-            weight += share * self._weight(len(rows))
-            for row, worth in self._worth(_Term("", rows), rows, share).items():
-                added[row] = added.get(row, 0.0) + worth
-        for row, worth in self._weigh(added, named).items():
-            scores[row] = scores.get(row, 0.0) + SECOND_SHARE * total / weight * worth
+            share = value / weighed[0][0] * self._weight(len(rows))
+            weight += share
+            for posting in rows:
+                row, times = posting >> _TF_BITS, posting & _TF_MASK
+                added[row] = get(row, 0.0) + share * times / (times + floor + slope * chars[row])
+        part = SECOND_SHARE * (K1 + 1) * total / weight if weight else 0.0
+        for row, worth in added.items():
+            scores[row] = scores.get(row, 0.0) + part * worth
 
     def _best(
         self, scores: dict[int, float], limit: int, skip: Callable[[int, int], bool] | None

@@ -184,8 +184,10 @@ def languages_of() -> dict[str, tuple[str, ...]]:
 
 
 @functools.cache
-def foreign_stop_terms(language: str) -> frozenset[str]:
-    return frozenset(term for term, named in languages_of().items() if language in named)
+def stops_of(languages: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
+    """The stop terms of English and these languages; and with them what is idle."""
+    spoken = {term for term, named in languages_of().items() if not set(languages).isdisjoint(named)}
+    return stop_terms() | spoken, idle_terms() | spoken
 
 
 # A conversation's own languages: those whose stop words its pages have at least so often, beside the commonest.
