@@ -1,7 +1,7 @@
 """What the model is told of its memory, and what it may call: rules, tools, arguments, results.
 
 Promises: constant text for constant arguments (it stands in the cached prefix); the tools' JSON has a
-fixed key order; rules are short (the relaxed ones at most 90 tokens of o200k), and passive rules name
+fixed key order; rules are short (the relaxed ones at most 97 tokens of o200k), and passive rules name
 no tool. No argument string, however wild, raises: it is read as arguments in range, or as one sentence
 that the model can act on. A result is one line of JSON with a fixed key order that cannot open or close
 a `<VM:` tag.

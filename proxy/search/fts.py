@@ -33,6 +33,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import NamedTuple
 
 from proxy.memory.ids import Doc, Hit
@@ -182,6 +183,18 @@ class PageIndex:
                 Hit(*self._keys[row], score, evidence.get(row, 0.0))
                 for row, score in self._best(scores, limit, skip)
             ]
+
+    def prior(self, query: str) -> tuple[str, Callable[[dict[int, float]], dict[int, float]]]:
+        """For another ranking of the same pages: the query without the names of speakers, and what makes of
+        scores by row what they are worth for who speaks."""
+        with self._lock:
+            text = _excerpt(query)
+            named = self._named([t for t in tokenizer().terms(text) if t not in stop_terms()])
+            if named:
+                names = frozenset[str]().union(*(self._name_terms[name] for name in named))
+                words = [word for word in text.split() if names.isdisjoint(tokenizer().terms(word))]
+                text = " ".join(words) or text
+            return text, partial(self._weigh, named=named)
 
     # ------------------------------------------------------------ pages
     def _add_words(self, row: int, text: str) -> None:

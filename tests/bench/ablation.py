@@ -104,8 +104,9 @@ ROWS = (
     Row("anti-thrash", {}, {f"proxy.memory.{name}": returns(False) for name in _COOLING}),
     Row("levels 1 and 2 of context lines", {}, {"proxy.memory.planner:_LEVELS": becomes((CompressionLevel.FULL,))}),
     Row("level 1 of prefetched pages", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
-    Row("context lines, but of pinned pages", {}, {"proxy.memory.planner:_context":
-        lambda old: lambda rows, budget: old([row for row in rows if row.first], budget)}),
+    Row("rule that unpinned texts are no context lines", {}, {"proxy.memory.planner:_Row.is_line":
+        becomes(property(lambda row: True))}),
+    Row("deeper rebuilds", {}, {"proxy.conversation.epoch:rebuild_target": lambda old: lambda low, *more: low}),
     Row("context lines", {}, {"proxy.conversation.epoch:_CONTEXT_SHARE": becomes(0.0)}),
     Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),

@@ -35,16 +35,16 @@ import httpx
 
 import proxy.app
 from proxy.config import Config, effective_reserve
+from proxy.conversation.bill import CACHED_PRICE, cached_prefix
 from proxy.conversation.report import TurnReport
-from proxy.demo.bill import CACHED_PRICE, MIN_PREFIX_TOKENS, STEP_TOKENS
 from proxy.tokens import get_counter
-from tests.bench.ablation import HEADERS, Row, Upstream, show, switch_off
+from tests.bench.ablation import HEADERS, Row, Upstream, returns, show, switch_off
 from tests.bench.calls import running
 from tests.e2e.data import Conversation, data_dir, load_beam, load_trajectories, tools_of
 
 RESERVE_TOKENS = 4096  # tiers.l0.reserve_tokens
 Message = dict[str, Any]
-VARIANTS = (Row("ours"),)
+VARIANTS = (Row("ours"), Row("kept", {}, {"proxy.conversation.turn_window:stays": returns(True)}))
 
 
 # ---------------------------------------------------------------- the data
@@ -122,8 +122,7 @@ class Bill:
     def book(self, prompt_tokens: int, shared_tokens: int) -> None:
         """A request whose first `shared_tokens` were sent before."""
         self.prompt_tokens += prompt_tokens
-        if shared_tokens >= MIN_PREFIX_TOKENS:
-            self.cached_tokens += shared_tokens - shared_tokens % STEP_TOKENS
+        self.cached_tokens += cached_prefix(shared_tokens)
 
     @property
     def billed(self) -> float:

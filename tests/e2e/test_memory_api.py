@@ -15,7 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from tests.e2e.harness import Recorded, ServerProcess, message_of
+from tests.e2e.harness import Recorded, ServerProcess, call, message_of
 from tests.e2e.schema import check_requests, judged
 from tests.e2e.script import LOOKUP, SYSTEM, Chat, Script, Stand, fault, search, talk
 
@@ -72,6 +72,8 @@ class Story:
         await self.talk("a", 10)
         await self.say("Our deadline is March 3.", "deadline", message_of("Noted that."))
         await self.say("What was a1u0q?", "faults", fault("msg_0002", "msg_0004"), message_of("It was a1u0q."))
+        points = message_of(None, [call("call_points", "page_fault", {"page_id": "msg_0006", "target_level": 2})])
+        await self.say("What was it about?", "points", points, message_of("It was about that."))
         await self.talk("b", 8)
         await self.say("Remind me, what did I note with a2u0q?", "search", search("a2u0q"), message_of("You noted a2u0q."))
         await self.say("Our deadline is April 9.", "moved", message_of("Noted again."))

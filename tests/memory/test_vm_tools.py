@@ -26,7 +26,7 @@ from proxy.memory.vm_tools import (
     without_citations,
 )
 
-LIMITS = {VMMode.STRICT: 130, VMMode.RELAXED: 90, VMMode.PASSIVE: 45}
+LIMITS = {VMMode.STRICT: 135, VMMode.RELAXED: 97, VMMode.PASSIVE: 52}
 
 
 @pytest.fixture
