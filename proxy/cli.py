@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,7 @@ def check(args: argparse.Namespace) -> int:
     for note in config.notes():
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
+    _require_extra(config)
     if (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
@@ -130,6 +132,7 @@ def serve(args: argparse.Namespace) -> int:
         "upstream.base_url": args.upstream,
     }
     config = load_config(args.config, os.environ, flags)
+    _require_extra(config)
     _require_writable(config.tiers.l2.path)
     _require_a_sound_store(config)
     listener = _listen(config.server.host, config.server.port)
@@ -151,6 +154,15 @@ def _shared_counters(workers: int) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="llm-pager-metrics-", ignore_cleanup_errors=True) as path:
         os.environ[_METRICS_VARIABLE] = path
         yield
+
+
+def _require_extra(config: "Config") -> None:
+    """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
+    asked = config.search.embeddings
+    if asked != "none" and not all(map(find_spec, ("numpy", "tokenizers", "wordllama"))):
+        raise StartError(
+            f"search.embeddings: {asked} needs an extra that is not installed: pip install 'llm-pager[semantic]'."
+        )
 
 
 def _require_writable(directory: Path) -> None:

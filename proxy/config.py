@@ -265,6 +265,22 @@ class SearchConfig(Section):
     max_results: AtLeast1 = 20
     snippet_tokens: AtLeast1 = 128
     index_pages: AtLeast1 = 200_000
+    embeddings: Literal["none", "static", "upstream"] = "none"
+    embeddings_model: OptionalText = None
+    embeddings_wait_ms: Annotated[
+        int, Field(ge=0, le=60_000, description="a whole number of milliseconds from 0 to 60000")
+    ] = 250
+    embeddings_timeout_s: Seconds = 30.0
+    embeddings_calls: AtLeast1 = 2
+    embeddings_batch_pages: AtLeast1 = 64
+    embeddings_pages_per_minute: AtLeast1 = 3000
+    embeddings_queue_pages: AtLeast1 = 10_000
+
+    @model_validator(mode="after")
+    def _vectors_come_from_a_model(self) -> Self:
+        if self.embeddings == "upstream" and self.embeddings_model is None:
+            raise ValueError("embeddings 'upstream' needs embeddings_model")
+        return self
 
 
 class StreamConfig(Section):
@@ -372,6 +388,8 @@ class Config(Section):
                 )
         if upstream.provider == "demo" and upstream.base_url != UpstreamConfig().base_url:
             yield "upstream.base_url: not used with provider demo."
+        if self.search.embeddings == "upstream" and upstream.provider != "openai":
+            yield "search.embeddings: upstream is used with provider openai only."
         for name, model in self.models.items():
             if model.bridge is not None and upstream.provider != "openai":
                 yield f"models.{name}.bridge: used with provider openai only."

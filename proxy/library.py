@@ -65,7 +65,7 @@ from proxy.memory.vm_tools import (
 )
 from proxy.memory.working_set import WorkingSetConfig, WorkingSetManager
 from proxy.model_limits import POLICIES, limits_of
-from proxy.search.paths import PathIndexes
+from proxy.search.paths import PathIndexes, make_encoder
 from proxy.tokens import PER_REPLY, get_counter
 
 DEFAULT_MODEL = "gpt-4o"
@@ -130,7 +130,7 @@ class MemoryManager:
         self._identity = Identity(blake2b(session_id.encode(), digest_size=32).digest())
         self._tenant = self._identity.tenant("", "")
         self._values: dict[bytes, bytes] = {}  # the store: records and the table's blocks
-        self._indexes = PathIndexes(settings.search.index_pages)
+        self._indexes = PathIndexes(settings.search.index_pages, make_encoder(settings.search.embeddings))
         self._record: Record | None = None  # of the last answer
         self._state: State | None = None  # after it; None while everything fits
         self._open: _OpenTurn | None = None
@@ -461,7 +461,9 @@ class MemoryManager:
 
     def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
         ids = pages.index_keys(effect.before)
-        return self._indexes.search(ids, pages.docs, effect.query, effect.limit, effect.skip)
+        return self._indexes.search(
+            ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s
+        )
 
 
 def _field(value: Any, name: str) -> Any:

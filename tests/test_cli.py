@@ -74,6 +74,18 @@ def run(
 # ---------------------------------------------------------------- check and arguments
 
 
+def test_vectors_without_their_extra_are_a_sentence(tmp_path: Path) -> None:
+    lacking = (
+        "import sys, proxy.cli as c; c.find_spec = lambda name: None if name == 'numpy' else c;"
+        "sys.exit(c.main())"
+    )
+    for command in ("check", "serve"):
+        done = run(tmp_path, command, code=lacking, LLM_PAGER_SEARCH__EMBEDDINGS="static")
+        assert done.returncode == 1 and "pip install 'llm-pager[semantic]'" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+
 def test_version() -> None:
     done = run(ROOT, "--version")
     assert (done.returncode, done.stdout) == (0, f"llm-pager {__version__}\n")

@@ -416,6 +416,9 @@ upstream: {provider: demo, base_url: http://h/v1}
     assert "so 250 tokens are reserved" in notes
     assert "pages.max_tokens: a page of 1024 tokens takes more than half" in notes
     assert "upstream.base_url: not used with provider demo" in notes
+    vectors = "search: {embeddings: upstream, embeddings_model: m}\nupstream: {provider: litellm}"
+    assert load(vectors).notes() == ["search.embeddings: upstream is used with provider openai only."]
+    assert "needs embeddings_model" in problems("search: {embeddings: upstream}")[0]
 
 
 @pytest.mark.parametrize("text", ["", "tiers: {l0: {tokens: auto}}", "tiers: {l0: {tokens: 3000}}"])

@@ -61,13 +61,16 @@ IMPORTERS: dict[str, set[str]] = {
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream"},
+    "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
     "pydantic": {"api", "config", "config_text", "library", "memory"},  # the doors and the seeds' models
     "pydantic_settings": {"config"},  # the sources of the settings
     "rich": {"demo"},
     "starlette": {"api"},
+    "stop_words": {"search"},
     "tiktoken": {"tokens"},
+    "tokenizers": {"search"},  # the extra [semantic]
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
     "xxhash": {"conversation"},
     "yarl": {"upstream"},  # aiohttp's URLs
@@ -190,9 +193,10 @@ def test_dependencies_are_what_is_imported() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {line.partition(">=")[0].lower() for line in project["dependencies"]}
+    optional = {line.partition(">=")[0] for line in project["optional-dependencies"]["semantic"]}
+    declared = {line.partition(">=")[0].lower() for line in project["dependencies"]} | optional
     names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
-             "pydantic-settings": "pydantic_settings"}  # fmt: skip
+             "pydantic-settings": "pydantic_settings", "stop-words": "stop_words"}  # fmt: skip
     declared = {names.get(name, name) for name in declared}
     imported = set()
     for path in MODULES:
@@ -201,7 +205,7 @@ def test_dependencies_are_what_is_imported() -> None:
         found = imports(tree, ".".join(parts), is_package=path.endswith("__init__.py"))
         imported |= {name.partition(".")[0] for _, name in found}
     third_party = imported - sys.stdlib_module_names - {"proxy"}
-    by_name = {"uvloop", "httptools"}  # uvicorn imports them for us
+    by_name = {"uvloop", "httptools", "wordllama"}  # uvicorn imports them for us; its data is read
     brought = {"httpx", "starlette", "yarl"}  # by litellm, fastapi and aiohttp: their own types
     assert third_party - brought <= declared, "imported, but no dependency in pyproject.toml"
     assert declared <= third_party | by_name, "a dependency in pyproject.toml that nothing imports"

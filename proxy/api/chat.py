@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, assert_never, cast
+from typing import TYPE_CHECKING, Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
 from proxy.api.exchange import Exchange
@@ -44,11 +44,16 @@ from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
+from proxy.memory.ids import Hit
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
+if TYPE_CHECKING:  # an extra
+    from proxy.api.embeddings import Embedder
+
 log = logging.getLogger(__name__)
 
+_SETTLED = 2  # of a turn's states of answers that the request brought, the newest: one of them comes next
 _WARNINGS = 256  # remembered, so that each is logged once
 
 Observer = Callable[[TurnReport], None]
@@ -75,6 +80,11 @@ class ChatApi:
         self._stats = stats
         self._observer = observer
         self.model_facts = ModelFacts(config, memory, upstream)
+        self._embedder: Embedder | None = None
+        if config.search.embeddings == "upstream":
+            from proxy.api.embeddings import Embedder
+
+            self._embedder = Embedder(config, upstream, memory)
         self._admission = Admission(config, memory, self.model_facts, observer is not None)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
@@ -82,6 +92,8 @@ class ChatApi:
     async def close(self) -> None:
         """What is being asked beside the requests is given up."""
         await self.model_facts.close()
+        if self._embedder is not None:
+            await self._embedder.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI request, a POST."""
@@ -128,7 +140,7 @@ class ChatApi:
             turn = Turn(context)
             visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
-            answer = await self._run(turn, context, exchange, visit)
+            answer = await self._run(turn, context, exchange, scope["headers"], visit)
             if answer.refused is None:  # before the end is sent
                 visit.answered(answer.report, answer.usage, context.state is None)
             await exchange.finish(answer, _own_headers(answer))
@@ -141,6 +153,8 @@ class ChatApi:
                     self._writer.submit(
                         context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
                     )
+                if self._embedder is not None and turn.window is not None:
+                    self._embedder.submit(context.tenant, scope["headers"], turn.pages)
                 query = scope.get("query_string", b"")
                 self.model_facts.look(context.scope, context.decoded["model"], scope["headers"], query)
         except ApiError as error:
@@ -252,7 +266,7 @@ class ChatApi:
         )
 
     async def _run(
-        self, turn: Turn, context: TurnContext, exchange: Exchange, visit: Visit
+        self, turn: Turn, context: TurnContext, exchange: Exchange, headers: list[Header], visit: Visit
     ) -> Answer:
         dialogue = turn.run()
         reply: Any = None
@@ -272,7 +286,10 @@ class ChatApi:
                     stored = await self._append(effect, context)
                     reply, appended = None, True
                 elif isinstance(effect, Search):
-                    reply = await self._memory.search(effect, turn.pages)
+                    near: list[Hit] = []
+                    if self._embedder is not None:
+                        near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
+                    reply = await self._memory.search(effect, turn.pages, near)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages)
                 else:
@@ -281,11 +298,15 @@ class ChatApi:
             answer: Answer = end.value
         finally:
             dialogue.close()
-        if turn.record is not None and turn.window is not None and turn.record.id in stored:
-            state = State(turn.window, turn.table, turn.pages.derived)
-            self._memory.keep_state(turn.record, state)
-        if turn.settled is not None and turn.settled[0].id in stored:
-            self._memory.keep_settled(*turn.settled)
+        ours = [record for record, _ in turn.settled]
+        if turn.record is not None and turn.window is not None:
+            ours.append(turn.record)
+        if ours and all(record.id in stored for record in ours):  # else another request's state is the one
+            if turn.window is not None and turn.record is not None and not turn.record.unkept:
+                state = State(turn.window, turn.table, turn.pages.derived)
+                self._memory.keep_state(turn.record, state)
+            for record, settled in turn.settled[-_SETTLED:]:
+                self._memory.keep_settled(record, settled)
         model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:

@@ -234,6 +234,9 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     """The window that upstream was sent in a turn. A turn that did not page had everything in front
     of its answer."""
     record = _record_at(head, turn, memory.get_record)
+    if record.unkept:
+        raise ApiError(404, "The window of this turn was not kept: its client changes what stands before it with"
+                       " every request.", param="turn", code="window_not_kept")  # fmt: skip
     derived, crowded = NO_DERIVED, False
     if record.window:
         table = history(record, memory.get_record).replay(turn)
@@ -256,7 +259,8 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
 
 
 def _record_at(head: Record, turn: int, get: GetRecord) -> Record:
-    """The record of a turn on the way to `head`: every turn up to the head's has one."""
+    """The record of a turn on the way to `head`. A turn whose answer came in a request may have none, where
+    its client had changed what stands before it: then the one before it, or the first."""
     record = head
     while record.turn > turn and record.parent:
         above = get(record.parent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -38,11 +39,14 @@ from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
-from proxy.search.paths import PathIndexes
+from proxy.search.paths import PathIndexes, make_encoder
 from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
+_ENCODE_AT_ONCE = 8  # so does encoding more than this
+# or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
+_RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
 _TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
@@ -58,7 +62,10 @@ class Memory:
         self.identity = Identity(self.store.secret("identity"))
         self.cache = Cache(config.tiers.l1.tokens)
         self.histories = HistoryCache(config.server.history_cache_bytes)
-        self.indexes = PathIndexes(config.search.index_pages)
+        encoder = make_encoder(config.search.embeddings)
+        self.indexes = PathIndexes(config.search.index_pages, encoder)
+        self._at_once = _OFF_LOOP_MESSAGES if encoder is None else _ENCODE_AT_ONCE
+        self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:
@@ -94,7 +101,7 @@ class Memory:
     def load_path(self, head: Record) -> list[Node]:
         found: list[Node] | None = self.cache.get("path", head.id)
         if found is None:
-            found = load_path(head, self.get_record)
+            found = load_path(head, self.get_record, self.identity)
             size = sum(len(node.raw) + _NODE_BYTES for node in found)
             self.cache.put("path", head.id, found, size)
         return found
@@ -130,13 +137,16 @@ class Memory:
                 self.cache.put("block", ref, found, len(found))
         return found
 
-    async def search(self, effect: Search, pages: PathPages) -> list[Hit]:
-        """Perform a search over the first `effect.before` messages of this path, and no others."""
+    async def search(
+        self, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
+    ) -> list[Hit]:
+        """Perform a search over the first `effect.before` messages of this path, and no others; `near`:
+        the pages by meaning, where they are found otherwise."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
-        work = (ids, pages.docs, effect.query, effect.limit, effect.skip)
-        if self.indexes.missing(ids) > _OFF_LOOP_MESSAGES:
+        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
+        if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
             return await asyncio.to_thread(self.indexes.search, *work)
         return self.indexes.search(*work)
 

@@ -38,7 +38,7 @@ _ANSWER_LIMIT_BYTES = 1 << 20
 _SOURCE_CHARS = 60_000  # of a page or segment that the model is given
 _LEAST_CHARS = 200  # of each message of a segment
 _KNOWN_SUBJECTS = 64  # of claims that hold, the newest, which the model is told
-_CREDENTIALS = (b"authorization", b"api-key", b"x-api-key", b"openai-organization", b"openai-project")
+CREDENTIALS = (b"authorization", b"api-key", b"x-api-key", b"openai-organization", b"openai-project")
 _WORDED = (CompressionLevel.REDUCED, CompressionLevel.ABSTRACT)  # of a text: in other words
 _SUMMARY = (
     "Summarise this part of a conversation in at most {words} words for someone who will continue it: "
@@ -102,7 +102,7 @@ class Writer:
         """Have a model write about pages that were `shown` in our own words, and about closed segments."""
         if not self.active:
             return
-        kept = tuple(header for header in headers if header[0] in _CREDENTIALS)
+        kept = tuple(header for header in headers if header[0] in CREDENTIALS)
         for page, level, limit_tokens, prompt in self._wanted(pages, shown):
             key = tenant, page.version, int(level)
             if key in self._waiting:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.conversation.calibration import Calibration
 from proxy.memory.faults import Load as Load
+from proxy.memory.questions import Query
 
 if TYPE_CHECKING:  # records.py says what an answered turn appends
     from proxy.conversation.calling import Calling
@@ -18,10 +19,17 @@ if TYPE_CHECKING:  # records.py says what an answered turn appends
 class Search:
     """Answered with a list of `proxy.memory.ids.Hit`, best first, over positions 0..before-1 of this path only."""
 
-    query: str
+    queries: Sequence[str | Query]  # each a question of its own
     limit: int
     before: int
     skip: Callable[[int, int], bool]  # (position, part) that the caller does not want
+    # When a position's message was first seen (Unix seconds): for questions about a day. None: it is not known.
+    seen_s: Callable[[int], int] | None = None
+
+    @property
+    def query(self) -> str:
+        """All that is asked, in one."""
+        return " ".join(query if isinstance(query, str) else query.text for query in self.queries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,8 +144,9 @@ class Epoch:
         self._known = turn.known_until(settling=after > 0)  # what is behind is fresh
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
         self._end = len(pages.path)
-        users = (i for i in range(self._end - 1, -1, -1) if pages.path[i].role == "user")
-        self._last_user = -1 if after else next(users, -1)  # else the user's newest message is in the tail
+        path = turn.pages.path
+        users = (i for i in range(self._end + after - 1, -1, -1) if path[i].role == "user")
+        self._last_user = next(users, -1)  # in the tail, where it stands behind the pages
         self._cuts: Cuts = {}
         self._said: dict[str, MemoryPage] = {}  # what is kept word for word
 
@@ -311,7 +312,7 @@ class Epoch:
                 last,
                 self._native_tokens(first, last),
                 tuple(i for position in range(first, last) for i in self.pages[position].ids),
-                mandatory=not self.after and (last == self._end or first <= user < last),
+                mandatory=(last == self._end and not self.after) or first <= user < last,
                 answer=last - first == 1 and path[first].role == "assistant",
                 fresh=came_with[first] if first >= max(floor, self._known) else -1,
             )

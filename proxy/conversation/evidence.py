@@ -13,9 +13,11 @@ from unicodedata import name
 
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
+from proxy.conversation.timeline import Timeline
 from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, StorageTier
 from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, was_used
+from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
 
 if TYPE_CHECKING:
@@ -106,7 +108,10 @@ def _search(turn: TurnWindow, limit: int) -> Search:
         found = table.lookup(pages.id_of(position, part))
         return bool(found and found.tier is StorageTier.L0 and not found.level)
 
-    return Search(turn.query, limit, len(pages.path) - 1, is_resident)
+    newest = len(pages.path) - 1
+    earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
+    seen_s = Timeline(pages, newest, turn.context).seen_s
+    return Search(search_queries(turn.query, earlier), limit, newest, is_resident, seen_s)
 
 
 def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:

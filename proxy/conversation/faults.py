@@ -290,7 +290,7 @@ class VMCalls:
         limit = min(args.limit, self._limits.search_results)
         wide = limit if args.modality is None else limit * 4
         hits: list[Hit] = yield Search(
-            args.query, wide, before, lambda p, part: p not in positions or self._loaded_at(p, part)
+            [args.query], wide, before, lambda p, part: p not in positions or self._loaded_at(p, part), timeline.seen_s
         )
         left = self._handler.tokens_left or 0
         most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)

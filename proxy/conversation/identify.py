@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from proxy.conversation.body import Body, is_system
-from proxy.conversation.records import GetRecord, Record, Sent, deepest_record
+from proxy.conversation.records import GetRecord, Record, Sent, backwards, deepest_record
 from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, TenantKey, overlap
 from proxy.memory.message_text import message_text
 
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
 _TELLING_CHARS = 64  # so much text to count as proof
 _CANDIDATES = 32  # paths that a trimmed history is compared with; as many as storage keeps
+_TRIED = 2  # of a request's answers, the newest: behind them a client may put a pair of its own
 _MOVES = 3  # turns in a row in which the front moved on: one or two may be deletions
 
 LoadPath = Callable[[Record], list[Node]]
@@ -41,6 +43,7 @@ class Place:
     anchors: list[Anchor]
     record: Record | None
     sent: Sent | None = None
+    alike: tuple[Record, int] | None = None  # another path's, whose answer is also before this position here
 
 
 @dataclass(slots=True)
@@ -86,7 +89,8 @@ def place(
     `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages.
     """
     known = deepest_record(nodes, library.get_record)
-    whole = Place(nodes, 0, 0, anchors, known, Sent(frame))
+    alike = _alike(nodes, known, tenant, library)
+    whole = Place(nodes, 0, 0, anchors, known, Sent(frame), alike)
     if known is not None and (known.sent is not None or session_key is not None):
         return whole  # else no answer was delivered on it: its first request, said again
     if session_key is not None:
@@ -95,6 +99,21 @@ def place(
         if record is not None:
             return _in_session(whole, library, record, frame) or whole
     return _trimmed(whole, tenant, library, frame) if reattach else whole
+
+
+def _alike(
+    nodes: list[Node], known: Record | None, tenant: TenantKey, library: Library
+) -> tuple[Record, int] | None:
+    """An answer delivered on another path that is also one of the newest here that have no record, and the
+    position behind it: the client has changed something before it. Both need not agree in more."""
+    first = max(1, known.end if known is not None else 0)
+    answers = (i for i in range(len(nodes) - 1, first - 1, -1) if nodes[i].role == "assistant")
+    for at in islice(answers, _TRIED):
+        ids = library.get(library.identity.pair(tenant, nodes[at - 1].content, nodes[at].content))
+        record = library.get_record(ids[-ID_BYTES:]) if ids else None
+        if record is not None:
+            return record, at + 1
+    return None
 
 
 def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> Place | None:
@@ -194,15 +213,12 @@ def _telling(nodes: Sequence[Node]) -> bool:
 
 def _ends_with(record: Record, nodes: Sequence[Node], get: GetRecord) -> bool:
     """The path of `record` ends with the contents of `nodes`, and something stands before them."""
-    wanted = [node.content for node in nodes]
-    at: Record | None = record
-    while wanted:
-        if at is None:
-            return False
-        have = at.contents[-len(wanted) :]
-        if have != wanted[len(wanted) - len(have) :]:
-            return False
-        before = len(at.contents) > len(wanted) or at.first > 0
-        wanted = wanted[: len(wanted) - len(have)]
-        at = get(at.parent) if at.parent else None
-    return before
+    told = backwards(record, get)
+    try:
+        for node in reversed(nodes):
+            other = next(told, None)
+            if other is None or other.content != node.content:
+                return False
+        return next(told, None) is not None
+    except LookupError:  # what is missing proves nothing
+        return False

@@ -10,6 +10,9 @@ from __future__ import annotations
 RECORD = b"n"  # + the id of its last node: what an answered turn adds (records.py)
 BLOCK = b"t"  # + the hash of its bytes: a chunk or a root of a page table (memory/table.py)
 
+VECTOR = b"e"  # + hash of tenant, model, text: the vector of a page with that text
+NEAR = b"q"  # + hash of tenant, model, path, query: the pages that a search found by meaning
+
 # Sets of node ids, joined:
 PAIR = b"p"  # + hash of tenant, message, answer: the delivered answers like this after one like that
 LABEL = b"l"  # + hash of tenant, name: the answers given under a session's name
@@ -18,6 +21,7 @@ LABEL = b"l"  # + hash of tenant, name: the answers given under a session's name
 CONVERSATION = b"c"  # + tenant, beginning of its root's id: the last answer given in a window of it
 SESSION = b"s"  # + hash of tenant, name: the head of a session whose client sends only what is new
 RENDITION = b"v"  # + hash of tenant, version, level, kind: the artifact with that version of a page
+VECTORS = b"E"  # + hash of tenant, model: another value whenever vectors of theirs arrived
 MODEL = b"m"  # + scope, model: what refusals, bills and lists taught of a key's model
 MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting

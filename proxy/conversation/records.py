@@ -13,11 +13,23 @@ A record has the messages since the answer before, up to its own answer. Three c
     base           r2 <--------- r4 <- r5 <- r6     every turn that paged: its window and its mutations
     closed         r2 <--------------- r5           every turn that closed a segment: derived pages, table
 
-Here r1 fitted the window, and r3 came in the request that r4 answered (the client regenerated, or it
-talked past us), so r4 goes on from r2; where that turn settled what it found answered, r3 has a state
-too, and r2 for its base. `r6.closed` is r5: the last one along the bases with a `closing`. Messages are
-read along `parent`, a window along `base` up to the turn that began its epoch, the table along `base`
-up to the last `closing`, which has its root, and the whole mutation log along `base` to the end.
+Here r1 fitted the window, and r3 came in the request that r4 answered (the client wrote its history
+anew, or it talked past us) and left no state, so r4 goes on from r2; where that turn settled what it
+found answered, r3 has a state as if in a turn of its own, and r4 goes on from it. `r6.closed` is r5: the last one
+along the bases with a `closing`. Messages are read along `parent`, a window along `base` up to the turn
+that began its epoch, the table along `base` up to the last `closing`, which has its root, and the whole
+mutation log along `base` to the end.
+
+What stands behind r3 may be said otherwise in two requests at once, which then both store r3; how much
+room was left behind it may have made the two states differ. The first one stays, and `based` tells the
+loser, whose r4 goes on from what is not there: it is a miss.
+
+A client that says something else further up (an address that is signed anew, a note some messages before
+the end) sends messages that are stored already, under other nodes. Those that the answer before it stands on
+as well are not stored again: the record that is `Shared` says where they are read. No record ends in them.
+A large message that moved (files that are always the newest message but one) is read `elsewhere`, too.
+Where it does so with every request and nothing of a window can be kept from one to the next, its state is
+`unkept` as well: it is as large as the history, and nobody goes on from it.
 
 The letters of the keys are in keys.py; what a record keeps in bytes:
 
@@ -30,6 +42,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -39,7 +53,7 @@ from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
-from proxy.conversation.tree import ContentId, Identity, Node, NodeId, TenantKey
+from proxy.conversation.tree import ID_BYTES, ContentId, Identity, Node, NodeId, TenantKey
 from proxy.conversation.window import Entry, Window
 from proxy.memory.models import MutationType
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
@@ -55,11 +69,21 @@ class Sent(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=
     above_at: int = 0  # and where it stood on it
 
 
+class Shared(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Messages of a record that stand on another's path, with the same bytes: the last `count` of it but for
+    the last `skip`. They follow the first `head` of the record's own."""
+
+    record: bytes
+    count: int
+    skip: int
+    head: int
+
+
 class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one answered turn adds to the tree; stored under the id of its last node, immutable.
 
     A record ends with an assistant message; `parent` is the id of the record before it (b"" for
-    the first), `first` the position of its first message along the path.
+    the first), `first` the position of its first message along the path. The lists leave out what is `shared`.
     """
 
     parent: bytes
@@ -71,7 +95,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     tokens: list[int]
     turn: int
     echo: bytes = b""  # the previous answer in the client's own bytes, where they differ
-    base: bytes = b""  # the record after which this turn's window and table were continued
+    base: bytes = b""  # the record after whose state this turn's window and table were continued
     window: bytes = b""  # empty: never evicted
     mutations: bytes = b""
     substitute: list[bytes] = []  # messages that go upstream in place of the answer's echo (mixed calls)
@@ -83,6 +107,10 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     account: Account | None = None  # what the path was billed up to here; None: this answer came in a request
     seen_s: int = 0  # when its messages were first seen (Unix time; 0: in a version that did not say)
     answered_s: int = 0  # and its answer (0 as well: it came in the first request of its conversation)
+    based: bytes = b""  # the digest of the state of `base`, which was stored in the same commit
+    shared: Shared | None = None
+    elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
+    unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
 
     @property
     def id(self) -> NodeId:
@@ -91,15 +119,21 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     @property
     def end(self) -> int:
         """The position after its last message."""
-        return self.first + len(self.ids)
+        return self.first + len(self.ids) + (self.shared.count if self.shared else 0)
 
 
 class _WindowChange(msgspec.Struct, array_like=True, omit_defaults=True):
+    """An entry without bytes has those of the message at its position on the path."""
+
     covered: int
     entries: tuple[Entry, ...] = ()
     snapshot: Window | None = None
     kept: int = -1  # of the entries before, the first so many; -1: all of them
 
+
+_LEAST_ALIKE = 2  # messages that are not stored again
+_LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
+_NEAR = 4  # records
 
 GetRecord = Callable[[bytes], Record | None]
 CONVERSATION_BYTES = 6  # of its first node's id, by which people know it
@@ -108,6 +142,9 @@ encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _encode_change = msgspec.msgpack.Encoder().encode
 _decode_change = msgspec.msgpack.Decoder(_WindowChange).decode
+NO_RAWS: Mapping[int, bytes] = {}
+NO_LARGE: Mapping[bytes, tuple[bytes, int]] = {}
+_encode_state = msgspec.msgpack.Encoder().encode
 
 
 def decode_record(data: bytes) -> Record:
@@ -164,21 +201,105 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
     return get(path[answers[low]].id)
 
 
-def load_path(head: Record, get: GetRecord) -> list[Node]:
+def load_path(head: Record, get: GetRecord, identity: Identity) -> list[Node]:
     """All nodes from the root to the head's last message, each with the bytes last seen of it."""
-    records = [head]
-    while records[-1].parent:
-        records.append(_need(records[-1].parent, get))
-    nodes: list[Node] = []
-    for record in reversed(records):
-        if record.echo and nodes:
-            nodes[-1].raw = record.echo
-        for fields in zip(
-            record.ids, record.contents, record.roles, record.raws, record.tokens, strict=True
-        ):
-            nodes.append(Node(*fields, record.counter, seen_s=record.seen_s))
-        nodes[-1].seen_s = record.answered_s
+    nodes = list(backwards(head, get))[::-1]
+    for before, node in pairwise(nodes):
+        if not node.id:  # a shared one
+            node.id = identity.child(before.id, node.content)
     return nodes
+
+
+def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
+    """The nodes from the head's last message to the root; those that are shared have no id."""
+    record, at = head, len(head.ids) - 1  # the next message: of the record's own
+    within: list[tuple[int, Record]] = []  # whose shared messages are read, and how many are told with them
+    told, skip, echo = 0, 0, b""
+    while True:
+        if at < 0:
+            if not record.parent:
+                break
+            echo, record = record.echo, _need(record.parent, get)
+            at = len(record.ids) - 1
+        if skip:
+            skip -= 1
+        else:
+            yield Node(
+                NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
+                echo or _raw(record, at, get), record.tokens[at], record.counter,
+                seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
+            )  # fmt: skip
+            told += 1
+        echo, shared = b"", record.shared
+        if shared is not None and at == shared.head:
+            until = told + shared.count
+            within.append((min(until, within[-1][0]) if within else until, record))
+            skip, record = shared.skip, _need(shared.record, get)
+            at = len(record.ids)
+        at -= 1
+        while within and within[-1][0] == told:
+            _, record = within.pop()
+            at, skip = (record.shared.head if record.shared else 0) - 1, 0
+
+
+def _raw(record: Record, at: int, get: GetRecord) -> bytes:
+    for place, other, there in record.elsewhere:
+        if place == at:
+            return _need(other, get).raws[there]
+    return record.raws[at]
+
+
+def large_messages(record: Record, get: GetRecord) -> dict[bytes, tuple[bytes, int]]:
+    """Which record, and at which place, has the bytes of the large messages that stand near the end of `record`'s
+    path."""
+    found: dict[bytes, tuple[bytes, int]] = {}
+    near: Record | None = record
+    for _ in range(_NEAR):
+        if near is None:
+            break
+        refs = {place: (other, there) for place, other, there in near.elsewhere}
+        for at in range(len(near.raws)):
+            raw = _raw(near, at, get)
+            if len(raw) >= _LARGE_BYTES:
+                found.setdefault(raw, refs.get(at, (near.id, at)))
+        near = get(near.parent) if near.parent else None
+    return found
+
+
+class Alike(NamedTuple):
+    """So many messages of a path, from the position `first` on, that `record`'s path has at its end but for
+    `skip`."""
+
+    record: Record
+    first: int
+    messages: int
+    skip: int
+
+    @property
+    def again(self) -> bool:
+        """That path had been changed in the same way."""
+        return self.record.shared is not None
+
+
+def find_alike(
+    path: Sequence[Node], first: int, end: int, record: Record, get: GetRecord
+) -> Alike | None:
+    """How much of positions first..end-1, but for the first of them, `record`'s path ends with, by its bytes
+    (an answer at its very end may be echoed in other ones). None: too little to be worth it."""
+    at, skip = end, 0
+    try:
+        for node in backwards(record, get):
+            if at - 1 <= first or path[at - 1].content != node.content:
+                break
+            if path[at - 1].raw != node.raw:
+                if at < end:
+                    break
+                skip = 1
+            at -= 1
+    except LookupError:  # of another path: this one is stored whole
+        return None
+    count = end - skip - at
+    return Alike(record, at, count, skip) if count >= _LEAST_ALIKE else None
 
 
 def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
@@ -189,6 +310,7 @@ def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
 
 def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTable:
     """The page table of that state, a new one."""
+    _check_bases(head, get)
     logs: list[bytes] = []
     table = PageTable()
     for record in _bases(head, get):
@@ -212,7 +334,7 @@ def restore_window(head: Record, get: GetRecord) -> Window | None:
     for record in _bases(head, get):
         if not record.window:
             break
-        change = _decode_change(record.window)
+        change = _read_change(record, get)
         if change.snapshot is not None:
             window = change.snapshot
             for later in reversed(changes):
@@ -224,6 +346,24 @@ def restore_window(head: Record, get: GetRecord) -> Window | None:
     if changes:
         raise LookupError("the beginning of an epoch's window is missing from storage")
     return None
+
+
+def _read_change(record: Record, get: GetRecord) -> _WindowChange:
+    """What the record stored of its window, every entry with its bytes."""
+    change = _decode_change(record.window)
+    entries = change.entries if change.snapshot is None else change.snapshot.entries
+    asked = [entry.position for entry in entries if not entry.raw]
+    if not asked:
+        return change
+    replace, first = msgspec.structs.replace, min(asked)
+    told = islice(backwards(record, get), record.end - first)
+    raws = {record.end - n: node.raw for n, node in enumerate(told, 1)}
+    entries = tuple(e if e.raw else replace(e, raw=raws[e.position]) for e in entries)
+    if change.snapshot is None:
+        change.entries = entries
+    else:
+        change.snapshot = replace(change.snapshot, entries=entries)
+    return change
 
 
 def _restore_derived(head: Record, get: GetRecord) -> Derived:
@@ -271,6 +411,21 @@ def _bases(head: Record, get: GetRecord) -> Iterator[Record]:
         yield head
 
 
+def _check_bases(head: Record, get: GetRecord) -> None:
+    """LookupError when the state that this one goes on from was never stored: another request's was, of
+    the same messages, in the moment before the commit."""
+    while head.based:
+        base = _need(head.base, get)
+        if _state_digest(base) != head.based:
+            raise LookupError("two requests at once stored the same messages, and this is the later one")
+        head = base
+
+
+def _state_digest(record: Record) -> bytes:
+    state = (record.base, record.based, record.window, record.mutations, record.closing)
+    return blake2b(_encode_state(state), digest_size=ID_BYTES).digest()
+
+
 def _need(record_id: bytes, get: GetRecord) -> Record:
     record = get(record_id)
     if record is None:
@@ -283,18 +438,23 @@ def _need(record_id: bytes, get: GetRecord) -> Record:
 
 class Stored(NamedTuple):
     """A state as a record keeps it: the window, and since the state that it was continued from the
-    encoded mutations and what its epochs derived. `blocks` are the page table's new ones, by reference."""
+    encoded mutations and what its epochs derived. `blocks` are the page table's new ones, by reference;
+    `end` is the position after the messages that it is the state after."""
 
+    end: int
     window: Window
     mutations: bytes
     closing: bytes
     blocks: Mapping[bytes, bytes]
     derived: Derived
 
-    def fields(self, before: Window | None, record: Record | None) -> dict[str, object]:
-        """A record's fields; `before` is the window after `record`, which it was continued from."""
+    def fields(
+        self, before: Window | None, record: Record | None, raws: Mapping[int, bytes]
+    ) -> dict[str, object]:
+        """A record's fields; `before` is the window after `record`, which it was continued from; `raws`: see
+        `encode_change`."""
         fields: dict[str, object] = {
-            "window": encode_change(before, self.window),
+            "window": encode_change(before, self.window, raws),
             "mutations": self.mutations,
             "closing": self.closing,
         }
@@ -315,43 +475,57 @@ class SessionNames(NamedTuple):
 NO_NAMES = SessionNames()
 
 
-def encode_change(before: Window | None, after: Window) -> bytes:
+def encode_change(before: Window | None, after: Window, raws: Mapping[int, bytes] = NO_RAWS) -> bytes:
     """What a turn stores: the entries added (behind those kept), or the whole window when a new
-    epoch began in it, or when it was counted anew."""
+    epoch began in it, or when it was counted anew. `raws`: what the messages at these positions say is read
+    from the record itself and the end of the one before it, and not said again."""
     if before is None or _measure(before) != _measure(after):
-        return _encode_change(_WindowChange(after.covered, snapshot=after))
+        entries = _without(raws, after.entries)
+        snapshot = msgspec.structs.replace(after, entries=entries)
+        return _encode_change(_WindowChange(after.covered, snapshot=snapshot))
     old, new = before.entries, after.entries
     pairs = enumerate(zip(old, new, strict=False))
     kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
     all_of_them = kept == len(old)
-    return _encode_change(_WindowChange(after.covered, new[kept:], kept=-1 if all_of_them else kept))
+    added = _without(raws, new[kept:])
+    return _encode_change(_WindowChange(after.covered, added, kept=-1 if all_of_them else kept))
+
+
+def _without(raws: Mapping[int, bytes], entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    replace = msgspec.structs.replace
+    return tuple(replace(e, raw=b"") if raws.get(e.position) == e.raw else e for e in entries)
 
 
 def _measure(window: Window) -> tuple[int, str, float]:
     return window.epoch, window.counter, window.factor
 
 
-def answered_by(path: Sequence[Node], record: Record | None) -> tuple[int, int]:
-    """(end of the answered messages that have no record yet, 0 if all have; this turn's number)."""
-    first, turn = (record.end, record.turn) if record else (0, 0)
-    answers = [i for i in range(first, len(path)) if path[i].role == "assistant"]
-    return (answers[-1] + 1 if answers else 0), turn + len(answers) + 1
+def answered_by(path: Sequence[Node], record: Record | None) -> list[int]:
+    """The positions behind the path's answers that have no record yet: each ends one, and counts as a turn."""
+    first = record.end if record else 0
+    return [i + 1 for i in range(first, len(path)) if path[i].role == "assistant"]
 
 
 def new_records(
     path: Sequence[Node],
     parent: Record | None,
     last: dict[str, object],
-    settled: dict[str, object] | None = None,
+    states: Sequence[Stored] = (),
+    before: Window | None = None,
     known: Bill | None = None,
+    alike: Alike | None = None,
+    large: Mapping[bytes, tuple[bytes, int]] = NO_LARGE,
     seen_s: int = 0,
+    account: Callable[[int], Account | None] = lambda _: None,
 ) -> list[Record]:
-    """Records for the positions after `parent`; one for each run that ends with an answer.
+    """Records for the positions after `parent`; one for each run that ends with an answer, but from what is
+    `alike` on one for all. `large`: see `large_messages`.
 
-    `path` ends with an answer; `last` are the last record's own fields (window, mutations,
-    substitute, sent, bill, account), which describe the turn that is being stored, and `settled` those of
-    the one before it. `known`: what the turn began with, for all but the last. `last`'s echo is that of
-    the parent's answer: the first record's. `seen_s`: when the request came (Unix time).
+    `path` ends with an answer; `last` are the last record's own fields (substitute, sent, bill, account), which
+    describe the turn that is being stored; its echo is that of the parent's answer: the first record's.
+    `states`, in the order of the path, were continued one from the other, the first one from `before`,
+    the window after `parent` (None: it began anew). For all but the last: `known`, what the turn began with,
+    and `account`, of the path up to a position. `seen_s`: when the request came (Unix time).
     """
     records: list[Record] = []
     first = parent.end if parent else 0
@@ -361,8 +535,15 @@ def new_records(
     for position in range(first, len(path)):
         if path[position].role != "assistant":
             continue
-        run = path[first : position + 1]
         turn += 1
+        shared, run = None, path[first : position + 1]
+        if alike is not None and position >= alike.first:
+            if position + 1 < len(path):
+                continue
+            shared = Shared(alike.record.id, alike.messages, alike.skip, alike.first - first)
+            run = [*path[first : alike.first], *path[alike.first + alike.messages :]]
+        # (Its last message is read by itself.)
+        refs = {at: large[node.raw] for at, node in enumerate(run[:-1]) if node.raw in large} if large else {}
         records.append(
             Record(
                 above,
@@ -370,11 +551,14 @@ def new_records(
                 [node.id for node in run],
                 [node.content for node in run],
                 [node.role for node in run],
-                [node.raw for node in run],
+                [b"" if at in refs else node.raw for at, node in enumerate(run)],
                 [node.tokens if node.counter == counter else -1 for node in run],
                 turn,
                 counter=counter,
                 bill=known,
+                account=account(position + 1),
+                shared=shared,
+                elsewhere=[(at, *ref) for at, ref in refs.items()],
                 seen_s=run[0].seen_s or seen_s,
                 answered_s=run[-1].seen_s or ((run[0].seen_s or seen_s) if parent else 0),
             )
@@ -386,8 +570,17 @@ def new_records(
     echo = last.get("echo", b"")
     records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
     records[0] = replace(records[0], echo=echo)
-    if settled and len(records) > 1:
-        records[-2] = replace(records[-2], **settled)
+    at, base = 0, parent
+    for state in states:
+        while records[at].end < state.end:
+            at += 1
+        record = records[at]
+        raws = {p: path[p].raw for p in range(max(0, record.first - 1), record.end)}
+        fields = state.fields(before, base, raws)
+        if base is not parent and base is not None:
+            fields["based"] = _state_digest(base)
+        base = records[at] = replace(record, **fields)
+        before = state.window
     return records
 
 

@@ -8,12 +8,15 @@ with its answers in a conversation's first request nobody knows when it was said
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import islice
 
 from proxy.conversation.context import TurnContext
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import Record
 from proxy.memory.seen import read_bound, seen_text, shown_day
 from proxy.memory.vm_tools import SearchArgs, SearchToolResult
+
+_SHARED = 16  # answers, at most, that are looked at for one that has a record
 
 
 class Timeline:
@@ -34,9 +37,10 @@ class Timeline:
         return (position == record.end - 1 and record.answered_s) or record.seen_s
 
     def _record(self, position: int) -> Record | None:
-        path = self._pages.path
-        end = next(p for p in range(position, self._stored) if path[p].role == "assistant")
-        return self._context.get_record(path[end].id)
+        path, get = self._pages.path, self._context.get_record
+        answers = (p for p in range(position, self._stored) if path[p].role == "assistant")
+        found = (get(path[p].id) for p in islice(answers, _SHARED))  # an answer that is `Shared` has none
+        return next((record for record in found if record is not None), None)
 
     def _witnessed(self, position: int) -> bool:
         """It came when it was said, as far as anybody can tell: not with a history at first sight."""

@@ -103,6 +103,20 @@ class Identity:
             b"rendition", tenant, version.encode(), b"%d" % level, kind.encode()
         )
 
+    def vector(self, tenant: TenantKey, model: str, text: str) -> bytes:
+        """The storage key of a text's vector, a model's, for that tenant."""
+        said = text.encode("utf-8", "surrogatepass")
+        return keys.VECTOR + self._hash(b"vector", tenant, model.encode(), said)
+
+    def vectors(self, tenant: TenantKey, model: str) -> bytes:
+        """The storage key of what changes whenever vectors of the tenant's arrive."""
+        return keys.VECTORS + self._hash(b"vectors", tenant, model.encode())
+
+    def near(self, tenant: TenantKey, model: str, path: bytes, query: str) -> bytes:
+        """The storage key of what a query about the history `path` found by meaning."""
+        said = query.encode("utf-8", "surrogatepass")
+        return keys.NEAR + self._hash(b"near", tenant, model.encode(), path, said)
+
     def content(self, message: dict[str, Any]) -> ContentId:
         return ContentId(self._hash(b"message", canonical(message)))
 

@@ -70,11 +70,20 @@ from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.pages import PathPages, anchor_tokens
-from proxy.conversation.records import Record, Stored, answered_by, append_effect, new_records
+from proxy.conversation.records import (
+    NO_LARGE,
+    Record,
+    Stored,
+    answered_by,
+    append_effect,
+    find_alike,
+    large_messages,
+    new_records,
+)
 from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
-from proxy.conversation.turn_window import TurnWindow
+from proxy.conversation.turn_window import SETTLED, TurnWindow
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.message_text import message_text
@@ -115,7 +124,7 @@ class Answer:
 
 class Turn:
     """Runs one turn. After it, `path`, `table`, `record` and `window` are the state to cache, and
-    `settled` that of the last answer that the request brought."""
+    `settled` those of answers that the request brought, in their order."""
 
     def __init__(self, context: TurnContext) -> None:
         place, state = context.place, context.state
@@ -123,14 +132,15 @@ class Turn:
         self._model = Model(Capabilities(), context.limits, context.decoded)
         self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
         self.path = place.path
-        self._answered, turn = answered_by(place.path, place.record)
+        self._answered = answered_by(place.path, place.record)
+        turn = (place.record.turn if place.record else 0) + len(self._answered) + 1
         self.pages = PathPages(
             place.path, context.counter, context.limits.page_tokens,
             state.derived if state else NO_DERIVED, context.get_record, place.anchors,
         )  # fmt: skip
         self.table = state.table if state else PageTable()
         self.record: Record | None = None
-        self.settled: tuple[Record, Stored] | None = None
+        self.settled: list[tuple[Record, Stored]] = []
         self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's
         self._paging: TurnWindow | None = None
         self._vm_calls: VMCalls | None = None
@@ -405,16 +415,37 @@ class Turn:
         }  # fmt: skip
         blocks: dict[bytes, bytes] = {}
         came = context.state.window if context.state else None
-        before = self._paging.settled if self._paging is not None else None
-        settled: dict[str, object] = before.fields(came, record) if before is not None else {}
-        if self._answered:
-            settled["account"] = account.rewound(self._answered, self.pages, self._anchors())
+        anchors = self._anchors()
+
+        def rewound(end: int) -> Account | None:
+            return account.rewound(end, self.pages, anchors) if end in self._answered[-SETTLED:] else None
+
+        settled: list[Stored] = []
+        states: list[Stored] = []
+        alike, large = None, NO_LARGE
+        if context.place.alike is not None:
+            other, end = context.place.alike
+            alike = find_alike(self.path, record.end if record else 0, end, other, context.get_record)
+            large = large_messages(other, context.get_record)
         if self._paging is not None:
             if self._paging.brought:
                 self._paging.settle("\n".join(message_text(answer) for answer in answers))
-            state = self._paging.snapshot()
-            last.update(state.fields(came, record))
-            blocks = {**state.blocks, **(before.blocks if before is not None else {})}
+            for state in self._paging.settled:
+                blocks.update(state.blocks)
+            if alike is not None and any(end <= alike.first for end in self._answered):
+                epochs = [state.window.epoch for state in self._paging.settled if state.end <= alike.first]
+                if epochs[-1:] != [self._paging.window.epoch]:  # the request, when it comes again, would begin
+                    alike = None  # its epoch there and not where it did
+            if any(context.get_record(self.path[state.end - 1].id) for state in self._paging.settled):
+                self._paging.unsettle(0)
+            elif alike is not None:
+                self._paging.unsettle(alike.first)
+            settled = self._paging.settled
+            if alike is not None and alike.again and self.report.new_epoch and not settled:
+                last["unkept"], blocks = True, {}
+            else:
+                states = [*settled, self._paging.snapshot(len(self.path) + 1)]
+                blocks.update(states[-1].blocks)
         before_calls = Calling.of(context.facts)
         calls = self._calling(before_calls)
         last["bill"] = msgspec.structs.replace(bill, calls=calls.offered)
@@ -423,11 +454,12 @@ class Turn:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began.tokens_factor, calls=began.calls)
-            heads.append((path, new_records(path, record, last, settled, known, int(context.now_s))))
+            made = new_records(path, record, last, states, came, known, alike, large, int(context.now_s), rewound)
+            heads.append((path, made))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]
-        if before is not None:
-            self.settled = heads[0][1][-2], before
+        ends = {made.end: made for made in heads[0][1]}
+        self.settled = [(ends[state.end], state) for state in settled]
         effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
         facts = self._model.learned if learned is None else learned
         effect = replace(effect, facts=dict(facts), lesson=lesson)

@@ -24,7 +24,14 @@ from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_token
 from proxy.conversation.evidence import Shown, asks, choose, reserve, stays, used
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
-from proxy.conversation.pages import RESULT_ROLES, MessagePages, PathPages, anchor_tokens, owner
+from proxy.conversation.pages import (
+    RESULT_ROLES,
+    MessagePages,
+    PathPages,
+    anchor_tokens,
+    group_start,
+    owner,
+)
 from proxy.conversation.records import Stored, brought_since
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor
@@ -58,6 +65,7 @@ from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
+SETTLED = 64  # answers of one request, the newest, after which a state is left
 STANDING_TOKENS = 256  # of standing instructions of the application's in front of a window, at most
 
 _STANDING_BYTES = 2048  # of one of them
@@ -69,8 +77,8 @@ _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of
 class TurnWindow:
     """One per turn that pages; `window` is there after `open()`.
 
-    `limits` and `channel` may change between rounds, as upstream refuses them. `answered`: the messages
-    before it are answered, and have no record yet (0: all have).
+    `limits` and `channel` may change between rounds, as upstream refuses them. `answered`: the positions
+    behind the answers that have no record yet.
     """
 
     window: Window
@@ -85,7 +93,7 @@ class TurnWindow:
         next_limits: Limits | None,
         fixed_tokens: int,
         report: TurnReport,
-        answered: int = 0,
+        answered: Sequence[int] = (),
     ) -> None:
         self.context = context
         self.pages = pages
@@ -98,10 +106,12 @@ class TurnWindow:
         self.mutations: list[PageMutation] = []
         self.made: list[MemoryPage] = []  # derived in this turn
         self.shown: list[Load] = []  # by the last epoch, or to be written
-        self.settled: Stored | None = None  # the state with what is `answered`
+        self.settled: list[Stored] = []  # the states after what is `answered`
         self.brought: list[Shown] = []  # before the call
         self._query: str | None = None
+        self._settled_with: list[tuple[list[PageMutation], list[MemoryPage]]] = []
         self._answered = answered
+        self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
         self.tools_tokens = vm_tools_tokens(channel, context.counter)
@@ -128,9 +138,11 @@ class TurnWindow:
             before = before.recount(counter)  # another model than in the last turn
         if before is not None and before.factor != self.limits.tokens_factor:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
+        self.turn -= len(self._answered)  # in the first of them, if the request brought some
         self.before = self._without_evidence(before)
+        self.turn = self.report.turn
         if self._answered:
-            yield from self._settle(self._answered)
+            yield from self._settle()
         end, at = len(self.pages.path), self._differs_at()
         self._register(self.pages, at)
         for mutation in self.context.changes:
@@ -169,36 +181,72 @@ class TurnWindow:
             raw = msgspec.json.encode(message)
         return Entry(raw, entry.tokens - entry.shown_tokens, entry.position)
 
-    def _settle(self, end: int) -> Generator[Effect, Any, None]:
-        """Open the window for the answered messages alone, as if in a turn before this one.
+    def _settle(self) -> Generator[Effect, Any, None]:
+        """Open the window for the answered messages alone, as if each answer had been a turn's before this one.
 
-        What a client sends behind them may be said otherwise in its next request: this state, which
-        has nothing of it, is where that one goes on. Nothing is done when there is no window yet and
-        what stands behind leaves no room for one.
+        A client may say what stands behind any of them otherwise in its next request: it rewrites its newest
+        message, or what it put some messages before it. The states that are left here have nothing of what
+        stands behind them, and that request goes on from the last of them that it shares. So where a new
+        epoch has to begin, it begins in front of what this client has just rewritten, if there is room. (No
+        state is left when there is no window yet and what stands behind leaves no room for one.)
         """
+        path, ends = self.pages.path, self._answered
+        turn, last = self.turn, len(path)
+        record = self.context.place.record
+        at = self._differs_at(strict=True)
+        grown = self._grown(at, ends[-1], ends[-1] - 1)
+        fits = grown is not None and self._fits(grown.append(self._entries(ends[-1], last, last)))
+        begins = None if fits else self._epoch_begins(record.end if record else 0, ends[-1])
+        first = len(ends) - min(len(ends), SETTLED)
+        for number, end in enumerate(ends[first:], first - len(ends)):
+            self.turn = turn + number
+            pages = self.pages.before(end)
+            if begins is not None and begins <= end:
+                yield from self._begin_before(begins)
+                begins = None
+            if self.before is None:
+                continue
+            at = self._differs_at(strict=True)
+            grown = self._grown(at, end, end - 1) if fits else None
+            self._register(pages, self._differs_at())
+            if grown is None:  # it does not fit, and the epoch is this turn's own or was just begun
+                self.window = self._continued(self.before, end, end - 1)
+            else:
+                if at is not None:
+                    self._take_back(at)
+                self.window = grown
+            self.settled.append(self.snapshot(end))
+            self._settled_with.append((self.mutations, self.made))
+            self.mutations, self.made = [], []
+            self.before = self.window
+        self.turn = turn
+
+    def unsettle(self, end: int) -> None:
+        """No states are left behind `end`: what happened there is this turn's own."""
+        while self.settled and self.settled[-1].end > end:
+            self.settled.pop()
+            mutations, made = self._settled_with.pop()
+            self.mutations, self.made = [*mutations, *self.mutations], [*made, *self.made]
+
+    def _epoch_begins(self, known: int, answered: int) -> int | None:
+        """Where the path of a new epoch ends that leaves room for all that stands behind it: where the client
+        began to rewrite (the messages before `known` are stored), else behind all answers; None: nowhere."""
+        path, last = self.pages.path, len(self.pages.path)
+        rewritten = group_start(path, known)
+        for end in (rewritten, answered):
+            if end and self._leaves_room(end, self._entries(end, last, last)):
+                return end
+        return None
+
+    def _begin_before(self, end: int) -> Generator[Effect, Any, None]:
+        """An epoch of what stands before `end`, with room for what stands behind it."""
         pages, last = self.pages.before(end), len(self.pages.path)
         behind = self._entries(end, last, last)
-        at = self._differs_at(strict=True)
-        grown = self._grown(at, end, end - 1)
-        fits = grown is not None and self._fits(grown.append(behind))
-        rebuilt = not fits and self._leaves_room(end, behind)
-        if self.before is None and not rebuilt:
-            return
-        self.turn -= 1
         self._register(pages, self._differs_at())
-        if rebuilt:
-            yield from self._begin_epoch(self._next_epoch, pages, behind, last - end)
-            self.window = self.window.until(len(self.window.entries) - len(behind), end)
-            self.pages.derived = pages.derived
-        elif fits and grown is not None:
-            if at is not None:
-                self._take_back(at)
-            self.window = grown
-        elif self.before is not None:  # it does not fit, and the epoch is this turn's own
-            self.window = self._continued(self.before, end, end - 1)
-        self.settled = self.snapshot()
+        yield from self._begin_epoch(self._next_epoch, pages, behind, last - end)
+        self.window = self.window.until(len(self.window.entries) - len(behind), end)
+        self.pages.derived = pages.derived
         self.before = self.window
-        self.turn += 1
 
     @property
     def _next_epoch(self) -> int:
@@ -209,14 +257,12 @@ class TurnWindow:
         finds all that have an answer."""
         record = self.context.place.record
         known = record.end if record else 0
-        return known if settling else max(known, self._answered)
+        return known if settling else max(known, self._answered[-1] if self._answered else 0)
 
     def _leaves_room(self, end: int, behind: Sequence[Entry]) -> bool:
         """Whether an epoch can be planned without a look at what stands behind its path."""
         path = self.pages.path
-        if end < len(path) and (
-            path[end].role in RESULT_ROLES or all(n.role != "user" for n in path[end:])
-        ):
+        if end < len(path) and path[end].role in RESULT_ROLES:
             return False
         _, low = watermarks(self.room_for_messages, self.limits.working_set)
         return sum(entry.tokens for entry in behind) <= low
@@ -270,13 +316,14 @@ class TurnWindow:
 
     def _register(self, pages: PathPages, at: int | None) -> None:
         """Enter new pages in the table, and anew those whose system messages are others now, from `at` on."""
-        first = self.before.covered if self.before else 0
-        for position in range(max(0, (first if at is None else at) - 1), first):
+        first = self._entered
+        for position in range(max(0, (first if at is None else at) - 1), min(first, len(pages.path))):
             for mutation in self._renewed(pages[position]):
                 self.apply(mutation)
         for position in range(first, len(pages.path)):
             for mutation in created(pages[position], self.context.place.floor, self.turn):
                 self.apply(mutation)
+        self._entered = max(first, len(pages.path))
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
         """The pages of a message that the table has, where these are others now because the system
@@ -320,16 +367,16 @@ class TurnWindow:
             if entry is not None and entry.tier is StorageTier.L0 and entry.position < at:
                 self.apply(PageMutation(MutationType.EVICT, page_id, self.turn, tier=StorageTier.L2))
 
-    def snapshot(self) -> Stored:
-        """The state as it stands, for a record. Leaves of the table that are in `blocks` are whole in
-        RAM: nothing of them is read before they are stored."""
+    def snapshot(self, end: int) -> Stored:
+        """The state as it stands, for the record that ends there. Leaves of the table that are in `blocks`
+        are whole in RAM: nothing of them is read before they are stored."""
         closing, blocks = b"", dict[bytes, bytes]()
         derived = self.pages.derived
         if self.made:
             root, blocks = self.table.checkpoint()
             closing = encode_closing(root, self.made, derived.end, self.limits.max_claims)
         mutations = encode_log(self.mutations)
-        return Stored(self.window, mutations, closing, blocks, derived)
+        return Stored(end, self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(
         self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0

@@ -73,7 +73,6 @@ def demo_config(window_tokens: int, state: Path) -> Config:
                     "l0": {"tokens": window_tokens, "reserve_tokens": window_tokens // 10},
                     "l2": {"path": str(state)},
                 },
-                "prefetch": {"tokens": window_tokens // 32},
                 "manifest": {"max_tokens": window_tokens // 8},
                 "models": {MODEL: {"window_tokens": window_tokens, "tools": True}},
             }

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.3  # what is worth less than this share of the best is left out, where the user asks
-_TOLD_FALL = 0.6  # and where the user tells
+_ASKED_FALL = 0.35  # what is worth less than this share of the best is left out, where the user asks
+_TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
+_TOLD_SHARE = 4  # of the tokens
+_TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words
 _USED_TERMS = 2  # distinctive words that page and answer share, and the question does not have
 _READ_CHARS = 20_000
 
@@ -59,7 +61,7 @@ class Prefetcher(NamedTuple):
         evidence: then the query names nobody's words. `price` gives the tokens of a page as shown in at
         most so many (None: it does not fit)."""
         chosen: list[Candidate] = []
-        left = self.max_tokens
+        left = self.max_tokens if self.asked else self.max_tokens // _TOLD_SHARE
         ranked = sorted(candidates, key=lambda c: (-_worth(c), c.page_id))
         if all(c.evidence < MIN_EVIDENCE for c in ranked):
             return chosen
@@ -67,7 +69,7 @@ class Prefetcher(NamedTuple):
         for candidate in ranked:
             if len(chosen) == self.max_pages or _worth(candidate) < least:
                 break
-            if not self.asked and candidate.evidence < MIN_EVIDENCE:
+            if not self.asked and candidate.evidence < _TOLD_EVIDENCE:
                 continue
             tokens = price(candidate, left)
             if tokens is not None:

@@ -6,17 +6,20 @@ Promises:
   result (invariant 6).
 - The same pages give the same hits and scores, whatever extend/truncate calls led to them
   (invariant 7). Order: score, then the newer position, then the lower part.
-- Any text is a valid query. Nothing of it is ever parsed as FTS5 syntax: words go through the
-  index's own tokenizer and are looked up one by one. Time is bounded by the limits below.
+- Any text is a valid query, and so are several. Time is bounded by the limits below.
+- The scores of one search are comparable: where they fall, the answer ends.
 
-How it ranks. SQLite FTS5 (porter, unicode61) holds the postings; they are read through fts5vocab
-and scored here, because its built-in bm25() can do none of the following, which together beat it
-widely on both LoCoMo and BEAM (tests/bench/recall_memory.py):
-- stop words do not count, unless the query has nothing else;
+How it ranks: BM25 over stems, and what beats it widely on both LoCoMo and BEAM
+(tests/bench/recall_memory.py):
+- stop words do not count, unless the query has nothing else; rare words count less than by their rarity;
 - a word found in a neighbouring page counts for this page too, at a fraction and never on top of
   the page's own: what answers "Where did you go?" often shares no word with the question;
+- two words that stand side by side in the query count more where they do so in a page;
 - a speaker named in the question favours that speaker's pages;
-- where replies are much longer than what the user writes, replies weigh less and so do neighbours.
+- a day, month or year in the question favours the pages that were seen then;
+- where replies are much longer than what the user writes, replies weigh less and so do neighbours; where
+  they are not, a long page is worth more than a short one;
+- what the first hits speak of ranks the rest (a relevance model: Lavrenko and Croft 2001).
 """
 
 from __future__ import annotations
@@ -24,41 +27,71 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import sqlite3
 import threading
+from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from typing import NamedTuple
 
 from proxy.memory.ids import Doc, Hit
+from proxy.memory.questions import Query
+from proxy.search.dates import Date, days_asked, spans
 from proxy.search.terms import (
-    TOKENIZER,
     clean,
-    connect,
-    idle_terms,
+    languages_of,
+    spoken,
     stop_terms,
+    stops_of,
     tokenizer,
 )
 
 QUERY_CHARS = 4000  # a longer query is read at its beginning and at its end
-QUERY_TERMS = 10  # the rarest terms that are looked up
-CANDIDATE_TERMS = 24  # distinct terms whose rarity is asked, from both ends of the query
-POSTINGS = 800  # pages with a term that are read for one query, rarest terms first
-SPREAD_POSTINGS = 400  # occurrences that also count for their neighbours
+QUERIES = 6  # of one search, that are read
+QUERY_TERMS = 24  # the rarest terms of a query that are looked up
+POSTINGS = 1500  # pages with a term that are read for one query, rarest terms first
+CANDIDATES = 128  # the best by those, for which the other terms are read as well
+SPREAD_POSTINGS = 800  # pages that also count for their neighbours
 
 K1, B = 1.2, 0.75  # BM25
+RARITY_POWER = 0.75  # a word that one page has is not all of a question
 NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
+ANSWER_SHARE = 1.3  # of that, where the page before ends by asking
+PAIR_SHARE = 0.25  # of two words' rarity, where they stand side by side
+QUESTIONS_POWER = 0.75  # of several questions in one: 1 makes their best pages equal, 0 leaves the scores
+CONTEXT_SHARE = 0.33  # of what the same words count in the question itself
+CONTEXT_TERMS = 12
+DATE_SHARE = 2.0  # of a day's, or a month's, rarity
 SPEAKER_BOOST = 0.8
 REPLY_DISCOUNT = 2.0
+LENGTH_PRIOR = (3.0, 0.2)  # a page's length in average pages, at most; to this power, where replies are short
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
 LONG_REPLY_NEIGHBOURS = 0.5  # share of the neighbours' weight that remains then
+
+SECOND_CANDIDATES = 64  # among which the first hits are
+SECOND_PAGES = 6  # first hits whose words are read
+SECOND_WORDS = 200  # of each of them
+SECOND_TERMS = 24
+SECOND_COMMON = 0.1  # a word that a larger share of the pages has tells nothing of them
+SECOND_POSTINGS = 500
+SECOND_SHARE = 0.15  # of the question's own weight
+
+_ASKING = "?？؟"
+_ASKING_CHARS = 120  # of a page's end
+_TF_BITS = 8  # of a posting: row and how often the term stands there
+_TF_MASK = (1 << _TF_BITS) - 1
+_ID_BYTES = 4
 
 
 class _Term(NamedTuple):
     text: str
-    docs: int
+    rows: array[int]  # its postings
+
+    @property
+    def docs(self) -> int:
+        return len(self.rows)
 
 
 class PageIndex:
@@ -66,20 +99,23 @@ class PageIndex:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._db = connect()
-        self._db.execute(f"CREATE VIRTUAL TABLE pages USING fts5(text, tokenize='{TOKENIZER}')")
-        self._db.execute("CREATE VIRTUAL TABLE occurrence USING fts5vocab('pages', 'instance')")
-        self._keys: list[tuple[int, int]] = []  # row -> (position, part); the row is FTS5's rowid
+        self._ids: dict[str, int] = {}  # term -> its number
+        self._texts: list[str] = []  # and back
+        self._postings: list[array[int]] = []  # by number
+        self._keys: list[tuple[int, int]] = []  # row -> (position, part)
+        self._words: list[bytes] = []  # row -> the numbers of its terms, in order
         self._chars: list[int] = []
         self._roles: list[str] = []
         self._names: list[str] = []
+        self._asks: list[bool] = []
         self._speakers: Counter[str] = Counter()  # name -> pages
         self._name_terms: dict[str, frozenset[str]] = {}
         # Integers, so that taking away leaves exactly what adding less would have built.
         self._total_chars = 0
         self._role_chars: Counter[str] = Counter()
         self._role_messages: Counter[str] = Counter()
-        self._frequency: Counter[str] = Counter()  # term -> pages that have it
+        self._spoken: Counter[str] = Counter()  # language -> how often its stop words stand in a page
+        self._weights: dict[int, float] = {}  # of a term in so many pages, as long as the pages are these
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -87,7 +123,7 @@ class PageIndex:
     def close(self) -> None:
         """Free the memory. The index cannot be used afterwards."""
         with self._lock:
-            self._db.close()
+            self._postings, self._words, self._ids = [], [], {}
 
     def extend(self, docs: Iterable[Doc]) -> None:
         """Add pages behind the last one. ValueError, and nothing added, when out of order."""
@@ -99,78 +135,114 @@ class PageIndex:
                 if last is not None and key <= last:
                     raise ValueError(f"page {key} comes after {last}")
                 last = key
-            first = len(self._keys)
             texts = [_indexable(doc) for doc in new]
-            with _transaction(self._db):
-                self._db.executemany(
-                    "INSERT INTO pages(rowid, text) VALUES (?, ?)", enumerate(texts, first)
-                )
             tokenizer().prepare(texts)
-            for text in texts:
-                self._frequency.update(tokenizer().terms(text))
-            for doc in new:
+            for doc, text in zip(new, texts, strict=True):
+                row = len(self._keys)
+                self._add_words(row, text)
                 self._keys.append((doc.position, doc.part))
-                self._chars.append(len(doc.text))
+                self._chars.append(max(1, len(doc.text)))
                 self._roles.append(doc.role)
                 self._names.append(doc.name)
-            self._count(first, 1)
+                self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
+                self._count(row, 1)
+            self._weights.clear()
 
     def truncate(self, position: int) -> None:
         """Drop every page at `position` or later."""
         with self._lock:
             first = bisect_left(self._keys, (position,))
-            if first == len(self._keys):
-                return
-            gone = self._db.execute("SELECT text FROM pages WHERE rowid >= ?", (first,))
-            for (text,) in gone.fetchall():
-                self._frequency.subtract(tokenizer().terms(text))
-            with _transaction(self._db):
-                self._db.execute("DELETE FROM pages WHERE rowid >= ?", (first,))
-            self._count(first, -1)
-            for column in (self._keys, self._chars, self._roles, self._names):
+            for row in reversed(range(first, len(self._keys))):
+                for number in set(memoryview(self._words[row]).cast("I")):
+                    self._postings[number].pop()
+                self._count(row, -1)
+            for column in (self._keys, self._words, self._chars, self._roles, self._names, self._asks):
                 del column[first:]
+            self._weights.clear()
 
     def search(
-        self, query: str, limit: int, skip: Callable[[int, int], bool] | None = None
+        self,
+        queries: str | Sequence[str | Query],
+        limit: int,
+        skip: Callable[[int, int], bool] | None = None,
+        seen_s: Callable[[int], int] | None = None,
     ) -> list[Hit]:
-        """The best `limit` pages for which `skip(position, part)` is not true, best first."""
+        """The best `limit` pages for which `skip(position, part)` is not true, best first. `seen_s(position)`: when
+        that message was first seen (Unix seconds; they grow along the path, those that are not known are 0).
+
+        Of several queries, each is a question of its own: a page is worth what it is worth to the one it answers best.
+        """
+        asked = [
+            Query(query) if isinstance(query, str) else query
+            for query in ([queries] if isinstance(queries, str) else queries[:QUERIES])
+        ]
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            asked = tokenizer().terms(_excerpt(query))
-            content = [term for term in asked if term not in stop_terms()]
-            named = self._named(content)
-            plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
-            terms = self._lookup(plain or content or asked)
-            read = self._affordable(terms)
-            own = {term.text: self._postings(term) for term in read if term.docs}
-            scores = self._weigh(self._score(own), named)
-            best = self._best(scores, limit, skip)
-            rarity = {t.text: self._rarity(t.docs) for t in read if t.text not in idle_terms()}
-            unique = self._rarity(1)
+            scores, evidence = _merged([self._ask(query, seen_s) for query in asked])
             return [
-                Hit(*self._keys[row], score, _evidence(row, own, rarity) / unique)
-                for row, score in best
+                Hit(*self._keys[row], score, evidence.get(row, 0.0))
+                for row, score in self._best(scores, limit, skip)
             ]
 
-    # ------------------------------------------------------------ statistics
-    def _count(self, first: int, sign: int) -> None:
-        """Add (1) or take away (-1) the rows from `first` on."""
-        for row in range(first, len(self._keys)):
-            chars, role, name = self._chars[row], self._roles[row], self._names[row]
-            self._total_chars += sign * chars
-            self._role_chars[role] += sign * chars
-            self._role_messages[role] += sign * (self._keys[row][1] <= 1)
-            if name:
-                if name not in self._name_terms:
-                    words = tokenizer().terms(_excerpt(name))
-                    self._name_terms[name] = frozenset(words) - stop_terms()
-                self._speakers[name] += sign
-                if not self._speakers[name]:
-                    del self._speakers[name], self._name_terms[name]
+    def prior(self, query: str) -> tuple[str, Callable[[dict[int, float]], dict[int, float]]]:
+        """For another ranking of the same pages: the query without the names of speakers, and what makes of
+        scores by row what they are worth for who speaks."""
+        with self._lock:
+            text = _excerpt(query)
+            named = self._named([t for t in tokenizer().terms(text) if t not in stop_terms()])
+            if named:
+                names = frozenset[str]().union(*(self._name_terms[name] for name in named))
+                words = [word for word in text.split() if names.isdisjoint(tokenizer().terms(word))]
+                text = " ".join(words) or text
+            return text, partial(self._weigh, named=named)
+
+    # ------------------------------------------------------------ pages
+    def _add_words(self, row: int, text: str) -> None:
+        ids, postings = self._ids, self._postings
+        sequence = tokenizer().sequence(text)
+        sequence += tokenizer().syllables(text)
+        numbers = [ids.get(term, -1) for term in sequence]
+        if -1 in numbers:
+            for term in sequence:
+                if term not in ids:
+                    ids[term] = len(postings)
+                    postings.append(array("I"))
+                    self._texts.append(term)
+            numbers = [ids[term] for term in sequence]
+        base = row << _TF_BITS
+        for number, times in Counter(numbers).items():
+            postings[number].append(base | min(times, _TF_MASK))
+        self._words.append(array("I", numbers).tobytes())
+
+    def _count(self, row: int, sign: int) -> None:
+        """Add (1) or take away (-1) a row."""
+        chars, role, name = self._chars[row], self._roles[row], self._names[row]
+        self._total_chars += sign * chars
+        self._role_chars[role] += sign * chars
+        self._role_messages[role] += sign * (self._keys[row][1] <= 1)
+        texts, languages = self._texts, languages_of()
+        for number in set(memoryview(self._words[row]).cast("I")):
+            for language in languages.get(texts[number], ()):
+                self._spoken[language] += sign
+        if name:
+            if name not in self._name_terms:
+                words = tokenizer().terms(_excerpt(name))
+                self._name_terms[name] = frozenset(words) - stop_terms()
+            self._speakers[name] += sign
+            if not self._speakers[name]:
+                del self._speakers[name], self._name_terms[name]
 
     def _rarity(self, docs: int) -> float:
         return math.log(1 + (len(self._keys) - docs + 0.5) / (docs + 0.5))
+
+    def _weight(self, docs: int) -> float:
+        """What a term counts: its rarity, flattened."""
+        found = self._weights.get(docs)
+        if found is None:
+            unique = self._rarity(1)
+            found = self._weights[docs] = unique * float((self._rarity(docs) / unique) ** RARITY_POWER)
+        return found
 
     def _long_replies(self) -> float:
         """0 (replies as long as what the user writes) to 1 (much longer)."""
@@ -181,60 +253,102 @@ class PageIndex:
         low, high = LONG_REPLIES
         return min(1.0, max(0.0, (reply / user - low) / (high - low))) if user else 0.0
 
-    # ------------------------------------------------------------ the query
+    # ------------------------------------------------------------ one query
+    def _ask(
+        self, query: Query, seen_s: Callable[[int], int] | None
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Row -> score, and row -> evidence."""
+        text = _excerpt(query.text)
+        sequence = tokenizer().sequence(text)
+        asked = list(dict.fromkeys(sequence))
+        stops, idle = stops_of(spoken(self._spoken))
+        content = [term for term in asked if term not in stops]
+        named = self._named(content)
+        plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
+        dates = self._dated(days_asked(text), seen_s) if seen_s else {}
+        terms = self._lookup(plain or ([] if dates else content or asked))
+        read = self._affordable(terms)
+        own = {term.text: self._worth(term, term.rows) for term in read}
+        scores = self._score(own)
+        for date, rows in dates.items():
+            own[date] = dict.fromkeys(rows, DATE_SHARE * self._weight(len(rows)))
+            for row, worth in own[date].items():
+                scores[row] = scores.get(row, 0.0) + worth
+        if len(read) < len(terms):
+            best = [row for row, _ in self._best(scores, CANDIDATES, None)]
+            for term in terms[len(read) :]:
+                there = own[term.text] = self._worth(term, _among(best, term.rows))
+                for row, value in there.items():
+                    scores[row] += value
+        self._add_pairs(scores, own, sequence, terms)
+        if query.context:
+            self._add_context(scores, query.context, stops.union(asked))
+        self._look_again(scores, idle.union(asked), terms, named)
+        self._weigh(scores, named)
+        unique = self._rarity(1)
+        rarity = {t.text: self._rarity(t.docs) / unique for t in terms if t.text not in idle}
+        for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
+            rarity[date] = self._rarity(len(rows)) / unique
+        evidence: dict[int, float] = {}
+        for name, share in sorted(rarity.items()):
+            for row in own.get(name, ()):
+                evidence[row] = evidence.get(row, 0.0) + share
+        return scores, evidence
+
     def _named(self, content: Sequence[str]) -> set[str]:
         """Speakers that the question names. One voice alone needs no telling apart."""
         if len(self._speakers) < 2:
             return set()
         return {n for n, words in self._name_terms.items() if not words.isdisjoint(content)}
 
-    def _lookup(self, terms: Sequence[str]) -> list[_Term]:
-        """The rarest terms, ordered by rarity; one that is nowhere counts for coverage only."""
-        found = [
-            _Term(text, self._frequency[text]) for text in _both_ends(terms, CANDIDATE_TERMS)
-        ]
-        found.sort(key=lambda term: (term.docs, term.text))
-        absent = [term for term in found if not term.docs]
-        return absent + found[len(absent) :][:QUERY_TERMS]
-
-    def _affordable(self, terms: Iterable[_Term]) -> list[_Term]:
-        """Terms to read, rarest first: as many as POSTINGS allows, and one at least."""
-        chosen: list[_Term] = []
-        spent = 0
-        for term in terms:
-            if spent and spent + term.docs > POSTINGS:
-                break
-            spent += term.docs
-            chosen.append(term)
-        return chosen
-
-    def _postings(self, term: _Term) -> dict[int, float]:
-        """Row -> what the term is worth there. Of a term over the limit, the newest part only."""
-        first = 0
-        if term.docs > POSTINGS:
-            first = len(self._keys) - len(self._keys) * POSTINGS // term.docs
-        rows = self._db.execute(
-            "SELECT doc FROM occurrence WHERE term = ? AND doc >= ?", (term.text, first)
+    def _dated(
+        self, dates: Iterable[Date], seen_s: Callable[[int], int]
+    ) -> dict[str, list[int]]:
+        """The rows that were seen at each of these dates, where there are some."""
+        positions = range(self._keys[-1][0] + 1)
+        first, last = (
+            datetime.fromtimestamp(seen_s(at), UTC).year
+            for at in (min(bisect_left(positions, 1, key=seen_s), positions[-1]), positions[-1])
         )
-        counts = Counter(itertools.chain.from_iterable(rows.fetchall()))
-        rarity = self._rarity(term.docs) * (K1 + 1)
+        found: dict[str, list[int]] = {}
+        for date in dates:
+            rows: list[int] = []
+            for span in spans(date, range(first, last + 1)):
+                begin, end = (bisect_left(self._keys, (bisect_left(positions, at, key=seen_s),)) for at in span)
+                rows += range(begin, end)
+            if rows:
+                found[str(date)] = rows
+        return found
+
+    def _lookup(self, terms: Sequence[str]) -> list[_Term]:
+        """The rarest terms that stand anywhere, ordered by rarity."""
+        numbers = ((text, self._ids.get(text)) for text in terms)
+        found = [_Term(text, self._postings[n]) for text, n in numbers if n is not None and self._postings[n]]
+        found.sort(key=lambda term: (term.docs, term.text))
+        return found[:QUERY_TERMS]
+
+    def _affordable(self, terms: Sequence[_Term]) -> Sequence[_Term]:
+        """Terms that are read in full, rarest first: as many as POSTINGS allows."""
+        spent = itertools.accumulate(term.docs for term in terms)
+        return terms[: sum(total <= POSTINGS for total in spent) or 1]
+
+    def _worth(self, term: _Term, postings: Iterable[int], share: float = 1.0) -> dict[int, float]:
+        """Row -> what the term is worth there."""
+        weight = share * self._weight(term.docs) * (K1 + 1)
         floor = K1 * (1 - B)
         slope = K1 * B * len(self._keys) / max(1, self._total_chars)
         chars = self._chars
-        return {
-            row: rarity * count / (count + floor + slope * chars[row])
-            for row, count in counts.items()
-        }
+        found: dict[int, float] = {}
+        for posting in postings:
+            row, times = posting >> _TF_BITS, posting & _TF_MASK
+            found[row] = weight * times / (times + floor + slope * chars[row])
+        return found
 
-    # ------------------------------------------------------------ scores
-    def _score(self, own: dict[str, dict[int, float]]) -> dict[int, float]:
+    def _score(self, own: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
         """Row -> the sum, over terms, of the best of its own and its neighbours' share of it."""
         keep = 1 - (1 - LONG_REPLY_NEIGHBOURS) * self._long_replies()
-        spreads = [
-            (step, share * keep)
-            for distance, share in enumerate(NEIGHBOUR_SHARE, 1)
-            for step in (-distance, distance)
-        ]
+        near, far = (share * keep for share in NEIGHBOUR_SHARE)
+        asks = self._asks
         scores: dict[int, float] = {}
         spent = 0
         for worth in own.values():
@@ -242,11 +356,20 @@ class PageIndex:
             reached = worth
             if spent <= SPREAD_POSTINGS:
                 reached = dict(worth)
-                for step, share in spreads:
-                    for row, value in worth.items():
-                        there, shared = row + step, value * share
-                        if reached.get(there, 0.0) < shared:
-                            reached[there] = shared
+                get = reached.get
+                for row, value in worth.items():
+                    shared = value * near
+                    if get(row - 1, 0.0) < shared:
+                        reached[row - 1] = shared
+                    if asks[row]:
+                        shared *= ANSWER_SHARE
+                    if get(row + 1, 0.0) < shared:
+                        reached[row + 1] = shared
+                    shared = value * far
+                    if get(row - 2, 0.0) < shared:
+                        reached[row - 2] = shared
+                    if get(row + 2, 0.0) < shared:
+                        reached[row + 2] = shared
             for row, value in reached.items():
                 scores[row] = scores.get(row, 0.0) + value
         rows, reach = len(self._keys), len(NEIGHBOUR_SHARE)
@@ -254,15 +377,97 @@ class PageIndex:
             scores.pop(row, None)  # neighbours that do not exist
         return scores
 
+    def _add_pairs(
+        self,
+        scores: dict[int, float],
+        own: Mapping[str, Mapping[int, float]],
+        sequence: Sequence[str],
+        terms: Sequence[_Term],
+    ) -> None:
+        """What two terms that stand side by side in the query add where they do so in a page."""
+        weights = {term.text: self._weight(term.docs) for term in terms}
+        average = self._total_chars / len(self._keys)
+        chars, words, ids = self._chars, self._words, self._ids
+        for first, second in dict.fromkeys(itertools.pairwise(sequence)):
+            if first not in weights or second not in weights:
+                continue
+            pattern = array("I", (ids[first], ids[second])).tobytes()
+            worth = PAIR_SHARE * (weights[first] + weights[second])
+            for row in own[first].keys() & own[second].keys():
+                at = words[row].find(pattern)
+                while at > 0 and at % _ID_BYTES:
+                    at = words[row].find(pattern, at + 1)
+                if at >= 0:
+                    scores[row] += worth * min(1.0, math.sqrt(average / max(1, chars[row])))
+
+    def _add_context(self, scores: dict[int, float], context: str, known: frozenset[str]) -> None:
+        """What the words around the question add, as far as the pages that have them are few."""
+        words = [term for term in tokenizer().terms(_excerpt(context)) if term not in known]
+        for term in self._affordable(self._lookup(words)[:CONTEXT_TERMS]):
+            for row, worth in self._worth(term, term.rows, CONTEXT_SHARE).items():
+                scores[row] = scores.get(row, 0.0) + worth
+
     def _weigh(self, scores: dict[int, float], named: set[str]) -> dict[int, float]:
-        reply = 1 / (1 + REPLY_DISCOUNT * self._long_replies())
-        if reply < 1:
-            roles = self._roles
-            scores = {r: s * reply if roles[r] == "assistant" else s for r, s in scores.items()}
+        """The same scores, by who speaks and, in a chat of short messages, how long: "Take care!" is all of few words."""
+        long_replies = self._long_replies()
+        if long_replies > 0:
+            roles, reply = self._roles, 1 / (1 + REPLY_DISCOUNT * long_replies)
+            for row in scores:
+                if roles[row] == "assistant":
+                    scores[row] *= reply
+        if long_replies < 1:
+            chars, unit = self._chars, len(self._keys) / max(1, self._total_chars)
+            most, power = LENGTH_PRIOR[0], LENGTH_PRIOR[1] * (1 - long_replies)
+            for row in scores:
+                length = chars[row] * unit
+                scores[row] *= (length if length < most else most) ** power
         if named:
             boost, names = 1 + SPEAKER_BOOST, self._names
-            scores = {r: s * boost if names[r] in named else s for r, s in scores.items()}
+            for row in scores:
+                if names[row] in named:
+                    scores[row] *= boost
         return scores
+
+    def _look_again(
+        self, scores: dict[int, float], idle: frozenset[str], terms: Sequence[_Term], named: set[str]
+    ) -> None:
+        """Add what the pages share with the first hits, as a part of the question's own weight."""
+        best = self._weigh(dict(self._best(scores, SECOND_CANDIDATES, None)), named)
+        first = self._best(best, SECOND_PAGES, None)
+        total = math.fsum(self._weight(term.docs) for term in terms)
+        if not first or not total:
+            return
+        names = frozenset[str]().union(*self._name_terms.values())
+        floor, slope = K1 * (1 - B), K1 * B * len(self._keys) / max(1, self._total_chars)
+        texts, postings = self._texts, self._postings
+        spoken: dict[int, float] = {}
+        for row, score in first:
+            share, norm = score / first[0][1], floor + slope * self._chars[row]
+            head = memoryview(self._words[row]).cast("I")[:SECOND_WORDS]
+            for number, times in Counter(head).items():
+                spoken[number] = spoken.get(number, 0.0) + share * times / (times + norm)
+        most = SECOND_COMMON * len(self._keys)
+        weighed = [
+            (-value * self._weight(len(postings[number])), texts[number], number)
+            for number, value in spoken.items()
+            if 1 < len(postings[number]) <= most and texts[number] not in idle and texts[number] not in names
+        ]
+        weighed.sort()
+        added: dict[int, float] = {}
+        get, chars, spent, weight = added.get, self._chars, 0, 0.0
+        for value, _, number in weighed[:SECOND_TERMS]:
+            rows = postings[number]
+            spent += len(rows)
+            if spent > SECOND_POSTINGS:
+                break
+            share = value / weighed[0][0] * self._weight(len(rows))
+            weight += share
+            for posting in rows:
+                row, times = posting >> _TF_BITS, posting & _TF_MASK
+                added[row] = get(row, 0.0) + share * times / (times + floor + slope * chars[row])
+        part = SECOND_SHARE * (K1 + 1) * total / weight if weight else 0.0
+        for row, worth in added.items():
+            scores[row] = scores.get(row, 0.0) + part * worth
 
     def _best(
         self, scores: dict[int, float], limit: int, skip: Callable[[int, int], bool] | None
@@ -272,25 +477,45 @@ class PageIndex:
         wanted = limit if skip is None else 2 * limit + 16
         while True:
             least = heapq.nlargest(wanted, scores.values())[-1] if scores else 0.0
-            best = [(row, score) for row, score in scores.items() if score >= least]
-            best.sort(key=lambda item: (-item[1], -keys[item[0]][0], keys[item[0]][1]))
-            if skip is None:
-                return best[:limit]
-            seen = (item for item in best if not skip(*keys[item[0]]))
+            best = [
+                (-score, -keys[row][0], keys[row][1], row) for row, score in scores.items() if score >= least
+            ]
+            best.sort()
+            seen = ((row, -less) for less, _, _, row in best if skip is None or not skip(*keys[row]))
             chosen = list(itertools.islice(seen, limit))
             if len(chosen) == limit or wanted >= len(scores):
                 return chosen
             wanted *= 8
 
 
-def _evidence(row: int, own: dict[str, dict[int, float]], rarity: dict[str, float]) -> float:
-    return math.fsum(worth for term, worth in rarity.items() if row in own.get(term, ()))
+def _merged(
+    found: Sequence[tuple[dict[int, float], dict[int, float]]],
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Several questions' scores and evidence in one: of each the best that a page has. The questions are brought near
+    each other, as far as they have words that few pages have: a long one would have all the first places."""
+    if len(found) < 2:
+        return found[0] if found else ({}, {})
+    tops = [max(scores.values(), default=0.0) for scores, _ in found]
+    best: dict[int, float] = {}
+    proven: dict[int, float] = {}
+    for (scores, evidence), top in zip(found, tops, strict=True):
+        factor = (max(tops) / top) ** QUESTIONS_POWER if top else 0.0
+        factor *= min(1.0, max(evidence.values(), default=0.0))
+        for row, score in scores.items():
+            if score * factor > best.get(row, 0.0):
+                best[row] = score * factor
+        for row, share in evidence.items():
+            if share > proven.get(row, 0.0):
+                proven[row] = share
+    return best, proven
 
 
-def _both_ends(terms: Sequence[str], limit: int) -> Sequence[str]:
-    if len(terms) <= limit:
-        return terms
-    return [*terms[: limit // 2], *terms[-(limit // 2) :]]
+def _among(rows: Iterable[int], postings: array[int]) -> Iterable[int]:
+    """The postings of these rows."""
+    for row in rows:
+        at = bisect_left(postings, row << _TF_BITS)
+        if at < len(postings) and postings[at] >> _TF_BITS == row:
+            yield postings[at]
 
 
 def _indexable(doc: Doc) -> str:
@@ -302,13 +527,3 @@ def _excerpt(text: str) -> str:
         return clean(text)
     half = QUERY_CHARS // 2
     return clean(f"{text[:half]} {text[-half:]}")
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """One transaction. There is no journal to roll back with: what goes in was checked before."""
-    db.execute("BEGIN")
-    try:
-        yield
-    finally:
-        db.execute("COMMIT")

@@ -1,4 +1,5 @@
-"""The search index of each conversation path that is in use. Derived: it can be rebuilt any time.
+"""The search index of each conversation path that is in use, by words and, where an encoder is given, by
+meaning. Derived: it can be rebuilt any time.
 
 Promises: an index holds the pages of one path only, whichever branch asks (invariant 6); the pages
 kept over all paths are bounded.
@@ -7,71 +8,144 @@ kept over all paths are bounded.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from proxy.memory.ids import Doc, Hit
-from proxy.search.fts import PageIndex
+from proxy.memory.questions import Query
+from proxy.search.fts import QUERIES, PageIndex
+from proxy.search.fusion import fuse, merge
+from proxy.search.speakers import speaker_label, without_speakers
+from proxy.search.terms import languages_of
+
+if TYPE_CHECKING:  # an extra
+    from proxy.search.vectors import Encoder, Vector, VectorIndex
 
 _BRANCHES = 4  # indexes kept for branches of one conversation
-_INDEX_PAGES = 200  # what an empty index weighs, in pages: a database of its own has its price
+_INDEX_PAGES = 1  # what an empty index weighs, in pages
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
+_FUSED = 200  # hits by words that a ranking by meaning is fused with
 
+Queries = str | Sequence[str | Query]  # as `PageIndex.search` takes them
 DocsOf = Callable[[int, int], Iterable[Doc]]
 
 
+def make_encoder(embeddings: str) -> Encoder | None:
+    """The encoder of `search.embeddings` that is here, not upstream. ImportError without its extra."""
+    if embeddings != "static":
+        return None
+    from proxy.search.static import static_encoder
+
+    return static_encoder()
+
+
 class _Branch:
-    """An index and the keys of the messages whose pages it holds."""
+    """The indexes of a path and the keys of the messages whose pages they hold."""
 
     def __init__(self) -> None:
         self.index = PageIndex()
+        self.vectors: VectorIndex | None = None
+        self.labels: list[tuple[int, str]] = []  # (position, name) of the pages that begin with one
         self.ids: list[bytes] = []
         self.lock = threading.Lock()
 
     @property
     def weight(self) -> int:
         """What it counts against the limit, in pages."""
-        return len(self.index) + _INDEX_PAGES
+        vectors = self.vectors.weight if self.vectors is not None else 0
+        return len(self.index) + vectors + _INDEX_PAGES
+
+    def follow(self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder | None) -> None:
+        """Bring it to the path."""
+        same = _common(self.ids, ids)
+        if same < len(self.ids):
+            self.index.truncate(same)
+            del self.ids[same:]
+            del self.labels[bisect_left(self.labels, (same,)) :]
+            if self.vectors is not None:
+                self.vectors.truncate(same)
+        new = list(docs(same, len(ids))) if same < len(ids) else []
+        if encoder is not None:
+            self._encode(ids, docs, encoder, new, same)
+        self.index.extend(new)
+        self.labels.extend((doc.position, label) for doc in new if (label := speaker_label(doc.text)))
+        self.ids.extend(ids[same:])  # last: who sees them will not wait for this
+
+    def _encode(
+        self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder, new: list[Doc], first: int
+    ) -> None:
+        """Bring the vectors to the path, of which `new` are the pages from message `first` on."""
+        if self.vectors is None:
+            from proxy.search.vectors import VectorIndex
+
+            self.vectors = VectorIndex()
+        due = self.vectors.due(encoder)
+        if due < len(ids):
+            self.vectors.extend(new if due == first else list(docs(due, len(ids))), len(ids), encoder)
+
+    def asked(self, queries: Queries) -> list[str]:
+        """What is to be encoded of each query: not the names of the speakers."""
+        labels = [label for _, label in self.labels]
+        return [without_speakers(self.index.prior(query)[0], labels) for query in _each(queries)]
+
+    def nearest(self, queries: Queries, vectors: Sequence[Vector | None]) -> list[Hit]:
+        """The pages of the path by meaning, best first."""
+        asked = zip(_each(queries), vectors, strict=True)
+        found, index = self.vectors, self.index
+        return merge([found.nearest(v, index.prior(q)[1]) for q, v in asked if found and v is not None])
 
 
 class PathIndexes:
     """Indexes by conversation, least recently used ones dropped above `limit_pages` pages."""
 
-    def __init__(self, limit_pages: int) -> None:
+    def __init__(self, limit_pages: int, encoder: Encoder | None = None) -> None:
         self._limit = limit_pages
+        self._encoder = encoder
         self._roots: OrderedDict[bytes, list[_Branch]] = OrderedDict()
         self._pages = 0
         self._lock = threading.Lock()
+        languages_of()  # what takes its time once in a process takes it before the first request
 
     def search(
         self,
         ids: Sequence[bytes],
         docs: DocsOf,
-        query: str,
+        queries: Queries,
         limit: int,
         skip: Callable[[int, int], bool],
+        seen_s: Callable[[int], int] | None = None,
+        near: Sequence[Hit] = (),
     ) -> list[Hit]:
         """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
-        gives new pages.
+        gives new pages; `near` are the pages by meaning, where their vectors are not the encoder's own; the
+        rest is as `PageIndex.search` takes it.
 
         Blocks while it indexes; may be called from any thread.
         """
         if not ids:
             return []
-        branch = self._branch(ids)
-        with branch.lock:
-            size = len(branch.index)
-            same = _common(branch.ids, ids)
-            if same < len(branch.ids):
-                branch.index.truncate(same)
-                del branch.ids[same:]
-            if same < len(ids):
-                branch.index.extend(docs(same, len(ids)))
-                branch.ids.extend(ids[same:])
-            hits = branch.index.search(query, limit, skip)
-            grown = len(branch.index) - size
-        self._trim(grown)
-        return hits
+        with self._followed(ids, docs, self._encoder) as branch:
+            if self._encoder is not None:
+                near = branch.nearest(queries, self._encoder.encode(branch.asked(queries)))
+            near = [hit for hit in near if not skip(hit.position, hit.part)]
+            wide = max(limit, _FUSED) if near else limit
+            hits = branch.index.search(queries, wide, skip, seen_s)
+        return fuse(hits, near)[:limit]
+
+    def asked(self, ids: Sequence[bytes], docs: DocsOf, queries: Queries) -> list[str]:
+        """What is to be encoded of each query about that path."""
+        with self._followed(ids, docs, None) as branch:
+            return branch.asked(queries)
+
+    def nearest(
+        self, ids: Sequence[bytes], docs: DocsOf, queries: Queries, vectors: Sequence[Vector], encoder: Encoder
+    ) -> list[Hit]:
+        """The pages of the path by meaning, best first: of the queries' vectors, with the encoder's of pages."""
+        with self._followed(ids, docs, encoder) as branch:
+            return branch.nearest(queries, vectors)
 
     def missing(self, ids: Sequence[bytes]) -> int:
         """How many messages of the path the nearest index lacks."""
@@ -84,6 +158,19 @@ class PathIndexes:
         with self._lock:
             self._roots.clear()
             self._pages = 0
+
+    @contextmanager
+    def _followed(
+        self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder | None
+    ) -> Iterator[_Branch]:
+        """The index of that path, up to date and held."""
+        branch = self._branch(ids)
+        with branch.lock:
+            weight = branch.weight
+            branch.follow(ids, docs, encoder)
+            grown = branch.weight - weight
+            yield branch
+        self._trim(grown)
 
     def _branch(self, ids: Sequence[bytes]) -> _Branch:
         """The index nearest to this path, or a new one rather than undoing another branch's."""
@@ -109,6 +196,12 @@ class PathIndexes:
             while self._pages > self._limit and len(self._roots) > 1:
                 _, branches = self._roots.popitem(last=False)
                 self._pages -= sum(branch.weight for branch in branches)
+
+
+def _each(queries: Queries) -> list[str]:
+    """What each of them asks: its context would make it like everything else."""
+    several = [queries] if isinstance(queries, str) else queries[:QUERIES]
+    return [query if isinstance(query, str) else query.text for query in several]
 
 
 def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:

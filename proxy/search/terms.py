@@ -1,105 +1,158 @@
-"""From a text to the terms that FTS5 would index for it.
+"""From a text to the terms that the index knows it by.
 
-Promises: exactly the index's own tokenizer (porter over unicode61); plain ASCII, the common case,
-costs a dictionary look-up per word instead of a statement per text.
+Promises: words as SQLite's `porter unicode61` takes them (case and accents folded, English endings off); a script
+without spaces (Chinese, Japanese, Korean, Thai, Lao, Burmese, Khmer) is cut without a dictionary, so that any word of it
+is found wherever it stands. Plain ASCII, the common case, costs a dictionary look-up per word instead of a statement per
+text.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sqlite3
+import sys
 import threading
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from stop_words import get_stop_words  # type: ignore[import-untyped]
 
 from proxy.memory.words import STOP_WORDS
 
 TOKENIZER = "porter unicode61"
 _KEPT_WORDS = 65_536  # stems remembered per process
 
-# unicode61 makes one token of a run of these scripts, which have no spaces: index each by itself.
-_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af])")
+# Scripts that are written without spaces, or whose words are compounds of syllables (Hangul).
+_UNSPACED_BLOCKS = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x30FF), (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF),
+)  # fmt: skip
+
+
+def _ranges(categories: str) -> str:
+    """The characters of those blocks whose category begins with one of `categories`, for a character class."""
+    codes = [c for low, high in _UNSPACED_BLOCKS for c in range(low, high + 1) if unicodedata.category(chr(c))[0] in categories]
+    runs: list[list[int]] = []
+    for code in codes:
+        if runs and runs[-1][1] == code - 1:
+            runs[-1][1] = code
+        else:
+            runs.append([code, code])
+    return "".join(f"{chr(low)}-{chr(high)}" for low, high in runs)
+
+
+_LETTER, _MARK = _ranges("LN"), _ranges("M")
+_UNSPACED = re.compile(f"([{_LETTER}][{_LETTER}{_MARK}]*)")
+_SYLLABLE = re.compile(f"[{_LETTER}][{_MARK}]*")  # a letter and the vowels and tones that are written on it
 _WORD = re.compile(r"[a-z0-9]+")
+_CHUNK = re.compile(r"[a-z0-9\x80-\U0010ffff]+")  # any other character ends a word
 _STOP_WORDS = STOP_WORDS | frozenset(
     "after again before down during each few further having hello hers hey hi itself might most "
     "must nor off ok okay once only own same shall thank thanks theirs through under until where "
     "whether while whom whose why yeah yes yours".split()
 )
+# Languages whose stop words are told from the others by what a conversation is full of.
+_LANGUAGES = "en ar de es fr hi id it nl pl pt ru sv tr uk".split()
 
 # Words that rank pages but are no reason to bring one in: they do not count as evidence.
 _SMALL_TALK = (
     "ahead amazing awesome bye congrats continue cool exciting fun glad good great haha happy hear "
     "interesting know later like lol love lovely morning nice night oh really right see soon sorry "
-    "sound sounds sure talk think today tomorrow tonight well wonderful wow"
+    "sound sounds sure talk tell think today tomorrow tonight well wonderful wow"
 )
 
 
-def connect() -> sqlite3.Connection:
-    """A private database in memory, without a journal."""
-    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY"):
-        db.execute(f"PRAGMA {pragma}")
-    return db
-
-
 def clean(text: str) -> str:
-    """Text that SQLite takes (JSON may carry lone surrogates), unspaced scripts spaced."""
-    if text.isascii():
-        return text
-    return _UNSPACED.sub(r" \1 ", text.encode("utf-8", "replace").decode())
+    """Text that can be encoded: JSON may carry lone surrogates."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class Tokenizer:
-    """The index's own tokenizer, applied to a text: a contentless table read back and emptied."""
+    """SQLite's own tokenizer, applied to a text: a contentless table read back and emptied."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stems: dict[str, str] = {}
-        self._db = connect()
+        self._stems: dict[str, str] = {}  # of plain words, each of which is one term
+        self._chunks: dict[str, tuple[str, ...]] = {}  # of what is not plain
+        self._db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY"):
+            self._db.execute(f"PRAGMA {pragma}")
         self._db.execute(
             f"CREATE VIRTUAL TABLE line USING fts5(text, content='', tokenize='{TOKENIZER}')"
         )
         self._db.execute("CREATE VIRTUAL TABLE token USING fts5vocab('line', 'instance')")
 
     def terms(self, text: str) -> list[str]:
-        """The distinct terms of a cleaned text, in the order of their first occurrence."""
+        """The distinct terms of a question, in the order of their first occurrence."""
+        return list(dict.fromkeys(self.sequence(text)))
+
+    def sequence(self, text: str) -> list[str]:
+        """Every term of a text, in order. A run without spaces is its pairs of syllables, one alone itself."""
+        if text.isascii():
+            return self._plain(_WORD.findall(text.lower()))
+        found: list[str] = []
+        for piece in _UNSPACED.split(clean(text)):
+            if piece and _UNSPACED.match(piece):
+                syllables = _SYLLABLE.findall(piece)
+                found += map("".join, itertools.pairwise(syllables)) if len(syllables) > 1 else syllables
+            elif piece:
+                found += self._spaced(piece.lower())
+        return found
+
+    def syllables(self, text: str) -> Iterator[str]:
+        """Those that `sequence` has only in pairs: a question may be one of them."""
         if not text.isascii():
-            return list(dict.fromkeys(self._ask(text)))
-        words = list(dict.fromkeys(_WORD.findall(text.lower())))
-        stems = self._stems
-        found = [stems.get(word) for word in words]
-        if None in found:
-            found = self._learn(words)
-        return list(dict.fromkeys(term for term in found if term is not None))
+            for run in _UNSPACED.findall(clean(text)):
+                found = _SYLLABLE.findall(run)
+                if len(found) > 1:
+                    yield from found
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Learn the words of many texts at once: far cheaper than one text after the other."""
         words: set[str] = set()
         for text in texts:
-            if text.isascii():
-                words.update(_WORD.findall(text.lower()))
-        self._learn(sorted(words))
+            words.update(_WORD.findall(text.lower()))
+        self._plain(sorted(words))
 
-    def _learn(self, words: Sequence[str]) -> list[str | None]:
-        """The stems of plain words, each of which FTS5 takes for exactly one token."""
-        if len(self._stems) > _KEPT_WORDS:
-            self._stems = {}
+    def _plain(self, words: Sequence[str]) -> list[str]:
         stems = self._stems
-        unknown = [word for word in words if word not in stems]
-        if unknown:
-            stems.update(zip(unknown, self._ask(" ".join(unknown)), strict=True))
-        return [stems.get(word) for word in words]
+        try:
+            return [stems[word] for word in words]
+        except KeyError:
+            pass
+        if len(stems) > _KEPT_WORDS:
+            self._stems = stems = {}
+        unknown = list(dict.fromkeys(word for word in words if word not in stems))
+        found = dict(zip(unknown, self._ask(unknown), strict=True))
+        learned = {word: terms[0] for word, terms in found.items()}
+        stems.update((sys.intern(word), sys.intern(stem)) for word, stem in learned.items())
+        return [stems.get(word) or learned[word] for word in words]
 
-    def _ask(self, text: str) -> list[str]:
-        """Every token of a text, in order."""
+    def _spaced(self, text: str) -> list[str]:
+        words = _CHUNK.findall(text)
+        chunks = self._chunks
+        unknown = list(dict.fromkeys(word for word in words if word not in chunks))
+        learned = dict(zip(unknown, self._ask(unknown), strict=True)) if unknown else {}
+        if len(chunks) > _KEPT_WORDS:
+            self._chunks = chunks = {}
+        chunks.update(learned)
+        return [term for word in words for term in chunks.get(word) or learned.get(word) or ()]
+
+    def _ask(self, words: Sequence[str]) -> list[tuple[str, ...]]:
+        """The tokens of each."""
         with self._lock:
-            self._db.execute("INSERT INTO line(rowid, text) VALUES (1, ?)", (text,))
+            self._db.executemany("INSERT INTO line(rowid, text) VALUES (?, ?)", enumerate(words))
             try:
-                found = self._db.execute("SELECT offset, CAST(term AS BLOB) FROM token").fetchall()
+                found = self._db.execute("SELECT doc, offset, CAST(term AS BLOB) FROM token").fetchall()
             finally:  # whatever it was, it is none of the next text's
                 self._db.execute("INSERT INTO line(line) VALUES ('delete-all')")
-        # The stemmer works on bytes: what it leaves of a word may end within a character.
-        return [term.decode("utf-8", "replace") for _, term in sorted(found)]
+        tokens: list[list[str]] = [[] for _ in words]
+        for row, _, term in sorted(found):  # the stemmer works on bytes: it may end within a character
+            tokens[row].append(term.decode("utf-8", "replace"))
+        return [tuple(found) for found in tokens]
 
 
 @functools.cache
@@ -110,6 +163,7 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def stop_terms() -> frozenset[str]:
+    """What says nothing in any English text."""
     return frozenset(tokenizer().terms(" ".join(sorted(_STOP_WORDS))))
 
 
@@ -117,3 +171,30 @@ def stop_terms() -> frozenset[str]:
 def idle_terms() -> frozenset[str]:
     """Terms that are no reason to bring a page in: stop words and small talk."""
     return stop_terms() | frozenset(tokenizer().terms(_SMALL_TALK))
+
+
+@functools.cache
+def languages_of() -> dict[str, tuple[str, ...]]:
+    """Stop term -> the languages that it is one of."""
+    found: dict[str, list[str]] = {}
+    for language in _LANGUAGES:
+        for term in tokenizer().terms(" ".join(get_stop_words(language))):
+            found.setdefault(term, []).append(language)
+    return {term: tuple(named) for term, named in found.items()}
+
+
+@functools.cache
+def stops_of(languages: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
+    """The stop terms of English and these languages; and with them what is idle."""
+    spoken = {term for term, named in languages_of().items() if not set(languages).isdisjoint(named)}
+    return stop_terms() | spoken, idle_terms() | spoken
+
+
+# A conversation's own languages: those whose stop words its pages have at least so often, beside the commonest.
+_SPOKEN_SHARE = 0.5
+
+
+def spoken(pages_with: Counter[str]) -> tuple[str, ...]:
+    """The languages, other than English, of pages that have each language's stop words so often."""
+    most = max(pages_with.values(), default=0)
+    return tuple(sorted(name for name, n in pages_with.items() if n > _SPOKEN_SHARE * most and name != "en"))

@@ -90,9 +90,9 @@ class Played:
     def settled(self) -> bytes | None:
         """What the messages of a request begin with that says something else behind the last answer;
         None when the turn left no such state."""
-        if self.turn.settled is None:
+        if not self.turn.settled:
             return None
-        window = self.turn.settled[1].window
+        window = self.turn.settled[-1][1].window
         assert self.turn._paging is not None
         front, _ = self.turn._paging._standing(window.native_from)
         head = [*self.system, *(anchor.raw for anchor in front)]
@@ -119,6 +119,7 @@ class Player:
         self.reattach = reattach
         self.values: dict[bytes, bytes] = {}
         self.learned: dict[str, Any] | None = None  # a dict: what a turn learned holds for the next
+        self.late: Callable[[], object] | None = None  # happens between a turn's last word and its commit
         self.facts: dict[str, Any] | None = None  # a dict: how the model calls is counted
         self.writes: Callable[[MemoryPage], MemoryPage | None] = lambda _: None  # a model, about a segment
         self.seen = Seen()
@@ -147,7 +148,7 @@ class Player:
         return record.substitute if record is not None else ()
 
     def _load_path(self, head: Record) -> list[Node]:
-        return load_path(head, self.get_record)
+        return load_path(head, self.get_record, self.identity)
 
     def _state_after(self, record: Record) -> State | None:
         if not record.window:
@@ -160,6 +161,9 @@ class Player:
         return self.values.get(block_key(ref))
 
     def _append(self, effect: Append) -> None:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late()
         known = {record_key(r.id) for r in effect.records if record_key(r.id) in self.values}
         for key, value in effect.puts:
             if key not in known:
@@ -213,7 +217,10 @@ class Player:
             body = json.dumps({"model": "gpt-4o", "messages": list(messages), **extra}).encode()
         split, found, tenant, names = self.place(body, key, session)
         decoded = {name: json.loads(bytes(raw)) for name, raw in split.fields.items()}
-        state = self._state_after(found.record) if found.record else None
+        try:
+            state = self._state_after(found.record) if found.record else None
+        except LookupError:  # as admission
+            found.record, state = None, None
         counter = get_counter(decoded["model"])
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
@@ -252,7 +259,7 @@ class Player:
                 elif isinstance(effect, Search):
                     ids = turn.pages.index_keys(effect.before)
                     reply = ids and self.indexes.search(
-                        ids, turn.pages.docs, effect.query, effect.limit, effect.skip
+                        ids, turn.pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s
                     )
                 else:
                     assert isinstance(effect, Load)
@@ -269,7 +276,8 @@ class Player:
         played.message, played.stream = shell.received(played.answer)
         record = turn.record
         # An equal answer may have been stored before: then that turn's state is the one that counts.
-        if record and turn.window and self.get_record(record.id) is record:
+        ours = [settled for settled, _ in turn.settled]
+        if record and turn.window and all(self.get_record(r.id) is r for r in (*ours, record)):
             self._states[record.id] = State(turn.window, turn.table, turn.pages.derived)
 
 

@@ -87,7 +87,7 @@ def test_invariant_04_a_stored_path_comes_back_whole_from_its_deepest_answer(
         assert head is None
         return
     assert head is not None and head.end == kept[-1] + 1
-    assert load_path(head, store.get) == path[: kept[-1] + 1]
+    assert load_path(head, store.get, IDENTITY) == path[: kept[-1] + 1]
     assert sum(1 for i in answers if i <= kept[-1]) == len(store)  # one record for each answer
     assert decode_record(encode_record(head)) == head
     assert [r.turn for r in sorted(store.values(), key=lambda r: r.end)] == list(range(1, len(store) + 1))
@@ -99,7 +99,7 @@ def test_a_missing_ancestor_is_an_error_and_not_a_shorter_path() -> None:
     store.keep(path)
     del store[path[1].id]
     with pytest.raises(LookupError, match="missing"):
-        load_path(store[path[3].id], store.get)
+        load_path(store[path[3].id], store.get, IDENTITY)
 
 
 def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
@@ -108,18 +108,17 @@ def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
     store.keep(path[:2])
     for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
-    assert [n.raw for n in load_path(store[path[3].id], store.get)][1] == b"echoed"
+    assert [n.raw for n in load_path(store[path[3].id], store.get, IDENTITY)][1] == b"echoed"
 
 
 def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> None:
     store = Store()
     path = path_of([(role, f"{role}{i}") for i in range(3) for role in ("user", "assistant")])
     store.keep(path[:2])
-    for record in new_records(path, store[path[1].id], {"echo": b"echoed", "window": b"w"}, {"window": b"s"}):
+    for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
     raws = [b"echoed" if i == 1 else node.raw for i, node in enumerate(path)]
-    assert [n.raw for n in load_path(store[path[5].id], store.get)] == raws
-    assert [store[path[i].id].window for i in (3, 5)] == [b"s", b"w"]
+    assert [n.raw for n in load_path(store[path[5].id], store.get, IDENTITY)] == raws
 
 
 def test_nothing_new_is_nothing_to_store() -> None:

@@ -1,8 +1,9 @@
-"""Clients that say their newest message otherwise in the next request: the prefix before it stays.
+"""Clients that say their newest messages otherwise in the next request: the prefix before these stays.
 
-RAG front ends send it with the text that they retrieved and keep it without; agents put a system
-message before it and take that along. A client without us loses its provider's cache from that
-message on: so much, and no more, may it lose with us.
+RAG front ends send the newest one with the text that they retrieved and keep it without; agents put a
+system message before it and take that along, or a pair with the files in front of it; others have a note
+some messages before the end, drop thoughts, or cut older results. A client without us loses its
+provider's cache from the first message on that it rewrites: so much, and no more, may it lose with us.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.conversation.records import record_key
 from proxy.memory import StorageTier
 from tests.conversation.checks import goes_on
 from tests.conversation.player import (
@@ -167,8 +172,8 @@ def test_pages_brought_in_before_the_call_go_with_the_message() -> None:
     sent = [*client.history, {**question, "content": f"more{number}x {question['content']}"}]
     played = client.player.ask(sent, script(says("This.")))
     brought = played.answer.report.prefetched_pages
-    assert brought and played.turn.settled is not None
-    state = played.turn.settled[1]
+    assert brought and played.turn.settled
+    state = played.turn.settled[-1][1]
     sent = [*client.history, question, {"role": "assistant", "content": "This."},
             {"role": "user", "content": "And now?"}]  # fmt: skip
     then = client.player.ask(sent, script(says("That.")))
@@ -195,8 +200,7 @@ def test_invariant_06_two_that_differ_in_the_newest_message_do_not_mix_even_at_o
         return says("outer")
 
     played["outer"] = client.player.ask(sent["outer"], asks_meanwhile)
-    stored = [one.turn.settled for one in played.values()]
-    assert stored[0] and stored[1] and stored[0][0].id == stored[1][0].id
+    assert played["inner"].turn.settled and not played["outer"].turn.settled, "the first one's stays"
     for name, foreign in (("outer", b"inner7x"), ("inner", b"outer7x")):
         client.player.forget()
         answer = {"role": "assistant", "content": name}
@@ -233,7 +237,7 @@ def test_an_agents_results_are_new_messages_too() -> None:
         assert again.bodies == played.bodies
         check_pairs(played.requests[0])
         assert b"result1x" in played.bodies[0]
-    assert played.answer.report.new_epoch and played.turn.settled is not None
+    assert played.answer.report.new_epoch and played.turn.settled
 
 
 def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() -> None:
@@ -244,7 +248,7 @@ def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() 
                 {"role": "assistant", "content": "short1x"}]  # fmt: skip
     sent = [*history, {"role": "user", "content": text_of(rng, 100, "new1x")}]
     played = new_player().ask(sent, script(says("so")))
-    assert played.turn.settled is not None
+    assert played.turn.settled
     assert [m["role"] for m in played.requests[0]["messages"]] == ["developer", "user"]
 
 
@@ -294,10 +298,10 @@ def test_a_turn_with_an_answer_that_came_with_it_counts_as_two(kind: str) -> Non
     assert turn.record is not None and turn.report.turn == turn.record.turn == turn.table.turn
     newest = turn.table.lookup(f"msg_{len(turn.path) - 1:04d}")
     assert newest is not None and newest.created_turn == turn.report.turn
-    assert (turn.settled is not None) is (kind == "retrieved")
-    if turn.settled is not None:
+    assert bool(turn.settled) is (kind == "retrieved")
+    if turn.settled:
         before = turn.table.lookup(f"msg_{len(turn.path) - 2:04d}")
-        assert before is not None and before.created_turn == turn.settled[0].turn == turn.report.turn - 1
+        assert before is not None and before.created_turn == turn.settled[-1][0].turn == turn.report.turn - 1
 
 
 def test_a_long_answer_does_not_take_the_room_of_what_comes_after_it() -> None:
@@ -307,7 +311,7 @@ def test_a_long_answer_does_not_take_the_room_of_what_comes_after_it() -> None:
     for number in range(30):
         long = says(text_of(random.Random(number), 750, f"answer{number}x"))  # 0.35 of the window
         played = client.turn("retrieved", number, words=600, model=script(long))
-        if played.turn.settled is None or not played.answer.report.new_epoch:
+        if not played.turn.settled or not played.answer.report.new_epoch:
             continue
         assert len(played.epochs) == 1 and played.turn.window is not None
         assert played.turn.window.tokens <= 0.7 * BUDGET
@@ -337,3 +341,287 @@ def test_a_message_that_was_cut_is_not_put_back_whole_behind_the_tables_back() -
         if entry.position >= 0 and entry.raw == then.turn.path[entry.position].raw:
             pages = [then.turn.table.lookup(i) for i in then.turn.pages[entry.position].ids]
             assert all(page and page.tier is StorageTier.L0 for page in pages)
+
+
+# -- rewritten further from the end
+
+Way = Callable[[list[Message], Message, int], list[Message]]  # of what was said, the question, its number
+
+
+def at_depth(depth: int) -> Way:
+    """As SillyTavern's author's note."""
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        sent = [*said, asked]
+        at = max(0, len(sent) - depth)
+        return [*sent[:at], {"role": "user", "content": f"Keep to note{number}x."}, *sent[at:]]
+
+    return way
+
+
+def with_files(words: int, often: int) -> Way:
+    """As aider: what the files say now, and that this was read, in front of the newest message."""
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        text = text_of(random.Random(1), words, "file")
+        files = {"role": "user", "content": f"The files: note{number // often}x {text}"}
+        return [*said, files, {"role": "assistant", "content": "I have read them."}, asked]
+
+    return way
+
+
+def without_thoughts(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """But for the last answer's."""
+    return [*(drop(m, "note") if i < len(said) - 1 else m for i, m in enumerate(said)), asked]
+
+
+def with_short_results(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """What is older than three turns is cut."""
+    return [*(drop(m, "note") if i < len(said) - 6 else m for i, m in enumerate(said)), asked]
+
+
+def with_a_memory(said: list[Message], asked: Message, number: int) -> list[Message]:
+    """A pair that is edited now and then."""
+    memory = {"role": "user", "content": f"Remember note{number // 3}x."}
+    return [*said[:-6], memory, {"role": "assistant", "content": "Yes."}, *said[-6:], asked]
+
+
+def drop(message: Message, word: str) -> Message:
+    words = str(message["content"]).split()
+    return {**message, "content": " ".join(w for w in words if not w.startswith(word))}
+
+
+def with_signature_at(position: int) -> Way:
+    """An address that is signed anew for every request, in a message that does not move."""
+
+    def way(said: list[Message], asked: Message, number: int) -> list[Message]:
+        image = {"role": "user", "content": f"Look: https://b.example/p.png?signature={number:040d}"}
+        return [*said[:position], image, {"role": "assistant", "content": "A cat."}, *said[position:], asked]
+
+    return way
+
+
+WAYS: dict[str, Way] = {
+    **{f"note {depth}": at_depth(depth) for depth in (1, 2, 3, 4, 8)},
+    "files": with_files(120, 1), "thoughts": without_thoughts, "results": with_short_results, "memory": with_a_memory,
+}  # fmt: skip
+
+
+STEADY: dict[str, Way] = {"signed 0": with_signature_at(0), "signed 4": with_signature_at(4), "large files": with_files(900, 20)}
+
+
+class Writer:
+    """A client that builds its requests in a way."""
+
+    def __init__(self, player: Player, way: Way) -> None:
+        self.player, self.way = player, way
+        self.said: list[Message] = []
+        self.sent: list[list[Message]] = []
+        self.played: list[Played] = []
+
+    def turn(self, words: int = 60, model: Model | None = None) -> Played:
+        number = len(self.sent)
+        rng = random.Random(number)
+        asked = {"role": "user", "content": text_of(rng, words, f"user{number}x")}
+        more = f"note{number}x " if self.way in (without_thoughts, with_short_results) else ""
+        answer = says(more + text_of(rng, 60, f"answer{number}x"))
+        self.sent.append(self.way(self.said, asked, number))
+        self.played.append(self.player.ask(self.sent[-1], model or script(answer)))
+        message = self.played[-1].message
+        assert message is not None
+        self.said += [asked, {"role": "assistant", "content": message["content"]}]
+        return self.played[-1]
+
+    def windows(self) -> int:
+        """How many windows it had one after the other."""
+        requests = (request for played in self.played for request in played.requests)
+        fronts = [m["content"] for request in requests if (m := request["messages"][0])["role"] == "developer"]
+        return 1 + sum(before != now for before, now in pairwise(fronts))
+
+    def check(self) -> bool:
+        """The newest request has all of the one before that the client still had; False: not to be compared."""
+        if len(self.played) < 2 or self.played[-2].turn.window is None:
+            return False
+        before, now = self.played[-2:]
+        one, other = self.sent[-2:]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        had, has = before.requests[-1]["messages"], now.requests[0]["messages"]
+        if had[0] != has[0] or now.answer.report.new_epoch:  # or an older one, of a way that it comes back to
+            return False
+        if same == len(one):  # it rewrote nothing
+            return False
+        at = max((i for i, m in enumerate(had) if m == one[same]), default=0)  # 0: it had left the window
+        assert had[:at] == has[:at]
+        return at > 0
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_no_more_is_lost_than_what_the_client_rewrote_at_any_depth(name: str) -> None:
+    client, linear = Writer(new_player(), WAYS[name]), Writer(new_player(), lambda said, asked, _: [*said, asked])
+    cold, kept = new_player(), 0
+    for number in range(48):
+        played = client.turn()
+        linear.turn()
+        cold.values = {**client.player.values} if number % 7 == 0 else cold.values
+        if number % 5 == 0:
+            client.player.forget()
+        for request in played.requests:
+            assert count_tokens(request) <= BUDGET
+        kept += client.check()
+        gone = set(range(number)) - {int(n) for n in NOTE.findall(json.dumps(client.sent[-1]))}
+        assert not gone & {int(n) for n in NOTE.findall(played.bodies[0].decode())}, "invariant 6"
+    assert kept >= 15 and 2 <= client.windows() <= 2 + linear.windows()
+
+
+LOOKUP_TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
+NOTE = re.compile(r"note(\d+)x")
+
+
+@pytest.mark.parametrize("name", ["note 4", "thoughts", "files"])
+def test_invariant_07_a_rewritten_history_gives_the_same_bytes_cold_and_again(name: str) -> None:
+    client, cold = Writer(new_player(), WAYS[name]), Writer(new_player(), WAYS[name])
+    for number in range(36):
+        model = script(fault_of("msg_0003", f"f{number}"), says(f"Loaded answer{number}x.")) if number % 4 == 3 else None
+        played = client.turn(model=model)
+        other = cold.turn(model=model and script(fault_of("msg_0003", f"f{number}"), says(f"Loaded answer{number}x.")))
+        assert other.bodies == played.bodies and cold.player.values == client.player.values
+        again = new_player()
+        again.values = dict(cold.player.values)
+        assert again.ask(client.sent[-1], script(says("Another."))).bodies[0] == played.bodies[0]
+        cold.player.forget()
+    assert played.turn.window is not None
+
+
+@examples(10)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(WAYS | STEADY)), st.sampled_from((20, 80, 250)), st.booleans()),
+        min_size=30, max_size=36,
+    ),
+    st.sampled_from((2500, 4000)), st.integers(0, 999),
+)  # fmt: skip
+def test_a_client_may_change_its_way(turns: list[tuple[str, int, bool]], budget: int, seed: int) -> None:
+    client = Writer(new_player(budget), WAYS["files"])
+    for number, (name, words, forgets) in enumerate(turns):
+        if number % 5 == 0:
+            client.way = (WAYS | STEADY)[name]
+        rng = random.Random(seed + number)
+        loads = fault_of(f"msg_{rng.randint(1, 2 * number + 1):04d}", f"t{number}")
+        played = client.turn(words, script(loads, says(f"said{number}x")) if rng.random() < 0.3 else None)
+        for request in played.requests:
+            assert count_tokens(request) <= budget
+            check_pairs(request)
+        client.check()
+        again = new_player(budget)
+        again.values = dict(client.player.values)
+        assert again.ask(client.sent[-1], script(says("Again."))).bodies[0] == played.bodies[0], "invariant 7"
+        if forgets:
+            client.player.forget()
+
+
+@pytest.mark.parametrize("budget", [BUDGET, 100_000])
+@pytest.mark.parametrize("name", ["linear", "note 4", "thoughts", "files", *STEADY])
+def test_the_store_grows_by_what_is_new_and_every_path_comes_back_whole(name: str, budget: int) -> None:
+    way = WAYS.get(name) or STEADY.get(name) or (lambda said, asked, _: [*said, asked])
+    client, stored = Writer(new_player(budget), way), [0]
+    said = 0
+    for _ in range(60):
+        played = client.turn()
+        said += sum(len(json.dumps(m)) for m in client.said[-2:])
+        stored.append(sum(map(len, client.player.values.values())))
+        assert played.turn.record is not None
+        loaded = client.player._load_path(played.turn.record)
+        assert [(n.id, n.role, n.raw) for n in loaded] == [(n.id, n.role, n.raw) for n in played.turn.path]
+    assert stored[-1] <= 8 * said
+    assert stored[60] - stored[40] <= 1.3 * (stored[40] - stored[20]), "it grows by the history"
+
+
+def test_a_client_that_does_not_change_its_first_message_any_more_has_a_window_again() -> None:
+    client = Writer(new_player(), with_signature_at(0))
+    for _ in range(30):
+        assert client.turn().turn.record is not None
+    record = client.played[-1].turn.record
+    assert record is not None and record.unkept and not record.window
+    client.way = lambda said, asked, _: [*client.sent[29][:2], *said, asked]
+    assert client.turn().answer.report.new_epoch
+    client.player.forget()
+    assert not client.turn().answer.report.new_epoch
+    had, has = (played.requests[0]["messages"] for played in client.played[-2:])
+    assert has[: len(had) - 1] == had[:-1], "but for the newest, whose evidence has left"
+
+
+def test_a_path_that_others_are_read_from_is_missed_and_nothing_else() -> None:
+    client = Writer(new_player(), with_signature_at(0))
+    for _ in range(20):
+        client.turn()
+    lost, last = (played.turn.record for played in client.played[-2:])
+    assert lost is not None and last is not None
+    del client.player.values[record_key(lost.id)]
+    client.player.forget()
+    with pytest.raises(LookupError, match="missing"):
+        client.player._load_path(last)
+    played = client.turn()
+    assert played.answer.refused is None and played.turn.record is not None
+    assert [n.raw for n in client.player._load_path(played.turn.record)] == [n.raw for n in played.turn.path]
+
+
+def test_an_agent_whose_older_results_are_cut_keeps_the_rest() -> None:
+    """One task, then calls and results; a call stays whole with its result (invariant 8)."""
+    player, plain = new_player(2000), new_player(2000)
+    task = {"role": "user", "content": text_of(random.Random(0), 60, "task0x")}
+    steps: list[tuple[Message, Message]] = []
+    sent: list[list[Message]] = []
+    played: list[Played] = []
+    kept = epochs = 0
+    for number in range(80):
+        whole = [m for step in steps for m in step]
+        cut = [{**m, "content": "[cut]"} if m["role"] == "tool" and i < len(whole) - 8 else m
+               for i, m in enumerate(whole)]  # fmt: skip
+        wanted = calls(call("lookup", {"word": f"w{number}"}, f"c{number}"))
+        sent.append([task, *cut])
+        played.append(player.ask(sent[-1], script(wanted), tools=[LOOKUP_TOOL]))
+        epochs += plain.ask([task, *whole], script(wanted), tools=[LOOKUP_TOOL]).answer.report.new_epoch
+        for request in played[-1].requests:
+            assert count_tokens(request) <= 2000
+            check_pairs(request)
+            assert request["messages"].count(task) == 1
+        result = text_of(random.Random(number), 90, f"result{number}x")
+        steps.append((wanted, {"role": "tool", "tool_call_id": f"c{number}", "content": result}))
+        if number and played[-2].turn.window and not played[-1].answer.report.new_epoch:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sent[-2:], strict=False)))
+            had, has = played[-2].requests[-1]["messages"], played[-1].requests[0]["messages"]
+            at = max(i for i, m in enumerate(had) if m == sent[-2][same])
+            assert had[:at] == has[:at]
+            kept += 1
+    assert kept >= 15 and sum(p.answer.report.new_epoch for p in played) <= epochs + 2
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it is asked", "while it is stored"])
+def test_two_requests_at_once_that_rewrite_alike_do_not_mix_their_states(late: bool) -> None:
+    """Both store the same answers; one of them had to make room for what stands behind these."""
+    client = Writer(new_player(), WAYS["note 4"])
+    while not client.turn().answer.report.new_epoch:
+        pass
+    differ = False
+    while not differ:
+        sent, large = (
+            client.way(client.said, {"role": "user", "content": text_of(random.Random(3), words, name)}, 99)
+            for words, name in ((1, "outer7x"), (900, "inner7x"))
+        )
+        inner: list[Played] = []
+
+        def meanwhile(large: list[Message] = large, inner: list[Played] = inner) -> Message:
+            inner.append(client.player.ask(large, script(says("inner7x"))))
+            return says("outer7x")
+
+        client.player.late = meanwhile if late else None
+        outer = client.player.ask(sent, script(says("outer7x")) if late else lambda _: meanwhile())
+        differ = inner[0].answer.report.new_epoch and not outer.answer.report.new_epoch
+        then, also = client.player, new_player()
+        also.values = dict(then.values)
+        history = [*sent, says("outer7x"), {"role": "user", "content": "And?"}]
+        played = then.ask(history, script(says("So.")))
+        assert also.ask(history, script(says("So."))).bodies == played.bodies
+        assert b"inner7x" not in played.bodies[0] and b"outer7x" in played.bodies[0]
+        assert played.answer.report.new_epoch is (late and differ), "it goes on, or is a miss"
+        client.turn()

@@ -31,7 +31,7 @@ from tests.examples import examples
 
 EMPTY = Window(1, "rules", 3, 0, 0, (), 3)
 entries = st.lists(
-    st.builds(Entry, st.binary(max_size=8), st.integers(0, 99), st.integers(-1, 9), st.integers(0, 3)),
+    st.builds(Entry, st.binary(min_size=1, max_size=8), st.integers(0, 99), st.integers(-1, 9), st.integers(0, 3)),
     max_size=4,
 )
 

@@ -1,8 +1,9 @@
-"""Clients that say their newest message otherwise in the next request, over real sockets.
+"""Clients that say their newest messages otherwise in the next request, over real sockets.
 
-A chat with retrieval sends it with what was retrieved and keeps it without; an agent takes a
-system message along before it. The part before it goes upstream with the same bytes, also by a
-server that was killed in between, and the answers' pages are all still there.
+A chat with retrieval sends its question with what was retrieved and keeps it without; an agent takes a
+system message along before it, a role play its note some messages further up. The part before that goes
+upstream with the same bytes, also by a server that was killed in between, and the answers' pages are all
+still there.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from tests.e2e.test_kill import client_of, scripted
 TURNS = 20
 KILLED = (11, 16)  # before these turns
 FAULTS = (13, 17)  # turns in which the model looks something up
-KINDS = ("user", "system")
+KINDS = ("user", "system", "note")
+DEPTH = 4  # messages behind a note
 
 
-def dressed(kind: str, turn: int) -> list[Message]:
-    """The newest messages as they are sent; the last one is the question, kept as `question` has it."""
+def dressed(kind: str, turn: int, kept: list[Message]) -> list[Message]:
+    """The messages as they are sent; the last one is the question, kept as `question` has it."""
     text = question(turn)["content"]
     retrieved = f"retrieved{turn}q. {filler(str(turn), 120)}"
     if kind == "user":
-        return [{"role": "user", "content": f"Use this context: {retrieved} Question: {text}"}]
-    return [{"role": kind, "content": f"Reminder: {retrieved}"}, question(turn)]
+        return [*kept, {"role": "user", "content": f"Use this context: {retrieved} Question: {text}"}]
+    role, at = ("user", max(0, len(kept) - DEPTH + 1)) if kind == "note" else (kind, len(kept))
+    return [*kept[:at], {"role": role, "content": f"Reminder: {retrieved}"}, *kept[at:], question(turn)]
 
 
 def question(turn: int) -> Message:
@@ -43,7 +46,7 @@ async def converse(script: Script, chat: Chat, kind: str, server: ServerProcess 
             await asyncio.to_thread(server.restart)
         said = message_of(f"Noted answered{turn}q. {filler(f'a{turn}', 60)}")
         script.plan(f"turn{turn}", *([fault("msg_0003")] if turn in FAULTS else []), said)
-        sent = [*chat.messages, *dressed(kind, turn)]
+        sent = dressed(kind, turn, chat.messages)
         got = await complete(chat.client, sent, f"turn{turn}", stream=turn % 2 == 0)
         chat.messages += [question(turn), got.message]
 

@@ -22,7 +22,7 @@ STARTS = "a sky hop trou condi sens pon yes".split()
 
 def test_every_english_ending_is_taken_off_as_the_index_does() -> None:
     words = sorted({start + one + two for start, one, two in product(STARTS, ["", *ENDINGS], ["", *ENDINGS])})
-    found = tokenizer()._ask(" ".join(words))
+    found = tokenizer().sequence(" ".join(words))
     assert len(words) > 15_000
     assert [(w, t) for w, t in zip(words, found, strict=True) if stem(w) != t] == []
     assert [word for word in words if not word.startswith(stem(word)[:-1])] == []  # what a pattern looks for
@@ -33,7 +33,7 @@ def test_every_english_ending_is_taken_off_as_the_index_does() -> None:
 def test_any_word_is_stemmed_as_the_index_does(word: str) -> None:
     ours = [stem(w) for w in WORD.findall(folded(word))]
     if "İ" not in word:  # two characters in lower case: here it stays one
-        assert ours == tokenizer()._ask(word)
+        assert ours == tokenizer().sequence(word)
 
 
 @examples(200)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.memory.questions import Query
 from proxy.search.fts import Doc, Hit, PageIndex
 
 
@@ -187,10 +188,97 @@ def test_nothing_asked_nothing_found() -> None:
     assert index.search("page", 0) == PageIndex().search("page", 5) == []
 
 
-def test_scripts_without_spaces_are_searchable() -> None:
-    index = build("我昨天买了一把吉他", "今天天气很好", "ギターを買った", *FILLER)
-    assert positions(index.search("吉他", 1)) == [0]
+@pytest.mark.parametrize(
+    ("pages", "query"),
+    [
+        (("我昨天买了一把吉他", "今天天气很好", "他在学校学习"), "吉他"),
+        (("昨日ギターを買った", "今日は天気がいい", "学校で勉強した"), "ギターはいくら？"),
+        (("어제 기타를 샀어요", "오늘 날씨가 좋아요", "학교에서 공부했어요"), "기타"),
+        (("เมื่อวานฉันซื้อกีตาร์ที่เชียงใหม่", "วันนี้อากาศดีมาก", "เขาเรียนที่โรงเรียน"), "กีตาร์ราคาเท่าไร"),
+        (("ມື້ວານນີ້ຂ້ອຍຊື້ກີຕາ", "ມື້ນີ້ອາກາດດີຫຼາຍ", "ລາວຮຽນຢູ່ໂຮງຮຽນ"), "ກີຕາ"),
+        (("ម្សិលមិញខ្ញុំបានទិញហ្គីតា", "ថ្ងៃនេះអាកាសធាតុល្អ", "គាត់រៀននៅសាលា"), "ហ្គីតា"),
+        (("မနေ့က ဂစ်တာတစ်လုံးဝယ်ခဲ့တယ်", "ဒီနေ့ရာသီဥတုကောင်းတယ်", "သူကျောင်းမှာစာသင်တယ်"), "ဂစ်တာ"),
+    ],
+)  # fmt: skip
+def test_scripts_without_spaces_are_searchable(pages: tuple[str, ...], query: str) -> None:
+    index = build(*reversed(pages), *FILLER)
+    hits = index.search(query, 1)
+    assert positions(hits) == [2] and hits[0].evidence >= 0.8
     assert positions(index.search("CAFÉ", 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("filler", "page", "query"),
+    [
+        ("das ist nicht das, was ich dir mit der {} gesagt habe", "wir haben die Geige in Gent gekauft",
+         "Wo haben wir denn das mit der Geige gekauft?"),
+        ("eso no es lo que te dije de la {} cuando estaba en la calle", "compramos el violín en Gante",
+         "¿Dónde es que compramos el violín?"),
+        ("ce n'est pas ce que je t'ai dit de la {} quand on était dans la rue", "nous avons acheté le violon à Gand",
+         "Où est-ce que nous avons acheté le violon ?"),
+        ("это не то что я тебе сказал про {} когда мы были на улице", "мы купили скрипку в Генте",
+         "Где мы купили скрипку?"),
+    ],
+)  # fmt: skip
+def test_other_languages_stop_words_are_no_evidence(filler: str, page: str, query: str) -> None:
+    words = "lampe mesa chaise garten livre porta fenster casa route ponte".split()
+    index = build(*(filler.format(word) for word in words * 2), page)
+    hits = index.search(query, 21)
+    assert hits[0].position == 20 and hits[0].evidence > 0.8
+    assert all(hit.evidence < 0.2 for hit in hits[1:])
+
+
+def test_several_questions_are_several_searches_in_one_ranking() -> None:
+    index = build("the red kite", *FILLER[:8], "we moored in Ghent for the long summer regatta", *FILLER[8:])
+    both = "Who has a kite?", "Where did we moor for that long summer regatta?"
+    assert set(positions(index.search(both, 2))) == {0, 9}
+    assert index.search(both[1:], 2) == index.search(both[1], 2)
+    assert index.search((), 2) == []
+    # One that asks for nothing that is here pushes nobody aside.
+    assert positions(index.search(("How are you today?", both[0]), 1)) == [0]
+
+
+def test_context_counts_less_than_what_is_asked() -> None:
+    index = build("a walnut desk", "a walnut boat", *FILLER, "an oak boat")
+    assert positions(index.search([Query("Where is the desk?", "boat oak")], 1)) == [0]
+    assert positions(index.search([Query("Where was it?", "oak boat")], 1)) == [22]
+    assert index.search([Query("Where was it?", "oak boat")], 1)[0].evidence == 0.0
+    assert positions(index.search([Query("the walnut one", "boat")], 1)) == [1]
+
+
+def test_words_side_by_side_count_more_where_they_are_so_in_the_page() -> None:
+    index = build("the opening was grand", *FILLER[:5], "a grand opening", *FILLER[5:], "grand it was the opening")
+    assert positions(index.search("When was the grand opening?", 1)) == [6]
+
+
+def test_a_day_in_the_question_favours_what_was_seen_then() -> None:
+    index = build(*["we had dinner"] * 20)
+    day = 1683504000  # 8 May 2023
+
+    def seen_s(position: int) -> int:
+        return 0 if position < 2 else day + (position - 10) * 86400
+
+    assert positions(index.search("Dinner on 8 May 2023?", 1, None, seen_s)) == [10]
+    assert positions(index.search("Dinner on May 10th?", 1, None, seen_s)) == [12]
+    hits = index.search("What was on 8 May 2023?", 1, None, seen_s)
+    assert positions(hits) == [10] and hits[0].evidence >= 0.8
+    assert positions(index.search("What was on 8 May 2024?", 1, None, seen_s)) == positions(index.search("what", 1))
+
+
+def test_a_second_look_finds_what_is_said_in_the_first_hits_words() -> None:
+    index = build("our kite festival had lanterns and drums", *FILLER, "bring lanterns and drums again")
+    assert positions(index.search("kite festival", 30))[:1] == [0]
+    hits = {hit.position: hit for hit in index.search("kite festival", 30)}
+    assert 21 in hits and hits[21].evidence == 0.0 and hits[21].score < hits[0].score / 3
+
+
+def test_common_words_count_however_many_pages_have_them() -> None:
+    texts = [f"the report of team {n} says that the budget of the project is open" for n in range(2000)]
+    texts[700] += " and walnut"
+    texts[701] = "walnut " + "lorem ipsum dolor sit amet " * 3  # none of the words that all the others have
+    index = build(*texts)
+    best = index.search("What is the budget of the project in the walnut report?", 2)
+    assert positions(best) == [700, 701]
 
 
 def test_large_index_and_long_query_stay_bounded() -> None:

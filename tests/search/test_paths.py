@@ -59,7 +59,7 @@ def test_invariant_06_no_branch_finds_or_feels_another(asked: list[tuple[Path, s
 
 
 def test_invariant_10_the_pages_kept_are_bounded() -> None:
-    indexes = PathIndexes(50)
+    indexes = PathIndexes(30)
     for root in range(20):
         path = tuple([root] * 20)
         search(indexes, path, "violin")

@@ -1,0 +1,303 @@
+"""Vectors of pages from the provider's /v1/embeddings: asked off the request path, kept with the tenant's pages.
+
+Promises: they are asked for after the answer, with the caller's own credentials, a bounded number at once,
+and what fails is tried again later, each time after a longer wait; a page's vector is found by tenant,
+model and text, so nobody sees another's (invariant 6); a search waits for its query's vector
+`embeddings_wait_ms` at most, and only while the endpoint is known to work; without it, it is by words.
+What a search found by meaning is stored before it is used, and so is whether the endpoint works: the same
+search finds the same, on any replica and after a restart, whatever has arrived since (invariant 7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from itertools import islice
+
+import msgspec
+from cachetools import LRUCache
+
+from proxy.api.memory import Memory
+from proxy.api.writer import CREDENTIALS
+from proxy.config import Config
+from proxy.conversation.effects import Search
+from proxy.conversation.pages import PathPages
+from proxy.conversation.tree import TenantKey
+from proxy.errors import ApiError
+from proxy.memory.ids import Hit
+from proxy.search.vectors import NO_VECTOR, Vector, page_text, vector_of, whole
+from proxy.storage.l2 import StorageError
+from proxy.upstream import Header, Upstream, UpstreamBroken
+
+log = logging.getLogger(__name__)
+
+_PATH = "/embeddings"
+_ANSWER_LIMIT_BYTES = 64 << 20
+_CALLERS = 1024  # tenants whose credentials, waits and places are remembered
+_PLACES = 4096  # of histories whose pages were looked up, per tenant
+_TRIES = 5  # in a row, before a tenant's pages leave the queue
+_LONGEST_WAIT_S = 600.0
+_MOST_LATE = 8  # 2 ** 8 calls owed
+_FAILURES = (ApiError, UpstreamBroken, ValueError)
+_TOO_MUCH = (400, 413, 422)  # statuses that a smaller batch may not get
+
+
+class _Embedding(msgspec.Struct):
+    index: int
+    embedding: list[float]
+
+
+class _Answer(msgspec.Struct):
+    data: list[_Embedding]
+
+
+_read_answer = msgspec.json.Decoder(_Answer).decode
+_read_hits = msgspec.msgpack.Decoder(list[Hit]).decode
+
+
+class _Refused(ValueError):
+    """The endpoint answered, and not with vectors."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"/v1/embeddings answered {status}")
+        self.status = status
+
+
+class _Health(msgspec.Struct, array_like=True, frozen=True):
+    """How the endpoint serves a tenant; stored. `version`: another one whenever vectors arrived; `late`:
+    queries in a row without a vector in time; `owed`: calls in the background that have to succeed before
+    a search waits again."""
+
+    version: bytes = b""
+    late: int = 0
+    owed: int = 1
+
+
+_read_health = msgspec.msgpack.Decoder(_Health).decode
+
+
+class _Caller:
+    """One tenant: its newest credentials and the pages that wait."""
+
+    def __init__(self, tenant: TenantKey) -> None:
+        self.tenant = tenant
+        self.headers: tuple[Header, ...] = ()
+        self.waiting: OrderedDict[bytes, str] = OrderedDict()  # storage key -> text
+        self.places: LRUCache[bytes, bool] = LRUCache(_PLACES)
+        self.failures = 0  # in a row, in the background
+        self.rests_until_s = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+
+class _Stored:
+    """The vectors of a tenant's pages that have arrived: what an index of a path reads."""
+
+    def __init__(self, embedder: Embedder, tenant: TenantKey, version: bytes) -> None:
+        self._embedder = embedder
+        self._tenant = tenant
+        self.version = version
+
+    def encode(self, texts: Sequence[str]) -> list[Vector | None]:
+        return [self._embedder.find(self._tenant, text) if text.strip() else NO_VECTOR for text in texts]
+
+
+class Embedder:
+    """One per process, where `search.embeddings` is `upstream`."""
+
+    def __init__(self, config: Config, upstream: Upstream, memory: Memory) -> None:
+        self._config = config.search
+        self._model = config.search.embeddings_model or ""
+        self._upstream = upstream
+        self._memory = memory
+        self._callers: LRUCache[TenantKey, _Caller] = LRUCache(_CALLERS)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls = asyncio.Semaphore(config.search.embeddings_calls)
+        self._waiting = 0
+        self._free_s = 0.0  # when the next batch may go
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- what is stored
+
+    def find(self, tenant: TenantKey, text: str) -> Vector | None:
+        data = self._memory.store.get(self._memory.identity.vector(tenant, self._model, text))
+        return None if data is None else vector_of(data)
+
+    def _health(self, tenant: TenantKey) -> _Health:
+        data = self._memory.store.get(self._memory.identity.vectors(tenant, self._model))
+        return _Health() if data is None else _read_health(data)
+
+    def _health_put(self, tenant: TenantKey, health: _Health) -> tuple[bytes, bytes]:
+        return self._memory.identity.vectors(tenant, self._model), msgspec.msgpack.encode(health)
+
+    # -- in a request
+
+    async def near(
+        self, tenant: TenantKey, headers: Sequence[Header], effect: Search, pages: PathPages
+    ) -> list[Hit]:
+        """The pages of a search by meaning, best first; [] where that is not known in time."""
+        ids = pages.index_keys(effect.before)
+        if not ids:
+            return []
+        memory = self._memory
+        key = memory.identity.near(tenant, self._model, ids[-1], repr(list(effect.queries)))
+        stored = memory.store.get(key)
+        if stored is None:
+            found, puts = await self._found(self._caller(tenant, headers), effect, ids, pages)
+            stored = msgspec.msgpack.encode(found)
+            if await memory.store.commit(puts, adds=[(key, stored)]):  # another replica was first
+                stored = memory.store.get(key) or stored
+        return _read_hits(stored)
+
+    async def _found(
+        self, caller: _Caller, effect: Search, ids: list[bytes], pages: PathPages
+    ) -> tuple[list[Hit], list[tuple[bytes, bytes]]]:
+        """The pages, and what is learned of the endpoint."""
+        health = self._health(caller.tenant)
+        if health.owed:
+            return [], []
+        indexes, wait_s = self._memory.indexes, self._config.embeddings_wait_ms / 1000
+        texts = await asyncio.to_thread(indexes.asked, ids, pages.docs, effect.queries)
+        try:
+            async with asyncio.timeout(wait_s):
+                vectors = await self._embed(texts, caller.headers)
+        except (*_FAILURES, TimeoutError) as error:
+            log.warning("a search is by words only: %s", str(error) or f"no vector within {wait_s:g} s")
+            late = min(health.late + 1, _MOST_LATE)
+            return [], [self._health_put(caller.tenant, _Health(health.version, late, 2**late))]
+        puts = [self._health_put(caller.tenant, _Health(health.version, 0, 0))] if health.late else []
+        stored = _Stored(self, caller.tenant, health.version)
+        work = (ids, pages.docs, effect.queries, vectors, stored)
+        return await asyncio.to_thread(indexes.nearest, *work), puts
+
+    # -- after the answer
+
+    def submit(self, tenant: TenantKey, headers: Sequence[Header], pages: PathPages) -> None:
+        """Have the pages of that path embedded which are not yet."""
+        caller = self._caller(tenant, headers)
+        if caller.rests_until_s > asyncio.get_running_loop().time():
+            return
+        if self._waiting < self._config.embeddings_queue_pages and len(self._tasks) < _CALLERS:
+            self._start(self._look(caller, pages))
+
+    def _caller(self, tenant: TenantKey, headers: Sequence[Header]) -> _Caller:
+        caller = self._callers.get(tenant)
+        if caller is None:
+            caller = self._callers[tenant] = _Caller(tenant)
+        caller.headers = tuple(header for header in headers if header[0] in CREDENTIALS)
+        return caller
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _look(self, caller: _Caller, pages: PathPages) -> None:
+        ids = pages.index_keys(len(pages.path))
+        known = next((at for at in range(len(ids), 0, -1) if ids[at - 1] in caller.places), 0)
+        try:
+            missing = await asyncio.to_thread(self._missing, caller.tenant, pages, known)
+        except StorageError as error:
+            log.warning("pages are not embedded: %s", error)
+            return
+        for key, text in missing.items():
+            if key not in caller.waiting:
+                if self._waiting >= self._config.embeddings_queue_pages:
+                    break
+                caller.waiting[key] = text
+                self._waiting += 1
+        else:
+            caller.places[ids[-1]] = True
+        if caller.waiting and (caller.task is None or caller.task.done()):
+            caller.task = self._start(self._work(caller))
+
+    def _missing(self, tenant: TenantKey, pages: PathPages, first: int) -> dict[bytes, str]:
+        identity, get = self._memory.identity, self._memory.store.get
+        texts = [page_text(doc) for doc in pages.docs(first, len(pages.path))]
+        by_key = {identity.vector(tenant, self._model, text): text for text in texts if text.strip()}
+        return {key: text for key, text in by_key.items() if get(key) is None}
+
+    async def _work(self, caller: _Caller) -> None:
+        """Embed what waits, a batch after the other."""
+        most = size = self._config.embeddings_batch_pages
+        while caller.waiting:
+            keys = list(islice(caller.waiting, size))
+            await self._turn(len(keys))
+            try:
+                async with self._calls, asyncio.timeout(self._config.embeddings_timeout_s):
+                    vectors = await self._embed([caller.waiting[key] for key in keys], caller.headers)
+                await self._keep(caller.tenant, keys, vectors)
+                size, caller.failures = min(most, 2 * size), 0
+            except (*_FAILURES, TimeoutError, StorageError) as error:
+                log.warning("%d pages are not embedded yet: %s", len(keys), str(error) or "no answer in time")
+                too_much = isinstance(error, _Refused) and error.status in _TOO_MUCH
+                wait_s = min(_LONGEST_WAIT_S, 2.0**min(caller.failures, 10))
+                caller.failures += 1
+                if caller.failures >= _TRIES and not too_much:
+                    self._give_up(caller, wait_s)
+                    return
+                await asyncio.sleep(wait_s)
+                if not too_much:
+                    continue
+                if size > 1:
+                    size //= 2
+                    continue
+                with suppress(StorageError):  # refused by itself: it is found by its words
+                    await self._keep(caller.tenant, keys, [NO_VECTOR])
+            for key in keys:
+                self._waiting -= caller.waiting.pop(key, None) is not None
+
+    def _give_up(self, caller: _Caller, wait_s: float) -> None:
+        """Leave the queue to others: a turn of its own after so many seconds looks its pages up again."""
+        self._waiting -= len(caller.waiting)
+        caller.waiting.clear()
+        caller.places.clear()
+        caller.rests_until_s = asyncio.get_running_loop().time() + wait_s
+
+    async def _turn(self, pages: int) -> None:
+        """Wait until so many pages may be sent."""
+        now = asyncio.get_running_loop().time()
+        start = max(now, self._free_s)
+        self._free_s = start + 60.0 * pages / self._config.embeddings_pages_per_minute
+        if start > now:
+            await asyncio.sleep(start - now)
+
+    async def _keep(self, tenant: TenantKey, keys: Sequence[bytes], vectors: Sequence[Vector]) -> None:
+        health = self._health(tenant)
+        version = blake2b(health.version + b"".join(keys), digest_size=16).digest()
+        adds = [(key, vector.tobytes()) for key, vector in zip(keys, vectors, strict=True)]
+        now = _Health(version, health.late, max(0, health.owed - 1))
+        await self._memory.store.commit([self._health_put(tenant, now)], adds=adds)
+
+    async def _embed(self, texts: Sequence[str], headers: Sequence[Header]) -> list[Vector]:
+        """A vector for each text. Raises ValueError for an answer that has none."""
+        plain = [text.encode("utf-8", "replace").decode() for text in texts]  # it may carry lone surrogates
+        body = msgspec.json.encode({"model": self._model, "input": plain})
+        sent = [*headers, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        reply = await self._upstream.forward("POST", _PATH, b"", sent, _once(body))
+        try:
+            data = await reply.read(_ANSWER_LIMIT_BYTES)
+        finally:
+            await reply.close()
+        if reply.status >= 400:
+            raise _Refused(reply.status)
+        return await asyncio.to_thread(_vectors, data, len(texts))
+
+
+def _vectors(data: bytes, count: int) -> list[Vector]:
+    found = sorted(_read_answer(data).data, key=lambda one: one.index)  # msgspec's errors are ValueErrors
+    if [one.index for one in found] != list(range(count)):
+        raise ValueError("the answer has not one vector for each text")
+    return [whole(one.embedding) for one in found]
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
