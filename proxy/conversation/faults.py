@@ -64,6 +64,7 @@ _CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more 
 _NAME_CHARS = 64  # of a function's name, by the API
 _ERROR_TOKENS = 64  # a VM result that says no
 _SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
+_SHOWN_RESULTS, _SHOWN_SHARE = 1, 8  # of the best results, one that is evidence already, in so much of the room
 _DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
 _LEAST_SNIPPET_TOKENS = 24  # of a result, however little room there is
 _MEDIA_OVERHEAD = 48  # the message around a page's media, and its notice
@@ -288,7 +289,8 @@ class VMCalls:
         timeline = Timeline(self._pages, before, self._paging.context)
         positions, note = timeline.positions(args)
         limit = min(args.limit, self._limits.search_results)
-        wide = limit if args.modality is None else limit * 4
+        evidence = self._paging.evidence
+        wide = (limit if args.modality is None else limit * 4) + len(evidence)
         hits: list[Hit] = yield Search(
             [args.query], wide, before, lambda p, part: p not in positions or self._loaded_at(p, part), timeline.seen_s
         )
@@ -301,8 +303,11 @@ class VMCalls:
                 break
             if page_id in entries or self._pages.position(page_id) not in positions:
                 continue  # a medium is found by its message and by the answer to it
+            shown = page_id in evidence
+            if shown and len(entries) >= _SHOWN_RESULTS:
+                continue  # the search is for what is not there yet; but what it names has to be found
             if args.modality is None or self._pages.modality(page_id) is args.modality:
-                entries[page_id] = self._found(page_id, hit.score, args.query, most)
+                entries[page_id] = self._found(page_id, hit.score, args.query, most // _SHOWN_SHARE if shown else most)
         derived = self._pages.derived
         results = [*entries.values(), *(self._derived(args, most) if len(positions) == before else ())]
         found = SearchToolResult(results=results, total_available=before + len(derived.pages), note=note)
@@ -331,10 +336,10 @@ class VMCalls:
         return [self._found(i, score, args.query, most) for i, score in outside[:_DERIVED_RESULTS]]
 
     def _loaded_at(self, position: int, part: int) -> bool:
-        entry = self._table.lookup(self._pages.id_of(position, part))
-        return bool(
-            entry and entry.tier is StorageTier.L0 and entry.level is CompressionLevel.FULL
-        )
+        page_id = self._pages.id_of(position, part)
+        entry = self._table.lookup(page_id)
+        whole = entry and entry.tier is StorageTier.L0 and entry.level is CompressionLevel.FULL
+        return bool(whole) and page_id not in self._paging.evidence
 
     def _outside(self, page_id: str) -> bool:
         entry = self._table.lookup(page_id)

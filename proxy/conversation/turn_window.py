@@ -460,6 +460,11 @@ class TurnWindow:
         entry = self.table.lookup(page_id)
         return entry is not None and entry.tier is StorageTier.L0
 
+    @property
+    def evidence(self) -> frozenset[str]:
+        """The pages that stand in the window as evidence."""
+        return frozenset(page_id for entry in self.window.entries for page_id in entry.shown)
+
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
         for page in self.brought:

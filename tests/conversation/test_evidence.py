@@ -83,7 +83,7 @@ def test_evidence_that_stays_would_stay_behind_a_longer_turn_too(shown: int, beh
 def test_pages_come_in_path_order_and_on_evidence_only() -> None:
     assert [c.position for c in choose(opened("which door?"), HITS)] == [0, 1, 2]
     assert choose(opened("which door?"), [Hit(0, 0, 9.0, 0.1)]) == []
-    told = [Hit(2, 0, 9.0, 0.1), Hit(0, 0, 9.0, 2.0)]
+    told = [Hit(2, 0, 9.0, 0.1), Hit(0, 0, 9.0, 5.0)]
     assert [c.position for c in choose(opened("that door"), told)] == [0]  # the other is only beside it
     assert [c.position for c in choose(opened("that door?"), told)] == [0, 2]
     assert len(choose(opened("which door?", prefetch_pages=1), HITS)) == 1

@@ -53,7 +53,7 @@ class Setting:
         context = SimpleNamespace(counter=COUNTER, now_s=0.0, place=place)
         window: Any = SimpleNamespace(
             pages=self.pages, table=self.table, context=context, limits=limits, turn=2,
-            apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE,
+            apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE, evidence=frozenset(),
             channel=choose_channel({}, limits),
         )  # fmt: skip
         self.calls = VMCalls(window)
