@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.35  # what is worth less than this share of the best is left out, where the user asks
+_ASKED_FALL = 0.25  # what is worth less than this share of the best is left out, where the user asks
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
 _TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words
 _USED_TERMS = 2  # distinctive words that page and answer share, and the question does not have
 _READ_CHARS = 20_000
 
-# An eighth of the window and a base, but at most a quarter of it.
-_WINDOW_SHARE, _BASE_TOKENS, _MOST_SHARE = 8, 2000, 4
+# A base and a small share of the window, but at most a quarter of it.
+_WINDOW_SHARE, _BASE_TOKENS, _MOST_SHARE = 32, 3000, 4
 # A small model is right less often with more lines: the 0.5B of ../shared/README.md does best with some 600.
 _MODEL_TOKENS = 1000  # for each billion of parameters
 _LEAST_MODEL_TOKENS = 600
