@@ -120,7 +120,7 @@ def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
         entry = turn.table.lookup(page_id)
         if entry is None or turn.pages.medium(page_id) is not None:
             continue  # a medium is shown when it is asked for: its words came with its message
-        yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens)
+        yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words)
 
 
 def _show(pages: PathPages, candidate: Candidate, room: int) -> Shown | None:

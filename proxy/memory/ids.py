@@ -45,13 +45,15 @@ class Hit(NamedTuple):
 
     `evidence`: the summed rarity of the query's content terms that the page itself contains, in
     units of a term that stands on one page only. It tells a question from small talk ("Tell me
-    more" has one common term); 0 for a page found by its neighbours alone.
+    more" has one common term); 0 for a page found by its neighbours alone. `words`: what it would be
+    of a page with all of the query's words, of which each that nobody has said is one.
     """
 
     position: int
     part: int
     score: float
     evidence: float = 0.0
+    words: float = 0.0
 
 
 def make_page_id(position: int, part: int = 0) -> str:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.25  # what is worth less than this share of the best is left out, where the user asks
+_ASKED_FALL = 0.3  # what is worth less than this share of the best is left out, where the user asks
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
-_TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words
+_TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words,
+_TOLD_WORDS = 0.5  # or this share of them
 _USED_TERMS = 2  # distinctive words that page and answer share, and the question does not have
 _READ_CHARS = 20_000
 
@@ -37,13 +38,19 @@ def evidence_tokens(l0_tokens: int, parameters_b: float | None = None) -> int:
 
 
 class Candidate(NamedTuple):
-    """A page that a search proposes: `score` and `evidence` as in `proxy.memory.ids.Hit`; `tokens` is the
-    whole page's size."""
+    """A page that a search proposes: `score`, `evidence` and `words` as in `proxy.memory.ids.Hit`; `tokens` is
+    the whole page's size."""
 
     page_id: str
     score: float
     evidence: float
     tokens: int
+    words: float = 0.0
+
+    @property
+    def is_meant(self) -> bool:
+        """What is said has mostly this page's words: who tells something new uses others."""
+        return self.evidence >= max(MIN_EVIDENCE, min(_TOLD_EVIDENCE, self.words * _TOLD_WORDS))
 
 
 class Prefetcher(NamedTuple):
@@ -69,7 +76,7 @@ class Prefetcher(NamedTuple):
         for candidate in ranked:
             if len(chosen) == self.max_pages or _worth(candidate) < least:
                 break
-            if not self.asked and candidate.evidence < _TOLD_EVIDENCE:
+            if not self.asked and not candidate.is_meant:
                 continue
             tokens = price(candidate, left)
             if tokens is not None:

@@ -178,9 +178,11 @@ class PageIndex:
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            scores, evidence = _merged([self._ask(query, seen_s) for query in asked])
+            found = [self._ask(query, seen_s) for query in asked]
+            scores, evidence = _merged([(scores, evidence) for scores, evidence, _ in found])
+            words = min((words for *_, words in found), default=0.0)
             return [
-                Hit(*self._keys[row], score, evidence.get(row, 0.0))
+                Hit(*self._keys[row], score, evidence.get(row, 0.0), words)
                 for row, score in self._best(scores, limit, skip)
             ]
 
@@ -251,8 +253,8 @@ class PageIndex:
     # ------------------------------------------------------------ one query
     def _ask(
         self, query: Query, seen_s: Callable[[int], int] | None
-    ) -> tuple[dict[int, float], dict[int, float]]:
-        """Row -> score, and row -> evidence."""
+    ) -> tuple[dict[int, float], dict[int, float], float]:
+        """Row -> score, row -> evidence, and what a page would have that has all of the words."""
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
@@ -288,7 +290,8 @@ class PageIndex:
         for name, share in sorted(rarity.items()):
             for row in own.get(name, ()):
                 evidence[row] = evidence.get(row, 0.0) + share
-        return scores, evidence
+        new = sum(1 for term in plain if term not in self._ids and term not in idle)
+        return scores, evidence, math.fsum(rarity.values()) + new
 
     def _named(self, content: Sequence[str]) -> set[str]:
         """Speakers that the question names. One voice alone needs no telling apart."""

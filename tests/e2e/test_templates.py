@@ -127,7 +127,7 @@ async def converse(
     messages += history(15)
     model = stage.family.model
     for turn in range(TURNS):
-        ask = f"RECALL the second entry, please, in question {turn}." if turn == 2 else f"Question {turn}."
+        ask = f"RECALL the second entry, please, in question {turn}." if turn == 2 else f"What is entry {turn} about?"
         messages.append({"role": "user", "content": ask})
         before, refused = len(stage.read), len(stage.refused)
         body = {"model": model, "messages": messages, "stream": stream}
@@ -145,7 +145,8 @@ async def converse(
         if fact(0) in read and fact(4) in read and "<VM:" not in read:
             assert turn == 0, "the whole history was sent: that is for the first repair only"
             continue
-        assert ("<VM:RULES>" in read and "</VM:CONTEXT>" in read) or "<VM:MANIFEST_JSON>" in read, read[:300]
+        shown = "</VM:CONTEXT>" in read or "<VM:MANIFEST_JSON>" in read or turn == 2  # which names nothing
+        assert "<VM:RULES>" in read and shown, read[:300]
         assert read.index("<VM:RULES>") < read.index(ask)
         if turn == 2 and mode == "relaxed" and stage.family.tools != "no":
             assert fact(1) in read, "the page that was asked for"

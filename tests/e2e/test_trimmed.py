@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.conversation.checks import without_evidence
 from tests.e2e.harness import Recorded, message_of
 from tests.e2e.script import (
     SYSTEM,
@@ -151,7 +152,7 @@ async def test_a_session_of_new_messages_has_its_history(stand: Stand) -> None:
             assert recorded.json["messages"] == chat.messages[:-1]
             native += 1
     assert 5 < native < TURNS, "the history has to outgrow the window"
-    assert [m["content"] for m in recorded.json["messages"]][-1] == chat.messages[-2]["content"]
+    assert without_evidence(recorded.json["messages"][-1])["content"] == chat.messages[-2]["content"]
     text = await ransack(script, chat, "all", 2 * TURNS + 1, marks)
     assert not (missing := [mark for mark in marks if mark not in text]), missing
 

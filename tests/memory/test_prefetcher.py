@@ -103,3 +103,10 @@ PAGE = "The new keel bolts are aluminium bronze, 24 millimetres, from a foundry 
 )
 def test_a_page_was_used_when_the_answer_says_what_only_it_says(question: str, answer: str, used: bool) -> None:
     assert was_used(PAGE, fresh_terms(question, answer)) is used
+
+
+def test_page_is_shown_for_what_is_told_in_its_own_words() -> None:
+    """A request without a question mark: it has the words of what it asks for, where news have others."""
+    meant, news = of("msg_0001", evidence=2.0), of("msg_0002", evidence=2.0)
+    assert ids(meant._replace(words=3.0), asked=False) == ["msg_0001"]
+    assert ids(news._replace(words=9.0), asked=False) == []
