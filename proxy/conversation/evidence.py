@@ -7,15 +7,17 @@ the epoch where that is cheaper (`stays`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import name
 
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
+from proxy.memory.context import context_line
 from proxy.memory.ids import Hit
 from proxy.memory.models import CompressionLevel, StorageTier
+from proxy.memory.passages import find_passages
 from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
@@ -29,8 +31,9 @@ _ROOM_SHARE = 2  # evidence takes at most 1/2 of the room
 _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may grow into the rest
 _HITS = 100  # pages that are looked at
 _TAGS_TOKENS = 16  # of the block around the lines
-# The levels that are tried, and how much of a page they surely take.
-_LEVELS = ((CompressionLevel.FULL, 0.9), (CompressionLevel.REDUCED, 0.2))
+_LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
+_PASSAGE_TOKENS = 256  # of a page that does not fit whole
+_LINE_TOKENS = 48  # of a line, beside its words: they are quoted
 
 
 class Shown(NamedTuple):
@@ -60,11 +63,13 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
     room = min(limit(turn), left_tokens) - _TAGS_TOKENS
     if room <= 0:
         return []
-    hits: list[Hit] = yield _search(turn, _HITS)
+    search = _search(turn, _HITS)
+    hits: list[Hit] = yield search
+    queries = [query if isinstance(query, str) else query.text for query in search.queries]
     shown: dict[str, Shown] = {}
 
     def price(candidate: Candidate, left: int) -> int | None:
-        line = _show(turn.pages, candidate, left)
+        line = _show(turn.pages, candidate, queries, left)
         if line is None:
             return None
         shown[candidate.page_id] = line
@@ -123,15 +128,20 @@ def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
         yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words)
 
 
-def _show(pages: PathPages, candidate: Candidate, room: int) -> Shown | None:
-    """The page as its line, at the first level that fits."""
-    for level, least in _LEVELS:
-        if candidate.tokens * least > room:
-            continue  # it cannot fit, so it need not be made
-        packed = pages.packer.pack([pages.at(candidate.page_id, level)])
-        if packed.tokens_est <= room:
+def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: int) -> Shown | None:
+    """The page as its line: whole where that fits, else its passages about the queries."""
+    page_id, count = candidate.page_id, pages.counter.text
+    if candidate.tokens * _LEAST_WHOLE <= room:  # else it surely does not fit
+        whole = pages.packer.pack([pages.at(page_id, CompressionLevel.FULL)])
+        if whole.tokens_est <= room:
             return Shown(
-                pages.position(candidate.page_id), candidate.page_id, level, packed.tokens_est,
-                packed.content,
+                pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens_est, whole.content
             )  # fmt: skip
-    return None
+    most = min(_PASSAGE_TOKENS, room) - _LINE_TOKENS
+    words = find_passages(pages.text(page_id), queries, most, count) if most > 0 else ""
+    if not words:
+        return None
+    role, level = str(pages.page(page_id).metadata.get("role", "")), CompressionLevel.REDUCED
+    line = context_line(page_id, role, words, level, pages.modality(page_id))
+    tokens = count(f"{line}\n")
+    return Shown(pages.position(page_id), page_id, level, tokens, line) if tokens <= room else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.3  # what is worth less than this share of the best is left out, where the user asks
+_ASKED_FALL = 0.3  # of the best score, where the user asks: what has less is left out
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
 _TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words,
@@ -72,11 +72,11 @@ class Prefetcher(NamedTuple):
         ranked = sorted(candidates, key=lambda c: (-_worth(c), c.page_id))
         if all(c.evidence < MIN_EVIDENCE for c in ranked):
             return chosen
-        least = _worth(ranked[0]) * (_ASKED_FALL if self.asked else _TOLD_FALL)
+        least = max(c.score for c in ranked) * (_ASKED_FALL if self.asked else _TOLD_FALL)
         for candidate in ranked:
-            if len(chosen) == self.max_pages or _worth(candidate) < least:
+            if len(chosen) == self.max_pages:
                 break
-            if not self.asked and not candidate.is_meant:
+            if candidate.score < least or not (self.asked or candidate.is_meant):
                 continue
             tokens = price(candidate, left)
             if tokens is not None:
