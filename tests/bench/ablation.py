@@ -124,7 +124,6 @@ ROWS = (
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
     Row("calibration", {}, {"proxy.conversation.calibration:Calibration.learn":
         lambda old: lambda self, *args, **more: self}),
-    Row("provenance", {}, {"proxy.memory.segments:ProvenanceGraph.add_page": returns(None)}),
 )  # fmt: skip
 
 
