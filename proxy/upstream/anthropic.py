@@ -2,8 +2,8 @@
 
 Promises: what OpenAI's API takes and Anthropic's has no word for is said in other words (a call id used
 twice, a request of system messages alone) or left out where it says nothing (an empty answer); nothing
-else is dropped in silence. A window gets cache markers at the end of the stable prefix and of the
-last two turns. The same messages give the same words in every request, so the provider's cache keeps its prefix.
+else is dropped in silence. A window gets cache markers at its end and where the next
+requests share it. The same messages give the same words in every request, so the provider's cache keeps its prefix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from proxy.memory.context import CONTEXT_OPEN
 from proxy.memory.models import SYSTEM_ROLES
 
 Json = dict[str, Any]
@@ -93,18 +92,21 @@ def _thinking_is_lost(messages: Sequence[Json]) -> bool:
 
 
 def with_markers(fields: Json, leading: int) -> Json:
-    """A window with at most four markers, or the client's own; `leading`: its system messages. The marker before
-    the last answer stood at the end of the request before, so that its prefix is found however
-    many blocks this turn has added; where the newest message has evidence, which it will not have in the next
-    request, that one finds the marker at the last answer."""
+    """A window with at most four markers, or the client's own; `leading`: its system messages.
+
+    What is shown in front of the newest user message is gone in the next turn's request, which shares what
+    stands before that message. So a marker stands there, besides the one at the end; and where the message is
+    new, at the same place of the turn before, so that its prefix is found however many blocks that turn added. In
+    a tool round the end of the request before is marked, too.
+    """
     messages = fields["messages"]
     if _marked(messages) or _marked(fields.get("tools")):
         return fields
-    last = _last_asking(messages, len(messages))
-    answer = next((i for i in range(last, -1, -1) if messages[i].get("role") == "assistant"), 0)
-    places = {leading - 1, last, _last_asking(messages, answer)}
-    if last >= 0 and CONTEXT_OPEN in str(messages[last].get("content")):
-        places.add(answer)
+    last = _last_of(_ASKING, messages, len(messages))
+    asked = _last_of(("user",), messages, len(messages))
+    answer = _last_of(("assistant",), messages, last)
+    before = _last_of(("user",), messages, answer) - 1 if asked == last else _last_of(_ASKING, messages, answer)
+    places = {leading - 1, last, asked - 1, before}
     marked = [_with_marker(m) if i in places else m for i, m in enumerate(messages)]
     return {**fields, "messages": marked}
 
@@ -121,8 +123,9 @@ def _marked(value: Any) -> bool:
     return False
 
 
-def _last_asking(messages: Sequence[Json], end: int) -> int:
-    return next((i for i in range(end - 1, -1, -1) if messages[i].get("role") in _ASKING), -1)
+def _last_of(roles: Sequence[str], messages: Sequence[Json], end: int) -> int:
+    """The last message of these roles before `end`; -1: there is none."""
+    return next((i for i in range(end - 1, -1, -1) if messages[i].get("role") in roles), -1)
 
 
 def _with_marker(message: Json) -> Json:

@@ -47,6 +47,7 @@ import httpx
 
 import proxy.app
 from proxy.config import Config
+from proxy.conversation.evidence import asks
 from proxy.conversation.report import TurnReport
 from proxy.demo.bill import Account, PromptCache
 from proxy.demo.play import conversation as demo_turns
@@ -98,21 +99,31 @@ ROWS = (
     Row("pinned instructions and preferences", {}, {"proxy.conversation.pages:standing_in": returns([])}),
     Row("pinned preferences", {}, {"proxy.conversation.pages:standing_in":
         lambda old: lambda *args: [said for said in old(*args) if said.instruction]}),
+    Row("standing: sentences alone (their messages whole)", {},
+        {"proxy.conversation.epoch:_HARDLY_LONGER": becomes(1 << 30)}),
+    Row("standing: a later one takes the place of an earlier", {},
+        {"proxy.conversation.epoch:holding": lambda old: lambda said: [list(each) for each in said]}),
     Row("ImportanceWeightedLRU (LRU)", {"memory": {"eviction": "lru"}}),
     Row("ImportanceWeightedLRU (ModalityAwareLRU)", {"memory": {"eviction": "modality"}}),
     Row("any policy (all pages alike)", {}, {"proxy.memory.eviction:ImportanceWeightedLRU.worth": returns(1.0)}),
     Row("anti-thrash", {}, {f"proxy.memory.{name}": returns(False) for name in _COOLING}),
     Row("levels 1 and 2 of context lines", {}, {"proxy.memory.planner:_LEVELS": becomes((CompressionLevel.FULL,))}),
-    Row("level 1 of prefetched pages", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
+    Row("evidence", {"prefetch": {"tokens": 0}}),
+    Row("evidence where the user only tells", {}, {"proxy.conversation.evidence:limit":
+        lambda old: lambda turn: old(turn) if asks(turn.query) else 0}),
+    Row("evidence's fall (no cut by score)", {},
+        {f"proxy.memory.prefetcher:{name}": becomes(0.0) for name in ("_ASKED_FALL", "_TOLD_FALL")}),
+    Row("level 1 of evidence", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
+    Row("taking evidence out (it stays in the log)", {}, {"proxy.conversation.turn_window:stays": returns(True)}),
+    Row("carrying evidence on (it never stays)", {}, {"proxy.conversation.turn_window:stays": returns(False)}),
+    Row("the search's second look", {}, {"proxy.search.fts:PageIndex._look_again": returns(None)}),
     Row("rule that unpinned texts are no context lines", {}, {"proxy.memory.planner:_Row.is_line":
         becomes(property(lambda row: True))}),
     Row("deeper rebuilds", {}, {"proxy.conversation.epoch:rebuild_target": lambda old: lambda low, *more: low}),
     Row("context lines", {}, {"proxy.conversation.epoch:_CONTEXT_SHARE": becomes(0.0)}),
-    Row("prefetch", {"prefetch": {"max_pages": 0, "max_tokens": 0}}),
     Row("faults and searches (passive)", {"memory": {"mode": "passive"}}),
     Row("calibration", {}, {"proxy.conversation.calibration:Calibration.learn":
         lambda old: lambda self, *args, **more: self}),
-    Row("provenance", {}, {"proxy.memory.segments:ProvenanceGraph.add_page": returns(None)}),
 )  # fmt: skip
 
 

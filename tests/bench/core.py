@@ -72,8 +72,8 @@ def limits_of(room_tokens: int) -> Limits:
         faults_per_turn=3,
         fault_tokens=8192,
         max_rounds=8,
-        prefetch_pages=5,
-        prefetch_tokens=1024,
+        prefetch_pages=64,
+        prefetch_tokens=None,
         manifest_tokens=1024,
         page_tokens=1024,
         search_results=10,
@@ -128,8 +128,10 @@ class Conversation:
         self.path.append(node)
 
     def run(self, turns: int) -> None:
-        """So many turns, timed: a message of the user's each, and the answer to the one before."""
-        for _ in range(turns):
+        """So many turns, timed, and on until one of each kind was: a message of the user's each, and the answer
+        to the one before."""
+        while turns > 0 or not (self.times.append and self.times.rebuild):
+            turns -= 1
             self._say()
             if len(self.path) % 2 == 0:
                 self._say()

@@ -22,6 +22,7 @@ from tests.contract.model import (
     quote,
 )
 from tests.contract.play import Play, fact
+from tests.contract.wires import items_of
 
 CACHED_SHARE = 0.9
 MOST_ROUNDS = 32  # of a turn whose model never stops calling
@@ -82,8 +83,8 @@ async def prefix(play: Play) -> None:
         expect(after.startswith(before), f"round {number} does not begin with the one before")
 
 
-@check("loop.next_turn_prefix", "the next turn's request begins with this turn's, byte for byte", PAGED,
-       needs="loop")
+@check("loop.next_turn_prefix", "the next turn's request begins with this turn's, byte for byte, but for what was "
+       "put in front of its newest user message", PAGED, needs="loop")
 async def next_turn_prefix(play: Play) -> None:
     play.says(say.text("Yes."))
     messages = play.ask()
@@ -92,11 +93,28 @@ async def next_turn_prefix(play: Play) -> None:
     before = play.wire.prompt(play.last)
     play.script.inner = 0
     await play.chat([*messages, say.text("Yes."), {"role": "user", "content": "And now?"}])
-    expect(play.wire.prompt(play.last).startswith(before), "the prefix changed")
+    after = play.wire.prompt(play.last)
+    if after.startswith(before):
+        return
+    start, end, asked = [found for found in items_of(before) if found[2].get("role") == "user"][-1]
+    expect(after[:start] == before[:start], "what stands before the newest user message changed")
+    later = {begins: (ends, item) for begins, ends, item in items_of(after)}
+    ends, got = later.get(start, (0, None))
+    equal(got, _as_said(asked, messages[-1]["content"]), "that message in the next turn")
+    expect(after[ends:].startswith(before[end:]), "what stands behind that message changed")
 
 
-@check("loop.cache", f"the provider's cache has at least {CACHED_SHARE:.0%} of a turn's prompt for the next "
-       "turn (with cache markers where it asks for them)", PAGED, needs="window")
+def _as_said(value: Any, said: str) -> Any:
+    """A user's message without what was put in front of its text."""
+    if isinstance(value, dict):
+        return {key: _as_said(inner, said) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_said(inner, said) for inner in value]
+    return said if isinstance(value, str) and value.endswith(said) else value
+
+
+@check("loop.cache", f"the provider's cache has at least {CACHED_SHARE:.0%} of what stands before a turn's newest "
+       "user message for the next turn (with cache markers where it asks for them)", PAGED, needs="window")
 async def cache(play: Play) -> None:
     play.says(say.text("Yes."), inner=0)
     messages = play.ask()

@@ -450,7 +450,9 @@ class Writer:
             return False
         if same == len(one):  # it rewrote nothing
             return False
-        at = max((i for i, m in enumerate(had) if m == one[same]), default=0)  # 0: it had left the window
+        behind = one[same:].count(one[same])  # messages may say the same
+        found = [i for i, m in enumerate(had) if m == one[same]]
+        at = found[-behind] if len(found) >= behind else 0  # 0: it had left the window
         assert had[:at] == has[:at]
         return at > 0
 

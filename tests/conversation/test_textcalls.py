@@ -237,7 +237,8 @@ def test_call_as_text_stays_inside_however_its_stream_is_cut(
     assert normal([Spoken(c["name"], c["arguments"]) for c in made]) == expected(*call)
     assert shown.count("<think>") == shown.count("</think>")
     assert not re.search("page|search|tool", shown.rpartition("</think>")[2], re.IGNORECASE), shown
-    assert preamble.startswith(shown) or shown == preamble + "Action: "
+    most = preamble + ("Action: " if "react" in shape else "")  # which may begin an answer as well
+    assert most.startswith(shown)
 
 
 @examples(100)

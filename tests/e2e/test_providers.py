@@ -18,11 +18,13 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
+from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN
 from tests.conversation.checks import without_evidence
 from tests.e2e.answers import Response, Stream
 from tests.e2e.processes import ServerProcess
 from tests.e2e.providers import Call, Json, Said, texts_of
 from tests.e2e.providers.anthropic import (
+    LOOKBACK_BLOCKS,
     MAX_MARKERS,
     AnthropicServer,
     marker_positions,
@@ -297,8 +299,9 @@ async def test_system_messages_in_the_middle_and_forbidden_tools(
 async def test_the_marked_prefix_of_each_request_is_in_the_next(
     servers: dict[str, Any], client: AsyncOpenAI
 ) -> None:
-    """Within an epoch the end of a request's last marker stands unchanged in the next request, and
-    the server's cache finds it there; a new epoch keeps the tools and the client's own system text."""
+    """Within an epoch a turn's requests go on with all that stood before, and the next turn's with what stood in
+    front of this turn's message, which was marked: the server's cache finds it. Where that message has nothing
+    shown in front, the next turn goes on with all of it."""
     server: AnthropicServer = at(servers, CLAUDE)
     chat = Chat(client, model=CLAUDE)
     await outgrow(chat, server)
@@ -311,17 +314,33 @@ async def test_the_marked_prefix_of_each_request_is_in_the_next(
         await chat.say(f"And {turn}? {filler(f'y{turn}', 20)}", "", stream=turn % 2 == 0)
     bodies = [body for body in server.bodies() if said_in(body, "<VM:RULES>")]
     epochs = [next(t for t in texts_of(body["system"]) if "<VM:RULES>" in t) for body in bodies]
-    within = 0
+    within = shown = 0
     for before, after, one, other in zip(bodies, bodies[1:], epochs, epochs[1:], strict=False):
-        markers = marker_positions(before)
+        blocks, markers = prompt_blocks(before), marker_positions(before)
         assert 2 <= len(markers) <= MAX_MARKERS
-        assert markers[-1] == len(prompt_blocks(before)), "the end of the last turn"
-        assert prompt_blocks(before)[markers[0] - 1]["at"] == "system"
+        assert markers[-1] == len(blocks), "the end of the last turn"
+        assert blocks[markers[0] - 1]["at"] == "system"
+        asked = max(i for i, block in enumerate(blocks) if (block["at"], block["type"]) == ("user", "text"))
+        assert asked in markers, "what stands in front of the newest message"
         if one == other:
             within += 1
-            assert prefix_hashes(before)[-1] in prefix_hashes(after)
-            assert markers[-1] in marker_positions(after), "found without a search"
-    assert within >= 8 and len(set(epochs)) >= 2
+            later, shared = prompt_blocks(after), len(blocks)
+            if later[:shared] != blocks:
+                shown += 1
+                assert CONTEXT_OPEN in blocks[asked]["text"], "only what was shown is taken out"
+                said = blocks[asked]["text"].partition(f"{CONTEXT_CLOSE}\n\n")[2]
+                assert later[:shared] == [*blocks[:asked], {**blocks[asked], "text": said}, *blocks[asked + 1 :]]
+                shared = asked
+            assert cached_blocks(before, after) == shared
+    assert within >= 8 and len(set(epochs)) >= 2 and shown
+
+
+def cached_blocks(before: Json, after: Json) -> int:
+    """How many blocks of the prompt the cache has for the later request, of what the earlier one marked."""
+    known = {prefix_hashes(before)[end - 1] for end in marker_positions(before)}
+    hashes = prefix_hashes(after)
+    looked = (at for end in marker_positions(after) for at in range(end, max(end - LOOKBACK_BLOCKS, 0), -1))
+    return max((at for at in looked if hashes[at - 1] in known), default=0)
 
 
 async def test_geminis_contents_only_grow_within_an_epoch(
@@ -363,7 +382,7 @@ async def test_cached_tokens_are_told_to_the_client(
 ) -> None:
     server: AnthropicServer = at(servers, CLAUDE)
     chat = Chat(client, model=CLAUDE)
-    await outgrow(chat, server)
+    await outgrow(chat, server, 6)  # the last begins an epoch, which this turn goes on with
     server.plan(fault("msg_0001"), Said("u0q."))
     messages = [*chat.messages, {"role": "user", "content": "The first?"}]
     reply = await client.chat.completions.create(model=CLAUDE, messages=messages)  # type: ignore[arg-type]

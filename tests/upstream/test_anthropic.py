@@ -167,14 +167,20 @@ def marked(messages: list[dict[str, Any]]) -> list[int]:
     return [i for i, message in enumerate(messages) if "cache_control" in json.dumps(message)]
 
 
-def test_markers_at_the_stable_prefix_and_the_last_two_turns() -> None:
+def test_markers_where_a_later_request_shares_the_prefix() -> None:
+    """In front of the newest user message, whose evidence leaves at the next, and of the one before."""
     first = [CLIENTS, MEMORY, user("1")]
     assert marked(right(first)) == [1, 2]
     second = [*first, ASSISTANT, user("2")]
-    assert marked(right(second)) == [1, 2, 4]
+    assert marked(right(second)) == [1, 3, 4]
     third = [*second, calling("c"), result("c")]
-    assert marked(right(third)) == [1, 4, 6]
-    assert marked(prepare({"messages": third}, None)["messages"]) == []
+    assert marked(right(third)) == [1, 3, 4, 6]
+    fourth = [*third, calling("d"), result("d")]
+    assert marked(right(fourth)) == [1, 3, 6, 8]
+    fifth = [*fourth, ASSISTANT, user("3")]
+    assert marked(right(fifth)) == [1, 3, 9, 10]
+    assert marked(right([*first, user("2")])) == [1, 2, 3]
+    assert marked(prepare({"messages": fifth}, None)["messages"]) == []
 
 
 def test_the_marker_stands_on_the_last_part() -> None:
@@ -202,6 +208,6 @@ def test_a_clients_own_markers_win(where: dict[str, Any]) -> None:
 def test_markers_are_few_and_change_nothing_else(roles: list[str]) -> None:
     messages = [CLIENTS, MEMORY, *({"role": role, "content": f"{i}"} for i, role in enumerate(roles))]
     out = right(messages)
-    assert len(marked(out)) <= 3
+    assert len(marked(out)) <= 4
     plain = [{k: v for k, v in m.items() if k != "cache_control"} for m in out]
     assert plain in (messages, [*messages[:2], plain[2], *messages[2:]])

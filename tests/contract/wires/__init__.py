@@ -103,10 +103,11 @@ class Wire:
         return list(messages)
 
     def cached_share(self, before: Recorded, after: Recorded) -> float:
-        """How much of one request's prompt the provider's cache has for a later one: here whatever
-        both begin with."""
+        """How much of what stands before one request's newest user message the provider's cache has for a later
+        request: here whatever both begin with."""
         first, second = self.prompt(before), self.prompt(after)
-        return len(os.path.commonprefix([first, second])) / len(first)
+        asked = max(start for start, _, item in items_of(first) if item.get("role") == "user")
+        return min(1.0, len(os.path.commonprefix([first, second])) / asked)
 
     def why_absent(self, check: str, case: str) -> str:
         """Why a case cannot be asked here; "": it can."""
@@ -138,6 +139,15 @@ class WireUpstream(RecordingUpstream):
         found = self.respond(request.json, request.index)
         reply = await found if isinstance(found, Awaitable) else found
         await connection.send(request, self.wire.said(request, reply))
+
+
+def items_of(prompt: str) -> Iterator[tuple[int, int, Json]]:
+    """What stands in a prompt (an array without its end), each with where it begins and ends."""
+    decoder, at = json.JSONDecoder(), 1
+    while at < len(prompt):
+        start = at + len(prompt[at:]) - len(prompt[at:].lstrip(", \n"))
+        item, at = decoder.raw_decode(prompt, start)
+        yield start, at, item
 
 
 def decoded(request: Recorded) -> bytes:
@@ -254,6 +264,7 @@ __all__ = [
     "Wire",
     "WireUpstream",
     "in_pieces",
+    "items_of",
     "parsed",
     "sse",
 ]

@@ -97,14 +97,18 @@ class AnthropicWire(ProviderWire):
     def cached_share(self, before: Recorded, after: Recorded) -> float:
         """Only what ends at a marker of the earlier request, looked up from one of the later."""
         first, second = json.loads(before.body), json.loads(after.body)
-        sizes = [tokens_of(block) for block in prompt_blocks(first)]
+        blocks = prompt_blocks(first)
+        asked = max(i for i, block in enumerate(blocks) if (block["at"], block["type"]) == ("user", "text"))
+        while (blocks[asked - 1]["at"], blocks[asked - 1]["type"]) == ("user", "text"):
+            asked -= 1
+        sizes = [tokens_of(block) for block in blocks]
         known = {hash for end in marker_positions(first) for hash in prefix_hashes(first)[end - 1 : end]}
         hashes = prefix_hashes(second)
         found = 0
         for end in marker_positions(second):
             looked = range(end, max(end - LOOKBACK_BLOCKS, 0), -1)
             found = max([found, *(at for at in looked if hashes[at - 1] in known)])
-        return sum(sizes[:found]) / sum(sizes)
+        return min(1.0, sum(sizes[:found]) / sum(sizes[:asked]))
 
     def calls(self, calls: Sequence[Json] | None) -> list[Json] | None:
         """Arguments are objects here: their spelling is the provider's."""
