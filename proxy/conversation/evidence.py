@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _ROOM_SHARE = 2  # evidence takes at most 1/2 of the room
 _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may grow into the rest
-_HITS = 100  # pages that are looked at
+_HITS = 200  # pages that are looked at, in the window or not
 _TAGS_TOKENS = 16  # of the block around the lines
 _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
 _PASSAGE_TOKENS = 256  # of a page that does not fit whole
@@ -76,7 +76,9 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         return line.tokens
 
     prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
-    prefetcher.choose(_candidates(turn, hits), price)
+    resident = [hit.score for hit in hits if _is_resident(turn, hit)]
+    outside = [hit for hit in hits if not _is_resident(turn, hit)]
+    prefetcher.choose(_candidates(turn, outside), price, max(resident, default=0.0))
     return sorted(shown.values())
 
 
@@ -107,16 +109,17 @@ def used(page: Shown, pages: PathPages, query: str, answer: str) -> bool:
 
 
 def _search(turn: TurnWindow, limit: int) -> Search:
-    pages, table = turn.pages, turn.table
-
-    def is_resident(position: int, part: int) -> bool:
-        found = table.lookup(pages.id_of(position, part))
-        return bool(found and found.tier is StorageTier.L0 and not found.level)
-
-    newest = len(pages.path) - 1
+    """Also for what is in the window: where that is what the message is about, older pages have to be as good."""
+    pages, newest = turn.pages, len(turn.pages.path) - 1
     earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
     seen_s = Timeline(pages, newest, turn.context).seen_s
-    return Search(search_queries(turn.query, earlier), limit, newest, is_resident, seen_s)
+    return Search(search_queries(turn.query, earlier), limit, newest, lambda position, part: False, seen_s)
+
+
+def _is_resident(turn: TurnWindow, hit: Hit) -> bool:
+    """The page is in the window whole."""
+    found = turn.table.lookup(turn.pages.id_of(hit.position, hit.part))
+    return bool(found and found.tier is StorageTier.L0 and not found.level)
 
 
 def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
 _ASKED_FALL = 0.3  # of the best score, where the user asks: what has less is left out
+_RESIDENT_FALL = 0.4  # of the best score in the window: where that is what is meant, older pages add less
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
 _TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words,
@@ -62,17 +63,18 @@ class Prefetcher(NamedTuple):
     asked: bool = True
 
     def choose(
-        self, candidates: Iterable[Candidate], price: Callable[[Candidate, int], int | None]
+        self, candidates: Iterable[Candidate], price: Callable[[Candidate, int], int | None], best: float = 0.0
     ) -> list[Candidate]:
         """The best for their tokens that fit: long pages have every word somewhere. Nothing where no page has
         evidence: then the query names nobody's words. `price` gives the tokens of a page as shown in at
-        most so many (None: it does not fit)."""
+        most so many (None: it does not fit); `best` is the score of what is in the window already."""
         chosen: list[Candidate] = []
         left = self.max_tokens if self.asked else self.max_tokens // _TOLD_SHARE
         ranked = sorted(candidates, key=lambda c: (-_worth(c), c.page_id))
         if all(c.evidence < MIN_EVIDENCE for c in ranked):
             return chosen
-        least = max(c.score for c in ranked) * (_ASKED_FALL if self.asked else _TOLD_FALL)
+        fall = _ASKED_FALL if self.asked else _TOLD_FALL
+        least = max(best * _RESIDENT_FALL, fall * max(c.score for c in ranked))
         for candidate in ranked:
             if len(chosen) == self.max_pages:
                 break
