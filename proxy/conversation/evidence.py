@@ -76,9 +76,14 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         return line.tokens
 
     prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
-    resident = [hit.score for hit in hits if _is_resident(turn, hit)]
-    outside = [hit for hit in hits if not _is_resident(turn, hit)]
-    prefetcher.choose(_candidates(turn, outside), price, max(resident, default=0.0))
+    outside: list[Hit] = []
+    best = 0.0  # of what is in the window
+    for hit in hits:
+        if _is_resident(turn, hit):
+            best = max(best, hit.score)
+        else:
+            outside.append(hit)
+    prefetcher.choose(_candidates(turn, outside), price, best)
     return sorted(shown.values())
 
 

@@ -161,7 +161,7 @@ class TurnWindow:
         path = self.pages.path
         if before is None or all(node.role != "user" for node in path[before.covered :]):
             return before  # the same turn goes on
-        at = next((i for i in range(len(before.entries) - 1, -1, -1) if before.entries[i].shown), None)
+        at = next((i for i in range(len(before.entries) - 1, -1, -1) if before.entries[i].shown_tokens), None)
         if at is None or stays(before, at, self.limits):
             return before
         self.report.evidence_left = True
