@@ -112,8 +112,9 @@ ROWS = (
     Row("evidence where the user only tells", {}, {"proxy.conversation.evidence:limit":
         lambda old: lambda turn: old(turn) if asks(turn.query) else 0}),
     Row("evidence's fall (no cut by score)", {},
-        {f"proxy.memory.prefetcher:{name}": becomes(0.0) for name in ("_ASKED_FALL", "_TOLD_FALL")}),
-    Row("level 1 of evidence", {}, {"proxy.conversation.evidence:_LEVELS": lambda old: old[:1]}),
+        {f"proxy.memory.prefetcher:{name}": becomes(0.0) for name in ("_ASKED_FALL", "_RESIDENT_FALL", "_TOLD_FALL")}),
+    Row("evidence's fall below what the window has", {}, {"proxy.memory.prefetcher:_RESIDENT_FALL": becomes(0.0)}),
+    Row("passages of evidence (whole pages or none)", {}, {"proxy.conversation.evidence:find_passages": returns("")}),
     Row("taking evidence out (it stays in the log)", {}, {"proxy.conversation.turn_window:stays": returns(True)}),
     Row("carrying evidence on (it never stays)", {}, {"proxy.conversation.turn_window:stays": returns(False)}),
     Row("the search's second look", {}, {"proxy.search.fts:PageIndex._look_again": returns(None)}),
