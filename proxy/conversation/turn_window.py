@@ -404,6 +404,8 @@ class TurnWindow:
         user = next((i for i in range(len(path) - 1, -1, -1) if path[i].role == "user"), -1)
         entries = window.entries if window is not None else ()
         sent = {e.position: e for e in entries if e.shown_tokens and e.position == user}
+        if path[-1].role in RESULT_ROLES:  # an agent's own results need the room: what was shown has been read
+            sent = {position: self.bare(entry) for position, entry in sent.items()}
         newest = self.newest_entry() if self._tail else None
         return sent if newest is None else {**sent, newest.position: newest}
 

@@ -290,7 +290,8 @@ class PageIndex:
         for name, share in sorted(rarity.items()):
             for row in own.get(name, ()):
                 evidence[row] = evidence.get(row, 0.0) + share
-        new = sum(1 for term in plain if term not in self._ids and term not in idle)
+        stand = {term.text for term in self._lookup(plain)}
+        new = sum(1 for term in plain[:QUERY_TERMS] if term not in stand and term not in idle)
         return scores, evidence, math.fsum(rarity.values()) + new
 
     def _named(self, content: Sequence[str]) -> set[str]:
