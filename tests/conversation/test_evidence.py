@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from proxy.conversation.window import Entry, Window
 from proxy.memory import CompressionLevel, StorageTier
 from proxy.memory.ids import Hit, make_page_id
 from proxy.tokens import get_counter
-from tests.conversation.player import limits_of
+from tests.conversation.player import Player, call, calls, limits_of, script
 from tests.conversation.test_epoch import turn_window
 from tests.examples import examples
 from tests.memory.doors import map_in
@@ -105,3 +106,22 @@ def test_invariant_03_the_block_fits_its_room(room: int, left: int, offer: bool,
     chosen = choose(it, HITS, left)
     assert sum(c.tokens for c in chosen) <= max(0, min(limit(it), left) - 16)
     assert all(COUNTER.text(c.line) <= c.tokens for c in chosen)
+
+
+def test_evidence_stays_through_an_agents_turn_until_an_epoch_needs_its_room() -> None:
+    player = Player(limits_of(3000, prefetch_tokens=600))
+    messages: list[dict[str, Any]] = []
+    for number in range(40):
+        messages.append({"role": "user", "content": f"Depot {number} holds {'crate ' * 30}of kestrel{number}x."})
+        messages.append({"role": "assistant", "content": f"Noted, kestrel{number}x."})
+    messages.append({"role": "user", "content": "Which depot holds kestrel3x?"})
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    seen = []
+    for number in range(8):
+        wanted = calls(call("look", {"n": number}, f"c{number}"))
+        played = player.ask(messages, script(wanted), tools=tools)
+        seen.append((played.answer.report.new_epoch, "of kestrel3x" in json.dumps(played.requests[0])))
+        messages += [wanted, {"role": "tool", "tool_call_id": f"c{number}", "content": f"row {number} " * 200}]
+    later = [new for new, _ in seen].index(True, 1)
+    assert later > 1 and all(shown for _, shown in seen[:later]), "through the turn's requests"
+    assert not seen[later][1], "until its room is needed"
