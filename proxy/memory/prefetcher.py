@@ -22,8 +22,8 @@ _TOLD_WORDS = 0.5  # or this share of them
 _USED_TERMS = 2  # distinctive words that page and answer share, and the question does not have
 _READ_CHARS = 20_000
 
-# A base and a small share of the window, but at most a quarter of it.
-_WINDOW_SHARE, _BASE_TOKENS, _MOST_SHARE = 32, 3000, 4
+# A base and a small share of the window, but at most a third of it.
+_WINDOW_SHARE, _BASE_TOKENS, _MOST_SHARE = 32, 3000, 3
 # A small model is right less often with more lines: the 0.5B of ../shared/README.md does best with some 600.
 _MODEL_TOKENS = 1000  # for each billion of parameters
 _LEAST_MODEL_TOKENS = 600

@@ -71,7 +71,7 @@ def test_nothing_is_shown_for_words_that_many_pages_have() -> None:
 
 
 def test_evidence_grows_with_the_window_and_is_bounded_by_a_small_model() -> None:
-    assert evidence_tokens(4000) == 1000 < evidence_tokens(32_000) < evidence_tokens(128_000) < 128_000 // 4
+    assert evidence_tokens(4000) == 1333 < evidence_tokens(32_000) < evidence_tokens(128_000) < 128_000 // 4
     assert evidence_tokens(32_000, 0.5) == 600 < evidence_tokens(32_000, 3.0) < evidence_tokens(32_000, 70.0)
 
 
