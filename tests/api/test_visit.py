@@ -197,19 +197,21 @@ def test_paged_answer_says_its_window_streamed_or_not_and_the_log_has_a_line_of_
     assert 'llm_pager_billed_tokens_total{kind="cached"}' in page
 
 
-def test_workers_counts_add_up_and_their_files_go_with_them() -> None:
+def test_workers_counts_add_up_and_their_files_go_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import re
-    import tempfile
 
-    before = set(Path(tempfile.gettempdir()).glob("llm-pager-metrics-*"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of its own: other tests' servers have theirs at the same time
     with serving(workers=2) as (server, _):
         for _ in range(12):
             post(server, model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
         for _ in range(6):  # whoever answers
             count = re.search(r'requests_total\{channel="bypass",status="2xx"\} (\S+)', get(server, "/metrics"))
             assert count is not None and float(count[1]) == 12
+        assert list(tmp_path.glob("llm-pager-metrics-*"))
         server.stop()
-    assert set(Path(tempfile.gettempdir()).glob("llm-pager-metrics-*")) <= before
+    assert not list(tmp_path.glob("llm-pager-metrics-*"))
 
 
 # -- what they add up to
