@@ -107,7 +107,7 @@ def check(args: argparse.Namespace) -> int:
     import yaml
 
     from proxy.config import load_config
-    from proxy.storage.l2 import DATABASE
+    from proxy.storage.sqlite import DATABASE
 
     config = load_config(args.config, os.environ, {})
     for note in config.notes():

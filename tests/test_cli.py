@@ -8,11 +8,12 @@ import random
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,9 @@ def test_check_tells_every_problem_on_stderr(tmp_path: Path) -> None:
 def test_check_and_serve_refuse_a_store_of_another_version(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "data", 10)
     asyncio.run(store.commit([(b"n1", b"a record")]))
-    store._cache.delete("format")  # as it was before there was one
     asyncio.run(store.close())
+    with closing(sqlite3.connect(tmp_path / "data" / "cache.db")) as database:
+        database.execute("PRAGMA user_version = 0")  # as it was before there was one
     for command in (["check"], ["serve", "--port", "0"]):
         done = run(tmp_path, *command, LLM_PAGER_TIERS__L2__PATH="data")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1

@@ -54,7 +54,6 @@ IMPORTERS: dict[str, set[str]] = {
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
-    "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
     "fsspec": {"storage"},
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
@@ -72,7 +71,7 @@ IMPORTERS: dict[str, set[str]] = {
     "tiktoken": {"tokens"},
     "tokenizers": {"search"},  # the extra [semantic]
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
-    "xxhash": {"conversation"},
+    "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},
     "yaml": {"cli", "config_text"},  # printing and reading the settings

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from cachetools import LRUCache
@@ -51,6 +51,7 @@ from proxy.upstream import Header
 log = logging.getLogger(__name__)
 
 _NO_HISTORIES = HistoryCache(0)
+_PROVED_S = 1.0  # a commit of the last so many seconds proves that what a client says can be stored
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
@@ -109,7 +110,9 @@ class Admission:
         self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
     ) -> TurnContext:
         """A request's turn; `deployment`: the model that its path names. Raises ApiError 400 for what
-        cannot be a chat request."""
+        cannot be a chat request; StorageError and LookupError where a client that sends only what is new would
+        lose what it says, or is answered without what it said."""
+        self._memory.renew()
         memory, identity = self._memory, self._memory.identity
         who = caller(headers, parameters(query), *self._session_headers)
         scope = identity.scope(who.credentials)
@@ -125,6 +128,8 @@ class Admission:
         if split.known is not None and split.known.tenant != tenant:  # another user of this key
             split = read_body(body, scope, _NO_HISTORIES)
         names = self._names(tenant, who)
+        if names.delta is not None:  # what it says is nowhere else: it is stored, or upstream is not asked
+            await memory.store.check(_PROVED_S)
         split, found = await self._place(split, scope, tenant, names)
         if found.start and _is_retry(headers):
             found = self._as_retry(found, tenant, names)
@@ -193,7 +198,7 @@ class Admission:
         memory, model = self._memory, decoded["model"]
         try:
             state = await memory.state_after(found.record) if found.record is not None else None
-        except LookupError as error:  # invariant 6: the path is here, and is paged anew
+        except (LookupError, ValueError) as error:  # invariant 6: the path is here, and is paged anew
             log.warning("a conversation begins anew: %s", error)
             found, state = replace(found, record=None), None
         window = state.window if state else None
@@ -218,6 +223,15 @@ class Admission:
             now_s=time.time(),
             cache_key=hashlib.blake2b(root, digest_size=16).hexdigest().encode(),
             observed=self._observed,
+        )  # fmt: skip
+
+    async def anew(self, context: TurnContext) -> TurnContext:
+        """The request's turn without what is stored of it, which cannot be used; all that it needs is in the
+        request, or was read already."""
+        found = replace(context.place, record=None, alike=None)
+        return await self._context(
+            context.body, context.sent, cast(Decoded, context.decoded), context.scope, context.tenant,
+            context.names, found,
         )  # fmt: skip
 
     def _fixed_tokens(self, split: Body, counter: TokenCounter) -> int:

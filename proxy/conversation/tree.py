@@ -62,6 +62,9 @@ class Identity:
     def __init__(self, secret: bytes) -> None:
         self._key = secret
 
+    def is_of(self, secret: bytes) -> bool:
+        return self._key == secret
+
     def _hash(self, *parts: bytes) -> bytes:
         h = blake2b(digest_size=ID_BYTES, key=self._key)
         for part in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,15 @@ class Talk:
 
     def lose(self, *lost: bytes) -> None:
         for key in lost:
-            assert self.at.memory.store._cache.delete(key)
+            assert self.database("DELETE FROM Cache WHERE key = ?", key).rowcount == 1
         self.at.memory.forget()
 
     def stored(self, letter: bytes) -> list[bytes]:
-        return sorted(key for key in self.at.memory.store._cache if key[:1] == letter)
+        return sorted(key for (key,) in self.database("SELECT key FROM Cache WHERE substr(key, 1, 1) = ?", letter))
+
+    def database(self, statement: str, *values: object) -> sqlite3.Cursor:
+        path = self.at.memory.store._path / "cache.db"
+        return sqlite3.connect(path, isolation_level=None).execute(statement, values)
 
     def records(self) -> list[Record]:
         """In the order of the conversation."""
@@ -60,7 +65,7 @@ class Talk:
 @pytest.fixture(autouse=True)
 def one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal requests of two stores are equal in their `prompt_cache_key`, too."""
-    monkeypatch.setattr("proxy.storage.l2.os.urandom", lambda size: bytes(size))
+    monkeypatch.setattr("proxy.storage.sqlite.os.urandom", lambda size: bytes(size))
 
 
 async def test_lost_blocks_of_the_page_table_change_no_byte(tmp_path: Path) -> None:
