@@ -120,8 +120,12 @@ def own_endpoints(
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
             reason = str(error) or type(error).__name__
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        damaged = memory.store.damaged
-        return JSONResponse({"status": "ready"} | ({"damaged": dict(damaged)} if damaged else {}))
+        said: dict[str, Any] = {"status": "ready"}
+        if memory.store.damaged:  # values that were met since the start, by kind
+            said["damaged"] = dict(memory.store.damaged)
+        if (repaired := memory.store.repaired) is not None:
+            said["repaired"] = {"at_s": int(repaired.at_s), "kept": repaired.kept, "lost": repaired.lost}
+        return JSONResponse(said)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -40,6 +40,7 @@ from proxy.storage.sqlite import (
     Inodes,
     Key,
     Opened,
+    Repaired,
     connect,
     get_value,
     inodes,
@@ -129,7 +130,7 @@ class DiskStore:
     `queue_records` bounds one transaction: it ends with the commit that reaches so many records, and
     the commits behind it wait their turn. `kinds`: what the values under the first byte of a key are, for people.
 
-    `damaged`: how many damaged values were met, by kind; `generation`: another number whenever the directory holds
+    `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number whenever the directory holds
     another store, or an older one, than before: what is known from it is to be forgotten.
     """
 
@@ -139,6 +140,7 @@ class DiskStore:
         self._kinds = kinds or {}
         self.damaged: Counter[str] = Counter()
         self.generation = 0
+        self.repaired: Repaired | None = None
         self._database: _Database | None = None
         self._trouble: str | None = None
         self._trouble_s = self._retry_s = 0.0  # since when; when it is tried again
@@ -373,7 +375,8 @@ class DiskStore:
         before = self._database
         for sentence in opened.told:
             log.error("%s", sentence)
-        self._database = database = _Database(self._path, opened)
+        self._database, self.repaired = _Database(self._path, opened), opened.repaired
+        database = self._database
         if before is None or before.secret != opened.secret or before.rowid > opened.rowid or opened.told:
             self.generation += 1
         if before is not None and before.secret != opened.secret:

@@ -3,7 +3,9 @@
 Promises: a value is never read as another one: each carries a checksum over itself and its key, so what was
 scribbled over is `Damaged`. A damaged file gives up every row that still stands in any of its pages, whatever
 became of its index, its tree or its first page; the rows go to a new file, which takes the place of the old one
-whole or not at all, also after a kill in the middle; the old one stays beside it as `cache.db.damaged`. What is
+whole or not at all, also after a kill in the middle; the old one stays beside it as `cache.db.damaged`. A key whose
+value is lost and that still stands somewhere, in the index as a rule, stays damaged until somebody stores it again:
+who would lose text by it is told. What is
 opened is compared with what a small file beside it says of the last time (`Mark`): an older copy, another store
 and an emptied directory are told apart. Of several processes that open or repair, one does at a time.
 """
@@ -38,9 +40,10 @@ _LOCK = f"{DATABASE}.lock"
 _LOCK_WAIT_S = 5.0  # for another process that opens or repairs
 _READ_WAIT_S = 0.02  # readers wait for nobody but a process that has just found a dead one's log
 _PAGE_BYTES, _HEADER_BYTES, _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 4096, 100, 32, 24
-_TABLE_LEAF = 0x0D
+_TABLE_LEAF, _INDEX_LEAF, _INDEX_INNER = 0x0D, 0x0A, 0x02
 _MOST_ROW_BYTES = 1_000_000_000  # SQLite's own limit
 SECRET = "secret:identity"
+REPAIRED = "repaired"
 OWN_ROWS = 2  # of a store that holds nothing yet: its secret, a probe
 _TABLE = """
 CREATE TABLE Cache (rowid INTEGER PRIMARY KEY, key BLOB NOT NULL, sum INTEGER NOT NULL, value BLOB NOT NULL);
@@ -56,6 +59,8 @@ GET = "SELECT sum, value FROM Cache WHERE key = ?"
 Key: TypeAlias = bytes | str  # str keys are our own; SQLite keeps the two apart
 Inodes: TypeAlias = tuple[tuple[int, int] | None, ...]
 
+
+_NO_SUM = -1  # of a value that is lost: no checksum is that
 
 class Damaged(StorageError):
     """A value is there and cannot be read."""
@@ -141,7 +146,7 @@ def _beside(directory: Path) -> tuple[Path, Path]:
 
 class Opened(NamedTuple):
     """A database that can be used. `told`: what is remarkable about it, in sentences; `lost`: it is not, or not all
-    of, what the mark says."""
+    of, what the mark says; `repaired`: the last time that it was."""
 
     connection: sqlite3.Connection
     inodes: Inodes
@@ -149,6 +154,7 @@ class Opened(NamedTuple):
     rowid: int
     told: list[str]
     lost: bool
+    repaired: Repaired | None
 
 
 def open_database(directory: Path, wait_s: float) -> Opened:
@@ -174,7 +180,7 @@ def open_database(directory: Path, wait_s: float) -> Opened:
         told.append(
             f"The storage in {directory} is {what}: what was remembered on {_day(mark.written_s)} is gone, or a part of it."
         )
-    return Opened(connection, inodes(directory), secret, rowid, told, lost)
+    return Opened(connection, inodes(directory), secret, rowid, told, lost, last_repair(connection))
 
 
 def _opened_as(directory: Path, mark: Mark | None, wait_s: float) -> tuple[sqlite3.Connection, bytes, int]:
@@ -269,21 +275,28 @@ def _alone(directory: Path) -> Iterator[None]:
 # -- repairing
 
 
-class Repaired(NamedTuple):
-    rows: int  # that were read and kept
-    dropped: list[Key]  # whose values were not what was stored
-    was_database: bool  # there was anything to read
+class Repaired(msgspec.Struct):
+    """Values that could be read and that are lost, as far as is known, and when (Unix time)."""
+
+    kept: int
+    lost: int
+    at_s: float
 
     def told(self, directory: Path) -> str:
-        if not self.rows and not self.was_database:
-            return (
-                f"{directory / DATABASE} was no database: it stands beside as {DAMAGED}, and the storage begins anew;"
-                " what it held is gone."
-            )
         return (
-            f"{directory / DATABASE} was damaged and has been made anew: {self.rows} values could be read,"
-            f" {len(self.dropped)} could not; the damaged file stands beside as {DAMAGED}."
+            f"{directory / DATABASE} was damaged and has been made anew: {self.kept} values could be read,"
+            f" {self.lost} are lost; the damaged file stands beside as {DAMAGED}."
         )
+
+
+_read_repaired = msgspec.json.Decoder(Repaired).decode
+
+
+def last_repair(connection: sqlite3.Connection) -> Repaired | None:
+    with suppress(Damaged, ValueError):
+        value = get_value(connection, REPAIRED)
+        return None if value is None else _read_repaired(value)
+    return None
 
 
 def repair(directory: Path) -> Repaired:
@@ -309,25 +322,29 @@ def _rebuilt(directory: Path) -> Repaired:
     unfinished = directory / _UNFINISHED
     for path in directory.glob(f"{_UNFINISHED}*"):
         path.unlink()
-    rows, dropped, last = 0, list[Key](), 0
+    insert = "INSERT OR REPLACE INTO Cache (rowid, key, sum, value) VALUES (?, ?, ?, ?)"
+    last, mark = 0, _mark(directory)
     found = RawDatabase(directory)
     with closing(found), closing(sqlite3.connect(unfinished, isolation_level=None)) as new:
         unfinished.chmod(0o600)
         new.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN; {_TABLE}")
         new.execute(f"PRAGMA user_version = {FORMAT}")
         for row in found.rows():
-            if checksum(row.key, row.value) != row.sum:
-                dropped.append(row.key)
-                continue
-            last = max(last, row.rowid)
-            insert = "INSERT OR REPLACE INTO Cache (rowid, key, sum, value) VALUES (?, ?, ?, ?)"
-            new.execute(insert, row)
-        mark = _mark(directory)
-        if mark is not None:
-            last = max(last, mark.rowid)
-        note = put_row("repaired", b"%d" % time.time())  # behind all that was: the store is not an older one
-        new.execute("INSERT OR REPLACE INTO Cache (rowid, key, sum, value) VALUES (?, ?, ?, ?)", (last + 1, *note))
-        rows = new.execute("SELECT count(*) FROM Cache").fetchone()[0] - 1
+            if checksum(row.key, row.value) == row.sum:
+                new.execute(insert, row)
+                last = max(last, row.rowid)
+        for rowid, key in found.named():
+            new.execute("INSERT OR IGNORE INTO Cache VALUES (?, ?, ?, ?)", (rowid, key, _NO_SUM, b""))
+            last = max(last, rowid)
+        last = max(last, mark.rowid if mark is not None else 0)  # rows are numbered one by one
+        kept = new.execute("SELECT count(*) FROM Cache WHERE sum != ?", (_NO_SUM,)).fetchone()[0]
+        done = Repaired(kept, last - kept, time.time())
+        with suppress(Damaged):
+            if (before := get_value(new, REPAIRED)) is not None:
+                key, number, value = put_row(f"{REPAIRED}:{last}", before)
+                new.execute("UPDATE Cache SET key = ?, sum = ?, value = ? WHERE key = ?", (key, number, value, REPAIRED))
+        # Behind all that was: the store is not an older one.
+        new.execute(insert, (last + 1, *put_row(REPAIRED, msgspec.json.encode(done))))
         new.execute("COMMIT")
         new.execute("PRAGMA journal_mode = WAL")
     for path in _unfinished_beside(directory):
@@ -336,7 +353,7 @@ def _rebuilt(directory: Path) -> Repaired:
         os.fsync(file.fileno())
     os.replace(unfinished, directory / _REPAIRED)
     _finish_repair(directory)
-    return Repaired(rows, dropped, found.pages > 0)
+    return done
 
 
 def _unfinished_beside(directory: Path) -> tuple[Path, Path]:
@@ -380,16 +397,37 @@ class RawDatabase:
                 file.close()
 
     def rows(self) -> Iterator[Row]:
-        """Unverified: compare each with its checksum. Later ones of a key stand in later pages."""
+        """Unverified: compare each with its checksum."""
+        for page, pointer, _ in self._cells(_TABLE_LEAF):
+            with suppress(IndexError, ValueError):
+                size, at = _varint(page, pointer)
+                rowid, at = _varint(page, at)
+                _, key, number, value = _values(self._payload(page, at, size), 4)
+                if isinstance(key, bytes | str) and isinstance(number, int) and isinstance(value, bytes):
+                    yield Row(rowid, key, number, value)
+
+    def named(self) -> Iterator[tuple[int, Key]]:
+        """The keys of all rows, by the index and by rows whose values cannot be read."""
+        for row in self.rows():
+            yield row.rowid, row.key
+        for page, pointer, kind in self._cells(_INDEX_LEAF, _INDEX_INNER):
+            with suppress(IndexError, ValueError):
+                size, at = _varint(page, pointer + (4 if kind == _INDEX_INNER else 0))
+                key, rowid = _values(page[at : at + size], 2)
+                if isinstance(key, bytes | str) and isinstance(rowid, int) and 0 < rowid < self.pages * self._usable:
+                    yield rowid, key
+
+    def _cells(self, *kinds: int) -> Iterator[tuple[bytes, int, int]]:
+        """(page, where the cell begins in it, kind) of all pages of these kinds that are in use."""
         free = self._free()
         for number in range(1, self.pages + 1):
             page = b"" if number in free else self._page(number)
             head = _HEADER_BYTES if number == 1 else 0
-            if len(page) <= head + 8 or page[head] != _TABLE_LEAF:
+            if len(page) < self._page_bytes or page[head] not in kinds:
                 continue
-            for at in range(int.from_bytes(page[head + 3 : head + 5], "big")):
-                with suppress(IndexError, ValueError, UnicodeDecodeError):
-                    yield self._row(page, head + 8 + 2 * at)
+            first = head + (12 if page[head] == _INDEX_INNER else 8)
+            for at in range(first, first + 2 * int.from_bytes(page[head + 3 : head + 5], "big"), 2):
+                yield page, int.from_bytes(page[at : at + 2], "big"), page[head]
 
     @staticmethod
     def _read(file: BinaryIO | None, at: int, size: int) -> bytes:
@@ -432,24 +470,6 @@ class RawDatabase:
             trunk = int.from_bytes(page[:4], "big")
         return free
 
-    def _row(self, page: bytes, pointer: int) -> Row:
-        """The row of a cell. IndexError and ValueError for what is none of ours."""
-        at = int.from_bytes(page[pointer : pointer + 2], "big")
-        size, at = _varint(page, at)
-        rowid, at = _varint(page, at)
-        payload = self._payload(page, at, size)
-        end, at = _varint(payload, 0)
-        types: list[int] = []
-        while at < end:
-            kind, at = _varint(payload, at)
-            types.append(kind)
-        if len(types) != 4:
-            raise ValueError("a row of another table")
-        _, key, number, value = (_column(payload, kind, where) for kind, where in _columns(types, end))
-        if not isinstance(key, bytes | str) or not isinstance(number, int) or not isinstance(value, bytes):
-            raise ValueError("a row of another table")
-        return Row(rowid, key, number, value)
-
     def _payload(self, page: bytes, at: int, size: int) -> bytes:
         usable = self._usable
         if size > min(_MOST_ROW_BYTES, self.pages * self._page_bytes):
@@ -491,19 +511,26 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 _INTEGERS = (0, 1, 2, 3, 4, 6, 8)
 
 
-def _columns(types: list[int], at: int) -> Iterator[tuple[int, slice]]:
-    for kind in types:
+def _values(payload: bytes, count: int) -> list[bytes | str | int | None]:
+    """The columns of a record. IndexError and ValueError for one that is cut, or has not so many."""
+    end, at = _varint(payload, 0)
+    kinds: list[int] = []
+    while at < end:
+        kind, at = _varint(payload, at)
+        kinds.append(kind)
+    if len(kinds) != count:
+        raise ValueError("a row of another table")
+    values: list[bytes | str | int | None] = []
+    for kind in kinds:
         size = (kind - 12) // 2 if kind >= 12 else _INTEGERS[kind] if kind < 7 else 8 if kind == 7 else 0
-        yield kind, slice(at, at + size)
-        at += size
-
-
-def _column(payload: bytes, kind: int, where: slice) -> bytes | str | int | None:
-    data = payload[where]
-    if len(data) != where.stop - where.start:
-        raise ValueError("a row that is cut")
-    if kind >= 12:
-        return data.decode() if kind % 2 else data
-    if kind in (8, 9):
-        return kind - 8
-    return int.from_bytes(data, "big", signed=True) if 0 < kind < 7 else None
+        data = payload[end : end + size]
+        if len(data) != size:
+            raise ValueError("a row that is cut")
+        end += size
+        if kind >= 12:
+            values.append(data.decode() if kind % 2 else data)
+        elif kind in (8, 9):
+            values.append(kind - 8)
+        else:
+            values.append(int.from_bytes(data, "big", signed=True) if 0 < kind < 7 else None)
+    return values
