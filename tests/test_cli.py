@@ -4,7 +4,6 @@ import asyncio
 import http.client
 import json
 import os
-import random
 import re
 import signal
 import socket

@@ -24,7 +24,8 @@ BASE = {"config", "errors", "sse", "tokens"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
-    "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
+    "cli": {"check", "config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
@@ -59,7 +60,7 @@ IMPORTERS: dict[str, set[str]] = {
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
-    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream"},
+    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
@@ -77,7 +78,7 @@ IMPORTERS: dict[str, set[str]] = {
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.
-STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"search", "storage"}}
+STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"check", "search", "storage"}}  # and what checks it
 
 PURE = {"media", "memory", "conversation", "sse"}
 PURE_STDLIB = {

@@ -55,6 +55,7 @@ _PROVED_S = 1.0  # a commit of the last so many seconds proves that what a clien
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
+_SESSIONS = 65_536  # of new messages, which are told when the storage has lost them
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
@@ -105,6 +106,7 @@ class Admission:
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
+        self._sessions: LRUCache[int, int] = LRUCache(_SESSIONS)  # of new messages: what the store had lost by then
 
     async def admit(
         self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
@@ -112,9 +114,12 @@ class Admission:
         """A request's turn; `deployment`: the model that its path names. Raises ApiError 400 for what
         cannot be a chat request; StorageError and LookupError where a client that sends only what is new would
         lose what it says, or is answered without what it said."""
-        self._memory.renew()
-        memory, identity = self._memory, self._memory.identity
+        memory = self._memory
         who = caller(headers, parameters(query), *self._session_headers)
+        if who.delta:  # what it says is nowhere else: it can be stored, or upstream is not asked
+            await memory.store.check(_PROVED_S)
+        memory.renew()
+        identity = memory.identity
         scope = identity.scope(who.credentials)
         try:
             split = read_body(body, scope, memory.histories)
@@ -128,12 +133,21 @@ class Admission:
         if split.known is not None and split.known.tenant != tenant:  # another user of this key
             split = read_body(body, scope, _NO_HISTORIES)
         names = self._names(tenant, who)
-        if names.delta is not None:  # what it says is nowhere else: it is stored, or upstream is not asked
-            await memory.store.check(_PROVED_S)
         split, found = await self._place(split, scope, tenant, names)
+        if names.delta is not None:
+            self._require_no_loss(hash(who), found)
         if found.start and _is_retry(headers):
             found = self._as_retry(found, tenant, names)
         return await self._context(body, split, decoded, scope, tenant, names, found)
+
+    def _require_no_loss(self, session: int, found: Place) -> None:
+        """LookupError when this process has served the session from a store that is not there any more, and the
+        request does not bring a history of its own."""
+        losses = self._memory.store.losses
+        own = any(node.role == "assistant" for node in found.path[found.start :])
+        if self._sessions.get(session, losses) != losses and not own:
+            raise LookupError("what this session said before was lost with its storage")
+        self._sessions[session] = losses
 
     def _names(self, tenant: TenantKey, who: Caller) -> SessionNames:
         if who.label is None:

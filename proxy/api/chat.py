@@ -87,7 +87,7 @@ class ChatApi:
 
             self._embedder = Embedder(config, upstream, memory)
         self._admission = Admission(config, memory, self.model_facts, observer is not None)
-        self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
+        self._warned: set[str] = set()  # what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
 
     async def close(self) -> None:
@@ -156,7 +156,8 @@ class ChatApi:
             if answer.refused is None:  # before the end is sent
                 visit.answered(answer.report, answer.usage, context.state is None)
             await exchange.finish(answer, _own_headers(answer), visit.memory_lost > 0)
-            self._warn(context.decoded["model"], answer.report.warning)
+            if answer.report.warning is not None:
+                self._warn(f"model {context.decoded['model']}: {answer.report.warning}")
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
@@ -179,12 +180,12 @@ class ChatApi:
             broken = ApiError(502, message, "api_error", "upstream_broken")
             await _fail(exchange, send, broken)
         except StorageError as error:
-            log.error("a request cannot be served: %s", error)
+            self._warn(f"requests cannot be served: {error}")
             await _fail(exchange, send, as_api_error(error))
         except Exception as error:
             whole = context is not None and not context.place.start  # what upstream needs is in the body
             if type(error) is LookupError and not whole:  # our own word, unlike KeyError and IndexError
-                log.error("a request cannot be served: %s", error)
+                self._warn(f"requests cannot be served: {error}")
                 unread = self._memory.store.trouble  # it is not known then what is there
                 await _fail(exchange, send, as_api_error(StorageError(unread) if unread else error))
                 return
@@ -231,14 +232,14 @@ class ChatApi:
         visit.refusals += reply.status >= 400
         await relay(reply, send)
 
-    def _warn(self, model: str, warning: str | None) -> None:
-        """One line for each model and reason: the same client says it with every request."""
-        if warning is None or (key := (model, warning)) in self._warned:
+    def _warn(self, warning: str) -> None:
+        """One line for each: the same client meets it with every request."""
+        if warning in self._warned:
             return
         if len(self._warned) >= _WARNINGS:
             self._warned.clear()
-        self._warned.add(key)
-        log.warning("model %s: %s", *key)
+        self._warned.add(warning)
+        log.warning("%s", warning)
 
     def _upstream_of(self, scope: Scope) -> Upstream:
         """The upstream, at the place where it has what the client's path names."""

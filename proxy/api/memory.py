@@ -94,7 +94,7 @@ class Memory:
             return
         self._generation, secret = self.store.generation, self.store.secret()
         self.forget()
-        if not self.identity.is_of(secret):
+        if self.identity.secret != secret:
             self.identity = Identity(secret)
             self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
@@ -188,12 +188,10 @@ class Memory:
         What is already stored stays as it is: others may have built on it. `identity`: whose ids it has; StorageError
         when the store that it belongs to is not there any more.
         """
-        if identity is not self.identity:
-            raise StorageError("The storage was replaced while the request was answered.")
         ours = {record_key(record.id) for record in effect.records}
         adds = [put for put in effect.puts if put[0] in ours]
         puts = [*(put for put in effect.puts if put[0] not in ours), *more]
-        known = await self.store.commit(puts, effect.joins, adds)
+        known = await self.store.commit(puts, effect.joins, adds, identity.secret)
         new = [record for record in effect.records if record_key(record.id) not in known]
         for record in new:
             size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES

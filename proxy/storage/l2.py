@@ -77,6 +77,7 @@ class _Job(NamedTuple):
     puts: Sequence[tuple[Key, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
     adds: Sequence[tuple[bytes, bytes]]
+    secret: bytes | None  # of the store that it is for; None: of any
     answer: _Answer | None  # None: it only wakes the writer
 
     @property
@@ -130,8 +131,9 @@ class DiskStore:
     `queue_records` bounds one transaction: it ends with the commit that reaches so many records, and
     the commits behind it wait their turn. `kinds`: what the values under the first byte of a key are, for people.
 
-    `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number whenever the directory holds
-    another store, or an older one, than before: what is known from it is to be forgotten.
+    `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number
+    whenever the directory holds another file than before: what is known from it is to be forgotten; `losses`: how many
+    times that was another store or an older one.
     """
 
     def __init__(self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None) -> None:
@@ -139,7 +141,7 @@ class DiskStore:
         self._queue_records = queue_records
         self._kinds = kinds or {}
         self.damaged: Counter[str] = Counter()
-        self.generation = 0
+        self.generation = self.losses = 0
         self.repaired: Repaired | None = None
         self._database: _Database | None = None
         self._trouble: str | None = None
@@ -193,7 +195,7 @@ class DiskStore:
     def _ask_for_repair(self) -> None:
         if not self._repair_asked and time.monotonic() - self._repaired_s > _REPAIRS_S:
             self._repair_asked = True
-            self._jobs.put(_Job((), (), (), None))
+            self._jobs.put(_Job((), (), (), None, None))
 
     # -- writing
 
@@ -202,13 +204,14 @@ class DiskStore:
         puts: Sequence[tuple[Key, bytes]],
         joins: Sequence[tuple[bytes, bytes]] = (),
         adds: Sequence[tuple[bytes, bytes]] = (),
+        secret: bytes | None = None,
     ) -> frozenset[bytes]:
         """Store all of it or nothing; durable against SIGKILL on return.
 
         puts: insert or replace. adds: insert what is not there; what is there stays, and its keys
         are returned. joins: append a 16-byte value to the ordered set under the key; a
         value already there keeps its place; the newest 32 stay. Read the set with `get`: the
-        values one after another, oldest first. Raises StorageError, at once while the store is known to be in
+        values one after another, oldest first. `secret`: of the store that it is for. Raises StorageError, at once while the store is known to be in
         trouble. A commit cancelled while it waits is withdrawn if the writer has not taken it yet, and is stored
         whole otherwise.
         """
@@ -221,7 +224,7 @@ class DiskStore:
         if self._trouble is not None and time.monotonic() < self._retry_s:
             self._turned_away += 1
             raise StorageError(self._trouble)
-        return await self._submit(puts, joins, adds)
+        return await self._submit(puts, joins, adds, secret)
 
     async def check(self, proved_s: float = 0.0) -> None:
         """Raises StorageError unless a turn can be committed right now. A commit of the last `proved_s` seconds
@@ -254,9 +257,10 @@ class DiskStore:
         puts: Sequence[tuple[Key, bytes]],
         joins: Sequence[tuple[bytes, bytes]],
         adds: Sequence[tuple[bytes, bytes]],
+        secret: bytes | None = None,
     ) -> frozenset[bytes]:
         answer: _Answer = asyncio.get_running_loop().create_future()
-        job = _Job(puts, joins, adds, answer)
+        job = _Job(puts, joins, adds, secret, answer)
         if not job.records:
             return frozenset()
         with self._lock:
@@ -302,8 +306,7 @@ class DiskStore:
             return [StorageError(self._trouble) for _ in jobs]
         try:
             database = self._usable()
-            outcomes: list[frozenset[bytes] | StorageError] = []
-            outcomes += self._stored(database, jobs)
+            outcomes = self._stored(database, jobs)
         except Exception as error:  # noqa: BLE001 - whoever awaits a commit gets it
             self._failed(error, len(jobs))
             return [StorageError(self._trouble) for _ in jobs]
@@ -319,13 +322,19 @@ class DiskStore:
         self._mark(database, _MARK_S)
         return outcomes
 
-    def _stored(self, database: _Database, jobs: Sequence[_Job]) -> list[frozenset[bytes]]:
+    def _stored(self, database: _Database, jobs: Sequence[_Job]) -> list[frozenset[bytes] | StorageError]:
         wait_s = LOCK_WAIT_S if self._trouble is None else _LOCK_WAIT_AGAIN_S
         if database.writer is None:
             database.writer = connect(self._path, wait_s)
         writer = database.writer
         writer.execute("BEGIN IMMEDIATE")
-        outcomes = [self._store(writer, job) for job in jobs]
+        outcomes: list[frozenset[bytes] | StorageError] = []
+        for job in jobs:
+            if job.secret in (None, database.secret):
+                outcomes.append(self._store(writer, job))
+            else:
+                outcomes.append(StorageError(f"The storage in {self._path} was replaced meanwhile."))
+        database.rowid = newest_row(writer)
         writer.execute("COMMIT")
         return outcomes
 
@@ -377,7 +386,9 @@ class DiskStore:
             log.error("%s", sentence)
         self._database, self.repaired = _Database(self._path, opened), opened.repaired
         database = self._database
-        if before is None or before.secret != opened.secret or before.rowid > opened.rowid or opened.told:
+        if before is not None and (before.secret != opened.secret or before.rowid > opened.rowid):
+            self.losses += 1
+        if before is None or before.inodes[0] != database.inodes[0]:
             self.generation += 1
         if before is not None and before.secret != opened.secret:
             log.error("%s holds another storage now: what was remembered before is gone.", self._path)
@@ -396,7 +407,7 @@ class DiskStore:
             if database.inodes == found:
                 return database
             if database.inodes[0] == found[0] and database.writer is not None:  # we still have its log
-                log.error("The write-ahead log in %s was deleted: what it holds is saved.", self._path)
+                log.error("The write-ahead log or the shared memory in %s was deleted: what they hold is saved.", self._path)
                 database.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             elif found[0] is None and self._trouble is None:
                 raise _Gone
@@ -453,8 +464,7 @@ class DiskStore:
             return
         self._marked_s = now_s
         with suppress(OSError, sqlite3.Error):
-            database.rowid = newest_row(database.writer)
-            write_mark(self._path, database.secret, database.rowid)
+            write_mark(self._path, database.secret, newest_row(database.writer), database.inodes)
 
 
 def _sound(writer: sqlite3.Connection, key: Key) -> bytes | None:

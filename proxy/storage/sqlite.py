@@ -16,7 +16,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
@@ -60,7 +60,8 @@ Key: TypeAlias = bytes | str  # str keys are our own; SQLite keeps the two apart
 Inodes: TypeAlias = tuple[tuple[int, int] | None, ...]
 
 
-_NO_SUM = -1  # of a value that is lost: no checksum is that
+LOST_SUM = -1  # of a value that is lost: no checksum is that
+
 
 class Damaged(StorageError):
     """A value is there and cannot be read."""
@@ -105,11 +106,13 @@ def is_damage(error: BaseException) -> bool:
 
 
 class Mark(msgspec.Struct):
-    """What was last known of a store: its secret in hexadecimal, its newest row, and when that was (Unix time)."""
+    """What was last known of a store: its secret in hexadecimal, its newest row, when that was (Unix time), and
+    which files it stood in."""
 
     secret: str
     rowid: int
     written_s: float
+    inodes: Inodes
 
 
 _read_mark = msgspec.json.Decoder(Mark).decode
@@ -165,13 +168,15 @@ def open_database(directory: Path, wait_s: float) -> Opened:
     with _alone(directory):
         _finish_repair(directory)
         mark = _mark(directory)
+        if mark is not None:
+            _drop_log_of_another(directory, mark, told)
         try:
-            connection, secret, rowid = _opened_as(directory, mark, wait_s)
+            connection, secret, rowid = _opened_as(directory, mark, wait_s, told)
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
             told.append(_repair(directory).told(directory))
-            connection, secret, rowid = _opened_as(directory, mark, wait_s)
+            connection, secret, rowid = _opened_as(directory, mark, wait_s, told)
     lost = mark is not None and (mark.secret != secret.hex() or mark.rowid > rowid)
     if mark is not None and lost:
         what = "an older copy, or its write-ahead log was deleted"
@@ -183,14 +188,19 @@ def open_database(directory: Path, wait_s: float) -> Opened:
     return Opened(connection, inodes(directory), secret, rowid, told, lost, last_repair(connection))
 
 
-def _opened_as(directory: Path, mark: Mark | None, wait_s: float) -> tuple[sqlite3.Connection, bytes, int]:
+def _opened_as(
+    directory: Path, mark: Mark | None, wait_s: float, told: list[str]
+) -> tuple[sqlite3.Connection, bytes, int]:
     """A connection, the store's secret, and its newest row."""
     connection = _checked(directory, wait_s)
     try:
         secret, rowid = _secret(connection), newest_row(connection)
         if secret is None:
-            known = bytes.fromhex(mark.secret) if mark is not None and rowid else b""  # its row was lost
+            known = bytes.fromhex(mark.secret) if mark is not None and rowid else b""
             secret = known if len(known) == SECRET_BYTES else os.urandom(SECRET_BYTES)
+            if rowid:
+                after = "it stood beside and is there again" if secret == known else "nothing in it can be found any more"
+                told.append(f"The secret of the storage in {directory} was lost: {after}.")
             connection.execute(PUT, put_row(SECRET, secret))
             rowid = newest_row(connection)
     except BaseException:
@@ -199,16 +209,25 @@ def _opened_as(directory: Path, mark: Mark | None, wait_s: float) -> tuple[sqlit
     return connection, secret, rowid
 
 
+def _drop_log_of_another(directory: Path, mark: Mark, told: list[str]) -> None:
+    """A log that is still the one of before, beside another file: SQLite would take it for this one's."""
+    found = inodes(directory)
+    if found[1] is not None and found[1] == mark.inodes[1] and found[0] != mark.inodes[0]:
+        told.append(f"{directory / DATABASE} is another file, and the log beside it is not of it: it is dropped.")
+        for path in _beside(directory):
+            path.unlink(missing_ok=True)
+
+
 def newest_row(connection: sqlite3.Connection) -> int:
     """It only grows as long as a store lives."""
     found: int = connection.execute("SELECT ifnull(max(rowid), 0) FROM Cache").fetchone()[0]
     return found
 
 
-def write_mark(directory: Path, secret: bytes, rowid: int) -> None:
+def write_mark(directory: Path, secret: bytes, rowid: int, files: Inodes) -> None:
     """Raises OSError."""
     beside = directory / f"{_MARK}.{os.getpid()}"
-    beside.write_bytes(msgspec.json.encode(Mark(secret.hex(), rowid, time.time())))
+    beside.write_bytes(msgspec.json.encode(Mark(secret.hex(), rowid, time.time(), files)))
     beside.chmod(0o600)
     os.replace(beside, directory / _MARK)
 
@@ -275,6 +294,13 @@ def _alone(directory: Path) -> Iterator[None]:
 # -- repairing
 
 
+def mark_lost(connection: sqlite3.Connection, lost: Iterable[Key]) -> None:
+    """Make these keys' values damaged ones. Raises sqlite3.Error."""
+    connection.execute("BEGIN IMMEDIATE")
+    connection.executemany(PUT, [(key, LOST_SUM, b"") for key in lost])
+    connection.execute("COMMIT")
+
+
 class Repaired(msgspec.Struct):
     """Values that could be read and that are lost, as far as is known, and when (Unix time)."""
 
@@ -334,10 +360,10 @@ def _rebuilt(directory: Path) -> Repaired:
                 new.execute(insert, row)
                 last = max(last, row.rowid)
         for rowid, key in found.named():
-            new.execute("INSERT OR IGNORE INTO Cache VALUES (?, ?, ?, ?)", (rowid, key, _NO_SUM, b""))
+            new.execute("INSERT OR IGNORE INTO Cache VALUES (?, ?, ?, ?)", (rowid, key, LOST_SUM, b""))
             last = max(last, rowid)
         last = max(last, mark.rowid if mark is not None else 0)  # rows are numbered one by one
-        kept = new.execute("SELECT count(*) FROM Cache WHERE sum != ?", (_NO_SUM,)).fetchone()[0]
+        kept = new.execute("SELECT count(*) FROM Cache WHERE sum != ?", (LOST_SUM,)).fetchone()[0]
         done = Repaired(kept, last - kept, time.time())
         with suppress(Damaged):
             if (before := get_value(new, REPAIRED)) is not None:

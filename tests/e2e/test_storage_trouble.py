@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import resource
 import shutil
 import sqlite3
 import tempfile
@@ -22,9 +21,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.harness import Recorded, RecordingUpstream, ServerProcess, answer, free_port, message_of
+from tests.e2e.harness import (
+    RecordingUpstream,
+    ServerProcess,
+    answer,
+    free_port,
+    message_of,
+)
 from tests.e2e.talk import CHAT, body, config, raw, read_stream
-from tests.waiting import happens
 
 PORT = free_port()
 TURNS = 14
@@ -191,4 +195,89 @@ async def test_invariant_6_damaged_files_are_a_miss(before: tuple[Path, list[dic
             assert ready.status_code == 200
             memory, _ = await both.whole()
             assert memory == ""
+        print(server.log[-3000:])
+
+
+def deleted(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def files_deleted(directory: Path) -> None:
+    for path in directory.glob(f"{DATABASE}*"):
+        path.unlink()
+
+
+def without(suffix: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / f"{DATABASE}{suffix}").unlink()
+
+
+def older(directory: Path) -> None:
+    for path in directory.glob(f"{DATABASE}*"):
+        path.unlink()
+    shutil.copytree(directory.parent / "older", directory, dirs_exist_ok=True)
+
+
+def older_database(directory: Path) -> None:
+    shutil.copy(directory.parent / "older" / DATABASE, directory / "copy")
+    (directory / "copy").replace(directory / DATABASE)
+
+
+def older_in_place(directory: Path) -> None:
+    shutil.copyfile(directory.parent / "older" / DATABASE, directory / DATABASE)
+
+
+WHILE_IT_RUNS: dict[str, Callable[[Path], None]] = {
+    "directory deleted": deleted,
+    "files deleted": files_deleted,
+    "log deleted": without("-wal"),
+    "shared memory deleted": without("-shm"),
+    "directory replaced by an older copy": older,
+    "database replaced by an older copy": older_database,
+    "database overwritten by an older copy": older_in_place,
+    "page zeroed": zeros(lambda count: [3, 4]),
+    "all pages zeroed": zeros(lambda count: list(range(count))),
+    "cut": truncated,
+    "garbage": garbage,
+}
+
+
+@pytest.mark.parametrize("name", WHILE_IT_RUNS)
+async def test_invariant_6_trouble_while_it_runs(before: tuple[Path, list[dict[str, Any]]], name: str) -> None:
+    server = ServerProcess(config(PORT))
+    shutil.copytree(before[0], server.dir / "data")
+    shutil.copytree(before[0], server.dir / "older")
+    with server:
+        async with clients(server, before[1]) as both:
+            assert (await both.delta(TURNS)).status_code == 200
+            assert (await both.whole())[0] == ""
+            WHILE_IT_RUNS[name](server.dir / "data")
+            for turn in range(3):
+                memory, _ = await both.whole(stream=turn == 1)
+                print(name, "whole", memory)
+                response = await both.delta(TURNS + 1 + turn)
+                seen = json.dumps(both.upstream.calls[-1].json)
+                print(name, "delta", response.status_code, response.headers.get("x-llm-pager-memory"), sum(s not in seen for s in SAID), response.text[:200] if response.status_code != 200 else "")
+            said = 0
+
+            async def remembered() -> bool:
+                nonlocal said
+                said += 1
+                new = {"x-llm-pager-session": f"new {said}"}
+                message = {"role": "user", "content": f"{SAID[0]} kept-mark {said}"}
+                response = await both.client.post(CHAT, json=body([message]), headers=new)
+                return response.status_code == 200 and "x-llm-pager-memory" not in response.headers
+
+            for _ in range(30):
+                if await remembered():
+                    break
+                await asyncio.sleep(0.2)
+            print(name, "new session", said)
+            assert (await both.whole())[0] == ""
+            server.kill()
+            await asyncio.to_thread(server.restart)
+            new = {"x-llm-pager-session": f"new {said}"}
+            response = await both.client.post(CHAT, json=body([{"role": "user", "content": f"{SAID[1]} again"}]), headers=new)
+            assert response.status_code == 200, response.text
+            print(name, "kept after a kill:", f"kept-mark {said}" in json.dumps(both.upstream.calls[-1].json))
+            assert f"kept-mark {said}" in json.dumps(both.upstream.calls[-1].json)
         print(server.log[-3000:])
