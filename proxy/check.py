@@ -8,7 +8,6 @@ and a client that would lose text by it is told. A server may run meanwhile: it 
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,6 +28,8 @@ from proxy.storage.sqlite import (
     DATABASE,
     LOST_SUM,
     SECRET,
+    Connection,
+    Failure,
     Key,
     checksum,
     connect,
@@ -48,7 +49,7 @@ def check_storage(config: Config) -> int:
     """Prints what was found and done. Raises StorageError for a storage that cannot be used at all."""
     try:
         return _checked(config, config.tiers.l2.path)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, Failure) as error:
         raise StorageError(f"The storage in {config.tiers.l2.path} cannot be checked: {error}.") from error
 
 
@@ -106,14 +107,14 @@ class _File:
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
             try:
                 self._read(connection)
-            except sqlite3.DatabaseError as error:
+            except Failure as error:
                 if not is_damage(error):
                     raise
                 self.damage[f"the file cannot be read to its end: {error}"] += 1
         missing = {key: how for key, how in self._named.items() if key not in self._there}
         self.wrong.update({key: f"that {how} is missing" for key, how in missing.items()})
 
-    def _read(self, connection: sqlite3.Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
             if line != "ok":
                 self.damage.update(str(line).splitlines()[:_TOLD])

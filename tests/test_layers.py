@@ -78,7 +78,7 @@ IMPORTERS: dict[str, set[str]] = {
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.
-STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"check", "search", "storage"}}  # and what checks it
+STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"search", "storage"}}
 
 PURE = {"media", "memory", "conversation", "sse"}
 PURE_STDLIB = {

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -43,7 +44,7 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
-from proxy.errors import ApiError
+from proxy.errors import ApiError, StorageError
 from proxy.model_limits import POLICIES, limits_of
 from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
 from proxy.upstream import Header
@@ -118,6 +119,9 @@ class Admission:
         who = caller(headers, parameters(query), *self._session_headers)
         if who.delta:  # what it says is nowhere else: it can be stored, or upstream is not asked
             await memory.store.check(_PROVED_S)
+        elif memory.store.trouble is not None:
+            with suppress(StorageError):  # perhaps it is over
+                await memory.store.check(_PROVED_S)
         memory.renew()
         identity = memory.identity
         scope = identity.scope(who.credentials)

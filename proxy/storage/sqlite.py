@@ -56,6 +56,8 @@ PUT = (
 ADD = "INSERT INTO Cache (key, sum, value) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING"
 GET = "SELECT sum, value FROM Cache WHERE key = ?"
 
+Connection: TypeAlias = sqlite3.Connection
+Failure: TypeAlias = sqlite3.Error
 Key: TypeAlias = bytes | str  # str keys are our own; SQLite keeps the two apart
 Inodes: TypeAlias = tuple[tuple[int, int] | None, ...]
 

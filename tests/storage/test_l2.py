@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,115 @@ def test_a_directory_that_may_only_be_read_is_refused() -> None:
     )
     out = child.communicate(timeout=60)[0].strip()
     assert out.startswith("Cannot use ") and "Permission denied" in out and "\n" not in out
+
+
+async def test_a_damaged_value_is_told_once_and_stored_again_by_who_has_it(
+    store: DiskStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    await store.commit([(b"put", b"1")], [(b"join", id16(1))], [(b"add", b"1")])
+    execute(store._path, "UPDATE Cache SET value = zeroblob(length(value)) WHERE typeof(key) = 'blob'")
+    for _ in range(3):
+        for key in (b"put", b"join", b"add"):
+            with pytest.raises(Damaged, match="check --storage"):
+                store.get(key)
+    assert store.damaged == {"value": 9} and len(caplog.records) == 1
+    assert await store.commit([(b"put", b"2")], [(b"join", id16(2))], [(b"add", b"2")]) == frozenset()
+    assert [store.get(key) for key in (b"put", b"join", b"add")] == [b"2", id16(2), b"2"]
+
+
+async def test_what_fails_once_fails_at_once_until_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("proxy.storage.l2.LOCK_WAIT_S", 0.05)
+    store = DiskStore(tmp_path / "l2", 10)
+    with closing(sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN IMMEDIATE")
+        tried: list[None] = []
+        stored = store._stored
+        monkeypatch.setattr(store, "_stored", lambda *work: (tried.append(None), stored(*work))[1])
+        for _ in range(5):
+            with pytest.raises(StorageError, match="have held its lock"):
+                await store.commit([(b"a", b"1")])
+        with pytest.raises(StorageError):
+            await store.check(1.0)
+        assert len(tried) == 1 and store.trouble
+        with pytest.raises(StorageError):
+            await store.check()
+        assert len(tried) == 2
+    await store.check()
+    await store.commit([(b"a", b"1")])
+    assert store.trouble is None
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["ERROR", "WARNING"] and "can be written again" in caplog.messages[-1]
+    await store.close()
+
+
+@pytest.mark.parametrize("kept", ["nothing", "an older copy", "another store"])
+async def test_files_that_are_deleted_or_replaced_are_not_written(tmp_path: Path, kept: str) -> None:
+    path = tmp_path / "l2"
+    store = DiskStore(path, 10)
+    await store.commit([(b"a", b"1")])
+    if kept == "another store":
+        await DiskStore(tmp_path / "older", 10).close()
+    elif kept == "an older copy":
+        with closing(sqlite3.connect(path / "cache.db")) as source:
+            (tmp_path / "older").mkdir()
+            source.execute("VACUUM INTO ?", (str(tmp_path / "older" / "cache.db"),))
+    secret = store.secret()
+    await store.commit([(b"b", b"2")], secret=secret)
+    shutil.rmtree(path)
+    if kept != "nothing":
+        shutil.copytree(tmp_path / "older", path)
+    with pytest.raises(StorageError, match="deleted or replaced"):
+        await store.commit([(b"c", b"3")], secret=secret)
+    await store.check()
+    assert store.losses == 1 and (store.secret() == secret) == (kept == "an older copy")
+    with pytest.raises(StorageError, match="replaced meanwhile"):
+        await store.commit([(b"c", b"3")], secret=b"another's")
+    await store.commit([(b"d", b"4")], secret=store.secret())
+    assert [store.get(key) for key in (b"a", b"b", b"d")] == [b"1" if kept == "an older copy" else None, None, b"4"]
+    await store.close()
+    again = DiskStore(path, 10)
+    assert again.get(b"d") == b"4" and again.losses == 0
+    await again.close()
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+async def test_a_deleted_log_is_saved_from_what_is_open(tmp_path: Path, suffix: str) -> None:
+    store = DiskStore(tmp_path, 10)
+    await store.commit([(b"a", b"1")])
+    (tmp_path / f"cache.db{suffix}").unlink()
+    await store.commit([(b"b", b"2")])
+    child = start("import sys; from pathlib import Path; from proxy.storage.l2 import DiskStore\n"
+                  "s = DiskStore(Path(sys.argv[1]), 10); print(s.get(b'a'), s.get(b'b'))", tmp_path)  # fmt: skip
+    assert child.communicate(timeout=60)[0] == "b'1' b'2'\n"
+    assert (store.losses, store.get(b"a"), store.get(b"b")) == (0, b"1", b"2")
+    await store.close()
+
+
+async def test_a_file_that_cannot_be_read_is_repaired_beside_the_commits(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, 10)
+    values = [(b"%d" % n, b"v" * 2000) for n in range(200)]
+    await store.commit(values)
+    await store.close()
+    data = bytearray((tmp_path / "cache.db").read_bytes())
+    for page in range(4, len(data) // 4096, 5):
+        data[page * 4096 : (page + 1) * 4096] = bytes(4096)
+    (tmp_path / "cache.db").write_bytes(data)
+    store = DiskStore(tmp_path, 10)
+    generation = store.generation
+    found = []
+    for key, _ in values:
+        with suppress(StorageError):
+            found.append(store.get(key))
+    async with asyncio.timeout(10):
+        while store.generation == generation:  # the repair has a thread of its own
+            await asyncio.sleep(0.01)
+    await store.check()
+    assert store.repaired is not None and store.repaired.lost > 0
+    await store.commit(values)
+    assert all(store.get(key) == value for key, value in values)
+    await store.close()
 
 
 async def test_adds_keep_what_is_there_and_say_so(tmp_path: Path) -> None:
