@@ -101,6 +101,7 @@ class _Database:
         self.writer: sqlite3.Connection | None = opened.connection  # the writer thread's
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
+        self.reader.execute("SELECT 1 FROM Cache LIMIT 1")  # as long as it is open, no other file has its inode
 
     @property
     def reader(self) -> sqlite3.Connection:
@@ -386,9 +387,9 @@ class DiskStore:
             log.error("%s", sentence)
         self._database, self.repaired = _Database(self._path, opened), opened.repaired
         database = self._database
-        if before is not None and (before.secret != opened.secret or before.rowid > opened.rowid):
-            self.losses += 1
-        if before is None or before.inodes[0] != database.inodes[0]:
+        lost = before is not None and (before.secret != opened.secret or before.rowid > opened.rowid)
+        self.losses += lost
+        if before is None or lost or before.inodes[0] != database.inodes[0]:
             self.generation += 1
         if before is not None and before.secret != opened.secret:
             log.error("%s holds another storage now: what was remembered before is gone.", self._path)
