@@ -191,6 +191,8 @@ def _require_writable(directory: Path) -> None:
             probe.write(b"\0")
             probe.flush()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return  # it is served without memory until it can be written: the log says so
         raise StartError(
             f"The state directory {directory.absolute()} cannot be written: {error.strerror}; "
             "set tiers.l2.path to one that can."

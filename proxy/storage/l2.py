@@ -23,6 +23,8 @@ import logging
 import os
 import queue
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -48,7 +50,6 @@ from proxy.storage.sqlite import (
     newest_row,
     open_database,
     put_row,
-    repair,
     write_mark,
 )
 from proxy.storage.sqlite import Damaged as Damaged
@@ -449,7 +450,7 @@ class DiskStore:
         database, self._repair_asked = self._database, False
         try:
             if database is None or database.inodes[0] == inodes(self._path)[0]:  # else another process has done it
-                log.error("%s", repair(self._path).told(self._path))
+                log.error("%s", _repaired(self._path))
             opened = open_database(self._path, LOCK_WAIT_S)
         except Exception as error:  # noqa: BLE001 - it stays as it is
             self._failed(error, 0)
@@ -466,6 +467,17 @@ class DiskStore:
         self._marked_s = now_s
         with suppress(OSError, sqlite3.Error):
             write_mark(self._path, database.secret, newest_row(database.writer), database.inodes)
+
+
+def _repaired(path: Path) -> str:
+    """Repair the file in a process of its own: it takes its time, and opens files that this one has locked. Returns
+    what to tell; raises StorageError and OSError."""
+    command = [sys.executable, "-m", "proxy.storage.sqlite", str(path.absolute())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StorageError(f"The storage in {path} cannot be repaired: {done.stderr.strip().splitlines()[-1]}.")
+    return done.stdout.strip()
 
 
 def _sound(writer: sqlite3.Connection, key: Key) -> bytes | None:

@@ -562,3 +562,7 @@ def _values(payload: bytes, count: int) -> list[bytes | str | int | None]:
         else:
             values.append(int.from_bytes(data, "big", signed=True) if 0 < kind < 7 else None)
     return values
+
+
+if __name__ == "__main__":
+    print(repair(Path(sys.argv[1])).told(Path(sys.argv[1])))

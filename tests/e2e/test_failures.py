@@ -477,8 +477,6 @@ async def test_a_full_disk_loses_memory_and_no_answer(messages: list[dict[str, A
             assert ended and "given" in text and text.endswith("data: [DONE]\n\n")
             assert "\n: x-llm-pager-memory: lost\n" in text
 
-            metrics = (await client.get("/metrics")).text
-            assert "llm_pager_memory_lost_total 2.0" in metrics
             new = {"x-llm-pager-session": "s"}
             response = await client.post(CHAT, json=body(SHORT), headers=new)
             assert_error(response, 503, "storage_unavailable")
@@ -488,6 +486,7 @@ async def test_a_full_disk_loses_memory_and_no_answer(messages: list[dict[str, A
             assert (await client.get("/ready")).status_code == 200
             response = await client.post(CHAT, json=body(following))
             assert response.status_code == 200 and "x-llm-pager-memory" not in response.headers
+            assert "llm_pager_memory_lost_total 2.0" in (await client.get("/metrics")).text
         assert upstream.calls[1].body == upstream.calls[3].body
 
 
