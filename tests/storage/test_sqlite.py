@@ -68,7 +68,7 @@ def test_every_row_is_read_without_sqlite(tmp_path: Path, checkpoint: bool) -> N
     with closing(made(tmp_path, some(1), checkpoint)) as connection:
         connection.execute("UPDATE Cache SET value = CAST(x'00' || value AS BLOB) WHERE rowid % 7 = 0")
         connection.execute("DELETE FROM Cache WHERE rowid % 11 = 0")
-        rows = {Row(*row) for row in connection.execute("SELECT rowid, key, sum, value FROM Cache")}
+        rows = {Row(*row) for row in connection.execute("SELECT rowid, key, tag, value FROM Cache")}
         with closing(RawDatabase(tmp_path)) as raw:
             assert set(raw.rows()) == rows
             assert set(raw.named()) == {(row.rowid, row.key) for row in rows}
@@ -192,7 +192,7 @@ def test_a_log_beside_another_file_is_not_read(tmp_path: Path) -> None:
 def test_a_lost_secret_stands_beside(tmp_path: Path) -> None:
     opened = open_database(tmp_path, 1.0)
     write_mark(tmp_path, opened.secret, opened.rowid, opened.inodes)
-    opened.connection.execute("UPDATE Cache SET sum = ? WHERE typeof(key) = 'text'", (LOST_SUM,))
+    opened.connection.execute("UPDATE Cache SET tag = ? WHERE typeof(key) = 'text'", (LOST_SUM,))
     opened.connection.close()
     again = open_database(tmp_path, 1.0)
     assert again.secret == opened.secret and "is there again" in again.told[0]
