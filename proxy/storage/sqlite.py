@@ -273,9 +273,12 @@ def _checked(directory: Path, wait_s: float) -> sqlite3.Connection:
                 f"The storage directory {directory} was written by {of} of llm-pager, which this one does not "
                 "read; set tiers.l2.path to another directory, or delete this one to begin anew."
             )
+        if os.path.expandvars(directory.absolute()) != str(directory.absolute()):  # as diskcache would
+            raise StorageError(f"Cannot use {directory} as the storage directory: write its $ out in tiers.l2.path.")
         try:
-            if "Settings" in names:  # all of it is written anew: diskcache believes what stands there
-                connection.execute("DELETE FROM Settings")  # what cannot be written, or is locked, fails here
+            # What is locked fails here, before diskcache waits for it; and diskcache would believe damaged settings.
+            forget = "DELETE FROM Settings;" if "Settings" in names else ""
+            connection.executescript(f"BEGIN IMMEDIATE; {forget} COMMIT;")
             diskcache.Cache(str(directory.absolute()), **_SETTINGS).close()
             # Its counts of rows and bytes, which nobody reads, cost two thirds of a commit.
             triggers = connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
