@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import diskcache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -198,8 +199,24 @@ def test_a_lost_secret_stands_beside(tmp_path: Path) -> None:
     assert again.secret == opened.secret and "is there again" in again.told[0]
 
 
+def test_what_diskcache_says_of_a_directory_is_not_believed(tmp_path: Path) -> None:
+    """Killed before it was ours, it is made again; a setting that is damaged, or another program's, is forgotten."""
+    diskcache.Cache(str(tmp_path)).close()
+    with closing(made(tmp_path, {b"a": b"1"})) as connection:
+        connection.execute("UPDATE Settings SET key = x'00ff' WHERE key = 'cull_limit'")
+        connection.execute("UPDATE Settings SET value = 'least-recently-used' WHERE key = 'eviction_policy'")
+        with closing(open_database(tmp_path, 0.0).connection):
+            assert diskcache.Cache(str(tmp_path)).eviction_policy == "none"
+        connection.execute("BEGIN IMMEDIATE")  # who holds the lock keeps nobody from reading
+        with closing(open_database(tmp_path, 0.0).connection) as other:
+            assert get_value(other, b"a") == b"1"
+
+
 def test_another_program_s_database_is_refused(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / DATABASE)) as other:
         other.execute("CREATE TABLE theirs (a)")
     with pytest.raises(StorageError, match="does not read"):
         open_database(tmp_path, 1.0)
+    diskcache.Cache(str(tmp_path / "other")).set("a", 1)
+    with pytest.raises(StorageError, match="does not read"):
+        open_database(tmp_path / "other", 1.0)
