@@ -21,9 +21,9 @@ from typing import Any
 
 from proxy.media.decoders import Codec, OutOfTime, decode, load
 
-_NICE = 10  # whoever waits for tokens goes first
+_NICE = 5  # whoever waits for tokens goes first
 _AGAIN_S = 0.5  # when what was interrupted goes on
-_GRACE_S = 2  # until code that cannot be interrupted is killed
+_GRACE_S = 1  # until code that cannot be interrupted is killed
 _ANY = resource.RLIM_INFINITY
 
 

@@ -1,8 +1,8 @@
 """Media decoded in processes of their own, which can be killed: a few, started when a medium has to be decoded.
 
 Promises: the server loads no codec; a job has the bytes, pixels, memory, CPU and seconds that `decoders` in the
-configuration names, and is killed where it takes more; a request waits `wait_s` for all its media, then goes on
-without (None); a job that nobody waits for any more ends; tenants take turns. What was not decoded because of
+configuration names, and is killed where it takes more; a request waits `wait_s` for all its media (`Patience`); a
+job that nobody waits for any more ends; tenants take turns. What was not decoded because of
 what it is (broken, hostile, too large) is a result ({}), which the caller keeps.
 """
 
@@ -25,14 +25,32 @@ from proxy.media.decoders import Codec
 
 log = logging.getLogger(__name__)
 
+_LEAST_WAIT_S = 0.01  # with less, nothing comes of it
 _LARGEST_RESULT_BYTES = 16 << 20  # more is none of ours
 
 
+class Killed(Exception):
+    """A process had no answer after `timeout_s`: because of the medium, or because the machine is busy."""
+
+
 class Patience:
-    """How long a request will still wait for its media."""
+    """How long a request still waits for its media. As a context: one wait, TimeoutError at its end."""
 
     def __init__(self, wait_s: float) -> None:
         self.left_s = wait_s
+        self._until: asyncio.Timeout | None = None
+
+    async def __aenter__(self) -> None:
+        if self.left_s < _LEAST_WAIT_S:
+            raise TimeoutError
+        self._until = asyncio.timeout(self.left_s)
+        await self._until.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        assert self._until is not None
+        ends_s = self._until.when() or 0.0
+        self.left_s = ends_s - asyncio.get_running_loop().time()
+        await self._until.__aexit__(*error)
 
 
 class Decoders:
@@ -44,38 +62,26 @@ class Decoders:
         self._idle: list[Process] = []
         self._retiring: asyncio.TimerHandle | None = None
 
-    async def decode(
-        self, tenant: TenantKey, codec: Codec, data: bytes, patience: Patience
-    ) -> dict[str, Any] | None:
-        """See `proxy.media.decoders.decode`; None: not now, because others are being decoded."""
+    async def decode(self, tenant: TenantKey, codec: Codec, data: bytes) -> dict[str, Any] | None:
+        """See `proxy.media.decoders.decode`; None: not now, because too many wait, or no process starts.
+        Raises Killed."""
         if len(data) > self._config.input_bytes:
             return {}
-        if patience.left_s <= 0:
+        if not await self._turns.take(tenant):
             return None
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
         try:
-            async with asyncio.timeout(patience.left_s):
-                if not await self._turns.take(tenant):
-                    return None
-                try:
-                    return await self._run(codec, data)
-                finally:
-                    self._turns.give()
-        except TimeoutError:
-            return None
+            return await self._run(codec, data)
         finally:
-            patience.left_s -= loop.time() - began_s
+            self._turns.give()
 
     async def close(self) -> None:
         """End the processes that wait for a job; those with one end with it."""
-        for process in self._idle:
-            process.kill()
-        for process in self._idle:
-            await process.wait()
-        self._idle.clear()
         if self._retiring is not None:
             self._retiring.cancel()
+        idle = [*self._idle]
+        self._retire()
+        for process in idle:
+            await process.wait()
 
     async def _run(self, codec: Codec, data: bytes) -> dict[str, Any] | None:
         process = await self._process()
@@ -86,20 +92,20 @@ class Decoders:
             async with asyncio.timeout(self._config.timeout_s):
                 result = await _answer(process, codec, data)
             answered = True
-        except (TimeoutError, OSError, EOFError, ValueError, struct.error) as error:
-            log.warning("a medium (%s, %d bytes) cannot be decoded within its limits: %s",
-                        codec, len(data), type(error).__name__)
+        except TimeoutError:
+            raise Killed(f"a medium ({codec}, {len(data)} bytes) took more than {self._config.timeout_s:g} seconds") from None
+        except (OSError, EOFError, ValueError, struct.error):
+            if await process.wait() > 0:  # no signal ended it: it did, by itself
+                log.error("a process that decodes media fails: %s -m proxy.decoder", sys.executable)
+                return None
+            log.warning("a medium (%s, %d bytes) cannot be decoded within its limits", codec, len(data))
             result = {}
         finally:
             if answered:
                 self._idle.append(process)
                 self._retire_later()
-            elif process.returncode is None:  # it hangs, or nobody waits for it
-                with suppress(ProcessLookupError):
-                    process.kill()
-        if not answered and await process.wait() > 0:  # no signal ended it: it did, by itself
-            log.error("a process that decodes media fails: %s -m proxy.decoder", sys.executable)
-            return None
+            else:  # it hangs, or nobody waits for it
+                _end(process)
         return result
 
     async def _process(self) -> Process | None:
@@ -127,9 +133,12 @@ class Decoders:
 
     def _retire(self) -> None:
         while self._idle:
-            process = self._idle.pop()
-            if process.returncode is None:
-                process.kill()
+            _end(self._idle.pop())
+
+
+def _end(process: Process) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        process.kill()
 
 
 def _environment() -> dict[str, str]:

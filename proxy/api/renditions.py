@@ -15,7 +15,9 @@ from hashlib import blake2b
 from typing import Any
 from weakref import WeakValueDictionary
 
-from proxy.api.decoding import Decoders, Patience
+from cachetools import LRUCache
+
+from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
@@ -31,6 +33,7 @@ from proxy.storage.l3 import ArtifactStore
 
 log = logging.getLogger(__name__)
 
+_KILLED = 1024  # media that were not decoded in time, remembered
 WRITTEN = "written"  # made by a model
 # What a model's words about a medium are in its metadata, and the level that they were written for.
 _WORDS = {
@@ -48,6 +51,7 @@ class Renditions:
         self._bridge = ArtifactsBridge(ArtifactStore(url))
         self._decoders = Decoders(config) if decoders is None else decoders
         self._wait_s = config.decoders.wait_s
+        self._killed: LRUCache[bytes, bool] = LRUCache(_KILLED)
         self._decoding: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # by what is decoded
         models = config.compression
         self._written_by_models = bool(models.model or models.transcription_model)
@@ -100,17 +104,24 @@ class Renditions:
         """What a medium's bytes hold, decoded once; None: not now."""
         key = self._memory.identity.rendition(tenant, version.partition("/")[0], 0, f"decoded/{codec}")
         lock = self._decoding.setdefault(key, asyncio.Lock())
-        async with lock:
-            page = await self._found(key)
-            if page is None:
-                decoded = await self._decoders.decode(tenant, codec, data, patience)
-                if decoded is None:
-                    return None
-                page = MemoryPage(page_id=DECODED, content=decoded)
-                self._memory.cache.put("rendition", key, page, len(json_text(decoded)))
-                await self._keep(key, page)
-        content: dict[str, Any] = page.content
-        return content
+        with suppress(TimeoutError):
+            async with patience, lock:
+                page = await self._found(key)
+                if page is None:
+                    try:
+                        decoded = await self._decoders.decode(tenant, codec, data)
+                    except Killed as error:
+                        log.warning("%s", error)
+                        decoded = {} if key in self._killed else None  # once may be the machine
+                        self._killed[key] = True
+                    if decoded is None:
+                        return None
+                    page = MemoryPage(page_id=DECODED, content=decoded)
+                    self._memory.cache.put("rendition", key, page, len(json_text(decoded)))
+                    await self._keep(key, page)
+                content: dict[str, Any] = page.content
+                return content
+        return None
 
     async def _told(self, tenant: TenantKey, page: MemoryPage) -> MemoryPage:
         """A medium with the words that a model wrote about it, if any: its lower levels show them."""
