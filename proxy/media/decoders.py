@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
-from proxy.media.headers import MAX_CHARS, container_format
+from proxy.media.headers import container_format
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -270,6 +270,7 @@ def _chosen(samples: list[_Sample], count: int) -> list[int]:
 
 MAX_PDF_PAGES = 200
 MAX_PDF_BYTES = 50_000_000
+MAX_PDF_CHARS = 262_144  # no level is made of more
 
 
 def pdf_text(data: bytes) -> str | None:
@@ -282,7 +283,7 @@ def pdf_text(data: bytes) -> str | None:
         from pypdf import PdfReader
 
         reader = PdfReader(io.BytesIO(data), strict=False)
-        left = MAX_CHARS
+        left = MAX_PDF_CHARS
         for index in range(min(len(reader.pages), MAX_PDF_PAGES)):
             words = reader.pages[index].extract_text()[:left].strip()
             pieces.append(words)
