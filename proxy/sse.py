@@ -81,6 +81,8 @@ def lines_of(raw: bytes) -> list[bytes]:
 
 
 def _data(raw: bytes) -> bytes:
+    if b"data" not in raw:
+        return b""
     if raw.startswith(b"data: ") and raw.find(b"\n", 0, -2) < 0 and b"\r" not in raw:
         return raw[6:].rstrip(b"\n")  # the common case: one line
     lines = [line[5:] for line in lines_of(raw) if line.startswith(b"data:")]

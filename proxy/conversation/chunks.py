@@ -348,7 +348,9 @@ class Tee:
             if event.data == b"[DONE]":
                 self._ended = True
                 continue
-            chunk = decode_chunk(event.data) if event.data else {}
+            if not event.data:
+                continue
+            chunk = decode_chunk(event.data)
             if chunk is None or chunk.get("error"):
                 self._lost = True
                 return
