@@ -148,7 +148,7 @@ class Renditions:
     async def _found(self, key: bytes) -> MemoryPage | None:
         found: MemoryPage | None = self._memory.cache.get("rendition", key)
         if found is None:
-            artifact = self._memory.store.get(key)
+            artifact = self._memory.get(key)
             if artifact is None:
                 return None
             found = await self._read(artifact.decode())
