@@ -36,7 +36,7 @@ def shown_of(recorded: Recorded) -> str:
 
 async def test_nobody_pays_for_a_hostile_medium_and_it_is_decoded_once() -> None:
     script = Script()
-    limits = {"cpu_s": 1.0, "memory_bytes": 96 << 20, "timeout_s": 30.0, "wait_s": 60.0}
+    limits = {"cpu_s": 0.6, "memory_bytes": 96 << 20, "timeout_s": 30.0, "wait_s": 60.0}
     config = {"upstream": {"provider": "openai"}, "tiers": {"l0": {"tokens": 5000, "reserve_tokens": 1000}},
               "decoders": limits, "faults": {"max_per_turn": 1}}  # fmt: skip
     async with script.upstream:
