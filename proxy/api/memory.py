@@ -22,6 +22,7 @@ from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages
+from proxy.conversation.path import load_path
 from proxy.conversation.records import (
     CONVERSATION_BYTES,
     Record,
@@ -30,7 +31,6 @@ from proxy.conversation.records import (
     block_key,
     conversation_key,
     decode_record,
-    load_path,
     record_key,
     restore_state,
     restore_table,
@@ -98,13 +98,8 @@ class Memory:
             return None
         return self.get_record(self.store.get(conversation_key(tenant, root)) or b"")
 
-    def load_path(self, head: Record) -> list[Node]:
-        found: list[Node] | None = self.cache.get("path", head.id)
-        if found is None:
-            found = load_path(head, self.get_record, self.identity)
-            size = sum(len(node.raw) + _NODE_BYTES for node in found)
-            self.cache.put("path", head.id, found, size)
-        return found
+    def load_path(self, head: Record) -> Sequence[Node]:
+        return load_path(head, self.get_record, self.get_block, self.identity)
 
     def substitutes(self, node_id: bytes) -> Sequence[bytes]:
         record = self.get_record(node_id)

@@ -43,7 +43,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
@@ -111,6 +111,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     shared: Shared | None = None
     elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
     unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
+    leaf: bytes = b""  # of the path's index (path.py): where the records before it are
 
     @property
     def id(self) -> NodeId:
@@ -199,15 +200,6 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
         else:
             low = middle
     return get(path[answers[low]].id)
-
-
-def load_path(head: Record, get: GetRecord, identity: Identity) -> list[Node]:
-    """All nodes from the root to the head's last message, each with the bytes last seen of it."""
-    nodes = list(backwards(head, get))[::-1]
-    for before, node in pairwise(nodes):
-        if not node.id:  # a shared one
-            node.id = identity.child(before.id, node.content)
-    return nodes
 
 
 def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
@@ -585,7 +577,7 @@ def new_records(
 
 
 def append_effect(
-    heads: Sequence[tuple[list[Node], list[Record]]],
+    heads: Sequence[tuple[Sequence[Node], list[Record]]],
     identity: Identity,
     tenant: TenantKey,
     names: SessionNames,

@@ -70,6 +70,7 @@ from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
 from proxy.conversation.pages import PathPages, anchor_tokens
+from proxy.conversation.path import indexed
 from proxy.conversation.records import (
     NO_LARGE,
     Record,
@@ -455,6 +456,8 @@ class Turn:
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began.tokens_factor, calls=began.calls)
             made = new_records(path, record, last, states, came, known, alike, large, int(context.now_s), rewound)
+            made, leaves = indexed(made, record, context.get_record, context.get_block)
+            blocks.update(leaves)
             heads.append((path, made))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]

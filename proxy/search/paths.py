@@ -205,7 +205,9 @@ def _each(queries: Queries) -> list[str]:
 
 
 def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:
-    """Length of the common beginning. An id names all before it, so bisection is exact."""
+    """Length of the common beginning. An id names all before it, so bisection is exact; mostly it is all of them."""
+    if len(have) <= len(wanted) and (not have or have[-1] == wanted[len(have) - 1]):
+        return len(have)
     low, high = 0, min(len(have), len(wanted))
     while low < high:
         middle = (low + high + 1) // 2

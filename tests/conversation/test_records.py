@@ -3,6 +3,7 @@ turn left in RAM (invariants 7 and 9)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation import keys
+from proxy.conversation.path import load_path
 from proxy.conversation.records import (
     Record,
     Sent,
@@ -21,7 +23,6 @@ from proxy.conversation.records import (
     deepest_record,
     encode_record,
     history,
-    load_path,
     new_records,
     record_key,
     restore_state,
@@ -37,10 +38,13 @@ from tests.examples import examples
 
 
 class Store(dict[bytes, Record]):
-    def keep(self, path: list[Node]) -> None:
+    def keep(self, path: Sequence[Node]) -> None:
         """Store a path that ends with an answer, above what is there already."""
         for record in new_records(path, deepest_record(path[:-1], self.get), {}):
             self[record.id] = record
+
+    def path(self, head: Record) -> list[Node]:
+        return list(load_path(head, self.get, lambda _: None, IDENTITY))
 
 
 class Bare:
@@ -87,7 +91,7 @@ def test_invariant_04_a_stored_path_comes_back_whole_from_its_deepest_answer(
         assert head is None
         return
     assert head is not None and head.end == kept[-1] + 1
-    assert load_path(head, store.get, IDENTITY) == path[: kept[-1] + 1]
+    assert store.path(head) == path[: kept[-1] + 1]
     assert sum(1 for i in answers if i <= kept[-1]) == len(store)  # one record for each answer
     assert decode_record(encode_record(head)) == head
     assert [r.turn for r in sorted(store.values(), key=lambda r: r.end)] == list(range(1, len(store) + 1))
@@ -99,7 +103,7 @@ def test_a_missing_ancestor_is_an_error_and_not_a_shorter_path() -> None:
     store.keep(path)
     del store[path[1].id]
     with pytest.raises(LookupError, match="missing"):
-        load_path(store[path[3].id], store.get, IDENTITY)
+        store.path(store[path[3].id])
 
 
 def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
@@ -108,7 +112,7 @@ def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
     store.keep(path[:2])
     for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
-    assert [n.raw for n in load_path(store[path[3].id], store.get, IDENTITY)][1] == b"echoed"
+    assert [n.raw for n in store.path(store[path[3].id])][1] == b"echoed"
 
 
 def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> None:
@@ -118,7 +122,7 @@ def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> N
     for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
     raws = [b"echoed" if i == 1 else node.raw for i, node in enumerate(path)]
-    assert [n.raw for n in load_path(store[path[5].id], store.get, IDENTITY)] == raws
+    assert [n.raw for n in store.path(store[path[5].id])] == raws
 
 
 def test_nothing_new_is_nothing_to_store() -> None:
