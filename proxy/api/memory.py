@@ -22,7 +22,6 @@ from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages
-from proxy.conversation.path import load_path
 from proxy.conversation.records import (
     CONVERSATION_BYTES,
     Record,
@@ -31,6 +30,7 @@ from proxy.conversation.records import (
     block_key,
     conversation_key,
     decode_record,
+    load_path,
     record_key,
     restore_state,
     restore_table,

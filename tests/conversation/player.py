@@ -23,13 +23,13 @@ from proxy.conversation.form import Form
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.model_facts import Seen, capabilities
-from proxy.conversation.path import load_path
 from proxy.conversation.records import (
     Record,
     SessionNames,
     State,
     block_key,
     decode_record,
+    load_path,
     record_key,
     restore_state,
 )

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.path import indexed, load_path
-from proxy.conversation.records import Record, new_records
+from proxy.conversation.records import Record, indexed, load_path, new_records
 from proxy.conversation.tree import Node, Path
 from tests.conversation.test_tree import IDENTITY, TENANT, many
 

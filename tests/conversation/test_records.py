@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation import keys
-from proxy.conversation.path import load_path
 from proxy.conversation.records import (
     Record,
     Sent,
@@ -23,6 +22,7 @@ from proxy.conversation.records import (
     deepest_record,
     encode_record,
     history,
+    load_path,
     new_records,
     record_key,
     restore_state,

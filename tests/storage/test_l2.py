@@ -315,7 +315,7 @@ async def test_a_full_or_readonly_disk_fails_the_commit_and_can_recover(tmp_path
     # A limit on file sizes stands in for the full disk: it works for root as well.
     child = start(
         """
-        import asyncio, resource, signal, sys
+        import asyncio, os, resource, signal, sys
         from pathlib import Path
         from proxy.storage.l2 import DiskStore, StorageError
         async def main():
@@ -326,7 +326,7 @@ async def test_a_full_or_readonly_disk_fails_the_commit_and_can_recover(tmp_path
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
             for name in (b"big", b"big2"):
                 try:
-                    await store.commit([(name, b"x" * 5_000_000)])
+                    await store.commit([(name, os.urandom(5_000_000))])
                 except StorageError as error:
                     print(error)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
