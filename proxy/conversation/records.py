@@ -3,7 +3,7 @@
 Promises: one commit holds a whole turn, so it is there or it is not; every answer on a path has a
 record and every record its parent; a turn stored twice is stored once (keys are content). The same
 record gives the same state on any replica, before and after a restart (invariants 7, 9). The table is
-opened at the last turn that closed a segment and only what happened since is replayed, so the cost
+opened where it was last stored and only what happened since is replayed, so the cost
 does not grow with the conversation; a block of it that is lost is made again from the whole log.
 
 A record has the messages since the answer before, up to its own answer. Three chains run through them
@@ -17,7 +17,7 @@ Here r1 fitted the window, and r3 came in the request that r4 answered (the clie
 anew, or it talked past us) and left no state, so r4 goes on from r2; where that turn settled what it
 found answered, r3 has a state as if in a turn of its own, and r4 goes on from it. `r6.closed` is r5: the last one
 along the bases with a `closing`. Messages are read along `parent`, a window along `base` up to the turn
-that began its epoch, the table along `base` up to the last `closing`, which has its root, and the whole
+that began its epoch, the table along `base` up to the last `closing` that has a root, and the whole
 mutation log along `base` to the end.
 
 What stands behind r3 may be said otherwise in two requests at once, which then both store r3; how much
@@ -41,7 +41,7 @@ The letters of the keys are in keys.py; what a record keeps in bytes:
 
     window     _WindowChange: the entries added since `base`, or the whole window of a new epoch
     mutations  `memory.table.encode_log`: this turn's mutations, from `base` on
-    closing    `derived.Closing`: what this turn's epochs derived, and the root of its page table
+    closing    `derived.Closing`: what this turn's epochs derived, and, now and then, the root of its page table
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     raws: list[bytes]
     tokens: list[int]
     turn: int
-    echo: bytes = b""  # the previous answer in the client's own bytes, where they differ
+    echo: bytes = b""  # what makes the client's own bytes of the previous answer's, where they differ
     base: bytes = b""  # the record after whose state this turn's window and table were continued
     window: bytes = b""  # empty: never evicted
     mutations: bytes = b""
@@ -155,6 +155,7 @@ _CHILDREN = 32  # of a node
 _KEPT_NODES = 4096  # of a path in RAM, at least: what is read is kept up to twice as many
 
 _Rows = list[tuple[int, bytes]]  # where the messages begin, and what has them: a record, a leaf or a node
+_AS_IT_IS = zstandard.DICT_TYPE_RAWCONTENT
 _LEAST_ALIKE = 2  # messages that are not stored again
 _LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
 _NEAR = 4  # records
@@ -307,7 +308,7 @@ def nodes_of(record: Record, after: Record | None, get: GetRecord, identity: Ide
     """The record's nodes; `after`: the record behind it on the path."""
     nodes = list(islice(backwards(record, get), record.end - record.first))[::-1]
     if after is not None and after.echo:
-        nodes[-1].raw = after.echo
+        nodes[-1].raw = _other(after.echo, nodes[-1].raw)
     before: bytes = record.parent
     for node in nodes:
         if not node.id and identity is not None:  # a shared one
@@ -332,7 +333,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         else:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
-                echo or _raw(record, at, get), record.tokens[at], record.counter,
+                _other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
                 seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
             )  # fmt: skip
             told += 1
@@ -420,9 +421,8 @@ def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTabl
     logs: list[bytes] = []
     table = PageTable()
     for record in _bases(head, get):
-        if record.closing:
-            replayed = partial(_replayed, record, get)
-            table = PageTable.open(table_root(record.closing), get_block, replayed)
+        if record.closing and (root := table_root(record.closing)):
+            table = PageTable.open(root, get_block, partial(_replayed, record, get))
             break
         logs.append(record.mutations)
     for log in reversed(logs):
@@ -466,7 +466,7 @@ def _read_change(record: Record, get: GetRecord, get_block: GetBlock) -> _Window
         if not entry.shown:
             return replace(entry, raw=path[entry.position].raw)
         quoted = _quoted(entry, lambda at: path[at].raw)
-        return replace(entry, raw=zstandard.ZstdDecompressor(quoted).decompress(next(evidence)))
+        return replace(entry, raw=_other(next(evidence), quoted or b""))
 
     entries = tuple(map(whole, entries))
     if change.snapshot is None:
@@ -610,20 +610,29 @@ def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...]
         if entry.shown:
             quoted = _quoted(entry, raw_at)
             if quoted is not None:
-                evidence.append(zstandard.ZstdCompressor(3, quoted).compress(entry.raw))
+                evidence.append(_difference(entry.raw, quoted))
         if quoted is not None if entry.shown else entry.position >= 0 and raw_at(entry.position) == entry.raw:
             entry = msgspec.structs.replace(entry, raw=b"")
         out.append(entry)
     return tuple(out), evidence
 
 
-def _quoted(entry: Entry, raw_at: RawAt) -> zstandard.ZstdCompressionDict | None:
+def _difference(data: bytes, source: bytes) -> bytes:
+    """What `_other` makes the data of, again."""
+    return zstandard.ZstdCompressor(3, zstandard.ZstdCompressionDict(source, _AS_IT_IS)).compress(data)
+
+
+def _other(difference: bytes, source: bytes) -> bytes:
+    return zstandard.ZstdDecompressor(zstandard.ZstdCompressionDict(source, _AS_IT_IS)).decompress(difference)
+
+
+def _quoted(entry: Entry, raw_at: RawAt) -> bytes | None:
     """What a message with evidence is made of: its own bytes and those of the pages; None where one is not stored."""
     places = filter(None, map(parse_page_id, entry.shown))
     raws = [raw_at(position) for position in (*dict.fromkeys(at for at, _ in places), entry.position)]
     if None in raws:
         return None
-    return zstandard.ZstdCompressionDict(b"".join(filter(None, raws)), zstandard.DICT_TYPE_RAWCONTENT)
+    return b"".join(filter(None, raws))
 
 
 def _measure(window: Window) -> tuple[int, str, float]:
@@ -699,9 +708,10 @@ def new_records(
     if not records:
         return []
     replace = msgspec.structs.replace
-    echo = last.get("echo", b"")
+    echo = last.get("echo")
     records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
-    records[0] = replace(records[0], echo=echo)
+    if isinstance(echo, bytes) and echo and parent is not None:
+        records[0] = replace(records[0], echo=_difference(echo, parent.raws[-1]))
     at, base, known_end = 0, parent, max(0, first_new - 1)
 
     def raw_at(position: int) -> bytes | None:

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from proxy.memory.eviction import REFAULT_GAIN, is_cooling
-from proxy.memory.ids import parse_page_id
+from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import (
     DEFAULT_IMPORTANCE,
+    MEDIA_PART,
     ChunkRef,
     CompressionLevel,
     MemoryPage,
@@ -86,6 +88,7 @@ class PageTable:
         self._stored: set[int] = set()  # chunks that are in storage only
         self._changed: set[int] = set()  # chunks that are not in storage as they are
         self._root = _Root()
+        self.unstored = 0  # mutations since the last checkpoint
         self._ref: ChunkRef | None = None  # of the root, as it was last stored
         self._get: GetBlock | None = None
         self._rebuild: Callable[[], PageTable] | None = None
@@ -184,11 +187,12 @@ class PageTable:
             return Checkpoint(self._ref, {})
         root, blocks = self._root, dict[bytes, bytes]()
         for number in self._changed:
-            root.chunks[number] = _add_block(blocks, _rows(self._chunks[number]))
+            root.chunks[number] = _add_block(blocks, _columns(self._chunks[number]))
         self._changed.clear()
         root.chunks = dict(sorted(root.chunks.items()))
         root.resident = sorted({_chunk_of(entry) for entry in self._window.values()})
         self._ref = _add_block(blocks, root)
+        self.unstored = 0
         return Checkpoint(self._ref, blocks)
 
     def _read(self, number: int) -> None:
@@ -233,6 +237,7 @@ class PageTable:
                 self._update(entry, mutation)
         if mutation.artifact_id is not None:
             entry.artifact_id = mutation.artifact_id
+        self.unstored += 1
         self._root.turn = max(self._root.turn, mutation.turn)
         self._changed.add(_chunk_of(entry))
         if self._on_apply is not None:
@@ -406,41 +411,59 @@ class MutationLogLite:
         return [entry.page_id for entry in self.replay(turn).resident()]
 
 
-# -- the stored form: rows of fields, without those at the end that are at their default
+# -- the stored form: columns of fields, which compress to half of what rows do. One value for all is said once (so
+#    a field that nobody uses is a byte), and of what grows from row to row the steps are said.
 
 _Row = TypeVar("_Row", PageTableEntry, PageMutation)
+_GROWS = ("position", "sequence", "created_turn", "turn")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_root = msgspec.msgpack.Decoder(_Root).decode
-_decode_chunk = msgspec.msgpack.Decoder(list[PageTableEntry]).decode
-_decode_log = msgspec.msgpack.Decoder(list[PageMutation]).decode
+_decode_columns = msgspec.msgpack.Decoder(tuple[int, list[Any]]).decode
 
 
 def encode_log(mutations: Iterable[PageMutation]) -> bytes:
     """Mutations for storage."""
-    return _encode(_rows(mutations))
+    return _encode(_columns(list(mutations)))
 
 
 def decode_log(data: bytes) -> list[PageMutation]:
     """The mutations that `encode_log` was given; ValueError for bytes that it cannot have made."""
-    return _decode_log(data)
+    return _structs(data, PageMutation)
 
 
-def _rows(structs: Iterable[_Row]) -> list[list[object]]:
-    rows = []
-    for struct in structs:
-        row = list(msgspec.structs.astuple(struct))
-        defaults = _DEFAULTS[type(struct)]
-        while row[-1] == defaults[len(row) - 1]:
-            row.pop()
-        rows.append(row)
-    return rows
+def _id_at(position: int, part: int) -> str:
+    return make_page_id(position, part) if position >= 0 and part < MEDIA_PART else ""
 
 
-_DEFAULTS = {
-    kind: [field.default for field in msgspec.structs.fields(kind)]
-    for kind in (PageTableEntry, PageMutation)
-}
+def _decode_chunk(data: bytes) -> list[PageTableEntry]:
+    return _structs(data, PageTableEntry)
+
+
+def _columns(structs: Sequence[_Row]) -> tuple[int, list[object]]:
+    out: list[object] = []
+    if structs:
+        names: tuple[str, ...] = structs[0].__struct_fields__
+        columns: list[Sequence[Any]] = list(zip(*map(msgspec.structs.astuple, structs), strict=True))
+        if names[0] == "page_id":  # an entry's, which mostly follows from its place
+            columns[0] = ["" if i == _id_at(at, part) else i for i, at, part in zip(*columns[:3], strict=True)]
+        values: Sequence[Any]
+        for name, values in zip(names, columns, strict=True):
+            column = [now - before for before, now in pairwise([0, *values])] if name in _GROWS else list(values)
+            same = column.count(column[0]) == len(column)
+            out.append(column[0] if same else column)
+    return len(structs), out
+
+
+def _structs(data: bytes, kind: type[_Row]) -> list[_Row]:
+    count, columns = _decode_columns(data)
+    whole = [column if isinstance(column, list) else [column] * count for column in columns]
+    for at, name in enumerate(kind.__struct_fields__[: len(whole)]):
+        if name in _GROWS:
+            whole[at] = list(accumulate(whole[at]))
+    if count and kind is PageTableEntry:
+        whole[0] = [i or _id_at(at, part) for i, at, part in zip(*whole[:3], strict=True)]
+    return msgspec.convert(list(zip(*whole, strict=True)), list[kind])  # type: ignore[valid-type]
 
 
 def _add_block(blocks: dict[bytes, bytes], value: object) -> ChunkRef:

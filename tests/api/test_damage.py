@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.conversation import keys
+from proxy.conversation import keys, turn_window
 from proxy.conversation.records import Record, decode_record
 from tests.api.test_chat import Client, answered, client
 
@@ -63,7 +63,10 @@ def one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.storage.l2.os.urandom", lambda size: bytes(size))
 
 
-async def test_lost_blocks_of_the_page_table_change_no_byte(tmp_path: Path) -> None:
+async def test_lost_blocks_of_the_page_table_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_window, "CHECKPOINT", 0)
     async with client(tmp_path / "whole", **{"tiers.l0": L0}) as one:
         talk = Talk(one)
         await talk.until(TURNS)
