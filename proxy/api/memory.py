@@ -7,6 +7,7 @@ Promises: what is stored is immutable and found by content; everything kept in R
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,9 +40,9 @@ from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
-from proxy.search.paths import PathIndexes, make_encoder
+from proxy.search.paths import PathIndexes, make_encoder, piece_version
 from proxy.storage.l1 import Cache
-from proxy.storage.l2 import DiskStore
+from proxy.storage.l2 import DiskStore, StorageError
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
@@ -63,7 +64,8 @@ class Memory:
         self.cache = Cache(config.tiers.l1.tokens)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
-        self.indexes = PathIndexes(config.search.index_pages, encoder)
+        self.indexes = PathIndexes(config.search.index_pages, encoder, self._piece)
+        self._pieces = piece_version(config.pages.max_tokens)
         self._at_once = _OFF_LOOP_MESSAGES if encoder is None else _ENCODE_AT_ONCE
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
@@ -142,8 +144,23 @@ class Memory:
             return []
         work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
         if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
-            return await asyncio.to_thread(self.indexes.search, *work)
-        return self.indexes.search(*work)
+            hits = await asyncio.to_thread(self.indexes.search, *work)
+        else:
+            hits = self.indexes.search(*work)
+        if due := self.indexes.due():
+            await self.store.commit([(self._piece_key(key), piece) for key, piece in due])
+        return hits
+
+    def _piece_key(self, key: bytes) -> bytes:
+        return keys.INDEX + hashlib.blake2b(self._pieces + key, digest_size=16).digest()
+
+    def _piece(self, key: bytes) -> bytes | None:
+        """A piece of a search index; None where it is not there, or damaged: it is made again."""
+        try:
+            return self.store.get(self._piece_key(key))
+        except StorageError as error:
+            log.warning("a search index is made again: %s", error)
+            return None
 
     # -- writing
 

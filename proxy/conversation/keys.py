@@ -10,6 +10,8 @@ from __future__ import annotations
 RECORD = b"n"  # + the id of its last node: what an answered turn adds (records.py)
 BLOCK = b"t"  # + the hash of its bytes: a chunk or a root of a page table (memory/table.py)
 
+INDEX = b"i"  # + hash of how pages and words are cut, node id: a piece of the search index (search/paths.py)
+
 VECTOR = b"e"  # + hash of tenant, model, text: the vector of a page with that text
 NEAR = b"q"  # + hash of tenant, model, path, query: the pages that a search found by meaning
 
