@@ -33,6 +33,7 @@ from proxy.conversation.records import (
     decode_record,
     load_path,
     record_key,
+    replayed,
     restore_state,
     restore_table,
 )
@@ -186,7 +187,8 @@ class Memory:
         window, table, derived = state
         assert window is not None
         self._keep_window(record, window)
-        self.cache.put("table", record.id, (table, derived), len(table) * _TABLE_ENTRY_BYTES)
+        table.rest(self.get_block, partial(replayed, record, self.get_record))
+        self.cache.put("table", record.id, (table, derived), table.loaded * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:
         """Remember the state before a stored turn's newest messages: where the client goes on when it

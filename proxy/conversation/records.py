@@ -422,7 +422,7 @@ def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTabl
     table = PageTable()
     for record in _bases(head, get):
         if record.closing and (root := table_root(record.closing)):
-            table = PageTable.open(root, get_block, partial(_replayed, record, get))
+            table = PageTable.open(root, get_block, partial(replayed, record, get))
             break
         logs.append(record.mutations)
     for log in reversed(logs):
@@ -430,7 +430,8 @@ def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTabl
     return table
 
 
-def _replayed(head: Record, get: GetRecord) -> PageTable:
+def replayed(head: Record, get: GetRecord) -> PageTable:
+    """That table, made of the whole log."""
     return history(head, get).replay()
 
 
