@@ -144,7 +144,9 @@ async def test_invariant_6_what_is_lost_in_the_middle_of_a_turn(
     """Its page table reads a part of itself only when it is asked for, and that is gone by then."""
     async with client(tmp_path, **{"tiers.l0": L0}) as one:
         talk = Talk(one)
-        await talk.until(TURNS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(turn_window, "CHECKPOINT", 0)
+            await talk.until(TURNS)
         one.memory.forget()
         restored = one.memory.state_after
 

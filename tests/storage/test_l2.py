@@ -469,7 +469,7 @@ async def test_a_deleted_log_is_saved_from_what_is_open(tmp_path: Path, suffix: 
 
 async def test_a_file_that_cannot_be_read_is_repaired_beside_the_commits(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, 10)
-    values = [(b"%d" % n, b"v" * 2000) for n in range(200)]
+    values = [(b"%d" % n, os.urandom(2000)) for n in range(200)]
     await store.commit(values)
     await store.close()
     data = bytearray((tmp_path / "cache.db").read_bytes())
