@@ -43,7 +43,7 @@ from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
-from proxy.storage.l1 import Cache
+from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, DiskStore, StorageError
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
@@ -51,6 +51,7 @@ _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
 _RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
 _TABLE_ENTRY_BYTES = 300
+_TABLE_SHARE = 4  # of L1, 1/4 at most is the cold part of one table: its window has room beside it
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 
@@ -74,6 +75,7 @@ class Memory:
         self._generation = self.store.generation
         self.identity = Identity(self.store.secret())
         self.cache = Cache(config.tiers.l1.tokens)
+        self._table_entries = config.tiers.l1.tokens * BYTES_PER_TOKEN // (_TABLE_SHARE * _TABLE_ENTRY_BYTES)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder, self._piece)
@@ -212,7 +214,7 @@ class Memory:
         window, table, derived = state
         assert window is not None
         self._keep_window(record, window)
-        table.rest(self.get_block, partial(replayed, record, self.get_record))
+        table.rest(self.get_block, partial(replayed, record, self.get_record), self._table_entries)
         self.cache.put("table", record.id, (table, derived), table.loaded * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:

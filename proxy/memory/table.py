@@ -44,7 +44,6 @@ from proxy.memory.models import (
 REF_BYTES = 16
 _CHUNK_BITS = 6  # 64 positions
 _GROUP_BITS = 6  # 64 chunks
-_KEPT_CHUNKS = 128  # in RAM, beside those of the window
 _MAX_NUMBER_DIGITS = 9
 
 _L0 = StorageTier.L0
@@ -205,10 +204,11 @@ class PageTable:
         self.unstored = 0
         return Checkpoint(self._ref, blocks)
 
-    def rest(self, get: GetBlock, rebuild: Callable[[], PageTable]) -> None:
-        """Forget of what was stored more than the last chunks that were read. `get`, `rebuild`: as in `open`."""
+    def rest(self, get: GetBlock, rebuild: Callable[[], PageTable], entries: int) -> None:
+        """Forget of what was stored all but some `entries` that were read last, beside those of the window. `get`,
+        `rebuild`: as in `open`."""
         self._get, self._rebuild = get, rebuild
-        spare = len(self._chunks) - _KEPT_CHUNKS
+        spare = len(self._chunks) - (entries >> _CHUNK_BITS)
         if spare <= 0:
             return
         kept = {*self._changed, *map(_chunk_of, self._window.values())}

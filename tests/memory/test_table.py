@@ -246,12 +246,12 @@ def test_opening_reads_the_window_and_looking_up_one_chunk() -> None:
 def test_what_is_stored_leaves_ram_and_comes_back() -> None:
     table, same = conversation(20_000, window=100), conversation(20_000, window=100)
     storage = Storage()
-    table.rest(storage.load, PageTable)
+    table.rest(storage.load, PageTable, 8192)
     assert table.loaded == 20_000, "nothing of it is stored"
     storage.update(table.checkpoint().blocks)
     fault_in(table, make_page_id(64), 20_001)
     fault_in(same, make_page_id(64), 20_001)
-    table.rest(storage.load, PageTable)
+    table.rest(storage.load, PageTable, 8192)
     assert table.loaded <= 131 * 64 and storage.reads == 0
     assert table.in_window(make_page_id(64)) is table.lookup(make_page_id(64)) is not None
     assert table == same and table.checkpoint().root == same.checkpoint().root
