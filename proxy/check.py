@@ -38,6 +38,7 @@ from proxy.storage.sqlite import (
     mark_lost,
     open_database,
     repair,
+    unpacked,
 )
 
 SOUND, REPAIRED = 0, 3  # exit statuses: there was no damage; there was, and it is repaired as far as it can be
@@ -129,7 +130,7 @@ class _File:
                 self.damage[f"a {kind} is not what was stored"] += 1
             else:
                 self.sound[kind] += 1
-                if isinstance(key, bytes) and (why := self._verified(key, value, identity)):
+                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value), identity)):
                     self.wrong[key] = why
 
     def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
@@ -142,7 +143,7 @@ class _File:
             return ""
         try:
             record = decode_record(value)
-            root = table_root(record.closing) if record.closing else None
+            root = table_root(record.closing) if record.closing else b""
             if record_key(record.id) != key or not all(_chained(record, identity)):
                 return "has another name than its messages say"
         except (ValueError, LookupError) as error:
@@ -151,7 +152,9 @@ class _File:
         if record.shared is not None:
             others.append(record.shared.record)
         self._named.update((record_key(other), "a later turn goes on from") for other in others if other)
-        if root is not None:
+        if record.leaf:
+            self._named[block_key(record.leaf)] = "a path is found by"
+        if root:
             self._named[block_key(root)] = "a page table has as its root"
         return ""
 

@@ -118,7 +118,7 @@ class MemoryManager:
         )
         self.config = self.limits.working_set
         self.storage = ArtifactsBridge()
-        self.path: list[Node] = []
+        self.path: Sequence[Node] = []
         self._model = model
         self._counter = get_counter(model, override.tokenizer)
         self._capabilities = capabilities(override.model_dump(), {}, {})
@@ -439,7 +439,7 @@ class MemoryManager:
             tenant=self._tenant,
             fixed_tokens=lambda: self._fixed_tokens,
             substitutes=self._substitutes,
-            get_record=self._get,
+            get_record=self._get, get_block=self._block,
             capabilities=lambda: self._capabilities,
             now_s=time.time(),
             changes=self._changes,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cli import main
-from proxy.conversation import keys
+from proxy.conversation import keys, turn_window
 from tests.api.test_chat import answered, client
 from tests.api.test_damage import L0, Talk
 
@@ -30,7 +30,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             await one.ask({"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]},
                           (b"x-llm-pager-session", b"s"))  # fmt: skip
 
-    asyncio.run(talk())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turn_window, "CHECKPOINT", 0)
+        asyncio.run(talk())
     return (path / "data" / "cache.db").read_bytes()
 
 

@@ -76,7 +76,7 @@ IMPORTERS: dict[str, set[str]] = {
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
-    "zstandard": {"api"},
+    "zstandard": {"api", "conversation", "storage"},  # bodies; what is stored
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.
@@ -95,7 +95,7 @@ PURE_THIRD_PARTY = {
     "media": {"PIL", "av", "pypdf"},  # codecs: bytes in, bytes out
     "sse": set(),
     "memory": {"cachetools", "msgspec", "pydantic"},
-    "conversation": {"cachetools", "msgspec", "xxhash"},
+    "conversation": {"cachetools", "msgspec", "xxhash", "zstandard"},
 }
 # What reaches the world, the clock or chance without an import, or out of an allowed module.
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "breakpoint"}

@@ -234,7 +234,7 @@ class Admission:
             policy=self._policy, identity=memory.identity, tenant=tenant, scope=scope, names=names,
             facts=facts, known_factor=factor, surely_fits=surely,
             fixed_tokens=partial(self._fixed_tokens, split, counter),
-            substitutes=memory.substitutes, get_record=memory.get_record,
+            substitutes=memory.substitutes, get_record=memory.get_record, get_block=memory.get_block,
             capabilities=partial(self._model_facts.of, model, facts),
             seen=partial(self._model_facts.seen, scope, model),
             calibration=partial(memory.calibration, scope, model, counter.name, exact),

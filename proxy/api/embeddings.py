@@ -158,7 +158,7 @@ class Embedder:
         return _read_hits(stored)
 
     async def _found(
-        self, caller: _Caller, effect: Search, ids: list[bytes], pages: PathPages
+        self, caller: _Caller, effect: Search, ids: Sequence[bytes], pages: PathPages
     ) -> tuple[list[Hit], list[tuple[bytes, bytes]]]:
         """The pages, and what is learned of the endpoint."""
         health = self._health(caller.tenant)

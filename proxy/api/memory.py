@@ -7,6 +7,7 @@ Promises: what is stored is immutable and found by content; everything kept in R
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from proxy.conversation.records import (
     decode_record,
     load_path,
     record_key,
+    replayed,
     restore_state,
     restore_table,
 )
@@ -40,8 +42,8 @@ from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
-from proxy.search.paths import PathIndexes, make_encoder
-from proxy.storage.l1 import Cache
+from proxy.search.paths import PathIndexes, make_encoder, piece_version
+from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, DiskStore, StorageError
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
@@ -49,6 +51,7 @@ _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
 _RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
 _TABLE_ENTRY_BYTES = 300
+_TABLE_SHARE = 4  # of L1, 1/4 at most is the cold part of one table: its window has room beside it
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 
@@ -72,9 +75,11 @@ class Memory:
         self._generation = self.store.generation
         self.identity = Identity(self.store.secret())
         self.cache = Cache(config.tiers.l1.tokens)
+        self._table_entries = config.tiers.l1.tokens * BYTES_PER_TOKEN // (_TABLE_SHARE * _TABLE_ENTRY_BYTES)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
-        self.indexes = PathIndexes(config.search.index_pages, encoder)
+        self.indexes = PathIndexes(config.search.index_pages, encoder, self._piece)
+        self._pieces = piece_version(config.pages.max_tokens)
         self._at_once = _OFF_LOOP_MESSAGES if encoder is None else _ENCODE_AT_ONCE
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
@@ -126,13 +131,8 @@ class Memory:
             return None
         return self.get_record(self.store.get(conversation_key(tenant, root)) or b"")
 
-    def load_path(self, head: Record) -> list[Node]:
-        found: list[Node] | None = self.cache.get("path", head.id)
-        if found is None:
-            found = load_path(head, self.get_record, self.identity)
-            size = sum(len(node.raw) + _NODE_BYTES for node in found)
-            self.cache.put("path", head.id, found, size)
-        return found
+    def load_path(self, head: Record) -> Sequence[Node]:
+        return load_path(head, self.get_record, self.get_block, self.identity)
 
     def substitutes(self, node_id: bytes) -> Sequence[bytes]:
         record = self.get_record(node_id)
@@ -175,8 +175,19 @@ class Memory:
             return []
         work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
         if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
-            return await asyncio.to_thread(self.indexes.search, *work)
-        return self.indexes.search(*work)
+            hits = await asyncio.to_thread(self.indexes.search, *work)
+        else:
+            hits = self.indexes.search(*work)
+        if due := self.indexes.due():
+            await self.store.commit([(self._piece_key(key), piece) for key, piece in due])
+        return hits
+
+    def _piece_key(self, key: bytes) -> bytes:
+        return keys.INDEX + hashlib.blake2b(self._pieces + key, digest_size=16).digest()
+
+    def _piece(self, key: bytes) -> bytes | None:
+        """A piece of a search index; None where it is not there, or damaged: it is made again."""
+        return self.get(self._piece_key(key))
 
     # -- writing
 
@@ -203,7 +214,8 @@ class Memory:
         window, table, derived = state
         assert window is not None
         self._keep_window(record, window)
-        self.cache.put("table", record.id, (table, derived), len(table) * _TABLE_ENTRY_BYTES)
+        table.rest(self.get_block, partial(replayed, record, self.get_record), self._table_entries)
+        self.cache.put("table", record.id, (table, derived), table.loaded * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:
         """Remember the state before a stored turn's newest messages: where the client goes on when it

@@ -56,7 +56,7 @@ class Known:
     history: bytes
     ends: list[int]  # offset after each message, mid-conversation system messages included
     counts: list[int]  # how many nodes those messages make: counts[i] <= i + 1
-    path: list[Node]  # from the root: only whole histories are kept
+    path: Sequence[Node]  # from the root: only whole histories are kept
     anchors: list[Anchor]
     tenant: TenantKey  # whose path it is
 
@@ -249,7 +249,7 @@ def fixed_tokens(system: Sequence[bytes], counted: Sequence[bytes], counter: Tok
 
 
 def remembered(
-    split: Body, path: list[Node], anchors: list[Anchor], tenant: TenantKey
+    split: Body, path: Sequence[Node], anchors: list[Anchor], tenant: TenantKey
 ) -> Known | None:
     """The history of a body that was found on this path, so that the next one is recognised by its
     bytes; None: it is not kept."""

@@ -19,6 +19,7 @@ from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
 from proxy.conversation.tree import NO_SCOPE, Identity, KeyScope, TenantKey
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.models import PageMutation
+from proxy.memory.table import GetBlock
 from proxy.tokens import TokenCounter
 
 
@@ -46,6 +47,7 @@ class TurnContext:
     surely_fits: bool = False  # so short that nothing has to be counted
     substitutes: Callable[[bytes], Sequence[bytes]]
     get_record: GetRecord
+    get_block: GetBlock = lambda _: None  # of a page table or a path's index
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     seen: Callable[[], Seen] = Seen  # asked only after a refusal
     calibration: Callable[[], Calibration] | None = None  # of the model's bills, as it is stored now

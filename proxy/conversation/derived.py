@@ -202,7 +202,7 @@ def entered(
 
 class Closing(msgspec.Struct, array_like=True):
     """What a record keeps of its turn's epochs: enough to continue from. `root` is the page table's after the
-    turn, `pages` what was derived; positions before `end` are in a segment; `max_claims` was the limit then."""
+    turn, where it was stored; `pages` what was derived; positions before `end` are in a segment; `max_claims` was the limit then."""
 
     root: bytes
     pages: list[dict[str, Any]]

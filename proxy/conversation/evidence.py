@@ -16,7 +16,7 @@ from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
 from proxy.memory.context import context_line
 from proxy.memory.ids import Hit
-from proxy.memory.models import CompressionLevel, StorageTier
+from proxy.memory.models import CompressionLevel
 from proxy.memory.passages import find_passages
 from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
@@ -124,8 +124,8 @@ def _search(turn: TurnWindow, limit: int) -> Search:
 
 def _is_resident(turn: TurnWindow, hit: Hit) -> bool:
     """The page is in the window whole."""
-    found = turn.table.lookup(turn.pages.id_of(hit.position, hit.part))
-    return bool(found and found.tier is StorageTier.L0 and not found.level)
+    found = turn.table.in_window(turn.pages.id_of(hit.position, hit.part))
+    return found is not None and not found.level
 
 
 def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:

@@ -21,7 +21,7 @@ import msgspec
 
 from proxy.conversation.body import Body, is_system
 from proxy.conversation.records import GetRecord, Record, Sent, backwards, deepest_record
-from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, TenantKey, overlap
+from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, TenantKey, grown, overlap
 from proxy.errors import StorageError
 from proxy.memory.message_text import message_text
 
@@ -29,16 +29,17 @@ _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
 _TELLING_CHARS = 64  # so much text to count as proof
 _CANDIDATES = 32  # paths that a trimmed history is compared with; as many as storage keeps
 _TRIED = 2  # of a request's answers, the newest: behind them a client may put a pair of its own
+_SOUGHT = 1024  # of a session's messages, the newest: among them a request of it may begin
 _MOVES = 3  # turns in a row in which the front moved on: one or two may be deletions
 
-LoadPath = Callable[[Record], list[Node]]
+LoadPath = Callable[[Record], Sequence[Node]]
 
 
 @dataclass(slots=True)
 class Place:
     """A request on its path (see TurnInput for the fields)."""
 
-    path: list[Node]
+    path: Sequence[Node]
     start: int
     floor: int
     anchors: list[Anchor]
@@ -59,9 +60,9 @@ class Library:
     get_head: Callable[[bytes], bytes | None]
 
 
-def chain(body: Body, identity: Identity, tenant: TenantKey) -> tuple[list[Node], list[Anchor]]:
+def chain(body: Body, identity: Identity, tenant: TenantKey) -> tuple[Sequence[Node], list[Anchor]]:
     """The client's messages as a path from the root, and its mid-conversation system messages."""
-    path: list[Node] = []
+    path: Sequence[Node] = []
     anchors: list[Anchor] = []
     if body.known is not None:
         count = body.known.counts[body.shared - 1]
@@ -79,7 +80,7 @@ def chain(body: Body, identity: Identity, tenant: TenantKey) -> tuple[list[Node]
 
 
 def place(
-    nodes: list[Node],
+    nodes: Sequence[Node],
     anchors: list[Anchor],
     tenant: TenantKey,
     library: Library,
@@ -113,7 +114,7 @@ def place(
 
 
 def _alike(
-    nodes: list[Node], known: Record | None, tenant: TenantKey, library: Library
+    nodes: Sequence[Node], known: Record | None, tenant: TenantKey, library: Library
 ) -> tuple[Record, int] | None:
     """An answer delivered on another path that is also one of the newest here that have no record, and the
     position behind it: the client has changed something before it. Both need not agree in more."""
@@ -130,7 +131,7 @@ def _alike(
 def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> Place | None:
     """The request as the continuation of its session; None: a history of its own."""
     nodes, path = whole.path, library.load_path(head)
-    start, length = overlap(path, nodes)
+    start, length = _agreement(path, nodes)
     if length and start == 0:
         return None  # it begins as the session began: said again from the start, not new
     answered = any(node.role == "assistant" for node in nodes[:length])
@@ -143,8 +144,22 @@ def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> P
     return Place(joined, len(path), 0, moved, head, Sent(frame, len(path)))
 
 
+def _agreement(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
+    """As `overlap`: with the end of the path, or else among its newest messages, or with its beginning. Of a
+    request without answers it matters only whether it begins as the path does."""
+    for length in range(min(len(path), len(nodes)), 0, -1):
+        start = len(path) - length
+        if all(path[start + i].content == nodes[i].content for i in range(length)):
+            return start, length
+    begins = path[0].content == nodes[0].content
+    if not begins and all(node.role != "assistant" for node in nodes):
+        return 0, 0
+    newest = overlap(path, nodes, max(0, len(path) - _SOUGHT))
+    return newest if newest[1] or not begins else (0, 1)
+
+
 def _join(
-    path: list[Node], start: int, length: int, whole: Place, library: Library, sent: Sent
+    path: Sequence[Node], start: int, length: int, whole: Place, library: Library, sent: Sent
 ) -> Place:
     """The request's messages agree with path[start : start + length]; the rest of them follows there."""
     nodes = whole.path
@@ -155,7 +170,7 @@ def _join(
         )
         for old, new in zip(path[start : start + length], nodes, strict=False)
     ]
-    joined = library.identity.rechain([*path[:start], *shared], nodes[length:])
+    joined = library.identity.rechain(grown(path[:start], shared), nodes[length:])
     moved = [Anchor(a.position + start, a.raw) for a in whole.anchors]
     return Place(joined, start, start, moved, deepest_record(joined, library.get_record), sent)
 

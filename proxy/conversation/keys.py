@@ -10,6 +10,8 @@ from __future__ import annotations
 RECORD = b"n"  # + the id of its last node: what an answered turn adds (records.py)
 BLOCK = b"t"  # + the hash of its bytes: a chunk or a root of a page table (memory/table.py)
 
+INDEX = b"i"  # + hash of how pages and words are cut, node id: a piece of the search index (search/paths.py)
+
 VECTOR = b"e"  # + hash of tenant, model, text: the vector of a page with that text
 NEAR = b"q"  # + hash of tenant, model, path, query: the pages that a search found by meaning
 
@@ -29,7 +31,7 @@ STATED = b"L"  # + scope: the windows that the upstream's own list of models sta
 
 # What stands under a letter, for people:
 KINDS = {
-    RECORD: "record of a turn", BLOCK: "block of a page table", VECTOR: "vector of a page", NEAR: "search's result",
+    RECORD: "record of a turn", BLOCK: "block of a page table", INDEX: "piece of a search index", VECTOR: "vector of a page", NEAR: "search's result",
     PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",

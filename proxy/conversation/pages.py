@@ -11,12 +11,13 @@ page of a message beside it (`owner`), with which it leaves the window and comes
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import msgspec
 
@@ -355,18 +356,16 @@ class PathPages:
             self._messages.pop(position, None)
             self._messages.pop(position - 1, None)
 
-    def index_keys(self, before: int) -> list[bytes]:
+    def index_keys(self, before: int) -> Sequence[bytes]:
         """What the search index knows the pages of the first `before` messages by: each key names all
         that stands there and before."""
-        ids: list[bytes] = [node.id for node in self.path[:before]]
-        if not self._notes:
-            return ids
-        digest, keys = b"", []
-        for position, node_id in enumerate(ids):
-            for note in self._notes.get(position, ()):
+        digest, places, digests = b"", list[int](), [b""]
+        for position in sorted(self._notes):
+            for note in self._notes[position]:
                 digest = blake2b(digest + note.said, digest_size=ID_BYTES).digest()
-            keys.append(node_id + digest)
-        return keys
+            places.append(position)
+            digests.append(digest)
+        return _IndexKeys(self.path, min(before, len(self.path)), places, digests)
 
     def notes_digest(self, end: int) -> bytes:
         """What the system messages in the pages of positions 0..end-1 are known by; b"" for none."""
@@ -491,6 +490,27 @@ class PathPages:
 
     def _short(self, text: str) -> str:
         return compress_text(text, 0 if len(text) < _LONG_CHARS else 1, _SHOWN_WITH_TOKENS, self.counter.text)
+
+
+class _IndexKeys(Sequence[bytes]):
+    """Node ids, each with the digest of the notes at the `places` up to its own."""
+
+    def __init__(self, path: Sequence[Node], length: int, places: list[int], digests: list[bytes]) -> None:
+        self._path, self._length, self._places, self._digests = path, length, places, digests
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, at: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(at, slice):
+            return [self[position] for position in range(*at.indices(self._length))]
+        at = range(self._length)[at]
+        key = self._path[at].id
+        return key + self._digests[bisect_right(self._places, at)] if self._places else key
 
 
 def owner(path: Sequence[Node], position: int) -> int:

@@ -3,7 +3,7 @@
 Promises: one commit holds a whole turn, so it is there or it is not; every answer on a path has a
 record and every record its parent; a turn stored twice is stored once (keys are content). The same
 record gives the same state on any replica, before and after a restart (invariants 7, 9). The table is
-opened at the last turn that closed a segment and only what happened since is replayed, so the cost
+opened where it was last stored and only what happened since is replayed, so the cost
 does not grow with the conversation; a block of it that is lost is made again from the whole log.
 
 A record has the messages since the answer before, up to its own answer. Three chains run through them
@@ -17,7 +17,7 @@ Here r1 fitted the window, and r3 came in the request that r4 answered (the clie
 anew, or it talked past us) and left no state, so r4 goes on from r2; where that turn settled what it
 found answered, r3 has a state as if in a turn of its own, and r4 goes on from it. `r6.closed` is r5: the last one
 along the bases with a `closing`. Messages are read along `parent`, a window along `base` up to the turn
-that began its epoch, the table along `base` up to the last `closing`, which has its root, and the whole
+that began its epoch, the table along `base` up to the last `closing` that has a root, and the whole
 mutation log along `base` to the end.
 
 What stands behind r3 may be said otherwise in two requests at once, which then both store r3; how much
@@ -31,30 +31,39 @@ A large message that moved (files that are always the newest message but one) is
 Where it does so with every request and nothing of a window can be kept from one to the next, its state is
 `unkept` as well: it is as large as the history, and nobody goes on from it.
 
+A path is read where it is looked at, so a turn costs the same however long it is: each record is found in a few
+steps. Where a record's messages begin in another 64 positions than those of the record before it, a leaf of the
+path's index is stored with it, of the records since the last leaf. It also has the references of all leaves before
+it, as the frontier of a tree: those of the newest leaves, and of nodes of 32 leaves or nodes each. They are
+content-addressed, so branches share them; what is lost of them is found along the records, one after the other.
+
 The letters of the keys are in keys.py; what a record keeps in bytes:
 
     window     _WindowChange: the entries added since `base`, or the whole window of a new epoch
     mutations  `memory.table.encode_log`: this turn's mutations, from `base` on
-    closing    `derived.Closing`: what this turn's epochs derived, and the root of its page table
+    closing    `derived.Closing`: what this turn's epochs derived, and, now and then, the root of its page table
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
+import zstandard
 
 from proxy.conversation import keys
 from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
-from proxy.conversation.tree import ID_BYTES, ContentId, Identity, Node, NodeId, TenantKey
+from proxy.conversation.tree import ID_BYTES, ContentId, Identity, Node, NodeId, Path, TenantKey
 from proxy.conversation.window import Entry, Window
+from proxy.memory.ids import parse_page_id
 from proxy.memory.models import MutationType
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
 
@@ -94,7 +103,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     raws: list[bytes]
     tokens: list[int]
     turn: int
-    echo: bytes = b""  # the previous answer in the client's own bytes, where they differ
+    echo: bytes = b""  # what makes the client's own bytes of the previous answer's, where they differ
     base: bytes = b""  # the record after whose state this turn's window and table were continued
     window: bytes = b""  # empty: never evicted
     mutations: bytes = b""
@@ -111,6 +120,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     shared: Shared | None = None
     elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
     unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
+    leaf: bytes = b""  # of the path's index: where the records before it are
 
     @property
     def id(self) -> NodeId:
@@ -122,29 +132,47 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         return self.first + len(self.ids) + (self.shared.count if self.shared else 0)
 
 
+class _Leaf(msgspec.Struct, array_like=True, gc=False):
+    """Records one behind the other. `frontier`: by height, leaves (0) and nodes that are in no node yet."""
+
+    rows: _Rows
+    frontier: list[_Rows]
+
+
 class _WindowChange(msgspec.Struct, array_like=True, omit_defaults=True):
-    """An entry without bytes has those of the message at its position on the path."""
+    """An entry without bytes has those of the message at its position on the path. `evidence`: of those with pages
+    in front of the message, in their order, what makes it of the message and the pages' own."""
 
     covered: int
     entries: tuple[Entry, ...] = ()
     snapshot: Window | None = None
     kept: int = -1  # of the entries before, the first so many; -1: all of them
+    evidence: list[bytes] = []
 
 
+_LEAF_BITS = 6  # positions
+_CHILDREN = 32  # of a node
+_KEPT_NODES = 4096  # of a path in RAM, at least: what is read is kept up to twice as many
+
+_Rows = list[tuple[int, bytes]]  # where the messages begin, and what has them: a record, a leaf or a node
+_AS_IT_IS = zstandard.DICT_TYPE_RAWCONTENT
 _LEAST_ALIKE = 2  # messages that are not stored again
 _LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
 _NEAR = 4  # records
 
 GetRecord = Callable[[bytes], Record | None]
+RawAt = Callable[[int], bytes | None]  # a message's bytes, as they are stored; None: they are not
 CONVERSATION_BYTES = 6  # of its first node's id, by which people know it
 
 encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _encode_change = msgspec.msgpack.Encoder().encode
 _decode_change = msgspec.msgpack.Decoder(_WindowChange).decode
-NO_RAWS: Mapping[int, bytes] = {}
 NO_LARGE: Mapping[bytes, tuple[bytes, int]] = {}
 _encode_state = msgspec.msgpack.Encoder().encode
+_encode_block = msgspec.msgpack.Encoder().encode
+_decode_leaf = msgspec.msgpack.Decoder(_Leaf).decode
+_decode_rows = msgspec.msgpack.Decoder(_Rows).decode
 
 
 def decode_record(data: bytes) -> Record:
@@ -201,12 +229,91 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
     return get(path[answers[low]].id)
 
 
-def load_path(head: Record, get: GetRecord, identity: Identity) -> list[Node]:
-    """All nodes from the root to the head's last message, each with the bytes last seen of it."""
-    nodes = list(backwards(head, get))[::-1]
-    for before, node in pairwise(nodes):
-        if not node.id:  # a shared one
-            node.id = identity.child(before.id, node.content)
+def load_path(head: Record, get: GetRecord, get_block: GetBlock, identity: Identity | None) -> Path:
+    """The path from the root to the head's last message: each node with the bytes last seen of it, read where it
+    is looked at. `identity`: None where nobody asks for ids."""
+    return Path(StoredPath(head, get, get_block, identity), head.end, [])
+
+
+class StoredPath(Sequence[Node]):
+    """The nodes up to a record's last message; `path[i]` alone is its interface."""
+
+    def __init__(self, head: Record, get: GetRecord, get_block: GetBlock, identity: Identity | None) -> None:
+        self._end = head.end
+        self._get, self._get_block, self._identity = get, get_block, identity
+        self._newest = [head]  # the newest records, back to the last with a leaf or further
+        self._nodes: dict[int, Node] = {}
+
+    def __len__(self) -> int:
+        return self._end
+
+    def __getitem__(self, at: int) -> Node:  # type: ignore[override]  # slices are `Path`'s
+        node = self._nodes.get(at)
+        if node is None:
+            if len(self._nodes) >= 2 * _KEPT_NODES:
+                self._nodes = dict(islice(self._nodes.items(), _KEPT_NODES, None))
+            record = self._record(at)
+            after = self._record(record.end) if record.end < self._end else None
+            nodes = nodes_of(record, after, self._get, self._identity)
+            self._nodes.update(enumerate(nodes, record.first))
+            node = self._nodes[at]
+        return node
+
+    def _record(self, position: int) -> Record:
+        newest = self._newest
+        while position < newest[-1].first:
+            oldest = newest[-1]
+            found = self._find(oldest.leaf, position) if oldest.leaf else None
+            if found is not None:
+                return found
+            newest.append(_need(oldest.parent, self._get))
+        low, high = 0, len(newest) - 1
+        while low < high:  # the first, that is the newest one, that begins here or before
+            middle = (low + high) // 2
+            low, high = (low, middle) if newest[middle].first <= position else (middle + 1, high)
+        return newest[low]
+
+    def _find(self, ref: bytes, position: int) -> Record | None:
+        """The record before a leaf's that has the position; None where the index is damaged."""
+        leaf = _leaf(ref, self._get_block)
+        if leaf is None:
+            return None
+        for height, rows in enumerate(leaf.frontier):
+            if leaf.rows[0][0] <= position:
+                break
+            if not rows or position < rows[0][0]:
+                continue
+            for _ in range(height):
+                data = self._get_block(_row(rows, position))
+                if data is None:
+                    return None
+                rows = _decode_rows(data)
+            leaf = _leaf(_row(rows, position), self._get_block)
+            if leaf is None:
+                return None
+            break
+        return _need(_row(leaf.rows, position), self._get)
+
+
+def _row(rows: _Rows, position: int) -> bytes:
+    return rows[bisect_right(rows, position, key=lambda row: row[0]) - 1][1]
+
+
+def _leaf(ref: bytes, get_block: GetBlock) -> _Leaf | None:
+    data = get_block(ref)
+    return _decode_leaf(data) if data is not None and _ref(data) == ref else None
+
+
+def nodes_of(record: Record, after: Record | None, get: GetRecord, identity: Identity | None) -> list[Node]:
+    """The record's nodes; `after`: the record behind it on the path."""
+    nodes = list(islice(backwards(record, get), record.end - record.first))[::-1]
+    if after is not None and after.echo:
+        nodes[-1].raw = _other(after.echo, nodes[-1].raw)
+    before: bytes = record.parent
+    for node in nodes:
+        if not node.id and identity is not None:  # a shared one
+            node.id = identity.child(before, node.content)
+        before = node.id
     return nodes
 
 
@@ -226,7 +333,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         else:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
-                echo or _raw(record, at, get), record.tokens[at], record.counter,
+                _other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
                 seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
             )  # fmt: skip
             told += 1
@@ -305,7 +412,7 @@ def find_alike(
 def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
     """The state after `head`."""
     table = restore_table(head, get, get_block)
-    return State(restore_window(head, get), table, _restore_derived(head, get))
+    return State(restore_window(head, get, get_block), table, _restore_derived(head, get))
 
 
 def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTable:
@@ -314,9 +421,8 @@ def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTabl
     logs: list[bytes] = []
     table = PageTable()
     for record in _bases(head, get):
-        if record.closing:
-            replayed = partial(_replayed, record, get)
-            table = PageTable.open(table_root(record.closing), get_block, replayed)
+        if record.closing and (root := table_root(record.closing)):
+            table = PageTable.open(root, get_block, partial(replayed, record, get))
             break
         logs.append(record.mutations)
     for log in reversed(logs):
@@ -324,17 +430,18 @@ def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTabl
     return table
 
 
-def _replayed(head: Record, get: GetRecord) -> PageTable:
+def replayed(head: Record, get: GetRecord) -> PageTable:
+    """That table, made of the whole log."""
     return history(head, get).replay()
 
 
-def restore_window(head: Record, get: GetRecord) -> Window | None:
+def restore_window(head: Record, get: GetRecord, get_block: GetBlock) -> Window | None:
     """The window after the record's turn; None for a conversation that was never evicted from."""
     changes: list[_WindowChange] = []
     for record in _bases(head, get):
         if not record.window:
             break
-        change = _read_change(record, get)
+        change = _read_change(record, get, get_block)
         if change.snapshot is not None:
             window = change.snapshot
             for later in reversed(changes):
@@ -348,17 +455,21 @@ def restore_window(head: Record, get: GetRecord) -> Window | None:
     return None
 
 
-def _read_change(record: Record, get: GetRecord) -> _WindowChange:
+def _read_change(record: Record, get: GetRecord, get_block: GetBlock) -> _WindowChange:
     """What the record stored of its window, every entry with its bytes."""
     change = _decode_change(record.window)
     entries = change.entries if change.snapshot is None else change.snapshot.entries
-    asked = [entry.position for entry in entries if not entry.raw]
-    if not asked:
-        return change
-    replace, first = msgspec.structs.replace, min(asked)
-    told = islice(backwards(record, get), record.end - first)
-    raws = {record.end - n: node.raw for n, node in enumerate(told, 1)}
-    entries = tuple(e if e.raw else replace(e, raw=raws[e.position]) for e in entries)
+    path, evidence, replace = load_path(record, get, get_block, None), iter(change.evidence), msgspec.structs.replace
+
+    def whole(entry: Entry) -> Entry:
+        if entry.raw:
+            return entry
+        if not entry.shown:
+            return replace(entry, raw=path[entry.position].raw)
+        quoted = _quoted(entry, lambda at: path[at].raw)
+        return replace(entry, raw=_other(next(evidence), quoted or b""))
+
+    entries = tuple(map(whole, entries))
     if change.snapshot is None:
         change.entries = entries
     else:
@@ -449,12 +560,12 @@ class Stored(NamedTuple):
     derived: Derived
 
     def fields(
-        self, before: Window | None, record: Record | None, raws: Mapping[int, bytes]
+        self, before: Window | None, record: Record | None, raw_at: RawAt
     ) -> dict[str, object]:
-        """A record's fields; `before` is the window after `record`, which it was continued from; `raws`: see
+        """A record's fields; `before` is the window after `record`, which it was continued from; `raw_at`: see
         `encode_change`."""
         fields: dict[str, object] = {
-            "window": encode_change(before, self.window, raws),
+            "window": encode_change(before, self.window, raw_at),
             "mutations": self.mutations,
             "closing": self.closing,
         }
@@ -475,25 +586,54 @@ class SessionNames(NamedTuple):
 NO_NAMES = SessionNames()
 
 
-def encode_change(before: Window | None, after: Window, raws: Mapping[int, bytes] = NO_RAWS) -> bytes:
+def encode_change(before: Window | None, after: Window, raw_at: RawAt = lambda _: None) -> bytes:
     """What a turn stores: the entries added (behind those kept), or the whole window when a new
-    epoch began in it, or when it was counted anew. `raws`: what the messages at these positions say is read
-    from the record itself and the end of the one before it, and not said again."""
+    epoch began in it, or when it was counted anew. `raw_at`: of what stands on the path, which is read from there
+    and not said again."""
     if before is None or _measure(before) != _measure(after):
-        entries = _without(raws, after.entries)
+        entries, evidence = _without(raw_at, after.entries)
         snapshot = msgspec.structs.replace(after, entries=entries)
-        return _encode_change(_WindowChange(after.covered, snapshot=snapshot))
+        return _encode_change(_WindowChange(after.covered, snapshot=snapshot, evidence=evidence))
     old, new = before.entries, after.entries
     pairs = enumerate(zip(old, new, strict=False))
     kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
     all_of_them = kept == len(old)
-    added = _without(raws, new[kept:])
-    return _encode_change(_WindowChange(after.covered, added, kept=-1 if all_of_them else kept))
+    added, evidence = _without(raw_at, new[kept:])
+    return _encode_change(
+        _WindowChange(after.covered, added, kept=-1 if all_of_them else kept, evidence=evidence)
+    )
 
 
-def _without(raws: Mapping[int, bytes], entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    replace = msgspec.structs.replace
-    return tuple(replace(e, raw=b"") if raws.get(e.position) == e.raw else e for e in entries)
+def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], list[bytes]]:
+    out: list[Entry] = []
+    evidence: list[bytes] = []
+    for entry in entries:
+        if entry.shown:
+            quoted = _quoted(entry, raw_at)
+            if quoted is not None:
+                evidence.append(_difference(entry.raw, quoted))
+        if quoted is not None if entry.shown else entry.position >= 0 and raw_at(entry.position) == entry.raw:
+            entry = msgspec.structs.replace(entry, raw=b"")
+        out.append(entry)
+    return tuple(out), evidence
+
+
+def _difference(data: bytes, source: bytes) -> bytes:
+    """What `_other` makes the data of, again."""
+    return zstandard.ZstdCompressor(3, zstandard.ZstdCompressionDict(source, _AS_IT_IS)).compress(data)
+
+
+def _other(difference: bytes, source: bytes) -> bytes:
+    return zstandard.ZstdDecompressor(zstandard.ZstdCompressionDict(source, _AS_IT_IS)).decompress(difference)
+
+
+def _quoted(entry: Entry, raw_at: RawAt) -> bytes | None:
+    """What a message with evidence is made of: its own bytes and those of the pages; None where one is not stored."""
+    places = filter(None, map(parse_page_id, entry.shown))
+    raws = [raw_at(position) for position in (*dict.fromkeys(at for at, _ in places), entry.position)]
+    if None in raws:
+        return None
+    return b"".join(filter(None, raws))
 
 
 def _measure(window: Window) -> tuple[int, str, float]:
@@ -517,6 +657,7 @@ def new_records(
     large: Mapping[bytes, tuple[bytes, int]] = NO_LARGE,
     seen_s: int = 0,
     account: Callable[[int], Account | None] = lambda _: None,
+    stored: Sequence[Node] = (),
 ) -> list[Record]:
     """Records for the positions after `parent`; one for each run that ends with an answer, but from what is
     `alike` on one for all. `large`: see `large_messages`.
@@ -525,10 +666,11 @@ def new_records(
     describe the turn that is being stored; its echo is that of the parent's answer: the first record's.
     `states`, in the order of the path, were continued one from the other, the first one from `before`,
     the window after `parent` (None: it began anew). For all but the last: `known`, what the turn began with,
-    and `account`, of the path up to a position. `seen_s`: when the request came (Unix time).
+    and `account`, of the path up to a position. `seen_s`: when the request came (Unix time). `stored`: the path
+    up to `parent`, as it is stored.
     """
     records: list[Record] = []
-    first = parent.end if parent else 0
+    first = first_new = parent.end if parent else 0
     turn = parent.turn if parent else 0
     counter = path[-1].counter or next((n.counter for n in reversed(path) if n.counter), "")
     above = parent.id if parent else b""
@@ -567,16 +709,25 @@ def new_records(
     if not records:
         return []
     replace = msgspec.structs.replace
-    echo = last.get("echo", b"")
+    echo = last.get("echo")
     records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
-    records[0] = replace(records[0], echo=echo)
-    at, base = 0, parent
+    if isinstance(echo, bytes) and echo and parent is not None:
+        records[0] = replace(records[0], echo=_difference(echo, parent.raws[-1]))
+    at, base, known_end = 0, parent, max(0, first_new - 1)
+
+    def raw_at(position: int) -> bytes | None:
+        if position >= known_end:  # the last answer's, too: its echo is in the first of these records
+            return path[position].raw
+        try:
+            return stored[position].raw if stored else None
+        except LookupError:  # damaged: what it says is said again
+            return None
+
     for state in states:
         while records[at].end < state.end:
             at += 1
         record = records[at]
-        raws = {p: path[p].raw for p in range(max(0, record.first - 1), record.end)}
-        fields = state.fields(before, base, raws)
+        fields = state.fields(before, base, raw_at)
         if base is not parent and base is not None:
             fields["based"] = _state_digest(base)
         base = records[at] = replace(record, **fields)
@@ -584,8 +735,59 @@ def new_records(
     return records
 
 
+def indexed(
+    records: Sequence[Record], parent: Record | None, get: GetRecord, get_block: GetBlock
+) -> tuple[list[Record], dict[bytes, bytes]]:
+    """The new records behind `parent`, with the references of their leaves, and the leaves by reference."""
+    out: list[Record] = []
+    blocks: dict[bytes, bytes] = {}
+    fresh: dict[bytes, Record] = {}
+    for record in records:
+        if parent is not None and record.first >> _LEAF_BITS != parent.first >> _LEAF_BITS:
+            leaf = _new_leaf(parent, blocks, lambda i: fresh.get(i) or get(i), lambda r: blocks.get(r) or get_block(r))
+            record = msgspec.structs.replace(record, leaf=_add(blocks, leaf))
+        fresh[record.id] = parent = record
+        out.append(record)
+    return out, blocks
+
+
+def _new_leaf(last: Record, blocks: dict[bytes, bytes], get: GetRecord, get_block: GetBlock) -> _Leaf:
+    rows: _Rows = []
+    at: Record | None = last
+    before: _Leaf | None = None
+    ref = b""
+    while at is not None:
+        rows.append((at.first, at.id))
+        before = _leaf(ref := at.leaf, get_block) if at.leaf else None
+        at = _need(at.parent, get) if at.parent and before is None else None
+    frontier = [list(level) for level in before.frontier] if before is not None else []
+    new = (before.rows[0][0], ref) if before is not None else None
+    height = 0
+    while new is not None:
+        if height == len(frontier):
+            frontier.append([])
+        level = frontier[height]
+        level.append(new)
+        new = None
+        if len(level) == _CHILDREN:
+            new = (level[0][0], _add(blocks, level))
+            frontier[height] = []
+            height += 1
+    return _Leaf(rows[::-1], frontier)
+
+
+def _add(blocks: dict[bytes, bytes], value: object) -> bytes:
+    data = _encode_block(value)
+    blocks[ref := _ref(data)] = data
+    return ref
+
+
+def _ref(data: bytes) -> bytes:
+    return blake2b(data, digest_size=ID_BYTES).digest()
+
+
 def append_effect(
-    heads: Sequence[tuple[list[Node], list[Record]]],
+    heads: Sequence[tuple[Sequence[Node], list[Record]]],
     identity: Identity,
     tenant: TenantKey,
     names: SessionNames,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any, NewType
+from typing import Any, NewType, overload
 
 import msgspec
 
@@ -38,6 +38,43 @@ class Node(msgspec.Struct, gc=False):
     counter: str = ""  # the name of the counter that counted them
     cuts: tuple[int, tuple[int, ...]] | None = None  # a text's hash, and where its pages end
     seen_s: int = 0  # when it was first seen, where it was read from a record (Unix time)
+
+
+class Path(Sequence[Node]):
+    """The first `end` nodes of a path that is read where it is looked at (`before`), and more behind them: it
+    takes and grows without a look at the old ones."""
+
+    __slots__ = ("_before", "_end", "_nodes")
+
+    def __init__(self, before: Sequence[Node], end: int, nodes: list[Node]) -> None:
+        self._before, self._end, self._nodes = before, end, nodes
+
+    def __len__(self) -> int:
+        return self._end + len(self._nodes)
+
+    @overload
+    def __getitem__(self, at: int) -> Node: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Node]: ...
+    def __getitem__(self, at: int | slice) -> Node | Sequence[Node]:
+        length, end = len(self), self._end
+        if isinstance(at, slice):
+            start, stop, step = at.indices(length)
+            if start or step != 1:
+                return [self[position] for position in range(start, stop, step)]
+            return Path(self._before, min(stop, end), self._nodes[: max(0, stop - end)])
+        at += length * (at < 0)
+        if not 0 <= at < length:
+            raise IndexError(at)
+        return self._before[at] if at < end else self._nodes[at - end]
+
+    def grown(self, nodes: Sequence[Node]) -> Path:
+        return Path(self._before, self._end, [*self._nodes, *nodes])
+
+
+def grown(path: Sequence[Node], nodes: Sequence[Node]) -> Sequence[Node]:
+    """The path and what follows it; `path` itself is not changed."""
+    return path.grown(nodes) if isinstance(path, Path) else [*path, *nodes]
 
 
 class Anchor(msgspec.Struct, gc=False):
@@ -129,24 +166,24 @@ class Identity:
         return NodeId(blake2b(parent + content, digest_size=ID_BYTES, key=self._key).digest())
 
     def extend(
-        self, tenant: TenantKey, path: list[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]
-    ) -> list[Node]:
+        self, tenant: TenantKey, path: Sequence[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]
+    ) -> Sequence[Node]:
         """The path with (raw, decoded) messages chained on; `path` itself is not changed."""
-        nodes = list(path)
-        parent = nodes[-1].id if nodes else self.root(tenant)
+        nodes: list[Node] = []
+        parent = path[-1].id if path else self.root(tenant)
         for raw, message in messages:
             content = self.content(message)
             parent = self.child(parent, content)
             nodes.append(Node(parent, content, str(message.get("role")), raw))
-        return nodes
+        return grown(path, nodes)
 
     def rechain(
-        self, path: list[Node], nodes: Sequence[Node], root: bytes = b""
-    ) -> list[Node]:
+        self, path: Sequence[Node], nodes: Sequence[Node], root: bytes = b""
+    ) -> Sequence[Node]:
         """`nodes`' messages as descendants of `path` (or of `root`, when that is empty): the same
         contents with other ids."""
-        out = list(path)
-        parent = out[-1].id if out else root
+        out: list[Node] = []
+        parent = path[-1].id if path else root
         for node in nodes:
             parent = self.child(parent, node.content)
             out.append(
@@ -154,11 +191,12 @@ class Identity:
                     parent, node.content, node.role, node.raw, node.tokens, node.counter, seen_s=node.seen_s
                 )
             )
-        return out
+        return grown(path, out)
 
 
-def overlap(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
-    """(start, length): where along `path` the client's `nodes` begin, and for how many they agree.
+def overlap(path: Sequence[Node], nodes: Sequence[Node], least: int = 0) -> tuple[int, int]:
+    """(start, length): where along `path`, from the position `least` on, the client's `nodes` begin, and for how
+    many they agree.
 
     The longest agreement that starts with the client's first message; (0, 0) if there is none. Of
     equal ones the latest counts. Linear in the path but for repeated messages.
@@ -167,7 +205,7 @@ def overlap(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
     if not nodes:
         return best
     first = nodes[0].content
-    for start in range(len(path) - 1, -1, -1):
+    for start in range(len(path) - 1, least - 1, -1):
         if path[start].content != first:
             continue
         length = 1
@@ -176,6 +214,8 @@ def overlap(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
             length += 1
         if length > best[1]:
             best = (start, length)
+            if length == len(nodes):
+                break
     return best
 
 

@@ -77,12 +77,15 @@ from proxy.conversation.records import (
     answered_by,
     append_effect,
     find_alike,
+    indexed,
     large_messages,
+    load_path,
     new_records,
 )
 from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
+from proxy.conversation.tree import Node
 from proxy.conversation.turn_window import SETTLED, TurnWindow
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
@@ -465,12 +468,19 @@ class Turn:
         before_calls = Calling.of(context.facts)
         calls = self._calling(before_calls)
         last["bill"] = msgspec.structs.replace(bill, calls=calls.offered)
-        heads = []
+        heads: list[tuple[Sequence[Node], list[Record]]] = []
+        stored: Sequence[Node] = ()
+        if record is not None:
+            stored = load_path(record, context.get_record, context.get_block, context.identity)
         for message in answers:
             shown = as_input(message)
             path = context.identity.extend(context.tenant, self.path, [(_json(shown), shown)])
             known = Bill(bill.model, began.tokens_factor, calls=began.calls)
-            made = new_records(path, record, last, states, came, known, alike, large, int(context.now_s), rewound)
+            made = new_records(
+                path, record, last, states, came, known, alike, large, int(context.now_s), rewound, stored
+            )
+            made, leaves = indexed(made, record, context.get_record, context.get_block)
+            blocks.update(leaves)
             heads.append((path, made))
         self.path = heads[0][0]
         self.record = heads[0][1][-1]

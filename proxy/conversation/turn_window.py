@@ -66,6 +66,7 @@ from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
 SETTLED = 64  # answers of one request, the newest, after which a state is left
+CHECKPOINT = 1024  # mutations of the page table, between which it is not stored: replaying them takes some ms
 STANDING_TOKENS = 256  # of standing instructions of the application's in front of a window, at most
 
 _STANDING_BYTES = 2048  # of one of them
@@ -373,7 +374,8 @@ class TurnWindow:
         closing, blocks = b"", dict[bytes, bytes]()
         derived = self.pages.derived
         if self.made:
-            root, blocks = self.table.checkpoint()
+            due = self.table.unstored >= CHECKPOINT
+            root, blocks = self.table.checkpoint() if due else (b"", {})
             closing = encode_closing(root, self.made, derived.end, self.limits.max_claims)
         mutations = encode_log(self.mutations)
         return Stored(end, self.window, mutations, closing, blocks, derived)

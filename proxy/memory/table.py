@@ -5,8 +5,8 @@ mutations gives an equal table, in the same order, and what was in the window at
 replayed up to it. No turn is read from anywhere but a mutation. An unknown page is a `KeyError`, a
 second CREATE a `ValueError`; what raises changes nothing.
 
-A stored table is a flat list of chunks of entries, each under the hash of its bytes, as is the root
-that lists them: the same entries give the same root, whenever and however often they were written,
+A stored table is chunks of entries, each under the hash of its bytes, as are the groups that list them and
+the root that lists these: the same entries give the same root, whenever and however often they were written,
 and a chunk that did not change keeps its reference. A chunk has the pages of 64 positions, parts and
 media included; derived pages have no position and go by the number at the end of their id. `open`
 reads the root and the chunks with pages in the window, and the others when they are asked for. What
@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from proxy.memory.eviction import REFAULT_GAIN, is_cooling
-from proxy.memory.ids import parse_page_id
+from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import (
     DEFAULT_IMPORTANCE,
+    MEDIA_PART,
     ChunkRef,
     CompressionLevel,
     MemoryPage,
@@ -41,6 +43,7 @@ from proxy.memory.models import (
 
 REF_BYTES = 16
 _CHUNK_BITS = 6  # 64 positions
+_GROUP_BITS = 6  # 64 chunks
 _MAX_NUMBER_DIGITS = 9
 
 _L0 = StorageTier.L0
@@ -68,7 +71,7 @@ class _Root(msgspec.Struct, array_like=True, gc=False):
     tiers: dict[StorageTier, int] = msgspec.field(
         default_factory=lambda: dict.fromkeys(StorageTier, 0)
     )
-    chunks: dict[int, ChunkRef] = msgspec.field(default_factory=dict)  # as they were last stored
+    groups: dict[int, ChunkRef] = msgspec.field(default_factory=dict)  # of the chunks' references
     resident: list[int] = msgspec.field(default_factory=list)  # the chunks with pages in the window
 
 
@@ -83,9 +86,11 @@ class PageTable:
         self._entries: dict[str, PageTableEntry] = {}
         self._window: dict[str, PageTableEntry] = {}
         self._chunks: dict[int, list[PageTableEntry]] = {}  # those in RAM, in order of registration
+        self._refs: dict[int, ChunkRef] = {}  # of all chunks, as they were last stored
         self._stored: set[int] = set()  # chunks that are in storage only
         self._changed: set[int] = set()  # chunks that are not in storage as they are
         self._root = _Root()
+        self.unstored = 0  # mutations since the last checkpoint
         self._ref: ChunkRef | None = None  # of the root, as it was last stored
         self._get: GetBlock | None = None
         self._rebuild: Callable[[], PageTable] | None = None
@@ -100,15 +105,18 @@ class PageTable:
         """The table of a checkpoint. `rebuild` replays its log, when a block is missing or damaged;
         without it that is a `LookupError`, then or at a later look-up."""
         ref = ChunkRef(root)
-        data = _intact(ref, get)
-        if data is None:
+        table, data = cls(), _intact(ref, get)
+        if data is not None:
+            table._root, table._ref = _decode_root(data), ref
+            groups = [_intact(group, get) for group in table._root.groups.values()]
+        if data is None or None in groups:
             if rebuild is None:
                 raise LookupError(f"the page table's root {ref.hex()} is missing or damaged")
             return rebuild()
-        table = cls()
-        table._root, table._ref = _decode_root(data), ref
         table._get, table._rebuild = get, rebuild
-        table._stored = set(table._root.chunks)
+        for group in filter(None, groups):
+            table._refs.update(_decode_group(group))
+        table._stored = set(table._refs)
         for number in table._root.resident:
             table._read(number)
         table._window = {i: e for i, e in table._entries.items() if e.tier is _L0}
@@ -184,16 +192,39 @@ class PageTable:
             return Checkpoint(self._ref, {})
         root, blocks = self._root, dict[bytes, bytes]()
         for number in self._changed:
-            root.chunks[number] = _add_block(blocks, _rows(self._chunks[number]))
+            self._refs[number] = _add_block(blocks, _columns(self._chunks[number]))
+        for group in {number >> _GROUP_BITS for number in self._changed}:
+            first = group << _GROUP_BITS
+            here = {n: self._refs[n] for n in range(first, first + (1 << _GROUP_BITS)) if n in self._refs}
+            root.groups[group] = _add_block(blocks, here)
         self._changed.clear()
-        root.chunks = dict(sorted(root.chunks.items()))
+        root.groups = dict(sorted(root.groups.items()))
         root.resident = sorted({_chunk_of(entry) for entry in self._window.values()})
         self._ref = _add_block(blocks, root)
+        self.unstored = 0
         return Checkpoint(self._ref, blocks)
+
+    def rest(self, get: GetBlock, rebuild: Callable[[], PageTable], entries: int) -> None:
+        """Forget of what was stored all but some `entries` that were read last, beside those of the window. `get`,
+        `rebuild`: as in `open`."""
+        self._get, self._rebuild = get, rebuild
+        spare = len(self._chunks) - (entries >> _CHUNK_BITS)
+        if spare <= 0:
+            return
+        kept = {*self._changed, *map(_chunk_of, self._window.values())}
+        for number in [n for n in self._chunks if n in self._refs and n not in kept][:spare]:
+            for entry in self._chunks.pop(number):
+                del self._entries[entry.page_id]
+            self._stored.add(number)
+
+    @property
+    def loaded(self) -> int:
+        """How many entries are in RAM."""
+        return len(self._entries)
 
     def _read(self, number: int) -> None:
         """Bring a stored chunk into RAM."""
-        ref = self._root.chunks[number]
+        ref = self._refs[number]
         data = _intact(ref, self._get)
         if data is not None:
             self._bring(number, _decode_chunk(data))
@@ -209,6 +240,10 @@ class PageTable:
         self._stored.discard(number)
         self._chunks[number] = entries
         self._entries.update((entry.page_id, entry) for entry in entries)
+
+    def in_window(self, page_id: str) -> PageTableEntry | None:
+        """The entry of a page in L0; None for any other, without a look into storage."""
+        return self._window.get(page_id)
 
     # -- the one writer
 
@@ -233,6 +268,7 @@ class PageTable:
                 self._update(entry, mutation)
         if mutation.artifact_id is not None:
             entry.artifact_id = mutation.artifact_id
+        self.unstored += 1
         self._root.turn = max(self._root.turn, mutation.turn)
         self._changed.add(_chunk_of(entry))
         if self._on_apply is not None:
@@ -406,41 +442,60 @@ class MutationLogLite:
         return [entry.page_id for entry in self.replay(turn).resident()]
 
 
-# -- the stored form: rows of fields, without those at the end that are at their default
+# -- the stored form: columns of fields, which compress to half of what rows do. One value for all is said once (so
+#    a field that nobody uses is a byte), and of what grows from row to row the steps are said.
 
 _Row = TypeVar("_Row", PageTableEntry, PageMutation)
+_GROWS = ("position", "sequence", "created_turn", "turn")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_root = msgspec.msgpack.Decoder(_Root).decode
-_decode_chunk = msgspec.msgpack.Decoder(list[PageTableEntry]).decode
-_decode_log = msgspec.msgpack.Decoder(list[PageMutation]).decode
+_decode_group = msgspec.msgpack.Decoder(dict[int, ChunkRef]).decode
+_decode_columns = msgspec.msgpack.Decoder(tuple[int, list[Any]]).decode
 
 
 def encode_log(mutations: Iterable[PageMutation]) -> bytes:
     """Mutations for storage."""
-    return _encode(_rows(mutations))
+    return _encode(_columns(list(mutations)))
 
 
 def decode_log(data: bytes) -> list[PageMutation]:
     """The mutations that `encode_log` was given; ValueError for bytes that it cannot have made."""
-    return _decode_log(data)
+    return _structs(data, PageMutation)
 
 
-def _rows(structs: Iterable[_Row]) -> list[list[object]]:
-    rows = []
-    for struct in structs:
-        row = list(msgspec.structs.astuple(struct))
-        defaults = _DEFAULTS[type(struct)]
-        while row[-1] == defaults[len(row) - 1]:
-            row.pop()
-        rows.append(row)
-    return rows
+def _id_at(position: int, part: int) -> str:
+    return make_page_id(position, part) if position >= 0 and part < MEDIA_PART else ""
 
 
-_DEFAULTS = {
-    kind: [field.default for field in msgspec.structs.fields(kind)]
-    for kind in (PageTableEntry, PageMutation)
-}
+def _decode_chunk(data: bytes) -> list[PageTableEntry]:
+    return _structs(data, PageTableEntry)
+
+
+def _columns(structs: Sequence[_Row]) -> tuple[int, list[object]]:
+    out: list[object] = []
+    if structs:
+        names: tuple[str, ...] = structs[0].__struct_fields__
+        columns: list[Sequence[Any]] = list(zip(*map(msgspec.structs.astuple, structs), strict=True))
+        if names[0] == "page_id":  # an entry's, which mostly follows from its place
+            columns[0] = ["" if i == _id_at(at, part) else i for i, at, part in zip(*columns[:3], strict=True)]
+        values: Sequence[Any]
+        for name, values in zip(names, columns, strict=True):
+            column = [now - before for before, now in pairwise([0, *values])] if name in _GROWS else list(values)
+            same = column.count(column[0]) == len(column)
+            out.append(column[0] if same else column)
+    return len(structs), out
+
+
+def _structs(data: bytes, kind: type[_Row]) -> list[_Row]:
+    count, columns = _decode_columns(data)
+    whole = [column if isinstance(column, list) else [column] * count for column in columns]
+    for at, name in enumerate(kind.__struct_fields__[: len(whole)]):
+        if name in _GROWS:
+            whole[at] = list(accumulate(whole[at]))
+    if count and kind is PageTableEntry:
+        whole[0] = [i or _id_at(at, part) for i, at, part in zip(*whole[:3], strict=True)]
+    return msgspec.convert(list(zip(*whole, strict=True)), list[kind])  # type: ignore[valid-type]
 
 
 def _add_block(blocks: dict[bytes, bytes], value: object) -> ChunkRef:

@@ -1,5 +1,6 @@
 """The search index of each conversation path that is in use, by words and, where an encoder is given, by
-meaning. Derived: it can be rebuilt any time.
+meaning. Derived: it can be rebuilt any time. What is known by words is stored in pieces of 512 messages, each under the
+key of its last message, so that a long conversation's first search after a restart reads them and not its text.
 
 Promises: an index holds the pages of one path only, whichever branch asks (invariant 6); the pages
 kept over all paths are bounded.
@@ -7,17 +8,21 @@ kept over all paths are bounded.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.fts import QUERIES, PageIndex
 from proxy.search.fusion import fuse, merge
-from proxy.search.terms import languages_of
+from proxy.search.terms import languages_of, tokenizer
 
 if TYPE_CHECKING:  # an extra
     from proxy.search.vectors import Encoder, Vector, VectorIndex
@@ -27,6 +32,11 @@ _INDEX_PAGES = 1  # what an empty index weighs, in pages
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
 _FUSED = 200  # hits by words that a ranking by meaning is fused with
 
+_PIECE = 512  # messages that are stored together
+_LONG = 4096  # messages: a shorter path's are read again, sooner than their pieces would pay for half of the text's size
+_FRESH = 64  # messages, the newest, that are not stored yet: they may still be said otherwise
+
+GetPiece = Callable[[bytes], bytes | None]
 Queries = str | Sequence[str | Query]  # as `PageIndex.search` takes them
 DocsOf = Callable[[int, int], Iterable[Doc]]
 
@@ -40,13 +50,21 @@ def make_encoder(embeddings: str) -> Encoder | None:
     return static_encoder()
 
 
+def piece_version(page_tokens: int) -> bytes:
+    """What else a stored piece depends on: where pages are cut, and what words are matched by."""
+    words = tokenizer().sequence("Running walkers' studies, naïve Größe, 東京で3.5 km: e-mail_1 ЁЛКИ cafés généralement.")
+    return repr((1, page_tokens, sys.byteorder, words)).encode()
+
+
 class _Branch:
     """The indexes of a path and the keys of the messages whose pages they hold."""
 
     def __init__(self) -> None:
         self.index = PageIndex()
         self.vectors: VectorIndex | None = None
-        self.ids: list[bytes] = []
+        self.ids: list[bytes] = []  # of what was loaded the last of each piece alone, the others b""
+        self.loaded = 0  # messages
+        self.stored = 0  # messages, in whole pieces
         self.lock = threading.Lock()
 
     @property
@@ -55,12 +73,40 @@ class _Branch:
         vectors = self.vectors.weight if self.vectors is not None else 0
         return len(self.index) + vectors + _INDEX_PAGES
 
+    def common(self, ids: Sequence[bytes]) -> int:
+        """How many messages of the path it has."""
+        loaded = self.loaded
+        while loaded and (loaded > len(ids) or self.ids[loaded - 1] != ids[loaded - 1]):
+            loaded -= _PIECE
+        return _common(self.ids, ids, loaded) if loaded == self.loaded else loaded
+
+    def load(self, ids: Sequence[bytes], get: GetPiece) -> None:
+        """Bring it to what is stored of the path."""
+        while self.stored + _PIECE <= len(ids) and self.stored == len(self.ids):
+            key = ids[self.stored + _PIECE - 1]
+            piece = get(key)
+            if piece is None:
+                break
+            try:
+                self.index.load(piece)
+            except msgspec.DecodeError:  # damaged: a miss
+                break
+            self.ids += [*repeat(b"", _PIECE - 1), key]
+            self.stored = self.loaded = len(self.ids)
+
+    def due(self) -> Iterator[tuple[bytes, bytes]]:
+        """What of it can be stored: the messages that hardly change any more."""
+        while len(self.ids) >= max(_LONG, self.stored + _PIECE + _FRESH):
+            first, self.stored = self.stored, self.stored + _PIECE
+            yield self.ids[self.stored - 1], self.index.store(first, self.stored)
+
     def follow(self, ids: Sequence[bytes], docs: DocsOf, encoder: Encoder | None) -> None:
         """Bring it to the path."""
-        same = _common(self.ids, ids)
+        same = self.common(ids)
         if same < len(self.ids):
             self.index.truncate(same)
             del self.ids[same:]
+            self.loaded, self.stored = min(self.loaded, same), min(self.stored, same // _PIECE * _PIECE)
             if self.vectors is not None:
                 self.vectors.truncate(same)
         new = list(docs(same, len(ids))) if same < len(ids) else []
@@ -95,8 +141,10 @@ class _Branch:
 class PathIndexes:
     """Indexes by conversation, least recently used ones dropped above `limit_pages` pages."""
 
-    def __init__(self, limit_pages: int, encoder: Encoder | None = None) -> None:
+    def __init__(self, limit_pages: int, encoder: Encoder | None = None, get: GetPiece | None = None) -> None:
         self._limit = limit_pages
+        self._get = get
+        self._due: list[tuple[bytes, bytes]] = []
         self._encoder = encoder
         self._roots: OrderedDict[bytes, list[_Branch]] = OrderedDict()
         self._pages = 0
@@ -145,8 +193,14 @@ class PathIndexes:
         """How many messages of the path the nearest index lacks."""
         with self._lock:
             branches = self._roots.get(ids[0], ())
-            best = max((_common(branch.ids, ids) for branch in branches), default=0)
+            best = max((branch.common(ids) for branch in branches), default=0)
         return len(ids) - best
+
+    def due(self) -> list[tuple[bytes, bytes]]:
+        """Pieces of indexes, by the key of their last message, that are to be stored: they are what `get` gives."""
+        with self._lock:
+            due, self._due = self._due, []
+        return due
 
     def clear(self) -> None:
         with self._lock:
@@ -161,7 +215,11 @@ class PathIndexes:
         branch = self._branch(ids)
         with branch.lock:
             weight = branch.weight
+            if self._get is not None and not branch.ids:
+                branch.load(ids, self._get)
             branch.follow(ids, docs, encoder)
+            if self._get is not None:
+                self._due += branch.due()
             grown = branch.weight - weight
             yield branch
         self._trim(grown)
@@ -171,7 +229,7 @@ class PathIndexes:
         with self._lock:
             branches = self._roots.setdefault(ids[0], [])
             self._roots.move_to_end(ids[0])
-            near = [(_common(branch.ids, ids), branch) for branch in branches]
+            near = [(branch.common(ids), branch) for branch in branches]
             usable = [n for n in near if len(n[1].ids) - n[0] <= _STEP_BACK]
             if usable:
                 best = max(usable, key=lambda n: n[0])[1]
@@ -198,9 +256,11 @@ def _each(queries: Queries) -> list[str]:
     return [query if isinstance(query, str) else query.text for query in several]
 
 
-def _common(have: Sequence[bytes], wanted: Sequence[bytes]) -> int:
-    """Length of the common beginning. An id names all before it, so bisection is exact."""
-    low, high = 0, min(len(have), len(wanted))
+def _common(have: Sequence[bytes], wanted: Sequence[bytes], low: int = 0) -> int:
+    """Length of the common beginning. An id names all before it, so bisection is exact; mostly it is all of them."""
+    if len(have) <= len(wanted) and (not have or have[-1] == wanted[len(have) - 1]):
+        return len(have)
+    high = min(len(have), len(wanted))
     while low < high:
         middle = (low + high + 1) // 2
         if have[middle - 1] == wanted[middle - 1]:

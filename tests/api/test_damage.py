@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from proxy.conversation import keys
+from proxy.conversation import keys, turn_window
 from proxy.conversation.records import Record, State, decode_record
 from proxy.upstream import BytesReply
 from tests.api.test_chat import JSON, Client, answered, client
@@ -76,7 +76,10 @@ def one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.storage.sqlite.os.urandom", lambda size: bytes(size))
 
 
-async def test_lost_blocks_of_the_page_table_change_no_byte(tmp_path: Path) -> None:
+async def test_lost_blocks_of_the_page_table_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_window, "CHECKPOINT", 0)
     async with client(tmp_path / "whole", **{"tiers.l0": L0}) as one:
         talk = Talk(one)
         await talk.until(TURNS)
@@ -141,7 +144,9 @@ async def test_invariant_6_what_is_lost_in_the_middle_of_a_turn(
     """Its page table reads a part of itself only when it is asked for, and that is gone by then."""
     async with client(tmp_path, **{"tiers.l0": L0}) as one:
         talk = Talk(one)
-        await talk.until(TURNS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(turn_window, "CHECKPOINT", 0)
+            await talk.until(TURNS)
         one.memory.forget()
         restored = one.memory.state_after
 

@@ -147,8 +147,8 @@ class Player:
         record = self.get_record(node_id)
         return record.substitute if record is not None else ()
 
-    def _load_path(self, head: Record) -> list[Node]:
-        return load_path(head, self.get_record, self.identity)
+    def _load_path(self, head: Record) -> Sequence[Node]:
+        return load_path(head, self.get_record, self.get_block, self.identity)
 
     def _state_after(self, record: Record) -> State | None:
         if not record.window:
@@ -235,6 +235,7 @@ class Player:
             counter=counter, facts=self.facts or {},
             policy=ImportanceWeightedLRU(), identity=self.identity, tenant=tenant, names=names,
             fixed_tokens=lambda: fixed, substitutes=self._substitutes, get_record=self.get_record,
+            get_block=self.get_block,
             capabilities=lambda: known, seen=lambda: self.seen, now_s=self.now_s,
         )
         turn = Turn(context)

@@ -3,13 +3,14 @@ turn left in RAM (invariants 7 and 9)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation import keys
+from proxy.conversation import keys, turn_window
 from proxy.conversation.records import (
     Record,
     Sent,
@@ -37,10 +38,13 @@ from tests.examples import examples
 
 
 class Store(dict[bytes, Record]):
-    def keep(self, path: list[Node]) -> None:
+    def keep(self, path: Sequence[Node]) -> None:
         """Store a path that ends with an answer, above what is there already."""
         for record in new_records(path, deepest_record(path[:-1], self.get), {}):
             self[record.id] = record
+
+    def path(self, head: Record) -> list[Node]:
+        return list(load_path(head, self.get, lambda _: None, IDENTITY))
 
 
 class Bare:
@@ -87,7 +91,7 @@ def test_invariant_04_a_stored_path_comes_back_whole_from_its_deepest_answer(
         assert head is None
         return
     assert head is not None and head.end == kept[-1] + 1
-    assert load_path(head, store.get, IDENTITY) == path[: kept[-1] + 1]
+    assert store.path(head) == path[: kept[-1] + 1]
     assert sum(1 for i in answers if i <= kept[-1]) == len(store)  # one record for each answer
     assert decode_record(encode_record(head)) == head
     assert [r.turn for r in sorted(store.values(), key=lambda r: r.end)] == list(range(1, len(store) + 1))
@@ -99,7 +103,7 @@ def test_a_missing_ancestor_is_an_error_and_not_a_shorter_path() -> None:
     store.keep(path)
     del store[path[1].id]
     with pytest.raises(LookupError, match="missing"):
-        load_path(store[path[3].id], store.get, IDENTITY)
+        store.path(store[path[3].id])
 
 
 def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
@@ -108,7 +112,7 @@ def test_the_clients_own_bytes_of_an_answer_come_back() -> None:
     store.keep(path[:2])
     for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
-    assert [n.raw for n in load_path(store[path[3].id], store.get, IDENTITY)][1] == b"echoed"
+    assert [n.raw for n in store.path(store[path[3].id])][1] == b"echoed"
 
 
 def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> None:
@@ -118,7 +122,7 @@ def test_the_clients_own_bytes_come_back_when_more_than_one_answer_is_new() -> N
     for record in new_records(path, store[path[1].id], {"echo": b"echoed"}):
         store[record.id] = record
     raws = [b"echoed" if i == 1 else node.raw for i, node in enumerate(path)]
-    assert [n.raw for n in load_path(store[path[5].id], store.get, IDENTITY)] == raws
+    assert [n.raw for n in store.path(store[path[5].id])] == raws
 
 
 def test_nothing_new_is_nothing_to_store() -> None:
@@ -142,7 +146,7 @@ def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
     path = path_of([*said, ("user", "q"), ("assistant", "x")])
     records = new_records(path, None, {"echo": b"e", "sent": Sent(b"frame")})
     assert [i for r in records for i in r.ids] == [n.id for n in path]
-    assert records[0].echo == b"e" and not any(r.echo for r in records[1:])
+    assert not any(r.echo for r in records), "there is no answer before it"
     assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
     effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, SessionNames(b"label", b"session"), {})
     puts = dict(effect.puts)
@@ -190,8 +194,9 @@ def test_the_live_state_after_many_segments_is_restored() -> None:
     assert set(context) == {e.page_id for e in stored.table.get_by_tier(StorageTier.L0)}
 
 
-def test_what_is_replayed_does_not_grow_with_the_conversation() -> None:
-    """The table is opened at the last closing; the records before it are read for what they closed."""
+def test_what_is_replayed_does_not_grow_with_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is opened where it was stored; the records before it are read for what they closed."""
+    monkeypatch.setattr(turn_window, "CHECKPOINT", 0)
     player = Player(limits_of(1500))
     played = [one for one in talk(player, 40) if one.turn.window is not None]
     records = [one.turn.record for one in played]
@@ -231,7 +236,9 @@ def test_the_history_is_the_log_of_every_turn() -> None:
 @given(st.data())
 def test_a_missing_block_is_made_again_from_the_log(data: st.DataObject) -> None:
     player = Player(limits_of(1500))
-    head = talk(player, 16)[-1].turn.record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turn_window, "CHECKPOINT", 0)
+        head = talk(player, 16)[-1].turn.record
     assert head is not None
     whole = Bare(player.values).restore(head.id)
     blocks = sorted(key for key in player.values if key.startswith(keys.BLOCK))

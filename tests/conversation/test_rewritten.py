@@ -561,7 +561,7 @@ def test_a_path_that_others_are_read_from_is_missed_and_nothing_else() -> None:
     del client.player.values[record_key(lost.id)]
     client.player.forget()
     with pytest.raises(LookupError, match="missing"):
-        client.player._load_path(last)
+        list(client.player._load_path(last))
     played = client.turn()
     assert played.answer.refused is None and played.turn.record is not None
     assert [n.raw for n in client.player._load_path(played.turn.record)] == [n.raw for n in played.turn.path]

@@ -56,8 +56,8 @@ def test_invariant_07_a_window_comes_back_from_its_changes(
         record.base = bytes([number - 1]) if before else b""
         store[record.id] = record
         before = window
-        assert restore_window(record, store.get) == window
-    assert restore_window(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get) is None
+        assert restore_window(record, store.get, lambda _: None) == window
+    assert restore_window(Record(b"", 0, [b"x"], [], [], [], [], 0), store.get, lambda _: None) is None
 
 
 def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in() -> None:
@@ -68,7 +68,7 @@ def test_invariant_07_a_window_comes_back_with_the_factor_that_its_budget_is_in(
     last = Record(b"b", 2, [b"c"], [b""], ["assistant"], [b""], [0], 3, base=b"b")
     last.window = encode_change(grown, grown.append([Entry(b"2", 1)]))
     store = {record.id: record for record in (first, then, last)}
-    found = restore_window(last, store.get)
+    found = restore_window(last, store.get, lambda _: None)
     assert found == grown.append([Entry(b"2", 1)]) and found.factor == 1.25
 
 
@@ -77,14 +77,14 @@ def test_invariant_07_a_window_comes_back_where_an_entry_before_its_last_one_is_
     new = EMPTY.append([Entry(b"asked", 2), old.entries[1], Entry(b"next", 1)])
     first = Record(b"", 0, [b"a"], [b""], ["assistant"], [b""], [0], 1, window=encode_change(None, old))
     then = Record(b"a", 1, [b"b"], [b""], ["assistant"], [b""], [0], 2, base=b"a", window=encode_change(old, new))
-    assert restore_window(then, {record.id: record for record in (first, then)}.get) == new
+    assert restore_window(then, {record.id: record for record in (first, then)}.get, lambda _: None) == new
 
 
 def test_a_missing_beginning_is_an_error() -> None:
     record = Record(b"", 0, [b"b"], [b""], ["assistant"], [b""], [0], 2)
     record.base, record.window = b"a", encode_change(EMPTY, EMPTY.append([]))
     with pytest.raises(LookupError):
-        restore_window(record, {}.get)
+        restore_window(record, {}.get, lambda _: None)
 
 
 def native(message: dict[str, object], kind: int = NATIVE) -> Entry:

@@ -183,8 +183,8 @@ def test_invariant_09_the_stored_log_alone_gives_table_and_context(
 
 
 def test_stored_rows_are_short() -> None:
-    plain = encode_log([PageMutation(MutationType.EVICT, "msg_0001", 5, tier=StorageTier.L2)])
-    assert len(plain) == 1 + 1 + 6 + 9 + 1 + 1 + 3  # list, row, op, id, turn, level, tier
+    left = [PageMutation(MutationType.EVICT, f"msg_{at:04}", 5, tier=StorageTier.L2) for at in range(100)]
+    assert len(encode_log(left)) < 100 * (9 + 1) + 60  # an id, and a step of the turn; what is the same is said once
     kept = encode_log([PageMutation(MutationType.PIN, "msg_0001", 4, pin_kind=PinKind.INFERRED)])
     assert decode_log(kept)[0].pin_kind is PinKind.INFERRED
 
@@ -218,14 +218,14 @@ def test_invariant_07_the_root_says_what_is_in_the_table_and_not_when_it_was_wri
 def test_a_small_change_writes_little_and_shares_the_rest() -> None:
     table = conversation(10_000, window=300)
     first = table.checkpoint()
-    assert len(first.blocks) == 157 + 1
+    assert len(first.blocks) == 157 + 3 + 1  # chunks, groups of 64 of them, the root
     for position in range(9_990, 10_010):
         if position >= 10_000:
             register_id(table, make_page_id(position), 100, position, tier=StorageTier.L0)
         else:
             evict(table, make_page_id(position), 10_000)
     second = table.checkpoint()
-    assert len(second.blocks) == 1 + 1  # a chunk of 64 positions and the root
+    assert len(second.blocks) == 1 + 1 + 1  # a chunk of 64 positions, its group and the root
     assert sum(map(len, second.blocks.values())) < 6_000
     assert table.checkpoint() == (second.root, {})
 
@@ -234,13 +234,27 @@ def test_opening_reads_the_window_and_looking_up_one_chunk() -> None:
     root, storage = stored(conversation(20_000, window=100))
     table = PageTable.open(root, storage.load)
     assert len(table.resident()) == 100 == table.get_stats().pages_by_tier[StorageTier.L0]
-    assert (len(table), storage.reads) == (20_000, 1 + 3)
+    assert (len(table), storage.reads) == (20_000, 1 + 5 + 3)
     entry = table.lookup(make_page_id(7_000))
     assert entry is not None and entry.position == 7_000
     assert table.lookup(make_page_id(7_001)) is not None and table.lookup(make_page_id(20_000)) is None
-    assert storage.reads == 1 + 3 + 1
+    assert storage.reads == 1 + 5 + 3 + 1
     assert table.get_stats() == conversation(20_000, window=100).get_stats()
     assert table == conversation(20_000, window=100)
+
+
+def test_what_is_stored_leaves_ram_and_comes_back() -> None:
+    table, same = conversation(20_000, window=100), conversation(20_000, window=100)
+    storage = Storage()
+    table.rest(storage.load, PageTable, 8192)
+    assert table.loaded == 20_000, "nothing of it is stored"
+    storage.update(table.checkpoint().blocks)
+    fault_in(table, make_page_id(64), 20_001)
+    fault_in(same, make_page_id(64), 20_001)
+    table.rest(storage.load, PageTable, 8192)
+    assert table.loaded <= 131 * 64 and storage.reads == 0
+    assert table.in_window(make_page_id(64)) is table.lookup(make_page_id(64)) is not None
+    assert table == same and table.checkpoint().root == same.checkpoint().root
 
 
 def test_pages_without_a_position_are_found_again() -> None:
@@ -251,10 +265,10 @@ def test_pages_without_a_position_are_found_again() -> None:
         register_id(table, name, 5, 1)
     root, storage = stored(table)
     opened = PageTable.open(root, storage.load)
-    assert storage.reads == 1
+    assert storage.reads == 1 + 3
     assert all(opened.lookup(name) == table.lookup(name) != None for name in names)  # noqa: E711
     fault_in(opened, "claim_0123", 2)
-    assert len(opened.checkpoint().blocks) == 1 + 1
+    assert len(opened.checkpoint().blocks) == 1 + 1 + 1
 
 
 def test_invariant_06_branches_of_one_root_see_nothing_of_each_other() -> None:

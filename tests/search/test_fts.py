@@ -294,6 +294,29 @@ def test_common_words_count_however_many_pages_have_them() -> None:
     assert positions(best) == [700, 701]
 
 
+def test_stored_pages_come_back_as_they_were() -> None:
+    rng = random.Random(5)
+    words = "harbour violin ledger der die und comet walnut glacier tram orchid".split()
+    pages = [
+        Doc(at // 2, at % 2 + 1, ("user", "assistant")[at // 2 % 2], rng.choice(("", "Ann", "Bo")),
+            " ".join(rng.choices(words, k=rng.randint(0, 9))) + f" n{at}" + rng.choice("?."))
+        for at in range(200)
+    ]  # fmt: skip
+    whole, back = PageIndex(), PageIndex()
+    whole.extend(pages)
+    for first, last in ((0, 30), (30, 60)):
+        back.load(whole.store(first, last))
+    back.extend(page for page in pages if page.position >= 60)
+    for end in (100, 45):
+        whole.truncate(end)
+        back.truncate(end)
+        a, b = ({k: v for k, v in vars(i).items() if k not in ("_lock", "_weights")} for i in (whole, back))
+        assert a == b
+    whole.extend(Doc(at, 0, "user", "", f"{at} violins") for at in range(45, 60))
+    back.load(whole.store(45, 60))
+    assert whole.search("Ann's violin", 9) == back.search("Ann's violin", 9) != []
+
+
 def test_large_index_and_long_query_stay_bounded() -> None:
     rng = random.Random(7)
     words = [f"w{int(rng.paretovariate(0.7))}" for _ in range(60_000)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,6 +68,45 @@ def test_invariant_10_the_pages_kept_are_bounded() -> None:
         assert sum(branch.weight for branch in kept) == indexes._pages and len(kept) == 1
     assert indexes.missing(ids_of(tuple([19] * 20))) == 0
     assert indexes.missing(ids_of(tuple([0] * 20))) == 20
+
+
+@examples(30)
+@given(st.lists(st.tuples(paths, st.sampled_from(WORDS)), min_size=1, max_size=8), st.data())
+def test_what_was_stored_of_an_index_gives_the_same(asked: list[tuple[Path, str]], data: st.DataObject) -> None:
+    stored: dict[bytes, bytes] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxy.search.paths._PIECE", 4)
+        patch.setattr("proxy.search.paths._FRESH", 2)
+        patch.setattr("proxy.search.paths._LONG", 8)
+        indexes = PathIndexes(10_000, get=stored.get)
+        for path, word in asked:
+            if data.draw(st.booleans()):
+                indexes.clear()
+            if stored and data.draw(st.booleans()):
+                stored[data.draw(st.sampled_from(sorted(stored)))] = b"damaged"
+            indexes.missing(ids_of(path))
+            assert search(indexes, path, word) == alone(path, word)
+            stored.update(indexes.due())
+            assert indexes.missing(ids_of(path)) == 0
+
+
+def test_a_restart_reads_no_text_of_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.search.paths._LONG", 1000)
+    stored: dict[bytes, bytes] = {}
+    path = tuple(number % 7 for number in range(1300))
+    before = PathIndexes(10_000, get=stored.get)
+    hits = search(before, path, "comet")
+    stored.update(before.due())
+    after, asked = PathIndexes(10_000, get=stored.get), list[int]()
+
+    def docs(first: int, last: int) -> list[Doc]:
+        asked.append(first)
+        return [doc(path, i) for i in range(first, last)]
+
+    ids = ids_of(path)
+    assert after.search(ids, docs, "comet", 5, lambda p, part: False) == hits
+    assert asked == [1024] and after.due() == [] and after.missing(ids) == 0
+    assert after.missing(ids[:1290] + [b"another"] * 10) == 10
 
 
 def test_many_threads_on_branches_of_one_conversation() -> None:

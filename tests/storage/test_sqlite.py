@@ -109,10 +109,10 @@ def test_invariant_6_what_is_read_of_a_damaged_file_is_what_was_stored(
 
 
 def test_the_key_of_a_lost_value_stays_damaged(tmp_path: Path) -> None:
-    values = {b"k%03d" % n: b"%d" % n * 300 for n in range(100)}
+    values = {b"k%03d" % n: random.Random(n).randbytes(900) for n in range(100)}
     made(tmp_path, values).close()
     data = bytearray((tmp_path / DATABASE).read_bytes())
-    at = data.index(values[b"k050"]) // PAGE_BYTES * PAGE_BYTES
+    at = data.index(values[b"k050"][:40]) // PAGE_BYTES * PAGE_BYTES
     data[at : at + PAGE_BYTES] = bytes(PAGE_BYTES)
     (tmp_path / DATABASE).write_bytes(data)
     done = repair(tmp_path)
