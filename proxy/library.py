@@ -462,7 +462,7 @@ class MemoryManager:
     def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
         ids = pages.index_keys(effect.before)
         return self._indexes.search(
-            ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s
+            ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, least=effect.least
         )
 
 

@@ -145,7 +145,7 @@ class Memory:
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
-        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
+        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near, effect.least)
         if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
             return await asyncio.to_thread(self.indexes.search, *work)
         return self.indexes.search(*work)

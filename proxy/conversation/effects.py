@@ -25,6 +25,8 @@ class Search:
     skip: Callable[[int, int], bool]  # (position, part) that the caller does not want
     # When a position's message was first seen (Unix seconds): for questions about a day. None: it is not known.
     seen_s: Callable[[int], int] | None = None
+    # Of what is worth so many `words` (`Hit.words`), the evidence without which no page is wanted. None: any will do.
+    least: Callable[[float], float] | None = None
 
     @property
     def query(self) -> str:

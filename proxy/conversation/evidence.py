@@ -7,18 +7,19 @@ the epoch where that is cheaper (`stays`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import name
 
+from proxy.conversation.compose import with_context
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
-from proxy.memory.context import context_line
+from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, context_line
 from proxy.memory.ids import Hit
-from proxy.memory.models import CompressionLevel, StorageTier
+from proxy.memory.models import MEDIA_PART, CompressionLevel, StorageTier
 from proxy.memory.passages import find_passages
-from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, was_used
+from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from proxy.conversation.limits import Limits
     from proxy.conversation.turn_window import TurnWindow
     from proxy.conversation.window import Window
+    from proxy.tokens import TokenCounter
 
 _ROOM_SHARE = 2  # evidence takes at most 1/2 of the room
 _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may grow into the rest
@@ -75,16 +77,30 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         shown[candidate.page_id] = line
         return line.tokens
 
-    prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
-    outside: list[Hit] = []
-    best = 0.0  # of what is in the window
+    best, candidates = 0.0, list[Candidate]()  # the best of what is in the window
     for hit in hits:
-        if _is_resident(turn, hit):
+        page_id = turn.pages.id_of(hit.position, hit.part)
+        entry = turn.table.lookup(page_id)
+        if entry is None:
+            continue
+        if entry.tier is StorageTier.L0 and not entry.level:  # whole
             best = max(best, hit.score)
-        else:
-            outside.append(hit)
-    prefetcher.choose(_candidates(turn, outside), price, best)
+        elif hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words came with its message
+            candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
+    Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query)).choose(candidates, price, best)
     return sorted(shown.values())
+
+
+def with_evidence(
+    message: dict[str, Any], tokens: int, shown: Sequence[Shown], counter: TokenCounter
+) -> tuple[dict[str, Any], int]:
+    """A user's message of so many tokens with these pages in front of its text, and its tokens then."""
+    block, content = context_block(page.line for page in shown), message.get("content")
+    made = with_context(message, block)
+    if isinstance(content, str) and counter.adds_lines(content, len(block)):
+        around = counter.text(f"{CONTEXT_OPEN}\n") + counter.text(f"{CONTEXT_CLOSE}\n\n")
+        return made, tokens + around + sum(page.tokens for page in shown)
+    return made, counter.message(made)
 
 
 def asks(text: str) -> bool:
@@ -108,9 +124,10 @@ def stays(window: Window, at: int, limits: Limits) -> bool:
     return shown * (limits.cached_price * turns + rebuilt) <= dearer * turn
 
 
-def used(page: Shown, pages: PathPages, query: str, answer: str) -> bool:
-    """The answer to `query` says something that stands on a page which was shown for it."""
-    return was_used(pages.bare(page.page_id), fresh_terms(query, answer))
+def used(shown: Iterable[Shown], pages: PathPages, query: str, answer: str) -> list[Shown]:
+    """Those of the pages that were shown for `query` on which something stands that its answer says."""
+    fresh = fresh_terms(query, answer)
+    return [page for page in shown if was_used(pages.bare(page.page_id), fresh)]
 
 
 def _search(turn: TurnWindow, limit: int) -> Search:
@@ -118,22 +135,8 @@ def _search(turn: TurnWindow, limit: int) -> Search:
     pages, newest = turn.pages, len(turn.pages.path) - 1
     earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
     seen_s = Timeline(pages, newest, turn.context).seen_s
-    return Search(search_queries(turn.query, earlier), limit, newest, lambda position, part: False, seen_s)
-
-
-def _is_resident(turn: TurnWindow, hit: Hit) -> bool:
-    """The page is in the window whole."""
-    found = turn.table.lookup(turn.pages.id_of(hit.position, hit.part))
-    return bool(found and found.tier is StorageTier.L0 and not found.level)
-
-
-def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
-    for hit in hits:
-        page_id = turn.pages.id_of(hit.position, hit.part)
-        entry = turn.table.lookup(page_id)
-        if entry is None or turn.pages.medium(page_id) is not None:
-            continue  # a medium is shown when it is asked for: its words came with its message
-        yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words)
+    queries, least = search_queries(turn.query, earlier), None if asks(turn.query) else told_evidence
+    return Search(queries, limit, newest, lambda position, part: False, seen_s, least)
 
 
 def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: int) -> Shown | None:

@@ -16,12 +16,20 @@ import msgspec
 
 from proxy.conversation.calling import holds
 from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens, wants_json
-from proxy.conversation.compose import with_context, without_context
+from proxy.conversation.compose import without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
-from proxy.conversation.evidence import Shown, asks, choose, reserve, stays, used
+from proxy.conversation.evidence import (
+    Shown,
+    asks,
+    choose,
+    reserve,
+    stays,
+    used,
+    with_evidence,
+)
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import (
@@ -45,7 +53,6 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.context import context_block
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
 from proxy.memory.models import (
@@ -449,13 +456,13 @@ class TurnWindow:
                     page.tokens, reason=FaultReason.SPECULATIVE,
                 )
             )  # fmt: skip
-        message = with_context(msgspec.json.decode(entry.raw), context_block(p.line for p in self.brought))
-        tokens = self.context.counter.message(message)
+        decoded = msgspec.json.decode(entry.raw)
+        message, tokens = with_evidence(decoded, entry.tokens, self.brought, self.context.counter)
         ids = tuple(page.page_id for page in new)
-        with_evidence = Entry(
+        shown = Entry(
             msgspec.json.encode(message), tokens, entry.position, shown_tokens=tokens - entry.tokens, shown=ids
         )  # fmt: skip
-        self.window = self.window.replaced(entry, with_evidence)
+        self.window = self.window.replaced(entry, shown)
 
     def _is_loaded(self, page_id: str) -> bool:
         """The page is in the window already, at some level."""
@@ -469,11 +476,10 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
-        for page in self.brought:
-            self.report.prefetched_pages.append(page.page_id)
-            if used(page, self.pages, self.query, answer):
-                self.report.prefetched_used += 1
-                self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
+        self.report.prefetched_pages += [page.page_id for page in self.brought]
+        for page in used(self.brought, self.pages, self.query, answer):
+            self.report.prefetched_used += 1
+            self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 
     @property
     def unserved(self) -> bool:

@@ -82,6 +82,7 @@ _ASKING_CHARS = 120  # of a page's end
 _TF_BITS = 8  # of a posting: row and how often the term stands there
 _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
+_ROUNDED = 1e-6  # of a sum in another order
 
 
 class _Term(NamedTuple):
@@ -91,6 +92,24 @@ class _Term(NamedTuple):
     @property
     def docs(self) -> int:
         return len(self.rows)
+
+
+class _Asked(NamedTuple):
+    """A query as it is looked up: its terms in order, each once, the stop words and what else is idle, the speakers
+    that it names; what is looked up, the rarest first, and how much of that is read in full. `rarity`: what a page
+    with that term, or of that date, proves; `words`: what one with all of them would."""
+
+    query: Query
+    sequence: list[str]
+    asked: list[str]
+    stops: frozenset[str]
+    idle: frozenset[str]
+    named: set[str]
+    dates: dict[str, list[int]]
+    terms: list[_Term]
+    read: Sequence[_Term]
+    rarity: dict[str, float]
+    words: float
 
 
 class PageIndex:
@@ -165,9 +184,11 @@ class PageIndex:
         limit: int,
         skip: Callable[[int, int], bool] | None = None,
         seen_s: Callable[[int], int] | None = None,
+        least: Callable[[float], float] | None = None,
     ) -> list[Hit]:
         """The best `limit` pages for which `skip(position, part)` is not true, best first. `seen_s(position)`: when
         that message was first seen (Unix seconds; they grow along the path, those that are not known are 0).
+        `least(words)`: the evidence without which no page is wanted; where surely none has it, nothing is found.
 
         Of several queries, each is a question of its own: a page is worth what it is worth to the one it answers best.
         """
@@ -178,9 +199,11 @@ class PageIndex:
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            found = [self._ask(query, seen_s) for query in asked]
-            scores, evidence = _merged([(scores, evidence) for scores, evidence, _ in found])
-            words = min((words for *_, words in found), default=0.0)
+            read = [self._read(query, seen_s) for query in asked]
+            words = min((query.words for query in read), default=0.0)
+            if least is not None and not any(self._may_prove(query, least(words)) for query in read):
+                return []
+            scores, evidence = _merged([self._ask(query) for query in read])
             return [
                 Hit(*self._keys[row], score, evidence.get(row, 0.0), words)
                 for row, score in self._best(scores, limit, skip)
@@ -251,10 +274,8 @@ class PageIndex:
         return min(1.0, max(0.0, (reply / user - low) / (high - low))) if user else 0.0
 
     # ------------------------------------------------------------ one query
-    def _ask(
-        self, query: Query, seen_s: Callable[[int], int] | None
-    ) -> tuple[dict[int, float], dict[int, float], float]:
-        """Row -> score, row -> evidence, and what a page would have that has all of the words."""
+    def _read(self, query: Query, seen_s: Callable[[int], int] | None) -> _Asked:
+        """What is looked up for a query, and how much of it tells something."""
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
@@ -262,9 +283,24 @@ class PageIndex:
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
-        dates = self._dated(days_asked(text), seen_s) if seen_s else {}
-        terms = self._lookup(plain or ([] if dates else content or asked))
-        read = self._affordable(terms)
+        days = days_asked(text) if seen_s else []
+        dates = self._dated(days, seen_s) if days and seen_s else {}
+        found = self._lookup(plain)
+        terms = found if plain else self._lookup([] if dates else content or asked)
+        unique = self._weight(1)
+        rarity = {t.text: self._weight(t.docs) / unique for t in terms if t.text not in idle}
+        for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
+            rarity[date] = self._weight(len(rows)) / unique
+        stand = {term.text for term in found}
+        new = sum(1 for term in plain[:QUERY_TERMS] if term not in stand and term not in idle)
+        words = math.fsum(rarity.values()) + new
+        return _Asked(
+            query, sequence, asked, stops, idle, named, dates, terms, self._affordable(terms), rarity, words
+        )
+
+    def _ask(self, query: _Asked) -> tuple[dict[int, float], dict[int, float]]:
+        """Row -> score, row -> evidence."""
+        _, sequence, asked, stops, idle, named, dates, terms, read, rarity, _ = query
         own = {term.text: self._worth(term, term.rows) for term in read}
         scores = self._score(own)
         for date, rows in dates.items():
@@ -278,21 +314,38 @@ class PageIndex:
                 for row, value in there.items():
                     scores[row] += value
         self._add_pairs(scores, own, sequence, terms)
-        if query.context:
-            self._add_context(scores, query.context, stops.union(asked))
+        if query.query.context:
+            self._add_context(scores, query.query.context, stops.union(asked))
         self._look_again(scores, idle.union(asked), terms, named)
         self._weigh(scores, named)
-        unique = self._weight(1)
-        rarity = {t.text: self._weight(t.docs) / unique for t in terms if t.text not in idle}
-        for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
-            rarity[date] = self._weight(len(rows)) / unique
         evidence: dict[int, float] = {}
         for name, share in sorted(rarity.items()):
             for row in own.get(name, ()):
                 evidence[row] = evidence.get(row, 0.0) + share
-        stand = {term.text for term in self._lookup(plain)}
-        new = sum(1 for term in plain[:QUERY_TERMS] if term not in stand and term not in idle)
-        return scores, evidence, math.fsum(rarity.values()) + new
+        return scores, evidence
+
+    def _may_prove(self, query: _Asked, least: float) -> bool:
+        """Whether any page may have so much evidence: told from the postings, without a score."""
+        least -= _ROUNDED
+        rest = [term for term in query.terms[len(query.read) :] if term.text in query.rarity]
+        more = math.fsum(query.rarity[term.text] for term in rest)
+        if more >= least:
+            return True
+        proven: dict[int, float] = {}
+        get = proven.get
+        for term in query.read:
+            if (share := query.rarity.get(term.text)) is not None:
+                for posting in term.rows:
+                    row = posting >> _TF_BITS
+                    proven[row] = get(row, 0.0) + share
+        for date, rows in itertools.islice(query.dates.items(), 1):
+            for row in rows:
+                proven[row] = get(row, 0.0) + query.rarity[date]
+        return any(
+            has + math.fsum(query.rarity[term.text] for term in rest if any(_among((row,), term.rows))) >= least
+            for row, has in proven.items()
+            if has + more >= least
+        )
 
     def _named(self, content: Sequence[str]) -> set[str]:
         """Speakers that the question names. One voice alone needs no telling apart."""

@@ -118,6 +118,7 @@ class PathIndexes:
         skip: Callable[[int, int], bool],
         seen_s: Callable[[int], int] | None = None,
         near: Sequence[Hit] = (),
+        least: Callable[[float], float] | None = None,
     ) -> list[Hit]:
         """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
         gives new pages; `near` are the pages by meaning, where their vectors are not the encoder's own; the
@@ -132,7 +133,7 @@ class PathIndexes:
                 near = branch.nearest(queries, self._encoder.encode(branch.asked(queries)))
             near = [hit for hit in near if not skip(hit.position, hit.part)]
             wide = max(limit, _FUSED) if near else limit
-            hits = branch.index.search(queries, wide, skip, seen_s)
+            hits = branch.index.search(queries, wide, skip, seen_s, None if near else least)
         return fuse(hits, near)[:limit]
 
     def asked(self, ids: Sequence[bytes], docs: DocsOf, queries: Queries) -> list[str]:

@@ -70,12 +70,21 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
+class _Stems(dict[str, str]):
+    """Word -> its stem. A number is its own, and not kept: there is always another."""
+
+    def __missing__(self, word: str) -> str:
+        if word.isdigit():
+            return word
+        raise KeyError(word)
+
+
 class Tokenizer:
     """SQLite's own tokenizer, applied to a text: a contentless table read back and emptied."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stems: dict[str, str] = {}  # of plain words, each of which is one term
+        self._stems = _Stems()  # of plain words, each of which is one term
         self._chunks: dict[str, tuple[str, ...]] = {}  # of what is not plain
         self._db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY"):
@@ -115,7 +124,10 @@ class Tokenizer:
         words: set[str] = set()
         for text in texts:
             words.update(_WORD.findall(text.lower()))
-        self._plain(sorted(words))
+        known = self._stems
+        unknown = [word for word in words if word not in known and not word.isdigit()]
+        if unknown:
+            self._plain(sorted(unknown))
 
     def _plain(self, words: Sequence[str]) -> list[str]:
         stems = self._stems
@@ -124,12 +136,11 @@ class Tokenizer:
         except KeyError:
             pass
         if len(stems) > _KEPT_WORDS:
-            self._stems = stems = {}
-        unknown = list(dict.fromkeys(word for word in words if word not in stems))
-        found = dict(zip(unknown, self._ask(unknown), strict=True))
-        learned = {word: terms[0] for word, terms in found.items()}
-        stems.update((sys.intern(word), sys.intern(stem)) for word, stem in learned.items())
-        return [stems.get(word) or learned[word] for word in words]
+            self._stems = stems = _Stems()
+        unknown = list(dict.fromkeys(word for word in words if word not in stems and not word.isdigit()))
+        for word, found in zip(unknown, self._ask(unknown), strict=True):
+            stems[sys.intern(word)] = sys.intern(found[0])
+        return [stems[word] for word in words]
 
     def _spaced(self, text: str) -> list[str]:
         words = _CHUNK.findall(text)
