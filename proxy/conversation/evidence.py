@@ -143,16 +143,14 @@ def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: 
     """The page as its line: whole where that fits, else its passages about the queries."""
     page_id, count = candidate.page_id, pages.counter.text
     if candidate.tokens * _LEAST_WHOLE <= room:  # else it surely does not fit
-        whole = pages.packer.pack([pages.at(page_id, CompressionLevel.FULL)])
-        if whole.tokens_est <= room:
-            return Shown(
-                pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens_est, whole.content
-            )  # fmt: skip
+        whole = pages.line(page_id)
+        if whole.tokens <= room:
+            return Shown(pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens, whole.line)
     most = min(_PASSAGE_TOKENS, room) - _LINE_TOKENS
     words = find_passages(pages.text(page_id), queries, most, count) if most > 0 else ""
     if not words:
         return None
-    role, level = str(pages.page(page_id).metadata.get("role", "")), CompressionLevel.REDUCED
-    line = context_line(page_id, role, words, level, pages.modality(page_id))
+    level = CompressionLevel.REDUCED
+    line = context_line(page_id, pages.role(page_id), words, level, pages.modality(page_id))
     tokens = count(f"{line}\n")
     return Shown(pages.position(page_id), page_id, level, tokens, line) if tokens <= room else None

@@ -23,7 +23,7 @@ import msgspec
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, Node
 from proxy.media.parts import read_part
-from proxy.memory.caches import CacheStats, PackCache
+from proxy.memory.caches import CacheStats, PackCache, PackedLine
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import ContextPacker
 from proxy.memory.ids import MEDIA_KINDS, Doc, make_page_id, media_page_id, parse_page_id
@@ -435,6 +435,20 @@ class PathPages:
             size_tokens=here.text_tokens // len(parts) if plain else None,
             metadata=metadata,
         )
+
+    def line(self, page_id: str) -> PackedLine:
+        """The page at level 0 as its line of <VM:CONTEXT>."""
+        place = None if page_id in self.derived.pages else parse_page_id(page_id)
+        if place is None or place[1] >= MEDIA_PART:
+            packed = self.packer.pack([self.page(page_id)])
+            return PackedLine(packed.content, packed.tokens_est)
+        here = self[place[0]]
+        return self.packer.line(page_id, here.node.role, self.text(page_id), here.pages[0].modality)
+
+    def role(self, page_id: str) -> str:
+        """Who speaks on the page; "" for a derived one."""
+        position = self.position(page_id)
+        return "" if position < 0 else self.path[position].role
 
     def at(self, page_id: str, level: CompressionLevel | int) -> MemoryPage:
         """The page at a level. Slow for media, whose levels 1 are encoded anew."""
