@@ -55,6 +55,7 @@ _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loo
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
+_CALLERS = 256  # whose headers, or credentials, are not looked through again
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
@@ -83,6 +84,12 @@ class Decoded(Mapping[str, Any]):
             self._values[name] = msgspec.json.decode(self._fields[name])
         return self._values[name]
 
+    def get(self, name: str, default: Any = None) -> Any:  # without the exception that Mapping's own makes
+        return self[name] if name in self else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields or name in self._values
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
@@ -104,15 +111,16 @@ class Admission:
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
+        self._callers = lru_cache(_CALLERS)(self._caller_of)
+        self._tenants = lru_cache(_CALLERS)(memory.identity.tenant)
 
     async def admit(
         self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
     ) -> TurnContext:
         """A request's turn; `deployment`: the model that its path names. Raises ApiError 400 for what
         cannot be a chat request."""
-        memory, identity = self._memory, self._memory.identity
-        who = caller(headers, parameters(query), *self._session_headers)
-        scope = identity.scope(who.credentials)
+        memory = self._memory
+        who, scope = self._callers(tuple([h for h in headers if h[0] != b"content-length"]), query)
         try:
             split = read_body(body, scope, memory.histories)
             decoded = Decoded(split.fields, deployment)
@@ -121,7 +129,7 @@ class Admission:
         except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at
             raise ApiError(400, f"The JSON body of the request is not valid UTF-8: {error}.",
                            code="invalid_json") from None
-        tenant = identity.tenant(who.credentials, who.person)
+        tenant = self._tenants(who.credentials, who.person)
         if split.known is not None and split.known.tenant != tenant:  # another user of this key
             split = read_body(body, scope, _NO_HISTORIES)
         names = self._names(tenant, who)
@@ -129,6 +137,11 @@ class Admission:
         if found.start and _is_retry(headers):
             found = self._as_retry(found, tenant, names)
         return await self._context(body, split, decoded, scope, tenant, names, found)
+
+    def _caller_of(self, headers: Sequence[Header], query: bytes) -> tuple[Caller, KeyScope]:
+        """Who asks with these headers: a client's are mostly the same, but for the length of what it sends."""
+        who = caller(headers, parameters(query), *self._session_headers)
+        return who, self._memory.identity.scope(who.credentials)
 
     def _names(self, tenant: TenantKey, who: Caller) -> SessionNames:
         if who.label is None:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
@@ -105,17 +104,22 @@ class ChatApi:
         except ApiError as error:
             await send_error(send, error)
             return
-        work = asyncio.ensure_future(self._serve(scope, body, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        work, gone = asyncio.current_task(), asyncio.ensure_future(_disconnected(receive))
+        assert work is not None
+
+        def leave(_: asyncio.Task[None]) -> None:
+            work.cancel()
+
+        gone.add_done_callback(leave)
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await self._serve(scope, body, send)
+        except asyncio.CancelledError:
+            if not gone.done():
+                raise  # the server ends
+            work.uncancel()
         finally:
+            gone.remove_done_callback(leave)
             gone.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))
-        if not work.cancelled() and (failure := work.exception()) is not None:
-            raise failure
 
     async def _decoded(
         self, scope: Scope, body: bytes, names: list[str]
@@ -281,7 +285,7 @@ class ChatApi:
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:
-                        reply = replace(reply, ended_s=time.time())
+                        reply.ended_s = time.time()
                 elif isinstance(effect, Append):
                     stored = await self._append(effect, context)
                     reply, appended = None, True

@@ -46,7 +46,7 @@ class Complete:
     through: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Said:
     """One upstream answer.
 
@@ -85,7 +85,7 @@ class Lesson:
     warning: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Append:
     """Answered when durable. `joins` add a node id to the set under a key.
 

@@ -461,9 +461,10 @@ class Turn:
         ends = {made.end: made for made in heads[0][1]}
         self.settled = [(ends[state.end], state) for state in settled]
         effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
-        facts = self._model.learned if learned is None else learned
-        effect = replace(effect, facts=dict(facts), lesson=lesson)
-        return effect if calls == before_calls else replace(effect, calls=calls)
+        effect.facts = dict(self._model.learned if learned is None else learned)
+        effect.lesson = lesson
+        effect.calls = calls if calls != before_calls else None
+        return effect
 
     def _calling(self, known: Calling) -> Calling:
         """What is known of the model's calls after this turn, whose answer was settled."""

@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 from proxy.memory.ids import Doc, Hit
@@ -341,11 +342,20 @@ class PageIndex:
         for date, rows in itertools.islice(query.dates.items(), 1):
             for row in rows:
                 proven[row] = get(row, 0.0) + query.rarity[date]
-        return any(
-            has + math.fsum(query.rarity[term.text] for term in rest if any(_among((row,), term.rows))) >= least
-            for row, has in proven.items()
-            if has + more >= least
-        )
+        telling = sorted(((query.rarity[term.text], term.rows) for term in rest), key=itemgetter(0), reverse=True)
+        for row, has in proven.items():
+            most = has + more
+            if most < least:
+                continue
+            for share, postings in telling:
+                at = bisect_left(postings, row << _TF_BITS)
+                if at == len(postings) or postings[at] >> _TF_BITS != row:
+                    most -= share
+                    if most < least:
+                        break
+            else:
+                return True
+        return False
 
     def _named(self, content: Sequence[str]) -> set[str]:
         """Speakers that the question names. One voice alone needs no telling apart."""
