@@ -84,8 +84,10 @@ class Decoded(Mapping[str, Any]):
             self._values[name] = msgspec.json.decode(self._fields[name])
         return self._values[name]
 
-    def get(self, name: str, default: Any = None) -> Any:  # without the exception that Mapping's own makes
-        return self[name] if name in self else default
+    def get(self, name: str, default: Any = None) -> Any:  # Mapping's own makes an exception and drops it
+        if name in self._values:
+            return self._values[name]
+        return self[name] if name in self._fields else default
 
     def __contains__(self, name: object) -> bool:
         return name in self._fields or name in self._values

@@ -155,13 +155,17 @@ class Exchange:
     async def _through(self, reply: Reply, patient: bool) -> Said | Refused:
         """A stream that needs no change; what was said is learned on the way."""
         await self._open(reply)
-        chunks = reply.chunks().__aiter__()
+        chunks = reply.chunks()
         tee = Tee(patient, self._event_limit_bytes)
-        while not tee.done and tee.error is None:
-            data = await _read_some(chunks)
-            await self._write(tee.feed(data) if data else tee.close())
-            if not data:
+        async for data in chunks:
+            if out := tee.feed(data):
+                if not self.started:
+                    await self._start(reply)
+                await self._send({"type": "http.response.body", "body": out, "more_body": True})
+            if tee.done or tee.error is not None:
                 break
+        else:
+            await self._write(tee.close())
         if tee.error is not None:
             stream = tee.held
             while len(stream) < self._limit_bytes and (data := await _read_some(chunks)):

@@ -113,11 +113,23 @@ def was_used(page_text: str, fresh: frozenset[str]) -> bool:
     A lexical measure: it misses a paraphrase and may be fooled by two common words.
     """
     low = page_text[:_READ_CHARS].lower()
-    inside = [term for term in fresh if term in low]  # perhaps as a part of a word; nearly always few
-    if len(inside) < _USED_TERMS and not any(c.isdigit() for term in inside for c in term):
-        return False
+    inside = [term for term in fresh if term in low]  # perhaps as a part of a word
+    if all(map(str.isalpha, inside)):
+        return sum(_stands(term, low) for term in inside) >= _USED_TERMS
     shared = fresh.intersection(_TERM.findall(low))
     return len(shared) >= _USED_TERMS or any(any(c.isdigit() for c in term) for term in shared)
+
+
+def _stands(letters: str, low: str) -> bool:
+    """Whether `_TERM` finds this word of letters in the text: cheaper than all that it finds."""
+    at = low.find(letters)
+    while at >= 0:
+        end = at + len(letters)
+        begins = at == 0 or not (low[at - 1].isalnum() or low[at - 1] == "_")
+        if begins and not low[end : end + 1].isalnum():
+            return True
+        at = low.find(letters, at + 1)
+    return False
 
 
 def _terms(text: str) -> set[str]:

@@ -83,6 +83,7 @@ _ASKING_CHARS = 120  # of a page's end
 _TF_BITS = 8  # of a posting: row and how often the term stands there
 _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
+_FEW = 32  # times fewer of many are found by a heap, not by sorting all
 _ROUNDED = 1e-6  # of a sum in another order
 
 
@@ -538,7 +539,11 @@ class PageIndex:
         keys = self._keys
         wanted = limit if skip is None else 2 * limit + 16
         while True:
-            least = heapq.nlargest(wanted, scores.values())[-1] if scores else 0.0
+            least = -math.inf
+            if wanted < len(scores):
+                few = _FEW * wanted < len(scores)
+                values = scores.values()
+                least = heapq.nlargest(wanted, values)[-1] if few else sorted(values)[-wanted]
             best = [
                 (-score, -keys[row][0], keys[row][1], row) for row, score in scores.items() if score >= least
             ]
