@@ -8,13 +8,15 @@ length is not told ends with the connection, and streams until then.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import json
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -67,9 +69,40 @@ class _Formatter(logging.Formatter):
         return f"{self._text}.{int((created_s - second) * 1000):03}Z"
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Entries of requests that end together are written together, before the event loop does anything else; what
+    is worse than information, and what other threads say, at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+            loop = asyncio._get_running_loop() if record.levelno <= logging.INFO else None
+            if loop is None:
+                self.flush()
+            elif len(self._lines) == 1:
+                loop.call_soon(self._flush_soon)
+        except Exception:  # noqa: BLE001 - as every handler: what cannot be logged stops nothing
+            self.handleError(record)
+
+    def _flush_soon(self) -> None:
+        with suppress(OSError, ValueError):  # stderr is gone: nobody reads
+            self.flush()
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            if self._lines:
+                lines, self._lines = self._lines, []
+                self.stream.write("".join(lines))
+            self.stream.flush()
+
+
 def configure(form: str, level: str) -> None:
     """Set this process's log up. `form`: text or json; `level`: debug, info, warning or error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_Formatter(form == "json"))
     root = logging.getLogger()
     root.addHandler(handler)
