@@ -59,14 +59,15 @@ _CALLERS = 256  # whose headers, or credentials, are not looked through again
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
-_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
-    ("stream", bool, "a boolean"),
-    ("n", (int, float), "an integer"),  # 1.0 is a whole number too
-    ("tools", list, "an array"),
-    ("metadata", dict, "an object"),
-    ("stream_options", dict, "an object"),
-    ("response_format", dict, "an object"),
-)
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "model": (str, "a string"),
+    "stream": (bool, "a boolean"),
+    "n": ((int, float), "an integer"),  # 1.0 is a whole number too
+    "tools": (list, "an array"),
+    "metadata": (dict, "an object"),
+    "stream_options": (dict, "an object"),
+    "response_format": (dict, "an object"),
+}
 
 
 class Decoded(Mapping[str, Any]):
@@ -327,9 +328,9 @@ def _validate(decoded: Mapping[str, Any]) -> None:
     if isinstance(model, str) and len(model) > _MODEL_CHARS:
         raise ApiError(400, "Invalid value for 'model': no model has so long a name.", param="model",
                        code="invalid_type")
-    for name, kind, words in (("model", str, "a string"), *_TYPES):
-        value = decoded.get(name)
-        if value is not None and not isinstance(value, kind):
+    for name in decoded:
+        kind, words = _TYPES.get(name, (object, ""))
+        if kind is not object and (value := decoded[name]) is not None and not isinstance(value, kind):
             raise ApiError(
                 400, f"Invalid type for '{name}': expected {words}.", param=name, code="invalid_type"
             )

@@ -30,6 +30,7 @@ _TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTAL
 _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
+_LEAST_BYTES = 2048  # of a body; what is smaller is parsed sooner than it is looked for
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
 _BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
@@ -76,6 +77,8 @@ def read_body(body: bytes, scope: KeyScope, cache: HistoryCache) -> Body:
 
     Raises ApiError 400 in OpenAI's shape for malformed JSON and wrong types.
     """
+    if len(body) < _LEAST_BYTES:
+        return _read_all(body, None)
     head = _locate(body)
     if head is not None:
         found = cache.find(scope, body, head.history)
