@@ -27,6 +27,7 @@ from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.config import Config
 from proxy.conversation.body import (
+    LEAST_BYTES,
     Body,
     Fields,
     HistoryCache,
@@ -125,7 +126,7 @@ class Admission:
         memory = self._memory
         who, scope = self._callers(tuple([h for h in headers if h[0] != b"content-length"]), query)
         try:
-            split = read_body(body, scope, memory.histories)
+            split = read_body(body, scope, memory.histories if len(body) >= LEAST_BYTES else None)
             decoded = Decoded(split.fields, deployment)
             _validate(decoded)
             who = with_body(who, decoded)

@@ -30,7 +30,7 @@ _TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTAL
 _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
-_LEAST_BYTES = 2048  # of a body; what is smaller is parsed sooner than it is looked for
+LEAST_BYTES = 2048  # of a body that is looked for; what is smaller is parsed sooner
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
 _BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
@@ -72,15 +72,14 @@ class Body(NamedTuple):
     history: bytes | None  # the bytes from the first non-system message to the last; None: not kept
 
 
-def read_body(body: bytes, scope: KeyScope, cache: HistoryCache) -> Body:
-    """Split a chat request. `scope` (the tenant) bounds whose histories it is compared with.
+def read_body(body: bytes, scope: KeyScope, cache: HistoryCache | None) -> Body:
+    """Split a chat request. `scope` (the tenant) bounds whose histories it is compared with; None: it is compared
+    with none, and no later one with it.
 
     Raises ApiError 400 in OpenAI's shape for malformed JSON and wrong types.
     """
-    if len(body) < _LEAST_BYTES:
-        return _read_all(body, None)
-    head = _locate(body)
-    if head is not None:
+    head = _locate(body) if cache is not None else None
+    if head is not None and cache is not None:
         found = cache.find(scope, body, head.history)
         if found is not None:
             split = _read_tail(body, head, *found)
