@@ -33,6 +33,10 @@ _PAD_BYTES = 16 << 20
 
 _YOUNG_OBJECTS, _MIDDLE, _OLD = 20_000, 20, 100
 
+# How long the event loop waits for the interpreter's lock while a thread of the pool computes: each of its wakes
+# does, several times a request. Shorter ones cost the pool more switches, and nothing where it is idle.
+_SWITCH_S = 0.0005
+
 
 class _Formatter(logging.Formatter):
     """As text or, with `as_json`, as JSON."""
@@ -87,6 +91,7 @@ def configure(form: str, level: str) -> None:
 def tune() -> None:
     """Apply them to this process; without glibc only the collector's."""
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # a broken file is the client's, not ours
+    sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, _MIDDLE, _OLD)

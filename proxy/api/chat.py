@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
@@ -38,7 +38,7 @@ from proxy.config import Config
 from proxy.conversation.calling import VM_CALLS, Calling
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
-from proxy.conversation.effects import Append, Complete, Load, Refused, Search
+from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
 from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
@@ -137,7 +137,7 @@ class ChatApi:
             context = await self._admitted(scope, body, send)
             if context is None:
                 return
-            turn = Turn(context)
+            turn = await self._memory.pool.run(context.tenant, Turn, context) if context.is_large else Turn(context)
             visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
             answer = await self._run(turn, context, exchange, scope["headers"], visit)
@@ -270,12 +270,21 @@ class ChatApi:
     ) -> Answer:
         dialogue = turn.run()
         reply: Any = None
+        effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
-        appended = False
+        appended, pool, is_large = False, self._memory.pool, context.is_large
         try:
             while True:
-                effect = dialogue.send(reply)
-                if isinstance(effect, Complete):
+                if is_large or isinstance(effect, Offload):
+                    effect = await pool.run(context.tenant, _next, dialogue, reply)
+                else:
+                    effect = _next(dialogue, reply)
+                if isinstance(effect, Answer):
+                    answer = effect
+                    break
+                if isinstance(effect, Offload):
+                    reply = None
+                elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
@@ -289,13 +298,11 @@ class ChatApi:
                     near: list[Hit] = []
                     if self._embedder is not None:
                         near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
-                    reply = await self._memory.search(effect, turn.pages, near)
+                    reply = await self._memory.search(context.tenant, effect, turn.pages, near)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages)
                 else:
                     assert_never(effect)
-        except StopIteration as end:
-            answer: Answer = end.value
         finally:
             dialogue.close()
         ours = [record for record, _ in turn.settled]
@@ -349,6 +356,15 @@ _GIVEN_UP = (
     " tried again (memory.tools: always keeps them)"
 )
 _TAKEN_UP = "a VM call helped: its next epochs have the VM tools again"
+
+
+def _next(dialogue: Generator[Effect, Any, Answer], reply: Any) -> Effect | Answer:
+    """What the turn asks next, or how it ended."""
+    try:
+        return dialogue.send(reply)
+    except StopIteration as end:
+        answer: Answer = end.value
+        return answer
 
 
 class _At:

@@ -6,7 +6,6 @@ Promises: what is stored is immutable and found by content; everything kept in R
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from functools import partial
 
 import msgspec
 
+from proxy.api.pool import Pool
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.body import HistoryCache
@@ -61,6 +61,7 @@ class Memory:
         self.store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
         self.identity = Identity(self.store.secret("identity"))
         self.cache = Cache(config.tiers.l1.tokens)
+        self.pool = Pool(config.pool.threads, config.pool.queue_jobs)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder)
@@ -69,6 +70,7 @@ class Memory:
         self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
 
     async def close(self) -> None:
+        self.pool.close()
         await self.store.close()
 
     def forget(self) -> None:
@@ -110,7 +112,7 @@ class Memory:
         record = self.get_record(node_id)
         return record.substitute if record is not None else ()
 
-    async def state_after(self, record: Record) -> State | None:
+    async def state_after(self, record: Record, tenant: TenantKey) -> State | None:
         """The state after a turn; None for a conversation that never left its window."""
         if not record.window:
             return None
@@ -122,10 +124,10 @@ class Memory:
         off_loop = record.turn > _OFF_LOOP_MESSAGES
         if window is not None and derived is not None:
             work = partial(restore_table, record, self.get_record, self.get_block)
-            table = await asyncio.to_thread(work) if off_loop else work()
+            table = await self.pool.run(tenant, work) if off_loop else work()
             return State(window, table, derived)
         if off_loop:
-            return await asyncio.to_thread(restore_state, record, self.get_record, self.get_block)
+            return await self.pool.run(tenant, restore_state, record, self.get_record, self.get_block)
         return restore_state(record, self.get_record, self.get_block)
 
     def get_block(self, ref: bytes) -> bytes | None:
@@ -138,7 +140,7 @@ class Memory:
         return found
 
     async def search(
-        self, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
+        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
     ) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others; `near`:
         the pages by meaning, where they are found otherwise."""
@@ -147,7 +149,7 @@ class Memory:
             return []
         work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
         if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
-            return await asyncio.to_thread(self.indexes.search, *work)
+            return await self.pool.run(tenant, self.indexes.search, *work)
         return self.indexes.search(*work)
 
     # -- writing

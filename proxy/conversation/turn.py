@@ -65,7 +65,16 @@ from proxy.conversation.compose import (
 )
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
-from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
+from proxy.conversation.effects import (
+    OFFLOAD,
+    Append,
+    Complete,
+    Effect,
+    Lesson,
+    Load,
+    Refused,
+    Said,
+)
 from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
@@ -265,7 +274,7 @@ class Turn:
             return Answer(self.report, refused=said)
         self.report.rounds = 1
         if said.messages:
-            yield self._append(said, said.messages, learned=learned)
+            yield from self._append(said, said.messages, learned=learned)
         if learned is None:
             learned = dict(self._model.learned)
         return Answer(self.report, said.finish_reason, said.usage, learned=learned)
@@ -318,7 +327,7 @@ class Turn:
             empty = number > 1 and said.finish_reason in _ENDED and is_silent(said.messages[0])
             empty = empty and not self._context.given_answers
             if not vm and (client or not (said.unread or empty)):
-                yield self._append(said, shown_messages(said, client))
+                yield from self._append(said, shown_messages(said, client))
                 break
             words = said_text(said.shown)[told:] if said.shown else said_text(said.messages[0])
             told += len(words)
@@ -326,7 +335,7 @@ class Turn:
                 spoke = bool(words.strip() and said_text(said.messages[0])) and not empty and not said.unread
                 given_up = again == _ASKED_AGAIN and (spoke or empty or self._told())
                 if given_up or (spoke and len(words) > PREAMBLE_CHARS) or self._context.given_answers:
-                    yield self._append(said, shown_messages(said, client))
+                    yield from self._append(said, shown_messages(said, client))
                     break  # what it said has to do
                 if again == _ASKED_AGAIN:  # nothing that it said is for the client
                     return Answer(self.report, refused=_NO_ANSWER)
@@ -344,7 +353,7 @@ class Turn:
             exchange = yield from vm_calls.serve(said.messages[0], vm, len(self._responses))
             if client:
                 raws = [entry.raw for entry in exchange]
-                yield self._append(said, shown_messages(said, client), raws)
+                yield from self._append(said, shown_messages(said, client), raws)
                 break
             paging.extend(exchange)
         return self._answer(said, paging, vm_calls)
@@ -402,7 +411,19 @@ class Turn:
         answers: Sequence[dict[str, Any]],
         substitute: Sequence[bytes] = (),
         learned: Mapping[str, Any] | None = None,
-    ) -> Effect:
+    ) -> Generator[Effect, Any, None]:
+        """Store the turn."""
+        if self.report.new_epoch:  # and with it what left
+            yield OFFLOAD
+        yield self._stored(said, answers, substitute, learned)
+
+    def _stored(
+        self,
+        said: Said,
+        answers: Sequence[dict[str, Any]],
+        substitute: Sequence[bytes],
+        learned: Mapping[str, Any] | None,
+    ) -> Append:
         context, record = self._context, self._context.place.record
         self._model.passed(self.report.used_tokens)
         began = context.next_limits or context.limits

@@ -19,7 +19,7 @@ from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens,
 from proxy.conversation.compose import with_context, without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
-from proxy.conversation.effects import Effect, Load
+from proxy.conversation.effects import OFFLOAD, Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
 from proxy.conversation.evidence import Shown, asks, choose, reserve, stays, used
 from proxy.conversation.form import Form
@@ -71,6 +71,7 @@ STANDING_TOKENS = 256  # of standing instructions of the application's in front 
 _STANDING_BYTES = 2048  # of one of them
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _ALL = 1 << 40  # tokens
+_AT_ONCE_MESSAGES = 64  # that enter the window while others wait
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
 
 
@@ -138,6 +139,8 @@ class TurnWindow:
             before = before.recount(counter)  # another model than in the last turn
         if before is not None and before.factor != self.limits.tokens_factor:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
+        if len(self.pages.path) - self._entered > _AT_ONCE_MESSAGES:
+            yield OFFLOAD
         self.turn -= len(self._answered)  # in the first of them, if the request brought some
         self.before = self._without_evidence(before)
         self.turn = self.report.turn
@@ -383,6 +386,7 @@ class TurnWindow:
     ) -> Generator[Effect, Any, None]:
         """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages.
         ApiError context_length_exceeded when nothing fits."""
+        yield OFFLOAD
         if self._next_limits is not None:
             self.resize(self._next_limits)
         room = self.room_for_messages
