@@ -82,6 +82,7 @@ _ASKING_CHARS = 120  # of a page's end
 _TF_BITS = 8  # of a posting: row and how often the term stands there
 _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
+_PAGES_AT_ONCE = 256  # whose words are learned together
 
 
 class _Term(NamedTuple):
@@ -101,6 +102,7 @@ class PageIndex:
         self._ids: dict[str, int] = {}  # term -> its number
         self._texts: list[str] = []  # and back
         self._postings: list[array[int]] = []  # by number
+        self._stops: dict[int, tuple[str, ...]] = {}  # of the stop words among them, whose language's they are
         self._keys: list[tuple[int, int]] = []  # row -> (position, part)
         self._words: list[bytes] = []  # row -> the numbers of its terms, in order
         self._chars: list[int] = []
@@ -134,17 +136,8 @@ class PageIndex:
                 if last is not None and key <= last:
                     raise ValueError(f"page {key} comes after {last}")
                 last = key
-            texts = [_indexable(doc) for doc in new]
-            tokenizer().prepare(texts)
-            for doc, text in zip(new, texts, strict=True):
-                row = len(self._keys)
-                self._add_words(row, text)
-                self._keys.append((doc.position, doc.part))
-                self._chars.append(max(1, len(doc.text)))
-                self._roles.append(doc.role)
-                self._names.append(doc.name)
-                self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
-                self._count(row, 1)
+            for at in range(0, len(new), _PAGES_AT_ONCE):
+                self._add(new[at : at + _PAGES_AT_ONCE])
             self._weights.clear()
 
     def truncate(self, position: int) -> None:
@@ -152,9 +145,10 @@ class PageIndex:
         with self._lock:
             first = bisect_left(self._keys, (position,))
             for row in reversed(range(first, len(self._keys))):
-                for number in set(memoryview(self._words[row]).cast("I")):
+                numbers = set(memoryview(self._words[row]).cast("I"))
+                for number in numbers:
                     self._postings[number].pop()
-                self._count(row, -1)
+                self._count(row, numbers, -1)
             for column in (self._keys, self._words, self._chars, self._roles, self._names, self._asks):
                 del column[first:]
             self._weights.clear()
@@ -199,32 +193,48 @@ class PageIndex:
             return text, partial(self._weigh, named=named)
 
     # ------------------------------------------------------------ pages
-    def _add_words(self, row: int, text: str) -> None:
-        ids, postings = self._ids, self._postings
-        sequence = tokenizer().sequence(text)
-        sequence += tokenizer().syllables(text)
-        numbers = [ids.get(term, -1) for term in sequence]
-        if -1 in numbers:
-            for term in sequence:
-                if term not in ids:
-                    ids[term] = len(postings)
-                    postings.append(array("I"))
-                    self._texts.append(term)
-            numbers = [ids[term] for term in sequence]
-        base = row << _TF_BITS
-        for number, times in Counter(numbers).items():
-            postings[number].append(base | min(times, _TF_MASK))
-        self._words.append(array("I", numbers).tobytes())
+    def _add(self, docs: Sequence[Doc]) -> None:
+        texts = [_indexable(doc) for doc in docs]
+        postings, number_of = self._postings, self._ids.__getitem__
+        for doc, text, sequence in zip(docs, texts, tokenizer().sequences(texts), strict=True):
+            if not text.isascii():
+                sequence += tokenizer().syllables(text)
+            row = len(self._keys)
+            try:
+                numbers = list(map(number_of, sequence))
+            except KeyError:
+                numbers = [self._number(term) for term in sequence]
+            base = row << _TF_BITS
+            times = Counter(numbers)
+            for number, often in times.items():
+                postings[number].append(base | (often if often < _TF_MASK else _TF_MASK))
+            self._words.append(array("I", numbers).tobytes())
+            self._keys.append((doc.position, doc.part))
+            self._chars.append(max(1, len(doc.text)))
+            self._roles.append(doc.role)
+            self._names.append(doc.name)
+            ends = doc.text[-_ASKING_CHARS:]
+            self._asks.append("?" in ends or any(mark in ends for mark in _ASKING))
+            self._count(row, times, 1)
 
-    def _count(self, row: int, sign: int) -> None:
-        """Add (1) or take away (-1) a row."""
+    def _number(self, term: str) -> int:
+        number = self._ids.get(term)
+        if number is None:
+            number = self._ids[term] = len(self._postings)
+            self._postings.append(array("I"))
+            self._texts.append(term)
+            if languages := languages_of().get(term):
+                self._stops[number] = languages
+        return number
+
+    def _count(self, row: int, numbers: Iterable[int], sign: int) -> None:
+        """Add (1) or take away (-1) a row with the terms of these numbers, each once."""
         chars, role, name = self._chars[row], self._roles[row], self._names[row]
         self._total_chars += sign * chars
         self._role_chars[role] += sign * chars
         self._role_messages[role] += sign * (self._keys[row][1] <= 1)
-        texts, languages = self._texts, languages_of()
-        for number in set(memoryview(self._words[row]).cast("I")):
-            for language in languages.get(texts[number], ()):
+        for number in self._stops.keys() & numbers:
+            for language in self._stops[number]:
                 self._spoken[language] += sign
         if name:
             if name not in self._name_terms:
