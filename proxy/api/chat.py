@@ -348,7 +348,7 @@ class ChatApi:
                 )
         if facts:
             more += self.model_facts.lessons(context.scope, model, facts)
-        return await self._memory.append(effect, more)
+        return await self._memory.append(context.tenant, effect, more)
 
 
 _GIVEN_UP = (

@@ -44,6 +44,8 @@ from proxy.storage.l1 import Cache
 from proxy.storage.l2 import DiskStore
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
+_KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
+_AT_ONCE_BYTES = 65_536  # so does indexing more than this
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
 _RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
@@ -148,28 +150,33 @@ class Memory:
         if not ids:
             return []
         work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
-        if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
+        missing = self.indexes.missing(ids)
+        new = pages.path[effect.before - min(missing, self._at_once) : effect.before]
+        is_large = missing > self._at_once or sum(len(node.raw) for node in new) > _AT_ONCE_BYTES
+        if is_large or len(ids) > self._ranked_at_once:
             return await self.pool.run(tenant, self.indexes.search, *work)
         return self.indexes.search(*work)
 
     # -- writing
 
     async def append(
-        self, effect: Append, more: Sequence[tuple[bytes, bytes]] = ()
+        self, tenant: TenantKey, effect: Append, more: Sequence[tuple[bytes, bytes]] = ()
     ) -> frozenset[bytes]:
         """Store a turn, and `more` with it; returns the ids of the records that are new.
 
         What is already stored stays as it is: others may have built on it.
         """
-        ours = {record_key(record.id) for record in effect.records}
-        adds = [put for put in effect.puts if put[0] in ours]
-        puts = [*(put for put in effect.puts if put[0] not in ours), *more]
-        known = await self.store.commit(puts, effect.joins, adds)
-        new = [record for record in effect.records if record_key(record.id) not in known]
-        for record in new:
-            size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
-            self.cache.put("record", record.id, record, size)
-        return frozenset(record.id for record in new)
+        records = effect.records
+        if len(records) > _OFF_LOOP_MESSAGES:
+            puts, adds = await self.pool.run(tenant, _parted, effect)
+        else:
+            puts, adds = _parted(effect)
+        known = await self.store.commit([*puts, *more], effect.joins, adds)
+        for record in records[-_KEPT_RECORDS:]:
+            if record_key(record.id) not in known:
+                size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
+                self.cache.put("record", record.id, record, size)
+        return frozenset([record.id for record in records if record_key(record.id) not in known])
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""
@@ -211,6 +218,16 @@ class Memory:
             return Calibration(exact) if data is None else Calibration.decode(data)
         except ValueError:  # another version's
             return Calibration(exact)
+
+
+def _parted(effect: Append) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """What is stored over what is there, and the records, of which those that are there stay."""
+    ours = {record_key(record.id) for record in effect.records}
+    puts: list[tuple[bytes, bytes]] = []
+    adds: list[tuple[bytes, bytes]] = []
+    for put in effect.puts:
+        (adds if put[0] in ours else puts).append(put)
+    return puts, adds
 
 
 def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:
