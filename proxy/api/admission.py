@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 # More than this that is new leaves the event loop: to be read, hashed, counted, put into a window.
 _AT_ONCE_BYTES = 65_536
 _AT_ONCE_MESSAGES = 64
+_FREED_AT_ONCE = 4096  # messages
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
@@ -171,7 +172,10 @@ class Admission:
             log.warning("a history was not joined to the one that it may go on from: %s", error)
             found = seek(False)
         whole = found.start == 0 and found.floor == 0
-        return split, found, remembered(split, found.path, found.anchors, tenant) if whole else None
+        known = remembered(split, found.path, found.anchors, tenant) if whole else None
+        while split.new:  # nobody looks at them again; other threads wait while many are freed at once
+            del split.new[-_FREED_AT_ONCE:]
+        return split, found, known
 
     def _as_retry(self, found: Place, tenant: TenantKey, names: SessionNames) -> Place:
         """`found`, or, when the session's last turn answered these very messages, before that answer:

@@ -275,6 +275,10 @@ class PathPages:
             self._messages[position] = found
         return found
 
+    def forget(self, position: int) -> None:
+        """It will hardly be asked for again: of a long history, only what is in reach is kept in memory."""
+        self._messages.pop(position, None)
+
     @property
     def packer(self) -> ContextPacker:
         """Makes lines of pages."""

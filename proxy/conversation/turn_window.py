@@ -113,6 +113,7 @@ class TurnWindow:
         self._settled_with: list[tuple[list[PageMutation], list[MemoryPage]]] = []
         self._answered = answered
         self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
+        self.far = 0  # the new messages before it never were in a window: there are too many behind them
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
         self.tools_tokens = vm_tools_tokens(channel, context.counter)
@@ -141,6 +142,7 @@ class TurnWindow:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
         if len(self.pages.path) - self._entered > _AT_ONCE_MESSAGES:
             yield OFFLOAD
+            self.far = self._beyond_reach()
         self.turn -= len(self._answered)  # in the first of them, if the request brought some
         self.before = self._without_evidence(before)
         self.turn = self.report.turn
@@ -324,9 +326,20 @@ class TurnWindow:
             for mutation in self._renewed(pages[position]):
                 self.apply(mutation)
         for position in range(first, len(pages.path)):
-            for mutation in created(pages[position], self.context.place.floor, self.turn):
+            for mutation in created(pages[position], self.context.place.floor, self.turn, self.far):
                 self.apply(mutation)
+            if position < self.far:
+                pages.forget(position)
         self._entered = max(first, len(pages.path))
+
+    def _beyond_reach(self) -> int:
+        """Where the newest messages begin that are twice what any window of this turn holds: told from their sizes."""
+        budgets = [limits.budget_tokens for limits in (self.limits, self._next_limits) if limits is not None]
+        left, at = 2 * max(budgets), len(self.pages.path)
+        while at > self._entered and left > 0:
+            at -= 1
+            left -= self.pages.tokens(at)
+        return group_start(self.pages.path, at) if at > self._entered else 0
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
         """The pages of a message that the table has, where these are others now because the system
@@ -600,10 +613,12 @@ class TurnWindow:
         report.context_pages = [e.page_id for e in resident if e.position not in native]
 
 
-def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor; one that says something for all
-    later answers is pinned."""
-    tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
+def created(message: MessagePages, floor: int, turn: int, far: int = 0) -> Iterator[PageMutation]:
+    """A new message stands in the window, but for those before the floor, and of those that are `far` from it all but
+    what may be a line of it: media, and what says something for all later answers, which is pinned."""
+    standing = message.standing
+    inside = message.position >= floor and (message.position >= far or bool(standing or message.media))
+    tier = StorageTier.L0 if inside else StorageTier.L2
     for page in message.pages:
         kind = page.page_type
         yield PageMutation(
@@ -611,5 +626,5 @@ def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutati
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
         )  # fmt: skip
-    if message.standing:
+    if standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)
