@@ -94,15 +94,30 @@ class _Term(NamedTuple):
         return len(self.rows)
 
 
+class _Numbers(dict[str, int]):
+    """Term -> its number; a new one gets the next."""
+
+    def __init__(self, postings: list[array[int]], texts: list[str]) -> None:
+        self._postings, self._texts = postings, texts
+        self.stops: list[tuple[int, tuple[str, ...]]] = []  # of the stop words among them, whose language's they are
+
+    def __missing__(self, term: str) -> int:
+        number = self[term] = len(self._postings)
+        self._postings.append(array("I"))
+        self._texts.append(term)
+        if languages := languages_of().get(term):
+            self.stops.append((number, languages))
+        return number
+
+
 class PageIndex:
     """The pages of one path, in ascending (position, part). Calls may come from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ids: dict[str, int] = {}  # term -> its number
-        self._texts: list[str] = []  # and back
         self._postings: list[array[int]] = []  # by number
-        self._stops: dict[int, tuple[str, ...]] = {}  # of the stop words among them, whose language's they are
+        self._texts: list[str] = []  # number -> term
+        self._ids = _Numbers(self._postings, self._texts)  # and back
         self._keys: list[tuple[int, int]] = []  # row -> (position, part)
         self._words: list[bytes] = []  # row -> the numbers of its terms, in order
         self._chars: list[int] = []
@@ -115,7 +130,7 @@ class PageIndex:
         self._total_chars = 0
         self._role_chars: Counter[str] = Counter()
         self._role_messages: Counter[str] = Counter()
-        self._spoken: Counter[str] = Counter()  # language -> how often its stop words stand in a page
+        self._spoken: tuple[str, ...] | None = None  # the languages of the pages, and
         self._weights: dict[int, float] = {}  # of a term in so many pages, as long as the pages are these
 
     def __len__(self) -> int:
@@ -124,7 +139,9 @@ class PageIndex:
     def close(self) -> None:
         """Free the memory. The index cannot be used afterwards."""
         with self._lock:
-            self._postings, self._words, self._ids = [], [], {}
+            for column in (self._postings, self._words, self._texts):
+                column.clear()
+            self._ids.clear()
 
     def extend(self, docs: Iterable[Doc]) -> None:
         """Add pages behind the last one. ValueError, and nothing added, when out of order."""
@@ -139,19 +156,20 @@ class PageIndex:
             for at in range(0, len(new), _PAGES_AT_ONCE):
                 self._add(new[at : at + _PAGES_AT_ONCE])
             self._weights.clear()
+            self._spoken = None
 
     def truncate(self, position: int) -> None:
         """Drop every page at `position` or later."""
         with self._lock:
             first = bisect_left(self._keys, (position,))
             for row in reversed(range(first, len(self._keys))):
-                numbers = set(memoryview(self._words[row]).cast("I"))
-                for number in numbers:
+                for number in set(memoryview(self._words[row]).cast("I")):
                     self._postings[number].pop()
-                self._count(row, numbers, -1)
+                self._count(row, -1)
             for column in (self._keys, self._words, self._chars, self._roles, self._names, self._asks):
                 del column[first:]
             self._weights.clear()
+            self._spoken = None
 
     def search(
         self,
@@ -200,13 +218,9 @@ class PageIndex:
             if not text.isascii():
                 sequence += tokenizer().syllables(text)
             row = len(self._keys)
-            try:
-                numbers = list(map(number_of, sequence))
-            except KeyError:
-                numbers = [self._number(term) for term in sequence]
+            numbers = list(map(number_of, sequence))
             base = row << _TF_BITS
-            times = Counter(numbers)
-            for number, often in times.items():
+            for number, often in Counter(numbers).items():
                 postings[number].append(base | (often if often < _TF_MASK else _TF_MASK))
             self._words.append(array("I", numbers).tobytes())
             self._keys.append((doc.position, doc.part))
@@ -215,27 +229,14 @@ class PageIndex:
             self._names.append(doc.name)
             ends = doc.text[-_ASKING_CHARS:]
             self._asks.append("?" in ends or any(mark in ends for mark in _ASKING))
-            self._count(row, times, 1)
+            self._count(row, 1)
 
-    def _number(self, term: str) -> int:
-        number = self._ids.get(term)
-        if number is None:
-            number = self._ids[term] = len(self._postings)
-            self._postings.append(array("I"))
-            self._texts.append(term)
-            if languages := languages_of().get(term):
-                self._stops[number] = languages
-        return number
-
-    def _count(self, row: int, numbers: Iterable[int], sign: int) -> None:
-        """Add (1) or take away (-1) a row with the terms of these numbers, each once."""
+    def _count(self, row: int, sign: int) -> None:
+        """Add (1) or take away (-1) a row."""
         chars, role, name = self._chars[row], self._roles[row], self._names[row]
         self._total_chars += sign * chars
         self._role_chars[role] += sign * chars
         self._role_messages[role] += sign * (self._keys[row][1] <= 1)
-        for number in self._stops.keys() & numbers:
-            for language in self._stops[number]:
-                self._spoken[language] += sign
         if name:
             if name not in self._name_terms:
                 words = tokenizer().terms(_excerpt(name))
@@ -243,6 +244,17 @@ class PageIndex:
             self._speakers[name] += sign
             if not self._speakers[name]:
                 del self._speakers[name], self._name_terms[name]
+
+    def _languages(self) -> tuple[str, ...]:
+        """Told by how many pages have each stop word."""
+        if self._spoken is None:
+            found: Counter[str] = Counter()
+            for number, languages in self._ids.stops:
+                pages = len(self._postings[number])
+                for language in languages:
+                    found[language] += pages
+            self._spoken = spoken(found)
+        return self._spoken
 
     def _weight(self, docs: int) -> float:
         """What a term in so many pages counts: its rarity."""
@@ -268,7 +280,7 @@ class PageIndex:
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
-        stops, idle = stops_of(spoken(self._spoken))
+        stops, idle = stops_of(self._languages())
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
