@@ -224,9 +224,9 @@ def result(size_bytes: int) -> list[Message]:
 
 
 def grown(count: int, turns: int, chars: int) -> list[bytes]:
-    """The bodies of `turns` turns, each with two messages more."""
-    whole = history(count + 2 * turns, chars, "grown")
-    first = len(whole) - 2 * turns
+    """The bodies of `turns` turns over `count` messages, each with two messages more, which are of so many characters."""
+    whole = [*history(count, 340, "old"), *history(2 * turns + 1, chars, "grown")[1:]]
+    first = count
     return [chat_body(whole[: first + 2 * i]) for i in range(turns)]
 
 
@@ -254,9 +254,7 @@ KINDS = {
     "result-4MB": Kind(lambda: [chat_body(asking(*result(4_000_000)), tools=_TOOL)]),
     "result-newest-4MB": Kind(lambda: [chat_body(result(4_000_000), tools=_TOOL)]),
     "system-2MB": Kind(lambda: [chat_body([{"role": "system", "content": Texts("s").text(2_000_000)}, *history(3, 100)])]),
-    "epochs-10k": Kind(
-        lambda: grown(10_001, 16, 2_400)[1:], lambda: grown(10_001, 16, 2_400)[:1]
-    ),
+    "epochs-10k": Kind(lambda: grown(10_001, 24, 2_400)[1:], lambda: grown(10_001, 24, 2_400)[:1]),
     "restart-10k": Kind(lambda: grown(10_001, 3, 340)[1:2], lambda: grown(10_001, 3, 340)[:1], again=True),
     "twenty-1k": Kind(lambda: [chat_body(history(1_001, 400, f"t{i}")) for i in range(20)], at_once=20),
 }
