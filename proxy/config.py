@@ -283,6 +283,11 @@ class SearchConfig(Section):
         return self
 
 
+class PoolConfig(Section):
+    threads: AtLeast1 = 4
+    queue_jobs: AtLeast1 = 1000
+
+
 class StreamConfig(Section):
     hold_tokens: AtLeast0 = 24
     hold_ms: Annotated[
@@ -340,6 +345,7 @@ class Config(Section):
     segments: SegmentsConfig = SegmentsConfig()
     compression: CompressionConfig = CompressionConfig()
     search: SearchConfig = SearchConfig()
+    pool: PoolConfig = PoolConfig()
     stream: StreamConfig = StreamConfig()
     sessions: SessionsConfig = SessionsConfig()
     log: LogConfig = LogConfig()

@@ -417,9 +417,10 @@ class MemoryManager:
                     reply = None
                 elif isinstance(effect, Search):
                     reply = self._search(opened.turn.pages, effect)
-                else:
-                    assert isinstance(effect, Load)
+                elif isinstance(effect, Load):
                     reply = opened.turn.pages.at(effect.page_id, effect.level)
+                else:
+                    reply = None  # nobody else waits for this thread
         except StopIteration:
             return False
 

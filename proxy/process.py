@@ -26,14 +26,20 @@ if TYPE_CHECKING:
 _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 # Bodies of megabytes come and go with every request: glibc would map and unmap each, and the kernel would zero
-# every page of it again. Pages and nodes are long-lived and hold no cycles, so full collections find nothing
-# and cost more the more is cached. mallopt's parameters, from malloc.h:
+# every page of it again. mallopt's parameters, from malloc.h:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_BYTES = 32 << 20  # glibc's own limit for the mmap threshold
 _KEPT_FREE_BYTES = 128 << 20  # freed memory that stays with the process
 _PAD_BYTES = 16 << 20
 
-_YOUNG_OBJECTS, _MIDDLE, _OLD = 20_000, 20, 100
+# Every collection stops all threads: for some milliseconds for 10,000 objects. Pages and nodes are long-lived and hold no cycles;
+# what does hold them (a request's tasks and errors) dies young. So old objects, which grow with what is cached, are
+# never looked at again.
+_YOUNG_OBJECTS, _MIDDLE, _OLD = 10_000, 1, 1_000_000_000
+
+# How long the event loop waits for the interpreter's lock while a thread of the pool computes: each of its wakes
+# does, several times a request. Shorter ones cost the pool more switches, and nothing where it is idle.
+_SWITCH_S = 0.0005
 
 
 class _Formatter(logging.Formatter):
@@ -120,6 +126,7 @@ def configure(form: str, level: str) -> None:
 def tune() -> None:
     """Apply them to this process; without glibc only the collector's."""
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # a broken file is the client's, not ours
+    sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, _MIDDLE, _OLD)

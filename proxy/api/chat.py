@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
@@ -38,7 +38,7 @@ from proxy.config import Config
 from proxy.conversation.calling import VM_CALLS, Calling
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
-from proxy.conversation.effects import Append, Complete, Load, Refused, Search
+from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
 from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
@@ -142,7 +142,7 @@ class ChatApi:
             context = await self._admitted(scope, body, send)
             if context is None:
                 return
-            turn = Turn(context)
+            turn = await self._memory.pool.run(context.tenant, Turn, context) if context.is_large else Turn(context)
             visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
             try:
@@ -286,12 +286,21 @@ class ChatApi:
     ) -> Answer:
         dialogue = turn.run()
         reply: Any = None
+        effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
-        appended, lost = False, False
+        appended, lost, pool, is_large = False, False, self._memory.pool, context.is_large
         try:
             while True:
-                effect = dialogue.send(reply)
-                if isinstance(effect, Complete):
+                if is_large or isinstance(effect, Offload):
+                    effect = await pool.run(context.tenant, _next, dialogue, reply)
+                else:
+                    effect = _next(dialogue, reply)
+                if isinstance(effect, Answer):
+                    answer = effect
+                    break
+                if isinstance(effect, Offload):
+                    reply = None
+                elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     visit.remembers(self._memory.store.trouble is None)  # as far as is known
                     reply = await exchange.complete(effect)
@@ -310,13 +319,11 @@ class ChatApi:
                     if self._embedder is not None:
                         with suppress(StorageError):  # else it is by words
                             near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
-                    reply = await self._memory.search(effect, turn.pages, near)
+                    reply = await self._memory.search(context.tenant, effect, turn.pages, near)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages)
                 else:
                     assert_never(effect)
-        except StopIteration as end:
-            answer: Answer = end.value
         finally:
             dialogue.close()
         if turn.unremembered is not None:
@@ -366,7 +373,7 @@ class ChatApi:
                 )
         if facts:
             more += self.model_facts.lessons(context.scope, model, facts)
-        return await self._memory.append(effect, context.identity, more)
+        return await self._memory.append(context.tenant, effect, context.identity, more)
 
 
 _GIVEN_UP = (
@@ -374,6 +381,15 @@ _GIVEN_UP = (
     " tried again (memory.tools: always keeps them)"
 )
 _TAKEN_UP = "a VM call helped: its next epochs have the VM tools again"
+
+
+def _next(dialogue: Generator[Effect, Any, Answer], reply: Any) -> Effect | Answer:
+    """What the turn asks next, or how it ended."""
+    try:
+        return dialogue.send(reply)
+    except StopIteration as end:
+        answer: Answer = end.value
+        return answer
 
 
 class _At:

@@ -101,4 +101,12 @@ class Append:
     calls: Calling | None = None
 
 
-Effect = Load | Search | Complete | Append
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Answered with None: what comes next takes as long as a window is large. A shell that others wait for goes on in
+    another thread."""
+
+
+OFFLOAD = Offload()
+
+Effect = Load | Search | Complete | Append | Offload

@@ -116,10 +116,10 @@ class MessagePages:
         self.notes = notes
         self.is_plain = b'"type"' not in node.raw and b'"audio"' not in node.raw  # words, told without decoding
         counter = how.counter
-        if node.tokens < 0 or (node.counter and node.counter != counter.name):  # once in the node's life
-            node.tokens = counter.message(self.message)
-        node.counter = counter.name
         self.tokens = node.tokens
+        if node.tokens < 0 or (node.counter and node.counter != counter.name):
+            self.tokens = counter.message(self.message)
+            node.counted(self.tokens, counter.name)
         self.notes_tokens = sum(anchor_tokens(note, counter) for note in notes) if notes else 0
         self.media = () if self.is_plain else self._read_media()
         words = self.tokens if self.is_plain else max(0, self.tokens - sum(page.tokens for page in self.media))
@@ -274,6 +274,10 @@ class PathPages:
             found = MessagePages(self._how, position, self.path[position], self._notes.get(position, ()))
             self._messages[position] = found
         return found
+
+    def forget(self, position: int) -> None:
+        """It will hardly be asked for again: of a long history, only what is in reach is kept in memory."""
+        self._messages.pop(position, None)
 
     @property
     def packer(self) -> ContextPacker:
@@ -522,9 +526,10 @@ def note_text(note: Anchor) -> str:
 
 def anchor_tokens(anchor: Anchor, counter: TokenCounter) -> int:
     """Tokens of a system message in mid-conversation; counted once in its life, for one kind of counting."""
-    if anchor.tokens < 0 or anchor.counter != counter.name:
-        anchor.tokens, anchor.counter = counter.message(_decode(anchor.raw)), counter.name
-    return anchor.tokens
+    kept = anchor.kept
+    if kept is None or kept[1] != counter.name:
+        kept = anchor.kept = counter.message(_decode(anchor.raw)), counter.name
+    return kept[0]
 
 
 def _named(page: Page) -> str:

@@ -19,7 +19,7 @@ from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens,
 from proxy.conversation.compose import without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
-from proxy.conversation.effects import Effect, Load
+from proxy.conversation.effects import OFFLOAD, Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
 from proxy.conversation.evidence import (
     Shown,
@@ -78,6 +78,7 @@ STANDING_TOKENS = 256  # of standing instructions of the application's in front 
 _STANDING_BYTES = 2048  # of one of them
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _ALL = 1 << 40  # tokens
+_AT_ONCE_MESSAGES = 64  # that enter the window while others wait
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
 
 
@@ -119,6 +120,7 @@ class TurnWindow:
         self._settled_with: list[tuple[list[PageMutation], list[MemoryPage]]] = []
         self._answered = answered
         self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
+        self.far = 0  # the new messages before it never were in a window: there are too many behind them
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
         self.tools_tokens = vm_tools_tokens(channel, context.counter)
@@ -145,6 +147,9 @@ class TurnWindow:
             before = before.recount(counter)  # another model than in the last turn
         if before is not None and before.factor != self.limits.tokens_factor:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
+        if len(self.pages.path) - self._entered > _AT_ONCE_MESSAGES:
+            yield OFFLOAD
+            self.far = self._beyond_reach()
         self.turn -= len(self._answered)  # in the first of them, if the request brought some
         self.before = self._without_evidence(before)
         self.turn = self.report.turn
@@ -328,9 +333,20 @@ class TurnWindow:
             for mutation in self._renewed(pages[position]):
                 self.apply(mutation)
         for position in range(first, len(pages.path)):
-            for mutation in created(pages[position], self.context.place.floor, self.turn):
+            for mutation in created(pages[position], self.context.place.floor, self.turn, self.far):
                 self.apply(mutation)
+            if position < self.far:
+                pages.forget(position)
         self._entered = max(first, len(pages.path))
+
+    def _beyond_reach(self) -> int:
+        """Where the newest messages begin that are twice what any window of this turn holds: told from their sizes."""
+        budgets = [limits.budget_tokens for limits in (self.limits, self._next_limits) if limits is not None]
+        left, at = 2 * max(budgets), len(self.pages.path)
+        while at > self._entered and left > 0:
+            at -= 1
+            left -= self.pages.tokens(at)
+        return group_start(self.pages.path, at) if at > self._entered else 0
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
         """The pages of a message that the table has, where these are others now because the system
@@ -390,6 +406,7 @@ class TurnWindow:
     ) -> Generator[Effect, Any, None]:
         """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages.
         ApiError context_length_exceeded when nothing fits."""
+        yield OFFLOAD
         if self._next_limits is not None:
             self.resize(self._next_limits)
         room = self.room_for_messages
@@ -602,10 +619,12 @@ class TurnWindow:
         report.context_pages = [e.page_id for e in resident if e.position not in native]
 
 
-def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor; one that says something for all
-    later answers is pinned."""
-    tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
+def created(message: MessagePages, floor: int, turn: int, far: int = 0) -> Iterator[PageMutation]:
+    """A new message stands in the window, but for those before the floor, and of those that are `far` from it all but
+    what may be a line of it: media, and what says something for all later answers, which is pinned."""
+    standing = message.standing
+    inside = message.position >= floor and (message.position >= far or bool(standing or message.media))
+    tier = StorageTier.L0 if inside else StorageTier.L2
     for page in message.pages:
         kind = page.page_type
         yield PageMutation(
@@ -613,5 +632,5 @@ def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutati
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
         )  # fmt: skip
-    if message.standing:
+    if standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)

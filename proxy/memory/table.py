@@ -408,6 +408,7 @@ class MutationLogLite:
 
 # -- the stored form: rows of fields, without those at the end that are at their default
 
+_ROWS_AT_ONCE = 4096  # encoded in one call, for whose end other threads wait
 _Row = TypeVar("_Row", PageTableEntry, PageMutation)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -416,9 +417,21 @@ _decode_chunk = msgspec.msgpack.Decoder(list[PageTableEntry]).decode
 _decode_log = msgspec.msgpack.Decoder(list[PageMutation]).decode
 
 
-def encode_log(mutations: Iterable[PageMutation]) -> bytes:
-    """Mutations for storage."""
-    return _encode(_rows(mutations))
+def encode_log(mutations: Sequence[PageMutation]) -> bytes:
+    """Mutations for storage. Of many, some thousand at a time: other threads wait for one call."""
+    if len(mutations) <= _ROWS_AT_ONCE:
+        return _encode(_rows(mutations))
+    parts = [_encode(_rows(mutations[at : at + _ROWS_AT_ONCE])) for at in range(0, len(mutations), _ROWS_AT_ONCE)]
+    return _array_head(len(mutations)) + b"".join(part[len(_array_head(_ROWS_AT_ONCE)) :] for part in parts[:-1]) + (
+        parts[-1][len(_array_head((len(mutations) - 1) % _ROWS_AT_ONCE + 1)) :]
+    )
+
+
+def _array_head(length: int) -> bytes:
+    """How msgpack begins an array."""
+    if length < 16:
+        return bytes([0x90 | length])
+    return b"\xdc" + length.to_bytes(2, "big") if length < 1 << 16 else b"\xdd" + length.to_bytes(4, "big")
 
 
 def decode_log(data: bytes) -> list[PageMutation]:

@@ -87,6 +87,7 @@ _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
 _FEW = 32  # times fewer of many are found by a heap, not by sorting all
 _ROUNDED = 1e-6  # of a sum in another order
+_PAGES_AT_ONCE = 256  # whose words are learned together
 
 
 class _Term(NamedTuple):
@@ -116,14 +117,30 @@ class _Asked(NamedTuple):
     words: float
 
 
+class _Numbers(dict[str, int]):
+    """Term -> its number; a new one gets the next."""
+
+    def __init__(self, postings: list[array[int]], texts: list[str]) -> None:
+        self._postings, self._texts = postings, texts
+        self.stops: list[tuple[int, tuple[str, ...]]] = []  # of the stop words among them, whose language's they are
+
+    def __missing__(self, term: str) -> int:
+        number = self[term] = len(self._postings)
+        self._postings.append(array("I"))
+        self._texts.append(term)
+        if languages := languages_of().get(term):
+            self.stops.append((number, languages))
+        return number
+
+
 class PageIndex:
     """The pages of one path, in ascending (position, part). Calls may come from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ids: dict[str, int] = {}  # term -> its number
-        self._texts: list[str] = []  # and back
         self._postings: list[array[int]] = []  # by number
+        self._texts: list[str] = []  # number -> term
+        self._ids = _Numbers(self._postings, self._texts)  # and back
         self._keys: list[tuple[int, int]] = []  # row -> (position, part)
         self._words: list[bytes] = []  # row -> the numbers of its terms, in order
         self._chars: list[int] = []
@@ -136,7 +153,7 @@ class PageIndex:
         self._total_chars = 0
         self._role_chars: Counter[str] = Counter()
         self._role_messages: Counter[str] = Counter()
-        self._spoken: Counter[str] = Counter()  # language -> how often its stop words stand in a page
+        self._spoken: tuple[str, ...] | None = None  # the languages of the pages, and
         self._weights: dict[int, float] = {}  # of a term in so many pages, as long as the pages are these
 
     def __len__(self) -> int:
@@ -145,7 +162,9 @@ class PageIndex:
     def close(self) -> None:
         """Free the memory. The index cannot be used afterwards."""
         with self._lock:
-            self._postings, self._words, self._ids = [], [], {}
+            for column in (self._postings, self._words, self._texts):
+                column.clear()
+            self._ids.clear()
 
     def extend(self, docs: Iterable[Doc]) -> None:
         """Add pages behind the last one. ValueError, and nothing added, when out of order."""
@@ -157,18 +176,10 @@ class PageIndex:
                 if last is not None and key <= last:
                     raise ValueError(f"page {key} comes after {last}")
                 last = key
-            texts = [_indexable(doc) for doc in new]
-            tokenizer().prepare(texts)
-            for doc, text in zip(new, texts, strict=True):
-                row = len(self._keys)
-                self._add_words(row, text)
-                self._keys.append((doc.position, doc.part))
-                self._chars.append(max(1, len(doc.text)))
-                self._roles.append(doc.role)
-                self._names.append(doc.name or speaker_label(doc.text))
-                self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
-                self._count(row, 1)
+            for at in range(0, len(new), _PAGES_AT_ONCE):
+                self._add(new[at : at + _PAGES_AT_ONCE])
             self._weights.clear()
+            self._spoken = None
 
     def truncate(self, position: int) -> None:
         """Drop every page at `position` or later."""
@@ -181,6 +192,7 @@ class PageIndex:
             for column in (self._keys, self._words, self._chars, self._roles, self._names, self._asks):
                 del column[first:]
             self._weights.clear()
+            self._spoken = None
 
     def search(
         self,
@@ -226,22 +238,25 @@ class PageIndex:
             return text, partial(self._weigh, named=named)
 
     # ------------------------------------------------------------ pages
-    def _add_words(self, row: int, text: str) -> None:
-        ids, postings = self._ids, self._postings
-        sequence = tokenizer().sequence(text)
-        sequence += tokenizer().syllables(text)
-        numbers = [ids.get(term, -1) for term in sequence]
-        if -1 in numbers:
-            for term in sequence:
-                if term not in ids:
-                    ids[term] = len(postings)
-                    postings.append(array("I"))
-                    self._texts.append(term)
-            numbers = [ids[term] for term in sequence]
-        base = row << _TF_BITS
-        for number, times in Counter(numbers).items():
-            postings[number].append(base | min(times, _TF_MASK))
-        self._words.append(array("I", numbers).tobytes())
+    def _add(self, docs: Sequence[Doc]) -> None:
+        texts = [_indexable(doc) for doc in docs]
+        postings, number_of = self._postings, self._ids.__getitem__
+        for doc, text, sequence in zip(docs, texts, tokenizer().sequences(texts), strict=True):
+            if not text.isascii():
+                sequence += tokenizer().syllables(text)
+            row = len(self._keys)
+            numbers = list(map(number_of, sequence))
+            base = row << _TF_BITS
+            for number, often in Counter(numbers).items():
+                postings[number].append(base | (often if often < _TF_MASK else _TF_MASK))
+            self._words.append(array("I", numbers).tobytes())
+            self._keys.append((doc.position, doc.part))
+            self._chars.append(max(1, len(doc.text)))
+            self._roles.append(doc.role)
+            self._names.append(doc.name or speaker_label(doc.text))
+            ends = doc.text[-_ASKING_CHARS:]
+            self._asks.append("?" in ends or any(mark in ends for mark in _ASKING))
+            self._count(row, 1)
 
     def _count(self, row: int, sign: int) -> None:
         """Add (1) or take away (-1) a row."""
@@ -249,10 +264,6 @@ class PageIndex:
         self._total_chars += sign * chars
         self._role_chars[role] += sign * chars
         self._role_messages[role] += sign * (self._keys[row][1] <= 1)
-        texts, languages = self._texts, languages_of()
-        for number in set(memoryview(self._words[row]).cast("I")):
-            for language in languages.get(texts[number], ()):
-                self._spoken[language] += sign
         if name:
             if name not in self._name_terms:
                 words = tokenizer().terms(_excerpt(name))
@@ -260,6 +271,17 @@ class PageIndex:
             self._speakers[name] += sign
             if not self._speakers[name]:
                 del self._speakers[name], self._name_terms[name]
+
+    def _languages(self) -> tuple[str, ...]:
+        """Told by how many pages have each stop word."""
+        if self._spoken is None:
+            found: Counter[str] = Counter()
+            for number, languages in self._ids.stops:
+                pages = len(self._postings[number])
+                for language in languages:
+                    found[language] += pages
+            self._spoken = spoken(found)
+        return self._spoken
 
     def _weight(self, docs: int) -> float:
         """What a term in so many pages counts: its rarity."""
@@ -283,7 +305,7 @@ class PageIndex:
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
-        stops, idle = stops_of(spoken(self._spoken))
+        stops, idle = stops_of(self._languages())
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]

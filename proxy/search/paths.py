@@ -143,10 +143,12 @@ class PathIndexes:
             return branch.nearest(queries, vectors)
 
     def missing(self, ids: Sequence[bytes]) -> int:
-        """How many messages of the path the nearest index lacks."""
+        """How many messages of the path the nearest index lacks; all, while another thread has one of that
+        conversation in its hands, which who searches would wait for."""
         with self._lock:
             branches = self._roots.get(ids[0], ())
-            best = max((_common(branch.ids, ids) for branch in branches), default=0)
+            held = any(branch.lock.locked() for branch in branches)
+            best = 0 if held else max((_common(branch.ids, ids) for branch in branches), default=0)
         return len(ids) - best
 
     def clear(self) -> None:
