@@ -187,8 +187,10 @@ async def test_invariant_6_damaged_files_are_a_miss(
                 else:
                     assert response.json()["error"]["code"] in ("storage_damaged", "storage_unavailable")
                 await both.whole(stream=turn == 0)
+            async with asyncio.timeout(30):
+                while (ready := await both.client.get("/ready")).status_code != 200:  # it is being repaired
+                    await asyncio.sleep(0.05)
             assert await both.whole() == ""
-            ready = await both.client.get("/ready")
     assert ready.status_code == 200 and caplog.text.count(said) in (1, 2), caplog.text
     assert name in GONE or said == "begins anew" or {"damaged", "repaired"} & ready.json().keys()
 
