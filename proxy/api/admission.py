@@ -24,6 +24,7 @@ from proxy.api.caller import Caller, caller, encoded, parameters, with_body
 from proxy.api.http import Receive, Scope
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
+from proxy.api.pool import empty
 from proxy.config import Config
 from proxy.conversation.body import (
     Body,
@@ -54,7 +55,6 @@ log = logging.getLogger(__name__)
 # More than this that is new leaves the event loop: to be read, hashed, counted, put into a window.
 _AT_ONCE_BYTES = 65_536
 _AT_ONCE_MESSAGES = 64
-_FREED_AT_ONCE = 4096  # messages
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
@@ -173,8 +173,7 @@ class Admission:
             found = seek(False)
         whole = found.start == 0 and found.floor == 0
         known = remembered(split, found.path, found.anchors, tenant) if whole else None
-        while split.new:  # nobody looks at them again; other threads wait while many are freed at once
-            del split.new[-_FREED_AT_ONCE:]
+        empty(split.new)
         return split, found, known
 
     def _as_retry(self, found: Place, tenant: TenantKey, names: SessionNames) -> Place:

@@ -29,7 +29,7 @@ from proxy.api.http import (
     relay,
     send_error,
 )
-from proxy.api.memory import Memory, calibration_key
+from proxy.api.memory import LONG_MESSAGES, Memory, calibration_key
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -272,10 +272,11 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
-        appended, pool, is_large = False, self._memory.pool, context.is_large
+        appended, pool = False, self._memory.pool
+        long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
             while True:
-                if is_large or isinstance(effect, Offload):
+                if context.is_large or isinstance(effect, long_steps):
                     effect = await pool.run(context.tenant, _next, dialogue, reply)
                 else:
                     effect = _next(dialogue, reply)
