@@ -25,6 +25,7 @@ from proxy.api.caller import Caller, caller, encoded, parameters, with_body
 from proxy.api.http import Receive, Scope
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
+from proxy.api.pool import empty
 from proxy.config import Config
 from proxy.conversation.body import (
     LEAST_BYTES,
@@ -54,11 +55,10 @@ from proxy.upstream import Header
 
 log = logging.getLogger(__name__)
 
-_PROVED_S = 1.0  # a commit of the last so many seconds proves that what a client says can be stored
 # More than this that is new leaves the event loop: to be read, hashed, counted, put into a window.
 _AT_ONCE_BYTES = 65_536
 _AT_ONCE_MESSAGES = 64
-_FREED_AT_ONCE = 4096  # messages
+_PROVED_S = 1.0  # a commit of the last so many seconds proves that what a client says can be stored
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _SESSIONS = 65_536  # of new messages, which are told when the storage has lost them
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
@@ -155,13 +155,13 @@ class Admission:
         names = self._names(tenant, who)
         if split.known is not None and split.known.tenant != tenant:  # another user of this key
             split = await self._read(tenant, body, Recognised(seen.head, None, 0))
-        work = partial(self._place, split, tenant, names)
+        work = partial(self._place, split, identity, tenant, names)
         away = _is_large([raw for raw, _ in split.new])
         split, found, known = await memory.pool.run(tenant, work) if away else work()
-        if names.delta is not None:
-            self._require_no_loss(hash(who), found)
         if known is not None:
             memory.histories.add(scope, known, split.known)
+        if names.delta is not None:
+            self._require_no_loss(hash(who), found)
         if found.start and _is_retry(headers):
             found = self._as_retry(found, tenant, names)
         return await self._context(body, split, decoded, scope, tenant, names, found)
@@ -192,10 +192,10 @@ class Admission:
         return split_body(body, seen)
 
     def _place(
-        self, split: Body, tenant: TenantKey, names: SessionNames
+        self, split: Body, identity: Identity, tenant: TenantKey, names: SessionNames
     ) -> tuple[Body, Place, Known | None]:
         """Where the request belongs, and the history to recognise the next one by."""
-        memory, identity = self._memory, self._memory.identity
+        memory = self._memory
         nodes, anchors = chain(split, identity, tenant)
         if not nodes:  # only system messages: nothing to remember them by but themselves
             messages = [(raw, msgspec.json.decode(raw)) for raw in split.system]
@@ -214,8 +214,7 @@ class Admission:
             found = seek(False)
         whole = found.start == 0 and found.floor == 0
         known = remembered(split, found.path, found.anchors, tenant) if whole else None
-        while split.new:  # nobody looks at them again; other threads wait while many are freed at once
-            del split.new[-_FREED_AT_ONCE:]
+        empty(split.new)
         return split, found, known
 
     def _as_retry(self, found: Place, tenant: TenantKey, names: SessionNames) -> Place:

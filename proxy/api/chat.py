@@ -29,7 +29,7 @@ from proxy.api.http import (
     relay,
     send_error,
 )
-from proxy.api.memory import Memory, as_api_error, calibration_key
+from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -288,10 +288,11 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
-        appended, lost, pool, is_large = False, False, self._memory.pool, context.is_large
+        appended, lost, pool = False, False, self._memory.pool
+        long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
             while True:
-                if is_large or isinstance(effect, Offload):
+                if context.is_large or isinstance(effect, long_steps):
                     effect = await pool.run(context.tenant, _next, dialogue, reply)
                 else:
                     effect = _next(dialogue, reply)

@@ -7,13 +7,12 @@ Promises: what is stored is immutable and found by content; everything kept in R
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import msgspec
 
-from proxy.api.pool import Pool
+from proxy.api.pool import Pool, empty
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.body import HistoryCache
@@ -44,12 +43,13 @@ from proxy.search.paths import PathIndexes, make_encoder
 from proxy.storage.l1 import Cache
 from proxy.storage.l2 import RETRY_S, Damaged, DiskStore, StorageError
 
+LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
-_RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
+_RANK_AT_ONCE = {"none": LONG_MESSAGES, "static": 2048, "upstream": 0}
 _TABLE_ENTRY_BYTES = 300
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
@@ -195,17 +195,17 @@ class Memory:
         What is already stored stays as it is: others may have built on it. `identity`: whose ids it has; StorageError
         when the store that it belongs to is not there any more.
         """
-        records = effect.records
-        if len(records) > _OFF_LOOP_MESSAGES:
-            puts, adds = await self.pool.run(tenant, _parted, effect)
-        else:
-            puts, adds = _parted(effect)
+        records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
+        puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
         known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
                 self.cache.put("record", record.id, record, size)
-        return frozenset([record.id for record in records if record_key(record.id) not in known])
+        new = frozenset([record.id for record in records if record_key(record.id) not in known])
+        if many:
+            await self.pool.run(tenant, empty, effect.puts, records, adds)
+        return new
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""

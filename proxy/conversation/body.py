@@ -31,6 +31,7 @@ _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
 LEAST_BYTES = 2048  # of a body that is looked for; what is smaller is parsed sooner
+_ROLE_FIRST = re.compile(rb'\{[ \t\r\n]*"role"[ \t\r\n]*:[ \t\r\n]*"(?!system"|developer"|[^"]*\\)')
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
 _BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
@@ -149,6 +150,8 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         start = _skip(body, at)
         if body[start : start + 1] != b"{":
             return None
+        if _ROLE_FIRST.match(body, start):  # however long; a second role that is the system's is found by the full parse
+            return _Head(array, system, start)
         end, depth = start, 0
         for match in _TOKEN.finditer(body, start):
             first = body[match.start()]  # not the token: it may be megabytes

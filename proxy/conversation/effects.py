@@ -93,9 +93,9 @@ class Append:
     changed, count only when the turn is new: one that is stored already was billed before.
     """
 
-    puts: Sequence[tuple[bytes, bytes]]
+    puts: list[tuple[bytes, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
-    records: Sequence[Record]
+    records: list[Record]
     facts: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
     calls: Calling | None = None

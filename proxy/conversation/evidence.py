@@ -36,6 +36,7 @@ _TAGS_TOKENS = 16  # of the block around the lines
 _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
 _WHOLE_TOKENS = 256  # of a page that is shown whole: of a longer one few passages are about the message
 _PASSAGE_TOKENS = 160
+_READ_CHARS = 65_536  # at once
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
 
 
@@ -106,7 +107,10 @@ def with_evidence(
 
 def asks(text: str) -> bool:
     """The user asks a question."""
-    return "?" in text or any("QUESTION MARK" in name(c, "") for c in set(text) if not c.isascii())
+    if "?" in text or text.isascii():
+        return "?" in text
+    parts = (text[at : at + _READ_CHARS] for at in range(0, len(text), _READ_CHARS))
+    return any("QUESTION MARK" in name(c, "") for part in parts for c in set(part) if not c.isascii())
 
 
 def stays(window: Window, at: int, limits: Limits) -> bool:

@@ -297,7 +297,8 @@ async def measure(server: Server, kind: Kind) -> Seen:
     bodies = kind.bodies()
     stop, small, health = asyncio.Event(), list[float](), list[float]()
     watching = asyncio.ensure_future(watch(server.port, stop, small, health))
-    await asyncio.sleep(0.3)
+    while len(small) < 5:  # what a process does once is not what is measured
+        await asyncio.sleep(0.1)
     small.clear(), health.clear()
     await asyncio.to_thread(server.probe)
     cpu = cpu_seconds(server.pid)
