@@ -404,7 +404,7 @@ def _is_large(raws: Sequence[bytes]) -> bool:
 def _uncounted(found: Place, counter: TokenCounter) -> int:
     """Where the end of the path begins that has no record, or no tokens for this kind of model."""
     path, at = found.path, found.record.end if found.record is not None else 0
-    while at and (path[at - 1].tokens < 0 or path[at - 1].counter not in ("", counter.name)):
+    while at and isinstance(path, list) and (path[at - 1].tokens < 0 or path[at - 1].counter not in ("", counter.name)):
         at -= 1
     return at
 
@@ -415,7 +415,7 @@ def _count(found: Place, counter: TokenCounter, fixed_tokens: Callable[[], int] 
     path = found.path
     for at in range(_uncounted(found, counter), len(path)):
         node = path[at]
-        if node.tokens >= 0 and node.counter not in ("", counter.name):
+        if node.tokens >= 0 and node.counter not in ("", counter.name) and isinstance(path, list):
             node = path[at] = msgspec.structs.replace(node, tokens=-1)
         if node.tokens < 0:
             node.counted(counter.message(msgspec.json.decode(node.raw)), counter.name)

@@ -48,6 +48,7 @@ RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in o
 _ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
 _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
 _LONG_CHARS = 400  # and only what is longer is shortened
+_SHORTENED_CHARS = 32_768  # that are read for it: a result may be megabytes
 _SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
 _CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
 
@@ -481,7 +482,7 @@ class PathPages:
         return self._abstract(message_text({"content": words}) if isinstance(content, list) else "")
 
     def _abstract(self, text: str) -> str:
-        return compress_text(text, CompressionLevel.ABSTRACT, None, self._how.cutter.text)
+        return compress_text(text[:_SHORTENED_CHARS], CompressionLevel.ABSTRACT, None, self._how.cutter.text)
 
     def _call_of(self, position: int) -> str:
         """`name(arguments) -> ` for a tool's result."""
@@ -508,7 +509,8 @@ class PathPages:
         return out
 
     def _short(self, text: str) -> str:
-        return compress_text(text, 0 if len(text) < _LONG_CHARS else 1, _SHOWN_WITH_TOKENS, self.counter.text)
+        level = 0 if len(text) < _LONG_CHARS else 1
+        return compress_text(text[:_SHORTENED_CHARS], level, _SHOWN_WITH_TOKENS, self.counter.text)
 
 
 def owner(path: Sequence[Node], position: int) -> int:

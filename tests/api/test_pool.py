@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from pathlib import Path
 
 import pytest
 
-from proxy.api.pool import Pool
+from proxy.api.pool import Pool, empty
 from proxy.errors import ApiError
+from tests.api.test_chat import answered, body, client
+from tests.bench.texts import Texts
 
 A, B = b"tenant a", b"tenant b"
 
@@ -110,3 +114,66 @@ async def test_pool_an_error_reaches_who_waits_and_no_one_else() -> None:
         await pool.run(A, {}.__getitem__, "absent")
     assert await pool.run(A, int) == 0
     pool.close()
+
+
+def test_what_is_freed_in_slices_is_all_of_it() -> None:
+    many, few = list(range(10_000)), [1]
+    empty(many, few)
+    assert many == few == []
+
+
+# -- what goes there, by its size
+
+
+def history(count: int, seed: str) -> list[dict[str, str]]:
+    texts = Texts(seed)
+    return [{"role": ("user", "assistant")[i % 2], "content": texts.text(120)} for i in range(count)]
+
+
+async def test_a_first_sight_waits_for_a_thread_and_a_small_request_for_nobody(tmp_path: Path) -> None:
+    async with client(tmp_path, answered(), answered(), tiers={"l0.tokens": 2000}, pool={"threads": 1}) as one:
+        gate = Gate()
+        blocked = asyncio.ensure_future(one.memory.pool.run(A, gate))
+        await begun(gate)
+        long = asyncio.ensure_future(one.ask(body(history(201, "long"))))
+        for number in range(2):  # its conversation goes on, too
+            small = await asyncio.wait_for(one.ask(body(history(2 * number + 1, "small"))), 20)
+            assert small[0] == 200 and not long.done()
+            one.upstream.replies.append(answered())
+        gate.open.set()
+        assert (await long)[0] == 200
+        assert [len(json.loads(sent)["messages"]) for sent in one.upstream.bodies[:2]] == [1, 3]
+        assert b"VM:RULES" in one.upstream.bodies[2]
+        await blocked
+
+
+async def test_a_first_sight_whose_client_has_left_is_never_begun(tmp_path: Path) -> None:
+    async with client(tmp_path, tiers={"l0.tokens": 2000}, pool={"threads": 1}) as one:
+        gate, leave = Gate(), asyncio.Event()
+        blocked = asyncio.ensure_future(one.memory.pool.run(A, gate))
+        await begun(gate)
+        whole = json.dumps(body(history(201, "left"))).encode()
+        sent = asyncio.ensure_future(one.send([whole], leave=leave))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        leave.set()
+        assert (await asyncio.wait_for(sent, 20))[0] == 0  # with all threads taken
+        gate.open.set()
+        await blocked
+        assert one.upstream.bodies == []
+
+
+async def test_invariant_7_what_several_threads_make_is_what_one_makes(tmp_path: Path) -> None:
+    asked = [body(history(301 + 2 * (i % 3), f"h{i // 2}"), user=f"u{i}") for i in range(6)]
+    made = []
+    for at_once in (False, True):
+        replies = [answered() for _ in asked]
+        folder = tmp_path / str(at_once)
+        async with client(folder, *replies, tiers={"l0.tokens": 3000}) as one:
+            if at_once:
+                await asyncio.gather(*map(one.ask, asked))
+            else:
+                for request in asked:
+                    await one.ask(request)
+            made.append(sorted(json.dumps(json.loads(sent)["messages"]) for sent in one.upstream.bodies))
+    assert made[0] == made[1] and len(made[0]) == len(asked)
