@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
     "process": set(),
+    "decoder": {"media"},  # a process of its own: media are decoded in it
     "api": {*BELOW_APP, *BASE, "model_limits"},
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
@@ -55,6 +56,7 @@ IMPORTERS: dict[str, set[str]] = {
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
+    "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
     "fsspec": {"storage"},
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
