@@ -295,6 +295,11 @@ class SearchConfig(Section):
         return self
 
 
+class PoolConfig(Section):
+    threads: AtLeast1 = 4
+    queue_jobs: AtLeast1 = 1000
+
+
 class StreamConfig(Section):
     hold_tokens: AtLeast0 = 24
     hold_ms: Annotated[
@@ -353,6 +358,7 @@ class Config(Section):
     compression: CompressionConfig = CompressionConfig()
     decoders: DecodersConfig = DecodersConfig()
     search: SearchConfig = SearchConfig()
+    pool: PoolConfig = PoolConfig()
     stream: StreamConfig = StreamConfig()
     sessions: SessionsConfig = SessionsConfig()
     log: LogConfig = LogConfig()

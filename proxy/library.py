@@ -417,9 +417,10 @@ class MemoryManager:
                     reply = None
                 elif isinstance(effect, Search):
                     reply = self._search(opened.turn.pages, effect)
-                else:
-                    assert isinstance(effect, Load)
+                elif isinstance(effect, Load):
                     reply = opened.turn.pages.at(effect.page_id, effect.level)
+                else:
+                    reply = None  # nobody else waits for this thread
         except StopIteration:
             return False
 
@@ -462,7 +463,7 @@ class MemoryManager:
     def _search(self, pages: PathPages, effect: Search) -> list[Hit]:
         ids = pages.index_keys(effect.before)
         return self._indexes.search(
-            ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s
+            ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, least=effect.least
         )
 
 

@@ -8,13 +8,15 @@ length is not told ends with the connection, and streams until then.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import json
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -24,14 +26,20 @@ if TYPE_CHECKING:
 _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 # Bodies of megabytes come and go with every request: glibc would map and unmap each, and the kernel would zero
-# every page of it again. Pages and nodes are long-lived and hold no cycles, so full collections find nothing
-# and cost more the more is cached. mallopt's parameters, from malloc.h:
+# every page of it again. mallopt's parameters, from malloc.h:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_BYTES = 32 << 20  # glibc's own limit for the mmap threshold
 _KEPT_FREE_BYTES = 128 << 20  # freed memory that stays with the process
 _PAD_BYTES = 16 << 20
 
-_YOUNG_OBJECTS, _MIDDLE, _OLD = 20_000, 20, 100
+# Every collection stops all threads: for some milliseconds for 10,000 objects. Pages and nodes are long-lived and hold no cycles;
+# what does hold them (a request's tasks and errors) dies young. So old objects, which grow with what is cached, are
+# never looked at again.
+_YOUNG_OBJECTS, _MIDDLE, _OLD = 10_000, 1, 1_000_000_000
+
+# How long the event loop waits for the interpreter's lock while a thread of the pool computes: each of its wakes
+# does, several times a request. Shorter ones cost the pool more switches, and nothing where it is idle.
+_SWITCH_S = 0.0005
 
 
 class _Formatter(logging.Formatter):
@@ -67,9 +75,40 @@ class _Formatter(logging.Formatter):
         return f"{self._text}.{int((created_s - second) * 1000):03}Z"
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Entries of requests that end together are written together, before the event loop does anything else; what
+    is worse than information, and what other threads say, at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+            loop = asyncio._get_running_loop() if record.levelno <= logging.INFO else None
+            if loop is None:
+                self.flush()
+            elif len(self._lines) == 1:
+                loop.call_soon(self._flush_soon)
+        except Exception:  # noqa: BLE001 - as every handler: what cannot be logged stops nothing
+            self.handleError(record)
+
+    def _flush_soon(self) -> None:
+        with suppress(OSError, ValueError):  # stderr is gone: nobody reads
+            self.flush()
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            if self._lines:
+                lines, self._lines = self._lines, []
+                self.stream.write("".join(lines))
+            self.stream.flush()
+
+
 def configure(form: str, level: str) -> None:
     """Set this process's log up. `form`: text or json; `level`: debug, info, warning or error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_Formatter(form == "json"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -86,6 +125,7 @@ def configure(form: str, level: str) -> None:
 
 def tune() -> None:
     """Apply them to this process; without glibc only the collector's."""
+    sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, _MIDDLE, _OLD)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -16,6 +19,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from proxy import process
 from tests.e2e.processes import ServerProcess
 from tests.test_cli import ROOT
 
@@ -244,3 +248,27 @@ def test_a_higher_level_leaves_the_requests_out(level: str) -> None:
     text = "\n".join(logged("text", level))
     assert "a word" not in text and "it failed" in text
     assert ("trouble" in text) == (level == "warning")
+
+
+def test_entries_of_one_round_are_one_write_and_what_is_worse_waits_for_nothing() -> None:
+    written: list[str] = []
+    stream = io.StringIO()
+    stream.write = written.append  # type: ignore[method-assign, assignment]
+    handler = process._Handler(stream)
+
+    def enter(level: int, text: str) -> None:
+        handler.handle(logging.LogRecord("proxy.request", level, "", 0, text, None, None))
+
+    async def round_of_the_loop() -> None:
+        enter(logging.INFO, "one")
+        enter(logging.INFO, "two")
+        assert not written
+        await asyncio.sleep(0)
+        assert written == ["one\ntwo\n"]
+        enter(logging.INFO, "three")
+        enter(logging.WARNING, "four")
+        assert written[1:] == ["three\nfour\n"]
+
+    asyncio.run(round_of_the_loop())
+    enter(logging.INFO, "five")
+    assert written[2:] == ["five\n"]

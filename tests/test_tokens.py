@@ -294,3 +294,14 @@ def test_model_cards(caplog: pytest.LogCaptureFixture) -> None:
             unknown = model_card("nobody/knows-it")
     assert (unknown.window_tokens, unknown.known) == (UNKNOWN_WINDOW_TOKENS, False)
     assert caplog.text.count("nobody/knows-it") == 1
+
+
+@many
+@given(st.lists(st.text(st.characters(exclude_characters="\r\n"), max_size=30), max_size=4), texts)
+def test_tokens_of_whole_lines_add(lines: list[str], text: str) -> None:
+    """Where the counter says so; a line that begins like the window's own: with a letter."""
+    for model in ("gpt-4o", "gpt-4"):
+        counter = get_counter(model)
+        told = [f'U (msg_0001): "{line}"\n' for line in lines]
+        if counter.adds_lines(text, sum(map(len, told))):
+            assert counter.text("".join(told) + text) == sum(map(counter.text, told)) + counter.text(text)

@@ -8,15 +8,14 @@ the limit is refused here, before it is read to its end; what admission returns 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import takewhile
 from typing import Any, cast
 
 import msgspec
@@ -26,15 +25,20 @@ from proxy.api.caller import Caller, caller, encoded, parameters, with_body
 from proxy.api.http import Receive, Scope
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
+from proxy.api.pool import empty
 from proxy.config import Config
 from proxy.conversation.body import (
+    LEAST_BYTES,
+    NOT_SEEN,
     Body,
     Fields,
-    HistoryCache,
+    Known,
+    Recognised,
     counted_fields,
     fixed_tokens,
-    read_body,
+    recognise,
     remembered,
+    split_body,
 )
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.calling import VM_CALLS, offered
@@ -42,7 +46,7 @@ from proxy.conversation.context import TurnContext
 from proxy.conversation.identify import Place, chain, place
 from proxy.conversation.limits import Limits
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
-from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
+from proxy.conversation.tree import Anchor, Identity, KeyScope, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError, StorageError
 from proxy.model_limits import POLICIES, limits_of
@@ -51,24 +55,26 @@ from proxy.upstream import Header
 
 log = logging.getLogger(__name__)
 
-_NO_HISTORIES = HistoryCache(0)
+# More than this that is new leaves the event loop: to be read, hashed, counted, put into a window.
+_AT_ONCE_BYTES = 65_536
+_AT_ONCE_MESSAGES = 64
 _PROVED_S = 1.0  # a commit of the last so many seconds proves that what a client says can be stored
-_CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
-_COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _SESSIONS = 65_536  # of new messages, which are told when the storage has lost them
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
+_CALLERS = 256  # whose headers, or credentials, are not looked through again
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
-_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
-    ("stream", bool, "a boolean"),
-    ("n", (int, float), "an integer"),  # 1.0 is a whole number too
-    ("tools", list, "an array"),
-    ("metadata", dict, "an object"),
-    ("stream_options", dict, "an object"),
-    ("response_format", dict, "an object"),
-)
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "model": (str, "a string"),
+    "stream": (bool, "a boolean"),
+    "n": ((int, float), "an integer"),  # 1.0 is a whole number too
+    "tools": (list, "an array"),
+    "metadata": (dict, "an object"),
+    "stream_options": (dict, "an object"),
+    "response_format": (dict, "an object"),
+}
 
 
 class Decoded(Mapping[str, Any]):
@@ -85,6 +91,14 @@ class Decoded(Mapping[str, Any]):
         if name not in self._values:
             self._values[name] = msgspec.json.decode(self._fields[name])
         return self._values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:  # Mapping's own makes an exception and drops it
+        if name in self._values:
+            return self._values[name]
+        return self[name] if name in self._fields else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields or name in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
@@ -107,7 +121,10 @@ class Admission:
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
+        self._callers = lru_cache(_CALLERS)(self._caller_of)
+        self._tenants = lru_cache(_CALLERS)(Identity.tenant)
         self._sessions: LRUCache[int, int] = LRUCache(_SESSIONS)  # of new messages: what the store had lost by then
+        self._fixed_lock = threading.Lock()
 
     async def admit(
         self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
@@ -116,7 +133,7 @@ class Admission:
         cannot be a chat request; StorageError and LookupError where a client that sends only what is new would
         lose what it says, or is answered without what it said."""
         memory = self._memory
-        who = caller(headers, parameters(query), *self._session_headers)
+        who = self._callers(tuple([h for h in headers if h[0] != b"content-length"]), query)
         if who.delta:  # what it says is nowhere else: it can be stored, or upstream is not asked
             await memory.store.check(_PROVED_S)
         elif memory.store.trouble is not None:
@@ -124,25 +141,34 @@ class Admission:
                 await memory.store.check(_PROVED_S)
         memory.renew()
         identity = memory.identity
-        scope = identity.scope(who.credentials)
+        scope = KeyScope(self._tenants(identity, who.credentials, ""))
+        seen = recognise(body, scope, memory.histories) if len(body) >= LEAST_BYTES else NOT_SEEN
         try:
-            split = read_body(body, scope, memory.histories)
+            split = await self._read(scope, body, seen)
             decoded = Decoded(split.fields, deployment)
             _validate(decoded)
             who = with_body(who, decoded)
         except UnicodeDecodeError as error:  # strings are decoded late, wherever one is looked at
             raise ApiError(400, f"The JSON body of the request is not valid UTF-8: {error}.",
                            code="invalid_json") from None
-        tenant = identity.tenant(who.credentials, who.person)
-        if split.known is not None and split.known.tenant != tenant:  # another user of this key
-            split = read_body(body, scope, _NO_HISTORIES)
+        tenant = self._tenants(identity, who.credentials, who.person)
         names = self._names(tenant, who)
-        split, found = await self._place(split, scope, tenant, names)
+        if split.known is not None and split.known.tenant != tenant:  # another user of this key
+            split = await self._read(tenant, body, Recognised(seen.head, None, 0))
+        work = partial(self._place, split, identity, tenant, names)
+        away = _is_large([raw for raw, _ in split.new])
+        split, found, known = await memory.pool.run(tenant, work) if away else work()
+        if known is not None:
+            memory.histories.add(scope, known, split.known)
         if names.delta is not None:
             self._require_no_loss(hash(who), found)
         if found.start and _is_retry(headers):
             found = self._as_retry(found, tenant, names)
         return await self._context(body, split, decoded, scope, tenant, names, found)
+
+    def _caller_of(self, headers: Sequence[Header], query: bytes) -> Caller:
+        """Who asks with these headers: a client's are mostly the same, but for the length of what it sends."""
+        return caller(headers, parameters(query), *self._session_headers)
 
     def _require_no_loss(self, session: int, found: Place) -> None:
         """LookupError when this process has served the session from a store that is not there any more, and the
@@ -160,14 +186,17 @@ class Admission:
         delta = identity.session(tenant, who.label) if who.delta else None
         return SessionNames(identity.label(tenant, who.label), delta)
 
-    async def _place(
-        self, split: Body, scope: KeyScope, tenant: TenantKey, names: SessionNames
-    ) -> tuple[Body, Place]:
-        memory, identity = self._memory, self._memory.identity
-        if len(split.new) > _CHAIN_AT_ONCE:
-            nodes, anchors = await asyncio.to_thread(chain, split, identity, tenant)
-        else:
-            nodes, anchors = chain(split, identity, tenant)
+    async def _read(self, whose: bytes, body: bytes, seen: Recognised) -> Body:
+        if len(body) - seen.end > _AT_ONCE_BYTES:
+            return await self._memory.pool.run(whose, split_body, body, seen)
+        return split_body(body, seen)
+
+    def _place(
+        self, split: Body, identity: Identity, tenant: TenantKey, names: SessionNames
+    ) -> tuple[Body, Place, Known | None]:
+        """Where the request belongs, and the history to recognise the next one by."""
+        memory = self._memory
+        nodes, anchors = chain(split, identity, tenant)
         if not nodes:  # only system messages: nothing to remember them by but themselves
             messages = [(raw, msgspec.json.decode(raw)) for raw in split.system]
             nodes, anchors = identity.extend(tenant, [], messages), []
@@ -183,11 +212,10 @@ class Admission:
                 raise
             log.warning("a history was not joined to the one that it may go on from: %s", error)
             found = seek(False)
-        if found.start == 0 and found.floor == 0:
-            known = remembered(split, found.path, found.anchors, tenant)
-            if known is not None:
-                memory.histories.add(scope, known, split.known)
-        return split, found
+        whole = found.start == 0 and found.floor == 0
+        known = remembered(split, found.path, found.anchors, tenant) if whole else None
+        empty(split.new)
+        return split, found, known
 
     def _as_retry(self, found: Place, tenant: TenantKey, names: SessionNames) -> Place:
         """`found`, or, when the session's last turn answered these very messages, before that answer:
@@ -215,7 +243,7 @@ class Admission:
     ) -> TurnContext:  # fmt: skip
         memory, model = self._memory, decoded["model"]
         try:
-            state = await memory.state_after(found.record) if found.record is not None else None
+            state = await memory.state_after(found.record, tenant) if found.record is not None else None
         except (LookupError, ValueError) as error:  # invariant 6: the path is here, and is paged anew
             log.warning("a conversation begins anew: %s", error)
             found, state = replace(found, record=None), None
@@ -225,15 +253,22 @@ class Admission:
         counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
+        fixed = partial(self._fixed_tokens, split, counter)
+        is_large = False
         if not surely:
-            await _count(found, counter)
+            new = found.path[_uncounted(found, counter) :]
+            is_large = _is_large([node.raw for node in new])
+            if is_large or _is_large([*split.system, *counted_fields(split.fields)]):
+                await memory.pool.run(tenant, _count, found, counter, fixed)
+            elif new:
+                _count(found, counter)
         root = found.path[0].id  # keyed, and of this tenant's conversation alone
         return TurnContext(
             body=body, sent=split, decoded=decoded, place=found, state=state,
             limits=limits, next_limits=following, counter=counter, exact_counter=exact,
             policy=self._policy, identity=memory.identity, tenant=tenant, scope=scope, names=names,
-            facts=facts, known_factor=factor, surely_fits=surely,
-            fixed_tokens=partial(self._fixed_tokens, split, counter),
+            facts=facts, known_factor=factor, surely_fits=surely, is_large=is_large,
+            fixed_tokens=fixed,
             substitutes=memory.substitutes, get_record=memory.get_record, get_block=memory.get_block,
             capabilities=partial(self._model_facts.of, model, facts),
             seen=partial(self._model_facts.seen, scope, model),
@@ -258,9 +293,13 @@ class Admission:
         counted = counted_fields(split.fields)
         for raw in (*split.system, *counted):
             digest.update(b"%d:" % len(raw) + raw)
-        found = self._fixed.get(key := digest.digest())
+        key = digest.digest()
+        with self._fixed_lock:
+            found = self._fixed.get(key)
         if found is None:
-            found = self._fixed[key] = fixed_tokens(split.system, counted, counter)
+            found = fixed_tokens(split.system, counted, counter)
+            with self._fixed_lock:
+                self._fixed[key] = found
         return found
 
     def _bounds(
@@ -344,9 +383,9 @@ def _validate(decoded: Mapping[str, Any]) -> None:
     if isinstance(model, str) and len(model) > _MODEL_CHARS:
         raise ApiError(400, "Invalid value for 'model': no model has so long a name.", param="model",
                        code="invalid_type")
-    for name, kind, words in (("model", str, "a string"), *_TYPES):
-        value = decoded.get(name)
-        if value is not None and not isinstance(value, kind):
+    for name in decoded:
+        kind, words = _TYPES.get(name, (object, ""))
+        if kind is not object and (value := decoded[name]) is not None and not isinstance(value, kind):
             raise ApiError(
                 400, f"Invalid type for '{name}': expected {words}.", param=name, code="invalid_type"
             )
@@ -357,18 +396,28 @@ def _is_retry(headers: Sequence[Header]) -> bool:
     return any(name == _RETRY_COUNT and value.isdigit() and int(value) > 0 for name, value in headers)
 
 
-async def _count(found: Place, counter: TokenCounter) -> None:
-    """Give messages at the end of the path their tokens, once in their life and for each kind of model."""
+def _is_large(raws: Sequence[bytes]) -> bool:
+    """What is made of them takes long, told by their sizes."""
+    return len(raws) > _AT_ONCE_MESSAGES or sum(map(len, raws)) > _AT_ONCE_BYTES
 
-    def uncounted(message: Node | Anchor) -> bool:
-        return message.tokens < 0 or bool(message.counter and message.counter != counter.name)
 
-    def count() -> None:
-        for node in new:
-            node.tokens = counter.message(msgspec.json.decode(node.raw))
-            node.counter = counter.name
+def _uncounted(found: Place, counter: TokenCounter) -> int:
+    """Where the end of the path begins that has no record, or no tokens for this kind of model."""
+    path, at = found.path, found.record.end if found.record is not None else 0
+    while at and isinstance(path, list) and (path[at - 1].tokens < 0 or path[at - 1].counter not in ("", counter.name)):
+        at -= 1
+    return at
 
-    new: list[Node | Anchor] = list(takewhile(uncounted, reversed(found.path)))
-    new += takewhile(uncounted, reversed(found.anchors))
-    if sum(len(node.raw) for node in new) > _COUNT_AT_ONCE_BYTES:
-        await asyncio.to_thread(count)
+
+def _count(found: Place, counter: TokenCounter, fixed_tokens: Callable[[], int] | None = None) -> None:
+    """Give messages at the end of the path their tokens, once in their life. What other requests see is not changed:
+    a message that was counted for another model is another one here. `fixed_tokens` are counted to be remembered."""
+    path = found.path
+    for at in range(_uncounted(found, counter), len(path)):
+        node = path[at]
+        if node.tokens >= 0 and node.counter not in ("", counter.name) and isinstance(path, list):
+            node = path[at] = msgspec.structs.replace(node, tokens=-1)
+        if node.tokens < 0:
+            node.counted(counter.message(msgspec.json.decode(node.raw)), counter.name)
+    if fixed_tokens is not None:
+        fixed_tokens()

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
 from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
@@ -30,7 +29,7 @@ from proxy.api.http import (
     relay,
     send_error,
 )
-from proxy.api.memory import Memory, as_api_error, calibration_key
+from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -39,7 +38,7 @@ from proxy.config import Config
 from proxy.conversation.calling import VM_CALLS, Calling
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
-from proxy.conversation.effects import Append, Complete, Load, Refused, Search
+from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
 from proxy.conversation.records import State
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
@@ -106,17 +105,22 @@ class ChatApi:
         except ApiError as error:
             await send_error(send, error)
             return
-        work = asyncio.ensure_future(self._serve(scope, body, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        work, gone = asyncio.current_task(), asyncio.ensure_future(_disconnected(receive))
+        assert work is not None
+
+        def leave(_: asyncio.Task[None]) -> None:
+            work.cancel()
+
+        gone.add_done_callback(leave)
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await self._serve(scope, body, send)
+        except asyncio.CancelledError:
+            if not gone.done():
+                raise  # the server ends
+            work.uncancel()
         finally:
+            gone.remove_done_callback(leave)
             gone.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))
-        if not work.cancelled() and (failure := work.exception()) is not None:
-            raise failure
 
     async def _decoded(
         self, scope: Scope, body: bytes, names: list[str]
@@ -138,7 +142,7 @@ class ChatApi:
             context = await self._admitted(scope, body, send)
             if context is None:
                 return
-            turn = Turn(context)
+            turn = await self._memory.pool.run(context.tenant, Turn, context) if context.is_large else Turn(context)
             visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
             try:
@@ -283,19 +287,29 @@ class ChatApi:
         dialogue = turn.run()
         patience = self._renditions.patience()
         reply: Any = None
+        effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
-        appended, lost = False, False
+        appended, lost, pool = False, False, self._memory.pool
+        long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
             while True:
-                effect = dialogue.send(reply)
-                if isinstance(effect, Complete):
+                if context.is_large or isinstance(effect, long_steps):
+                    effect = await pool.run(context.tenant, _next, dialogue, reply)
+                else:
+                    effect = _next(dialogue, reply)
+                if isinstance(effect, Answer):
+                    answer = effect
+                    break
+                if isinstance(effect, Offload):
+                    reply = None
+                elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     visit.remembers(self._memory.store.trouble is None)  # as far as is known
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:
-                        reply = replace(reply, ended_s=time.time())
+                        reply.ended_s = time.time()
                 elif isinstance(effect, Append):
                     reply = None
                     try:
@@ -307,13 +321,11 @@ class ChatApi:
                     if self._embedder is not None:
                         with suppress(StorageError):  # else it is by words
                             near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
-                    reply = await self._memory.search(effect, turn.pages, near)
+                    reply = await self._memory.search(context.tenant, effect, turn.pages, near)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages, patience)
                 else:
                     assert_never(effect)
-        except StopIteration as end:
-            answer: Answer = end.value
         finally:
             dialogue.close()
         if turn.unremembered is not None:
@@ -363,7 +375,7 @@ class ChatApi:
                 )
         if facts:
             more += self.model_facts.lessons(context.scope, model, facts)
-        return await self._memory.append(effect, context.identity, more)
+        return await self._memory.append(context.tenant, effect, context.identity, more)
 
 
 _GIVEN_UP = (
@@ -371,6 +383,15 @@ _GIVEN_UP = (
     " tried again (memory.tools: always keeps them)"
 )
 _TAKEN_UP = "a VM call helped: its next epochs have the VM tools again"
+
+
+def _next(dialogue: Generator[Effect, Any, Answer], reply: Any) -> Effect | Answer:
+    """What the turn asks next, or how it ended."""
+    try:
+        return dialogue.send(reply)
+    except StopIteration as end:
+        answer: Answer = end.value
+        return answer
 
 
 class _At:

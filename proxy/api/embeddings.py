@@ -165,7 +165,8 @@ class Embedder:
         if health.owed:
             return [], []
         indexes, wait_s = self._memory.indexes, self._config.embeddings_wait_ms / 1000
-        texts = await asyncio.to_thread(indexes.asked, ids, pages.docs, effect.queries)
+        pool = self._memory.pool
+        texts = await pool.run(caller.tenant, indexes.asked, ids, pages.docs, effect.queries)
         try:
             async with asyncio.timeout(wait_s):
                 vectors = await self._embed(texts, caller.headers)
@@ -176,7 +177,7 @@ class Embedder:
         puts = [self._health_put(caller.tenant, _Health(health.version, 0, 0))] if health.late else []
         stored = _Stored(self, caller.tenant, health.version)
         work = (ids, pages.docs, effect.queries, vectors, stored)
-        return await asyncio.to_thread(indexes.nearest, *work), puts
+        return await pool.run(caller.tenant, indexes.nearest, *work), puts
 
     # -- after the answer
 
@@ -205,8 +206,8 @@ class Embedder:
         ids = pages.index_keys(len(pages.path))
         known = next((at for at in range(len(ids), 0, -1) if ids[at - 1] in caller.places), 0)
         try:
-            missing = await asyncio.to_thread(self._missing, caller.tenant, pages, known)
-        except StorageError as error:
+            missing = await self._memory.pool.run(caller.tenant, self._missing, caller.tenant, pages, known)
+        except (StorageError, ApiError) as error:  # or too many wait for a thread
             log.warning("pages are not embedded: %s", error)
             return
         for key, text in missing.items():

@@ -157,20 +157,23 @@ class Exchange:
     async def _through(self, reply: Reply, patient: bool) -> Said | Refused:
         """A stream that needs no change; what was said is learned on the way."""
         await self._open(reply)
-        chunks = reply.chunks().__aiter__()
+        chunks = reply.chunks()
         tee = Tee(patient, self._event_limit_bytes)
-        while not tee.done and tee.error is None:
-            data = await _read_some(chunks)
-            if not data:
-                await self._write(tee.close())
-                break
+        async for data in chunks:
             for at in range(0, len(data), _AT_ONCE_BYTES):
-                await self._write(tee.feed(data[at : at + _AT_ONCE_BYTES]))
+                if out := tee.feed(data[at : at + _AT_ONCE_BYTES]):
+                    if not self.started:
+                        await self._start(reply)
+                    await self._send({"type": "http.response.body", "body": out, "more_body": True})
                 if tee.error is not None:
                     tee.held += data[at + _AT_ONCE_BYTES :]
                     break
                 if len(data) > _AT_ONCE_BYTES:
                     await asyncio.sleep(0)
+            if tee.done or tee.error is not None:
+                break
+        else:
+            await self._write(tee.close())
         if tee.error is not None:
             stream = tee.held
             while len(stream) < self._limit_bytes and (data := await _read_some(chunks)):

@@ -6,15 +6,14 @@ Promises: what is stored is immutable and found by content; everything kept in R
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import msgspec
 
+from proxy.api.pool import Pool, empty
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.body import HistoryCache
@@ -46,10 +45,13 @@ from proxy.search.paths import PathIndexes, make_encoder, piece_version
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, DiskStore, StorageError
 
+LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
+_KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
+_AT_ONCE_BYTES = 65_536  # so does indexing more than this
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
-_RANK_AT_ONCE = {"none": sys.maxsize, "static": 2048, "upstream": 0}
+_RANK_AT_ONCE = {"none": LONG_MESSAGES, "static": 2048, "upstream": 0}
 _TABLE_ENTRY_BYTES = 300
 _TABLE_SHARE = 4  # of L1, 1/4 at most is the cold part of one table: its window has room beside it
 _NODE_BYTES = 200
@@ -76,6 +78,7 @@ class Memory:
         self.identity = Identity(self.store.secret())
         self.cache = Cache(config.tiers.l1.tokens)
         self._table_entries = config.tiers.l1.tokens * BYTES_PER_TOKEN // (_TABLE_SHARE * _TABLE_ENTRY_BYTES)
+        self.pool = Pool(config.pool.threads, config.pool.queue_jobs)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder, self._piece)
@@ -85,6 +88,7 @@ class Memory:
         self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
     async def close(self) -> None:
+        self.pool.close()
         await self.store.close()
 
     def forget(self) -> None:
@@ -138,7 +142,7 @@ class Memory:
         record = self.get_record(node_id)
         return record.substitute if record is not None else ()
 
-    async def state_after(self, record: Record) -> State | None:
+    async def state_after(self, record: Record, tenant: TenantKey) -> State | None:
         """The state after a turn; None for a conversation that never left its window."""
         if not record.window:
             return None
@@ -150,10 +154,10 @@ class Memory:
         off_loop = record.turn > _OFF_LOOP_MESSAGES
         if window is not None and derived is not None:
             work = partial(restore_table, record, self.get_record, self.get_block)
-            table = await asyncio.to_thread(work) if off_loop else work()
+            table = await self.pool.run(tenant, work) if off_loop else work()
             return State(window, table, derived)
         if off_loop:
-            return await asyncio.to_thread(restore_state, record, self.get_record, self.get_block)
+            return await self.pool.run(tenant, restore_state, record, self.get_record, self.get_block)
         return restore_state(record, self.get_record, self.get_block)
 
     def get_block(self, ref: bytes) -> bytes | None:
@@ -166,16 +170,19 @@ class Memory:
         return found
 
     async def search(
-        self, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
+        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
     ) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others; `near`:
         the pages by meaning, where they are found otherwise."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
-        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near)
-        if self.indexes.missing(ids) > self._at_once or len(ids) > self._ranked_at_once:
-            hits = await asyncio.to_thread(self.indexes.search, *work)
+        work = (ids, pages.docs, effect.queries, effect.limit, effect.skip, effect.seen_s, near, effect.least)
+        missing = self.indexes.missing(ids)
+        new = pages.path[effect.before - min(missing, self._at_once) : effect.before]
+        is_large = missing > self._at_once or sum(len(node.raw) for node in new) > _AT_ONCE_BYTES
+        if is_large or len(ids) > self._ranked_at_once:
+            hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
         if due := self.indexes.due():
@@ -192,22 +199,24 @@ class Memory:
     # -- writing
 
     async def append(
-        self, effect: Append, identity: Identity, more: Sequence[tuple[bytes, bytes]] = ()
+        self, tenant: TenantKey, effect: Append, identity: Identity, more: Sequence[tuple[bytes, bytes]] = ()
     ) -> frozenset[bytes]:
         """Store a turn, and `more` with it; returns the ids of the records that are new.
 
         What is already stored stays as it is: others may have built on it. `identity`: whose ids it has; StorageError
         when the store that it belongs to is not there any more.
         """
-        ours = {record_key(record.id) for record in effect.records}
-        adds = [put for put in effect.puts if put[0] in ours]
-        puts = [*(put for put in effect.puts if put[0] not in ours), *more]
-        known = await self.store.commit(puts, effect.joins, adds, identity.secret)
-        new = [record for record in effect.records if record_key(record.id) not in known]
-        for record in new:
-            size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
-            self.cache.put("record", record.id, record, size)
-        return frozenset(record.id for record in new)
+        records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
+        puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
+        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret)
+        for record in records[-_KEPT_RECORDS:]:
+            if record_key(record.id) not in known:
+                size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
+                self.cache.put("record", record.id, record, size)
+        new = frozenset([record.id for record in records if record_key(record.id) not in known])
+        if many:
+            await self.pool.run(tenant, empty, effect.puts, records, adds)
+        return new
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""
@@ -250,6 +259,16 @@ class Memory:
             return Calibration(exact) if data is None else Calibration.decode(data)
         except ValueError:  # another version's
             return Calibration(exact)
+
+
+def _parted(effect: Append) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """What is stored over what is there, and the records, of which those that are there stay."""
+    ours = {record_key(record.id) for record in effect.records}
+    puts: list[tuple[bytes, bytes]] = []
+    adds: list[tuple[bytes, bytes]] = []
+    for put in effect.puts:
+        (adds if put[0] in ours else puts).append(put)
+    return puts, adds
 
 
 def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:

@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections import Counter as Tally
+from collections.abc import Awaitable
 from functools import lru_cache
 from typing import Any, Final
 
@@ -101,14 +102,14 @@ class Visit:
         visit = scope.get(_SCOPE_KEY)
         return visit if isinstance(visit, Visit) else Visit(scope, _nowhere)
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """An ASGI `send` that adds what we say to the answer's head."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             names = {name for name, _ in self._headers}  # another llm-pager upstream has them, too
             given = [header for header in message.get("headers", ()) if header[0] not in names]
             message = {**message, "headers": given + self._headers}
-        await self._send(message)
+        return self._send(message)
 
     # -- what is learned on the way
 

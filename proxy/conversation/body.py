@@ -31,6 +31,8 @@ _TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTAL
 _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
+LEAST_BYTES = 2048  # of a body that is looked for; what is smaller is parsed sooner
+_ROLE_FIRST = re.compile(rb'\{[ \t\r\n]*"role"[ \t\r\n]*:[ \t\r\n]*"(?!system"|developer"|[^"]*\\)')
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
 _BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
@@ -73,25 +75,52 @@ class Body(NamedTuple):
     history: bytes | None  # the bytes from the first non-system message to the last; None: not kept
 
 
+class _Head(NamedTuple):
+    array: int  # offset just after the `[` of the messages array
+    system: list[tuple[int, int]]  # offsets of the leading system messages
+    history: int  # offset of the first other message
+
+
+class Recognised(NamedTuple):
+    """Where a body's messages are, and the history seen before that they begin with."""
+
+    head: _Head | None
+    known: Known | None
+    shared: int  # whole messages that it shares
+
+    @property
+    def end(self) -> int:
+        """Where the bytes begin that have to be parsed."""
+        if self.head is None or self.known is None:
+            return 0
+        return self.head.history + self.known.ends[self.shared - 1]
+
+
+NOT_SEEN = Recognised(None, None, 0)  # nor will it be: its history is not kept
+
+
 def read_body(body: bytes, scope: KeyScope, cache: HistoryCache) -> Body:
     """Split a chat request. `scope` (the tenant) bounds whose histories it is compared with.
 
     Raises ApiError 400 in OpenAI's shape for malformed JSON and wrong types.
     """
+    return split_body(body, recognise(body, scope, cache))
+
+
+def recognise(body: bytes, scope: KeyScope, cache: HistoryCache) -> Recognised:
+    """How much of a body is known. Quick for any: bytes are compared, none are decoded."""
     head = _locate(body)
-    if head is not None:
-        found = cache.find(scope, body, head.history)
-        if found is not None:
-            split = _read_tail(body, head, *found)
-            if split is not None:
-                return split
-    return _read_all(body, head)
+    found = cache.find(scope, body, head.history) if head is not None else None
+    return Recognised(head, *(found or (None, 0)))
 
 
-class _Head(NamedTuple):
-    array: int  # offset just after the `[` of the messages array
-    system: list[tuple[int, int]]  # offsets of the leading system messages
-    history: int  # offset of the first other message
+def split_body(body: bytes, seen: Recognised) -> Body:
+    """Split a chat request of which so much was seen before. As slow as the rest is long; ApiError as `read_body`."""
+    if seen.head is not None and seen.known is not None:
+        split = _read_tail(body, seen.head, seen.known, seen.shared)
+        if split is not None:
+            return split
+    return _read_all(body, seen.head)
 
 
 def _locate(body: bytes) -> _Head | None:
@@ -123,6 +152,8 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         start = _skip(body, at)
         if body[start : start + 1] != b"{":
             return None
+        if _ROLE_FIRST.match(body, start):  # however long; a second role that is the system's is found by the full parse
+            return _Head(array, system, start)
         end, depth = start, 0
         for match in islice(_TOKEN.finditer(body, start), _HEAD_TOKENS):
             first = body[match.start()]  # not the token: it may be megabytes

@@ -105,6 +105,13 @@ class MessageBuilder:
             else:
                 self._merge(self.message, key, value)
 
+    def add_words(self, role: str | msgspec.UnsetType | None, content: str | None) -> None:
+        """A delta with nothing else in it."""
+        if role is not msgspec.UNSET:
+            self.message["role"] = role or "assistant"
+        if content is not None:
+            self._merge(self.message, "content", content)
+
     def call_index(self, call: dict[str, Any]) -> int:
         """Which call a delta belongs to; one without an index goes on with the last, or opens one."""
         index = call.get("index")
@@ -244,6 +251,32 @@ def _item_of(items: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
     return last if last.get("type") == kind and not signed and "index" not in last else None
 
 
+class _WordsDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    role: str | msgspec.UnsetType | None = msgspec.UNSET
+    content: str | None = None
+
+
+class _WordsChoice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    delta: _WordsDelta
+    index: int = 0
+    finish_reason: str | None = None
+    logprobs: None = None
+
+
+class _Words(msgspec.Struct, gc=False):
+    """A chunk that says nothing but words: most are. What else it may have at its top does not count here."""
+
+    choices: list[_WordsChoice]
+    usage: None = None
+    error: None = None
+
+
+_decode_words = msgspec.json.Decoder(_Words).decode
+_USUAL = re.compile(rb"data: ([^\r\n]+)\n\n")
+_USUAL_MARKS = 8  # bytes of it beside its data
+_TRIED = 4
+
+
 class Tee:
     """Lets a stream through byte for byte while it learns what was said.
 
@@ -268,6 +301,7 @@ class Tee:
         self._unread: list[bytes] = []  # passed already: read many at once, which costs a third
         self._unread_bytes = 0
         self._builders: dict[int, MessageBuilder] = {}
+        self._plain = _TRIED  # chunks that say more than words until all are read as such
         self._ended = False  # it said so
         self._lost = False  # it cannot be remembered
         self.usage: dict[str, Any] | None = None  # the last that was told
@@ -294,6 +328,12 @@ class Tee:
         """Learn from what was not read yet and from `data`."""
         data = b"".join((*self._unread, data))
         self._unread, self._unread_bytes = [], 0
+        if not self._opening and not self._lost and not self._parser.open_bytes:
+            said = _USUAL.findall(data)
+            if sum(map(len, said)) + _USUAL_MARKS * len(said) == len(data):  # and nothing else
+                for one in said:
+                    self._learn_data(one)
+                return []
         try:
             events = [] if self._lost else self._parser.feed(data)
         except EventTooLong:
@@ -335,7 +375,7 @@ class Tee:
             self.held += data
             return b""
         window = self._carry + data
-        match = self._MARK.search(window)
+        match = self._MARK.search(window) if b"[DONE]" in window else None
         if match is None:
             self._carry = window[-13:]
             return data
@@ -345,25 +385,41 @@ class Tee:
 
     def _learn(self, events: Iterable[Event]) -> None:
         for event in events:
-            if event.data == b"[DONE]":
-                self._ended = True
-                continue
-            if not event.data:
-                continue
-            chunk = decode_chunk(event.data)
-            if chunk is None or chunk.get("error"):
-                self._lost = True
+            if event.data:
+                self._learn_data(event.data)
+
+    def _learn_data(self, data: bytes) -> None:
+        if self._lost or data == b"[DONE]":
+            self._ended = self._ended or not self._lost
+            return
+        if self._plain:
+            try:
+                words = _decode_words(data)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                self._plain -= 1
+            else:
+                for said in words.choices:
+                    builder = self._builder(said.index)
+                    builder.add_words(said.delta.role, said.delta.content)
+                    builder.finish_reason = said.finish_reason or builder.finish_reason
                 return
-            if isinstance(usage := chunk.get("usage"), dict):
-                self.usage = usage
-            for choice in choices_of(chunk):
-                index = choice.get("index")
-                index = index if isinstance(index, int) else 0
-                if index not in self._builders:
-                    self._builders[index] = MessageBuilder()
-                builder = self._builders[index]
-                builder.add(choice["delta"])
-                builder.finish_reason = choice.get("finish_reason") or builder.finish_reason
+        chunk = decode_chunk(data)
+        if chunk is None or chunk.get("error"):
+            self._lost = True
+            return
+        if isinstance(usage := chunk.get("usage"), dict):
+            self.usage = usage
+        for choice in choices_of(chunk):
+            index = choice.get("index")
+            builder = self._builder(index if isinstance(index, int) else 0)
+            builder.add(choice["delta"])
+            builder.finish_reason = choice.get("finish_reason") or builder.finish_reason
+
+    def _builder(self, index: int) -> MessageBuilder:
+        found = self._builders.get(index)
+        if found is None:
+            found = self._builders[index] = MessageBuilder()
+        return found
 
     def messages(self) -> list[dict[str, Any]]:
         """The complete messages by choice; empty when the stream broke off or carried an error."""

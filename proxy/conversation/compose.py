@@ -47,8 +47,8 @@ def request_body(
 
 def answer_limits(decoded: Mapping[str, Any]) -> dict[str, int]:
     """How many tokens the client lets the answer have, by the field that says so."""
-    found = {name: decoded.get(name) for name in ("max_completion_tokens", "max_tokens")}
-    return {name: limit for name, limit in found.items() if type(limit) is int and limit > 0}
+    found = ((name, decoded.get(name)) for name in ("max_completion_tokens", "max_tokens") if name in decoded)
+    return {name: limit for name, limit in found if type(limit) is int and limit > 0}
 
 
 def answer_budget(decoded: Mapping[str, Any], spent_tokens: int) -> dict[str, bytes | None]:

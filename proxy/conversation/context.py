@@ -45,6 +45,7 @@ class TurnContext:
     known_factor: float = 1.0  # what the bills of all conversations taught so far
     fixed_tokens: Callable[[], int]  # system messages, the client's tools and schemas; counted when asked
     surely_fits: bool = False  # so short that nothing has to be counted
+    is_large: bool = False  # what is new in it, so that every step of its turn takes long
     substitutes: Callable[[bytes], Sequence[bytes]]
     get_record: GetRecord
     get_block: GetBlock = lambda _: None  # of a page table or a path's index

@@ -25,6 +25,8 @@ class Search:
     skip: Callable[[int, int], bool]  # (position, part) that the caller does not want
     # When a position's message was first seen (Unix seconds): for questions about a day. None: it is not known.
     seen_s: Callable[[int], int] | None = None
+    # Of what is worth so many `words` (`Hit.words`), the evidence without which no page is wanted. None: any will do.
+    least: Callable[[float], float] | None = None
 
     @property
     def query(self) -> str:
@@ -44,7 +46,7 @@ class Complete:
     through: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Said:
     """One upstream answer.
 
@@ -83,7 +85,7 @@ class Lesson:
     warning: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Append:
     """Answered when durable. `joins` add a node id to the set under a key.
 
@@ -91,12 +93,20 @@ class Append:
     changed, count only when the turn is new: one that is stored already was billed before.
     """
 
-    puts: Sequence[tuple[bytes, bytes]]
+    puts: list[tuple[bytes, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
-    records: Sequence[Record]
+    records: list[Record]
     facts: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
     calls: Calling | None = None
 
 
-Effect = Load | Search | Complete | Append
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Answered with None: what comes next takes as long as a window is large. A shell that others wait for goes on in
+    another thread."""
+
+
+OFFLOAD = Offload()
+
+Effect = Load | Search | Complete | Append | Offload

@@ -7,18 +7,19 @@ the epoch where that is cheaper (`stays`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import name
 
+from proxy.conversation.compose import with_context
 from proxy.conversation.effects import Effect, Search
 from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
-from proxy.memory.context import context_line
+from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, context_line
 from proxy.memory.ids import Hit
-from proxy.memory.models import CompressionLevel
+from proxy.memory.models import MEDIA_PART, CompressionLevel, StorageTier
 from proxy.memory.passages import find_passages
-from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, was_used
+from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from proxy.conversation.limits import Limits
     from proxy.conversation.turn_window import TurnWindow
     from proxy.conversation.window import Window
+    from proxy.tokens import TokenCounter
 
 _ROOM_SHARE = 2  # evidence takes at most 1/2 of the room
 _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may grow into the rest
@@ -34,6 +36,7 @@ _TAGS_TOKENS = 16  # of the block around the lines
 _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
 _WHOLE_TOKENS = 256  # of a page that is shown whole: of a longer one few passages are about the message
 _PASSAGE_TOKENS = 160
+_READ_CHARS = 65_536  # at once
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
 
 
@@ -76,21 +79,38 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         shown[candidate.page_id] = line
         return line.tokens
 
-    prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
-    outside: list[Hit] = []
-    best = 0.0  # of what is in the window
+    best, candidates = 0.0, list[Candidate]()  # the best of what is in the window
     for hit in hits:
-        if _is_resident(turn, hit):
+        page_id = turn.pages.id_of(hit.position, hit.part)
+        entry = turn.table.lookup(page_id)
+        if entry is None:
+            continue
+        if entry.tier is StorageTier.L0 and not entry.level:  # whole
             best = max(best, hit.score)
-        else:
-            outside.append(hit)
-    prefetcher.choose(_candidates(turn, outside), price, best)
+        elif hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words came with its message
+            candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
+    Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query)).choose(candidates, price, best)
     return sorted(shown.values())
+
+
+def with_evidence(
+    message: dict[str, Any], tokens: int, shown: Sequence[Shown], counter: TokenCounter
+) -> tuple[dict[str, Any], int]:
+    """A user's message of so many tokens with these pages in front of its text, and its tokens then."""
+    block, content = context_block(page.line for page in shown), message.get("content")
+    made = with_context(message, block)
+    if isinstance(content, str) and counter.adds_lines(content, len(block)):
+        around = counter.text(f"{CONTEXT_OPEN}\n") + counter.text(f"{CONTEXT_CLOSE}\n\n")
+        return made, tokens + around + sum(page.tokens for page in shown)
+    return made, counter.message(made)
 
 
 def asks(text: str) -> bool:
     """The user asks a question."""
-    return "?" in text or any("QUESTION MARK" in name(c, "") for c in set(text) if not c.isascii())
+    if "?" in text or text.isascii():
+        return "?" in text
+    parts = (text[at : at + _READ_CHARS] for at in range(0, len(text), _READ_CHARS))
+    return any("QUESTION MARK" in name(c, "") for part in parts for c in set(part) if not c.isascii())
 
 
 def stays(window: Window, at: int, limits: Limits) -> bool:
@@ -109,9 +129,10 @@ def stays(window: Window, at: int, limits: Limits) -> bool:
     return shown * (limits.cached_price * turns + rebuilt) <= dearer * turn
 
 
-def used(page: Shown, pages: PathPages, query: str, answer: str) -> bool:
-    """The answer to `query` says something that stands on a page which was shown for it."""
-    return was_used(pages.bare(page.page_id), fresh_terms(query, answer))
+def used(shown: Iterable[Shown], pages: PathPages, query: str, answer: str) -> list[Shown]:
+    """Those of the pages that were shown for `query` on which something stands that its answer says."""
+    fresh = fresh_terms(query, answer)
+    return [page for page in shown if was_used(pages.bare(page.page_id), fresh)]
 
 
 def _search(turn: TurnWindow, limit: int) -> Search:
@@ -119,38 +140,22 @@ def _search(turn: TurnWindow, limit: int) -> Search:
     pages, newest = turn.pages, len(turn.pages.path) - 1
     earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
     seen_s = Timeline(pages, newest, turn.context).seen_s
-    return Search(search_queries(turn.query, earlier), limit, newest, lambda position, part: False, seen_s)
-
-
-def _is_resident(turn: TurnWindow, hit: Hit) -> bool:
-    """The page is in the window whole."""
-    found = turn.table.in_window(turn.pages.id_of(hit.position, hit.part))
-    return found is not None and not found.level
-
-
-def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
-    for hit in hits:
-        page_id = turn.pages.id_of(hit.position, hit.part)
-        entry = turn.table.lookup(page_id)
-        if entry is None or turn.pages.medium(page_id) is not None:
-            continue  # a medium is shown when it is asked for: its words came with its message
-        yield Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words)
+    queries, least = search_queries(turn.query, earlier), None if asks(turn.query) else told_evidence
+    return Search(queries, limit, newest, lambda position, part: False, seen_s, least)
 
 
 def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: int) -> Shown | None:
     """The page as its line: whole where it is short and fits, else its passages about the queries."""
     page_id, count = candidate.page_id, pages.counter.text
     if candidate.tokens * _LEAST_WHOLE <= min(room, _WHOLE_TOKENS):
-        whole = pages.packer.pack([pages.at(page_id, CompressionLevel.FULL)])
-        if whole.tokens_est <= room:
-            return Shown(
-                pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens_est, whole.content
-            )  # fmt: skip
+        whole = pages.line(page_id)
+        if whole.tokens <= room:
+            return Shown(pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens, whole.line)
     most = min(_PASSAGE_TOKENS, room) - _LINE_TOKENS
     words = find_passages(pages.text(page_id), queries, most, count) if most > 0 else ""
     if not words:
         return None
-    role, level = str(pages.page(page_id).metadata.get("role", "")), CompressionLevel.REDUCED
-    line = context_line(page_id, role, words, level, pages.modality(page_id))
+    level = CompressionLevel.REDUCED
+    line = context_line(page_id, pages.role(page_id), words, level, pages.modality(page_id))
     tokens = count(f"{line}\n")
     return Shown(pages.position(page_id), page_id, level, tokens, line) if tokens <= room else None

@@ -24,7 +24,7 @@ import msgspec
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.tree import ID_BYTES, Anchor, Node
 from proxy.media.parts import read_part
-from proxy.memory.caches import CacheStats, PackCache
+from proxy.memory.caches import CacheStats, PackCache, PackedLine
 from proxy.memory.compressor import compress_text
 from proxy.memory.context import ContextPacker
 from proxy.memory.ids import MEDIA_KINDS, Doc, make_page_id, media_page_id, parse_page_id
@@ -49,6 +49,7 @@ RESULT_ROLES = ("tool", "function")  # what answers a call stands after it, in o
 _ARTIFACT_TOKENS = 2048  # a tool's output above this is an artifact, not talk
 _SHOWN_WITH_TOKENS = 100  # of a call shown with its result, or a result with its call
 _LONG_CHARS = 400  # and only what is longer is shortened
+_SHORTENED_CHARS = 32_768  # that are read for it: a result may be megabytes
 _SEEN_PART = 2 * MEDIA_PART  # in a search hit: a medium of the message before
 _CUT_BY = "gpt-4o"  # whose tokens cut long messages into pages, whatever model is asked
 
@@ -117,10 +118,10 @@ class MessagePages:
         self.notes = notes
         self.is_plain = b'"type"' not in node.raw and b'"audio"' not in node.raw  # words, told without decoding
         counter = how.counter
-        if node.tokens < 0 or (node.counter and node.counter != counter.name):  # once in the node's life
-            node.tokens = counter.message(self.message)
-        node.counter = counter.name
         self.tokens = node.tokens
+        if node.tokens < 0 or (node.counter and node.counter != counter.name):
+            self.tokens = counter.message(self.message)
+            node.counted(self.tokens, counter.name)
         self.notes_tokens = sum(anchor_tokens(note, counter) for note in notes) if notes else 0
         self.media = () if self.is_plain else self._read_media()
         words = self.tokens if self.is_plain else max(0, self.tokens - sum(page.tokens for page in self.media))
@@ -275,6 +276,10 @@ class PathPages:
             found = MessagePages(self._how, position, self.path[position], self._notes.get(position, ()))
             self._messages[position] = found
         return found
+
+    def forget(self, position: int) -> None:
+        """It will hardly be asked for again: of a long history, only what is in reach is kept in memory."""
+        self._messages.pop(position, None)
 
     @property
     def packer(self) -> ContextPacker:
@@ -435,6 +440,20 @@ class PathPages:
             metadata=metadata,
         )
 
+    def line(self, page_id: str) -> PackedLine:
+        """The page at level 0 as its line of <VM:CONTEXT>."""
+        place = None if page_id in self.derived.pages else parse_page_id(page_id)
+        if place is None or place[1] >= MEDIA_PART:
+            packed = self.packer.pack([self.page(page_id)])
+            return PackedLine(packed.content, packed.tokens_est)
+        here = self[place[0]]
+        return self.packer.line(page_id, here.node.role, self.text(page_id), here.pages[0].modality)
+
+    def role(self, page_id: str) -> str:
+        """Who speaks on the page; "" for a derived one."""
+        position = self.position(page_id)
+        return "" if position < 0 else self.path[position].role
+
     def at(self, page_id: str, level: CompressionLevel | int) -> MemoryPage:
         """The page at a level. Slow for media, whose levels 1 are encoded anew."""
         return self.shown(self.page(page_id), level)
@@ -462,7 +481,7 @@ class PathPages:
         return self._abstract(message_text({"content": words}) if isinstance(content, list) else "")
 
     def _abstract(self, text: str) -> str:
-        return compress_text(text, CompressionLevel.ABSTRACT, None, self._how.cutter.text)
+        return compress_text(text[:_SHORTENED_CHARS], CompressionLevel.ABSTRACT, None, self._how.cutter.text)
 
     def _call_of(self, position: int) -> str:
         """`name(arguments) -> ` for a tool's result."""
@@ -489,7 +508,8 @@ class PathPages:
         return out
 
     def _short(self, text: str) -> str:
-        return compress_text(text, 0 if len(text) < _LONG_CHARS else 1, _SHOWN_WITH_TOKENS, self.counter.text)
+        level = 0 if len(text) < _LONG_CHARS else 1
+        return compress_text(text[:_SHORTENED_CHARS], level, _SHOWN_WITH_TOKENS, self.counter.text)
 
 
 class _IndexKeys(Sequence[bytes]):
@@ -528,9 +548,10 @@ def note_text(note: Anchor) -> str:
 
 def anchor_tokens(anchor: Anchor, counter: TokenCounter) -> int:
     """Tokens of a system message in mid-conversation; counted once in its life, for one kind of counting."""
-    if anchor.tokens < 0 or anchor.counter != counter.name:
-        anchor.tokens, anchor.counter = counter.message(_decode(anchor.raw)), counter.name
-    return anchor.tokens
+    kept = anchor.kept
+    if kept is None or kept[1] != counter.name:
+        kept = anchor.kept = counter.message(_decode(anchor.raw)), counter.name
+    return kept[0]
 
 
 def _named(page: Page) -> str:

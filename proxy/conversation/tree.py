@@ -9,6 +9,7 @@ says counts, not how it is written: the provider's answer and the client's echo 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, NewType, overload
@@ -25,6 +26,7 @@ NO_SCOPE = KeyScope(b"")
 
 ID_BYTES = 16
 _encode = msgspec.json.Encoder(order="sorted").encode
+_COUNTED = threading.Lock()
 
 
 class Node(msgspec.Struct, gc=False):
@@ -38,6 +40,13 @@ class Node(msgspec.Struct, gc=False):
     counter: str = ""  # the name of the counter that counted them
     cuts: tuple[int, tuple[int, ...]] | None = None  # a text's hash, and where its pages end
     seen_s: int = 0  # when it was first seen, where it was read from a record (Unix time)
+
+    def counted(self, tokens: int, counter: str) -> None:
+        """Keep its count; once in its life: requests in other threads may see the same node."""
+        with _COUNTED:
+            if self.tokens < 0:
+                self.counter = counter
+                self.tokens = tokens
 
 
 class Path(Sequence[Node]):
@@ -82,8 +91,7 @@ class Anchor(msgspec.Struct, gc=False):
 
     position: int
     raw: bytes
-    tokens: int = -1  # as a node's
-    counter: str = ""
+    kept: tuple[int, str] | None = None  # its tokens, and the name of the counter that counted them
     digest: bytes = b""  # of `raw`; made when it is first asked for
 
     @property

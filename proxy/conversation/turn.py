@@ -65,7 +65,16 @@ from proxy.conversation.compose import (
 )
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED
-from proxy.conversation.effects import Complete, Effect, Lesson, Load, Refused, Said
+from proxy.conversation.effects import (
+    OFFLOAD,
+    Append,
+    Complete,
+    Effect,
+    Lesson,
+    Load,
+    Refused,
+    Said,
+)
 from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
@@ -408,6 +417,8 @@ class Turn:
         learned: Mapping[str, Any] | None = None,
     ) -> Generator[Effect, Any, None]:
         """An answer is there: whatever became of the storage, its client gets it (invariant 6)."""
+        if self.report.new_epoch:  # and what left with it is stored, too
+            yield OFFLOAD
         try:
             effect = self._append(said, answers, substitute, learned)
         except (LookupError, ValueError) as error:
@@ -421,7 +432,7 @@ class Turn:
         answers: Sequence[dict[str, Any]],
         substitute: Sequence[bytes],
         learned: Mapping[str, Any] | None,
-    ) -> Effect:
+    ) -> Append:
         context, record = self._context, self._context.place.record
         self._model.passed(self.report.used_tokens)
         began = context.next_limits or context.limits
@@ -487,9 +498,10 @@ class Turn:
         ends = {made.end: made for made in heads[0][1]}
         self.settled = [(ends[state.end], state) for state in settled]
         effect = append_effect(heads, context.identity, context.tenant, context.names, blocks)
-        facts = self._model.learned if learned is None else learned
-        effect = replace(effect, facts=dict(facts), lesson=lesson)
-        return effect if calls == before_calls else replace(effect, calls=calls)
+        effect.facts = dict(self._model.learned if learned is None else learned)
+        effect.lesson = lesson
+        effect.calls = calls if calls != before_calls else None
+        return effect
 
     def _calling(self, known: Calling) -> Calling:
         """What is known of the model's calls after this turn, whose answer was settled."""

@@ -16,12 +16,20 @@ import msgspec
 
 from proxy.conversation.calling import holds
 from proxy.conversation.channel import Channel, choose_channel, vm_tools_tokens, wants_json
-from proxy.conversation.compose import with_context, without_context
+from proxy.conversation.compose import without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
-from proxy.conversation.effects import Effect, Load
+from proxy.conversation.effects import OFFLOAD, Effect, Load
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
-from proxy.conversation.evidence import Shown, asks, choose, reserve, stays, used
+from proxy.conversation.evidence import (
+    Shown,
+    asks,
+    choose,
+    reserve,
+    stays,
+    used,
+    with_evidence,
+)
 from proxy.conversation.form import Form
 from proxy.conversation.limits import Limits
 from proxy.conversation.pages import (
@@ -45,7 +53,6 @@ from proxy.conversation.window import (
     newest_entries,
     render,
 )
-from proxy.memory.context import context_block
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
 from proxy.memory.models import (
@@ -72,6 +79,7 @@ STANDING_TOKENS = 256  # of standing instructions of the application's in front 
 _STANDING_BYTES = 2048  # of one of them
 _FRAME_TOKENS = 400  # kept free beside VM results: rules, tags and the calls themselves
 _ALL = 1 << 40  # tokens
+_AT_ONCE_MESSAGES = 64  # that enter the window while others wait
 _RESULT_SHARE = 2  # one VM result takes at most 1/2 of the room: a full page of a 4,000-token L0
 
 
@@ -113,6 +121,7 @@ class TurnWindow:
         self._settled_with: list[tuple[list[PageMutation], list[MemoryPage]]] = []
         self._answered = answered
         self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
+        self.far = 0  # the new messages before it never were in a window: there are too many behind them
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
         self.tools_tokens = vm_tools_tokens(channel, context.counter)
@@ -139,6 +148,9 @@ class TurnWindow:
             before = before.recount(counter)  # another model than in the last turn
         if before is not None and before.factor != self.limits.tokens_factor:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
+        if len(self.pages.path) - self._entered > _AT_ONCE_MESSAGES:
+            yield OFFLOAD
+            self.far = self._beyond_reach()
         self.turn -= len(self._answered)  # in the first of them, if the request brought some
         self.before = self._without_evidence(before)
         self.turn = self.report.turn
@@ -322,9 +334,20 @@ class TurnWindow:
             for mutation in self._renewed(pages[position]):
                 self.apply(mutation)
         for position in range(first, len(pages.path)):
-            for mutation in created(pages[position], self.context.place.floor, self.turn):
+            for mutation in created(pages[position], self.context.place.floor, self.turn, self.far):
                 self.apply(mutation)
+            if position < self.far:
+                pages.forget(position)
         self._entered = max(first, len(pages.path))
+
+    def _beyond_reach(self) -> int:
+        """Where the newest messages begin that are twice what any window of this turn holds: told from their sizes."""
+        budgets = [limits.budget_tokens for limits in (self.limits, self._next_limits) if limits is not None]
+        left, at = 2 * max(budgets), len(self.pages.path)
+        while at > self._entered and left > 0:
+            at -= 1
+            left -= self.pages.tokens(at)
+        return group_start(self.pages.path, at) if at > self._entered else 0
 
     def _renewed(self, message: MessagePages) -> Iterator[PageMutation]:
         """The pages of a message that the table has, where these are others now because the system
@@ -385,6 +408,7 @@ class TurnWindow:
     ) -> Generator[Effect, Any, None]:
         """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages.
         ApiError context_length_exceeded when nothing fits."""
+        yield OFFLOAD
         if self._next_limits is not None:
             self.resize(self._next_limits)
         room = self.room_for_messages
@@ -451,13 +475,13 @@ class TurnWindow:
                     page.tokens, reason=FaultReason.SPECULATIVE,
                 )
             )  # fmt: skip
-        message = with_context(msgspec.json.decode(entry.raw), context_block(p.line for p in self.brought))
-        tokens = self.context.counter.message(message)
+        decoded = msgspec.json.decode(entry.raw)
+        message, tokens = with_evidence(decoded, entry.tokens, self.brought, self.context.counter)
         ids = tuple(page.page_id for page in new)
-        with_evidence = Entry(
+        shown = Entry(
             msgspec.json.encode(message), tokens, entry.position, shown_tokens=tokens - entry.tokens, shown=ids
         )  # fmt: skip
-        self.window = self.window.replaced(entry, with_evidence)
+        self.window = self.window.replaced(entry, shown)
 
     def _is_loaded(self, page_id: str) -> bool:
         """The page is in the window already, at some level."""
@@ -471,11 +495,10 @@ class TurnWindow:
 
     def settle(self, answer: str) -> None:
         """Judge what was brought in by the answer: a page that served it counts as used."""
-        for page in self.brought:
-            self.report.prefetched_pages.append(page.page_id)
-            if used(page, self.pages, self.query, answer):
-                self.report.prefetched_used += 1
-                self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
+        self.report.prefetched_pages += [page.page_id for page in self.brought]
+        for page in used(self.brought, self.pages, self.query, answer):
+            self.report.prefetched_used += 1
+            self.apply(PageMutation(MutationType.ACCESS, page.page_id, self.turn))
 
     @property
     def unserved(self) -> bool:
@@ -598,10 +621,12 @@ class TurnWindow:
         report.context_pages = [e.page_id for e in resident if e.position not in native]
 
 
-def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor; one that says something for all
-    later answers is pinned."""
-    tier = StorageTier.L0 if message.position >= floor else StorageTier.L2
+def created(message: MessagePages, floor: int, turn: int, far: int = 0) -> Iterator[PageMutation]:
+    """A new message stands in the window, but for those before the floor, and of those that are `far` from it all but
+    what may be a line of it: media, and what says something for all later answers, which is pinned."""
+    standing = message.standing
+    inside = message.position >= floor and (message.position >= far or bool(standing or message.media))
+    tier = StorageTier.L0 if inside else StorageTier.L2
     for page in message.pages:
         kind = page.page_type
         yield PageMutation(
@@ -609,5 +634,5 @@ def created(message: MessagePages, floor: int, turn: int) -> Iterator[PageMutati
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
         )  # fmt: skip
-    if message.standing:
+    if standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)

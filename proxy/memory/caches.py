@@ -6,6 +6,7 @@ so losing a cache changes no output (invariant 9); hits and misses are counted a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -38,25 +39,29 @@ class _Cache(Generic[_Value]):
             raise ValueError("a cache has room for at least 1")
         self._values: LRUCache[Hashable, _Value] = LRUCache(max_size, size_of)
         self._hits = self._misses = 0
+        self._lock = threading.Lock()  # windows are rebuilt in several threads
 
     def lookup(self, key: Hashable) -> _Value | None:
         """The value, now the most recently used (a hit), or None (a miss)."""
-        value = self._values.get(key)
-        if value is None:
-            self._misses += 1
-        else:
-            self._hits += 1
+        with self._lock:
+            value = self._values.get(key)
+            if value is None:
+                self._misses += 1
+            else:
+                self._hits += 1
         return value
 
     def keep(self, key: Hashable, value: _Value) -> _Value:
         """Returns the value; the least recently used make room for it."""
         if self._values.getsizeof(value) <= self._values.maxsize:
-            self._values[key] = value
+            with self._lock:
+                self._values[key] = value
         return value
 
     def clear(self) -> None:
         """Forget the values; the counts go on."""
-        self._values.clear()
+        with self._lock:
+            self._values.clear()
 
     def get_stats(self) -> CacheStats:
         asked = self._hits + self._misses

@@ -18,6 +18,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
@@ -58,15 +59,9 @@ def passage(text: str, queries: Sequence[str], max_tokens: int, count: Count) ->
 
 def find_passages(text: str, queries: Sequence[str], max_tokens: int, count: Count) -> str:
     """The passages of `text` around the words of `queries`; "" where none of them stands in it, or fits."""
-    asked: dict[str, float] = {}  # a term -> what it counts
-    runs: dict[str, None] = {}
-    for number, query in enumerate(queries):
-        words, unspaced = _asked(query)
-        for word in words:
-            asked.setdefault(word, _LATER_QUERIES if number else 1.0)
-        runs.update(unspaced)
+    asked, pattern, runs = _all_asked(tuple(queries))
     low = folded(text)
-    matches = sorted([*_words_in(low, asked), *_runs_in(low, runs)])
+    matches = sorted([*_words_in(low, asked, pattern), *_runs_in(low, runs)])
     if not matches:
         return ""
     return _Selection(text, matches, asked, max_tokens, count).shown()
@@ -79,6 +74,26 @@ class _Match(NamedTuple):
     start: int
     end: int
     term: str
+
+
+@lru_cache(maxsize=16)
+def _all_asked(
+    queries: tuple[str, ...],
+) -> tuple[Mapping[str, float], re.Pattern[str] | None, Mapping[str, None]]:
+    """What each stem of the queries counts, what a word begins with that may have one, and their runs of scripts
+    without spaces: once for all pages that they are shown of."""
+    asked: dict[str, float] = {}
+    runs: dict[str, None] = {}
+    for number, query in enumerate(queries):
+        words, unspaced = _asked(query)
+        for word in words:
+            asked.setdefault(word, _LATER_QUERIES if number else 1.0)
+        runs.update(unspaced)
+    # A word begins with its stem, but for the stem's last letter (tests/memory/test_stems.py).
+    heads = sorted({re.escape(one[:-1] or one) for one in asked})
+    letter = WORD.pattern.removesuffix("+")
+    pattern = re.compile(rf"(?<![^\W_])(?:{'|'.join(heads)}){letter}*") if heads else None
+    return asked, pattern, runs
 
 
 def _asked(query: str) -> tuple[list[str], dict[str, None]]:
@@ -95,14 +110,9 @@ def _asked(query: str) -> tuple[list[str], dict[str, None]]:
     return stems, dict.fromkeys(runs[:_TERMS])
 
 
-def _words_in(low: str, asked: Collection[str]) -> Iterator[_Match]:
+def _words_in(low: str, asked: Collection[str], pattern: re.Pattern[str] | None) -> Iterator[_Match]:
     """Where the words of these stems stand in a folded text."""
-    # A word begins with its stem, but for the stem's last letter (tests/memory/test_stems.py).
-    heads = sorted({re.escape(one[:-1] or one) for one in asked})
-    if not heads:
-        return
-    letter = WORD.pattern.removesuffix("+")
-    for match in re.finditer(rf"(?<![^\W_])(?:{'|'.join(heads)}){letter}*", low):
+    for match in pattern.finditer(low) if pattern is not None else ():
         term = stem(match.group())
         if term in asked:
             yield _Match(match.start(), match.end(), term)

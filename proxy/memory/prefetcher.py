@@ -38,6 +38,11 @@ def evidence_tokens(l0_tokens: int, parameters_b: float | None = None) -> int:
     return min(tokens, max(_LEAST_MODEL_TOKENS, int(_MODEL_TOKENS * parameters_b)))
 
 
+def told_evidence(words: float) -> float:
+    """The evidence that a page needs to be shown where the user only tells something, of what is worth `words`."""
+    return max(MIN_EVIDENCE, min(_TOLD_EVIDENCE, words * _TOLD_WORDS))
+
+
 class Candidate(NamedTuple):
     """A page that a search proposes: `score`, `evidence` and `words` as in `proxy.memory.ids.Hit`; `tokens` is
     the whole page's size."""
@@ -51,7 +56,7 @@ class Candidate(NamedTuple):
     @property
     def is_meant(self) -> bool:
         """What is said has mostly this page's words: who tells something new uses others."""
-        return self.evidence >= max(MIN_EVIDENCE, min(_TOLD_EVIDENCE, self.words * _TOLD_WORDS))
+        return self.evidence >= told_evidence(self.words)
 
 
 class Prefetcher(NamedTuple):
@@ -70,16 +75,16 @@ class Prefetcher(NamedTuple):
         most so many (None: it does not fit); `best` is the score of what is in the window already."""
         chosen: list[Candidate] = []
         left = self.max_tokens if self.asked else self.max_tokens // _TOLD_SHARE
-        ranked = sorted(candidates, key=lambda c: (-_worth(c), c.page_id))
-        if all(c.evidence < MIN_EVIDENCE for c in ranked):
+        offered = list(candidates)
+        if all(c.evidence < MIN_EVIDENCE for c in offered):
             return chosen
         fall = _ASKED_FALL if self.asked else _TOLD_FALL
-        least = max(best * _RESIDENT_FALL, fall * max(c.score for c in ranked))
+        least = max(best * _RESIDENT_FALL, fall * max(c.score for c in offered))
+        ranked = [c for c in offered if c.score >= least and (self.asked or c.is_meant)]
+        ranked.sort(key=lambda c: (-_worth(c), c.page_id))
         for candidate in ranked:
             if len(chosen) == self.max_pages:
                 break
-            if candidate.score < least or not (self.asked or candidate.is_meant):
-                continue
             tokens = price(candidate, left)
             if tokens is not None:
                 left -= tokens
@@ -107,8 +112,24 @@ def was_used(page_text: str, fresh: frozenset[str]) -> bool:
 
     A lexical measure: it misses a paraphrase and may be fooled by two common words.
     """
-    shared = fresh & _terms(page_text) if fresh else fresh
+    low = page_text[:_READ_CHARS].lower()
+    inside = [term for term in fresh if term in low]  # perhaps as a part of a word
+    if all(map(str.isalpha, inside)):
+        return sum(_stands(term, low) for term in inside) >= _USED_TERMS
+    shared = fresh.intersection(_TERM.findall(low))
     return len(shared) >= _USED_TERMS or any(any(c.isdigit() for c in term) for term in shared)
+
+
+def _stands(letters: str, low: str) -> bool:
+    """Whether `_TERM` finds this word of letters in the text: cheaper than all that it finds."""
+    at = low.find(letters)
+    while at >= 0:
+        end = at + len(letters)
+        begins = at == 0 or not (low[at - 1].isalnum() or low[at - 1] == "_")
+        if begins and not low[end : end + 1].isalnum():
+            return True
+        at = low.find(letters, at + 1)
+    return False
 
 
 def _terms(text: str) -> set[str]:

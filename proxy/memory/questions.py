@@ -34,6 +34,7 @@ _PROSE = 0.75  # of a line's characters are letters and spaces, where it is writ
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PASTED = re.compile(r"^(?: {4}|\t|\s*[>|<{}#])")
+_PRINTED = re.compile(r"[^\x80-\U0010ffffA-Za-z ]+")  # neither a letter nor a space, in ASCII
 _SENTENCE_END = re.compile(SENTENCE_END + r"|(?<=[?？؟])\s*")
 _ASKS = re.compile(r"[?？؟][\"')\]”’*_\s]*$")
 _WORD = re.compile(r"[^\W_]+")
@@ -83,8 +84,7 @@ def _own_sentences(text: str) -> Iterator[str]:
 def _is_prose(line: str) -> bool:
     if not line.strip() or _PASTED.match(line):
         return False
-    written = sum(c.isalpha() or c == " " or ord(c) > 127 for c in line)
-    return written >= _PROSE * len(line)
+    return len(_PRINTED.sub("", line)) >= _PROSE * len(line)
 
 
 def _whole(text: str, end: int) -> str:

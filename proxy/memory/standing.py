@@ -317,6 +317,8 @@ _CLAUSE = re.compile(  # what may stand in front of an instruction: a list's mar
 )
 _QUOTED = (">", "|")
 _LETTERS = re.compile(r"[^\W\d_]+")
+_APART = {code: chr(code) if chr(code).isalpha() else " " for code in range(128)}  # the same, of plain ASCII
+_CUES = frozenset[str]().union(*(language.cues for language in LANGUAGES if language.spaced))
 
 
 def standing_in(role: str, text: str) -> list[Standing]:
@@ -338,8 +340,10 @@ def standing_in(role: str, text: str) -> list[Standing]:
 
 def _written_in(low: str, languages: Iterable[_Language]) -> list[_Language]:
     """Those whose cues are in it: told for far less than the patterns cost."""
-    heads = {word[:_HEAD_CHARS] for word in _LETTERS.findall(low)}
     wide = not low.isascii()
+    heads = {word[:_HEAD_CHARS] for word in (_LETTERS.findall(low) if wide else low.translate(_APART).split())}
+    if not wide and heads.isdisjoint(_CUES):
+        return []
     return [
         language
         for language in languages

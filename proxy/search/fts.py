@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -86,6 +87,9 @@ _ASKING_CHARS = 120  # of a page's end
 _TF_BITS = 8  # of a posting: row and how often the term stands there
 _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
+_FEW = 32  # times fewer of many are found by a heap, not by sorting all
+_ROUNDED = 1e-6  # of a sum in another order
+_PAGES_AT_ONCE = 256  # whose words are learned together
 
 
 class _Term(NamedTuple):
@@ -113,11 +117,44 @@ class _Rows(msgspec.Struct, array_like=True, gc=False):
     numbers: bytes
     postings: bytes
     words: bytes
-    spoken: dict[str, int]
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_rows = msgspec.msgpack.Decoder(_Rows).decode
+
+
+class _Asked(NamedTuple):
+    """A query as it is looked up: its terms in order, each once, the stop words and what else is idle, the speakers
+    that it names; what is looked up, the rarest first, and how much of that is read in full. `rarity`: what a page
+    with that term, or of that date, proves; `words`: what one with all of them would."""
+
+    query: Query
+    sequence: list[str]
+    asked: list[str]
+    stops: frozenset[str]
+    idle: frozenset[str]
+    named: set[str]
+    dates: dict[str, list[int]]
+    terms: list[_Term]
+    read: Sequence[_Term]
+    rarity: dict[str, float]
+    words: float
+
+
+class _Numbers(dict[str, int]):
+    """Term -> its number; a new one gets the next."""
+
+    def __init__(self, postings: list[array[int]], texts: list[str]) -> None:
+        self._postings, self._texts = postings, texts
+        self.stops: list[tuple[int, tuple[str, ...]]] = []  # of the stop words among them, whose language's they are
+
+    def __missing__(self, term: str) -> int:
+        number = self[term] = len(self._postings)
+        self._postings.append(array("I"))
+        self._texts.append(term)
+        if languages := languages_of().get(term):
+            self.stops.append((number, languages))
+        return number
 
 
 class PageIndex:
@@ -125,9 +162,9 @@ class PageIndex:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ids: dict[str, int] = {}  # term -> its number
-        self._texts: list[str] = []  # and back
         self._postings: list[array[int]] = []  # by number
+        self._texts: list[str] = []  # number -> term
+        self._ids = _Numbers(self._postings, self._texts)  # and back
         self._keys: list[tuple[int, int]] = []  # row -> (position, part)
         self._words: list[bytes] = []  # row -> the numbers of its terms, in order
         self._terms_at: list[int] = []  # row -> how many terms there were after it: numbers follow from the pages
@@ -141,7 +178,7 @@ class PageIndex:
         self._total_chars = 0
         self._role_chars: Counter[str] = Counter()
         self._role_messages: Counter[str] = Counter()
-        self._spoken: Counter[str] = Counter()  # language -> how often its stop words stand in a page
+        self._spoken: tuple[str, ...] | None = None  # the languages of the pages, and
         self._weights: dict[int, float] = {}  # of a term in so many pages, as long as the pages are these
 
     def __len__(self) -> int:
@@ -150,7 +187,9 @@ class PageIndex:
     def close(self) -> None:
         """Free the memory. The index cannot be used afterwards."""
         with self._lock:
-            self._postings, self._words, self._ids = [], [], {}
+            for column in (self._postings, self._words, self._texts, self._ids.stops):
+                column.clear()
+            self._ids.clear()
 
     def extend(self, docs: Iterable[Doc]) -> None:
         """Add pages behind the last one. ValueError, and nothing added, when out of order."""
@@ -162,18 +201,10 @@ class PageIndex:
                 if last is not None and key <= last:
                     raise ValueError(f"page {key} comes after {last}")
                 last = key
-            texts = [_indexable(doc) for doc in new]
-            tokenizer().prepare(texts)
-            for doc, text in zip(new, texts, strict=True):
-                row = len(self._keys)
-                self._add_words(row, text)
-                self._keys.append((doc.position, doc.part))
-                self._chars.append(max(1, len(doc.text)))
-                self._roles.append(doc.role)
-                self._names.append(doc.name or speaker_label(doc.text))
-                self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
-                self._count(row, 1)
+            for at in range(0, len(new), _PAGES_AT_ONCE):
+                self._add(new[at : at + _PAGES_AT_ONCE])
             self._weights.clear()
+            self._spoken = None
 
     def truncate(self, position: int) -> None:
         """Drop every page at `position` or later."""
@@ -190,7 +221,10 @@ class PageIndex:
             for column in columns:
                 del column[first:]
             del self._texts[terms:], self._postings[terms:]
+            stops = self._ids.stops
+            del stops[bisect_left(stops, (terms,)) :]
             self._weights.clear()
+            self._spoken = None
 
     def store(self, first: int, last: int) -> bytes:
         """The pages of positions first..last-1 as bytes, for `load` behind the pages before them."""
@@ -200,20 +234,18 @@ class PageIndex:
             terms = self._terms_at[begin - 1] if begin else 0
             numbers = array("I", sorted(set(memoryview(words).cast("I"))))
             found = array("I")
-            counts, spoken = [], Counter[str]()
+            counts = []
             for number in numbers:
                 rows = self._postings[number]
                 stand = rows[bisect_left(rows, begin << _TF_BITS) : bisect_left(rows, end << _TF_BITS)]
                 found += stand
                 counts.append(len(stand))
-                for language in languages_of().get(self._texts[number], ()):
-                    spoken[language] += len(stand)
             texts = self._texts[terms : self._terms_at[end - 1]] if end else []
             return _encode(_Rows(
                 self._keys[begin:end], self._chars[begin:end], self._roles[begin:end], self._names[begin:end],
                 self._asks[begin:end], list(map(len, self._words[begin:end])),
                 [count - terms for count in self._terms_at[begin:end]], texts, counts,
-                _planes(numbers.tobytes()), _planes(found.tobytes()), _planes(words), dict(spoken),
+                _planes(numbers.tobytes()), _planes(found.tobytes()), _planes(words),
             ))  # fmt: skip
 
     def load(self, stored: bytes) -> None:
@@ -221,11 +253,9 @@ class PageIndex:
         made, and nothing added."""
         rows = _decode_rows(stored)
         with self._lock:
-            for text in rows.terms:
-                self._ids[text] = len(self._postings)
-                self._postings.append(array("I"))
             self._terms_at += [len(self._texts) + count for count in rows.new_terms]
-            self._texts += rows.terms
+            for text in rows.terms:
+                self._ids[text]  # a new one gets the next number
             found, at, postings = _whole(rows.postings), 0, self._postings
             for number, count in zip(memoryview(_whole(rows.numbers)).cast("I"), rows.counts, strict=True):
                 postings[number].frombytes(found[at : (at := at + count * _ID_BYTES)])
@@ -237,10 +267,10 @@ class PageIndex:
             self._roles += rows.roles
             self._names += rows.names
             self._asks += rows.asks
-            self._spoken.update(rows.spoken)
-            for (_, part), chars, role, name in zip(rows.keys, rows.chars, rows.roles, rows.names, strict=True):
-                self._count_page(part, chars, role, name, 1)
+            for row in range(len(self._keys) - len(rows.keys), len(self._keys)):
+                self._count(row, 1)
             self._weights.clear()
+            self._spoken = None
 
     def search(
         self,
@@ -248,9 +278,11 @@ class PageIndex:
         limit: int,
         skip: Callable[[int, int], bool] | None = None,
         seen_s: Callable[[int], int] | None = None,
+        least: Callable[[float], float] | None = None,
     ) -> list[Hit]:
         """The best `limit` pages for which `skip(position, part)` is not true, best first. `seen_s(position)`: when
         that message was first seen (Unix seconds; they grow along the path, those that are not known are 0).
+        `least(words)`: the evidence without which no page is wanted; where surely none has it, nothing is found.
 
         Of several queries, each is a question of its own: a page is worth what it is worth to the one it answers best.
         """
@@ -261,9 +293,11 @@ class PageIndex:
         with self._lock:
             if limit <= 0 or not self._keys:
                 return []
-            found = [self._ask(query, seen_s) for query in asked]
-            scores, evidence = _merged([(scores, evidence) for scores, evidence, _ in found])
-            words = min((words for *_, words in found), default=0.0)
+            read = [self._read(query, seen_s) for query in asked]
+            words = min((query.words for query in read), default=0.0)
+            if least is not None and not any(self._may_prove(query, least(words)) for query in read):
+                return []
+            scores, evidence = _merged([self._ask(query) for query in read])
             return [
                 Hit(*self._keys[row], score, evidence.get(row, 0.0), words)
                 for row, score in self._best(scores, limit, skip)
@@ -282,36 +316,33 @@ class PageIndex:
             return text, partial(self._weigh, named=named)
 
     # ------------------------------------------------------------ pages
-    def _add_words(self, row: int, text: str) -> None:
-        ids, postings = self._ids, self._postings
-        sequence = tokenizer().sequence(text)
-        sequence += tokenizer().syllables(text)
-        numbers = [ids.get(term, -1) for term in sequence]
-        if -1 in numbers:
-            for term in sequence:
-                if term not in ids:
-                    ids[term] = len(postings)
-                    postings.append(array("I"))
-                    self._texts.append(term)
-            numbers = [ids[term] for term in sequence]
-        self._terms_at.append(len(self._texts))
-        base = row << _TF_BITS
-        for number, times in Counter(numbers).items():
-            postings[number].append(base | min(times, _TF_MASK))
-        self._words.append(array("I", numbers).tobytes())
+    def _add(self, docs: Sequence[Doc]) -> None:
+        texts = [_indexable(doc) for doc in docs]
+        postings, number_of = self._postings, self._ids.__getitem__
+        for doc, text, sequence in zip(docs, texts, tokenizer().sequences(texts), strict=True):
+            if not text.isascii():
+                sequence += tokenizer().syllables(text)
+            row = len(self._keys)
+            numbers = list(map(number_of, sequence))
+            base = row << _TF_BITS
+            for number, often in Counter(numbers).items():
+                postings[number].append(base | (often if often < _TF_MASK else _TF_MASK))
+            self._words.append(array("I", numbers).tobytes())
+            self._terms_at.append(len(self._texts))
+            self._keys.append((doc.position, doc.part))
+            self._chars.append(max(1, len(doc.text)))
+            self._roles.append(doc.role)
+            self._names.append(doc.name or speaker_label(doc.text))
+            ends = doc.text[-_ASKING_CHARS:]
+            self._asks.append("?" in ends or any(mark in ends for mark in _ASKING))
+            self._count(row, 1)
 
     def _count(self, row: int, sign: int) -> None:
         """Add (1) or take away (-1) a row."""
-        self._count_page(self._keys[row][1], self._chars[row], self._roles[row], self._names[row], sign)
-        texts, languages = self._texts, languages_of()
-        for number in set(memoryview(self._words[row]).cast("I")):
-            for language in languages.get(texts[number], ()):
-                self._spoken[language] += sign
-
-    def _count_page(self, part: int, chars: int, role: str, name: str, sign: int) -> None:
+        chars, role, name = self._chars[row], self._roles[row], self._names[row]
         self._total_chars += sign * chars
         self._role_chars[role] += sign * chars
-        self._role_messages[role] += sign * (part <= 1)
+        self._role_messages[role] += sign * (self._keys[row][1] <= 1)
         if name:
             if name not in self._name_terms:
                 words = tokenizer().terms(_excerpt(name))
@@ -319,6 +350,17 @@ class PageIndex:
             self._speakers[name] += sign
             if not self._speakers[name]:
                 del self._speakers[name], self._name_terms[name]
+
+    def _languages(self) -> tuple[str, ...]:
+        """Told by how many pages have each stop word."""
+        if self._spoken is None:
+            found: Counter[str] = Counter()
+            for number, languages in self._ids.stops:
+                pages = len(self._postings[number])
+                for language in languages:
+                    found[language] += pages
+            self._spoken = spoken(found)
+        return self._spoken
 
     def _weight(self, docs: int) -> float:
         """What a term in so many pages counts: its rarity."""
@@ -337,20 +379,33 @@ class PageIndex:
         return min(1.0, max(0.0, (reply / user - low) / (high - low))) if user else 0.0
 
     # ------------------------------------------------------------ one query
-    def _ask(
-        self, query: Query, seen_s: Callable[[int], int] | None
-    ) -> tuple[dict[int, float], dict[int, float], float]:
-        """Row -> score, row -> evidence, and what a page would have that has all of the words."""
+    def _read(self, query: Query, seen_s: Callable[[int], int] | None) -> _Asked:
+        """What is looked up for a query, and how much of it tells something."""
         text = _excerpt(query.text)
         sequence = tokenizer().sequence(text)
         asked = list(dict.fromkeys(sequence))
-        stops, idle = stops_of(spoken(self._spoken))
+        stops, idle = stops_of(self._languages())
         content = [term for term in asked if term not in stops]
         named = self._named(content)
         plain = [t for t in content if not any(t in self._name_terms[n] for n in named)]
-        dates = self._dated(days_asked(text), seen_s) if seen_s else {}
-        terms = self._lookup(plain or ([] if dates else content or asked))
-        read = self._affordable(terms)
+        days = days_asked(text) if seen_s else []
+        dates = self._dated(days, seen_s) if days and seen_s else {}
+        found = self._lookup(plain)
+        terms = found if plain else self._lookup([] if dates else content or asked)
+        unique = self._weight(1)
+        rarity = {t.text: self._weight(t.docs) / unique for t in terms if t.text not in idle}
+        for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
+            rarity[date] = self._weight(len(rows)) / unique
+        stand = {term.text for term in found}
+        new = sum(1 for term in plain[:QUERY_TERMS] if term not in stand and term not in idle)
+        words = math.fsum(rarity.values()) + new
+        return _Asked(
+            query, sequence, asked, stops, idle, named, dates, terms, self._affordable(terms), rarity, words
+        )
+
+    def _ask(self, query: _Asked) -> tuple[dict[int, float], dict[int, float]]:
+        """Row -> score, row -> evidence."""
+        _, sequence, asked, stops, idle, named, dates, terms, read, rarity, _ = query
         own = {term.text: self._worth(term, term.rows) for term in read}
         scores = self._score(own)
         for date, rows in dates.items():
@@ -364,21 +419,47 @@ class PageIndex:
                 for row, value in there.items():
                     scores[row] += value
         self._add_pairs(scores, own, sequence, terms)
-        if query.context:
-            self._add_context(scores, query.context, stops.union(asked))
+        if query.query.context:
+            self._add_context(scores, query.query.context, stops.union(asked))
         self._look_again(scores, idle.union(asked), terms, named)
         self._weigh(scores, named)
-        unique = self._weight(1)
-        rarity = {t.text: self._weight(t.docs) / unique for t in terms if t.text not in idle}
-        for date, rows in itertools.islice(dates.items(), 1):  # the narrowest has the others in it
-            rarity[date] = self._weight(len(rows)) / unique
         evidence: dict[int, float] = {}
         for name, share in sorted(rarity.items()):
             for row in own.get(name, ()):
                 evidence[row] = evidence.get(row, 0.0) + share
-        stand = {term.text for term in self._lookup(plain)}
-        new = sum(1 for term in plain[:QUERY_TERMS] if term not in stand and term not in idle)
-        return scores, evidence, math.fsum(rarity.values()) + new
+        return scores, evidence
+
+    def _may_prove(self, query: _Asked, least: float) -> bool:
+        """Whether any page may have so much evidence: told from the postings, without a score."""
+        least -= _ROUNDED
+        rest = [term for term in query.terms[len(query.read) :] if term.text in query.rarity]
+        more = math.fsum(query.rarity[term.text] for term in rest)
+        if more >= least:
+            return True
+        proven: dict[int, float] = {}
+        get = proven.get
+        for term in query.read:
+            if (share := query.rarity.get(term.text)) is not None:
+                for posting in term.rows:
+                    row = posting >> _TF_BITS
+                    proven[row] = get(row, 0.0) + share
+        for date, rows in itertools.islice(query.dates.items(), 1):
+            for row in rows:
+                proven[row] = get(row, 0.0) + query.rarity[date]
+        telling = sorted(((query.rarity[term.text], term.rows) for term in rest), key=itemgetter(0), reverse=True)
+        for row, has in proven.items():
+            most = has + more
+            if most < least:
+                continue
+            for share, postings in telling:
+                at = bisect_left(postings, row << _TF_BITS)
+                if at == len(postings) or postings[at] >> _TF_BITS != row:
+                    most -= share
+                    if most < least:
+                        break
+            else:
+                return True
+        return False
 
     def _named(self, content: Sequence[str]) -> set[str]:
         """Speakers that the question names. One voice alone needs no telling apart."""
@@ -561,7 +642,11 @@ class PageIndex:
         keys = self._keys
         wanted = limit if skip is None else 2 * limit + 16
         while True:
-            least = heapq.nlargest(wanted, scores.values())[-1] if scores else 0.0
+            least = -math.inf
+            if wanted < len(scores):
+                few = _FEW * wanted < len(scores)
+                values = scores.values()
+                least = heapq.nlargest(wanted, values)[-1] if few else sorted(values)[-wanted]
             best = [
                 (-score, -keys[row][0], keys[row][1], row) for row, score in scores.items() if score >= least
             ]

@@ -160,6 +160,7 @@ class PathIndexes:
         skip: Callable[[int, int], bool],
         seen_s: Callable[[int], int] | None = None,
         near: Sequence[Hit] = (),
+        least: Callable[[float], float] | None = None,
     ) -> list[Hit]:
         """The best pages of the path with the keys `ids` (each names all before it); `docs(first, last)`
         gives new pages; `near` are the pages by meaning, where their vectors are not the encoder's own; the
@@ -174,7 +175,7 @@ class PathIndexes:
                 near = branch.nearest(queries, self._encoder.encode(branch.asked(queries)))
             near = [hit for hit in near if not skip(hit.position, hit.part)]
             wide = max(limit, _FUSED) if near else limit
-            hits = branch.index.search(queries, wide, skip, seen_s)
+            hits = branch.index.search(queries, wide, skip, seen_s, None if near else least)
         return fuse(hits, near)[:limit]
 
     def asked(self, ids: Sequence[bytes], docs: DocsOf, queries: Queries) -> list[str]:
@@ -190,10 +191,12 @@ class PathIndexes:
             return branch.nearest(queries, vectors)
 
     def missing(self, ids: Sequence[bytes]) -> int:
-        """How many messages of the path the nearest index lacks."""
+        """How many messages of the path the nearest index lacks; all, while another thread has one of that
+        conversation in its hands, which who searches would wait for."""
         with self._lock:
             branches = self._roots.get(ids[0], ())
-            best = max((branch.common(ids) for branch in branches), default=0)
+            held = any(branch.lock.locked() for branch in branches)
+            best = 0 if held else max((branch.common(ids) for branch in branches), default=0)
         return len(ids) - best
 
     def due(self) -> list[tuple[bytes, bytes]]:

@@ -16,7 +16,7 @@ import sys
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from stop_words import get_stop_words  # type: ignore[import-untyped]
 
@@ -24,6 +24,7 @@ from proxy.memory.words import STOP_WORDS
 
 TOKENIZER = "porter unicode61"
 _KEPT_WORDS = 65_536  # stems remembered per process
+_ASKED_AT_ONCE = 1024  # words: what takes a few milliseconds, whoever else wants the interpreter
 
 # Scripts that are written without spaces, or whose words are compounds of syllables (Hangul).
 _UNSPACED_BLOCKS = (
@@ -47,7 +48,7 @@ def _ranges(categories: str) -> str:
 _LETTER, _MARK = _ranges("LN"), _ranges("M")
 _UNSPACED = re.compile(f"([{_LETTER}][{_LETTER}{_MARK}]*)")
 _SYLLABLE = re.compile(f"[{_LETTER}][{_MARK}]*")  # a letter and the vowels and tones that are written on it
-_WORD = re.compile(r"[a-z0-9]+")
+_FOLDED = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}  # of plain ASCII
 _CHUNK = re.compile(r"[a-z0-9\x80-\U0010ffff]+")  # any other character ends a word
 _STOP_WORDS = STOP_WORDS | frozenset(
     "after again before down during each few further having hello hers hey hi itself might most "
@@ -70,20 +71,33 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
+class _Stems(dict[str, str]):
+    """Word -> its stem. A number is its own, and not kept: there is always another."""
+
+    def __missing__(self, word: str) -> str:
+        if word.isdigit():
+            return word
+        raise KeyError(word)
+
+
 class Tokenizer:
     """SQLite's own tokenizer, applied to a text: a contentless table read back and emptied."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._stems: dict[str, str] = {}  # of plain words, each of which is one term
+        self._stems = _Stems()  # of plain words, each of which is one term
         self._chunks: dict[str, tuple[str, ...]] = {}  # of what is not plain
-        self._db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY"):
-            self._db.execute(f"PRAGMA {pragma}")
-        self._db.execute(
-            f"CREATE VIRTUAL TABLE line USING fts5(text, content='', tokenize='{TOKENIZER}')"
-        )
-        self._db.execute("CREATE VIRTUAL TABLE token USING fts5vocab('line', 'instance')")
+        self._local = threading.local()  # a table each: no thread waits for another's megabytes
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is None:
+            db = self._local.db = sqlite3.connect(":memory:", isolation_level=None)
+            for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY"):
+                db.execute(f"PRAGMA {pragma}")
+            db.execute(f"CREATE VIRTUAL TABLE line USING fts5(text, content='', tokenize='{TOKENIZER}')")
+            db.execute("CREATE VIRTUAL TABLE token USING fts5vocab('line', 'instance')")
+        return db
 
     def terms(self, text: str) -> list[str]:
         """The distinct terms of a question, in the order of their first occurrence."""
@@ -92,14 +106,14 @@ class Tokenizer:
     def sequence(self, text: str) -> list[str]:
         """Every term of a text, in order. A run without spaces is its pairs of syllables, one alone itself."""
         if text.isascii():
-            return self._plain(_WORD.findall(text.lower()))
+            return self._plain(text.translate(_FOLDED).split())
         found: list[str] = []
-        for piece in _UNSPACED.split(clean(text)):
-            if piece and _UNSPACED.match(piece):
+        for number, piece in enumerate(_UNSPACED.split(clean(text))):
+            if number % 2:  # such a run
                 syllables = _SYLLABLE.findall(piece)
                 found += map("".join, itertools.pairwise(syllables)) if len(syllables) > 1 else syllables
             elif piece:
-                found += self._spaced(piece.lower())
+                found += self._spaced(_CHUNK.findall(piece.lower()))
         return found
 
     def syllables(self, text: str) -> Iterator[str]:
@@ -110,49 +124,55 @@ class Tokenizer:
                 if len(found) > 1:
                     yield from found
 
-    def prepare(self, texts: Iterable[str]) -> None:
-        """Learn the words of many texts at once: far cheaper than one text after the other."""
-        words: set[str] = set()
-        for text in texts:
-            words.update(_WORD.findall(text.lower()))
-        self._plain(sorted(words))
+    def sequences(self, texts: Sequence[str]) -> list[list[str]]:
+        """`sequence` of each. What is new in many texts is learned at once: far cheaper than one after the other."""
+        split = [text.translate(_FOLDED).split() if text.isascii() else None for text in texts]
+        self._plain(list(set[str]().union(*filter(None, split))))
+        pieces = [_UNSPACED.split(clean(text))[::2] for text in texts if not text.isascii()]
+        self._spaced(list({word for spaced in pieces for piece in spaced for word in _CHUNK.findall(piece.lower())}))
+        pairs = zip(split, texts, strict=True)
+        return [self.sequence(text) if words is None else self._plain(words) for words, text in pairs]
 
     def _plain(self, words: Sequence[str]) -> list[str]:
         stems = self._stems
         try:
-            return [stems[word] for word in words]
+            return list(map(stems.__getitem__, words))
         except KeyError:
             pass
         if len(stems) > _KEPT_WORDS:
-            self._stems = stems = {}
-        unknown = list(dict.fromkeys(word for word in words if word not in stems))
-        found = dict(zip(unknown, self._ask(unknown), strict=True))
-        learned = {word: terms[0] for word, terms in found.items()}
-        stems.update((sys.intern(word), sys.intern(stem)) for word, stem in learned.items())
-        return [stems.get(word) or learned[word] for word in words]
+            self._stems = stems = _Stems()
+        unknown = list(dict.fromkeys(word for word in words if word not in stems and not word.isdigit()))
+        for at in range(0, len(unknown), _ASKED_AT_ONCE):
+            some = unknown[at : at + _ASKED_AT_ONCE]
+            found = self._ask([(0, " ".join(some))])
+            stems.update((sys.intern(word), sys.intern(stem)) for word, (_, stem) in zip(some, found, strict=True))
+        return [stems[word] for word in words]
 
-    def _spaced(self, text: str) -> list[str]:
-        words = _CHUNK.findall(text)
+    def _spaced(self, words: Sequence[str]) -> list[str]:
         chunks = self._chunks
         unknown = list(dict.fromkeys(word for word in words if word not in chunks))
-        learned = dict(zip(unknown, self._ask(unknown), strict=True)) if unknown else {}
+        learned: dict[str, list[str]] = {word: [] for word in unknown}
+        for at in range(0, len(unknown), _ASKED_AT_ONCE):
+            some = unknown[at : at + _ASKED_AT_ONCE]
+            for row, term in self._ask(list(enumerate(some))):
+                learned[some[row]].append(term)
         if len(chunks) > _KEPT_WORDS:
             self._chunks = chunks = {}
-        chunks.update(learned)
+        chunks.update((word, tuple(terms)) for word, terms in learned.items())
         return [term for word in words for term in chunks.get(word) or learned.get(word) or ()]
 
-    def _ask(self, words: Sequence[str]) -> list[tuple[str, ...]]:
-        """The tokens of each."""
-        with self._lock:
-            self._db.executemany("INSERT INTO line(rowid, text) VALUES (?, ?)", enumerate(words))
-            try:
-                found = self._db.execute("SELECT doc, offset, CAST(term AS BLOB) FROM token").fetchall()
-            finally:  # whatever it was, it is none of the next text's
-                self._db.execute("INSERT INTO line(line) VALUES ('delete-all')")
-        tokens: list[list[str]] = [[] for _ in words]
-        for row, _, term in sorted(found):  # the stemmer works on bytes: it may end within a character
-            tokens[row].append(term.decode("utf-8", "replace"))
-        return [tuple(found) for found in tokens]
+    def _ask(self, texts: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        """(row, token) of each of these rows, in order."""
+        db = self._db
+        db.execute("BEGIN")
+        try:
+            db.executemany("INSERT INTO line(rowid, text) VALUES (?, ?)", texts)
+            found = db.execute("SELECT doc, offset, CAST(term AS BLOB) FROM token").fetchall()
+        finally:  # whatever it was, it is none of the next text's
+            db.execute("INSERT INTO line(line) VALUES ('delete-all')")
+            db.execute("COMMIT")
+        # The stemmer works on bytes: it may end within a character.
+        return [(row, term.decode("utf-8", "replace")) for row, _, term in sorted(found)]
 
 
 @functools.cache

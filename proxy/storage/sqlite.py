@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -187,10 +188,16 @@ def connect(directory: Path, wait_s: float = _READ_WAIT_S, create: bool = False)
 
 def inodes(directory: Path) -> Inodes:
     """Which files stand in the directory under the database's names now: the database, its log, its shared memory."""
-    return tuple(map(_inode, (directory / DATABASE, *_beside(directory))))
+    return tuple(map(_inode, _names(directory)))
 
 
-def _inode(path: Path) -> tuple[int, int] | None:
+@lru_cache(maxsize=16)
+def _names(directory: Path) -> tuple[str, ...]:
+    """Made once: they are looked at with every commit."""
+    return tuple(map(str, (directory / DATABASE, *_beside(directory))))
+
+
+def _inode(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except OSError:

@@ -47,6 +47,8 @@ ENCRYPTED_CHARS_PER_TOKEN = 4  # of reasoning that only its provider can read
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))  # one token
 _SIGNED = "__thought__"  # litellm: "call_1__thought__<Gemini's signature>"
 _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
+# Encodings whose tokens end behind a line break, unless another one or a slash follows.
+_BROKEN_BY_LINES = ("o200k_base", "cl100k_base")
 
 _PER_TOOLS = 12  # the namespace around a tools array ("func_end")
 _PER_TOOL = 8  # around the JSON of one
@@ -123,6 +125,12 @@ class TokenCounter:
             return len(self._encode(text))
         cuts = range(0, len(text), _CHUNK_CHARS)
         return sum(len(self._encode(text[i : i + _CHUNK_CHARS])) for i in cuts)
+
+    def adds_lines(self, text: str, chars: int) -> bool:
+        """Whether the tokens of `chars` of lines in front of `text`, each counted with its line break, add to its own."""
+        if self.encoding_name not in _BROKEN_BY_LINES or len(text) + chars > _CHUNK_CHARS:
+            return False
+        return bool(text) and text[0] not in "\r\n/"
 
     def message(self, message: Mapping[str, Any]) -> int:
         """Tokens of one Chat Completions message with its overhead (without the reply primer)."""

@@ -38,8 +38,7 @@ _FORWARD_DROPS: Final = HOP_BY_HOP | {b"host", b"expect"}
 _CHAT_DROPS: Final = _FORWARD_DROPS | {b"content-length", b"content-encoding", b"accept-encoding"}
 _OURS: Final = b"x-llm-pager-"  # said to us, and not to another of us upstream
 # What aiohttp would add of its own when the client did not send it.
-_AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", b"content-type"))
-_CHAT_AUTO_HEADERS: Final = _AUTO_HEADERS - {b"accept-encoding"}  # which is always ours
+_AUTO_HEADERS: Final = ("accept", "accept-encoding", "user-agent", "content-type")
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
 _READ_BUFFER_BYTES: Final = 262_144
@@ -142,11 +141,10 @@ class OpenAIUpstream(Upstream):
         url = chat_url(self._base_url, path)
         if query:  # Azure's api-version
             url = f"{url}?{query.decode('latin-1')}"
-        skip = _not_sent(headers, _CHAT_AUTO_HEADERS)
         large = len(body) > _UNBUFFERED_BYTES
         try:
             async with asyncio.timeout(self._timeout_s) if large else nullcontext():
-                response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
+                response = await self._request("POST", url, pairs, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
         return HttpReply(response, _CHAT_REPLY_DROPS)
@@ -162,9 +160,9 @@ class OpenAIUpstream(Upstream):
         url = forward_url(self._base_url, path).replace("#", "%23")
         if query:
             url += "?" + query.decode("latin-1").replace("#", "%23")
-        pairs, skip = self._headers(headers, _FORWARD_DROPS), _not_sent(headers, _AUTO_HEADERS)
+        pairs = self._headers(headers, _FORWARD_DROPS)
         try:
-            response = await self._request(method, url, pairs, skip, body, decode=False)
+            response = await self._request(method, url, pairs, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._failure(error) from error
         return HttpReply(response, HOP_BY_HOP)
@@ -179,7 +177,6 @@ class OpenAIUpstream(Upstream):
         method: str,
         url: str,
         pairs: list[tuple[str, str]],
-        skip: tuple[str, ...] | None,
         body: _Body | AsyncIterator[bytes] | None,
         *,
         decode: bool,
@@ -200,7 +197,6 @@ class OpenAIUpstream(Upstream):
             headers=pairs,
             data=body,
             allow_redirects=False,
-            skip_auto_headers=skip,
             auto_decompress=decode,
             proxy=proxy,
             proxy_headers=proxy_headers,
@@ -224,6 +220,7 @@ class OpenAIUpstream(Upstream):
             ),
             cookie_jar=aiohttp.DummyCookieJar(),  # one client's cookies are not another's
             auto_decompress=False,
+            skip_auto_headers=_AUTO_HEADERS,
             timeout=aiohttp.ClientTimeout(
                 total=None,  # a long answer is fine as long as bytes keep coming
                 connect=self._timeout_s,  # includes the wait for a free connection
@@ -271,12 +268,6 @@ def _text(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
-
-
-def _not_sent(headers: Sequence[Header], names: frozenset[bytes]) -> tuple[str, ...] | None:
-    """Headers that aiohttp must not invent; None (its fast path) when the client sent them all."""
-    missing = names.difference([name for name, _ in headers])
-    return tuple(name.decode() for name in missing) or None
 
 
 def _repeatable(error: aiohttp.ClientError, body: _Body | AsyncIterator[bytes] | None) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from proxy.conversation import keys, turn_window
 from proxy.conversation.records import Record, State, decode_record
+from proxy.conversation.tree import TenantKey
 from proxy.upstream import BytesReply
 from tests.api.test_chat import JSON, Client, answered, client
 
@@ -150,8 +151,8 @@ async def test_invariant_6_what_is_lost_in_the_middle_of_a_turn(
         one.memory.forget()
         restored = one.memory.state_after
 
-        async def and_lost(record: Record) -> State | None:
-            state = await restored(record)
+        async def and_lost(record: Record, tenant: TenantKey) -> State | None:
+            state = await restored(record, tenant)
             monkeypatch.undo()
             talk.lose(*talk.stored(keys.BLOCK), *talk.stored(keys.RECORD))
             return state

@@ -18,7 +18,16 @@ from proxy.conversation.body import HistoryCache, read_body, remembered
 from proxy.conversation.calling import VM_CALLS, offered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import unwritten_page
-from proxy.conversation.effects import Append, Complete, Effect, Load, Refused, Said, Search
+from proxy.conversation.effects import (
+    OFFLOAD,
+    Append,
+    Complete,
+    Effect,
+    Load,
+    Refused,
+    Said,
+    Search,
+)
 from proxy.conversation.form import Form
 from proxy.conversation.identify import Library, Place, chain, place
 from proxy.conversation.limits import Limits
@@ -250,6 +259,9 @@ class Player:
         try:
             while True:
                 effect = dialogue.send(reply)
+                if effect is OFFLOAD:
+                    reply = None
+                    continue
                 played.effects.append(effect)
                 if isinstance(effect, Complete):
                     played.bodies.append(effect.body)

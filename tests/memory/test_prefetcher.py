@@ -105,6 +105,16 @@ def test_a_page_was_used_when_the_answer_says_what_only_it_says(question: str, a
     assert was_used(PAGE, fresh_terms(question, answer)) is used
 
 
+@examples(300)
+@given(st.text("abdé1_ -", max_size=40), st.text("abdé1_ -", max_size=60))
+def test_a_page_was_used_by_the_words_that_both_have(answer: str, page: str) -> None:
+    """However the words are looked for: never for a part of another word."""
+    fresh = fresh_terms("", answer)
+    shared = fresh & fresh_terms("", page)
+    told = len(shared) >= 2 or any(c.isdigit() for term in shared for c in term)
+    assert was_used(page, fresh) is told
+
+
 def test_page_is_shown_for_what_is_told_in_its_own_words() -> None:
     """A request without a question mark: it has the words of what it asks for, where news have others."""
     meant, news = of("msg_0001", evidence=2.0), of("msg_0002", evidence=2.0)

@@ -148,6 +148,19 @@ STEP = st.one_of(st.lists(PAGE, max_size=8), st.integers(0, 30))
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.lists(PAGE, max_size=20), st.lists(WORDS, min_size=1, max_size=6).map(" ".join), st.floats(0.1, 4.0))
+def test_nothing_is_found_where_no_page_has_the_least_evidence(
+    pages: list[tuple[str, str, str, int]], query: str, least: float
+) -> None:
+    """A search that is given up before it scores is one in which nobody would want a page."""
+    index = PageIndex()
+    index.extend(Doc(at, 0, role, name, text) for at, (role, name, text, _) in enumerate(pages))
+    hits = index.search(query, 100)
+    found = index.search(query, 100, least=lambda words: min(least, words))
+    assert found == hits or (not found and all(hit.evidence < min(least, hit.words) for hit in hits))
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(STEP, max_size=10), st.lists(WORDS, min_size=1, max_size=4).map(" ".join))
 def test_any_history_of_calls_equals_a_fresh_index(
     steps: list[list[tuple[str, str, str, int]] | int], query: str

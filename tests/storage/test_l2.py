@@ -519,3 +519,22 @@ async def test_adds_keep_what_is_there_and_say_so(tmp_path: Path) -> None:
         assert [store.get(k) for k in (b"a", b"b", b"c", b"d")] == [b"1", b"1", b"1", b"2"]
     finally:
         await store.close()
+
+
+async def test_a_small_commit_asks_no_thread_and_waits_for_no_lock(store: DiskStore, tmp_path: Path) -> None:
+    """The event loop's own; where another process has the lock, the writer waits for it, and the loop does not."""
+    asked: list[int] = []
+    outcomes = store._outcomes
+    store._outcomes = lambda jobs: asked.append(len(jobs)) or outcomes(jobs)  # type: ignore[method-assign, func-returns-value]
+    await asyncio.gather(*(store.commit([(b"k%d" % n, b"v")]) for n in range(5)))
+    assert not any(asked) and store.get(b"k4") == b"v"
+    lock = sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    waiting = asyncio.ensure_future(store.commit([(b"k5", b"v")]))
+    done, _ = await asyncio.wait([waiting], timeout=0.05)
+    assert not done and asked[-1] == 1
+    lock.execute("COMMIT")
+    await waiting
+    assert store.get(b"k5") == b"v"
+    await store.commit([(b"large", bytes(1 << 20))])
+    assert asked[-1] == 1 and len(asked) > 1
