@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import name
 
-from proxy.conversation.effects import Effect, Search
+from proxy.conversation.effects import OFFLOAD, Effect, Search
 from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
 from proxy.memory.context import context_line
@@ -35,6 +35,7 @@ _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
 _WHOLE_TOKENS = 256  # of a page that is shown whole: of a longer one few passages are about the message
 _PASSAGE_TOKENS = 160
 _READ_CHARS = 65_536  # at once
+_AT_ONCE_TOKENS = 32_768  # of pages that were found, are looked at while others wait
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
 
 
@@ -67,6 +68,8 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         return []
     search = _search(turn, _HITS)
     hits: list[Hit] = yield search
+    if len(hits) * turn.table.total_tokens > _AT_ONCE_TOKENS * len(turn.table):  # by the pages' mean size
+        yield OFFLOAD
     queries = [query if isinstance(query, str) else query.text for query in search.queries]
     shown: dict[str, Shown] = {}
 
