@@ -92,7 +92,6 @@ def configure(form: str, level: str) -> None:
 
 def tune() -> None:
     """Apply them to this process; without glibc only the collector's."""
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # a broken file is the client's, not ours
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
