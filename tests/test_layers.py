@@ -87,8 +87,9 @@ PURE_STDLIB = {
     "__future__", "abc", "array", "ast", "base64", "binascii", "bisect", "collections", "contextlib",
     "copy", "dataclasses", "datetime", "decimal", "difflib", "enum", "fnmatch", "fractions",
     "functools", "hashlib", "heapq", "hmac", "html", "inspect", "itertools", "json", "math",
-    "numbers", "operator", "re", "statistics", "string", "struct", "textwrap", "types", "typing",
-    "unicodedata", "urllib.parse", "zlib",
+    "numbers", "operator", "re", "statistics", "string", "struct", "textwrap",
+    "threading",  # locks: turns run in several threads, and share nodes and caches
+    "types", "typing", "unicodedata", "urllib.parse", "zlib",
 }  # fmt: skip
 PURE_STDLIB_MORE = {"media": {"io", "wave", "warnings"}}  # buffers over bytes that it was given
 PURE_THIRD_PARTY = {

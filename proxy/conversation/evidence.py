@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import name
 
 from proxy.conversation.compose import with_context
-from proxy.conversation.effects import Effect, Search
+from proxy.conversation.effects import OFFLOAD, Effect, Search
 from proxy.conversation.pages import PathPages
 from proxy.conversation.timeline import Timeline
 from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, context_line
 from proxy.memory.ids import Hit
-from proxy.memory.models import MEDIA_PART, CompressionLevel, StorageTier
+from proxy.memory.models import MEDIA_PART, CompressionLevel
 from proxy.memory.passages import find_passages
 from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
@@ -37,6 +37,7 @@ _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
 _WHOLE_TOKENS = 256  # of a page that is shown whole: of a longer one few passages are about the message
 _PASSAGE_TOKENS = 160
 _READ_CHARS = 65_536  # at once
+_AT_ONCE_TOKENS = 32_768  # of pages that were found, are looked at while others wait
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
 
 
@@ -69,6 +70,8 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         return []
     search = _search(turn, _HITS)
     hits: list[Hit] = yield search
+    if len(hits) * turn.table.total_tokens > _AT_ONCE_TOKENS * len(turn.table):  # by the pages' mean size
+        yield OFFLOAD
     queries = [query if isinstance(query, str) else query.text for query in search.queries]
     shown: dict[str, Shown] = {}
 
@@ -82,12 +85,12 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
     best, candidates = 0.0, list[Candidate]()  # the best of what is in the window
     for hit in hits:
         page_id = turn.pages.id_of(hit.position, hit.part)
-        entry = turn.table.lookup(page_id)
-        if entry is None:
-            continue
-        if entry.tier is StorageTier.L0 and not entry.level:  # whole
+        resident = turn.table.in_window(page_id)
+        if resident is not None and not resident.level:  # whole
             best = max(best, hit.score)
-        elif hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words came with its message
+            continue
+        entry = turn.table.lookup(page_id)
+        if entry is not None and hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words are there
             candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
     Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query)).choose(candidates, price, best)
     return sorted(shown.values())

@@ -241,6 +241,12 @@ class Kind:
     again: bool = False
 
 
+def turns_after(messages: list[Message], turns: int) -> list[bytes]:
+    """Small turns of a conversation that has these in its past."""
+    more = [*history(2 * turns + 1, 200, "after")[1:]]
+    return [chat_body([*asking(*messages), *more[: 2 * i]], tools=_TOOL) for i in range(turns)]
+
+
 _TOOL = [{"type": "function", "function": {"name": "list_rows", "parameters": {}}}]
 KINDS = {
     "first-1k": Kind(lambda: [chat_body(history(1_001, 400))]),
@@ -253,6 +259,10 @@ KINDS = {
     "Thai-3MB": Kind(lambda: [chat_body(asking({"role": "user", "content": unspaced("ก", 3_000_000)}))]),
     "result-4MB": Kind(lambda: [chat_body(asking(*result(4_000_000)), tools=_TOOL)]),
     "result-newest-4MB": Kind(lambda: [chat_body(result(4_000_000), tools=_TOOL)]),
+    "after-4MB": Kind(lambda: turns_after(result(4_000_000), 6)[1:], lambda: turns_after(result(4_000_000), 1)),
+    "restart-4MB": Kind(
+        lambda: turns_after(result(4_000_000), 6)[1:], lambda: turns_after(result(4_000_000), 1), again=True
+    ),
     "system-2MB": Kind(lambda: [chat_body([{"role": "system", "content": Texts("s").text(2_000_000)}, *history(3, 100)])]),
     "epochs-10k": Kind(lambda: grown(10_001, 24, 2_400)[1:], lambda: grown(10_001, 24, 2_400)[:1]),
     "restart-10k": Kind(lambda: grown(10_001, 3, 340)[1:2], lambda: grown(10_001, 3, 340)[:1], again=True),

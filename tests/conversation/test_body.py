@@ -277,9 +277,17 @@ def test_invariant_10_brackets_by_the_million_are_left_to_the_parser(where: str)
     many = b"[" + b"[]," * 100_000 + b"[]]"
     head = b'"x":' + many + b"," if where == "head" else b""
     more = b',"x":' + many if where == "message" else b""
-    body = b'{"model":"m",' + head + b'"messages":[{"role":"user","content":"hi"' + more + b"}]}"
+    body = b'{"model":"m",' + head + b'"messages":[{"content":"hi","role":"user"' + more + b"}]}"
     before = time.process_time()
     assert _locate(body) is None
     assert time.process_time() - before < 0.1  # measured 0.015; 3 million took 1.1
     split = read_body(body, SCOPE, HistoryCache(1 << 20))
     assert len(split.new) == 1 and split.new[0][1]["content"] == "hi" and split.history is None
+
+
+def test_a_second_role_that_is_the_systems_is_seen_by_the_parser() -> None:
+    """A first message whose role comes first is not read to its end."""
+    twice = b'{"role":"user","content":"rules","role":"system"}'
+    body = b'{"model":"m","messages":[' + twice + b',{"role":"user","content":"hi"}]}'
+    split = read_body(body, SCOPE, HistoryCache(1 << 20))
+    assert split.system == [twice] and split.history is None
