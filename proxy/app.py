@@ -29,6 +29,7 @@ from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import configure, tune
+from proxy.server import Door
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class App:
     def __init__(
         self, config: Config, observer: Observer | None = None, upstream: Upstream | None = None
     ) -> None:
+        self.door = Door(config.server)  # the server's, where it is ours
         self.memory = Memory(config)
         self._upstream = upstream or _upstream(config)
         renditions = Renditions(config, self.memory)

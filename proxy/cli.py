@@ -254,7 +254,7 @@ def _run(listener: socket.socket, workers: int) -> int:
         factory=True,
         workers=workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="proxy.process:Protocol",
+        http="proxy.server:Protocol",
         ws="none",
         lifespan="on",
         log_level="warning",

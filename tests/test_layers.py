@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
+    "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
     "process": set(),
+    "server": {"config", "errors"},
     "api": {*BELOW_APP, *BASE, "model_limits"},
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},

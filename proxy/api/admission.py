@@ -22,7 +22,6 @@ import msgspec
 from cachetools import LRUCache
 
 from proxy.api.caller import Caller, caller, encoded, parameters, with_body
-from proxy.api.http import Receive, Scope
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.config import Config
@@ -271,36 +270,9 @@ class Admission:
         return limits if calls else limits.uncalled()
 
 
-async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The whole body; ApiError 413 as soon as it is known to be larger."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
-            raise _too_large(limit_bytes)
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "The client left while it sent the body.")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit_bytes:
-            raise _too_large(limit_bytes)
-        parts.append(part)
-        if not message.get("more_body"):
-            return bytes(part) if len(parts) == 1 else b"".join(parts)
-
-
 def is_upstreams_to_judge(error: ApiError) -> bool:
     """The body was not what we can page; what it is, the upstream says best."""
     return error.status == 400 and error.code in _UNREADABLE
-
-
-def _too_large(limit_bytes: int) -> ApiError:
-    return ApiError(
-        413,
-        f"The request body is larger than {limit_bytes} bytes (server.body_limit_bytes).",
-        code="request_too_large",
-    )
 
 
 def _validate(decoded: Mapping[str, Any]) -> None:

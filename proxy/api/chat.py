@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
-from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
+from proxy.api.admission import Admission, is_upstreams_to_judge
 from proxy.api.exchange import Exchange
 from proxy.api.http import (
     Receive,
@@ -29,6 +29,7 @@ from proxy.api.http import (
     relay,
     send_error,
 )
+from proxy.api.intake import Intake
 from proxy.api.memory import Memory, calibration_key
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
@@ -86,6 +87,7 @@ class ChatApi:
 
             self._embedder = Embedder(config, upstream, memory)
         self._admission = Admission(config, memory, self.model_facts, observer is not None)
+        self._intake = Intake(config.server.body_limit_bytes, config.server.bodies_limit_bytes)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
 
@@ -99,7 +101,7 @@ class ChatApi:
         """Serve one ASGI request, a POST."""
         try:
             refuse_dot_segments(Visit.of(scope).path)
-            body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
+            body = await self._intake.read(scope, receive)
             if names := encodings(scope["headers"]):
                 scope, body = await self._decoded(scope, body, names)
         except ApiError as error:
