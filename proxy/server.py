@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _HEADER_BYTES: Final = 32  # what a header costs beside its text: RFC 9113, 6.5.2
 _LINGER_S: Final = 2.0  # that a refused client has to read why, while what it still sends is dropped
+_UNSENT_BYTES: Final = 16_384  # of an answer, before its handler waits for the client; the kernel has some, too
 _SWEEPS: Final = 8  # in the shortest of the times, one a second at most
 _IDLE, _HEAD, _BODY = range(3)  # what a connection is about to receive
 
@@ -128,6 +129,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(_UNSENT_BYTES)
         self.since_s = self.loop.time()
         self._door.enter(self)
 

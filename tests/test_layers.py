@@ -72,7 +72,7 @@ IMPORTERS: dict[str, set[str]] = {
     "stop_words": {"search"},
     "tiktoken": {"tokens"},
     "tokenizers": {"search"},  # the extra [semantic]
-    "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
+    "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
     "xxhash": {"conversation"},
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},

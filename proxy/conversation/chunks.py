@@ -14,7 +14,8 @@ import msgspec
 
 from proxy.sse import Event, EventParser, EventTooLong, lines_of
 
-_UNREAD_BYTES = 65_536  # of a stream that passes, before they are read
+_UNREAD_BYTES = 16_384  # of a stream that passes, before they are read
+_PIECES = 512  # of a string that goes on, before they are joined
 _OPENING_BYTES = 65_536  # an event that is longer is no error
 # Values that come whole, if more than once: the later one counts, they do not add up.
 _WHOLE = frozenset({"id", "type", "name", "format", "mime_type", "signature", "thought_signature"})
@@ -151,6 +152,8 @@ class MessageBuilder:
         old = into.get(key)
         if isinstance(old, _Growing):
             old.append(piece)
+            if len(old) >= _PIECES:  # each costs 60 bytes beside its text
+                old[:] = ("".join(old),)
         elif old and piece:
             into[key] = _Growing((old, piece))
             self._growing.append((into, key))

@@ -42,7 +42,10 @@ _AUTO_HEADERS: Final = frozenset((b"accept", b"accept-encoding", b"user-agent", 
 _CHAT_AUTO_HEADERS: Final = _AUTO_HEADERS - {b"accept-encoding"}  # which is always ours
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
-_READ_BUFFER_BYTES: Final = 262_144
+_READ_BUFFER_BYTES: Final = 16_384  # of an answer; twice that is read ahead of its client
+# Of so much at once each loop iteration hands one piece on, whatever the number of streams that came in a burst: else
+# the work of all stands between a small request and its answer.
+_LARGE_BYTES: Final = 4_096
 # A transport takes this much without waiting, so aiohttp's read timeout runs at once; a larger
 # request could wait for ever to be written and gets a bound of its own (3 us of CPU).
 _UNBUFFERED_BYTES: Final = 32_768
@@ -93,17 +96,23 @@ class _Body(BytesPayload):
 class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
 
-    def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes]) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], turns: asyncio.Lock
+    ) -> None:
         self.status = response.status
+        self._turns = turns
         self._response = response
         raw = [(name.lower(), value) for name, value in response.raw_headers]
         self.headers = end_to_end(raw, drops)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         response = self._response
-        read = response.content.readany
+        read = response.content.read
         try:
-            while chunk := await read():
+            while chunk := await read(_READ_BUFFER_BYTES):
+                if len(chunk) >= _LARGE_BYTES:
+                    async with self._turns:
+                        await asyncio.sleep(0)
                 yield chunk
         except TimeoutError as error:
             raise UpstreamBroken("timeout") from error
@@ -128,6 +137,7 @@ class OpenAIUpstream(Upstream):
         self._connect_timeout_s = upstream.connect_timeout_s
         self._max_connections = upstream.max_connections
         self._proxy = _proxy(self._base_url)
+        self._turns = asyncio.Lock()  # of all replies
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
     async def chat(
@@ -149,7 +159,7 @@ class OpenAIUpstream(Upstream):
                 response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, _CHAT_REPLY_DROPS)
+        return HttpReply(response, _CHAT_REPLY_DROPS, self._turns)
 
     async def forward(
         self,
@@ -167,7 +177,7 @@ class OpenAIUpstream(Upstream):
             response = await self._request(method, url, pairs, skip, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, HOP_BY_HOP)
+        return HttpReply(response, HOP_BY_HOP, self._turns)
 
     async def close(self) -> None:
         for session in self._sessions.values():
