@@ -31,7 +31,7 @@ BACKLOG_CONNECTIONS = 2048
 KEEP_ALIVE_S = 75
 GRACEFUL_SHUTDOWN_S = 3
 # The kernel takes megabytes for a client that does not read: so much beyond what is on its way to it, and no more.
-UNSENT_BYTES = 131_072
+UNSENT_BYTES = 32_768
 _TCP_NOTSENT_LOWAT = {"linux": 25, "darwin": 0x201}  # linux/tcp.h, netinet/tcp.h; Python has names from 3.12 on
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 

@@ -17,10 +17,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.payload import BytesPayload
 from yarl import URL
@@ -70,6 +71,34 @@ class _Connector(aiohttp.TCPConnector):
         _reused.set("llm_pager_served" in state)
         state["llm_pager_served"] = True
         return connection
+
+
+    async def _wrap_create_connection(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
+        factory, *more = args
+        made: Any = await super()._wrap_create_connection(lambda: _Sips(factory()), *more, **kwargs)
+        return made[0], made[1].handler
+
+
+class _Sips(asyncio.BufferedProtocol):
+    """A connection read in pieces of our size: uvloop's own are of 256 KB, and an aiohttp that wants no more for now
+    keeps what it has been given."""
+
+    def __init__(self, handler: ResponseHandler) -> None:
+        self.handler = handler
+        self._buffer = memoryview(bytearray(_READ_BUFFER_BYTES))
+        self.connection_made = handler.connection_made  # type: ignore[method-assign]
+        self.connection_lost = handler.connection_lost  # type: ignore[method-assign]
+        self.eof_received = handler.eof_received  # type: ignore[method-assign]
+        self.pause_writing = handler.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = handler.resume_writing  # type: ignore[method-assign]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.handler.data_received(bytes(self._buffer[:nbytes]))
 
 
 class _Body(BytesPayload):
