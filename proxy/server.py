@@ -49,7 +49,7 @@ class Door:
         self.server = server
         self._most = min(server.connections, _descriptors() // 2)
         self._by_address: Counter[str] = Counter()
-        self._open: set[Protocol] = set()
+        self._open: dict[Protocol, None] = {}  # the oldest first
         self._proxies = [ipaddress.ip_network(network) for network in server.trusted_proxies]
         self._is_proxy = lru_cache(1024)(self._looked_up)
         self._every_s = min(1.0, min(server.receive_timeout_s, server.send_timeout_s) / _SWEEPS)
@@ -58,7 +58,7 @@ class Door:
     def enter(self, protocol: Protocol) -> None:
         """A connection is made; one too many costs the longest idle one, or is refused."""
         address = protocol.client[0] if protocol.client else ""
-        self._open.add(protocol)
+        self._open[protocol] = None
         self._by_address[address] += 1
         if not self._sweeping:
             self._sweeping = True
@@ -86,7 +86,7 @@ class Door:
         ))  # fmt: skip
 
     def leave(self, protocol: Protocol) -> None:
-        self._open.discard(protocol)
+        self._open.pop(protocol, None)
         address = protocol.client[0] if protocol.client else ""
         self._by_address[address] -= 1
         if self._by_address[address] <= 0:
