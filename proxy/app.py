@@ -7,6 +7,7 @@ verbatim. One application per worker process; workers share the state directory.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 
@@ -30,6 +31,7 @@ from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import configure, tune
 from proxy.server import Door
+from proxy.tokens import load
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ class App:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self._upstream.start()
+                await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
                 self._draining.watch()
                 await send({"type": "lifespan.startup.complete"})
             else:

@@ -25,12 +25,11 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from proxy.config import ServerConfig
 from proxy.errors import ApiError
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application, ASGISendEvent
-
-    from proxy.config import ServerConfig
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +107,18 @@ class Door:
             loop.call_later(self._every_s, self._sweep, loop)
 
 
+@lru_cache(1)
+def _usual_door() -> Door:
+    """Of an application that has none of its own."""
+    return Door(ServerConfig())
+
+
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._door: Door = self.app.door  # of an `App`
+        self._door: Door = getattr(self.app, "door", None) or _usual_door()
         self._server = self._door.server
         self._awaits = _IDLE
         self._came = False  # of the bytes that are being parsed: a request's beginning, a piece of a body, an end

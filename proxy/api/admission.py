@@ -102,6 +102,7 @@ class Admission:
         self._policy = POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._counters = lru_cache(maxsize=256)(self._counter_of)
+        self._met: LRUCache[str, bool] = LRUCache(256)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
 
     async def admit(
@@ -198,6 +199,9 @@ class Admission:
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
+        if model not in self._met:  # its encoding may have to be read: a tenth of a second
+            await asyncio.to_thread(self._counters, model)
+            self._met[model] = True
         counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens

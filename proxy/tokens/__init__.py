@@ -22,6 +22,7 @@ from proxy.tokens.counter import (
     TokenCounter,
     encoding_is_known,
     get_counter,
+    load,
     tokens_upper_bound,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "TokenCounter",
     "encoding_is_known",
     "get_counter",
+    "load",
     "model_card",
     "normal_name",
     "parameters_b",
