@@ -249,8 +249,9 @@ def _item_of(items: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
 class Tee:
     """Lets a stream through byte for byte while it learns what was said.
 
-    Its beginning is held until it is known to be an answer or an error; comments pass. `patient`: chunks
-    without a word of the answer (its role) are held, too, because an error may follow them. `data: [DONE]`
+    Its beginning is held until it is known to be an answer or an error; comments pass. `patient`: chunks without
+    a word of the answer (its role) are not yet one, because an error may follow them; they pass (`opening`), or
+    are held until then where the client's stream must not be opened by them (`opens`). `data: [DONE]`
     is held, so that the turn can be stored before the client can know that it is over. feed() and close()
     return what may go to the client now; `held` is the rest; `error` is what an error says that came in
     place of an answer. A stream with an event of more than `limit_bytes` passes, and nothing is learned.
@@ -258,8 +259,10 @@ class Tee:
 
     _MARK = re.compile(rb"[\r\n]data: ?\[DONE\]")
 
-    def __init__(self, patient: bool, limit_bytes: int) -> None:
+    def __init__(self, patient: bool, limit_bytes: int, opens: bool = True) -> None:
         self.held = b""
+        self.opening = b""  # events that have passed before the first word
+        self._opens = opens
         self.error: bytes | None = None
         self.done = False  # from [DONE] on all is held
         self._patient = patient
@@ -305,24 +308,26 @@ class Tee:
 
     def _open(self, events: Iterable[Event], enough: bool) -> bytes:
         """The next events of the beginning; `enough`: no more are waited for."""
-        comments = b""
+        passed = b""
         for event in events:
             self.error = error_in(event)
             if self.error is not None:
-                return comments
-            if self._silent and not event.data:
-                comments += event.raw
-                self.held = self.held[len(event.raw) :]
-                continue
-            self._silent = False
+                return passed
             if event.data and self._speaks(event):
                 enough = True
                 break
+            if event.data or not self._silent:
+                self._silent = False
+                if not self._opens:
+                    continue
+                self.opening += event.raw
+            passed += event.raw
+            self.held = self.held[len(event.raw) :]
         if not enough:
-            return comments
+            return passed
         self._opening = False
         held, self.held = self.held, b""
-        return comments + self._pass(held)
+        return passed + self._pass(held)
 
     def _speaks(self, event: Event) -> bool:
         if not self._patient or event.data == b"[DONE]":
