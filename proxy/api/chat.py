@@ -36,7 +36,7 @@ from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
 from proxy.api.writer import Writer
 from proxy.config import Config
-from proxy.conversation.calling import VM_CALLS, Calling
+from proxy.conversation.calling import VM_CALLS, Calling, may_speak_first
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Load, Refused, Search
@@ -248,7 +248,7 @@ class ChatApi:
             options = decoded.get("stream_options") or {}
             return Sieve(
                 turn.channel,
-                config.hold_tokens,
+                config.hold_tokens if may_speak_first(context.facts, turn.window) else 0,
                 config.hold_ms,
                 wants_json(decoded),
                 bool(options.get("include_usage")),
