@@ -37,6 +37,7 @@ _HEADER_BYTES: Final = 32  # what a header costs beside its text: RFC 9113, 6.5.
 _LINGER_S: Final = 2.0  # that a refused client has to read why, while what it still sends is dropped
 _UNSENT_BYTES: Final = 16_384  # of an answer, before its handler waits for the client; the kernel has some, too
 _SWEEPS: Final = 8  # in the shortest of the times, one a second at most
+_DESCRIPTORS: Final = 65_536
 _IDLE, _HEAD, _BODY = range(3)  # what a connection is about to receive
 
 
@@ -145,8 +146,6 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused_s is not None:
             return
-        if self._awaits == _IDLE:
-            self._awaits, self.since_s = _HEAD, self.loop.time()
         self._came, self._chunk_bytes = False, len(data)
         super().data_received(data)
         self._between_bytes = 0 if self._came else self._between_bytes + len(data)
@@ -154,7 +153,7 @@ class Protocol(HttpToolsProtocol):
             self.refuse(self._too_long())
 
     def on_message_begin(self) -> None:
-        self._came = True
+        self._came, self._awaits, self.since_s = True, _HEAD, self.loop.time()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -226,8 +225,11 @@ class Protocol(HttpToolsProtocol):
     @property
     def is_idle(self) -> bool:
         """Nothing of a request is here but the beginning of its head, and nothing of an answer is under way."""
-        free = self.cycle is None or self.cycle.response_complete
-        return self._awaits != _BODY and free and not self.transport.is_closing()
+        return self._awaits != _BODY and self._is_free and not self.transport.is_closing()
+
+    @property
+    def _is_free(self) -> bool:
+        return self.cycle is None or bool(self.cycle.response_complete)
 
     def check(self, now_s: float) -> None:
         """Once a sweep: end what takes too long."""
@@ -244,14 +246,16 @@ class Protocol(HttpToolsProtocol):
                 self.transport.close()
         elif self._awaits == _BODY:
             self._check_body(now_s)
-        elif self._awaits == _HEAD and not self.flow.read_paused:
+        elif not self._is_free:  # the next head may have begun: its time comes when it is its turn
+            self.since_s = now_s
+        elif self._awaits == _HEAD:
             if now_s - self.since_s > server.receive_timeout_s:
                 self.refuse(ApiError(
                     408, f"The request's head did not come within {server.receive_timeout_s:g} s"
                     " (server.receive_timeout_s).", code="request_timeout",
                 ))  # fmt: skip
-        elif self.cycle is None and now_s - self.since_s > self.timeout_keep_alive:
-            self.transport.close()
+        elif self.timeout_keep_alive_task is None and now_s - self.since_s > self.timeout_keep_alive:
+            self.transport.close()  # empty lines end uvicorn's own timer
 
     def _check_body(self, now_s: float) -> None:
         within_s = self._server.receive_timeout_s
@@ -295,13 +299,16 @@ class _UntilClose(RequestResponseCycle):
 
 
 def _descriptors() -> int:
-    """Files that this process may have open: the soft limit is raised to the hard one, which is what that is for."""
+    """Files that this process may have open. The soft limit is raised to the hard one, which is what that is for, as
+    far as we need it: some systems' is a thousand million."""
     try:
         import resource
     except ImportError:  # Windows
         return sys.maxsize
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
         return sys.maxsize
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    raised = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if raised > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return max(soft, raised)

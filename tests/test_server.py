@@ -85,7 +85,7 @@ def test_a_head_below_the_limit_passes_with_its_body_in_one_packet(server: Serve
     assert rest(_open(server, head + whole_body))[1] == ANSWER
 
 
-@pytest.mark.parametrize("begun", [b"GET /hea", b"\r\n", POST + b"content-length: 9\r\n\r\n{", POST + b"transfer-encoding: chunked\r\n\r\n"])
+@pytest.mark.parametrize("begun", [b"GET /hea", POST + b"content-length: 9\r\n\r\n{", POST + b"transfer-encoding: chunked\r\n\r\n"])
 def test_an_unfinished_request_is_refused_with_408_in_time(server: ServerProcess, begun: bytes) -> None:
     began_s = time.monotonic()
     assert _refusal(_open(server, begun)) == (408, "request_timeout")
@@ -106,6 +106,28 @@ def test_a_body_that_drips_is_refused_and_a_passed_on_one_too(server: ServerProc
             break
         connection.close()
         assert said.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_line_after_a_request_does_not_end_its_answer() -> None:
+    """Some clients send one; and a next head that has begun waits for its turn."""
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        go.wait(10)
+        whole(connection, ANSWER)
+
+    go = threading.Event()
+    with peer(answer) as port, ServerProcess(config(port, receive_timeout_s=0.2)) as slow:  # type: ignore[arg-type]
+        connection = _open(slow, POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY + b"\r\nGET /hea")
+        connection.settimeout(0.7)  # times of the server in which nothing may come
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        go.set()
+        connection.settimeout(20)
+        said = b""
+        while more := connection.recv(65_536):
+            said += more
+        connection.close()
+        assert said.startswith(b"HTTP/1.1 200 ") and ANSWER in said and b"HTTP/1.1 408 " in said
 
 
 def test_what_is_no_http_is_refused_in_openais_shape(server: ServerProcess) -> None:
