@@ -15,7 +15,7 @@ import asyncio
 import ipaddress
 import logging
 import sys
-from collections import Counter
+from collections import OrderedDict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -37,6 +37,7 @@ _HEADER_BYTES: Final = 32  # what a header costs beside its text: RFC 9113, 6.5.
 _LINGER_S: Final = 2.0  # that a refused client has to read why, while what it still sends is dropped
 _UNSENT_BYTES: Final = 16_384  # of an answer, before its handler waits for the client; the kernel has some, too
 _SWEEPS: Final = 8  # in the shortest of the times, one a second at most
+_LOOKED_AT: Final = 64  # connections, for an idle one among them
 _DESCRIPTORS: Final = 65_536
 _IDLE, _HEAD, _BODY = range(3)  # what a connection is about to receive
 
@@ -48,49 +49,48 @@ class Door:
     def __init__(self, server: ServerConfig) -> None:
         self.server = server
         self._most = min(server.connections, _descriptors() // 2)
-        self._by_address: Counter[str] = Counter()
-        self._open: dict[Protocol, None] = {}  # the oldest first
+        self._open = 0
+        self._by_address: dict[str, Mates] = {}
         self._proxies = [ipaddress.ip_network(network) for network in server.trusted_proxies]
         self._is_proxy = lru_cache(1024)(self._looked_up)
         self._every_s = min(1.0, min(server.receive_timeout_s, server.send_timeout_s) / _SWEEPS)
         self._sweeping = False
 
     def enter(self, protocol: Protocol) -> None:
-        """A connection is made; one too many costs the longest idle one, or is refused."""
-        address = protocol.client[0] if protocol.client else ""
-        self._open[protocol] = None
-        self._by_address[address] += 1
+        """A connection is made; one too many costs one that is idle, or is refused."""
+        address = protocol.address
+        protocol.mates = mates = self._by_address.setdefault(address, OrderedDict())
+        mates[protocol] = None
+        self._open += 1
         if not self._sweeping:
             self._sweeping = True
             protocol.loop.call_later(self._every_s, self._sweep, protocol.loop)
-        in_all = len(self._open) > self._most
-        of_it = self._by_address[address] > self.server.connections_per_address and not self._is_proxy(address)
-        if not in_all and not of_it:
+        if self._open > self._most:
+            mates = max(self._by_address.values(), key=len)  # whose address has most
+            said = f"{self._most} in all (server.connections)"
+        elif len(mates) > self.server.connections_per_address and not self._is_proxy(address):
+            said = (
+                f"{self.server.connections_per_address} from {address} (server.connections_per_address; a load"
+                " balancer's address belongs into server.trusted_proxies)"
+            )
+        else:
             return
-        others = (
-            p for p in self._open
-            if p is not protocol and p.is_idle and (in_all or (p.client is not None and p.client[0] == address))
-        )  # fmt: skip
-        idle = min(others, key=lambda p: p.since_s, default=None)
-        if idle is not None:
-            idle.transport.close()
-            return
-        said = (
-            f"{self._most} in all (server.connections)" if in_all else
-            f"{self.server.connections_per_address} from {address} (server.connections_per_address; a load"
-            " balancer's address belongs into server.trusted_proxies)"
-        )  # fmt: skip
+        for _ in range(min(_LOOKED_AT, len(mates))):
+            longest = next(iter(mates))
+            if longest.is_idle and longest is not protocol:
+                longest.transport.close()
+                return
+            mates.move_to_end(longest)
         protocol.refuse(ApiError(
             503, f"There are too many connections to this server: {said}. Try again in a moment.",
             "api_error", "too_many_connections", headers={"retry-after": "1"},
         ))  # fmt: skip
 
     def leave(self, protocol: Protocol) -> None:
-        self._open.pop(protocol, None)
-        address = protocol.client[0] if protocol.client else ""
-        self._by_address[address] -= 1
-        if self._by_address[address] <= 0:
-            del self._by_address[address]
+        self._open -= 1
+        protocol.mates.pop(protocol, None)
+        if not protocol.mates:
+            self._by_address.pop(protocol.address, None)
 
     def _looked_up(self, address: str) -> bool:
         try:
@@ -101,17 +101,11 @@ class Door:
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         now_s = loop.time()
-        for protocol in [*self._open]:
+        for protocol in [protocol for mates in self._by_address.values() for protocol in mates]:
             protocol.check(now_s)
         self._sweeping = bool(self._open)
         if self._sweeping:
             loop.call_later(self._every_s, self._sweep, loop)
-
-
-@lru_cache(1)
-def _usual_door() -> Door:
-    """Of an application that has none of its own."""
-    return Door(ServerConfig())
 
 
 class Protocol(HttpToolsProtocol):
@@ -128,6 +122,8 @@ class Protocol(HttpToolsProtocol):
         self._body_bytes = self._seen_bytes = self._mark_bytes = 0  # received; at the last sweep; since the mark
         self._moved_s = self._mark_s = 0.0
         self._unsent_bytes, self._unsent_s = 0, 0.0  # written and not taken; since when it has not become less
+        self.address = ""  # without its port
+        self.mates: Mates = OrderedDict()
         self._refused_s: float | None = None  # when it was: what comes is dropped
         self.since_s = 0.0  # when what is awaited began to be
 
@@ -137,6 +133,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(_UNSENT_BYTES)
         self.since_s = self.loop.time()
+        self.address = self.client[0] if self.client else ""
         self._door.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -180,6 +177,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._came, self._awaits, self.since_s = True, _IDLE, self.loop.time()
+        self.mates.move_to_end(self)
         super().on_message_complete()
 
     # -- what is refused
@@ -281,6 +279,15 @@ class Protocol(HttpToolsProtocol):
         if cycle.scope["http_version"] == "1.0":
             cycle.__class__ = _UntilClose
         super()._start_asgi_task(cycle, app)
+
+
+Mates = OrderedDict[Protocol, None]  # the connections of an address; who had a request last is last
+
+
+@lru_cache(1)
+def _usual_door() -> Door:
+    """Of an application that has none of its own."""
+    return Door(ServerConfig())
 
 
 class _UntilClose(RequestResponseCycle):
