@@ -44,7 +44,13 @@ from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.model_limits import POLICIES, limits_of
-from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
+from proxy.tokens import (
+    TokenCounter,
+    encoding_is_known,
+    encoding_is_loaded,
+    get_counter,
+    tokens_upper_bound,
+)
 from proxy.upstream import Header
 
 log = logging.getLogger(__name__)
@@ -199,9 +205,10 @@ class Admission:
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
-        if model not in self._met:  # its encoding may have to be read: a tenth of a second
-            await asyncio.to_thread(self._counters, model)
+        if model not in self._met:
             self._met[model] = True
+            if not encoding_is_loaded(model, self._config.model_override(model).tokenizer):
+                await asyncio.to_thread(self._counters, model)  # a tenth of a second
         counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens

@@ -48,6 +48,8 @@ _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "functio
 _SIGNED = "__thought__"  # litellm: "call_1__thought__<Gemini's signature>"
 _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
 
+_loaded: set[str] = set()  # encodings, in this process
+
 _PER_TOOLS = 12  # the namespace around a tools array ("func_end")
 _PER_TOOL = 8  # around the JSON of one
 _PROP_INIT = 3
@@ -110,6 +112,7 @@ class TokenCounter:
         self._func_init = 7 if encoding_name == DEFAULT_ENCODING else 10  # gpt-4o, gpt-4
         self.name = "/".join(filter(None, (encoding_name, images.name, tool.name)))
         self._encode = tiktoken.get_encoding(encoding_name).encode_ordinary
+        _loaded.add(encoding_name)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TokenCounter) and other.name == self.name
@@ -225,6 +228,11 @@ def _encoding_of(model: str) -> str | None:
 def encoding_is_known(model: str) -> bool:
     """Whether the encoding of the model is known; that of any other is taken for DEFAULT_ENCODING."""
     return _encoding_of(model) is not None
+
+
+def encoding_is_loaded(model: str, tokenizer: str | None = None) -> bool:
+    """Whether `get_counter` reads no file."""
+    return (tokenizer or _encoding_of(model) or DEFAULT_ENCODING) in _loaded
 
 
 def get_counter(model: str, tokenizer: str | None = None) -> TokenCounter:
