@@ -301,10 +301,13 @@ class Sieve:
         if self._flowing and not self._watched:
             self._emit(event if event.raw else None, chunk, out)
             return
+        if self._opens and not self._role_sent and delta.get("role"):  # it tells nothing but that an answer comes
+            self._send_held(out)  # chunks without choices
+            if not _has_delta(chunk):
+                self._emit(event if event.raw else None, chunk, out)
+                return
+            self._emit(None, _with_delta(self._template(), {"role": delta["role"], **_empty_fields(chunk)}), out)
         self._held.append((event, chunk))
-        if self._opens and not self._role_sent and _role_alone(chunk):  # it tells nothing but that an answer comes
-            self._send_held(out)
-            return
         if self._vm_called or not _has_delta(chunk):
             return
         text = "".join(v for k, v in delta.items() if isinstance(v, str) and k != "role")
@@ -464,11 +467,6 @@ def _delta(chunk: Chunk) -> Chunk:
 
 def _has_delta(chunk: Chunk) -> bool:
     return any(v for k, v in _delta(chunk).items() if k != "role")
-
-
-def _role_alone(chunk: Chunk) -> bool:
-    delta = _delta(chunk)
-    return bool(delta.get("role")) and "tool_calls" not in delta and not _has_delta(chunk)
 
 
 def _empty_fields(chunk: Chunk) -> Chunk:

@@ -215,6 +215,15 @@ def test_text_beside_a_mixed_call_leaves_before_the_clients_call() -> None:
         ["content", "role"], ["content"], ["content"], ["tool_calls"], []]
 
 
+def test_opening_leaves_before_the_words_that_come_with_it() -> None:
+    it = sieve()
+    it.begin_round(True)
+    (opening,) = it.feed(event(chunk({"role": "assistant", "content": "Let", "refusal": None})), 0.0)
+    assert json.loads(opening[6:]) == chunk({"role": "assistant", "refusal": None})
+    (words,) = it.poll(100.0)
+    assert json.loads(words[6:]) == chunk({"content": "Let", "refusal": None})
+
+
 @pytest.mark.parametrize("opens", [True, False])
 def test_of_rounds_that_stay_inside_the_first_opening_leaves_alone(opens: bool) -> None:
     it = sieve()
@@ -366,7 +375,7 @@ def test_usage_is_nowhere_for_who_did_not_ask(told: dict[str, Any]) -> None:
     azure = {"id": "", "choices": [], "prompt_filter_results": [], **told}
     chunks = [azure, _one({"role": "assistant", "content": "a"}, **told), _one({}, "stop", **told)]
     found = _stream(*chunks, {**_one({}), "choices": [], "usage": USAGE}, asked=False)
-    assert len(found) == 3 and all("usage" not in chunk for chunk in found)
+    assert len(found) == 4 and all("usage" not in chunk for chunk in found)
 
 
 def test_usage_beside_the_finish_reason_stays_there_unless_it_was_asked_for() -> None:
