@@ -27,6 +27,7 @@ from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from proxy.errors import ApiError
+from proxy.pace import Pace
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 from proxy.upstream.routing import HOP_BY_HOP, Proxy, chat_url, end_to_end, forward_url, proxy_for
 
@@ -126,10 +127,10 @@ class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], turns: asyncio.Lock
+        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], pace: Pace
     ) -> None:
         self.status = response.status
-        self._turns = turns
+        self._pace = pace
         self._response = response
         raw = [(name.lower(), value) for name, value in response.raw_headers]
         self.headers = end_to_end(raw, drops)
@@ -140,8 +141,7 @@ class HttpReply(Reply):
         try:
             while chunk := await read(_READ_BUFFER_BYTES):
                 if len(chunk) >= _LARGE_BYTES:
-                    async with self._turns:
-                        await asyncio.sleep(0)
+                    await self._pace.turn()
                 yield chunk
         except TimeoutError as error:
             raise UpstreamBroken("timeout") from error
@@ -166,7 +166,7 @@ class OpenAIUpstream(Upstream):
         self._connect_timeout_s = upstream.connect_timeout_s
         self._max_connections = upstream.max_connections
         self._proxy = _proxy(self._base_url)
-        self._turns = asyncio.Lock()  # of all replies
+        self._pace = Pace()
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
     async def chat(
@@ -188,7 +188,7 @@ class OpenAIUpstream(Upstream):
                 response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, _CHAT_REPLY_DROPS, self._turns)
+        return HttpReply(response, _CHAT_REPLY_DROPS, self._pace)
 
     async def forward(
         self,
@@ -206,7 +206,7 @@ class OpenAIUpstream(Upstream):
             response = await self._request(method, url, pairs, skip, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, HOP_BY_HOP, self._turns)
+        return HttpReply(response, HOP_BY_HOP, self._pace)
 
     async def close(self) -> None:
         for session in self._sessions.values():
