@@ -1,32 +1,33 @@
-"""A burst of work in iterations of the event loop, by a clock that the work moves."""
+"""A burst of work in iterations of the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 
-import pytest
+import uvloop
 
-from proxy.pace import Pace
+from proxy.pace import in_turn
+
+MANY, PIECE_S = 20, 0.008
 
 
-@pytest.mark.parametrize(("takes_s", "at_once"), [(0.01, 1), (0.0, 20)])
-async def test_pace_lets_long_pieces_go_on_in_an_iteration_each_in_order(takes_s: float, at_once: int) -> None:
-    now_s, log, iterations = [0.0], [], 0
-    pace = Pace(lambda: now_s[0])
+def test_long_pieces_of_a_burst_leave_room_between_them_and_keep_their_order() -> None:
+    log: list[int] = []
 
     async def work(number: int) -> None:
-        await pace.turn()
-        log.append((number, iterations))
-        now_s[0] += takes_s
+        await in_turn()
+        log.append(number)
+        until_s = time.monotonic() + PIECE_S
+        while time.monotonic() < until_s:
+            pass
 
-    tasks = [asyncio.ensure_future(work(number)) for number in range(20)]
-    tasks[3].cancel()  # before it waits
-    while not all(task.done() for task in tasks):
-        await asyncio.sleep(0)
-        iterations += 1
-        if iterations == 2:
-            tasks[12].cancel()  # while it waits
-    left = {3, 12} if at_once == 1 else {3}
-    assert [number for number, _ in log] == [n for n in range(20) if n not in left]
-    most = max(sum(when == iteration for _, when in log) for iteration in range(iterations + 1))
-    assert most == min(at_once, len(log))
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(work(number)) for number in range(MANY)]
+        asyncio.get_running_loop().call_later(0.001, log.append, -1)  # what comes meanwhile
+        await asyncio.gather(*tasks)
+
+    uvloop.run(main())
+    assert log.index(-1) <= 3  # not behind all of them
+    log.remove(-1)
+    assert log == list(range(MANY))

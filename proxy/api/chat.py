@@ -46,7 +46,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
-from proxy.pace import Pace
+from proxy.pace import in_turn
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
@@ -88,7 +88,6 @@ class ChatApi:
 
             self._embedder = Embedder(config, upstream, memory)
         self._admission = Admission(config, memory, self.model_facts, observer is not None)
-        self._pace = Pace()  # of turns, which come in bursts, and whose answers do
         self._intake = Intake(config.server.body_limit_bytes, config.server.bodies_limit_bytes)
         self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
@@ -109,7 +108,6 @@ class ChatApi:
         except ApiError as error:
             await send_error(send, error)
             return
-        await self._pace.turn()
         work = asyncio.ensure_future(self._serve(scope, body, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -139,6 +137,7 @@ class ChatApi:
         context: TurnContext | None = None
         visit = Visit.of(scope)
         try:
+            await in_turn()
             context = await self._admitted(scope, body, send)
             if context is None:
                 return
@@ -283,7 +282,7 @@ class ChatApi:
                 if isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     reply = await exchange.complete(effect)
-                    await self._pace.turn()
+                    await in_turn()
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:

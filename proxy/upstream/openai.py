@@ -27,7 +27,7 @@ from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from proxy.errors import ApiError
-from proxy.pace import Pace
+from proxy.pace import in_turn
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 from proxy.upstream.routing import HOP_BY_HOP, Proxy, chat_url, end_to_end, forward_url, proxy_for
 
@@ -45,8 +45,7 @@ _CHAT_AUTO_HEADERS: Final = _AUTO_HEADERS - {b"accept-encoding"}  # which is alw
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
 _READ_BUFFER_BYTES: Final = 16_384  # of an answer; twice that is read ahead of its client
-# Of so much at once each loop iteration hands one piece on, whatever the number of streams that came in a burst: else
-# the work of all stands between a small request and its answer.
+# A piece of so many bytes waits for its turn: the streams that come in a burst are many.
 _LARGE_BYTES: Final = 4_096
 # A transport takes this much without waiting, so aiohttp's read timeout runs at once; a larger
 # request could wait for ever to be written and gets a bound of its own (3 us of CPU).
@@ -126,11 +125,8 @@ class _Body(BytesPayload):
 class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], pace: Pace
-    ) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes]) -> None:
         self.status = response.status
-        self._pace = pace
         self._response = response
         raw = [(name.lower(), value) for name, value in response.raw_headers]
         self.headers = end_to_end(raw, drops)
@@ -141,7 +137,7 @@ class HttpReply(Reply):
         try:
             while chunk := await read(_READ_BUFFER_BYTES):
                 if len(chunk) >= _LARGE_BYTES:
-                    await self._pace.turn()
+                    await in_turn()
                 yield chunk
         except TimeoutError as error:
             raise UpstreamBroken("timeout") from error
@@ -166,7 +162,6 @@ class OpenAIUpstream(Upstream):
         self._connect_timeout_s = upstream.connect_timeout_s
         self._max_connections = upstream.max_connections
         self._proxy = _proxy(self._base_url)
-        self._pace = Pace()
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
     async def chat(
@@ -188,7 +183,7 @@ class OpenAIUpstream(Upstream):
                 response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, _CHAT_REPLY_DROPS, self._pace)
+        return HttpReply(response, _CHAT_REPLY_DROPS)
 
     async def forward(
         self,
@@ -206,7 +201,7 @@ class OpenAIUpstream(Upstream):
             response = await self._request(method, url, pairs, skip, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, HOP_BY_HOP, self._pace)
+        return HttpReply(response, HOP_BY_HOP)
 
     async def close(self) -> None:
         for session in self._sessions.values():
