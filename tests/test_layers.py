@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BELOW_APP = {"api", "conversation", "media", "memory", "storage", "search", "upstream"}
-BASE = {"config", "errors", "pace", "sse", "tokens"}
+BASE = {"config", "errors", "sse", "tokens"}
 
 # Unit (a package or module directly under proxy/) -> the units that it may import, besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -42,7 +42,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "config_text"},
     "config_text": {"errors"},
     "errors": set(),
-    "pace": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
 }
 

@@ -46,7 +46,6 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
-from proxy.pace import in_turn
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
@@ -137,7 +136,6 @@ class ChatApi:
         context: TurnContext | None = None
         visit = Visit.of(scope)
         try:
-            await in_turn()
             context = await self._admitted(scope, body, send)
             if context is None:
                 return
@@ -282,7 +280,6 @@ class ChatApi:
                 if isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     reply = await exchange.complete(effect)
-                    await in_turn()
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:

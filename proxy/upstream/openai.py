@@ -27,7 +27,6 @@ from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from proxy.errors import ApiError
-from proxy.pace import in_turn
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 from proxy.upstream.routing import HOP_BY_HOP, Proxy, chat_url, end_to_end, forward_url, proxy_for
 
@@ -45,7 +44,8 @@ _CHAT_AUTO_HEADERS: Final = _AUTO_HEADERS - {b"accept-encoding"}  # which is alw
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
 _READ_BUFFER_BYTES: Final = 16_384  # of an answer; twice that is read ahead of its client
-# A piece of so many bytes waits for its turn: the streams that come in a burst are many.
+# Of so much at once each loop iteration hands one piece on, whatever the number of streams that came in a burst: else
+# the work of all stands between a small request and its answer.
 _LARGE_BYTES: Final = 4_096
 # A transport takes this much without waiting, so aiohttp's read timeout runs at once; a larger
 # request could wait for ever to be written and gets a bound of its own (3 us of CPU).
@@ -125,8 +125,11 @@ class _Body(BytesPayload):
 class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
 
-    def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes]) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], turns: asyncio.Lock
+    ) -> None:
         self.status = response.status
+        self._turns = turns
         self._response = response
         raw = [(name.lower(), value) for name, value in response.raw_headers]
         self.headers = end_to_end(raw, drops)
@@ -137,7 +140,8 @@ class HttpReply(Reply):
         try:
             while chunk := await read(_READ_BUFFER_BYTES):
                 if len(chunk) >= _LARGE_BYTES:
-                    await in_turn()
+                    async with self._turns:
+                        await asyncio.sleep(0)
                 yield chunk
         except TimeoutError as error:
             raise UpstreamBroken("timeout") from error
@@ -162,6 +166,7 @@ class OpenAIUpstream(Upstream):
         self._connect_timeout_s = upstream.connect_timeout_s
         self._max_connections = upstream.max_connections
         self._proxy = _proxy(self._base_url)
+        self._turns = asyncio.Lock()  # of all replies
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
     async def chat(
@@ -183,7 +188,7 @@ class OpenAIUpstream(Upstream):
                 response = await self._request("POST", url, pairs, skip, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, _CHAT_REPLY_DROPS)
+        return HttpReply(response, _CHAT_REPLY_DROPS, self._turns)
 
     async def forward(
         self,
@@ -201,7 +206,7 @@ class OpenAIUpstream(Upstream):
             response = await self._request(method, url, pairs, skip, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, HOP_BY_HOP)
+        return HttpReply(response, HOP_BY_HOP, self._turns)
 
     async def close(self) -> None:
         for session in self._sessions.values():
