@@ -24,12 +24,14 @@ BASE = {"config", "errors", "sse", "tokens"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
-    "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
+    "cli": {"check", "config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
     "process": set(),
     "server": {"config", "errors"},
+    "decoder": {"media"},  # a process of its own: media are decoded in it
     "api": {*BELOW_APP, *BASE, "model_limits"},
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
@@ -61,7 +63,7 @@ IMPORTERS: dict[str, set[str]] = {
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
-    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream"},
+    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
@@ -73,7 +75,7 @@ IMPORTERS: dict[str, set[str]] = {
     "tiktoken": {"tokens"},
     "tokenizers": {"search"},  # the extra [semantic]
     "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
-    "xxhash": {"conversation"},
+    "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},
     "yaml": {"cli", "config_text"},  # printing and reading the settings

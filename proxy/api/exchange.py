@@ -30,10 +30,12 @@ from proxy.errors import ApiError
 from proxy.sse import EventTooLong
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
+_AT_ONCE_BYTES = 16_384  # of a stream, read without a pause: thousands of events may be in them
 _QUOTED_BYTES = 2_000  # of an error page
 _PATIENT_BYTES = 6_000  # a request that may be too long: its stream's first words are waited for
 _AFTER_DONE_S = 0.2  # wait for the end of a stream that has said [DONE]
 _KEEP_ALIVE = b": keep-alive\n\n"
+_MEMORY_LOST = b": x-llm-pager-memory: lost\n"  # a line: it may stand in front of an event's end
 _FIRST_ROUND_ONLY = b"idempotency-key"  # a later round is another request, so it needs another key
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
 _FOR_THE_MOMENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -160,9 +162,16 @@ class Exchange:
         tee = Tee(patient, self._event_limit_bytes, not self._refused)
         while not tee.done and tee.error is None:
             data = await _read_some(chunks)
-            await self._write(tee.feed(data) if data else tee.close())
             if not data:
+                await self._write(tee.close())
                 break
+            for at in range(0, len(data), _AT_ONCE_BYTES):
+                await self._write(tee.feed(data[at : at + _AT_ONCE_BYTES]))
+                if tee.error is not None:
+                    tee.held += data[at + _AT_ONCE_BYTES :]
+                    break
+                if len(data) > _AT_ONCE_BYTES:
+                    await asyncio.sleep(0)
         if tee.error is not None:
             self._opened = tee.opening
             stream = tee.held
@@ -187,12 +196,15 @@ class Exchange:
             if self.started and self._keepalive_s > 0 and self._alive is None:
                 self._written_s = time.monotonic()
                 self._alive = asyncio.ensure_future(self._comment())
-            try:
-                ready = sieve.feed(data, _now_ms())
-            except EventTooLong as error:
-                message = f"The upstream's answer cannot be read: {error}."
-                raise ApiError(502, message, "api_error", "event_too_long") from None
-            await self._write(b"".join(ready))
+            for at in range(0, len(data), _AT_ONCE_BYTES):
+                try:
+                    ready = sieve.feed(data[at : at + _AT_ONCE_BYTES], _now_ms())
+                except EventTooLong as error:
+                    message = f"The upstream's answer cannot be read: {error}."
+                    raise ApiError(502, message, "api_error", "event_too_long") from None
+                await self._write(b"".join(ready))
+                if len(data) > _AT_ONCE_BYTES:
+                    await asyncio.sleep(0)
             if sieve.done:
                 await _rest(chunks)
                 break
@@ -242,17 +254,22 @@ class Exchange:
 
     # -- the response
 
-    async def finish(self, answer: Answer, extra: list[Header]) -> None:
-        """Send the end of the response; the turn is stored by now."""
+    async def finish(self, answer: Answer, extra: list[Header], lost: bool = False) -> None:
+        """Send the end of the response; the turn is stored by now, or `lost`: a stream whose head is gone says so in a
+        comment, and in its usage."""
         await self.close()
         if answer.refused is not None:
             await self._refuse(answer.refused)
         elif self.started:
+            usage = answer.usage
             if self._tee is not None:
                 last = self._tee.held
             else:
                 assert self._sieve is not None
-                last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
+                if lost and usage is not None and "vm" in usage:
+                    usage = {**usage, "vm": {**usage["vm"], "memory": "lost"}}
+                last = b"".join(self._sieve.finish(answer.finish_reason, usage))
+            last = _MEMORY_LOST + last if lost else last
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             body = self._body if answer.body is None else answer.body

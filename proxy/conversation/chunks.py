@@ -16,7 +16,8 @@ from proxy.sse import Event, EventParser, EventTooLong, lines_of
 
 _UNREAD_BYTES = 16_384  # of a stream that passes, before they are read
 _PIECES = 512  # of a string that goes on, before they are joined
-_OPENING_BYTES = 65_536  # an event that is longer is no error
+_OPENING_BYTES = 65_536  # an event that is longer is no error, nor is one behind so many
+_OPEN_ITEMS = 64  # of a list, the last, that a piece may continue
 # Values that come whole, if more than once: the later one counts, they do not add up.
 _WHOLE = frozenset({"id", "type", "name", "format", "mime_type", "signature", "thought_signature"})
 _GROWING = frozenset({"text", "thinking", "reasoning.text", "reasoning.summary"})
@@ -237,7 +238,7 @@ def _item_of(items: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
     """The item that a piece continues, or None."""
     kind, index = piece.get("type"), piece.get("index")
     if isinstance(index, int):
-        same = (i for i in items if isinstance(i, dict) and i.get("index") == index)
+        same = (i for i in reversed(items[-_OPEN_ITEMS:]) if isinstance(i, dict) and i.get("index") == index)
         return next((i for i in same if i.get("type") == kind or kind is None), None)
     if not items or not isinstance(items[-1], dict) or kind not in _GROWING:
         return None
@@ -308,11 +309,11 @@ class Tee:
 
     def _open(self, events: Iterable[Event], enough: bool) -> bytes:
         """The next events of the beginning; `enough`: no more are waited for."""
-        passed = b""
+        gone, opening = 0, []  # bytes that pass
         for event in events:
             self.error = error_in(event)
             if self.error is not None:
-                return passed
+                break
             if event.data and self._speaks(event):
                 enough = True
                 break
@@ -320,10 +321,11 @@ class Tee:
                 self._silent = False
                 if not self._opens:
                     continue
-                self.opening += event.raw
-            passed += event.raw
-            self.held = self.held[len(event.raw) :]
-        if not enough:
+                opening.append(event.raw)
+            gone += len(event.raw)
+        passed, self.held = self.held[:gone], self.held[gone:]
+        self.opening += b"".join(opening)
+        if self.error is not None or not (enough or len(self.held) + len(self.opening) > _OPENING_BYTES):
             return passed
         self._opening = False
         held, self.held = self.held, b""
@@ -355,7 +357,9 @@ class Tee:
             if event.data == b"[DONE]":
                 self._ended = True
                 continue
-            chunk = decode_chunk(event.data) if event.data else {}
+            if not event.data:
+                continue
+            chunk = decode_chunk(event.data)
             if chunk is None or chunk.get("error"):
                 self._lost = True
                 return
