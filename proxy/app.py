@@ -7,6 +7,7 @@ verbatim. One application per worker process; workers share the state directory.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 
@@ -29,6 +30,8 @@ from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import configure, tune
+from proxy.server import Door
+from proxy.tokens import load
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class App:
     def __init__(
         self, config: Config, observer: Observer | None = None, upstream: Upstream | None = None
     ) -> None:
+        self.door = Door(config.server)  # the server's, where it is ours
         self.memory = Memory(config)
         self._upstream = upstream or _upstream(config)
         self._renditions = renditions = Renditions(config, self.memory)
@@ -103,7 +107,7 @@ class App:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self._upstream.start()
+                await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
                 self._draining.watch()
                 await send({"type": "lifespan.startup.complete"})
             else:

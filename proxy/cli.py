@@ -30,6 +30,9 @@ BACKLOG_CONNECTIONS = 2048
 # Clients keep idle connections for 5 to 60 s; closing first would race with their next request.
 KEEP_ALIVE_S = 75
 GRACEFUL_SHUTDOWN_S = 3
+# The kernel takes megabytes for a client that does not read: so much beyond what is on its way to it, and no more.
+UNSENT_BYTES = 32_768
+_TCP_NOTSENT_LOWAT = {"linux": 25, "darwin": 0x201}  # linux/tcp.h, netinet/tcp.h; Python has names from 3.12 on
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 
 
@@ -222,6 +225,8 @@ def _listen(host: str, port: int) -> socket.socket:
         raise StartError(f"server.host {host} is no address of this machine: {error}.") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if (lowat := _TCP_NOTSENT_LOWAT.get(sys.platform)) is not None:  # connections have it from the listener
+            listener.setsockopt(socket.IPPROTO_TCP, lowat, UNSENT_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG_CONNECTIONS)
         listener.set_inheritable(True)
@@ -271,7 +276,7 @@ def _run(listener: socket.socket, workers: int) -> int:
         factory=True,
         workers=workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="proxy.process:Protocol",
+        http="proxy.server:Protocol",
         ws="none",
         lifespan="on",
         log_level="warning",

@@ -9,6 +9,7 @@ replaces single keys. The sentences are made in `config_text.py`; pydantic-setti
 """
 
 import fnmatch
+import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -90,6 +91,12 @@ def _each_like(pattern: str) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
     return check
 
 
+def _networks(items: tuple[str, ...]) -> tuple[str, ...]:
+    for item in items:
+        ipaddress.ip_network(item)  # ValueError
+    return items
+
+
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 Seconds = Annotated[
@@ -133,7 +140,20 @@ class ServerConfig(Section):
         int, Field(ge=0, le=65_535, description="a port from 0 (any free one) to 65535")
     ] = 8080
     body_limit_bytes: Annotated[int, Field(ge=1024)] = 67_108_864
+    bodies_limit_bytes: Annotated[int, Field(ge=1024)] = 100_663_296
     body_ratio: AtLeast1 = 200
+    head_limit_bytes: Annotated[int, Field(ge=1024)] = 65_536
+    receive_timeout_s: Seconds = 15.0
+    receive_bytes_per_s: AtLeast0 = 500
+    send_timeout_s: Seconds = 300.0
+    connections: AtLeast1 = 8192
+    connections_per_address: AtLeast1 = 2048
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        AfterValidator(_networks),
+        Field(strict=False, description="a list of addresses or networks such as 10.0.0.0/8"),
+    ] = ()
+    pipelined_requests: AtLeast1 = 16
     history_cache_bytes: AtLeast0 = 268_435_456
     cors_origins: Annotated[
         tuple[str, ...],

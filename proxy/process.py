@@ -1,9 +1,8 @@
-"""The process: its log, its memory allocation and garbage collection, and HTTP/1.0 for its server.
+"""The process: its log, its memory allocation and garbage collection.
 
 Promises: the log is on stderr, one line an entry, as text or as JSON; levels are ours for our own entries,
 warnings and worse for other libraries'; an entry's `fields`, if it has some, are keys of its JSON object.
-Tuning changes speed only. A client that speaks HTTP/1.0 gets no chunks, which it does not know: a body whose
-length is not told ends with the connection, and streams until then.
+Tuning changes speed only.
 """
 
 from __future__ import annotations
@@ -16,12 +15,7 @@ import logging
 import sys
 import time
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, Any, TextIO
-
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application, ASGISendEvent
+from typing import TextIO
 
 _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -134,27 +128,3 @@ def tune() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
         mallopt(_M_TOP_PAD, _PAD_BYTES)
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, with another cycle for HTTP/1.0."""
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        if cycle.scope["http_version"] == "1.0":
-            cycle.__class__ = _UntilClose
-        super()._start_asgi_task(cycle, app)
-
-
-class _UntilClose(RequestResponseCycle):
-    """One request and its answer, whose end may be the connection's."""
-
-    async def send(self, message: ASGISendEvent) -> None:
-        event: Any = message
-        if event["type"] == "http.response.start":
-            names = {name.lower() for name, _ in event.get("headers", ())}
-            if b"content-length" not in names and event["status"] not in (204, 304):
-                self.chunked_encoding = False
-                self.expected_content_length = sys.maxsize
-        elif self.expected_content_length > sys.maxsize // 2 and not event.get("more_body", False):
-            self.expected_content_length = len(event.get("body", b""))
-        await super().send(message)

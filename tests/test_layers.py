@@ -28,8 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"check", "config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
+    "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
     "process": set(),
+    "server": {"config", "errors"},
     "decoder": {"media"},  # a process of its own: media are decoded in it
     "api": {*BELOW_APP, *BASE, "model_limits"},
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
@@ -73,7 +74,7 @@ IMPORTERS: dict[str, set[str]] = {
     "stop_words": {"search"},
     "tiktoken": {"tokens"},
     "tokenizers": {"search"},  # the extra [semantic]
-    "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
+    "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api", "conversation", "storage"},  # bodies; what is stored

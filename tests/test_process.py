@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +165,24 @@ def test_a_tunnel_to_an_https_upstream_is_asked_for_with_the_credentials() -> No
     assert heads[0].startswith(b"CONNECT llm.corp.invalid:443 ")
     assert b"basic " + base64.b64encode(b"user:p@ss").lower() in heads[0].lower()
     assert b"bearer" not in heads[0].lower()
+
+
+def test_first_request_loads_nothing() -> None:
+    """What takes time to read was read before the server answers: a first request costs as the second does."""
+
+    def cpu_s() -> float:
+        fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def ask() -> None:
+        body = json.dumps({**CHAT, "model": "a-model-of-nobody"}).encode()
+        assert rest(send(server.port, "POST /v1/chat/completions HTTP/1.1", body, "connection: close\r\n"))[1] == ANSWER
+
+    with peer(lambda connection, head: whole(connection, ANSWER)) as port:
+        with ServerProcess(config(port), env={"LC_ALL": "C"}) as server:  # type: ignore[arg-type]  # not forked
+            before = cpu_s()
+            ask()
+            assert cpu_s() - before <= 0.1  # the tokenizer alone takes 0.3 s
 
 
 def test_ready_is_false_before_the_server_stops_and_streams_end() -> None:

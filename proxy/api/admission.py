@@ -22,7 +22,6 @@ import msgspec
 from cachetools import LRUCache
 
 from proxy.api.caller import Caller, caller, encoded, parameters, with_body
-from proxy.api.http import Receive, Scope
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.api.pool import empty
@@ -50,7 +49,13 @@ from proxy.conversation.tree import Anchor, Identity, KeyScope, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError, StorageError
 from proxy.model_limits import POLICIES, limits_of
-from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
+from proxy.tokens import (
+    TokenCounter,
+    encoding_is_known,
+    encoding_is_loaded,
+    get_counter,
+    tokens_upper_bound,
+)
 from proxy.upstream import Header
 
 log = logging.getLogger(__name__)
@@ -120,6 +125,7 @@ class Admission:
         self._policy = POLICIES[config.memory.eviction]
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._counters = lru_cache(maxsize=256)(self._counter_of)
+        self._met: LRUCache[str, bool] = LRUCache(256)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
         self._callers = lru_cache(_CALLERS)(self._caller_of)
         self._tenants = lru_cache(_CALLERS)(Identity.tenant)
@@ -250,6 +256,10 @@ class Admission:
         window = state.window if state else None
         facts = memory.learned(scope, model)
         limits, following, factor = self._bounds(facts, model, found.record, window)
+        if model not in self._met:
+            self._met[model] = True
+            if not encoding_is_loaded(model, self._config.model_override(model).tokenizer):
+                await asyncio.to_thread(self._counters, model)  # a tenth of a second
         counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens
@@ -342,36 +352,9 @@ class Admission:
         return limits if calls else limits.uncalled()
 
 
-async def read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The whole body; ApiError 413 as soon as it is known to be larger."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
-            raise _too_large(limit_bytes)
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "The client left while it sent the body.")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit_bytes:
-            raise _too_large(limit_bytes)
-        parts.append(part)
-        if not message.get("more_body"):
-            return bytes(part) if len(parts) == 1 else b"".join(parts)
-
-
 def is_upstreams_to_judge(error: ApiError) -> bool:
     """The body was not what we can page; what it is, the upstream says best."""
     return error.status == 400 and error.code in _UNREADABLE
-
-
-def _too_large(limit_bytes: int) -> ApiError:
-    return ApiError(
-        413,
-        f"The request body is larger than {limit_bytes} bytes (server.body_limit_bytes).",
-        code="request_too_large",
-    )
 
 
 def _validate(decoded: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
-from proxy.api.admission import Admission, is_upstreams_to_judge, read_bytes
+from proxy.api.admission import Admission, is_upstreams_to_judge
 from proxy.api.exchange import Exchange
 from proxy.api.http import (
     Receive,
@@ -29,13 +29,14 @@ from proxy.api.http import (
     relay,
     send_error,
 )
+from proxy.api.intake import Intake
 from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
 from proxy.api.writer import Writer
 from proxy.config import Config
-from proxy.conversation.calling import VM_CALLS, Calling
+from proxy.conversation.calling import VM_CALLS, Calling, may_speak_first
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
@@ -86,6 +87,7 @@ class ChatApi:
 
             self._embedder = Embedder(config, upstream, memory)
         self._admission = Admission(config, memory, self.model_facts, observer is not None)
+        self._intake = Intake(config.server.body_limit_bytes, config.server.bodies_limit_bytes)
         self._warned: set[str] = set()  # what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
 
@@ -99,7 +101,7 @@ class ChatApi:
         """Serve one ASGI request, a POST."""
         try:
             refuse_dot_segments(Visit.of(scope).path)
-            body = await read_bytes(scope, receive, self._config.server.body_limit_bytes)
+            body = await self._intake.read(scope, receive)
             if names := encodings(scope["headers"]):
                 scope, body = await self._decoded(scope, body, names)
         except ApiError as error:
@@ -262,7 +264,7 @@ class ChatApi:
             options = decoded.get("stream_options") or {}
             return Sieve(
                 turn.channel,
-                config.hold_tokens,
+                config.hold_tokens if may_speak_first(context.facts, turn.window) else 0,
                 config.hold_ms,
                 wants_json(decoded),
                 bool(options.get("include_usage")),

@@ -79,6 +79,7 @@ class Exchange:
         self._patience: Patience | None = None  # from the first refusal of a later round on
         self._sieve: Sieve | None = None
         self._tee: Tee | None = None
+        self._opened = b""  # what the client has of a stream that passed until an error came
         self._answered = False  # a round was answered: what comes is a later one
         self._reply_headers: list[Header] = []
         self._last_headers: list[Header] = []  # of the reply that came last
@@ -126,7 +127,7 @@ class Exchange:
                 return Refused(reply.status, await reply.read(self._limit_bytes), self._came(reply))
             whole = any(k == b"content-type" and v.startswith(b"application/json") for k, v in reply.headers)
             if self._stream and not whole:
-                if effect.through and self._sieve is None:
+                if effect.through and self._sieve is None and not self._opened:
                     return await self._through(reply, len(effect.body) > _PATIENT_BYTES)
                 return await self._sift(reply, effect)
             body = await reply.read(self._limit_bytes)
@@ -157,9 +158,13 @@ class Exchange:
     async def _through(self, reply: Reply, patient: bool) -> Said | Refused:
         """A stream that needs no change; what was said is learned on the way."""
         await self._open(reply)
-        chunks = reply.chunks()
-        tee = Tee(patient, self._event_limit_bytes)
-        async for data in chunks:
+        chunks = reply.chunks().__aiter__()
+        tee = Tee(patient, self._event_limit_bytes, not self._refused)
+        while not tee.done and tee.error is None:
+            data = await _read_some(chunks)
+            if not data:
+                await self._write(tee.close())
+                break
             for at in range(0, len(data), _AT_ONCE_BYTES):
                 if out := tee.feed(data[at : at + _AT_ONCE_BYTES]):
                     if not self.started:
@@ -170,11 +175,8 @@ class Exchange:
                     break
                 if len(data) > _AT_ONCE_BYTES:
                     await asyncio.sleep(0)
-            if tee.done or tee.error is not None:
-                break
-        else:
-            await self._write(tee.close())
         if tee.error is not None:
+            self._opened = tee.opening
             stream = tee.held
             while len(stream) < self._limit_bytes and (data := await _read_some(chunks)):
                 stream += data
@@ -188,8 +190,9 @@ class Exchange:
     async def _sift(self, reply: Reply, effect: Complete) -> Said | Refused:
         if self._sieve is None:
             self._sieve = self._new_sieve()
+            self._sieve.opened(self._opened)
         sieve = self._sieve
-        sieve.begin_round(effect.offer, not effect.through)
+        sieve.begin_round(effect.offer, not effect.through, not self._refused or self.started)
         await self._open(reply)
         chunks = reply.chunks().__aiter__()
         while data := await self._next(chunks, sieve):

@@ -447,7 +447,7 @@ _DECODERS: Final[dict[str, Decoder]] = {
 # cancels the upstream call; an answer that breaks upstream breaks for the client too, instead of ending as if
 # it were whole.
 
-_QUEUED_PIECES: Final = 4  # of at most 64 KiB each: uvicorn's own read limit
+_QUEUED_PIECES: Final = 1  # each what a socket brings at once, some hundred KiB
 
 
 async def passthrough(scope: Scope, receive: Receive, send: Send, upstream: Upstream) -> None:

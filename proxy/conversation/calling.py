@@ -29,6 +29,7 @@ _PROVEN = 4
 _SHARED = 2  # words of a question on the page that holds what it asks for, at least ...
 _HALF = 2  # ... and at least 1/2 of its words
 _MOST = 1 << 30
+_QUIET_EPOCHS = 3
 
 
 class Calling(NamedTuple):
@@ -74,6 +75,13 @@ def holds(page_text: str, question: str) -> bool:
     asked = fresh_terms("", question)
     shared = len(asked & fresh_terms("", page_text))
     return shared >= _SHARED and _HALF * shared >= len(asked)
+
+
+def may_speak_first(facts: Mapping[str, Any], window: Window | None) -> bool:
+    """The first words of a stream may be a preamble: of a model whose calls have helped, and of any other in the
+    first epochs of a conversation. Beyond, nobody's first words wait for a call that never comes; a preamble is
+    then shown, and its call answered inside."""
+    return Calling.of(facts).helped > 0 or window is None or window.epoch <= _QUIET_EPOCHS
 
 
 def offered(

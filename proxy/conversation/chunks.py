@@ -14,7 +14,8 @@ import msgspec
 
 from proxy.sse import Event, EventParser, EventTooLong, lines_of
 
-_UNREAD_BYTES = 65_536  # of a stream that passes, before they are read
+_UNREAD_BYTES = 16_384  # of a stream that passes, before they are read
+_PIECES = 512  # of a string that goes on, before they are joined
 _OPENING_BYTES = 65_536  # an event that is longer is no error, nor is one behind so many
 _OPEN_ITEMS = 64  # of a list, the last, that a piece may continue
 # Values that come whole, if more than once: the later one counts, they do not add up.
@@ -159,6 +160,8 @@ class MessageBuilder:
         old = into.get(key)
         if isinstance(old, _Growing):
             old.append(piece)
+            if len(old) >= _PIECES:  # each costs 60 bytes beside its text
+                old[:] = ("".join(old),)
         elif old and piece:
             into[key] = _Growing((old, piece))
             self._growing.append((into, key))
@@ -280,8 +283,9 @@ _TRIED = 4
 class Tee:
     """Lets a stream through byte for byte while it learns what was said.
 
-    Its beginning is held until it is known to be an answer or an error; comments pass. `patient`: chunks
-    without a word of the answer (its role) are held, too, because an error may follow them. `data: [DONE]`
+    Its beginning is held until it is known to be an answer or an error; comments pass. `patient`: chunks without
+    a word of the answer (its role) are not yet one, because an error may follow them; they pass (`opening`), or
+    are held until then where the client's stream must not be opened by them (`opens`). `data: [DONE]`
     is held, so that the turn can be stored before the client can know that it is over. feed() and close()
     return what may go to the client now; `held` is the rest; `error` is what an error says that came in
     place of an answer. A stream with an event of more than `limit_bytes` passes, and nothing is learned.
@@ -289,8 +293,10 @@ class Tee:
 
     _MARK = re.compile(rb"[\r\n]data: ?\[DONE\]")
 
-    def __init__(self, patient: bool, limit_bytes: int) -> None:
+    def __init__(self, patient: bool, limit_bytes: int, opens: bool = True) -> None:
         self.held = b""
+        self.opening = b""  # events that have passed before the first word
+        self._opens = opens
         self.error: bytes | None = None
         self.done = False  # from [DONE] on all is held
         self._patient = patient
@@ -343,24 +349,27 @@ class Tee:
 
     def _open(self, events: Iterable[Event], enough: bool) -> bytes:
         """The next events of the beginning; `enough`: no more are waited for."""
-        silent = 0  # bytes of comments
+        gone, opening = 0, []  # bytes that pass
         for event in events:
             self.error = error_in(event)
             if self.error is not None:
                 break
-            if self._silent and not event.data:
-                silent += len(event.raw)
-                continue
-            self._silent = False
             if event.data and self._speaks(event):
                 enough = True
                 break
-        comments, self.held = self.held[:silent], self.held[silent:]
-        if self.error is not None or not (enough or len(self.held) > _OPENING_BYTES):
-            return comments
+            if event.data or not self._silent:
+                self._silent = False
+                if not self._opens:
+                    continue
+                opening.append(event.raw)
+            gone += len(event.raw)
+        passed, self.held = self.held[:gone], self.held[gone:]
+        self.opening += b"".join(opening)
+        if self.error is not None or not (enough or len(self.held) + len(self.opening) > _OPENING_BYTES):
+            return passed
         self._opening = False
         held, self.held = self.held, b""
-        return comments + self._pass(held)
+        return passed + self._pass(held)
 
     def _speaks(self, event: Event) -> bool:
         if not self._patient or event.data == b"[DONE]":

@@ -4,7 +4,7 @@ Promises: text leaves as it arrives, except the first few tokens of a round that
 to be a preamble of a VM call (bounded in tokens and milliseconds), and all of a round's text under
 `response_format`; and except text that may become a VM call written as text (`textcalls.Watch`: what
 does not begin like one is not held), which ends as a call like any other. Nothing of a round leaves
-before it is known to be the client's, not even its opening delta; a round with a call of the client's is the client's, all of its text included, and the
+before it is known to be the client's, but the first round's opening delta, which says no more than that an answer comes; a round with a call of the client's is the client's, all of its text included, and the
 text that came before a call leaves before it. No VM call, VM result or inner finish reason ever leaves. The client sees one id,
 one `created`, one role delta, tool calls numbered from 0, one finish reason and one `[DONE]`, and usage
 only if it asked for it: null on every chunk, and one last chunk with the numbers and no choices.
@@ -115,10 +115,12 @@ class Sieve:
 
     # -- rounds
 
-    def begin_round(self, offer: bool, inside: bool = True) -> None:
+    def begin_round(self, offer: bool, inside: bool = True, opens: bool = True) -> None:
         """A new upstream stream; `offer`: the model may call VM tools in it; `inside`: what is not the
-        client's can be answered inside (False: all of it is the client's)."""
+        client's can be answered inside (False: all of it is the client's); `opens`: its opening delta may
+        leave before its first words (False: an error in their place has to find the client's stream unopened)."""
         self._rounds += 1
+        self._opens = opens
         self._parser = EventParser(self._event_limit_bytes)
         self._said = MessageBuilder()
         self._calls: dict[int, _Call] = {}
@@ -136,6 +138,14 @@ class Sieve:
         self._error = None
         self._finish: tuple[Event, Chunk] | None = None
         self._usage_event: tuple[Event, Chunk] | None = None
+
+    def opened(self, data: bytes) -> None:
+        """The client has these opening events of an earlier stream, which came to nothing."""
+        for event in EventParser(self._event_limit_bytes).feed(data):
+            chunk = decode_chunk(event.data) or {}
+            if choices_of(chunk):
+                self._identify(chunk)
+                self._emit(event, chunk, [])
 
     def feed(self, data: bytes, now_ms: float) -> list[bytes]:
         """Bytes from upstream in, events for the client out. Raises EventTooLong."""
@@ -253,9 +263,12 @@ class Sieve:
                 self._held.append((event, chunk))
             return
         if self._identity is None:
-            self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
-            self._fixed = [(k, chunk[k]) for k in _IDENTITY if k in chunk]
+            self._identify(chunk)
         self._choice_event(event, chunk, now_ms, out)
+
+    def _identify(self, chunk: Chunk) -> None:
+        self._identity = {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
+        self._fixed = [(k, chunk[k]) for k in _IDENTITY if k in chunk]
 
     def _choice_event(self, event: Event, chunk: Chunk, now_ms: float, out: list[bytes]) -> None:
         choice = _choice(chunk)
@@ -289,8 +302,14 @@ class Sieve:
         if self._flowing and not self._watched:
             self._emit(event if event.raw else None, chunk, out)
             return
+        if self._opens and not self._role_sent and delta.get("role"):  # it tells nothing but that an answer comes
+            self._send_held(out)  # chunks without choices
+            if not _has_delta(chunk):
+                self._emit(event if event.raw else None, chunk, out)
+                return
+            self._emit(None, _with_delta(self._template(), {"role": delta["role"], **_empty_fields(chunk)}), out)
         self._held.append((event, chunk))
-        if self._vm_called or not _has_delta(chunk):  # the role alone tells nothing: it can wait
+        if self._vm_called or not _has_delta(chunk):
             return
         text = "".join(v for k, v in delta.items() if isinstance(v, str) and k != "role")
         if self._held_since is None:  # whatever it is: audio has a deadline too
@@ -378,8 +397,11 @@ class Sieve:
 
     def _release(self, out: list[bytes]) -> None:
         self._flowing = True
-        held, self._held = self._held, []
         self._held_since = None
+        self._send_held(out)
+
+    def _send_held(self, out: list[bytes]) -> None:
+        held, self._held = self._held, []
         for event, chunk in held:
             if choices_of(chunk):
                 self._emit(event if event.raw else None, chunk, out)

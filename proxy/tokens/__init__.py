@@ -21,7 +21,9 @@ from proxy.tokens.counter import (
     PER_REPLY,
     TokenCounter,
     encoding_is_known,
+    encoding_is_loaded,
     get_counter,
+    load,
     tokens_upper_bound,
 )
 
@@ -36,7 +38,9 @@ __all__ = [
     "Role",
     "TokenCounter",
     "encoding_is_known",
+    "encoding_is_loaded",
     "get_counter",
+    "load",
     "model_card",
     "normal_name",
     "parameters_b",

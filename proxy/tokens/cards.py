@@ -122,6 +122,11 @@ def _alike() -> dict[str, list[str]]:
     return dict(found)
 
 
+def load_table() -> None:
+    """What the first question for a model would read: 25 ms."""
+    _alike()
+
+
 def _rows(names: list[str]) -> Iterator[tuple[str, _Row]]:
     """Those that state a window."""
     for name in names:

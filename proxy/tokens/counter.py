@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.tokens.cards import LITELLM_DIR, plain_name
+from proxy.tokens.cards import LITELLM_DIR, load_table, plain_name
 from proxy.tokens.media import (
     ImageRule,
     Text,
@@ -49,6 +49,8 @@ _SIGNED = "__thought__"  # litellm: "call_1__thought__<Gemini's signature>"
 _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its worst case
 # Encodings whose tokens end behind a line break, unless another one or a slash follows.
 _BROKEN_BY_LINES = ("o200k_base", "cl100k_base")
+
+_loaded: set[str] = set()  # encodings, in this process
 
 _PER_TOOLS = 12  # the namespace around a tools array ("func_end")
 _PER_TOOL = 8  # around the JSON of one
@@ -112,6 +114,7 @@ class TokenCounter:
         self._func_init = 7 if encoding_name == DEFAULT_ENCODING else 10  # gpt-4o, gpt-4
         self.name = "/".join(filter(None, (encoding_name, images.name, tool.name)))
         self._encode = tiktoken.get_encoding(encoding_name).encode_ordinary
+        _loaded.add(encoding_name)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TokenCounter) and other.name == self.name
@@ -235,6 +238,11 @@ def encoding_is_known(model: str) -> bool:
     return _encoding_of(model) is not None
 
 
+def encoding_is_loaded(model: str, tokenizer: str | None = None) -> bool:
+    """Whether `get_counter` reads no file."""
+    return (tokenizer or _encoding_of(model) or DEFAULT_ENCODING) in _loaded
+
+
 def get_counter(model: str, tokenizer: str | None = None) -> TokenCounter:
     """The counter for a model; `tokenizer` (an encoding's name) overrides what its name says."""
     name = tokenizer or _encoding_of(model) or DEFAULT_ENCODING
@@ -244,6 +252,12 @@ def get_counter(model: str, tokenizer: str | None = None) -> TokenCounter:
     except (ValueError, OSError):  # unknown, or one that tiktoken would have to download
         log.warning("no local file for the encoding %r: counting with %s", name, DEFAULT_ENCODING)
         return _counter(DEFAULT_ENCODING, images, tool)
+
+
+def load() -> None:
+    """What the first request of a process would read: 0.3 s for the encoding that most models have."""
+    load_table()
+    get_counter("").text("")
 
 
 # ---------------------------------------------------------------- tools

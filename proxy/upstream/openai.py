@@ -17,10 +17,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.payload import BytesPayload
 from yarl import URL
@@ -41,7 +42,10 @@ _OURS: Final = b"x-llm-pager-"  # said to us, and not to another of us upstream
 _AUTO_HEADERS: Final = ("accept", "accept-encoding", "user-agent", "content-type")
 # Providers put long cookies and policies in headers; aiohttp's own limit is 8190 bytes.
 _HEADER_LIMIT_BYTES: Final = 65_536
-_READ_BUFFER_BYTES: Final = 262_144
+_READ_BUFFER_BYTES: Final = 16_384  # of an answer; twice that is read ahead of its client
+# Of so much at once each loop iteration hands one piece on, whatever the number of streams that came in a burst: else
+# the work of all stands between a small request and its answer.
+_LARGE_BYTES: Final = 4_096
 # A transport takes this much without waiting, so aiohttp's read timeout runs at once; a larger
 # request could wait for ever to be written and gets a bound of its own (3 us of CPU).
 _UNBUFFERED_BYTES: Final = 32_768
@@ -68,6 +72,34 @@ class _Connector(aiohttp.TCPConnector):
         return connection
 
 
+    async def _wrap_create_connection(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
+        factory, *more = args
+        made: Any = await super()._wrap_create_connection(lambda: _Sips(factory()), *more, **kwargs)
+        return made[0], made[1].handler
+
+
+class _Sips(asyncio.BufferedProtocol):
+    """A connection read in pieces of our size: uvloop's own are of 256 KB, and an aiohttp that wants no more for now
+    keeps what it has been given."""
+
+    def __init__(self, handler: ResponseHandler) -> None:
+        self.handler = handler
+        self._buffer = memoryview(bytearray(_READ_BUFFER_BYTES))
+        self.connection_made = handler.connection_made  # type: ignore[method-assign]
+        self.connection_lost = handler.connection_lost  # type: ignore[method-assign]
+        self.eof_received = handler.eof_received  # type: ignore[method-assign]
+        self.pause_writing = handler.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = handler.resume_writing  # type: ignore[method-assign]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.handler.data_received(bytes(self._buffer[:nbytes]))
+
+
 class _Body(BytesPayload):
     """Request bytes. aiohttp warns above 1 MB for callers who could stream; ours is in RAM."""
 
@@ -92,17 +124,23 @@ class _Body(BytesPayload):
 class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
 
-    def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes]) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], turns: asyncio.Lock
+    ) -> None:
         self.status = response.status
+        self._turns = turns
         self._response = response
         raw = [(name.lower(), value) for name, value in response.raw_headers]
         self.headers = end_to_end(raw, drops)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         response = self._response
-        read = response.content.readany
+        read = response.content.read
         try:
-            while chunk := await read():
+            while chunk := await read(_READ_BUFFER_BYTES):
+                if len(chunk) >= _LARGE_BYTES:
+                    async with self._turns:
+                        await asyncio.sleep(0)
                 yield chunk
         except TimeoutError as error:
             raise UpstreamBroken("timeout") from error
@@ -127,6 +165,7 @@ class OpenAIUpstream(Upstream):
         self._connect_timeout_s = upstream.connect_timeout_s
         self._max_connections = upstream.max_connections
         self._proxy = _proxy(self._base_url)
+        self._turns = asyncio.Lock()  # of all replies
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
     async def chat(
@@ -147,7 +186,7 @@ class OpenAIUpstream(Upstream):
                 response = await self._request("POST", url, pairs, _Body(body), decode=True)
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, _CHAT_REPLY_DROPS)
+        return HttpReply(response, _CHAT_REPLY_DROPS, self._turns)
 
     async def forward(
         self,
@@ -165,7 +204,7 @@ class OpenAIUpstream(Upstream):
             response = await self._request(method, url, pairs, body, decode=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._failure(error) from error
-        return HttpReply(response, HOP_BY_HOP)
+        return HttpReply(response, HOP_BY_HOP, self._turns)
 
     async def close(self) -> None:
         for session in self._sessions.values():

@@ -147,6 +147,16 @@ async def test_each_piece_leaves_before_the_next_one_comes() -> None:
     assert said.messages == [{"role": "assistant", "content": "onetwo"}]
 
 
+@pytest.mark.parametrize("through", [True, False])
+async def test_opening_delta_leaves_before_the_first_words_come(through: bool) -> None:
+    go_on, opening = asyncio.Event(), event("", role="assistant")
+    setup = Setup(Reply(opening, go_on, event("word", "stop"), DONE))
+    work = asyncio.ensure_future(setup.exchange.complete(Complete(LARGE, offer=not through, through=through)))
+    await setup.seen(opening)
+    go_on.set()
+    await work
+
+
 async def test_held_preamble_leaves_when_its_time_is_over() -> None:
     go_on = asyncio.Event()
     reply = Reply(event("wait", role="assistant"), go_on, event(None, "stop"), DONE)

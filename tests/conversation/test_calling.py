@@ -8,7 +8,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.calling import MANY, TRIAL, VM_CALLS, Calling, offered
+from proxy.conversation.calling import MANY, TRIAL, VM_CALLS, Calling, may_speak_first, offered
+from proxy.conversation.window import Window
 from tests.conversation.player import Message, Played, Player, call, calls, limits_of, says
 from tests.conversation.scenario import WORDS
 
@@ -45,6 +46,15 @@ def test_calling_of_any_fact_is_known(fact: object) -> None:
 def test_calling_of_a_first_turn_is_what_was_learned_elsewhere() -> None:
     assert offered("m", {}, None, None) == (True, True)
     assert offered("m", {VM_CALLS: Calling(0, MANY, 0)}, None, None) == (False, False)
+
+
+def test_first_words_wait_no_longer_where_no_call_helped_in_three_epochs() -> None:
+    def window(epoch: int) -> Window:
+        return Window(epoch, "", 0, 0, 0, (), 0)
+
+    assert may_speak_first({}, None) and may_speak_first({}, window(3)) and not may_speak_first({}, window(4))
+    assert may_speak_first({VM_CALLS: Calling(1)}, window(9))
+    assert not may_speak_first({VM_CALLS: Calling(0, MANY)}, window(9))
 
 
 # -- as a dialogue

@@ -182,12 +182,13 @@ def test_text_is_held_for_hold_ms_at_most() -> None:
     it = sieve(hold_ms=100)
     it.begin_round(True)
     assert it.deadline_ms is None
-    it.feed(event(chunk({"role": "assistant", "content": ""})), 5.0)
+    opening = event(chunk({"role": "assistant", "content": ""}))
+    assert it.feed(opening, 5.0) == [opening]  # at once
     assert it.deadline_ms is None
     it.feed(event(chunk({"content": "Let"})), 10.0)
     it.feed(event(chunk({"content": " me"})), 90.0)
     assert it.deadline_ms == 110.0
-    assert it.poll(109.9) == [] and len(it.poll(110.0)) == 3
+    assert it.poll(109.9) == [] and len(it.poll(110.0)) == 2
     assert it.deadline_ms is None and len(it.feed(event(chunk({"content": " see"})), 111.0)) == 1
 
 
@@ -200,12 +201,12 @@ def one_call(name: str, call_id: str = "c", index: int = 0, **beside: Any) -> by
 def test_text_beside_a_mixed_call_leaves_before_the_clients_call() -> None:
     it = sieve()
     it.begin_round(True)
-    assert it.feed(event(chunk({"role": "assistant", "content": ""})), 0.0) == []
+    opening = it.feed(event(chunk({"role": "assistant", "content": ""})), 0.0)
     assert it.feed(event(chunk({"content": "Now the code."})), 0.0) == []
     assert it.feed(one_call("page_fault", "v"), 0.0) == []
     assert it.deadline_ms is None  # it waits for the client's call, however long the round is
     assert it.feed(event(chunk({"content": " And"})), 0.0) == [] == it.poll(1e9)
-    out = b"".join([*it.feed(one_call("look", "c", 1), 0.0), *it.feed(event(chunk({}, "tool_calls")), 0.0),
+    out = b"".join([*opening, *it.feed(one_call("look", "c", 1), 0.0), *it.feed(event(chunk({}, "tool_calls")), 0.0),
                     *it.end_round()[1], *it.finish("tool_calls", None)])
     message, _, chunks = received(out)
     assert message["content"] == "Now the code. And"
@@ -214,19 +215,44 @@ def test_text_beside_a_mixed_call_leaves_before_the_clients_call() -> None:
         ["content", "role"], ["content"], ["content"], ["tool_calls"], []]
 
 
-def test_nothing_of_a_round_that_stays_inside_leaves() -> None:
+def test_opening_leaves_before_the_words_that_come_with_it() -> None:
+    it = sieve()
+    it.begin_round(True)
+    (opening,) = it.feed(event(chunk({"role": "assistant", "content": "Let", "refusal": None})), 0.0)
+    assert json.loads(opening[6:]) == chunk({"role": "assistant", "refusal": None})
+    (words,) = it.poll(100.0)
+    assert json.loads(words[6:]) == chunk({"content": "Let", "refusal": None})
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_of_rounds_that_stay_inside_the_first_opening_leaves_alone(opens: bool) -> None:
     it = sieve()
     for i in range(2):
-        it.begin_round(True)
+        it.begin_round(True, opens=opens)
         azure = b'data: {"id":"","choices":[],"prompt_filter_results":[%d]}\n\n' % i
         out = [*it.feed(azure, 0.0), *it.feed(event(chunk({"role": "assistant", "content": ""})), 0.0),
                *it.feed(event(chunk({"content": "Let me see."})), 0.0), *it.poll(50.0),
                *it.feed(one_call("page_fault"), 0.0), *it.feed(event(chunk({}, "tool_calls")), 0.0)]
-        assert [*out, *it.end_round()[1]] == []
-    it.begin_round(True)
+        opening = [azure, event(chunk({"role": "assistant", "content": ""}))]
+        assert [*out, *it.end_round()[1]] == (opening if opens and i == 0 else [])
+    it.begin_round(True, opens=opens)
     answer = [b'data: {"id":"","choices":[],"prompt_filter_results":[2]}\n\n',
               event(chunk({"role": "assistant", "refusal": "I am sorry."}))]
-    assert [*it.feed(b"".join(answer), 0.0), *it.poll(100.0)] == answer  # the shown round's own bytes
+    shown = [*it.feed(b"".join(answer), 0.0), *it.poll(100.0)]
+    if not opens:
+        assert shown == answer  # the shown round's own bytes
+    else:
+        assert [json.loads(e[6:]) for e in shown] == [chunk({"refusal": "I am sorry."})]
+
+
+def test_a_stream_that_came_to_nothing_goes_on_as_the_one_that_was_opened() -> None:
+    it = sieve()
+    it.opened(event(chunk({"role": "assistant", "content": ""})))
+    it.begin_round(False)
+    other = {**chunk({"role": "assistant"}), "id": "another"}
+    assert it.feed(event(other), 0.0) == []  # one role
+    words = {**chunk({"content": "Yes."}), "id": "another"}
+    assert [json.loads(e[6:]) for e in it.feed(event(words), 0.0)] == [chunk({"content": "Yes."})]
 
 
 def test_clients_call_opens_as_the_round_did() -> None:
@@ -349,7 +375,7 @@ def test_usage_is_nowhere_for_who_did_not_ask(told: dict[str, Any]) -> None:
     azure = {"id": "", "choices": [], "prompt_filter_results": [], **told}
     chunks = [azure, _one({"role": "assistant", "content": "a"}, **told), _one({}, "stop", **told)]
     found = _stream(*chunks, {**_one({}), "choices": [], "usage": USAGE}, asked=False)
-    assert len(found) == 3 and all("usage" not in chunk for chunk in found)
+    assert len(found) == 4 and all("usage" not in chunk for chunk in found)
 
 
 def test_usage_beside_the_finish_reason_stays_there_unless_it_was_asked_for() -> None:

@@ -36,8 +36,8 @@ def free_port() -> int:
 _FORKING = """
 import json, os, signal, sys
 import proxy.app, proxy.cli, uvicorn
-from proxy.tokens import get_counter
-get_counter("house-model").text("loaded")
+from proxy.tokens import load
+load()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
 for line in sys.stdin:
     if (pid := os.fork()) == 0:
