@@ -302,20 +302,20 @@ class Tee:
 
     def _open(self, events: Iterable[Event], enough: bool) -> bytes:
         """The next events of the beginning; `enough`: no more are waited for."""
-        comments = b""
+        passed = 0  # of what is held: comments
         for event in events:
             self.error = error_in(event)
             if self.error is not None:
-                return comments
+                break
             if self._silent and not event.data:
-                comments += event.raw
-                self.held = self.held[len(event.raw) :]
+                passed += len(event.raw)
                 continue
             self._silent = False
             if event.data and self._speaks(event):
                 enough = True
                 break
-        if not enough:
+        comments, self.held = self.held[:passed], self.held[passed:]
+        if self.error is not None or not enough:
             return comments
         self._opening = False
         held, self.held = self.held, b""

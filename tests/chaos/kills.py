@@ -18,7 +18,7 @@ What has to hold, and is counted:
     half        an answer without its question, a part of one, or a turn that upstream had not answered to its end
     divergence  an upstream request that is not the one, byte for byte, that a server sends which is told the same
                 and was never killed (invariant 7)
-    refused     a request that was answered with an error while the disk was not full
+    refused     a request that was answered with an error, or not remembered, while the disk was not full
     died        a server that ended by itself
 
 A turn whose client did not see its end may be stored or not; a session of new messages then has it once or
@@ -62,7 +62,8 @@ FULL_SHARE = 0.05  # of the rounds, in which the disk is full before the kill
 FULL_S = 0.15
 PROGRESS = 8  # answers read before a kill, at most
 EVENT_S = 0.3
-PATIENCE_S = 30.0
+RECOVERY_S = 2.0  # after which a store has noticed that there is room again
+PATIENCE_S = 120.0
 CUT = (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)
 
 
@@ -92,7 +93,7 @@ class Talk:
         self.factor = self.plan.choice(FACTORS)
         self.history: list[Message] = [SYSTEM]
         self.steps: list[Step] = []
-        self.forgotten = False  # an answer said that it is not remembered, or could not say so
+        self.forgotten = False  # an answer said that it is not remembered
         self.context: Message | None = None  # what /vm/context says at the end
 
     def headers(self, step: Step, attempt: int) -> dict[str, str]:
@@ -278,7 +279,7 @@ class Lane:
         self.model = Model(self._on)
         self.disk = Disk()
         self.full = self.ending = False
-        self.was_full = 0  # how often
+        self._freed_s = -RECOVERY_S
         self._awaited: tuple[str, asyncio.Future[None]] | None = None
         self._up = asyncio.Event()
         self._talks = 0
@@ -366,7 +367,7 @@ class Lane:
             await asyncio.sleep(0.05)  # its supervisor looks now and then; the other worker goes on
 
     async def _fill(self) -> None:
-        self.full, self.was_full = True, self.was_full + 1
+        self.full = True
         self.tally.counts["disk full"] += 1
         pids = [pid for s in self.servers for pid in (s.pid, *workers_of(s.pid))]
         self._limited = pids
@@ -375,7 +376,7 @@ class Lane:
 
     def _free(self) -> None:
         self.disk.free(self._limited)
-        self.full = False
+        self.full, self._freed_s = False, time.monotonic()
 
     # -- conversations
 
@@ -407,7 +408,7 @@ class Lane:
         started = time.monotonic()
         while True:
             await self._up.wait()
-            full_before = self.was_full if not self.full else -1
+            begun = time.monotonic()
             number = len(step.attempts)
             with self.model.listening(f"{talk.name}/{step.number}/{number}") as attempt:
                 step.attempts.append(attempt)
@@ -416,14 +417,15 @@ class Lane:
                 except CUT:
                     self.tally.counts["answers cut"] += 1
                     read = None
-            touched = self.full or self.was_full != full_before
+            touched = self.full or begun < self._freed_s + RECOVERY_S
             if read is not None and read.answer is not None:
                 self._on("read", talk.name)
                 self.tally.counts["answers read"] += 1
                 talk.read(step, read.answer)
                 step.conversation = read.conversation
-                if touched and (read.memory == "lost" or step.stream):
-                    talk.forgotten = True
+                talk.forgotten = read.memory == "lost"
+                if talk.forgotten and not touched:
+                    self.tally.wrong("refused", f"{talk.name}/{step.number} is not remembered")
                 return
             if read is not None and touched:
                 self.tally.counts["refused, disk full"] += 1
