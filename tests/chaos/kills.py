@@ -107,10 +107,7 @@ class Talk:
         """The next request: a tool's result where one is asked for, an answer made again, a question
         edited, or a new one."""
         number, chance = len(self.steps), self.plan.random()
-        calls = self.history[-1].get("tool_calls") or ()
-        new: list[Message] = []
-        for c in calls:
-            new.append({"role": "tool", "tool_call_id": c["id"], "content": f"It is {filler(c['id'], 20)}"})
+        new = self.results()
         users = [i for i, m in enumerate(self.history) if m["role"] == "user"]
         if not new and len(users) > 3 and not self.session and chance < 0.12:
             at = users[-1] if chance < 0.08 else self.plan.choice(users[-3:])
@@ -121,6 +118,11 @@ class Talk:
         self.history += new
         return self.add(number, SMALL, [SYSTEM, *new] if self.session else self.history)
 
+    def results(self) -> list[Message]:
+        """Of the calls that the last answer made."""
+        calls = self.history[-1].get("tool_calls") or ()
+        return [{"role": "tool", "tool_call_id": c["id"], "content": f"It is {filler(c['id'], 20)}"} for c in calls]
+
     def add(self, number: int, model: str, messages: list[Message]) -> Step:
         body: Message = {"model": model, "messages": messages, "stream": self.plan.random() < 0.4}
         if self.tools:
@@ -130,9 +132,9 @@ class Talk:
 
     def last(self) -> Step:
         """A session of new messages, read from its beginning."""
-        question: Message = {"role": "user", "content": f"Note {self.name}u{len(self.steps)}q."}
-        self.history.append(question)
-        return self.add(len(self.steps), WIDE, [SYSTEM, question])
+        new = [*self.results(), {"role": "user", "content": f"Note {self.name}u{len(self.steps)}q."}]
+        self.history += new
+        return self.add(len(self.steps), WIDE, [SYSTEM, *new])
 
     def read(self, step: Step, answer: Message) -> None:
         step.answer = answer
