@@ -32,7 +32,8 @@ _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may gro
 _HITS = 200  # pages that are looked at, in the window or not
 _TAGS_TOKENS = 16  # of the block around the lines
 _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
-_PASSAGE_TOKENS = 256  # of a page that does not fit whole
+_WHOLE_TOKENS = 256  # of a page that is shown whole: of a longer one few passages are about the message
+_PASSAGE_TOKENS = 160
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
 
 
@@ -137,9 +138,9 @@ def _candidates(turn: TurnWindow, hits: Iterable[Hit]) -> Iterator[Candidate]:
 
 
 def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: int) -> Shown | None:
-    """The page as its line: whole where that fits, else its passages about the queries."""
+    """The page as its line: whole where it is short and fits, else its passages about the queries."""
     page_id, count = candidate.page_id, pages.counter.text
-    if candidate.tokens * _LEAST_WHOLE <= room:  # else it surely does not fit
+    if candidate.tokens * _LEAST_WHOLE <= min(room, _WHOLE_TOKENS):
         whole = pages.packer.pack([pages.at(page_id, CompressionLevel.FULL)])
         if whole.tokens_est <= room:
             return Shown(

@@ -39,6 +39,7 @@ from typing import NamedTuple
 from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.dates import Date, days_asked, spans
+from proxy.search.speakers import speaker_label
 from proxy.search.terms import (
     clean,
     languages_of,
@@ -64,6 +65,7 @@ CONTEXT_SHARE = 0.33  # of what the same words count in the question itself
 CONTEXT_TERMS = 12
 DATE_SHARE = 2.0  # of a day's, or a month's, rarity
 SPEAKER_BOOST = 0.8
+SPEAKER_PAGES = 1 / 3  # at least, that say who speaks: in fewer it is a heading ("Note: ...")
 REPLY_DISCOUNT = 2.0
 LENGTH_PRIOR = (3.0, 0.2)  # a page's length in average pages, at most; to this power, where replies are short
 LONG_REPLIES = (1.5, 4.5)  # replies/user length: from here it matters, from there in full
@@ -142,7 +144,7 @@ class PageIndex:
                 self._keys.append((doc.position, doc.part))
                 self._chars.append(max(1, len(doc.text)))
                 self._roles.append(doc.role)
-                self._names.append(doc.name)
+                self._names.append(doc.name or speaker_label(doc.text))
                 self._asks.append(any(mark in doc.text[-_ASKING_CHARS:] for mark in _ASKING))
                 self._count(row, 1)
             self._weights.clear()
@@ -296,7 +298,7 @@ class PageIndex:
 
     def _named(self, content: Sequence[str]) -> set[str]:
         """Speakers that the question names. One voice alone needs no telling apart."""
-        if len(self._speakers) < 2:
+        if len(self._speakers) < 2 or sum(self._speakers.values()) < SPEAKER_PAGES * len(self._keys):
             return set()
         return {n for n, words in self._name_terms.items() if not words.isdisjoint(content)}
 

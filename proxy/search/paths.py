@@ -8,7 +8,6 @@ kept over all paths are bounded.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.fts import QUERIES, PageIndex
 from proxy.search.fusion import fuse, merge
-from proxy.search.speakers import speaker_label, without_speakers
 from proxy.search.terms import languages_of
 
 if TYPE_CHECKING:  # an extra
@@ -48,7 +46,6 @@ class _Branch:
     def __init__(self) -> None:
         self.index = PageIndex()
         self.vectors: VectorIndex | None = None
-        self.labels: list[tuple[int, str]] = []  # (position, name) of the pages that begin with one
         self.ids: list[bytes] = []
         self.lock = threading.Lock()
 
@@ -64,14 +61,12 @@ class _Branch:
         if same < len(self.ids):
             self.index.truncate(same)
             del self.ids[same:]
-            del self.labels[bisect_left(self.labels, (same,)) :]
             if self.vectors is not None:
                 self.vectors.truncate(same)
         new = list(docs(same, len(ids))) if same < len(ids) else []
         if encoder is not None:
             self._encode(ids, docs, encoder, new, same)
         self.index.extend(new)
-        self.labels.extend((doc.position, label) for doc in new if (label := speaker_label(doc.text)))
         self.ids.extend(ids[same:])  # last: who sees them will not wait for this
 
     def _encode(
@@ -88,8 +83,7 @@ class _Branch:
 
     def asked(self, queries: Queries) -> list[str]:
         """What is to be encoded of each query: not the names of the speakers."""
-        labels = [label for _, label in self.labels]
-        return [without_speakers(self.index.prior(query)[0], labels) for query in _each(queries)]
+        return [self.index.prior(query)[0] for query in _each(queries)]
 
     def nearest(self, queries: Queries, vectors: Sequence[Vector | None]) -> list[Hit]:
         """The pages of the path by meaning, best first."""

@@ -58,6 +58,19 @@ def test_a_speaker_named_in_the_question_is_preferred() -> None:
     assert positions(index.search("caroline", 15))[0] % 2 == 1
 
 
+def test_a_speaker_is_told_by_what_stands_in_front_of_most_messages() -> None:
+    """Applications for several people write the name into the text; a note among other messages is nobody's."""
+    index, notes = PageIndex(), PageIndex()
+    for i in range(1, 15):
+        text = "I adopted a dog from the shelter" if i in (7, 14) else f"sentence number {i}"
+        index.extend([Doc(i, 0, "user", "", f"{'Caroline' if i % 2 else 'Melanie'}: {text}")])
+        label = {2: "Dog: ", 3: "Cat: "}.get(i, "")
+        notes.extend([Doc(i, 0, "user", "", f"{label}{text}")])
+    assert positions(index.search("Which dog did Caroline's family adopt?", 1)) == [7]
+    assert positions(index.search("Which dog did Melanie adopt?", 1)) == [14]
+    assert positions(notes.search("Which dog from the shelter?", 1)) == [14]
+
+
 def test_users_words_are_preferred_where_replies_are_much_longer() -> None:
     index = PageIndex()
     for i in range(0, 20, 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.search.speakers import speaker_label, without_speakers
+from proxy.search.speakers import speaker_label
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,3 @@ from proxy.search.speakers import speaker_label, without_speakers
 )
 def test_a_label_is_told_by_its_form(text: str, label: str) -> None:
     assert speaker_label(text) == label
-
-
-def test_a_question_is_without_the_names_of_those_who_speak() -> None:
-    labels = ["Ann Lee", "Ben", "Ann Lee", "Ben", "Note"]
-    assert without_speakers("Where did Ann and Ben's sister note it?", labels) == "Where did and sister note it?"
-    assert without_speakers("Ann?", labels) == "Ann?"
-    assert without_speakers("Where?", []) == "Where?"
