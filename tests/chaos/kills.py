@@ -141,13 +141,13 @@ class Talk:
         self.history.append(answer)
 
     def sendings(self, step: Step) -> list[list[Attempt]]:
-        """The attempts in which upstream was asked, by what it was asked: in a session one that was
-        stored unseen makes the next another request."""
+        """The attempts in which upstream was asked, by what it was asked: one that was stored unseen makes the
+        next another request, in a session, or by what its bill taught."""
         groups: list[list[Attempt]] = []
         for attempt in step.attempts:
             if not attempt.bodies:
                 continue
-            if not groups or (self.session and groups[-1][0].bodies[0] != attempt.bodies[0]):
+            if not groups or groups[-1][0].bodies[0] != attempt.bodies[0]:
                 groups.append([])
             groups[-1].append(attempt)
         return groups
@@ -526,7 +526,10 @@ class Quiet:
                 if number < len(groups) - 1 and not any(a.answered for a in attempts):
                     self.tally.wrong("half", f"{where} is stored, and upstream had not answered it")
                 if talk.session:  # what it has been told before this answer
-                    transcript += [m for m in json.loads(step.body)["messages"] if m["role"] != "system"]
+                    told = [m for m in json.loads(step.body)["messages"] if m["role"] != "system"]
+                    if number and transcript[-1].get("tool_calls"):  # unheard calls are taken back
+                        del transcript[-len(told) - 1 :]
+                    transcript += told
                     if step is not talk.steps[-1] or number < len(groups) - 1:
                         transcript.append(read.answer)
             if read.answer != step.answer:
