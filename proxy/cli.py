@@ -2,7 +2,7 @@
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
-configuration or arguments. Nothing heavy is imported before a command needs it.
+configuration or arguments, 3 where `check --storage` found damage and repaired it. Nothing heavy is imported before a command needs it.
 """
 
 import argparse
@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check_ = commands.add_parser("check", help="validate and print the effective configuration")
     _add_config(check_)
+    check_.add_argument("--storage", action="store_true",
+                        help="read all that is stored instead: find damage, and repair it (status 3)")
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")
@@ -102,14 +104,17 @@ def _at_least_1(text: str) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Prints the effective configuration as YAML, secrets masked, with notes as comments. Raises
-    StartError for a storage directory that cannot be used; one that is not there yet is not made."""
+    """Prints the effective configuration as YAML, secrets masked, with notes as comments; or, with --storage, what
+    became of all that is stored. Raises StartError for a storage directory that cannot be used; one that is not there
+    yet is not made."""
     import yaml
 
     from proxy.config import load_config
-    from proxy.storage.l2 import DATABASE
+    from proxy.storage.sqlite import DATABASE
 
     config = load_config(args.config, os.environ, {})
+    if args.storage:
+        return _check_storage(config)
     for note in config.notes():
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
@@ -117,6 +122,16 @@ def check(args: argparse.Namespace) -> int:
     if (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
+
+
+def _check_storage(config: "Config") -> int:
+    from proxy.check import check_storage
+    from proxy.errors import StorageError
+
+    try:
+        return check_storage(config)
+    except StorageError as error:
+        raise StartError(str(error)) from error
 
 
 # ---------------------------------------------------------------- serve
@@ -176,6 +191,8 @@ def _require_writable(directory: Path) -> None:
             probe.write(b"\0")
             probe.flush()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return  # it is served without memory until it can be written: the log says so
         raise StartError(
             f"The state directory {directory.absolute()} cannot be written: {error.strerror}; "
             "set tiers.l2.path to one that can."

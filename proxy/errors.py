@@ -1,6 +1,6 @@
-"""The errors that reach a person: one for whoever starts the server, one for whoever calls it.
+"""The errors that reach a person: for whoever starts the server, for whoever runs it, for whoever calls it.
 
-Both carry complete sentences, so the place that catches them prints or sends them as they are.
+They carry complete sentences, so the place that catches them prints or sends them as they are.
 """
 
 import json
@@ -13,6 +13,10 @@ class ConfigError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class StorageError(Exception):
+    """The storage cannot do what was asked; the message is one sentence for the operator."""
 
 
 class ApiError(Exception):

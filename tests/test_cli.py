@@ -4,15 +4,15 @@ import asyncio
 import http.client
 import json
 import os
-import random
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -134,8 +134,9 @@ def test_check_tells_every_problem_on_stderr(tmp_path: Path) -> None:
 def test_check_and_serve_refuse_a_store_of_another_version(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "data", 10)
     asyncio.run(store.commit([(b"n1", b"a record")]))
-    store._cache.delete("format")  # as it was before there was one
     asyncio.run(store.close())
+    with closing(sqlite3.connect(tmp_path / "data" / "cache.db")) as database:
+        database.execute("PRAGMA user_version = 0")  # as it was before there was one
     for command in (["check"], ["serve", "--port", "0"]):
         done = run(tmp_path, *command, LLM_PAGER_TIERS__L2__PATH="data")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
@@ -220,12 +221,11 @@ def test_serve_refuses_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_serve_refuses_a_damaged_store(tmp_path: Path, workers: str) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cache.db").write_bytes(random.Random(1).randbytes(8192))
+def test_serve_refuses_a_store_that_it_may_not_open(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "data" / "cache.db").mkdir(parents=True)
     done = run(tmp_path, "serve", "--port", "0", "--workers", workers)  # ends: no crash loop
     assert (done.returncode, done.stdout) == (1, "")
-    assert len(done.stderr.splitlines()) == 1 and "is not a database" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "unable to open database file" in done.stderr
     assert done.stderr.startswith("llm-pager: Cannot use data as the storage directory")
 
 

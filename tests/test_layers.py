@@ -24,7 +24,8 @@ BASE = {"config", "errors", "sse", "tokens"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
-    "cli": {"config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
+    "cli": {"check", "config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process"},  # its upstream is one to choose
@@ -54,13 +55,12 @@ IMPORTERS: dict[str, set[str]] = {
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
-    "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
     "fsspec": {"storage"},
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
-    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream"},
+    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
@@ -72,7 +72,7 @@ IMPORTERS: dict[str, set[str]] = {
     "tiktoken": {"tokens"},
     "tokenizers": {"search"},  # the extra [semantic]
     "uvicorn": {"cli", "demo", "process"},  # the demo serves itself
-    "xxhash": {"conversation"},
+    "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api"},
     "yaml": {"cli", "config_text"},  # printing and reading the settings

@@ -13,10 +13,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from cachetools import LRUCache
@@ -43,7 +44,7 @@ from proxy.conversation.limits import Limits
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.tree import Anchor, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
-from proxy.errors import ApiError
+from proxy.errors import ApiError, StorageError
 from proxy.model_limits import POLICIES, limits_of
 from proxy.tokens import TokenCounter, encoding_is_known, get_counter, tokens_upper_bound
 from proxy.upstream import Header
@@ -51,9 +52,11 @@ from proxy.upstream import Header
 log = logging.getLogger(__name__)
 
 _NO_HISTORIES = HistoryCache(0)
+_PROVED_S = 1.0  # a commit of the last so many seconds proves that what a client says can be stored
 _CHAIN_AT_ONCE = 512  # more new messages than this are hashed off the event loop
 _COUNT_AT_ONCE_BYTES = 65_536  # more new text than this is counted off the event loop
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
+_SESSIONS = 65_536  # of new messages, which are told when the storage has lost them
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
 # Codes of `read_body` and `_validate`: the request as such.
@@ -104,14 +107,23 @@ class Admission:
         self._limits = lru_cache(maxsize=256)(self._limits_of)
         self._counters = lru_cache(maxsize=256)(self._counter_of)
         self._fixed: LRUCache[bytes, int] = LRUCache(_FIXED_COUNTS)
+        self._sessions: LRUCache[int, int] = LRUCache(_SESSIONS)  # of new messages: what the store had lost by then
 
     async def admit(
         self, headers: list[Header], query: bytes, body: bytes, deployment: str | None = None
     ) -> TurnContext:
         """A request's turn; `deployment`: the model that its path names. Raises ApiError 400 for what
-        cannot be a chat request."""
-        memory, identity = self._memory, self._memory.identity
+        cannot be a chat request; StorageError and LookupError where a client that sends only what is new would
+        lose what it says, or is answered without what it said."""
+        memory = self._memory
         who = caller(headers, parameters(query), *self._session_headers)
+        if who.delta:  # what it says is nowhere else: it can be stored, or upstream is not asked
+            await memory.store.check(_PROVED_S)
+        elif memory.store.trouble is not None:
+            with suppress(StorageError):  # perhaps it is over
+                await memory.store.check(_PROVED_S)
+        memory.renew()
+        identity = memory.identity
         scope = identity.scope(who.credentials)
         try:
             split = read_body(body, scope, memory.histories)
@@ -126,9 +138,20 @@ class Admission:
             split = read_body(body, scope, _NO_HISTORIES)
         names = self._names(tenant, who)
         split, found = await self._place(split, scope, tenant, names)
+        if names.delta is not None:
+            self._require_no_loss(hash(who), found)
         if found.start and _is_retry(headers):
             found = self._as_retry(found, tenant, names)
         return await self._context(body, split, decoded, scope, tenant, names, found)
+
+    def _require_no_loss(self, session: int, found: Place) -> None:
+        """LookupError when this process has served the session from a store that is not there any more, and the
+        request does not bring a history of its own."""
+        losses = self._memory.store.losses
+        own = any(node.role == "assistant" for node in found.path[found.start :])
+        if self._sessions.get(session, losses) != losses and not own:
+            raise LookupError("what this session said before was lost with its storage")
+        self._sessions[session] = losses
 
     def _names(self, tenant: TenantKey, who: Caller) -> SessionNames:
         if who.label is None:
@@ -193,7 +216,7 @@ class Admission:
         memory, model = self._memory, decoded["model"]
         try:
             state = await memory.state_after(found.record) if found.record is not None else None
-        except LookupError as error:  # invariant 6: the path is here, and is paged anew
+        except (LookupError, ValueError) as error:  # invariant 6: the path is here, and is paged anew
             log.warning("a conversation begins anew: %s", error)
             found, state = replace(found, record=None), None
         window = state.window if state else None
@@ -218,6 +241,15 @@ class Admission:
             now_s=time.time(),
             cache_key=hashlib.blake2b(root, digest_size=16).hexdigest().encode(),
             observed=self._observed,
+        )  # fmt: skip
+
+    async def anew(self, context: TurnContext) -> TurnContext:
+        """The request's turn without what is stored of it, which cannot be used; all that it needs is in the
+        request, or was read already."""
+        found = replace(context.place, record=None, alike=None)
+        return await self._context(
+            context.body, context.sent, cast(Decoded, context.decoded), context.scope, context.tenant,
+            context.names, found,
         )  # fmt: skip
 
     def _fixed_tokens(self, split: Body, counter: TokenCounter) -> int:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
@@ -29,7 +30,7 @@ from proxy.api.http import (
     relay,
     send_error,
 )
-from proxy.api.memory import Memory, calibration_key
+from proxy.api.memory import Memory, as_api_error, calibration_key
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -86,7 +87,7 @@ class ChatApi:
 
             self._embedder = Embedder(config, upstream, memory)
         self._admission = Admission(config, memory, self.model_facts, observer is not None)
-        self._warned: set[tuple[str, str]] = set()  # (model, warning): what was logged
+        self._warned: set[str] = set()  # what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
 
     async def close(self) -> None:
@@ -140,11 +141,23 @@ class ChatApi:
             turn = Turn(context)
             visit.placed(context.decoded["model"], context.place.path[0].id)
             exchange = self._exchange(turn, context, scope, send)
-            answer = await self._run(turn, context, exchange, scope["headers"], visit)
+            try:
+                answer = await self._run(turn, context, exchange, scope["headers"], visit)
+            except (LookupError, ValueError) as error:
+                paid = exchange.started or (exchange.asked and type(error) is not LookupError)
+                if paid or context.place.record is None or context.place.start:
+                    raise
+                log.warning("a conversation begins anew: what is stored of it cannot be used (%r)", error)
+                await exchange.close()
+                context = await self._admission.anew(context)
+                turn = Turn(context)
+                exchange = self._exchange(turn, context, scope, send)
+                answer = await self._run(turn, context, exchange, scope["headers"], visit)
             if answer.refused is None:  # before the end is sent
                 visit.answered(answer.report, answer.usage, context.state is None)
-            await exchange.finish(answer, _own_headers(answer))
-            self._warn(context.decoded["model"], answer.report.warning)
+            await exchange.finish(answer, _own_headers(answer), visit.memory_lost > 0)
+            if answer.report.warning is not None:
+                self._warn(f"model {context.decoded['model']}: {answer.report.warning}")
             if answer.refused is None:
                 self._stats.told(answer.report)
                 if self._observer is not None:
@@ -167,15 +180,14 @@ class ChatApi:
             broken = ApiError(502, message, "api_error", "upstream_broken")
             await _fail(exchange, send, broken)
         except StorageError as error:
-            log.error("%s", error)
-            failed = ApiError(503, str(error), "api_error", "storage_unavailable")
-            await _fail(exchange, send, failed)
+            self._warn(f"requests cannot be served: {error}")
+            await _fail(exchange, send, as_api_error(error))
         except Exception as error:
             whole = context is not None and not context.place.start  # what upstream needs is in the body
             if type(error) is LookupError and not whole:  # our own word, unlike KeyError and IndexError
-                log.exception("damaged storage")
-                message = f"Storage is damaged: {error}."
-                await _fail(exchange, send, ApiError(500, message, "api_error", "storage_damaged"))
+                self._warn(f"requests cannot be served: {error}")
+                unread = self._memory.store.trouble  # it is not known then what is there
+                await _fail(exchange, send, as_api_error(StorageError(unread) if unread else error))
                 return
             if exchange is None or exchange.asked:
                 raise
@@ -220,14 +232,14 @@ class ChatApi:
         visit.refusals += reply.status >= 400
         await relay(reply, send)
 
-    def _warn(self, model: str, warning: str | None) -> None:
-        """One line for each model and reason: the same client says it with every request."""
-        if warning is None or (key := (model, warning)) in self._warned:
+    def _warn(self, warning: str) -> None:
+        """One line for each: the same client meets it with every request."""
+        if warning in self._warned:
             return
         if len(self._warned) >= _WARNINGS:
             self._warned.clear()
-        self._warned.add(key)
-        log.warning("model %s: %s", *key)
+        self._warned.add(warning)
+        log.warning("%s", warning)
 
     def _upstream_of(self, scope: Scope) -> Upstream:
         """The upstream, at the place where it has what the client's path names."""
@@ -271,24 +283,29 @@ class ChatApi:
         dialogue = turn.run()
         reply: Any = None
         stored: frozenset[bytes] = frozenset()
-        appended = False
+        appended, lost = False, False
         try:
             while True:
                 effect = dialogue.send(reply)
                 if isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
+                    visit.remembers(self._memory.store.trouble is None)  # as far as is known
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:
                         reply = replace(reply, ended_s=time.time())
                 elif isinstance(effect, Append):
-                    stored = await self._append(effect, context)
-                    reply, appended = None, True
+                    reply = None
+                    try:
+                        stored, appended = await self._append(effect, context), True
+                    except StorageError:  # the store has said why
+                        lost = True
                 elif isinstance(effect, Search):
                     near: list[Hit] = []
                     if self._embedder is not None:
-                        near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
+                        with suppress(StorageError):  # else it is by words
+                            near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
                     reply = await self._memory.search(effect, turn.pages, near)
                 elif isinstance(effect, Load):
                     reply = await self._renditions.load(context.tenant, effect, turn.pages)
@@ -298,6 +315,9 @@ class ChatApi:
             answer: Answer = end.value
         finally:
             dialogue.close()
+        if turn.unremembered is not None:
+            log.error("an answer is not remembered: what it goes on from is damaged (%r)", turn.unremembered)
+        visit.remembers(not lost and turn.unremembered is None)
         ours = [record for record, _ in turn.settled]
         if turn.record is not None and turn.window is not None:
             ours.append(turn.record)
@@ -316,7 +336,8 @@ class ChatApi:
             tokens = billed if isinstance(billed, int) and billed > 0 else answer.report.used_tokens
             self.model_facts.answered(context.scope, model, tokens, answer.doubted_tokens)
         if answer.learned and not appended:  # by an answer that cannot be remembered
-            await self.model_facts.learn(context.scope, model, answer.learned)
+            with suppress(StorageError):
+                await self.model_facts.learn(context.scope, model, answer.learned)
         if answer.learned:
             log.warning("model %s: learned %s", model, answer.learned)
         return answer
@@ -341,7 +362,7 @@ class ChatApi:
                 )
         if facts:
             more += self.model_facts.lessons(context.scope, model, facts)
-        return await self._memory.append(effect, more)
+        return await self._memory.append(effect, context.identity, more)
 
 
 _GIVEN_UP = (

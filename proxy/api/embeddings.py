@@ -127,11 +127,11 @@ class Embedder:
     # -- what is stored
 
     def find(self, tenant: TenantKey, text: str) -> Vector | None:
-        data = self._memory.store.get(self._memory.identity.vector(tenant, self._model, text))
+        data = self._memory.get(self._memory.identity.vector(tenant, self._model, text))
         return None if data is None else vector_of(data)
 
     def _health(self, tenant: TenantKey) -> _Health:
-        data = self._memory.store.get(self._memory.identity.vectors(tenant, self._model))
+        data = self._memory.get(self._memory.identity.vectors(tenant, self._model))
         return _Health() if data is None else _read_health(data)
 
     def _health_put(self, tenant: TenantKey, health: _Health) -> tuple[bytes, bytes]:
@@ -142,18 +142,19 @@ class Embedder:
     async def near(
         self, tenant: TenantKey, headers: Sequence[Header], effect: Search, pages: PathPages
     ) -> list[Hit]:
-        """The pages of a search by meaning, best first; [] where that is not known in time."""
+        """The pages of a search by meaning, best first; [] where that is not known in time. StorageError when
+        it cannot be stored."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
         memory = self._memory
         key = memory.identity.near(tenant, self._model, ids[-1], repr(list(effect.queries)))
-        stored = memory.store.get(key)
+        stored = memory.get(key)
         if stored is None:
             found, puts = await self._found(self._caller(tenant, headers), effect, ids, pages)
             stored = msgspec.msgpack.encode(found)
             if await memory.store.commit(puts, adds=[(key, stored)]):  # another replica was first
-                stored = memory.store.get(key) or stored
+                stored = memory.get(key) or stored
         return _read_hits(stored)
 
     async def _found(
@@ -220,7 +221,7 @@ class Embedder:
             caller.task = self._start(self._work(caller))
 
     def _missing(self, tenant: TenantKey, pages: PathPages, first: int) -> dict[bytes, str]:
-        identity, get = self._memory.identity, self._memory.store.get
+        identity, get = self._memory.identity, self._memory.get
         texts = [page_text(doc) for doc in pages.docs(first, len(pages.path))]
         by_key = {identity.vector(tenant, self._model, text): text for text in texts if text.strip()}
         return {key: text for key, text in by_key.items() if get(key) is None}

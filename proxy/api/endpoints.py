@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 
 from proxy.api.bill import conversation_bill
 from proxy.api.caller import Caller, caller, encoded, with_body
-from proxy.api.memory import Memory
+from proxy.api.memory import Memory, as_api_error
 from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
@@ -120,7 +120,12 @@ def own_endpoints(
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
             reason = str(error) or type(error).__name__
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "ready"})
+        said: dict[str, Any] = {"status": "ready"}
+        if memory.store.damaged:  # values that were met since the start, by kind
+            said["damaged"] = dict(memory.store.damaged)
+        if (repaired := memory.store.repaired) is not None:
+            said["repaired"] = {"at_s": int(repaired.at_s), "kept": repaired.kept, "lost": repaired.lost}
+        return JSONResponse(said)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -158,9 +163,9 @@ async def _refused(request: Request, failure: Exception) -> Response:
     headers: Mapping[str, str] = {}
     if isinstance(failure, ApiError):
         error = failure
-    elif isinstance(failure, StorageError):
-        log.error("%s", failure)
-        error = ApiError(503, str(failure), "api_error", "storage_unavailable")
+    elif isinstance(failure, StorageError | LookupError):
+        log.error("a request cannot be served: %s", failure)
+        error = as_api_error(failure)
     elif isinstance(failure, HTTPException):  # nothing serves the path, or the method
         where, headers = f"{request.method} {request.url.path}", failure.headers or {}
         if failure.status_code == 404:
@@ -170,9 +175,8 @@ async def _refused(request: Request, failure: Exception) -> Response:
         else:
             error = ApiError(failure.status_code, str(failure.detail))
     else:
-        log.error("damaged storage", exc_info=failure)
-        error = ApiError(500, f"Storage is damaged: {failure}.", "api_error", "storage_damaged")
-    return Response(error.body(), error.status, {**headers, "content-type": "application/json"})
+        raise failure
+    return Response(error.body(), error.status, {**headers, **error.headers, "content-type": "application/json"})
 
 
 def _caller(request: Request, sessions: SessionsConfig) -> Caller:
@@ -190,6 +194,7 @@ def _caller(request: Request, sessions: SessionsConfig) -> Caller:
 
 def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:
     """The last answered turn of the conversation or session that the request names."""
+    memory.renew()
     who = _caller(request, sessions)
     tenant = memory.identity.tenant(who.credentials, who.person)
     session = who.label or request.query_params.get("session")

@@ -34,6 +34,7 @@ _QUOTED_BYTES = 2_000  # of an error page
 _PATIENT_BYTES = 6_000  # a request that may be too long: its stream's first words are waited for
 _AFTER_DONE_S = 0.2  # wait for the end of a stream that has said [DONE]
 _KEEP_ALIVE = b": keep-alive\n\n"
+_MEMORY_LOST = b": x-llm-pager-memory: lost\n"  # a line: it may stand in front of an event's end
 _FIRST_ROUND_ONLY = b"idempotency-key"  # a later round is another request, so it needs another key
 _NOT_OURS = (b"content-length", b"transfer-encoding", b"connection", b"content-encoding")
 _FOR_THE_MOMENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -239,17 +240,22 @@ class Exchange:
 
     # -- the response
 
-    async def finish(self, answer: Answer, extra: list[Header]) -> None:
-        """Send the end of the response; the turn is stored by now."""
+    async def finish(self, answer: Answer, extra: list[Header], lost: bool = False) -> None:
+        """Send the end of the response; the turn is stored by now, or `lost`: a stream whose head is gone says so in a
+        comment, and in its usage."""
         await self.close()
         if answer.refused is not None:
             await self._refuse(answer.refused)
         elif self.started:
+            usage = answer.usage
             if self._tee is not None:
                 last = self._tee.held
             else:
                 assert self._sieve is not None
-                last = b"".join(self._sieve.finish(answer.finish_reason, answer.usage))
+                if lost and usage is not None and "vm" in usage:
+                    usage = {**usage, "vm": {**usage["vm"], "memory": "lost"}}
+                last = b"".join(self._sieve.finish(answer.finish_reason, usage))
+            last = _MEMORY_LOST + last if lost else last
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             body = self._body if answer.body is None else answer.body

@@ -37,11 +37,12 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
+from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder
 from proxy.storage.l1 import Cache
-from proxy.storage.l2 import DiskStore
+from proxy.storage.l2 import RETRY_S, Damaged, DiskStore, StorageError
 
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
@@ -54,19 +55,29 @@ _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to a
 log = logging.getLogger(__name__)
 
 
+def as_api_error(error: StorageError | LookupError) -> ApiError:
+    """What a caller is told who cannot be served without what is stored: nothing that would pass by itself was done."""
+    if isinstance(error, Damaged | LookupError):
+        message = f"{str(error).rstrip('.')}. The storage is damaged: send the whole history, or begin another session."
+        return ApiError(500, message, "api_error", "storage_damaged")
+    wait = {"retry-after": f"{RETRY_S:.0f}"}
+    return ApiError(503, str(error), "api_error", "storage_unavailable", headers=wait)
+
+
 class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
-        self.store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
-        self.identity = Identity(self.store.secret("identity"))
+        self.store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, keys.KINDS)
+        self._generation = self.store.generation
+        self.identity = Identity(self.store.secret())
         self.cache = Cache(config.tiers.l1.tokens)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder)
         self._at_once = _OFF_LOOP_MESSAGES if encoder is None else _ENCODE_AT_ONCE
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
-        self.library = Library(self.identity, self.get_record, self.load_path, self.store.get)
+        self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
     async def close(self) -> None:
         await self.store.close()
@@ -77,12 +88,29 @@ class Memory:
         self.histories.clear()
         self.indexes.clear()
 
+    def renew(self) -> None:
+        """Forget what is known of a store that is not there any more. (A turn that began with it is not stored.)"""
+        if self._generation == self.store.generation:
+            return
+        self._generation, secret = self.store.generation, self.store.secret()
+        self.forget()
+        if self.identity.secret != secret:
+            self.identity = Identity(secret)
+            self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
+
     # -- reading
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value, or None: what cannot be read is a miss (invariant 6). The store says so in the log."""
+        try:
+            return self.store.get(key)
+        except StorageError:
+            return None
 
     def get_record(self, node_id: bytes) -> Record | None:
         found: Record | None = self.cache.get("record", node_id)
         if found is None:
-            data = self.store.get(record_key(node_id))
+            data = self.get(record_key(node_id))
             if data is not None:
                 found = decode_record(data)
                 self.cache.put("record", node_id, found, len(data))
@@ -132,7 +160,7 @@ class Memory:
         """A block of a page table."""
         found: bytes | None = self.cache.get("block", ref)
         if found is None:
-            found = self.store.get(block_key(ref))
+            found = self.get(block_key(ref))
             if found is not None:
                 self.cache.put("block", ref, found, len(found))
         return found
@@ -153,16 +181,17 @@ class Memory:
     # -- writing
 
     async def append(
-        self, effect: Append, more: Sequence[tuple[bytes, bytes]] = ()
+        self, effect: Append, identity: Identity, more: Sequence[tuple[bytes, bytes]] = ()
     ) -> frozenset[bytes]:
         """Store a turn, and `more` with it; returns the ids of the records that are new.
 
-        What is already stored stays as it is: others may have built on it.
+        What is already stored stays as it is: others may have built on it. `identity`: whose ids it has; StorageError
+        when the store that it belongs to is not there any more.
         """
         ours = {record_key(record.id) for record in effect.records}
         adds = [put for put in effect.puts if put[0] in ours]
         puts = [*(put for put in effect.puts if put[0] not in ours), *more]
-        known = await self.store.commit(puts, effect.joins, adds)
+        known = await self.store.commit(puts, effect.joins, adds, identity.secret)
         new = [record for record in effect.records if record_key(record.id) not in known]
         for record in new:
             size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
@@ -191,7 +220,7 @@ class Memory:
 
     def learned(self, scope: KeyScope, model: str) -> dict[str, object]:
         """What the upstream behind this key said of a model; one key's refusals bind no other."""
-        data = self.store.get(keys.MODEL + scope + model.encode())
+        data = self.get(keys.MODEL + scope + model.encode())
         return msgspec.msgpack.decode(data) if data else {}
 
     def learned_put(
@@ -204,7 +233,7 @@ class Memory:
 
     def calibration(self, scope: KeyScope, model: str, counter: str, exact: bool) -> Calibration:
         """What the bills of a key's model taught: as it is stored, so the same in every process."""
-        data = self.store.get(calibration_key(scope, model, counter))
+        data = self.get(calibration_key(scope, model, counter))
         try:
             return Calibration(exact) if data is None else Calibration.decode(data)
         except ValueError:  # another version's

@@ -159,7 +159,7 @@ class ModelFacts:
         return row
 
     def _listed(self, scope: KeyScope) -> list[str]:
-        data = self._memory.store.get(keys.MODELS + scope)
+        data = self._memory.get(keys.MODELS + scope)
         return msgspec.msgpack.decode(data, type=list[str]) if data else []
 
     def _override(self, model: str) -> dict[str, Any]:
@@ -218,13 +218,10 @@ class ModelFacts:
 
     def _stored_list(self, scope: KeyScope, now_s: float) -> _List | None:
         """What any process on this storage was told; a damaged word is none."""
-        try:
-            data = self._memory.store.get(keys.STATED + scope)
-            if data is None:
-                return None
-            until_s, windows = msgspec.msgpack.decode(data, type=tuple[float, dict[str, int]])
-        except (StorageError, msgspec.MsgspecError):
+        data = self._memory.get(keys.STATED + scope)
+        if data is None:
             return None
+        until_s, windows = msgspec.msgpack.decode(data, type=tuple[float, dict[str, int]])
         return _List(until_s, windows) if until_s > now_s else None
 
     async def _ask(

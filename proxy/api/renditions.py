@@ -89,7 +89,7 @@ class Renditions:
         key = self._key(tenant, page, level, kind)
         found: MemoryPage | None = self._memory.cache.get("rendition", key)
         if found is None:
-            artifact = self._memory.store.get(key)
+            artifact = self._memory.get(key)
             if artifact is None:
                 return None
             found = await self._read(artifact.decode())

@@ -51,6 +51,7 @@ _COUNTED: Final = (
     "refusals",
 )  # fmt: skip
 _NAME: Final = re.compile(r"[\w.:/-]{1,64}")  # a code of upstream's, in the log
+_MEMORY_LOST: Final = (b"x-llm-pager-memory", b"lost")
 _MODELS: Final = 256  # whose bills are kept apart, for their prices
 _OTHER: Final = ""  # all others'
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST  # of the metrics
@@ -61,6 +62,7 @@ _COUNTERS: Final = (  # a visit's field, the counter's name, what it counts
     ("searches", "searches", "Searches of models"),
     ("epochs", "epochs", "Windows rebuilt"),
     ("crowded", "crowded_epochs", "Windows rebuilt that are too small for their traffic: nearly each request rebuilds them"),
+    ("memory_lost", "memory_lost", "Answers that could not be remembered, because of the storage"),
     ("refusals", "upstream_refusals", "Answers of upstream to chat requests with a status of 400 or more"),
 )
 
@@ -90,6 +92,7 @@ class Visit:
         self.conversation = ""
         self.model = ""
         self.rounds = self.faults = self.searches = self.epochs = self.crowded = self.refusals = 0
+        self.memory_lost = 0  # 1: the answer cannot be remembered
         self.used_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     @staticmethod
@@ -129,6 +132,14 @@ class Visit:
         if report.warning is not None:
             line = report.warning.encode("ascii", "replace")
             self._headers.append((b"x-llm-pager-warning", line))
+
+    def remembers(self, stored: bool) -> None:
+        """Whether the turn is stored, or, before its end, will be as far as is known: what its head still can say."""
+        self.memory_lost = int(not stored)
+        if self._headers[-1] == _MEMORY_LOST:
+            self._headers.pop()
+        if not stored:
+            self._headers.append(_MEMORY_LOST)
 
     def unpaged(self, kind: str = "chat") -> None:
         """It goes up as it came."""
@@ -181,6 +192,8 @@ class Visit:
             line["model"] = self.model
         if self.conversation:
             line["conversation"] = self.conversation
+        if self.memory_lost:
+            line["memory"] = "lost"
         if self.channel != "unpaged" or self.refusals:
             line.update((name, value) for name in _COUNTED if (value := getattr(self, name)))
         log.info("%s", line, extra={"fields": line})

@@ -22,6 +22,7 @@ import msgspec
 from proxy.conversation.body import Body, is_system
 from proxy.conversation.records import GetRecord, Record, Sent, backwards, deepest_record
 from proxy.conversation.tree import ID_BYTES, Anchor, Identity, Node, TenantKey, overlap
+from proxy.errors import StorageError
 from proxy.memory.message_text import message_text
 
 _TELLING_MESSAGES = 4  # an overlap of fewer messages must have
@@ -48,12 +49,14 @@ class Place:
 
 @dataclass(slots=True)
 class Library:
-    """What identification reads: records by id, whole paths, and raw values by key."""
+    """What identification reads: records by id, whole paths, and raw values by key. What cannot be read is None;
+    `get_head`, of a session, raises StorageError instead: its client would lose what it does not send."""
 
     identity: Identity
     get_record: GetRecord
     load_path: LoadPath
     get: Callable[[bytes], bytes | None]
+    get_head: Callable[[bytes], bytes | None]
 
 
 def chain(body: Body, identity: Identity, tenant: TenantKey) -> tuple[list[Node], list[Anchor]]:
@@ -86,7 +89,8 @@ def place(
 ) -> Place:
     """Place the client's `nodes` (a path from the root, not empty) on the path they belong to.
 
-    `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages.
+    `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages. LookupError and
+    StorageError where what the messages follow on cannot be read.
     """
     known = deepest_record(nodes, library.get_record)
     alike = _alike(nodes, known, tenant, library)
@@ -94,10 +98,17 @@ def place(
     if known is not None and (known.sent is not None or session_key is not None):
         return whole  # else no answer was delivered on it: its first request, said again
     if session_key is not None:
-        head = library.get(session_key)
-        record = library.get_record(head) if head else None
-        if record is not None:
-            return _in_session(whole, library, record, frame) or whole
+        try:
+            head = library.get_head(session_key)
+            if head is not None:
+                record = library.get_record(head)
+                if record is None:
+                    raise LookupError("the last answer of a session is missing from storage")
+                return _in_session(whole, library, record, frame) or whole
+        except (LookupError, StorageError):
+            if any(node.role == "assistant" for node in nodes):
+                return whole  # a client of new messages never sends answers: this is a history
+            raise
     return _trimmed(whole, tenant, library, frame) if reattach else whole
 
 

@@ -26,3 +26,11 @@ MODEL = b"m"  # + scope, model: what refusals, bills and lists taught of a key's
 MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting
 STATED = b"L"  # + scope: the windows that the upstream's own list of models states
+
+# What stands under a letter, for people:
+KINDS = {
+    RECORD: "record of a turn", BLOCK: "block of a page table", VECTOR: "vector of a page", NEAR: "search's result",
+    PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
+    SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
+    MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
+}  # fmt: skip

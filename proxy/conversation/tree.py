@@ -62,6 +62,11 @@ class Identity:
     def __init__(self, secret: bytes) -> None:
         self._key = secret
 
+    @property
+    def secret(self) -> bytes:
+        """Of the store that these ids are for."""
+        return self._key
+
     def _hash(self, *parts: bytes) -> bytes:
         h = blake2b(digest_size=ID_BYTES, key=self._key)
         for part in parts:

@@ -141,6 +141,7 @@ class Turn:
         self.table = state.table if state else PageTable()
         self.record: Record | None = None
         self.settled: list[tuple[Record, Stored]] = []
+        self.unremembered: Exception | None = None  # why the answer cannot be stored: what it goes on from is damaged
         self.channel: Channel | None = None  # whose the calls of its rounds are; None: all the client's
         self._paging: TurnWindow | None = None
         self._vm_calls: VMCalls | None = None
@@ -265,7 +266,7 @@ class Turn:
             return Answer(self.report, refused=said)
         self.report.rounds = 1
         if said.messages:
-            yield self._append(said, said.messages, learned=learned)
+            yield from self._remember(said, said.messages, learned=learned)
         if learned is None:
             learned = dict(self._model.learned)
         return Answer(self.report, said.finish_reason, said.usage, learned=learned)
@@ -318,7 +319,7 @@ class Turn:
             empty = number > 1 and said.finish_reason in _ENDED and is_silent(said.messages[0])
             empty = empty and not self._context.given_answers
             if not vm and (client or not (said.unread or empty)):
-                yield self._append(said, shown_messages(said, client))
+                yield from self._remember(said, shown_messages(said, client))
                 break
             words = said_text(said.shown)[told:] if said.shown else said_text(said.messages[0])
             told += len(words)
@@ -326,7 +327,7 @@ class Turn:
                 spoke = bool(words.strip() and said_text(said.messages[0])) and not empty and not said.unread
                 given_up = again == _ASKED_AGAIN and (spoke or empty or self._told())
                 if given_up or (spoke and len(words) > PREAMBLE_CHARS) or self._context.given_answers:
-                    yield self._append(said, shown_messages(said, client))
+                    yield from self._remember(said, shown_messages(said, client))
                     break  # what it said has to do
                 if again == _ASKED_AGAIN:  # nothing that it said is for the client
                     return Answer(self.report, refused=_NO_ANSWER)
@@ -344,7 +345,7 @@ class Turn:
             exchange = yield from vm_calls.serve(said.messages[0], vm, len(self._responses))
             if client:
                 raws = [entry.raw for entry in exchange]
-                yield self._append(said, shown_messages(said, client), raws)
+                yield from self._remember(said, shown_messages(said, client), raws)
                 break
             paging.extend(exchange)
         return self._answer(said, paging, vm_calls)
@@ -396,12 +397,27 @@ class Turn:
 
     # -- the end
 
-    def _append(
+    def _remember(
         self,
         said: Said,
         answers: Sequence[dict[str, Any]],
         substitute: Sequence[bytes] = (),
         learned: Mapping[str, Any] | None = None,
+    ) -> Generator[Effect, Any, None]:
+        """An answer is there: whatever became of the storage, its client gets it (invariant 6)."""
+        try:
+            effect = self._append(said, answers, substitute, learned)
+        except (LookupError, ValueError) as error:
+            self.unremembered, self.record, self.settled = error, None, []
+            return
+        yield effect
+
+    def _append(
+        self,
+        said: Said,
+        answers: Sequence[dict[str, Any]],
+        substitute: Sequence[bytes],
+        learned: Mapping[str, Any] | None,
     ) -> Effect:
         context, record = self._context, self._context.place.record
         self._model.passed(self.report.used_tokens)

@@ -445,18 +445,18 @@ _DEFAULTS = {
 
 def _add_block(blocks: dict[bytes, bytes], value: object) -> ChunkRef:
     data = _encode(value)
-    ref = _ref(data)
+    ref = block_ref(data)
     blocks[ref] = data
     return ref
 
 
-def _ref(data: bytes) -> ChunkRef:
+def block_ref(data: bytes) -> ChunkRef:
     return ChunkRef(blake2b(data, digest_size=REF_BYTES).digest())
 
 
 def _intact(ref: ChunkRef, get: GetBlock | None) -> bytes | None:
     data = get(ref) if get is not None else None
-    return data if data is not None and _ref(data) == ref else None
+    return data if data is not None and block_ref(data) == ref else None
 
 
 def _chunk_of(entry: PageTableEntry) -> int:

@@ -8,52 +8,66 @@ Promises:
 - Any number of processes may share the directory; a join never loses another process's join.
 - Every failure is a `StorageError` of one sentence. Nothing is evicted, expired or culled here.
 - A directory of another version's is refused, never read as empty.
-
-Values stay inside SQLite whatever their size. diskcache's own value files are not part of its
-transactions: a replaced file is unlinked when the inner `set` ends, before the outer COMMIT, so a
-kill in between would lose the old body and the new one (invariant 4). Keys and values are bytes (str
-keys are ours: SQLite keeps the two apart), so nothing is ever pickled, and a pickle that somebody put
-there is not read.
+- Trouble is noticed at once and costs no waiting: the commit that fails says so, those behind it fail without
+  touching the disk, and every second one of them tries again. Nothing is written into files that were deleted or
+  replaced under us. When it can be, the directory is opened again: as it was, or as a new store, which the log says.
+- What is damaged is `Damaged` to its reader, and written anew by the next commit that has it; a file that SQLite
+  cannot make sense of is repaired (sqlite.py) beside the requests.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 import queue
 import sqlite3
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import diskcache  # type: ignore[import-untyped, unused-ignore]
+from proxy.errors import StorageError as StorageError
+from proxy.storage.sqlite import (
+    ADD,
+    OWN_ROWS,
+    PUT,
+    SECRET_BYTES,
+    Inodes,
+    Key,
+    Opened,
+    Repaired,
+    connect,
+    get_value,
+    inodes,
+    is_damage,
+    newest_row,
+    open_database,
+    put_row,
+    write_mark,
+)
+from proxy.storage.sqlite import Damaged as Damaged
 
-FORMAT = b"1"  # of everything that is stored; another one with each change that old records do not fit
 JOIN_VALUE_BYTES = 16
 JOIN_KEEP = 32
-SECRET_BYTES = 32
-LOCK_WAIT_S = 30.0  # longest wait for other processes' transactions before a commit fails
+LOCK_WAIT_S = 2.0  # longest wait for other processes' transactions before a commit fails ...
+_LOCK_WAIT_AGAIN_S = 0.05  # ... and while they go on
 VALUE_LIMIT_BYTES = 900_000_000  # SQLite refuses rows of 1e9 bytes
+RETRY_S = 1.0  # between two tries of a store that cannot be written
+_MARK_S = 1.0  # between two marks of how far the store has come
+_REPAIRING = float("inf")  # when a commit is tried again while a repair runs
+_REPAIRS_S = 60.0  # between two repairs: a bad disk may damage the new file, too
+_PROBE = "probe"
+_PROBE_VALUE = bytes(65_536)  # about what a turn writes: a disk with less room is full
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
-DATABASE = "cache.db"  # diskcache's name for its file
-_FORMAT_KEY, _PROBE_KEY, _SECRET_KEY = "format", "probe", "secret:"
-_FAILURES = (sqlite3.Error, diskcache.Timeout, OSError)
-
-
-class StorageError(Exception):
-    """The directory cannot do what was asked; the message is one sentence for the operator."""
-
-
-class _BytesDisk(diskcache.Disk):  # type: ignore[misc]
-    """Reads only what stands in the row as it is."""
-
-    def fetch(self, mode: int, filename: str | None, value: bytes, read: bool) -> bytes:
-        if mode != diskcache.core.MODE_RAW or type(value) is not bytes:
-            raise StorageError("A record in the storage directory was not written by llm-pager.")
-        return value
-
+log = logging.getLogger(__name__)
 
 _Answer: TypeAlias = "asyncio.Future[frozenset[bytes]]"
 
@@ -61,30 +75,86 @@ _Answer: TypeAlias = "asyncio.Future[frozenset[bytes]]"
 class _Job(NamedTuple):
     """One commit on its way. Its answer: the keys of `adds` that were there before."""
 
-    puts: Sequence[tuple[bytes | str, bytes]]
+    puts: Sequence[tuple[Key, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
     adds: Sequence[tuple[bytes, bytes]]
-    answer: _Answer
+    secret: bytes | None  # of the store that it is for; None: of any
+    answer: _Answer | None  # None: it only wakes the writer
 
     @property
     def records(self) -> int:
         return len(self.puts) + len(self.joins) + len(self.adds)
 
 
+class _Gone(Exception):
+    """The files that were open do not stand in the directory any more."""
+
+
+class _Database:
+    """A store that is open. Its readers are one connection a thread; nothing of it is used again once its files
+    were replaced."""
+
+    def __init__(self, directory: Path, opened: Opened) -> None:
+        self.directory = directory
+        self.inodes: Inodes = opened.inodes
+        self.secret = opened.secret
+        self.rowid = opened.rowid
+        self.writer: sqlite3.Connection | None = opened.connection  # the writer thread's
+        self._local = threading.local()
+        self._readers: list[sqlite3.Connection] = []
+        self.reader.execute("SELECT 1 FROM Cache LIMIT 1")  # as long as it is open, no other file has its inode
+
+    @property
+    def reader(self) -> sqlite3.Connection:
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = self._local.connection = connect(self.directory)
+            self._readers.append(found)
+        return found
+
+    def close_writer(self) -> None:
+        """Rolls back what it was in."""
+        if self.writer is not None:
+            with suppress(sqlite3.Error):
+                self.writer.close()
+            self.writer = None
+
+    def close(self) -> None:
+        """A reader in another thread gets an error. SQLite deletes no log of a database that has been moved."""
+        self.close_writer()
+        for reader in self._readers:
+            with suppress(sqlite3.Error):
+                reader.close()
+
+
 class DiskStore:
     """`get` from any thread; `commit`, `check` and `close` from any event loop.
 
     `queue_records` bounds one transaction: it ends with the commit that reaches so many records, and
-    the commits behind it wait their turn.
+    the commits behind it wait their turn. `kinds`: what the values under the first byte of a key are, for people.
+
+    `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number
+    whenever the directory holds another file than before: what is known from it is to be forgotten; `losses`: how many
+    times that was another store or an older one.
     """
 
-    def __init__(self, path: Path, queue_records: int) -> None:
+    def __init__(self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None) -> None:
         self._path = Path(path)
         self._queue_records = queue_records
-        self._cache = _open(self._path)
+        self._kinds = kinds or {}
+        self.damaged: Counter[str] = Counter()
+        self.generation = self.losses = 0
+        self.repaired: Repaired | None = None
+        self._database: _Database | None = None
+        self._trouble: str | None = None
+        self._trouble_s = self._retry_s = 0.0  # since when; when it is tried again
+        self._turned_away = 0  # commits since then
+        self._proved_s = self._marked_s = self._repaired_s = float("-inf")  # when it was last written, ...
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: no more will come
+        self._repair_asked = False
         self._closed = False
         self._lock = threading.Lock()  # nothing is handed in behind the None
+        self._open()
         # A daemon, so that a process that forgot close() still ends; it loses only commits that
         # nobody was told about.
         self._writer = threading.Thread(target=self._write, name="l2-writer", daemon=True)
@@ -92,39 +162,60 @@ class DiskStore:
 
     # -- reading
 
-    def get(self, key: bytes) -> bytes | None:
-        """The value last committed under `key`, by any process; None when there is none."""
+    def get(self, key: Key) -> bytes | None:
+        """The value last committed under `key`, by any process; None when there is none. Raises Damaged for one
+        that cannot be read, StorageError when the store cannot be."""
         self._require_open()
+        database = self._database
+        if database is None:
+            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
         try:
-            value: bytes | None = self._cache.get(key)
+            return get_value(database.reader, key)
+        except Damaged as error:
+            raise self._met_damage(key, error) from None
         except sqlite3.Error as error:
+            if is_damage(error):
+                self._ask_for_repair()
+                raise self._met_damage(key, error) from error
             raise StorageError(f"Cannot read from {self._path}: {error}.") from error
-        return value
 
-    def secret(self, name: str) -> bytes:
-        """32 random bytes, made once per directory and the same in every process."""
+    def secret(self) -> bytes:
+        """32 random bytes, made once per store and the same in every process; of a store that cannot be opened yet,
+        for nobody else and for a while."""
         self._require_open()
-        try:
-            self._cache.add(_SECRET_KEY + name, os.urandom(SECRET_BYTES))
-            return bytes(self._cache.get(_SECRET_KEY + name))
-        except _FAILURES as error:
-            raise _explain(self._path, error) from error
+        return self._database.secret if self._database is not None else os.urandom(SECRET_BYTES)
+
+    def _met_damage(self, key: Key, error: Exception) -> Damaged:
+        """It is said once for each kind: a conversation meets it with every request."""
+        kind = self._kinds.get(key[:1], "value") if isinstance(key, bytes) else key
+        self.damaged[kind] += 1
+        told = Damaged(f"A {kind} in {self._path} is damaged: {error}; llm-pager check --storage finds all damage.")
+        if self.damaged[kind] == 1:
+            log.error("%s It is taken as missing, and stored again where a request has it.", told)
+        return told
+
+    def _ask_for_repair(self) -> None:
+        if not self._repair_asked and time.monotonic() - self._repaired_s > _REPAIRS_S:
+            self._repair_asked = True
+            self._jobs.put(_Job((), (), (), None, None))
 
     # -- writing
 
     async def commit(
         self,
-        puts: Sequence[tuple[bytes, bytes]],
+        puts: Sequence[tuple[Key, bytes]],
         joins: Sequence[tuple[bytes, bytes]] = (),
         adds: Sequence[tuple[bytes, bytes]] = (),
+        secret: bytes | None = None,
     ) -> frozenset[bytes]:
         """Store all of it or nothing; durable against SIGKILL on return.
 
         puts: insert or replace. adds: insert what is not there; what is there stays, and its keys
         are returned. joins: append a 16-byte value to the ordered set under the key; a
         value already there keeps its place; the newest 32 stay. Read the set with `get`: the
-        values one after another, oldest first. Raises StorageError. A commit cancelled while it
-        waits is withdrawn if the writer has not taken it yet, and is stored whole otherwise.
+        values one after another, oldest first. `secret`: of the store that it is for. Raises StorageError, at once while the store is known to be in
+        trouble. A commit cancelled while it waits is withdrawn if the writer has not taken it yet, and is stored
+        whole otherwise.
         """
         for _, value in joins:
             if len(value) != JOIN_VALUE_BYTES:
@@ -132,13 +223,28 @@ class DiskStore:
         for _, value in (*puts, *adds):
             if len(value) > VALUE_LIMIT_BYTES:
                 raise StorageError(f"A value of {len(value)} bytes is too large to be stored.")
-        return await self._submit(_Job(puts, joins, adds, asyncio.get_running_loop().create_future()))
+        if self._trouble is not None and time.monotonic() < self._retry_s:
+            self._turned_away += 1
+            raise StorageError(self._trouble)
+        return await self._submit(puts, joins, adds, secret)
 
-    async def check(self) -> None:
-        """Raises StorageError unless a record can be committed to the directory right now."""
-        if not os.access(self._path / DATABASE, os.W_OK) or not os.access(self._path, os.W_OK):
-            raise StorageError(f"The storage directory {self._path} is gone or not writable.")
-        await self._submit(_Job([(_PROBE_KEY, b"1")], (), (), asyncio.get_running_loop().create_future()))
+    async def check(self, proved_s: float = 0.0) -> None:
+        """Raises StorageError unless a turn can be committed right now. A commit of the last `proved_s` seconds
+        is proof enough; while the store is in trouble, so is a failure of the last second, unless it is 0."""
+        self._require_open()
+        now_s, database = time.monotonic(), self._database
+        if self._trouble is not None and now_s < self._retry_s and (proved_s or self._retry_s == _REPAIRING):
+            raise StorageError(self._trouble)
+        proved = self._trouble is None and now_s - self._proved_s < proved_s
+        if proved and database is not None and database.inodes == inodes(self._path):
+            return
+        self._retry_s = 0.0
+        await self._submit([(_PROBE, _PROBE_VALUE)], (), ())
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot be written, as far as is known."""
+        return self._trouble
 
     async def close(self) -> None:
         """Finish what was handed in, then release the directory. Safe to call twice."""
@@ -147,15 +253,22 @@ class DiskStore:
                 self._closed = True
                 self._jobs.put(None)
         await asyncio.to_thread(self._writer.join)
-        self._cache.close()
 
-    async def _submit(self, job: _Job) -> frozenset[bytes]:
+    async def _submit(
+        self,
+        puts: Sequence[tuple[Key, bytes]],
+        joins: Sequence[tuple[bytes, bytes]],
+        adds: Sequence[tuple[bytes, bytes]],
+        secret: bytes | None = None,
+    ) -> frozenset[bytes]:
+        answer: _Answer = asyncio.get_running_loop().create_future()
+        job = _Job(puts, joins, adds, secret, answer)
         if not job.records:
             return frozenset()
         with self._lock:
             self._require_open()
             self._jobs.put(job)
-        return await job.answer
+        return await answer
 
     def _require_open(self) -> None:
         if self._closed:
@@ -165,18 +278,13 @@ class DiskStore:
 
     def _write(self) -> None:
         while batch := self._batch():
-            live = [job for job in batch if not job.answer.cancelled()]
-            outcomes: list[frozenset[bytes] | StorageError]
-            try:
-                with self._cache.transact():
-                    outcomes = [self._store(job) for job in live]
-            except Exception as error:  # noqa: BLE001 - whoever awaits a commit gets it
-                # In case the failed COMMIT or ROLLBACK left the connection inside a transaction: closing
-                # rolls back, and diskcache opens another one for this thread at the next use.
-                self._cache.close()
-                outcomes = [_explain(self._path, error)] * len(live)
-            _tell([job.answer for job in live], outcomes)
-        self._cache.close()
+            live = [(job, job.answer) for job in batch if job.answer and not job.answer.cancelled()]
+            _tell([answer for _, answer in live], self._outcomes([job for job, _ in live]))
+            if self._repair_asked and self._retry_s != _REPAIRING:
+                self._begin_repair()
+        if self._database is not None:
+            self._mark(self._database, 0.0)
+            self._database.close()
 
     def _batch(self) -> list[_Job]:
         """What has been handed in, up to the bound; [] when the store was closed behind it."""
@@ -192,16 +300,190 @@ class DiskStore:
             records += job.records
         return batch
 
-    def _store(self, job: _Job) -> frozenset[bytes]:
-        present = frozenset(key for key, value in job.adds if not self._cache.add(key, value))
-        for key, value in job.puts:
-            self._cache.set(key, value)
+    def _outcomes(self, jobs: Sequence[_Job]) -> list[frozenset[bytes] | StorageError]:
+        if not jobs:
+            return []
+        if self._trouble is not None and time.monotonic() < self._retry_s:
+            self._turned_away += len(jobs)
+            return [StorageError(self._trouble) for _ in jobs]
+        try:
+            database = self._usable()
+            outcomes = self._stored(database, jobs)
+        except Exception as error:  # noqa: BLE001 - whoever awaits a commit gets it
+            self._failed(error, len(jobs))
+            return [StorageError(self._trouble) for _ in jobs]
+        self._proved_s = time.monotonic()
+        if self._trouble is not None:
+            log.warning(
+                "The storage in %s can be written again, after %.0f s; %d commits were turned away meanwhile.",
+                self._path, self._proved_s - self._trouble_s, self._turned_away,
+            )  # fmt: skip
+            self._trouble, self._turned_away = None, 0
+            if database.writer is not None:
+                database.writer.execute(f"PRAGMA busy_timeout = {LOCK_WAIT_S * 1000:.0f}")
+        self._mark(database, _MARK_S)
+        return outcomes
+
+    def _stored(self, database: _Database, jobs: Sequence[_Job]) -> list[frozenset[bytes] | StorageError]:
+        wait_s = LOCK_WAIT_S if self._trouble is None else _LOCK_WAIT_AGAIN_S
+        if database.writer is None:
+            database.writer = connect(self._path, wait_s)
+        writer = database.writer
+        writer.execute("BEGIN IMMEDIATE")
+        outcomes: list[frozenset[bytes] | StorageError] = []
+        for job in jobs:
+            if job.secret in (None, database.secret):
+                outcomes.append(self._store(writer, job))
+            else:
+                outcomes.append(StorageError(f"The storage in {self._path} was replaced meanwhile."))
+        database.rowid = newest_row(writer)
+        writer.execute("COMMIT")
+        return outcomes
+
+    def _store(self, writer: sqlite3.Connection, job: _Job) -> frozenset[bytes]:
+        present = [key for key, value in job.adds if not self._add(writer, key, value)]
+        if job.puts:
+            writer.executemany(PUT, [put_row(key, value) for key, value in job.puts])
         for key, value in job.joins:
-            old: bytes = self._cache.get(key) or b""
+            old = _sound(writer, key) or b""
             step = JOIN_VALUE_BYTES
             if not any(old[at : at + step] == value for at in range(0, len(old), step)):
-                self._cache.set(key, (old + value)[-JOIN_KEEP * step :])
-        return present
+                writer.execute(PUT, put_row(key, (old + value)[-JOIN_KEEP * step :]))
+        return frozenset(present)
+
+    @staticmethod
+    def _add(writer: sqlite3.Connection, key: bytes, value: bytes) -> bool:
+        """Whether it is new; what stands there damaged is replaced."""
+        row = put_row(key, value)
+        if writer.execute(ADD, row).rowcount:
+            return True
+        if _sound(writer, key) is not None:
+            return False
+        writer.execute(PUT, row)
+        return True
+
+    # -- trouble
+
+    def _open(self) -> None:
+        """At the start. Raises StorageError for a directory that cannot be used before somebody changes something."""
+        try:
+            self._opened(open_database(self._path, LOCK_WAIT_S))
+        except (OSError, sqlite3.Error, StorageError) as error:
+            cannot_be_opened = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN
+            passing = isinstance(error, OSError) and error.errno in _PASSING
+            passing = passing or (isinstance(error, sqlite3.Error) and not cannot_be_opened)
+            if not passing:
+                if isinstance(error, StorageError):
+                    raise
+                reason = getattr(error, "strerror", None) or error
+                raise StorageError(
+                    f"Cannot use {self._path} as the storage directory: {reason}; "
+                    "set tiers.l2.path to a directory that can be written."
+                ) from error
+            self._failed(error, 0)
+
+    def _opened(self, opened: Opened) -> _Database:
+        before = self._database
+        for sentence in opened.told:
+            log.error("%s", sentence)
+        self._database, self.repaired = _Database(self._path, opened), opened.repaired
+        database = self._database
+        lost = before is not None and (before.secret != opened.secret or before.rowid > opened.rowid)
+        self.losses += lost
+        if before is None or lost or before.inodes[0] != database.inodes[0]:
+            self.generation += 1
+        if before is not None and before.secret != opened.secret:
+            log.error("%s holds another storage now: what was remembered before is gone.", self._path)
+        elif before is not None and before.rowid > opened.rowid and not opened.lost:
+            log.error("%s holds an older storage now: what was remembered since is gone.", self._path)
+        self._marked_s = float("-inf")
+        log.info("The storage in %s %s.", self._path, "is empty" if opened.rowid <= OWN_ROWS else "is open")
+        return database
+
+    def _usable(self) -> _Database:
+        """The open store, whose files are those in the directory; else what is there now. Raises what opening does,
+        and _Gone when what was open is not there any more."""
+        database = self._database
+        if database is not None:
+            found = inodes(self._path)
+            if database.inodes == found:
+                return database
+            if database.inodes[0] == found[0] and database.writer is not None:  # we still have its log
+                log.error("The write-ahead log or the shared memory in %s was deleted: what they hold is saved.", self._path)
+                database.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            elif found[0] is None and self._trouble is None:
+                raise _Gone
+            database.close()
+        opened = open_database(self._path, LOCK_WAIT_S if self._trouble is None else _LOCK_WAIT_AGAIN_S)
+        there = database is None or (opened.secret == database.secret and opened.rowid >= database.rowid)
+        found_now = self._opened(opened)
+        if not there and self._trouble is None:  # what is to be stored goes on from what is not there
+            raise _Gone
+        return found_now
+
+    def _failed(self, error: Exception, commits: int) -> None:
+        """No commit is tried for a while; the connection is a new one then."""
+        if self._database is not None:
+            self._database.close_writer()
+        now_s = time.monotonic()
+        if self._trouble is None:
+            self._trouble_s = now_s
+        if self._trouble != (trouble := _explain(self._path, error)):
+            log.error("%s Requests are answered without memory until it can be written.", trouble)
+        self._trouble, self._retry_s = trouble, now_s + RETRY_S
+        self._turned_away += commits
+        if is_damage(error):
+            self._repair_asked = now_s - self._repaired_s > _REPAIRS_S
+
+    def _begin_repair(self) -> None:
+        """Beside the writer, which lets all commits fail at once meanwhile: a large file takes its time."""
+        self._repaired_s = time.monotonic()
+        if self._trouble is None:
+            self._trouble_s = self._repaired_s
+        self._trouble, self._retry_s = f"The storage in {self._path} is damaged and being repaired.", _REPAIRING
+        if self._database is not None:
+            self._database.close_writer()
+        threading.Thread(target=self._repair, name="l2-repair", daemon=True).start()
+
+    def _repair(self) -> None:
+        """Make the file anew of what can be read."""
+        database, self._repair_asked = self._database, False
+        try:
+            if database is None or database.inodes[0] == inodes(self._path)[0]:  # else another process has done it
+                log.error("%s", _repaired(self._path))
+            opened = open_database(self._path, LOCK_WAIT_S)
+        except Exception as error:  # noqa: BLE001 - it stays as it is
+            self._failed(error, 0)
+            return
+        self._opened(opened)
+        if database is not None:
+            database.close()
+        self._retry_s = 0.0
+
+    def _mark(self, database: _Database, every_s: float) -> None:
+        """Note how far the store has come, for the next one who opens it."""
+        if database.writer is None or (now_s := time.monotonic()) - self._marked_s < every_s:
+            return
+        self._marked_s = now_s
+        with suppress(OSError, sqlite3.Error):
+            write_mark(self._path, database.secret, newest_row(database.writer), database.inodes)
+
+
+def _repaired(path: Path) -> str:
+    """Repair the file in a process of its own: it takes its time, and opens files that this one has locked. Returns
+    what to tell; raises StorageError and OSError."""
+    command = [sys.executable, "-m", "proxy.storage.sqlite", str(path.absolute())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StorageError(f"The storage in {path} cannot be repaired: {done.stderr.strip().splitlines()[-1]}.")
+    return done.stdout.strip()
+
+
+def _sound(writer: sqlite3.Connection, key: Key) -> bytes | None:
+    with suppress(Damaged):
+        return get_value(writer, key)
+    return None
 
 
 def _tell(answers: Sequence[_Answer], outcomes: Sequence[frozenset[bytes] | StorageError]) -> None:
@@ -224,50 +506,12 @@ def _resolve(rows: Sequence[tuple[_Answer, frozenset[bytes] | StorageError]]) ->
             answer.set_result(outcome)
 
 
-def _open(path: Path) -> Any:
-    try:
-        # It will hold conversations and keys: for the owner only. An existing one is left as it is.
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        cache = diskcache.Cache(
-            str(path),
-            timeout=LOCK_WAIT_S,
-            disk=_BytesDisk,
-            disk_min_file_size=2**62,
-            eviction_policy="none",
-            cull_limit=0,
-            size_limit=2**62,
-            statistics=0,
-        )
-        found = cache.get(_FORMAT_KEY)
-        if found is None:
-            with cache.transact():  # of several processes that begin with a new directory, one says it
-                if not len(cache):
-                    cache.set(_FORMAT_KEY, FORMAT)
-                found = cache.get(_FORMAT_KEY)
-    except (*_FAILURES, StorageError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"Cannot use {path} as the storage directory: {reason}; "
-            "set tiers.l2.path to a directory that can be written."
-        ) from error
-    if found != FORMAT:
-        cache.close()
-        of = "an older version" if found is None else f"another version (format {found.decode()!r})"
-        raise StorageError(
-            f"The storage directory {path} was written by {of} of llm-pager, which this one does not "
-            "read; set tiers.l2.path to another directory, or delete this one to begin anew."
-        )
-    return cache
-
-
-def _explain(path: Path, error: Exception) -> StorageError:
+def _explain(path: Path, error: Exception) -> str:
     if isinstance(error, StorageError):
-        return error
-    if isinstance(error, diskcache.Timeout):  # diskcache's word for every failure of BEGIN
-        cause = error.__context__
-        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_BUSY) & 0xFF
-        if cause is None or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            held = f"other processes held its lock for {LOCK_WAIT_S:.0f} s"
-            return StorageError(f"Cannot write to {path}: {held}.")
-        return StorageError(f"Cannot write to {path}: {cause}.")
-    return StorageError(f"Cannot write to {path}: {error}.")
+        return str(error)
+    if isinstance(error, _Gone):
+        return f"The storage directory {path} was deleted or replaced while it was in use: what it held is gone."
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return f"Cannot write to {path}: other processes have held its lock for {LOCK_WAIT_S:g} s."
+    return f"Cannot write to {path}: {error}."

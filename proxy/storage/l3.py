@@ -12,6 +12,7 @@ import asyncio
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,7 +24,7 @@ from proxy.storage.l2 import StorageError
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEMPORARY = "."  # begins the names of files that are not whole yet; no key begins with it
-_WHOLE_FAILURES = (OSError, ValueError, RuntimeError)  # what file systems raise for a failed call
+_WHOLE_FAILURES = (Exception,)  # each object store's client has its own
 
 
 class ArtifactStore:
@@ -58,6 +59,23 @@ class ArtifactStore:
     async def delete(self, key: str) -> bool:
         """True when there was something to delete."""
         return await asyncio.to_thread(self._delete, key)
+
+    # -- for a check of them all
+
+    def all(self) -> Iterator[tuple[str, bytes]]:
+        """Every artifact, whole. Raises StorageError."""
+        try:
+            names = [PurePosixPath(path).name for path in self._fs.find(self._root)]
+        except FileNotFoundError:
+            return
+        except _WHOLE_FAILURES as error:
+            raise StorageError(f"The artifacts in {self._root} could not be listed: {error}.") from error
+        for key in names:
+            if _KEY.fullmatch(key) and (data := self._get(key)) is not None:
+                yield key, data
+
+    def drop(self, key: str) -> None:
+        self._delete(key)
 
     # -- in a thread
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proxy.conversation import keys
-from proxy.conversation.records import Record, decode_record
-from tests.api.test_chat import Client, answered, client
+from proxy.conversation.records import Record, State, decode_record
+from proxy.upstream import BytesReply
+from tests.api.test_chat import JSON, Client, answered, client
 
 L0 = {"tokens": 4000, "reserve_tokens": 500}
 TURNS = 40
@@ -25,6 +27,13 @@ def question(turn: int) -> dict[str, Any]:
 
 def answer(turn: int) -> str:
     return f"On turn {turn} the answer is {turn * 7919}. " + "It is a long story. " * 30
+
+
+def calling(name: str, **arguments: str) -> BytesReply:
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    return BytesReply(200, JSON, json.dumps({"id": "c", "choices": [choice]}).encode())
 
 
 class Talk:
@@ -45,11 +54,15 @@ class Talk:
 
     def lose(self, *lost: bytes) -> None:
         for key in lost:
-            assert self.at.memory.store._cache.delete(key)
+            assert self.database("DELETE FROM Cache WHERE key = ?", key).rowcount == 1
         self.at.memory.forget()
 
     def stored(self, letter: bytes) -> list[bytes]:
-        return sorted(key for key in self.at.memory.store._cache if key[:1] == letter)
+        return sorted(key for (key,) in self.database("SELECT key FROM Cache WHERE substr(key, 1, 1) = ?", letter))
+
+    def database(self, statement: str, *values: object) -> sqlite3.Cursor:
+        path = self.at.memory.store._path / "cache.db"
+        return sqlite3.connect(path, isolation_level=None).execute(statement, values)
 
     def records(self) -> list[Record]:
         """In the order of the conversation."""
@@ -60,7 +73,7 @@ class Talk:
 @pytest.fixture(autouse=True)
 def one_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal requests of two stores are equal in their `prompt_cache_key`, too."""
-    monkeypatch.setattr("proxy.storage.l2.os.urandom", lambda size: bytes(size))
+    monkeypatch.setattr("proxy.storage.sqlite.os.urandom", lambda size: bytes(size))
 
 
 async def test_lost_blocks_of_the_page_table_change_no_byte(tmp_path: Path) -> None:
@@ -120,3 +133,48 @@ async def test_a_session_of_new_messages_that_lost_its_history_is_told(tmp_path:
         talk.lose(keys.RECORD + talk.records()[0].id)
         status, said = await one.ask({"model": "gpt-4o", "messages": [question(3)]}, header)
     assert (status, said["error"]["code"]) == (500, "storage_damaged"), json.dumps(said)
+
+
+async def test_invariant_6_what_is_lost_in_the_middle_of_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its page table reads a part of itself only when it is asked for, and that is gone by then."""
+    async with client(tmp_path, **{"tiers.l0": L0}) as one:
+        talk = Talk(one)
+        await talk.until(TURNS)
+        one.memory.forget()
+        restored = one.memory.state_after
+
+        async def and_lost(record: Record) -> State | None:
+            state = await restored(record)
+            monkeypatch.undo()
+            talk.lose(*talk.stored(keys.BLOCK), *talk.stored(keys.RECORD))
+            return state
+
+        monkeypatch.setattr(one.memory, "state_after", and_lost)
+        talk.history.append(question(TURNS))
+        one.upstream.replies = [calling("page_fault", page_id="msg_0001"), answered(answer(TURNS))]
+        status, said = await one.ask({"model": "gpt-4o", "messages": talk.history})
+        assert (status, said["choices"][0]["message"]["content"]) == (200, answer(TURNS))
+        assert "what is stored of it cannot be used" in caplog.text
+        assert len(one.upstream.bodies) == TURNS + 2 and b"VM:MANIFEST" in one.upstream.bodies[-1]
+        talk.history.append(said["choices"][0]["message"])
+        await talk.until(TURNS + 2)
+        assert talk.records()[-1].end == 2 * (TURNS + 2)
+
+
+async def test_invariant_6_an_answer_whose_turn_cannot_be_put_together_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: object) -> None:
+        raise LookupError("a record that others continue is missing from storage")
+
+    async with client(tmp_path, **{"tiers.l0": L0}) as one:
+        talk = Talk(one)
+        await talk.until(DAMAGED)
+        monkeypatch.setattr("proxy.conversation.turn.append_effect", missing)
+        await talk.until(DAMAGED + 1)
+        assert len(one.upstream.bodies) == DAMAGED + 1 and "an answer is not remembered" in caplog.text
+        monkeypatch.undo()
+        await talk.until(DAMAGED + 2)
+        assert talk.records()[-1].end == 2 * (DAMAGED + 2)

@@ -193,7 +193,7 @@ class Player:
         tools = split.fields.get("tools")
         frame = self.identity.frame(split.system, bytes(tools) if tools is not None else b"")
         nodes, anchors = chain(split, self.identity, tenant)
-        library = Library(self.identity, self.get_record, self._load_path, self.values.get)
+        library = Library(self.identity, self.get_record, self._load_path, self.values.get, self.values.get)
         found = place(nodes, anchors, tenant, library, frame, session_key, self.reattach)
         if found.start == 0 and found.floor == 0 and session_key is None:
             known = remembered(split, found.path, found.anchors, tenant)

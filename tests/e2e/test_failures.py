@@ -456,8 +456,8 @@ def limit_file_size(server: ServerProcess) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("messages", [SHORT, LONG], ids=["bypass", "paged"])
-async def test_a_full_disk_is_never_a_success(messages: list[dict[str, Any]]) -> None:
-    steps = [message_of("kept"), message_of("lost"), message_of("lost"), message_of("back")]
+async def test_a_full_disk_loses_memory_and_no_answer(messages: list[dict[str, Any]]) -> None:
+    steps = [message_of("kept"), message_of("given"), message_of("given"), message_of("back")]
     following = [*messages, message_of("kept"), {"role": "user", "content": "go on"}]
     with ServerProcess(config(PORT)) as server:
         async with scripted(*steps, port=PORT) as upstream, raw(server.base_url) as client:
@@ -470,19 +470,23 @@ async def test_a_full_disk_is_never_a_success(messages: list[dict[str, Any]]) ->
             assert (await client.get("/health")).status_code == 200
 
             response = await client.post(CHAT, json=body(following))
-            found = assert_error(response, 503, "storage_unavailable")
-            assert found["type"] == "api_error"
-            assert "lost" not in response.text
+            assert (response.status_code, response.headers["x-llm-pager-memory"]) == (200, "lost")
+            assert "given" in response.text
 
             text, ended = await read_stream(client, body(following, stream=True))
-            assert not ended
-            assert "[DONE]" not in text
-            events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-            assert json.loads(events[-1])["error"]["code"] == "storage_unavailable"
+            assert ended and "given" in text and text.endswith("data: [DONE]\n\n")
+            assert "\n: x-llm-pager-memory: lost\n" in text
+
+            new = {"x-llm-pager-session": "s"}
+            response = await client.post(CHAT, json=body(SHORT), headers=new)
+            assert_error(response, 503, "storage_unavailable")
+            assert response.headers["retry-after"] == "1"
 
             resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
             assert (await client.get("/ready")).status_code == 200
-            assert (await client.post(CHAT, json=body(following))).status_code == 200
+            response = await client.post(CHAT, json=body(following))
+            assert response.status_code == 200 and "x-llm-pager-memory" not in response.headers
+            assert "llm_pager_memory_lost_total 2.0" in (await client.get("/metrics")).text
         assert upstream.calls[1].body == upstream.calls[3].body
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from proxy.storage.l2 import JOIN_KEEP, DiskStore, StorageError
+from proxy.storage.l2 import JOIN_KEEP, Damaged, DiskStore, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +30,11 @@ def start(code: str, *args: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def execute(directory: Path, statement: str, *values: object) -> list[Any]:
+    with closing(sqlite3.connect(directory / "cache.db", isolation_level=None)) as database:
+        return database.execute(statement, values).fetchall()
 
 
 def id16(number: int) -> bytes:
@@ -92,9 +100,10 @@ async def test_a_value_too_large_for_sqlite_is_refused_before_it_harms_others(
 
 
 async def test_what_is_no_bytes_is_not_read(store: DiskStore) -> None:
-    for value in ("text", {"a": "pickle"}):
-        store._cache.set(b"a", value)
-        with pytest.raises(StorageError, match="not written by llm-pager"):
+    await store.commit([(b"a", b"1")])
+    for value in ("text", 7):
+        execute(store._path, "UPDATE Cache SET value = ? WHERE key = ?", value, b"a")
+        with pytest.raises(Damaged):
             store.get(b"a")
 
 
@@ -127,25 +136,23 @@ async def test_a_lock_that_never_opens_is_an_error(
     store = DiskStore(tmp_path / "l2", 10)
     lock = sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StorageError, match="other processes held its lock"):
+    with pytest.raises(StorageError, match="other processes have held its lock"):
         await store.commit([(b"a", b"1")])
     assert store.get(b"a") is None
     lock.execute("COMMIT")
     lock.close()
+    await store.check()
     await store.commit([(b"a", b"1")])
     assert store.get(b"a") == b"1"
     await store.close()
 
 
-@pytest.mark.parametrize("found", [None, b"0"])
-async def test_a_directory_of_another_version_is_refused(tmp_path: Path, found: bytes | None) -> None:
+@pytest.mark.parametrize("found", [0, 9])
+async def test_a_directory_of_another_version_is_refused(tmp_path: Path, found: int) -> None:
     store = DiskStore(tmp_path, 10)
     await store.commit([(b"nabc", b"a record")])
-    if found is None:
-        store._cache.delete("format")
-    else:
-        store._cache.set("format", found)
     await store.close()
+    execute(tmp_path, f"PRAGMA user_version = {found}")
     with pytest.raises(StorageError, match="version .*of llm-pager, which this one does not read") as caught:
         DiskStore(tmp_path, 10)
     told = str(caught.value)
@@ -162,7 +169,7 @@ async def test_close_drains_and_refuses_what_comes_after(tmp_path: Path) -> None
     for call in (
         store.commit([(b"x", b"v")]),
         asyncio.to_thread(store.get, b"1"),
-        asyncio.to_thread(store.secret, "s"),
+        asyncio.to_thread(store.secret),
     ):
         with pytest.raises(StorageError, match="closed"):
             await call
@@ -240,11 +247,12 @@ async def test_a_process_killed_in_a_transaction_leaves_nothing_and_no_lock(
         from pathlib import Path
         from proxy.storage.l2 import DiskStore
         store = DiskStore(Path(sys.argv[1]), 10)
-        with store._cache.transact():
-            store._cache.set(b"half", b"x" * 2_000_000)
-            print("inside", flush=True)
-            sys.stdin.read()
-            import time; time.sleep(60)
+        writer = store._database.writer
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO Cache (key, sum, value) VALUES (?, 0, ?)", (b"half", b"x" * 2_000_000))
+        print("inside", flush=True)
+        sys.stdin.read()
+        import time; time.sleep(60)
         """,
         tmp_path / "l2",
     )
@@ -268,7 +276,7 @@ async def test_three_processes_write_together(tmp_path: Path) -> None:
             me = int(sys.argv[2])
             async def main():
                 store = DiskStore(Path(sys.argv[1]), 100)
-                secret = store.secret("tenant")
+                secret = store.secret()
                 for n in range(60):
                     mine = (me * 1000 + n).to_bytes(16, "big")
                     await store.commit([(mine, bytes([me]) * 500)],
@@ -285,8 +293,7 @@ async def test_three_processes_write_together(tmp_path: Path) -> None:
     outputs = [child.communicate(timeout=60)[0].strip() for child in children]
     assert [child.returncode for child in children] == [0, 0, 0]
     store = DiskStore(tmp_path / "l2", 10)
-    assert set(outputs) == {store.secret("tenant").hex()} and len(outputs[0]) == 64
-    assert store.secret("other") != store.secret("tenant")
+    assert set(outputs) == {store.secret().hex()} and len(outputs[0]) == 64
     for me in range(3):
         assert all(store.get(id16(me * 1000 + n)) == bytes([me]) * 500 for n in range(60))
     for s in range(10):  # 18 joins in each: none lost to another process
@@ -303,12 +310,6 @@ def test_a_path_that_is_no_directory_is_one_clear_sentence(tmp_path: Path) -> No
         with pytest.raises(StorageError, match=r"tiers\.l2\.path") as caught:
             DiskStore(path, 10)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_directory_with_a_foreign_database_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "cache.db").write_bytes(b"not a database" * 1000)
-    with pytest.raises(StorageError, match="not a database"):
-        DiskStore(tmp_path, 10)
 
 
 async def test_a_full_or_readonly_disk_fails_the_commit_and_can_recover(tmp_path: Path) -> None:
@@ -330,6 +331,7 @@ async def test_a_full_or_readonly_disk_fails_the_commit_and_can_recover(tmp_path
                 except StorageError as error:
                     print(error)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            await store.check()
             await store.commit([(b"after", b"1")])
             print(store.get(b"before"), store.get(b"big"), store.get(b"after"))
             await store.close()
@@ -346,7 +348,7 @@ async def test_a_full_or_readonly_disk_fails_the_commit_and_can_recover(tmp_path
 async def test_check_fails_when_the_directory_has_gone(store: DiskStore, tmp_path: Path) -> None:
     await store.check()
     (tmp_path / "l2").rename(tmp_path / "elsewhere")
-    with pytest.raises(StorageError, match="gone or not writable"):
+    with pytest.raises(StorageError, match="was deleted or replaced"):
         await store.check()
 
 
@@ -378,7 +380,116 @@ def test_a_directory_that_may_only_be_read_is_refused() -> None:
         """
     )
     out = child.communicate(timeout=60)[0].strip()
-    assert out.startswith("Cannot use ") and "readonly" in out and "\n" not in out
+    assert out.startswith("Cannot use ") and "Permission denied" in out and "\n" not in out
+
+
+async def test_a_damaged_value_is_told_once_and_stored_again_by_who_has_it(
+    store: DiskStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    await store.commit([(b"put", b"1")], [(b"join", id16(1))], [(b"add", b"1")])
+    execute(store._path, "UPDATE Cache SET value = zeroblob(length(value)) WHERE typeof(key) = 'blob'")
+    for _ in range(3):
+        for key in (b"put", b"join", b"add"):
+            with pytest.raises(Damaged, match="check --storage"):
+                store.get(key)
+    assert store.damaged == {"value": 9} and len(caplog.records) == 1
+    assert await store.commit([(b"put", b"2")], [(b"join", id16(2))], [(b"add", b"2")]) == frozenset()
+    assert [store.get(key) for key in (b"put", b"join", b"add")] == [b"2", id16(2), b"2"]
+
+
+async def test_what_fails_once_fails_at_once_until_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("proxy.storage.l2.LOCK_WAIT_S", 0.05)
+    store = DiskStore(tmp_path / "l2", 10)
+    with closing(sqlite3.connect(tmp_path / "l2" / "cache.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN IMMEDIATE")
+        tried: list[None] = []
+        stored = store._stored
+        monkeypatch.setattr(store, "_stored", lambda *work: (tried.append(None), stored(*work))[1])
+        for _ in range(5):
+            with pytest.raises(StorageError, match="have held its lock"):
+                await store.commit([(b"a", b"1")])
+        with pytest.raises(StorageError):
+            await store.check(1.0)
+        assert len(tried) == 1 and store.trouble
+        with pytest.raises(StorageError):
+            await store.check()
+        assert len(tried) == 2
+    await store.check()
+    await store.commit([(b"a", b"1")])
+    assert store.trouble is None
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["ERROR", "WARNING"] and "can be written again" in caplog.messages[-1]
+    await store.close()
+
+
+@pytest.mark.parametrize("kept", ["nothing", "an older copy", "another store"])
+async def test_files_that_are_deleted_or_replaced_are_not_written(tmp_path: Path, kept: str) -> None:
+    path = tmp_path / "l2"
+    store = DiskStore(path, 10)
+    await store.commit([(b"a", b"1")])
+    if kept == "another store":
+        await DiskStore(tmp_path / "older", 10).close()
+    elif kept == "an older copy":
+        with closing(sqlite3.connect(path / "cache.db")) as source:
+            (tmp_path / "older").mkdir()
+            source.execute("VACUUM INTO ?", (str(tmp_path / "older" / "cache.db"),))
+    secret = store.secret()
+    await store.commit([(b"b", b"2")], secret=secret)
+    shutil.rmtree(path)
+    if kept != "nothing":
+        shutil.copytree(tmp_path / "older", path)
+    with pytest.raises(StorageError, match="deleted or replaced"):
+        await store.commit([(b"c", b"3")], secret=secret)
+    await store.check()
+    assert store.losses == 1 and (store.secret() == secret) == (kept == "an older copy")
+    with pytest.raises(StorageError, match="replaced meanwhile"):
+        await store.commit([(b"c", b"3")], secret=b"another's")
+    await store.commit([(b"d", b"4")], secret=store.secret())
+    assert [store.get(key) for key in (b"a", b"b", b"d")] == [b"1" if kept == "an older copy" else None, None, b"4"]
+    await store.close()
+    again = DiskStore(path, 10)
+    assert again.get(b"d") == b"4" and again.losses == 0
+    await again.close()
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+async def test_a_deleted_log_is_saved_from_what_is_open(tmp_path: Path, suffix: str) -> None:
+    store = DiskStore(tmp_path, 10)
+    await store.commit([(b"a", b"1")])
+    (tmp_path / f"cache.db{suffix}").unlink()
+    await store.commit([(b"b", b"2")])
+    child = start("import sys; from pathlib import Path; from proxy.storage.l2 import DiskStore\n"
+                  "s = DiskStore(Path(sys.argv[1]), 10); print(s.get(b'a'), s.get(b'b'))", tmp_path)  # fmt: skip
+    assert child.communicate(timeout=60)[0] == "b'1' b'2'\n"
+    assert (store.losses, store.get(b"a"), store.get(b"b")) == (0, b"1", b"2")
+    await store.close()
+
+
+async def test_a_file_that_cannot_be_read_is_repaired_beside_the_commits(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, 10)
+    values = [(b"%d" % n, b"v" * 2000) for n in range(200)]
+    await store.commit(values)
+    await store.close()
+    data = bytearray((tmp_path / "cache.db").read_bytes())
+    for page in range(4, len(data) // 4096, 5):
+        data[page * 4096 : (page + 1) * 4096] = bytes(4096)
+    (tmp_path / "cache.db").write_bytes(data)
+    store = DiskStore(tmp_path, 10)
+    generation = store.generation
+    found = []
+    for key, _ in values:
+        with suppress(StorageError):
+            found.append(store.get(key))
+    async with asyncio.timeout(10):
+        while store.generation == generation:  # the repair has a thread of its own
+            await asyncio.sleep(0.01)
+    await store.check()
+    assert store.repaired is not None and store.repaired.lost > 0
+    await store.commit(values)
+    assert all(store.get(key) == value for key, value in values)
+    await store.close()
 
 
 async def test_adds_keep_what_is_there_and_say_so(tmp_path: Path) -> None:

@@ -1,0 +1,568 @@
+"""L2's file: a table of values in SQLite's write-ahead log, what is known of its state, and its repair.
+
+Promises: a value is never read as another one: each carries a checksum over itself and its key, so what was
+scribbled over is `Damaged`. A damaged file gives up every row that still stands in any of its pages, whatever
+became of its index, its tree or its first page; the rows go to a new file, which takes the place of the old one
+whole or not at all, also after a kill in the middle; the old one stays beside it as `cache.db.damaged`. A key whose
+value is lost and that still stands somewhere, in the index as a rule, stays damaged until somebody stores it again:
+who would lose text by it is told. What is
+opened is compared with what a small file beside it says of the last time (`Mark`): an older copy, another store
+and an emptied directory are told apart. Of several processes that open or repair, one does at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeAlias
+
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from proxy.errors import StorageError
+
+if sys.platform != "win32":
+    import fcntl
+
+FORMAT = 2  # of everything that is stored; another one with each change that old records do not fit
+DATABASE = "cache.db"
+DAMAGED = f"{DATABASE}.damaged"  # what a repair left behind, the latest
+SECRET_BYTES = 32
+_REPAIRED = f"{DATABASE}.repaired"  # whole, and about to take its place
+_UNFINISHED = f"{DATABASE}.unfinished"
+_MARK = f"{DATABASE}.mark"
+_LOCK = f"{DATABASE}.lock"
+_LOCK_WAIT_S = 5.0  # for another process that opens or repairs
+_READ_WAIT_S = 0.02  # readers wait for nobody but a process that has just found a dead one's log
+_PAGE_BYTES, _HEADER_BYTES, _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 4096, 100, 32, 24
+_TABLE_LEAF, _INDEX_LEAF, _INDEX_INNER = 0x0D, 0x0A, 0x02
+_MOST_ROW_BYTES = 1_000_000_000  # SQLite's own limit
+SECRET = "secret:identity"
+REPAIRED = "repaired"
+OWN_ROWS = 2  # of a store that holds nothing yet: its secret, a probe
+_TABLE = """
+CREATE TABLE Cache (rowid INTEGER PRIMARY KEY, key BLOB NOT NULL, sum INTEGER NOT NULL, value BLOB NOT NULL);
+CREATE UNIQUE INDEX Cache_key ON Cache (key);
+"""
+PUT = (
+    "INSERT INTO Cache (key, sum, value) VALUES (?, ?, ?)"
+    " ON CONFLICT (key) DO UPDATE SET sum = excluded.sum, value = excluded.value"
+)
+ADD = "INSERT INTO Cache (key, sum, value) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING"
+GET = "SELECT sum, value FROM Cache WHERE key = ?"
+
+Connection: TypeAlias = sqlite3.Connection
+Failure: TypeAlias = sqlite3.Error
+Key: TypeAlias = bytes | str  # str keys are our own; SQLite keeps the two apart
+Inodes: TypeAlias = tuple[tuple[int, int] | None, ...]
+
+
+LOST_SUM = -1  # of a value that is lost: no checksum is that
+
+
+class Damaged(StorageError):
+    """A value is there and cannot be read."""
+
+
+class Row(NamedTuple):
+    rowid: int
+    key: Key
+    sum: int
+    value: bytes
+
+
+def checksum(key: Key, value: bytes) -> int:
+    """Of a value under its key: 63 bits, since SQLite's integers are signed."""
+    name = key.encode() if isinstance(key, str) else key
+    return xxh3_64_intdigest(value, seed=xxh3_64_intdigest(name)) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def put_row(key: Key, value: bytes) -> tuple[Key, int, bytes]:
+    """For `PUT` and `ADD`."""
+    return key, checksum(key, value), value
+
+
+def get_value(connection: sqlite3.Connection, key: Key) -> bytes | None:
+    """The value, or None. Raises Damaged, and sqlite3.Error."""
+    row = connection.execute(GET, (key,)).fetchone()
+    if row is None:
+        return None
+    value = row[1]
+    if type(value) is not bytes or checksum(key, value) != row[0]:
+        raise Damaged("a value is not what was stored")
+    return value
+
+
+def is_damage(error: BaseException) -> bool:
+    """SQLite cannot make sense of the file."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, sqlite3.DatabaseError) and code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+# -- opening
+
+
+class Mark(msgspec.Struct):
+    """What was last known of a store: its secret in hexadecimal, its newest row, when that was (Unix time), and
+    which files it stood in."""
+
+    secret: str
+    rowid: int
+    written_s: float
+    inodes: Inodes
+
+
+_read_mark = msgspec.json.Decoder(Mark).decode
+
+
+def connect(directory: Path, wait_s: float = _READ_WAIT_S, create: bool = False) -> sqlite3.Connection:
+    """A connection that may be used in any one thread at a time. No memory map: a file that is cut under it
+    would kill the process."""
+    connection = sqlite3.connect(
+        f"{(directory / DATABASE).absolute().as_uri()}?mode={'rwc' if create else 'rw'}",
+        timeout=wait_s, isolation_level=None, check_same_thread=False, uri=True,
+    )  # fmt: skip
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA mmap_size = 0")
+    return connection
+
+
+def inodes(directory: Path) -> Inodes:
+    """Which files stand in the directory under the database's names now: the database, its log, its shared memory."""
+    return tuple(map(_inode, (directory / DATABASE, *_beside(directory))))
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _beside(directory: Path) -> tuple[Path, Path]:
+    return directory / f"{DATABASE}-wal", directory / f"{DATABASE}-shm"
+
+
+class Opened(NamedTuple):
+    """A database that can be used. `told`: what is remarkable about it, in sentences; `lost`: it is not, or not all
+    of, what the mark says; `repaired`: the last time that it was."""
+
+    connection: sqlite3.Connection
+    inodes: Inodes
+    secret: bytes
+    rowid: int
+    told: list[str]
+    lost: bool
+    repaired: Repaired | None
+
+
+def open_database(directory: Path, wait_s: float) -> Opened:
+    """Open or make it; what is damaged so that it cannot be opened is repaired. Raises OSError and sqlite3.Error;
+    StorageError for what we did not write, or another version did."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # for the owner only; an existing one stays as it is
+    told: list[str] = []
+    with _alone(directory):
+        _finish_repair(directory)
+        mark = _mark(directory)
+        if mark is not None:
+            _drop_log_of_another(directory, mark, told)
+        try:
+            connection, secret, rowid = _opened_as(directory, mark, wait_s, told)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            told.append(_repair(directory).told(directory))
+            connection, secret, rowid = _opened_as(directory, mark, wait_s, told)
+    lost = mark is not None and (mark.secret != secret.hex() or mark.rowid > rowid)
+    if mark is not None and lost:
+        what = "an older copy, or its write-ahead log was deleted"
+        if mark.secret != secret.hex():
+            what = "empty" if rowid <= OWN_ROWS else "another one"
+        told.append(
+            f"The storage in {directory} is {what}: what was remembered on {_day(mark.written_s)} is gone, or a part of it."
+        )
+    return Opened(connection, inodes(directory), secret, rowid, told, lost, last_repair(connection))
+
+
+def _opened_as(
+    directory: Path, mark: Mark | None, wait_s: float, told: list[str]
+) -> tuple[sqlite3.Connection, bytes, int]:
+    """A connection, the store's secret, and its newest row."""
+    connection = _checked(directory, wait_s)
+    try:
+        secret, rowid = _secret(connection), newest_row(connection)
+        if secret is None:
+            known = bytes.fromhex(mark.secret) if mark is not None and rowid else b""
+            secret = known if len(known) == SECRET_BYTES else os.urandom(SECRET_BYTES)
+            if rowid:
+                after = "it stood beside and is there again" if secret == known else "nothing in it can be found any more"
+                told.append(f"The secret of the storage in {directory} was lost: {after}.")
+            connection.execute(PUT, put_row(SECRET, secret))
+            rowid = newest_row(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, secret, rowid
+
+
+def _drop_log_of_another(directory: Path, mark: Mark, told: list[str]) -> None:
+    """A log that is still the one of before, beside another file: SQLite would take it for this one's."""
+    found = inodes(directory)
+    if found[1] is not None and found[1] == mark.inodes[1] and found[0] != mark.inodes[0]:
+        told.append(f"{directory / DATABASE} is another file, and the log beside it is not of it: it is dropped.")
+        for path in _beside(directory):
+            path.unlink(missing_ok=True)
+
+
+def newest_row(connection: sqlite3.Connection) -> int:
+    """It only grows as long as a store lives."""
+    found: int = connection.execute("SELECT ifnull(max(rowid), 0) FROM Cache").fetchone()[0]
+    return found
+
+
+def write_mark(directory: Path, secret: bytes, rowid: int, files: Inodes) -> None:
+    """Raises OSError."""
+    beside = directory / f"{_MARK}.{os.getpid()}"
+    beside.write_bytes(msgspec.json.encode(Mark(secret.hex(), rowid, time.time(), files)))
+    beside.chmod(0o600)
+    os.replace(beside, directory / _MARK)
+
+
+def _mark(directory: Path) -> Mark | None:
+    with suppress(OSError, ValueError):
+        return _read_mark((directory / _MARK).read_bytes())
+    return None
+
+
+def _secret(connection: sqlite3.Connection) -> bytes | None:
+    with suppress(Damaged):
+        return get_value(connection, SECRET)
+    return None
+
+
+def _checked(directory: Path, wait_s: float) -> sqlite3.Connection:
+    """A connection to a database of this format, which is made where there is none."""
+    connection = connect(directory, wait_s, create=True)
+    try:
+        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if not names and not version:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(f"BEGIN IMMEDIATE; {_TABLE} PRAGMA user_version = {FORMAT}; COMMIT;")
+            for path in (directory / DATABASE, *_beside(directory)):
+                path.chmod(0o600)
+        elif version != FORMAT or "Cache" not in names:
+            of = f"another version (format {version})" if version else "an older version"
+            raise StorageError(
+                f"The storage directory {directory} was written by {of} of llm-pager, which this one does not "
+                "read; set tiers.l2.path to another directory, or delete this one to begin anew."
+            )
+        connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchone()  # its log and shared memory are there now
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _day(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_s))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """No other process opens or repairs meanwhile. Raises OSError after a while."""
+    if sys.platform == "win32":
+        yield
+        return
+    with open(directory / _LOCK, "a") as lock:
+        until_s = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(0.01)
+        yield
+
+
+# -- repairing
+
+
+def mark_lost(connection: sqlite3.Connection, lost: Iterable[Key]) -> None:
+    """Make these keys' values damaged ones. Raises sqlite3.Error."""
+    connection.execute("BEGIN IMMEDIATE")
+    connection.executemany(PUT, [(key, LOST_SUM, b"") for key in lost])
+    connection.execute("COMMIT")
+
+
+class Repaired(msgspec.Struct):
+    """Values that could be read and that are lost, as far as is known, and when (Unix time)."""
+
+    kept: int
+    lost: int
+    at_s: float
+
+    def told(self, directory: Path) -> str:
+        return (
+            f"{directory / DATABASE} was damaged and has been made anew: {self.kept} values could be read,"
+            f" {self.lost} are lost; the damaged file stands beside as {DAMAGED}."
+        )
+
+
+_read_repaired = msgspec.json.Decoder(Repaired).decode
+
+
+def last_repair(connection: sqlite3.Connection) -> Repaired | None:
+    with suppress(Damaged, ValueError):
+        value = get_value(connection, REPAIRED)
+        return None if value is None else _read_repaired(value)
+    return None
+
+
+def repair(directory: Path) -> Repaired:
+    """Put all rows that can be read into a new file, in the place of the old one. Raises OSError, sqlite3.Error."""
+    with _alone(directory):
+        _finish_repair(directory)
+        return _repair(directory)
+
+
+def _repair(directory: Path) -> Repaired:
+    old: sqlite3.Connection | None = None
+    with suppress(sqlite3.Error):
+        old = connect(directory, _LOCK_WAIT_S)
+        old.execute("BEGIN IMMEDIATE")  # who still writes to it waits, and finds another file then
+    try:
+        return _rebuilt(directory)
+    finally:
+        if old is not None:
+            old.close()
+
+
+def _rebuilt(directory: Path) -> Repaired:
+    unfinished = directory / _UNFINISHED
+    for path in directory.glob(f"{_UNFINISHED}*"):
+        path.unlink()
+    insert = "INSERT OR REPLACE INTO Cache (rowid, key, sum, value) VALUES (?, ?, ?, ?)"
+    last, mark = 0, _mark(directory)
+    found = RawDatabase(directory)
+    with closing(found), closing(sqlite3.connect(unfinished, isolation_level=None)) as new:
+        unfinished.chmod(0o600)
+        new.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN; {_TABLE}")
+        new.execute(f"PRAGMA user_version = {FORMAT}")
+        for row in found.rows():
+            if checksum(row.key, row.value) == row.sum:
+                new.execute(insert, row)
+                last = max(last, row.rowid)
+        for rowid, key in found.named():
+            new.execute("INSERT OR IGNORE INTO Cache VALUES (?, ?, ?, ?)", (rowid, key, LOST_SUM, b""))
+            last = max(last, rowid)
+        last = max(last, mark.rowid if mark is not None else 0)  # rows are numbered one by one
+        kept = new.execute("SELECT count(*) FROM Cache WHERE sum != ?", (LOST_SUM,)).fetchone()[0]
+        done = Repaired(kept, last - kept, time.time())
+        with suppress(Damaged):
+            if (before := get_value(new, REPAIRED)) is not None:
+                key, number, value = put_row(f"{REPAIRED}:{last}", before)
+                new.execute("UPDATE Cache SET key = ?, sum = ?, value = ? WHERE key = ?", (key, number, value, REPAIRED))
+        # Behind all that was: the store is not an older one.
+        new.execute(insert, (last + 1, *put_row(REPAIRED, msgspec.json.encode(done))))
+        new.execute("COMMIT")
+        new.execute("PRAGMA journal_mode = WAL")
+    for path in _unfinished_beside(directory):
+        path.unlink(missing_ok=True)
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, directory / _REPAIRED)
+    _finish_repair(directory)
+    return done
+
+
+def _unfinished_beside(directory: Path) -> tuple[Path, Path]:
+    return directory / f"{_UNFINISHED}-wal", directory / f"{_UNFINISHED}-shm"
+
+
+def _finish_repair(directory: Path) -> None:
+    """The old log first: it must never be read with the new file."""
+    if not (directory / _REPAIRED).exists():
+        return
+    for path in _beside(directory):
+        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.replace(directory / DATABASE, directory / DAMAGED)
+    os.replace(directory / _REPAIRED, directory / DATABASE)
+
+
+class RawDatabase:
+    """The rows that stand in a database's pages, read without SQLite (sqlite.org/fileformat2.html): every leaf of a
+    table is looked for page by page, so no other page has to be whole. Its write-ahead log is read over it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = _opened(directory / DATABASE)
+        self._log = _opened(_beside(directory)[0])
+        header = self._read(self._file, 0, _HEADER_BYTES)
+        size = int.from_bytes(header[16:18], "big")
+        size = 65536 if size == 1 else size
+        logged = self._read(self._log, 0, _WAL_HEADER_BYTES)
+        if not header.startswith(b"SQLite format 3\0") and len(logged) == _WAL_HEADER_BYTES:
+            size = int.from_bytes(logged[8:12], "big")
+        self._page_bytes = size if 512 <= size <= 65536 and size & (size - 1) == 0 else _PAGE_BYTES
+        reserved = header[20] if header.startswith(b"SQLite format 3\0") else 0
+        self._usable = self._page_bytes - reserved
+        self._overlay = self._frames(logged)  # page -> where it stands in the log
+        bytes_ = os.fstat(self._file.fileno()).st_size if self._file else 0
+        self.pages = max([-(-bytes_ // self._page_bytes), *self._overlay])
+
+    def close(self) -> None:
+        for file in (self._file, self._log):
+            if file is not None:
+                file.close()
+
+    def rows(self) -> Iterator[Row]:
+        """Unverified: compare each with its checksum."""
+        for page, pointer, _ in self._cells(_TABLE_LEAF):
+            with suppress(IndexError, ValueError):
+                size, at = _varint(page, pointer)
+                rowid, at = _varint(page, at)
+                _, key, number, value = _values(self._payload(page, at, size), 4)
+                if isinstance(key, bytes | str) and isinstance(number, int) and isinstance(value, bytes):
+                    yield Row(rowid, key, number, value)
+
+    def named(self) -> Iterator[tuple[int, Key]]:
+        """The keys of all rows, by the index and by rows whose values cannot be read."""
+        for row in self.rows():
+            yield row.rowid, row.key
+        for page, pointer, kind in self._cells(_INDEX_LEAF, _INDEX_INNER):
+            with suppress(IndexError, ValueError):
+                size, at = _varint(page, pointer + (4 if kind == _INDEX_INNER else 0))
+                key, rowid = _values(page[at : at + size], 2)
+                if isinstance(key, bytes | str) and isinstance(rowid, int) and 0 < rowid < self.pages * self._usable:
+                    yield rowid, key
+
+    def _cells(self, *kinds: int) -> Iterator[tuple[bytes, int, int]]:
+        """(page, where the cell begins in it, kind) of all pages of these kinds that are in use."""
+        free = self._free()
+        for number in range(1, self.pages + 1):
+            page = b"" if number in free else self._page(number)
+            head = _HEADER_BYTES if number == 1 else 0
+            if len(page) < self._page_bytes or page[head] not in kinds:
+                continue
+            first = head + (12 if page[head] == _INDEX_INNER else 8)
+            for at in range(first, first + 2 * int.from_bytes(page[head + 3 : head + 5], "big"), 2):
+                yield page, int.from_bytes(page[at : at + 2], "big"), page[head]
+
+    @staticmethod
+    def _read(file: BinaryIO | None, at: int, size: int) -> bytes:
+        if file is None:
+            return b""
+        try:
+            file.seek(at)
+            return file.read(size)
+        except OSError:  # a bad block
+            return b""
+
+    def _page(self, number: int) -> bytes:
+        if number in self._overlay:
+            return self._read(self._log, self._overlay[number], self._page_bytes)
+        return self._read(self._file, (number - 1) * self._page_bytes, self._page_bytes)
+
+    def _frames(self, header: bytes) -> dict[int, int]:
+        """The committed pages of the log."""
+        overlay, pending = dict[int, int](), dict[int, int]()
+        at, salts = _WAL_HEADER_BYTES, header[16:24]
+        while len(head := self._read(self._log, at, _FRAME_HEADER_BYTES)) == _FRAME_HEADER_BYTES:
+            if head[8:16] != salts:  # of an earlier round
+                break
+            pending[int.from_bytes(head[:4], "big")] = at + _FRAME_HEADER_BYTES
+            if head[4:8] != b"\0\0\0\0":
+                overlay.update(pending)
+                pending.clear()
+            at += _FRAME_HEADER_BYTES + self._page_bytes
+        return overlay
+
+    def _free(self) -> set[int]:
+        """Pages that are in no tree: what stands in them may be old."""
+        free: set[int] = set()
+        trunk = int.from_bytes(self._page(1)[32:36], "big")
+        while 0 < trunk <= self.pages and trunk not in free:
+            page = self._page(trunk)
+            free.add(trunk)
+            count = min(int.from_bytes(page[4:8], "big"), self._page_bytes // 4 - 2)
+            free.update(int.from_bytes(page[8 + 4 * i : 12 + 4 * i], "big") for i in range(count))
+            trunk = int.from_bytes(page[:4], "big")
+        return free
+
+    def _payload(self, page: bytes, at: int, size: int) -> bytes:
+        usable = self._usable
+        if size > min(_MOST_ROW_BYTES, self.pages * self._page_bytes):
+            raise ValueError("no size of a row")
+        if size <= usable - 35:
+            return page[at : at + size]
+        least = (usable - 12) * 32 // 255 - 23
+        local = least + (size - least) % (usable - 4)
+        local = local if local <= usable - 35 else least
+        parts, left = [page[at : at + local]], size - local
+        following = int.from_bytes(page[at + local : at + local + 4], "big")
+        while left > 0:
+            if not 0 < following <= self.pages:
+                raise ValueError("a row's end is missing")
+            more = self._page(following)
+            parts.append(more[4 : min(usable, 4 + left)])
+            left -= usable - 4
+            following = int.from_bytes(more[:4], "big")
+        return b"".join(parts)
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    with suppress(OSError):
+        return open(path, "rb")
+    return None
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for _ in range(8):
+        byte = data[at]
+        at += 1
+        value = value << 7 | byte & 0x7F
+        if byte < 0x80:
+            return value, at
+    return value << 8 | data[at], at + 1
+
+
+_INTEGERS = (0, 1, 2, 3, 4, 6, 8)
+
+
+def _values(payload: bytes, count: int) -> list[bytes | str | int | None]:
+    """The columns of a record. IndexError and ValueError for one that is cut, or has not so many."""
+    end, at = _varint(payload, 0)
+    kinds: list[int] = []
+    while at < end:
+        kind, at = _varint(payload, at)
+        kinds.append(kind)
+    if len(kinds) != count:
+        raise ValueError("a row of another table")
+    values: list[bytes | str | int | None] = []
+    for kind in kinds:
+        size = (kind - 12) // 2 if kind >= 12 else _INTEGERS[kind] if kind < 7 else 8 if kind == 7 else 0
+        data = payload[end : end + size]
+        if len(data) != size:
+            raise ValueError("a row that is cut")
+        end += size
+        if kind >= 12:
+            values.append(data.decode() if kind % 2 else data)
+        elif kind in (8, 9):
+            values.append(kind - 8)
+        else:
+            values.append(int.from_bytes(data, "big", signed=True) if 0 < kind < 7 else None)
+    return values
+
+
+if __name__ == "__main__":
+    print(repair(Path(sys.argv[1])).told(Path(sys.argv[1])))
