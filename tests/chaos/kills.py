@@ -58,7 +58,7 @@ TALKS_AT_ONCE = 6  # per lane
 STEPS = 24
 WINDOW_TOKENS, WIDE_TOKENS = 2_000, 1_000_000
 MOMENTS = ("any", "asked", "answering", "answered", "read")
-FULL_SHARE = 0.05  # of the rounds, in which the disk is full before the kill
+FULL_SHARE = 0.08  # of the rounds, in which the disk is full before the kill
 FULL_S = 0.15
 PROGRESS = 8  # answers read before a kill, at most
 EVENT_S = 0.3
@@ -353,12 +353,15 @@ class Lane:
             self._up.clear()
         for i in which:
             await asyncio.to_thread(self.servers[i].kill)
-        if full:
-            self._free()  # a server does not start on a full disk, and says so
+        if full and self.chance.random() < 0.5:
+            self._free()
         for i in which:
             await asyncio.to_thread(self.servers[i].restart)
             self.up[i] = True
             self._up.set()
+        if self.full:
+            await asyncio.sleep(FULL_S)
+            self._free()
 
     async def _kill_worker(self) -> None:
         server = self.servers[0]
