@@ -302,20 +302,20 @@ class Tee:
 
     def _open(self, events: Iterable[Event], enough: bool) -> bytes:
         """The next events of the beginning; `enough`: no more are waited for."""
-        passed = 0  # of what is held: comments
+        silent = 0  # bytes of comments
         for event in events:
             self.error = error_in(event)
             if self.error is not None:
                 break
             if self._silent and not event.data:
-                passed += len(event.raw)
+                silent += len(event.raw)
                 continue
             self._silent = False
             if event.data and self._speaks(event):
                 enough = True
                 break
-        comments, self.held = self.held[:passed], self.held[passed:]
-        if self.error is not None or not enough:
+        comments, self.held = self.held[:silent], self.held[silent:]
+        if self.error is not None or not (enough or len(self.held) > _OPENING_BYTES):
             return comments
         self._opening = False
         held, self.held = self.held, b""
