@@ -223,19 +223,22 @@ class Load:
                 history.append({"role": "assistant", "content": answer})
 
     async def hostile(self, client: aiohttp.ClientSession) -> None:
-        for n in itertools.count():
-            kind = self.kinds[n % len(self.kinds)]
-            fields = await asyncio.to_thread(KINDS[kind], n)
-            begun = time.monotonic()
-            task = asyncio.ensure_future(self._heavy(client, kind, {"model": "house-model", **fields}))
-            await asyncio.wait((task,), timeout=HOSTILE_EVERY_S)
-            await asyncio.sleep(max(0.0, HOSTILE_EVERY_S - (time.monotonic() - begun)))
+        """One after another, each begun whether the one before is answered or not."""
+        async with asyncio.TaskGroup() as running:
+            for n in itertools.count():
+                kind = self.kinds[n % len(self.kinds)]
+                fields = await asyncio.to_thread(KINDS[kind], n)
+                running.create_task(self._heavy(client, kind, {"model": "house-model", **fields}))
+                await asyncio.sleep(HOSTILE_EVERY_S)
 
     async def _heavy(self, client: aiohttp.ClientSession, kind: str, body: Message) -> None:
-        begun = time.monotonic()
-        answer = await self.post(client, "attacker", body, {})
-        self.counts[f"{kind}: {'refused' if answer.startswith('refused') else 'answered'}"] += 1
-        self.sent.append((begun, time.monotonic(), kind))
+        begun, came = time.monotonic(), "open at the end"
+        try:
+            answer = await self.post(client, "attacker", body, {})
+            came = "refused" if answer.startswith("refused") else "answered"
+        finally:
+            self.counts[f"{kind}: {came}"] += 1
+            self.sent.append((begun, time.monotonic(), kind))
 
     async def slow_reader(self, number: int) -> None:
         """A client that reads a long answer at 4 KB a second, and leaves before its end."""
@@ -356,8 +359,9 @@ async def run(seconds: float, seed: int, kinds: list[str], with_kills: bool = Tr
             finally:
                 probes.stop()
                 await reading
-            async with aiohttp.ClientSession() as client, client.get(f"http://127.0.0.1:{upstream_port}/v1/models") as r:
-                judged = await r.json()
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as client:
+                async with client.get(f"http://127.0.0.1:{upstream_port}/v1/models") as r:
+                    judged = await r.json()
             return _report(load, probes, rss, judged, begun, loaded, ended)
 
 
