@@ -41,7 +41,7 @@ class App:
     ) -> None:
         self.memory = Memory(config)
         self._upstream = upstream or _upstream(config)
-        renditions = Renditions(config, self.memory)
+        self._renditions = renditions = Renditions(config, self.memory)
         self._writer = Writer(config, self._upstream, renditions)
         self._stats = Stats(self.memory, self._writer)
         self._chat = ChatApi(
@@ -109,6 +109,7 @@ class App:
             else:
                 await self._chat.close()
                 await self._writer.close()
+                await self._renditions.close()
                 await self._upstream.close()
                 await self.memory.close()
                 await send({"type": "lifespan.shutdown.complete"})

@@ -261,6 +261,18 @@ class CompressionConfig(Section):
     queue_jobs: AtLeast1 = 64
 
 
+class DecodersConfig(Section):
+    processes: AtLeast1 = 2
+    queue_jobs: AtLeast0 = 64
+    wait_s: Seconds = 10.0
+    timeout_s: Seconds = 8.0
+    cpu_s: Seconds = 2.0
+    memory_bytes: Annotated[int, Field(ge=1 << 24)] = 201_326_592
+    input_bytes: AtLeast1 = 67_108_864
+    pixels: AtLeast1 = 40_000_000
+    idle_s: Seconds = 30.0
+
+
 class SearchConfig(Section):
     max_results: AtLeast1 = 20
     snippet_tokens: AtLeast1 = 128
@@ -339,6 +351,7 @@ class Config(Section):
     manifest: ManifestConfig = ManifestConfig()
     segments: SegmentsConfig = SegmentsConfig()
     compression: CompressionConfig = CompressionConfig()
+    decoders: DecodersConfig = DecodersConfig()
     search: SearchConfig = SearchConfig()
     stream: StreamConfig = StreamConfig()
     sessions: SessionsConfig = SessionsConfig()

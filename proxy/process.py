@@ -86,7 +86,6 @@ def configure(form: str, level: str) -> None:
 
 def tune() -> None:
     """Apply them to this process; without glibc only the collector's."""
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # a broken file is the client's, not ours
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, _MIDDLE, _OLD)

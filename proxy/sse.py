@@ -10,7 +10,8 @@ import re
 from typing import NamedTuple
 
 EVENT_LIMIT_BYTES = 64 << 20  # where no configuration says so
-_END = re.compile(rb"(?:\r\n?+|\n)(?:\r\n?+|\n)")  # two line ends; CRLF is never taken for two
+# Two line ends; CRLF is never taken for two. Many more of them are one event that says nothing.
+_END = re.compile(rb"(?:\r\n?+|\n)(?:\r\n?+|\n)((?:\r\n?+|\n){8,}+)?+")
 _LINE = re.compile(rb"\r\n|\n|\r")
 _BOM = b"\xef\xbb\xbf"
 
@@ -44,11 +45,14 @@ class EventParser:
         for match in _END.finditer(buffer):
             if match.end() == len(buffer) and buffer.endswith(b"\n\r"):
                 break
-            raw = buffer[at : match.end()]
+            end = match.end() if match.start(1) < 0 else match.start(1)
+            raw = buffer[at:end]
             if self._open:
                 raw = bytes(self._open) + raw
                 self._open.clear()
             events.append(Event(raw, _data(raw)))
+            if end < match.end():
+                events.append(Event(match.group(1), b""))
             at = match.end()
         seam = max(at, len(buffer) - 3)
         self._open += buffer[at:seam]
@@ -77,6 +81,8 @@ def lines_of(raw: bytes) -> list[bytes]:
 
 
 def _data(raw: bytes) -> bytes:
+    if b"data" not in raw:
+        return b""
     if raw.startswith(b"data: ") and raw.find(b"\n", 0, -2) < 0 and b"\r" not in raw:
         return raw[6:].rstrip(b"\n")  # the common case: one line
     lines = [line[5:] for line in lines_of(raw) if line.startswith(b"data:")]

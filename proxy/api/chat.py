@@ -281,6 +281,7 @@ class ChatApi:
         self, turn: Turn, context: TurnContext, exchange: Exchange, headers: list[Header], visit: Visit
     ) -> Answer:
         dialogue = turn.run()
+        patience = self._renditions.patience()
         reply: Any = None
         stored: frozenset[bytes] = frozenset()
         appended, lost = False, False
@@ -308,7 +309,7 @@ class ChatApi:
                             near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
                     reply = await self._memory.search(effect, turn.pages, near)
                 elif isinstance(effect, Load):
-                    reply = await self._renditions.load(context.tenant, effect, turn.pages)
+                    reply = await self._renditions.load(context.tenant, effect, turn.pages, patience)
                 else:
                     assert_never(effect)
         except StopIteration as end:

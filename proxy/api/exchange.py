@@ -30,6 +30,7 @@ from proxy.errors import ApiError
 from proxy.sse import EventTooLong
 from proxy.upstream import Header, Reply, Upstream, UpstreamBroken
 
+_AT_ONCE_BYTES = 16_384  # of a stream, read without a pause: thousands of events may be in them
 _QUOTED_BYTES = 2_000  # of an error page
 _PATIENT_BYTES = 6_000  # a request that may be too long: its stream's first words are waited for
 _AFTER_DONE_S = 0.2  # wait for the end of a stream that has said [DONE]
@@ -160,9 +161,16 @@ class Exchange:
         tee = Tee(patient, self._event_limit_bytes)
         while not tee.done and tee.error is None:
             data = await _read_some(chunks)
-            await self._write(tee.feed(data) if data else tee.close())
             if not data:
+                await self._write(tee.close())
                 break
+            for at in range(0, len(data), _AT_ONCE_BYTES):
+                await self._write(tee.feed(data[at : at + _AT_ONCE_BYTES]))
+                if tee.error is not None:
+                    tee.held += data[at + _AT_ONCE_BYTES :]
+                    break
+                if len(data) > _AT_ONCE_BYTES:
+                    await asyncio.sleep(0)
         if tee.error is not None:
             stream = tee.held
             while len(stream) < self._limit_bytes and (data := await _read_some(chunks)):
@@ -185,12 +193,15 @@ class Exchange:
             if self.started and self._keepalive_s > 0 and self._alive is None:
                 self._written_s = time.monotonic()
                 self._alive = asyncio.ensure_future(self._comment())
-            try:
-                ready = sieve.feed(data, _now_ms())
-            except EventTooLong as error:
-                message = f"The upstream's answer cannot be read: {error}."
-                raise ApiError(502, message, "api_error", "event_too_long") from None
-            await self._write(b"".join(ready))
+            for at in range(0, len(data), _AT_ONCE_BYTES):
+                try:
+                    ready = sieve.feed(data[at : at + _AT_ONCE_BYTES], _now_ms())
+                except EventTooLong as error:
+                    message = f"The upstream's answer cannot be read: {error}."
+                    raise ApiError(502, message, "api_error", "event_too_long") from None
+                await self._write(b"".join(ready))
+                if len(data) > _AT_ONCE_BYTES:
+                    await asyncio.sleep(0)
             if sieve.done:
                 await _rest(chunks)
                 break

@@ -324,6 +324,7 @@ _AT_ONCE_BYTES: Final = 262_144  # of output
 _IN_BYTES: Final = 65_536  # of input
 _FREE_BYTES: Final = 8 << 20  # so much may come out of however little: text that repeats itself does
 _MOST_ENCODINGS: Final = 4
+_MOST_MEMBERS: Final = 8192  # of gzip or zstd in one body, counted now and then: empty ones cost time and say nothing
 _ZSTD_IN_BYTES: Final = 128  # of input: at most 4 MiB of output
 _ZSTD_WINDOW_BYTES: Final = 8 << 20  # RFC 8878 wants decoders to take at least this
 _ENCODING: Final = b"content-encoding"
@@ -373,19 +374,26 @@ def decoded(body: bytes, names: Sequence[str], limit_bytes: int, ratio: int) -> 
 
 def _inflated(body: bytes, wbits: int) -> Iterator[bytes]:
     """One or more members of zlib's formats."""
-    while body:
-        member = zlib.decompressobj(wbits)
-        rest = body
-        while not member.eof:
+    member, members = None, 0
+    for at in range(0, len(body), _IN_BYTES):
+        rest, full = body[at : at + _IN_BYTES], False
+        while rest or full:
+            if member is None:
+                if members and wbits == zlib.MAX_WBITS | 16:
+                    rest = rest.lstrip(b"\0")  # gzip's padding
+                    if not rest:
+                        break
+                members += 1
+                member = zlib.decompressobj(wbits)
             piece = member.decompress(rest, _AT_ONCE_BYTES)
-            rest = member.unconsumed_tail
-            if piece:
-                yield piece
-            elif not rest and not member.eof:
-                raise _Broken
-        body = member.unused_data
-        if wbits == zlib.MAX_WBITS | 16:
-            body = body.lstrip(b"\0")  # gzip's padding
+            yield piece
+            full = len(piece) == _AT_ONCE_BYTES and not member.eof
+            rest = member.unused_data if member.eof else member.unconsumed_tail
+            member = None if member.eof else member
+        if members > _MOST_MEMBERS:
+            raise _Broken
+    if member is not None or not members:
+        raise _Broken
 
 
 def _deflated(body: bytes) -> Iterator[bytes]:
@@ -409,11 +417,14 @@ def _unbrotlied(body: bytes) -> Iterator[bytes]:
 def _unzstandarded(body: bytes) -> Iterator[bytes]:
     """One or more frames. The library does not bound what one piece of input becomes; a block of 4
     bytes becomes 128 KiB, so the pieces are small."""
-    frame = None
+    frame, frames = None, 0
     for at in range(0, len(body), _ZSTD_IN_BYTES):
+        if frames > _MOST_MEMBERS:
+            raise _Broken
         rest = body[at : at + _ZSTD_IN_BYTES]
         while rest:
             if frame is None:
+                frames += 1
                 frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
             yield frame.decompress(rest)
             rest = frame.unused_data if frame.eof else b""

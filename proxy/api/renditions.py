@@ -1,7 +1,8 @@
 """What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept in L3.
 
 Promises: a rendition is found by tenant, content and level, so nobody sees another's words about an
-equal image (invariant 6); without L3 or a model it is made anew or said extractively, and the turn
+equal image (invariant 6); a medium is decoded once, in a process of its own, and that it cannot be decoded is
+kept as well; without L3, a model or a decoder that has time it is made anew or said extractively, and the turn
 goes on; what was damaged is made again; the original is never touched (invariant 4).
 """
 
@@ -10,21 +11,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from hashlib import blake2b
+from typing import Any
+from weakref import WeakValueDictionary
 
+from cachetools import LRUCache
+
+from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import TenantKey
+from proxy.media.decoders import Codec
 from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
-from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
+from proxy.memory.levels import DECODED, codec_of
+from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType, json_text
 from proxy.storage.l2 import StorageError
 from proxy.storage.l3 import ArtifactStore
 
 log = logging.getLogger(__name__)
 
-EXTRACTIVE, WRITTEN = "extractive", "written"  # made by our own rules; by a model
+_KILLED = 1024  # media that were not decoded in time, remembered
+WRITTEN = "written"  # made by a model
 # What a model's words about a medium are in its metadata, and the level that they were written for.
 _WORDS = {
     Modality.IMAGE: ("caption", CompressionLevel.ABSTRACT),
@@ -35,16 +45,29 @@ _WORDS = {
 class Renditions:
     """One per process; `memory` keeps which rendition is which artifact, `tiers.l3.url` the artifacts."""
 
-    def __init__(self, config: Config, memory: Memory) -> None:
+    def __init__(self, config: Config, memory: Memory, decoders: Decoders | None = None) -> None:
         self._memory = memory
         url = config.tiers.l3.url or str(config.tiers.l2.path / "artifacts")
         self._bridge = ArtifactsBridge(ArtifactStore(url))
+        self._decoders = Decoders(config) if decoders is None else decoders
+        self._wait_s = config.decoders.wait_s
+        self._killed: LRUCache[bytes, bool] = LRUCache(_KILLED)
+        self._decoding: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()  # by what is decoded
         models = config.compression
         self._written_by_models = bool(models.model or models.transcription_model)
 
-    async def load(self, tenant: TenantKey, effect: Load, pages: PathPages) -> MemoryPage | None:
+    async def close(self) -> None:
+        await self._decoders.close()
+
+    def patience(self) -> Patience:
+        """A new request's."""
+        return Patience(self._wait_s)
+
+    async def load(
+        self, tenant: TenantKey, effect: Load, pages: PathPages, patience: Patience | None = None
+    ) -> MemoryPage | None:
         """The page at a level: as a model wrote it, as it was made before, or made now. None for a summary
-        that is not written yet."""
+        that is not written yet. `patience`: its request's."""
         level = CompressionLevel(effect.level)
         if (unwritten := unwritten_page(pages, effect.page_id)) is not None:
             return await self.find(tenant, unwritten, level, WRITTEN)
@@ -52,7 +75,7 @@ class Renditions:
         if level is CompressionLevel.FULL:
             return page
         if pages.medium(effect.page_id) is not None:
-            return await self._medium(tenant, await self._told(tenant, page), level, pages)
+            return await self._medium(tenant, await self._told(tenant, page), level, pages, patience or self.patience())
         in_words = self._written_by_models and page.page_type is PageType.TRANSCRIPT
         for source in range(level, -1, -1) if in_words else ():
             written = await self.find(tenant, page, CompressionLevel(source), WRITTEN)
@@ -61,15 +84,44 @@ class Renditions:
         return pages.at(effect.page_id, level)
 
     async def _medium(
-        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, pages: PathPages
+        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, pages: PathPages, patience: Patience
     ) -> MemoryPage:
-        kind = f"{EXTRACTIVE}/{pages.counter.name}"  # smaller by one model's rule, not by another's
-        made = await self.find(tenant, page, level, kind)
+        codec, version, data = await asyncio.to_thread(_coded, page, level)
+        kind = f"shown/{pages.counter.name}"  # smaller by one model's rule, not by another's
+        key = self._memory.identity.rendition(tenant, version, int(level), kind)
+        made: MemoryPage | None = self._memory.cache.get("rendition", key)
         if made is None:
-            made = await asyncio.to_thread(pages.shown, page, level)
-            if not isinstance(made.content, str):  # words are made again in no time
-                await self.keep(tenant, page, made, kind)
-        return made
+            decoded = await self._decoded(tenant, codec, version, data, patience) if codec is not None else {}
+            about = {**page.metadata, DECODED: decoded or {}}
+            made = await asyncio.to_thread(pages.shown, page.model_copy(update={"metadata": about}), level)
+            if decoded is not None:
+                self._memory.cache.put("rendition", key, made, len(json_text(made.content)))
+        return made.model_copy(update={"page_id": page.page_id, "provenance": page.provenance})
+
+    async def _decoded(
+        self, tenant: TenantKey, codec: Codec, version: str, data: bytes, patience: Patience
+    ) -> dict[str, Any] | None:
+        """What a medium's bytes hold, decoded once; None: not now."""
+        key = self._memory.identity.rendition(tenant, version.partition("/")[0], 0, f"decoded/{codec}")
+        lock = self._decoding.setdefault(key, asyncio.Lock())
+        with suppress(TimeoutError):
+            async with patience, lock:
+                page = await self._found(key)
+                if page is None:
+                    try:
+                        decoded = await self._decoders.decode(tenant, codec, data)
+                    except Killed as error:
+                        log.warning("%s", error)
+                        decoded = {} if key in self._killed else None  # once may be the machine
+                        self._killed[key] = True
+                    if decoded is None:
+                        return None
+                    page = MemoryPage(page_id=DECODED, content=decoded)
+                    self._memory.cache.put("rendition", key, page, len(json_text(decoded)))
+                    await self._keep(key, page)
+                content: dict[str, Any] = page.content
+                return content
+        return None
 
     async def _told(self, tenant: TenantKey, page: MemoryPage) -> MemoryPage:
         """A medium with the words that a model wrote about it, if any: its lower levels show them."""
@@ -86,7 +138,14 @@ class Renditions:
         self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, kind: str
     ) -> MemoryPage | None:
         """A kept rendition, as a version of `page`."""
-        key = self._key(tenant, page, level, kind)
+        found = await self._found(self._key(tenant, page, level, kind))
+        if found is None:
+            return None
+        about = {**found.metadata, **page.metadata}
+        update = {"page_id": page.page_id, "provenance": page.provenance, "metadata": about}
+        return found.model_copy(update=update)
+
+    async def _found(self, key: bytes) -> MemoryPage | None:
         found: MemoryPage | None = self._memory.cache.get("rendition", key)
         if found is None:
             artifact = self._memory.get(key)
@@ -96,15 +155,15 @@ class Renditions:
             if found is None:  # L3 was emptied: it will be made again
                 return None
             self._memory.cache.put("rendition", key, found, len(str(found.content)))
-        about = {**found.metadata, **page.metadata}
-        update = {"page_id": page.page_id, "provenance": page.provenance, "metadata": about}
-        return found.model_copy(update=update)
+        return found
 
     async def keep(
         self, tenant: TenantKey, page: MemoryPage, made: MemoryPage, kind: str
     ) -> None:
         """Store a rendition of `page` in L3; a failure is logged, and it will be made again."""
-        key = self._key(tenant, page, made.compression_level, kind)
+        await self._keep(self._key(tenant, page, made.compression_level, kind), made)
+
+    async def _keep(self, key: bytes, made: MemoryPage) -> None:
         try:
             artifact = await self._bridge.store_page(made)
             await self._memory.store.commit([(key, artifact.encode())])
@@ -128,3 +187,15 @@ class Renditions:
         self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, kind: str
     ) -> bytes:
         return self._memory.identity.rendition(tenant, page.version, int(level), kind)
+
+
+def _coded(page: MemoryPage, level: CompressionLevel) -> tuple[Codec | None, str, bytes]:
+    """What decodes a medium for a level, what is shown of it known by (first its bytes, then what is said of
+    it), and the bytes. Slow for large ones."""
+    coded = codec_of(page, level)
+    about = blake2b(json_text(page.metadata).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    if coded is None:
+        return None, f"{page.version}/{about}", b""
+    codec, medium = coded
+    data = medium.data or b""
+    return codec, f"{blake2b(data, digest_size=16).hexdigest()}/{about}", data

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -35,7 +36,8 @@ _BUCKET = 4  # how many histories with the same beginning are tried, newest firs
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
 _OPEN_ARRAY = ord("[")
 _COUNTED = ("tools", "functions", "response_format", "prediction")  # fields that are in the prompt
-_HEAD_LIMIT_BYTES = 1 << 20  # a head larger than this is left to the full parse
+_HEAD_LIMIT_BYTES = 1 << 20  # a head larger than this is left to the full parse ...
+_HEAD_TOKENS = 50_000  # ... and so is one of more brackets and strings, or a message of them: some milliseconds
 
 Fields = dict[str, msgspec.Raw]
 _fields = msgspec.json.Decoder(Fields).decode
@@ -97,7 +99,7 @@ def _locate(body: bytes) -> _Head | None:
     if body[:1] != b"{":
         return None
     depth, key = 0, b""
-    for match in _TOKEN.finditer(body):
+    for match in islice(_TOKEN.finditer(body), _HEAD_TOKENS):
         start = match.start()
         if start > _HEAD_LIMIT_BYTES:
             return None
@@ -122,7 +124,7 @@ def _skip_system(body: bytes, array: int) -> _Head | None:
         if body[start : start + 1] != b"{":
             return None
         end, depth = start, 0
-        for match in _TOKEN.finditer(body, start):
+        for match in islice(_TOKEN.finditer(body, start), _HEAD_TOKENS):
             first = body[match.start()]  # not the token: it may be megabytes
             depth += (first in b"{[") - (first in b"}]")
             if depth == 0:

@@ -15,7 +15,8 @@ import msgspec
 from proxy.sse import Event, EventParser, EventTooLong, lines_of
 
 _UNREAD_BYTES = 65_536  # of a stream that passes, before they are read
-_OPENING_BYTES = 65_536  # an event that is longer is no error
+_OPENING_BYTES = 65_536  # an event that is longer is no error, nor is one behind so many
+_OPEN_ITEMS = 64  # of a list, the last, that a piece may continue
 # Values that come whole, if more than once: the later one counts, they do not add up.
 _WHOLE = frozenset({"id", "type", "name", "format", "mime_type", "signature", "thought_signature"})
 _GROWING = frozenset({"text", "thinking", "reasoning.text", "reasoning.summary"})
@@ -234,7 +235,7 @@ def _item_of(items: list[Any], piece: dict[str, Any]) -> dict[str, Any] | None:
     """The item that a piece continues, or None."""
     kind, index = piece.get("type"), piece.get("index")
     if isinstance(index, int):
-        same = (i for i in items if isinstance(i, dict) and i.get("index") == index)
+        same = (i for i in reversed(items[-_OPEN_ITEMS:]) if isinstance(i, dict) and i.get("index") == index)
         return next((i for i in same if i.get("type") == kind or kind is None), None)
     if not items or not isinstance(items[-1], dict) or kind not in _GROWING:
         return None
@@ -347,7 +348,9 @@ class Tee:
             if event.data == b"[DONE]":
                 self._ended = True
                 continue
-            chunk = decode_chunk(event.data) if event.data else {}
+            if not event.data:
+                continue
+            chunk = decode_chunk(event.data)
             if chunk is None or chunk.get("error"):
                 self._lost = True
                 return

@@ -56,6 +56,7 @@ from proxy.sse import EVENT_LIMIT_BYTES, Event, EventParser
 # client's; only the client's are numbered and sent.
 
 _encode = msgspec.json.encode
+_COUNTED_CHARS = 8_192  # of a piece of text: more tokens than these are never held
 _IDENTITY = ("id", "created", "model", "system_fingerprint", "service_tier")
 Chunk = dict[str, Any]
 
@@ -295,7 +296,7 @@ class Sieve:
         if self._held_since is None:  # whatever it is: audio has a deadline too
             self._held_since = now_ms
         if text:
-            self._held_tokens += self._count(text)
+            self._held_tokens += self._count(text[:_COUNTED_CHARS])
             full = self._held_tokens > self._hold_tokens and not self._hold_text
             if full and not self._watched:
                 self._release(out)

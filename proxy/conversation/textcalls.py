@@ -429,6 +429,12 @@ class Watch:
         self._off = False  # it is an answer, or a thought, by now
 
     def feed(self, piece: str) -> bool:
+        if len(piece) > LONGEST_CHARS:  # only the end of a thought matters in it, or what comes behind that
+            _, mark, piece = piece.rpartition(THOUGHT_END)
+            if mark:
+                self._text, self._before, self._scanned, self._off = "", 0, 0, False
+            self._before += max(0, len(piece) - LONGEST_CHARS)
+            piece = piece[-LONGEST_CHARS:]
         if not self._text and not _suspicious(piece):
             self._before += len(piece)
             return False

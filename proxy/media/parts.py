@@ -2,7 +2,7 @@
 
 Promises: reads the shapes of Chat Completions, of the Responses API and of the common providers
 behind OpenAI-compatible gateways; base64 is decoded when it is asked for, once, and only up to
-MAX_ENCODED_CHARS; odd input gives None or a Medium that knows less, never an exception.
+MAX_ENCODED_CHARS or MAX_ESCAPED_CHARS; odd input gives None or a Medium that knows less, never an exception.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from urllib.parse import unquote_to_bytes
 Kind = Literal["image", "audio", "video", "file"]
 
 MAX_ENCODED_CHARS = 140_000_000  # about 100 MB of data
+
+MAX_ESCAPED_CHARS = 1_000_000  # of data that is not in base64, which costs a hundred times as much
 
 # What a part is sent as, by its type. The one home of this: text, pages and counts ask `kind_of`.
 _KINDS: dict[str, Kind] = {
@@ -90,6 +92,8 @@ class Medium:
         if encoded is None or len(encoded) > MAX_ENCODED_CHARS:
             return None
         if not self.is_base64:
+            if len(encoded) > MAX_ESCAPED_CHARS:
+                return None
             return unquote_to_bytes(encoded.encode("utf-8", "surrogatepass")) or None
         return _from_base64(encoded)
 

@@ -26,6 +26,7 @@ _SMALL_CHARS = 160  # a text this short is its own level 1
 _ABSTRACT_CHARS = 190
 _CHARS_PER_TOKEN = 4
 
+_READ_CHARS = 262_144  # of a text, its beginning: some 0.2 s
 _LONGEST_PIECE_CHARS = 320  # text without sentences or lines is ranked in runs of this length
 
 _PIECE_END = re.compile(rf"{SENTENCE_END}|\n\s*")
@@ -63,6 +64,7 @@ def compress_text(
     """
     if level == CompressionLevel.FULL:
         return text
+    text = text[:_READ_CHARS]
     if level == CompressionLevel.REDUCED:
         budget_chars = max(_SMALL_CHARS, len(text) // _REDUCED_SHARE)
         limit = max_tokens

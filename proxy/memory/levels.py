@@ -13,8 +13,10 @@ detail than a page has returns the page itself.
 
 Level 1 of a picture is a content part that any provider of the original takes, and costs less than the
 original or is the original. Words about a medium come from the page's metadata where it has them
-("caption", "transcript", "summary", "topic"), else from the medium's own facts. No library makes these:
-Pillow and PyAV decode, what to keep of a page for a number of tokens is ours.
+("caption", "transcript", "summary", "topic"), else from the medium's own facts. What has to be decoded for a
+level (`codec_of`) is handed in as the page's metadata DECODED, by a shell whose decoders may be killed; only
+for callers without one is it decoded here. No library makes these: what to keep of a page for a number of
+tokens is ours.
 """
 
 from __future__ import annotations
@@ -25,25 +27,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self
 
-from proxy.media.decoders import (
-    Frame,
-    audio_seconds,
-    file_text,
-    image_info,
-    keyframes,
-    thumbnail,
-    video_info,
-)
+from proxy.media.decoders import Codec, decode
+from proxy.media.headers import audio_seconds, file_text, image_info, is_pdf, video_info
 from proxy.media.parts import Medium, read_part
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip, compress_text
 from proxy.memory.levels_json import SHAPE_TOKENS, key_facts, parse_json, shape, truncated
 from proxy.memory.models import CompressionLevel, Counts, MemoryPage, Modality, json_text
 
-MAX_KEYFRAMES = 4
+DECODED = "decoded"  # metadata: what `proxy.media.decoders.decode` gave for the page's medium; {}: nothing
 AUDIO_REFERENCE_TOKENS = 16  # a duration and a topic
 _TOPIC_TOKENS = 10
 _NAME_CHARS = 80
-_SIDES_PX = (512, 384, 256, 192, 128)  # 512: what low detail is scaled to where it has a rule
 _SCENES_AT = "; scenes at "
 _LINK = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.\-]{1,15}://")
 
@@ -120,8 +114,9 @@ class Compressor(ABC):
                 limit = min(limit, ABSTRACT_TOKENS)
             else:
                 limit = min(limit, content_tokens(content, counts))
+        about = {key: known for key, known in source.metadata.items() if key != DECODED}
         return source.model_copy(
-            update={"content": content, "compression_level": target, "size_tokens": limit}
+            update={"content": content, "compression_level": target, "size_tokens": limit, "metadata": about}
         )
 
     def learned(self, page: MemoryPage) -> dict[str, Any]:
@@ -152,6 +147,26 @@ def content_tokens(content: Any, counts: Counts) -> int:
 
 def _is_part(item: Any) -> bool:
     return isinstance(item, dict) and item.get("type") in ("text", "image_url")
+
+
+def codec_of(page: MemoryPage, level: CompressionLevel | int) -> tuple[Codec, Medium] | None:
+    """What has to be decoded so that a full page can be shown at `level`; None for nothing."""
+    medium = _file_of(page) if page.modality is Modality.TEXT else _medium_of(page, page.modality.value)
+    if medium is None or medium.encoded is None or level == CompressionLevel.FULL:
+        return None
+    if medium.kind == "file":
+        return ("pdf", medium) if medium.data is not None and is_pdf(medium.data) else None
+    if medium.kind == "image":
+        return ("image", medium) if level == CompressionLevel.REDUCED else None
+    told = level == CompressionLevel.REFERENCE or (level == CompressionLevel.ABSTRACT and _said(page, "summary", "caption"))
+    return ("video", medium) if medium.kind == "video" and not told else None
+
+
+def _decoded(page: MemoryPage, codec: Codec, medium: Medium) -> dict[str, Any]:
+    known = page.metadata.get(DECODED)
+    if isinstance(known, dict):
+        return known
+    return decode(codec, medium.data) if medium.data is not None else {}
 
 
 def _said(page: MemoryPage, *keys: str) -> str:
@@ -188,7 +203,10 @@ class TextCompressor(Compressor):
             return compress_text(page.text(), step.level, step.limit, count)
         words = _said(page, "summary") if step.level == CompressionLevel.ABSTRACT else ""
         if not words and medium.data is not None:
-            words = file_text(medium.data, medium.mime, medium.name) or ""
+            if is_pdf(medium.data):
+                words = _decoded(page, "pdf", medium).get("text", "")
+            else:
+                words = file_text(medium.data, medium.mime, medium.name) or ""
         if words:
             return _words_at(words, step)
         return clip(_said(page, "summary", "caption", "facts"), min(step.limit, ABSTRACT_TOKENS), count)
@@ -266,7 +284,7 @@ class ImageCompressor(Compressor):
         A picture is not made cheaper than a caption: below that, the caption says more.
         """
         best, best_cost, floor = None, step.limit, min(ABSTRACT_TOKENS, step.limit)
-        for part in _smaller_images(medium):
+        for part in _smaller_images(page, medium):
             cost = step.counts.part(part)
             if not floor <= cost <= step.limit:
                 continue
@@ -342,7 +360,7 @@ class VideoCompressor(Compressor):
         if step.level == CompressionLevel.REDUCED and medium is not None and medium.data:
             if not step.is_last:
                 return None
-            shown = self._frames(page, medium.data, step)
+            shown = self._frames(page, medium, step)
             if shown is not None:
                 return shown
         # Looking for the scenes decodes the film: not for the sake of a size.
@@ -351,17 +369,17 @@ class VideoCompressor(Compressor):
             page = page.model_copy(update={"metadata": {**page.metadata, **facts}})
         return _caption(page, step, reference, "summary", "caption")
 
-    def _frames(self, page: MemoryPage, data: bytes, step: Step) -> list[dict[str, Any]] | None:
+    def _frames(self, page: MemoryPage, medium: Medium, step: Step) -> list[dict[str, Any]] | None:
         """As many frames as are cheaper than the film, at the largest size that is."""
-        frames = keyframes(data, MAX_KEYFRAMES, _SIDES_PX[0])
+        frames = _decoded(page, "video", medium).get("frames", [])
         for count in range(len(frames), 0, -1):
             kept = [frames[index * len(frames) // count] for index in range(count)]
-            for side in _SIDES_PX[::2]:
-                parts: list[dict[str, Any]] = [{"type": "text", "text": self._facts(page, kept)}]
-                parts += [_image_part(_frame_url(frame, side)) for frame in kept]
-                cost = content_tokens(parts, step.counts)
+            parts: list[dict[str, Any]] = [{"type": "text", "text": self._facts(page, kept)}]
+            for images in zip(*(images for _, images in kept), strict=True):  # of one size
+                shown = [*parts, *map(_image_part, map(_jpeg_url, images))]
+                cost = content_tokens(shown, step.counts)
                 if min(ABSTRACT_TOKENS, step.limit) <= cost < step.limit:
-                    return parts
+                    return shown
         return None
 
     def _scenes(self, page: MemoryPage, medium: Medium | None) -> dict[str, str]:
@@ -370,11 +388,11 @@ class VideoCompressor(Compressor):
             first = page.content[0] if isinstance(page.content, list) and page.content else None
             line = first.get("text") if isinstance(first, dict) else None
             return {"facts": line} if isinstance(line, str) and _SCENES_AT in line else {}
-        frames = keyframes(medium.data, MAX_KEYFRAMES, _SIDES_PX[-1]) if medium.data else []
+        frames = _decoded(page, "video", medium).get("frames", [])
         return {"facts": self._facts(page, frames)} if len(frames) > 1 else {}
 
-    def _facts(self, page: MemoryPage, frames: list[Frame]) -> str:
-        times = ", ".join(clock(frame.second) for frame in frames)
+    def _facts(self, page: MemoryPage, frames: list[Any]) -> str:
+        times = ", ".join(clock(second) for second, _ in frames)
         return f"{_said(page, 'facts')}{_SCENES_AT}{times}"
 
 
@@ -403,19 +421,12 @@ def _caption(page: MemoryPage, step: Step, reference: str, *keys: str) -> str:
     return clip(f"{line}; {more}" if more else line, min(step.limit, ABSTRACT_TOKENS), count)
 
 
-def _smaller_images(medium: Medium) -> Iterator[dict[str, Any]]:
+def _smaller_images(page: MemoryPage, medium: Medium) -> Iterator[dict[str, Any]]:
     """Candidates for level 1, most detailed first."""
-    made = False
-    if medium.data is not None:
-        for side in _SIDES_PX:
-            small = thumbnail(medium.data, side)
-            if small is None:
-                break
-            made = True
-            yield _image_part(_data_url("image/jpeg", small.data))
-    if made:
-        return
-    if medium.url is not None:
+    images = _decoded(page, "image", medium).get("images")
+    if images:
+        yield from map(_image_part, map(_jpeg_url, images))
+    elif medium.url is not None:
         yield _image_part(medium.url)
     elif medium.data is not None:  # a format that only the provider reads
         yield _image_part(_data_url(medium.mime or "image/png", medium.data))
@@ -429,10 +440,8 @@ def _data_url(mime: str, data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _frame_url(frame: Frame, side: int) -> str:
-    jpeg = frame.jpeg
-    small = thumbnail(jpeg.data, side) if max(jpeg.width, jpeg.height) > side else None
-    return _data_url("image/jpeg", (small or jpeg).data)
+def _jpeg_url(encoded: str) -> str:
+    return f"data:image/jpeg;base64,{encoded}"
 
 
 # ---------------------------------------------------------------- facts for people

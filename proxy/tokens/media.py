@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from proxy.media.decoders import audio_seconds, file_text, image_info, is_pdf, video_info
+from proxy.media.headers import audio_seconds, file_text, image_info, is_pdf, video_info
 from proxy.media.parts import Medium, read_part
 from proxy.tokens.cards import plain_name
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -108,3 +110,19 @@ def test_the_headers_name_the_encodings_in_their_order() -> None:
     assert encodings(headers) == ["gzip", "br"]
     assert encodings([(b"content-encoding", b"identity"), (b"content-encoding", b"")]) == []
     assert plain_headers(headers) == [(b"a", b"b")]
+
+
+def test_invariant_10_members_that_say_nothing_cost_nothing() -> None:
+    empty = {"gzip": gzip.compress(b""), "zstd": zstandard.compress(b"")}
+    for name, member in empty.items():
+        before = time.process_time()
+        assert decoded(member * 500_000, [name], 1 << 26, 200) is None, name
+        assert time.process_time() - before < 1, name  # measured 0.02; gzip's took 100
+        assert decoded(member * 100 + ENCODERS[name](b"the end"), [name], 1 << 26, 200) == b"the end"
+
+
+def test_a_long_body_that_repeats_nothing_is_read_in_linear_time() -> None:
+    body = os.urandom(16 << 20)
+    encoded, before = gzip.compress(body, 1), time.process_time()
+    assert decoded(encoded, ["gzip"], 1 << 26, 200) == body
+    assert time.process_time() - before < 0.5  # measured 0.02; with the rest copied for each piece, 0.3

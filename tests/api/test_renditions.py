@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,15 +13,16 @@ from typing import Any
 
 import pytest
 
+from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.api.renditions import WRITTEN, Renditions
-from proxy.config import load_config
+from proxy.config import Config, load_config
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity
-from proxy.memory import MemoryPage, Modality
-from proxy.memory.levels import CompressorRegistry, ImageCompressor
-from proxy.memory.models import CompressionLevel, Counts
+from proxy.media.decoders import Codec, decode
+from proxy.memory import MemoryPage
+from proxy.memory.models import CompressionLevel
 from proxy.tokens import get_counter
 from tests.media import samples
 
@@ -38,21 +38,24 @@ ONE, OTHER = b"one tenant", b"another one"
 THUMBNAIL = Load("img_0001_1", CompressionLevel.REDUCED)
 
 
-class Counting(ImageCompressor):
-    """The image compressor, which counts what it makes and in which thread."""
+class Counting(Decoders):
+    """Decodes in this process, and counts. `broken`: nothing can be decoded; `busy`: not now."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.made = 0
-        self.threads: set[int] = set()
-        self.gate: threading.Event | None = None
+        self.broken = self.busy = self.hangs = False
+        self.gate: asyncio.Event | None = None
 
-    def compress(
-        self, page: MemoryPage, level: CompressionLevel | int, counts: Counts
-    ) -> MemoryPage:
+    async def decode(self, tenant: bytes, codec: Codec, data: bytes) -> dict[str, Any] | None:
+        if self.busy:
+            return None
         self.made += 1
-        self.threads.add(threading.get_ident())
-        assert self.gate is None or self.gate.wait(5), "nothing else ran meanwhile"
-        return super().compress(page, level, counts)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.hangs:
+            raise Killed("it took more than its time")
+        return {} if self.broken else decode(codec, data)
 
 
 class Room:
@@ -65,14 +68,11 @@ class Room:
         }  # fmt: skip
         config = load_config(None, {}, flags)
         self.memory = Memory(config)
-        self.renditions = Renditions(config, self.memory)
-        self.compressor = Counting()
-        registry = CompressorRegistry.default()
-        registry.register(Modality.IMAGE, self.compressor)
+        self.decoders = Counting(config)
+        self.renditions = Renditions(config, self.memory, self.decoders)
         raws = [(json.dumps(m).encode(), m) for m in HISTORY]
         path_ = Identity(bytes(32)).extend(b"t", [], raws)
         self.pages = PathPages(path_, COUNTER, 1024)
-        self.pages.registry = registry
 
     async def load(self, effect: Load = THUMBNAIL, tenant: bytes = ONE) -> MemoryPage:
         page = await self.renditions.load(tenant, effect, self.pages)
@@ -105,14 +105,60 @@ async def test_a_thumbnail_is_made_once_and_found_after_a_restart(tmp_path: Path
         assert (await first.load()).content == made.content
         first.memory.forget()
         assert (await first.load()).content == made.content
-        assert first.compressor.made == 1
+        assert first.decoders.made == 1
     assert len(list(artifacts(tmp_path))) == 1
     async with room(tmp_path) as second:
         found = await second.load()
-        assert second.compressor.made == 0
-    assert found.model_dump(exclude={"storage_tier", "artifact_id"}) == made.model_dump(
-        exclude={"storage_tier", "artifact_id"}
-    )
+        assert second.decoders.made == 0
+    assert found == made
+
+
+async def test_what_cannot_be_decoded_is_kept_too_and_what_waits_is_not(tmp_path: Path) -> None:
+    async with room(tmp_path) as first:
+        first.decoders.busy = True
+        plain = await first.load()
+        assert plain.content["image_url"]["detail"] == "low" and first.decoders.made == 0
+        first.decoders.busy, first.decoders.broken = False, True
+        assert (await first.load()).content == plain.content  # the provider may read it
+        assert first.decoders.made == 1
+    async with room(tmp_path) as second:
+        assert (await second.load()).content == plain.content
+        assert second.decoders.made == 0
+    assert len(list(artifacts(tmp_path))) == 1
+
+
+async def test_a_medium_that_hangs_is_tried_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with room(tmp_path) as here:
+        here.decoders.hangs = True
+        for tries in (1, 2, 2):
+            assert (await here.load()).content["image_url"]["detail"] == "low"
+            assert here.decoders.made == tries
+    assert "took more than its time" in caplog.text
+
+
+async def test_requests_at_once_have_a_medium_decoded_once(tmp_path: Path) -> None:
+    async with room(tmp_path) as here:
+        here.decoders.gate = asyncio.Event()
+        loading = [asyncio.ensure_future(here.load()) for _ in range(3)]
+        while not here.decoders.made:
+            await asyncio.sleep(0)
+        loading[0].cancel()  # its client left: another one's request goes on
+        while here.decoders.made < 2:
+            await asyncio.sleep(0)
+        here.decoders.gate.set()
+        one, other = await asyncio.gather(*loading[1:])
+        assert one == other and here.decoders.made == 2
+
+
+async def test_a_request_waits_for_all_its_media_together(tmp_path: Path) -> None:
+    async with room(tmp_path) as here:
+        here.decoders.gate, patience = asyncio.Event(), Patience(0.05)
+        for tries in (1, 1):  # the second finds no patience left
+            page = await here.renditions.load(ONE, THUMBNAIL, here.pages, patience)
+            assert page is not None and page.content["image_url"]["detail"] == "low"
+            assert here.decoders.made == tries and patience.left_s < 0.01
+        here.decoders.gate.set()
+        assert (await here.load()).content != page.content and here.decoders.made == 2
 
 
 async def test_words_are_not_stored(tmp_path: Path) -> None:
@@ -130,10 +176,10 @@ async def test_invariant_09_a_thumbnail_is_made_again_when_l3_was_emptied(tmp_pa
         here.memory.forget()
         shutil.rmtree(tmp_path / "artifacts")
         assert (await here.load()).content == made.content
-        assert here.compressor.made == 2
+        assert here.decoders.made == 2
         here.memory.forget()
         assert (await here.load()).content == made.content
-        assert here.compressor.made == 2, "it was not kept the second time"
+        assert here.decoders.made == 2, "it was not kept the second time"
 
 
 @pytest.mark.parametrize("bytes_", [b"", b"{}", b"\xff\xfe", b'{"format":1,"page":{}}'])
@@ -153,7 +199,7 @@ async def test_a_damaged_artifact_is_said_and_made_again(
         caplog.clear()
         here.memory.forget()
         assert (await here.load()).content == made.content
-        assert here.compressor.made == 2
+        assert here.decoders.made == 2
         assert not caplog.text
 
 
@@ -170,24 +216,12 @@ async def test_invariant_06_each_tenant_has_its_own(tmp_path: Path) -> None:
     async with room(tmp_path, written=True) as here:
         await here.load()
         await here.load(tenant=OTHER)
-        assert here.compressor.made == 2
+        assert here.decoders.made == 2
         await here.write("img_0001_1", CompressionLevel.ABSTRACT, "What a model saw.")
         abstract = Load("img_0001_1", CompressionLevel.ABSTRACT)
         assert (await here.load(abstract)).content.startswith("What a model saw.; image 800x600")
         assert (await here.load(abstract, OTHER)).content.startswith("A steel bridge.; image")
         assert "What a model saw." not in str(await here.load(tenant=OTHER))
-
-
-async def test_decoding_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
-    async with room(tmp_path) as here:
-        here.compressor.gate = threading.Event()
-        loading = asyncio.ensure_future(here.load())
-        while not here.compressor.made:
-            await asyncio.sleep(0.001)
-        assert not loading.done()
-        here.compressor.gate.set()  # by the loop, which is free
-        await loading
-        assert threading.get_ident() not in here.compressor.threads
 
 
 async def test_invariant_04_level_0_is_the_original_whatever_was_written(tmp_path: Path) -> None:

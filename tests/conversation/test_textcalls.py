@@ -287,3 +287,11 @@ def test_what_is_held_is_bounded() -> None:
     watch = Watch()
     held = [watch.feed(piece) for piece in ['{"name": "page_fault", ', *["x " * 20] * 100]]
     assert held[0] and not held[-1] and sum(held) < 60
+
+
+def test_invariant_10_a_piece_of_megabytes_is_no_call_and_costs_nothing() -> None:
+    watch, before = Watch(), time.process_time()
+    assert not watch.feed("p" * 20_000_000 + "page_fault(")
+    assert not watch.feed("page_id=")
+    assert watch.feed("x" * 20_000_000 + "</think>page_fault(")
+    assert time.process_time() - before < 0.5  # measured 0.01; read as a call might be, 1.6

@@ -17,7 +17,8 @@ from typing import Any
 import av
 from PIL import Image, ImageDraw
 
-from proxy.media.decoders import audio_seconds, file_text, image_info, video_info
+from proxy.media.decoders import pdf_text
+from proxy.media.headers import audio_seconds, file_text, image_info, is_pdf, video_info
 from proxy.media.parts import read_part
 from proxy.tokens import get_counter
 
@@ -92,6 +93,24 @@ def mp4(
                 left = 10 + index * 2
                 ImageDraw.Draw(image).rectangle((left, 10, left + 30, 40), fill="red")
                 container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+@lru_cache(maxsize=16)
+def sound(format: str, codec: str, rate: int, seconds: float) -> bytes:
+    """A 440 Hz tone, mono, compressed."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate)
+        resampler = av.AudioResampler(
+            format=stream.format.name, layout=stream.layout.name, rate=rate, frame_size=stream.frame_size or 1024
+        )
+        frame = av.AudioFrame(format="s16", layout="mono", samples=int(rate * seconds))
+        frame.planes[0].update(wav(seconds, rate)[44:].ljust(frame.planes[0].buffer_size, b"\0"))
+        frame.sample_rate = rate
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(piece))
         container.mux(stream.encode(None))
     return out.getvalue()
 
@@ -174,7 +193,8 @@ class TileCounts:
         if medium.kind == "video":
             info = video_info(data)
             return math.ceil(258 * (info.seconds if info else 1.0))
-        return self.text(file_text(data, medium.mime, medium.name) or "no words " * 100)
+        words = pdf_text(data) if is_pdf(data) else file_text(data, medium.mime, medium.name)
+        return self.text(words or "no words " * 100)
 
     def image(self, detail: str | None, size: tuple[int, int] | None) -> int:
         if detail == "low":

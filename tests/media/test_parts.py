@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.media.parts import read_part
+from proxy.media.parts import Medium, read_part
 
 DATA = b"\x89PNG some bytes?>"
 B64 = base64.b64encode(DATA).decode()
@@ -144,3 +144,11 @@ def test_odd_parts_never_raise(part: dict[str, Any]) -> None:
     if medium is not None:
         assert medium.kind in ("image", "audio", "video", "file")
         assert medium.data is None or isinstance(medium.data, bytes)
+
+
+def test_invariant_10_data_that_is_escaped_has_a_limit_of_its_own() -> None:
+    def medium(count: int) -> Medium | None:
+        return read_part({"type": "image_url", "image_url": {"url": "data:text/plain," + "%41" * count}})
+
+    small, large = medium(300_000), medium(400_000)
+    assert small and large and small.data == b"A" * 300_000 and large.data is None

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,3 +121,11 @@ def test_a_hint_says_what_it_is_about() -> None:
     assert hint("one two three four", max_words=2) == "one two…"
     assert hint("Great!") == "Great!"
     assert hint("") == ""
+
+
+def test_invariant_10_a_text_of_megabytes_costs_no_more_than_its_beginning() -> None:
+    text = "Some words that say a thing. And 42 more! " * 100_000
+    before = time.process_time()
+    for level in (1, 2, 3):
+        assert text.startswith(compress_text(text, level, 100, count)[:20]) or level == 3
+    assert time.process_time() - before < 2  # measured 0.3; all of it takes 4
