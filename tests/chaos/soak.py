@@ -251,9 +251,10 @@ class Load:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port, limit=4096)
                 writer.write(head + b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
                 until = time.monotonic() + 20 + number % 10
-                while time.monotonic() < until and await asyncio.wait_for(reader.read(SLOW_BYTES_PER_S // 2), PATIENCE_S):
-                    await asyncio.sleep(0.5)
-                writer.close()
+                with contextlib.closing(writer):
+                    async with asyncio.timeout(PATIENCE_S):
+                        while time.monotonic() < until and await reader.read(SLOW_BYTES_PER_S // 2):
+                            await asyncio.sleep(0.5)
             await asyncio.sleep(0.5)
 
     async def unfinished(self, number: int) -> None:
@@ -265,9 +266,10 @@ class Load:
             await self.up.wait()
             with contextlib.suppress(*CUT):
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
-                writer.write(start)
-                await asyncio.wait_for(reader.read(1), 15)
-                writer.close()
+                with contextlib.closing(writer):
+                    writer.write(start)
+                    async with asyncio.timeout(15):
+                        await reader.read(1)
             await asyncio.sleep(1)
 
     async def kills(self, until: float) -> None:
@@ -386,7 +388,7 @@ async def _under_load(load: Load, seconds: float, with_kills: bool, rss: list[tu
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks, timeout=PATIENCE_S)
 
 
 def _report(
