@@ -119,7 +119,7 @@ class _File:
             if line != "ok":
                 self.damage.update(str(line).splitlines()[:_TOLD])
         identity = Identity(get_value(connection, SECRET) or b"")
-        for key, number, value in connection.execute("SELECT key, sum, value FROM Cache"):
+        for key, number, value in connection.execute("SELECT key, tag, value FROM Cache"):
             kind = _kind(key)
             if isinstance(key, bytes):
                 self._there.add(key)

@@ -56,6 +56,7 @@ IMPORTERS: dict[str, set[str]] = {
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
+    "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
     "fsspec": {"storage"},
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp

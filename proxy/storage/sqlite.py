@@ -1,4 +1,4 @@
-"""L2's file: a table of values in SQLite's write-ahead log, what is known of its state, and its repair.
+"""L2's file: diskcache's table of values in SQLite's write-ahead log, what is known of its state, and its repair.
 
 Promises: a value is never read as another one: each carries a checksum over itself and its key, so what was
 scribbled over is `Damaged`. A damaged file gives up every row that still stands in any of its pages, whatever
@@ -8,11 +8,17 @@ value is lost and that still stands somewhere, in the index as a rule, stays dam
 who would lose text by it is told. What is
 opened is compared with what a small file beside it says of the last time (`Mark`): an older copy, another store
 and an emptied directory are told apart. Of several processes that open or repair, one does at a time.
+
+The directory is diskcache's: it makes the file, its tables and settings, opens it at each start, and reads every value
+with `diskcache.Cache(directory).get(key)` (the checksum is its `tag`). Values stay inside SQLite whatever their size:
+diskcache's own value files are not part of its transactions. The connections in use are our own: diskcache waits a
+minute for a lock, says Timeout for each failure to begin, and opens by name what was deleted or replaced meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import sys
 import time
@@ -21,6 +27,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
+import diskcache  # type: ignore[import-untyped, unused-ignore]
 import msgspec
 from xxhash import xxh3_64_intdigest
 
@@ -29,12 +36,12 @@ from proxy.errors import StorageError
 if sys.platform != "win32":
     import fcntl
 
-FORMAT = 2  # of everything that is stored; another one with each change that old records do not fit
-DATABASE = "cache.db"
+FORMAT = 3  # of everything that is stored; another one with each change that old records do not fit
+DATABASE = "cache.db"  # diskcache's name for its file
 DAMAGED = f"{DATABASE}.damaged"  # what a repair left behind, the latest
 SECRET_BYTES = 32
 _REPAIRED = f"{DATABASE}.repaired"  # whole, and about to take its place
-_UNFINISHED = f"{DATABASE}.unfinished"
+_UNFINISHED = f"{DATABASE}.unfinished"  # a directory, in which diskcache makes another one
 _MARK = f"{DATABASE}.mark"
 _LOCK = f"{DATABASE}.lock"
 _LOCK_WAIT_S = 5.0  # for another process that opens or repairs
@@ -45,16 +52,23 @@ _MOST_ROW_BYTES = 1_000_000_000  # SQLite's own limit
 SECRET = "secret:identity"
 REPAIRED = "repaired"
 OWN_ROWS = 2  # of a store that holds nothing yet: its secret, a probe
-_TABLE = """
-CREATE TABLE Cache (rowid INTEGER PRIMARY KEY, key BLOB NOT NULL, sum INTEGER NOT NULL, value BLOB NOT NULL);
-CREATE UNIQUE INDEX Cache_key ON Cache (key);
+_SETTINGS = {
+    "eviction_policy": "none", "cull_limit": 0, "size_limit": 2**62, "disk_min_file_size": 2**62, "statistics": 0,
+    "sqlite_auto_vacuum": 0, "sqlite_mmap_size": 0,
+}  # fmt: skip
+# Nothing expires here: an index that would be written with each row, as one of the same name that stays empty.
+_MADE = f"""
+DROP INDEX Cache_expire_time;
+CREATE INDEX Cache_expire_time ON Cache (expire_time) WHERE expire_time IS NOT NULL;
+PRAGMA user_version = {FORMAT};
 """
+_COLUMNS = "key, raw, mode, tag, value"  # raw 1, mode 1: bytes in the row as they are; tag: the checksum
 PUT = (
-    "INSERT INTO Cache (key, sum, value) VALUES (?, ?, ?)"
-    " ON CONFLICT (key) DO UPDATE SET sum = excluded.sum, value = excluded.value"
+    f"INSERT INTO Cache ({_COLUMNS}) VALUES (?, 1, 1, ?, ?)"
+    " ON CONFLICT (key, raw) DO UPDATE SET tag = excluded.tag, value = excluded.value"
 )
-ADD = "INSERT INTO Cache (key, sum, value) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING"
-GET = "SELECT sum, value FROM Cache WHERE key = ?"
+ADD = f"INSERT INTO Cache ({_COLUMNS}) VALUES (?, 1, 1, ?, ?) ON CONFLICT (key, raw) DO NOTHING"
+GET = "SELECT tag, value FROM Cache WHERE key = ? AND raw = 1"
 
 Connection: TypeAlias = sqlite3.Connection
 Failure: TypeAlias = sqlite3.Error
@@ -252,17 +266,31 @@ def _checked(directory: Path, wait_s: float) -> sqlite3.Connection:
     try:
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if not names and not version:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(f"BEGIN IMMEDIATE; {_TABLE} PRAGMA user_version = {FORMAT}; COMMIT;")
-            for path in (directory / DATABASE, *_beside(directory)):
-                path.chmod(0o600)
-        elif version != FORMAT or "Cache" not in names:
+        new = not version and names <= {"Settings", "Cache"} and not ("Cache" in names and newest_row(connection))
+        if not new and (version != FORMAT or "Cache" not in names):
             of = f"another version (format {version})" if version else "an older version"
             raise StorageError(
                 f"The storage directory {directory} was written by {of} of llm-pager, which this one does not "
                 "read; set tiers.l2.path to another directory, or delete this one to begin anew."
             )
+        if os.path.expandvars(directory.absolute()) != str(directory.absolute()):  # as diskcache would
+            raise StorageError(f"Cannot use {directory} as the storage directory: write its $ out in tiers.l2.path.")
+        try:
+            # What is locked fails here, before diskcache waits for it; and diskcache would believe damaged settings.
+            forget = "DELETE FROM Settings;" if "Settings" in names else ""
+            connection.executescript(f"BEGIN IMMEDIATE; {forget} COMMIT;")
+            diskcache.Cache(str(directory.absolute()), **_SETTINGS).close()
+            # Its counts of rows and bytes, which nobody reads, cost two thirds of a commit.
+            triggers = connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
+            drop = "".join(f"DROP TRIGGER IF EXISTS {name};" for (name,) in triggers)
+            connection.executescript(f"BEGIN IMMEDIATE; {drop} {_MADE if new else ''} COMMIT;")
+        except sqlite3.OperationalError:
+            connection.rollback()
+            if new:
+                raise
+            # It can be read at least; the next commit learns why it cannot be written.
+        for path in (directory / DATABASE, *_beside(directory)) if new else ():
+            path.chmod(0o600)
         connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchone()  # its log and shared memory are there now
     except BaseException:
         connection.close()
@@ -348,44 +376,37 @@ def _repair(directory: Path) -> Repaired:
 
 def _rebuilt(directory: Path) -> Repaired:
     unfinished = directory / _UNFINISHED
-    for path in directory.glob(f"{_UNFINISHED}*"):
-        path.unlink()
-    insert = "INSERT OR REPLACE INTO Cache (rowid, key, sum, value) VALUES (?, ?, ?, ?)"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(mode=0o700)
+    insert = f"INSERT OR REPLACE INTO Cache (rowid, {_COLUMNS}) VALUES (?, ?, 1, 1, ?, ?)"
     last, mark = 0, _mark(directory)
     found = RawDatabase(directory)
-    with closing(found), closing(sqlite3.connect(unfinished, isolation_level=None)) as new:
-        unfinished.chmod(0o600)
-        new.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN; {_TABLE}")
-        new.execute(f"PRAGMA user_version = {FORMAT}")
+    with closing(found), closing(_checked(unfinished, _LOCK_WAIT_S)) as new:
+        new.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
         for row in found.rows():
             if checksum(row.key, row.value) == row.sum:
                 new.execute(insert, row)
                 last = max(last, row.rowid)
         for rowid, key in found.named():
-            new.execute("INSERT OR IGNORE INTO Cache VALUES (?, ?, ?, ?)", (rowid, key, LOST_SUM, b""))
+            new.execute(insert.replace("REPLACE", "IGNORE"), (rowid, key, LOST_SUM, b""))
             last = max(last, rowid)
         last = max(last, mark.rowid if mark is not None else 0)  # rows are numbered one by one
-        kept = new.execute("SELECT count(*) FROM Cache WHERE sum != ?", (LOST_SUM,)).fetchone()[0]
+        kept = new.execute("SELECT count(*) FROM Cache WHERE tag != ?", (LOST_SUM,)).fetchone()[0]
         done = Repaired(kept, last - kept, time.time())
         with suppress(Damaged):
             if (before := get_value(new, REPAIRED)) is not None:
                 key, number, value = put_row(f"{REPAIRED}:{last}", before)
-                new.execute("UPDATE Cache SET key = ?, sum = ?, value = ? WHERE key = ?", (key, number, value, REPAIRED))
+                new.execute("UPDATE Cache SET key = ?, tag = ?, value = ? WHERE key = ?", (key, number, value, REPAIRED))
         # Behind all that was: the store is not an older one.
         new.execute(insert, (last + 1, *put_row(REPAIRED, msgspec.json.encode(done))))
         new.execute("COMMIT")
         new.execute("PRAGMA journal_mode = WAL")
-    for path in _unfinished_beside(directory):
-        path.unlink(missing_ok=True)
-    with open(unfinished, "rb") as file:
+    with open(unfinished / DATABASE, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(unfinished, directory / _REPAIRED)
+    os.replace(unfinished / DATABASE, directory / _REPAIRED)
+    shutil.rmtree(unfinished, ignore_errors=True)
     _finish_repair(directory)
     return done
-
-
-def _unfinished_beside(directory: Path) -> tuple[Path, Path]:
-    return directory / f"{_UNFINISHED}-wal", directory / f"{_UNFINISHED}-shm"
 
 
 def _finish_repair(directory: Path) -> None:
@@ -430,7 +451,7 @@ class RawDatabase:
             with suppress(IndexError, ValueError):
                 size, at = _varint(page, pointer)
                 rowid, at = _varint(page, at)
-                _, key, number, value = _values(self._payload(page, at, size), 4)
+                _, key, _, _, _, _, _, number, _, _, _, value = _values(self._payload(page, at, size), 12)
                 if isinstance(key, bytes | str) and isinstance(number, int) and isinstance(value, bytes):
                     yield Row(rowid, key, number, value)
 
@@ -441,7 +462,7 @@ class RawDatabase:
         for page, pointer, kind in self._cells(_INDEX_LEAF, _INDEX_INNER):
             with suppress(IndexError, ValueError):
                 size, at = _varint(page, pointer + (4 if kind == _INDEX_INNER else 0))
-                key, rowid = _values(page[at : at + size], 2)
+                key, _, rowid = _values(page[at : at + size], 3)
                 if isinstance(key, bytes | str) and isinstance(rowid, int) and 0 < rowid < self.pages * self._usable:
                     yield rowid, key
 

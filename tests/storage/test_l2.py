@@ -14,9 +14,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import diskcache
 import pytest
 
 from proxy.storage.l2 import JOIN_KEEP, Damaged, DiskStore, StorageError
+from proxy.storage.sqlite import checksum
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +99,23 @@ async def test_a_value_too_large_for_sqlite_is_refused_before_it_harms_others(
     assert isinstance(results[5], StorageError) and "too large" in str(results[5])
     assert results[:5] == [frozenset()] * 5
     assert (store.get(b"half"), store.get(b"g4")) == (None, b"v")
+
+
+async def test_the_directory_is_one_of_diskcache_s(store: DiskStore) -> None:
+    """Made and read by it, also what was replaced, added, joined and is large; without its triggers afterwards."""
+    large = os.urandom(3_000_000)
+    await store.commit([(b"a", b"1"), (b"a", b"2"), (b"large", large)], [(b"set", id16(7))], [(b"new", b"")])
+    await store.close()
+    with diskcache.Cache(str(store._path)) as plain:
+        assert [plain.get(key) for key in (b"a", b"large", b"set", b"new", b"none")] == [b"2", large, id16(7), b"", None]
+        assert plain.get(b"a", tag=True) == (b"2", checksum(b"a", b"2"))
+        assert set(plain) >= {b"a", b"large", b"set", b"new"}
+    again = DiskStore(store._path, 10)
+    await again.commit([(b"a", b"3")])
+    assert again.get(b"a") == b"3" and again.get(b"large") == large
+    await again.close()
+    names = execute(store._path, "SELECT name FROM sqlite_master WHERE type != 'table' AND sql NOT NULL")
+    assert {name for (name,) in names} == {"Cache_key_raw", "Cache_expire_time"}
 
 
 async def test_what_is_no_bytes_is_not_read(store: DiskStore) -> None:
@@ -249,7 +268,7 @@ async def test_a_process_killed_in_a_transaction_leaves_nothing_and_no_lock(
         store = DiskStore(Path(sys.argv[1]), 10)
         writer = store._database.writer
         writer.execute("BEGIN IMMEDIATE")
-        writer.execute("INSERT INTO Cache (key, sum, value) VALUES (?, 0, ?)", (b"half", b"x" * 2_000_000))
+        writer.execute("INSERT INTO Cache (key, raw, tag, value) VALUES (?, 1, 0, ?)", (b"half", b"x" * 2_000_000))
         print("inside", flush=True)
         sys.stdin.read()
         import time; time.sleep(60)
@@ -473,7 +492,7 @@ async def test_a_file_that_cannot_be_read_is_repaired_beside_the_commits(tmp_pat
     await store.commit(values)
     await store.close()
     data = bytearray((tmp_path / "cache.db").read_bytes())
-    for page in range(4, len(data) // 4096, 5):
+    for page in range(7, len(data) // 4096, 5):  # behind what must be sound for it to be opened
         data[page * 4096 : (page + 1) * 4096] = bytes(4096)
     (tmp_path / "cache.db").write_bytes(data)
     store = DiskStore(tmp_path, 10)
@@ -483,7 +502,7 @@ async def test_a_file_that_cannot_be_read_is_repaired_beside_the_commits(tmp_pat
         with suppress(StorageError):
             found.append(store.get(key))
     async with asyncio.timeout(10):
-        while store.generation == generation:  # the repair has a thread of its own
+        while store.generation == generation or store._retry_s:  # the repair has a thread of its own
             await asyncio.sleep(0.01)
     await store.check()
     assert store.repaired is not None and store.repaired.lost > 0

@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import diskcache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -68,7 +69,7 @@ def test_every_row_is_read_without_sqlite(tmp_path: Path, checkpoint: bool) -> N
     with closing(made(tmp_path, some(1), checkpoint)) as connection:
         connection.execute("UPDATE Cache SET value = CAST(x'00' || value AS BLOB) WHERE rowid % 7 = 0")
         connection.execute("DELETE FROM Cache WHERE rowid % 11 = 0")
-        rows = {Row(*row) for row in connection.execute("SELECT rowid, key, sum, value FROM Cache")}
+        rows = {Row(*row) for row in connection.execute("SELECT rowid, key, tag, value FROM Cache")}
         with closing(RawDatabase(tmp_path)) as raw:
             assert set(raw.rows()) == rows
             assert set(raw.named()) == {(row.rowid, row.key) for row in rows}
@@ -192,10 +193,23 @@ def test_a_log_beside_another_file_is_not_read(tmp_path: Path) -> None:
 def test_a_lost_secret_stands_beside(tmp_path: Path) -> None:
     opened = open_database(tmp_path, 1.0)
     write_mark(tmp_path, opened.secret, opened.rowid, opened.inodes)
-    opened.connection.execute("UPDATE Cache SET sum = ? WHERE typeof(key) = 'text'", (LOST_SUM,))
+    opened.connection.execute("UPDATE Cache SET tag = ? WHERE typeof(key) = 'text'", (LOST_SUM,))
     opened.connection.close()
     again = open_database(tmp_path, 1.0)
     assert again.secret == opened.secret and "is there again" in again.told[0]
+
+
+def test_what_diskcache_says_of_a_directory_is_not_believed(tmp_path: Path) -> None:
+    """Killed before it was ours, it is made again; a setting that is damaged, or another program's, is forgotten."""
+    diskcache.Cache(str(tmp_path)).close()
+    with closing(made(tmp_path, {b"a": b"1"})) as connection:
+        connection.execute("UPDATE Settings SET key = x'00ff' WHERE key = 'cull_limit'")
+        connection.execute("UPDATE Settings SET value = 'least-recently-used' WHERE key = 'eviction_policy'")
+        with closing(open_database(tmp_path, 0.0).connection):
+            assert diskcache.Cache(str(tmp_path)).eviction_policy == "none"
+        connection.execute("BEGIN IMMEDIATE")  # who holds the lock keeps nobody from reading
+        with closing(open_database(tmp_path, 0.0).connection) as other:
+            assert get_value(other, b"a") == b"1"
 
 
 def test_another_program_s_database_is_refused(tmp_path: Path) -> None:
@@ -203,3 +217,6 @@ def test_another_program_s_database_is_refused(tmp_path: Path) -> None:
         other.execute("CREATE TABLE theirs (a)")
     with pytest.raises(StorageError, match="does not read"):
         open_database(tmp_path, 1.0)
+    diskcache.Cache(str(tmp_path / "other")).set("a", 1)
+    with pytest.raises(StorageError, match="does not read"):
+        open_database(tmp_path / "other", 1.0)
