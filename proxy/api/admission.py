@@ -259,7 +259,7 @@ class Admission:
         if model not in self._met:
             self._met[model] = True
             if not encoding_is_loaded(model, self._config.model_override(model).tokenizer):
-                await asyncio.to_thread(self._counters, model)  # a tenth of a second
+                await memory.pool.run(tenant, self._counters, model)  # a tenth of a second
         counter, exact = self._counters(model)
         surely = window is None and found.start == 0 and len(body) <= limits.budget_tokens
         surely = surely and tokens_upper_bound(body, counter) <= limits.budget_tokens

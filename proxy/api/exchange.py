@@ -150,7 +150,7 @@ class Exchange:
             choices = response["choices"]
             messages = [{**choice["message"]} for choice in choices]
             usage = response.get("usage")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return Said([], None, None)  # not a chat answer: it goes to the client as it is
         reason = choices[0].get("finish_reason") if choices else None
         return Said(messages, reason, usage if isinstance(usage, dict) else None, response)

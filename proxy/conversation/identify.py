@@ -131,6 +131,8 @@ def _alike(
 def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> Place | None:
     """The request as the continuation of its session; None: a history of its own."""
     nodes, path = whole.path, library.load_path(head)
+    if _unheard(path[-1], nodes[0]):
+        path = path[:-1]
     start, length = _agreement(path, nodes)
     if length and start == 0:
         return None  # it begins as the session began: said again from the start, not new
@@ -141,7 +143,18 @@ def _in_session(whole: Place, library: Library, head: Record, frame: bytes) -> P
         return None  # a client of new messages never sends answers: this is another history
     joined = library.identity.rechain(path, nodes)
     moved = [Anchor(a.position + len(path), a.raw) for a in whole.anchors]
-    return Place(joined, len(path), 0, moved, head, Sent(frame, len(path)))
+    record = head if len(path) == head.end else deepest_record(joined, library.get_record)
+    return Place(joined, len(path), 0, moved, record, Sent(frame, len(path)))
+
+
+def _unheard(answer: Node, said: Node) -> bool:
+    """The session's last answer has calls, and what comes is no result of them: its client did not get it, or
+    gave it up. A model is never shown calls without their results (invariant 8)."""
+    if answer.role != "assistant" or b"tool_calls" not in answer.raw:
+        return False
+    calls = msgspec.json.decode(answer.raw).get("tool_calls") or ()
+    ids = {call.get("id") for call in calls if isinstance(call, dict)}
+    return bool(ids) and msgspec.json.decode(said.raw).get("tool_call_id") not in ids
 
 
 def _agreement(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:

@@ -283,6 +283,7 @@ async def test_whole_answer_has_upstreams_headers_and_our_length() -> None:
 
 @pytest.mark.parametrize(
     "body", [b"<html>", b"[]", b"{}", b'{"choices": 5}', b'{"choices": [{}]}', b"\xff", b"null", b'{"choices": [5]}',
+             b'{"choices": %b}' % (b"[" * 4_000 + b"]" * 4_000),
              b'{"choices": [{"message": "text"}]}', b'{"choices": [{"message": null}]}',
              b'{"choices": [{"message": {"content": "\xff"}}]}']
 )

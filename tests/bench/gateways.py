@@ -23,6 +23,7 @@ from tests.e2e.processes import ServerProcess, free_port, wait_for_health
 
 REPO = Path(__file__).resolve().parents[2]
 LITELLM = Path(os.environ.get("LITELLM_BENCH", "/root/bench-venv/bin/litellm"))
+HEADROOM = Path(os.environ.get("HEADROOM_BENCH", "/root/bench-venv/bin/headroom"))
 WINDOW_TOKENS = 32_000
 
 
@@ -178,3 +179,21 @@ def start_litellm(upstream_port: int) -> list[Gateway]:
     process = Process("litellm", port, command, env).wait("/health/liveliness", 180)
     fastest = Gateway("litellm", process)
     return [fastest, Gateway("litellm openai/", process, "gpt-4o-default")]
+
+
+def start_headroom(upstream_port: int) -> list[Gateway]:
+    """headroom's proxy, its optimisations on, its cache, rate limit and retries off.
+
+    Raises FileNotFoundError when it is not installed.
+    """
+    if not HEADROOM.exists():
+        raise FileNotFoundError(
+            f"headroom is not in {HEADROOM}: pip install 'headroom-ai[proxy]' in a venv of its own, and set"
+            " HEADROOM_BENCH to its `headroom` command"
+        )
+    port = free_port()
+    command = [str(HEADROOM), "proxy", "--port", str(port), "--no-cache", "--no-rate-limit"]
+    command += ["--retry-max-attempts", "1", "--openai-api-url", f"http://127.0.0.1:{upstream_port}/v1"]
+    env = {"HEADROOM_TELEMETRY": "off", "HEADROOM_NO_SUBSCRIPTION_TRACKING": "1", "HF_HUB_OFFLINE": "1",
+           "DO_NOT_TRACK": "1", "PYTHONPATH": ""}  # fmt: skip
+    return [Gateway("headroom", Process("headroom", port, command, env).wait("/livez", 120))]

@@ -5,7 +5,9 @@ Promises: every figure is CPU time per request from the kernel's account of the 
 against one upstream that costs them nothing. The two floors are those of the main job: at most 3
 times the passthrough, at least 10 times less than LiteLLM's proxy in its fastest setting.
 
-    python -m tests.bench.overhead [--quick] [--no-litellm] [--rows S-new,H]
+    python -m tests.bench.overhead [--quick] [--no-rivals] [--rows S-new,H]
+
+The rivals are LiteLLM's proxy and headroom, where they are installed (tests/bench/gateways.py says how).
 
 Rows: S-new   about 1 KB, 16 at once, each a new conversation
       S-grow  the second turn of such a conversation (two messages more), 16 at once
@@ -28,6 +30,7 @@ from tests.bench.gateways import (
     Gateway,
     cpu_seconds,
     rss_mb,
+    start_headroom,
     start_litellm,
     start_ours,
     start_passthrough,
@@ -42,6 +45,7 @@ MIN_LITELLM_OF_OURS = 10.0
 SMALL_CHARS = 950
 SIZES = {"H": 1_000, "X": 10_000}
 ROWS = ("S-new", "S-grow", "H", "X", "stream")
+SLOW = {"litellm openai/", "headroom"}  # seconds per large request: one round, and nothing to learn from X
 
 
 @dataclass(frozen=True)
@@ -143,14 +147,15 @@ class Bench:
     async def row(self, row: str, gateways: list[Gateway]) -> None:
         """Warm-up of each gateway, then the rounds, in which they take turns."""
         for gateway in gateways:
-            await self.warm_up(row, gateway)
+            if gateway.name not in SLOW or row != "X":
+                await self.warm_up(row, gateway)
         counts = {"H": self.scale.h, "X": self.scale.x, "stream": self.scale.stream}
         for n in range(self.scale.rounds):
             for gateway in gateways:
-                if gateway.name == "litellm openai/" and (n > 0 or row == "X"):
-                    continue  # seconds per request: one round, and nothing to learn from X
+                if gateway.name in SLOW and (n > 0 or row == "X"):
+                    continue
                 if row in SIZES:
-                    count = min(counts[row], 5) if "openai/" in gateway.name else counts[row]
+                    count = min(counts[row], 5) if gateway.name in SLOW else counts[row]
                     await self.large(row, gateway, count)
                 else:
                     await self.small(row, gateway, counts.get(row, self.scale.small))
@@ -183,7 +188,7 @@ def report(bench: Bench, gateways: list[Gateway], rows: list[str], ttft: dict[st
     for g in gateways:
         cells = [bench.costs.get((row, g.name)) for row in rows]
         shown = "".join(f"{c.median:>10.3f}" if c else f"{'-':>10}" for c in cells)
-        note = "  (its default, for reference)" if "openai/" in g.name else ""
+        note = "  (for reference)" if g.name in SLOW else ""
         print(f"{g.name:16}{shown}{ttft[g.name]:>10.2f}{rss_mb(g.pid):>9.0f}{note}")
         if g.name == "ours":
             print(f"{'ours, mean':16}" + "".join(f"{c.mean:>10.3f}" for c in cells if c))
@@ -209,7 +214,7 @@ def report(bench: Bench, gateways: list[Gateway], rows: list[str], ttft: dict[st
     return passed
 
 
-async def run(scale: Scale, with_litellm: bool, rows: list[str], with_ours: bool = True) -> bool:
+async def run(scale: Scale, with_rivals: bool, rows: list[str], with_ours: bool = True) -> bool:
     """Starts everything, measures every row, stops everything."""
     upstream = start_upstream()
     gateways: list[Gateway] = []
@@ -217,11 +222,11 @@ async def run(scale: Scale, with_litellm: bool, rows: list[str], with_ours: bool
         gateways.append(start_passthrough(upstream.port))
         if with_ours:
             gateways.insert(0, start_ours(upstream.port))
-        if with_litellm:
+        for start in (start_litellm, start_headroom) if with_rivals else ():
             try:
-                gateways += start_litellm(upstream.port)
+                gateways += start(upstream.port)
             except FileNotFoundError as e:
-                print(f"LiteLLM is left out: {e}", file=sys.stderr)
+                print(f"left out: {e}", file=sys.stderr)
         bench, started = Bench(scale), time.monotonic()
         for row in rows:
             await bench.row(row, gateways)
@@ -243,13 +248,13 @@ async def run(scale: Scale, with_litellm: bool, rows: list[str], with_ours: bool
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.overhead")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and requests")
-    parser.add_argument("--no-litellm", action="store_true", help="without LiteLLM's proxy")
+    parser.add_argument("--no-rivals", action="store_true", help="without LiteLLM's proxy and headroom")
     parser.add_argument("--rows", default=",".join(ROWS), help="a part of the rows")
     options = parser.parse_args()
     rows = options.rows.split(",")
     if unknown := set(rows) - set(ROWS):
         parser.error(f"unknown rows {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    passed = asyncio.run(run(QUICK if options.quick else FULL, not options.no_litellm, rows))
+    passed = asyncio.run(run(QUICK if options.quick else FULL, not options.no_rivals, rows))
     sys.exit(0 if passed else 1)
 
 

@@ -139,6 +139,16 @@ def test_tee_lets_an_event_of_20_mb_through_at_once_and_remembers_it() -> None:
     assert out + one.held == data and one.messages()[0]["images"] == [image]
 
 
+@pytest.mark.parametrize("piece", [64, 600_000])
+def test_invariant_10_comments_before_an_answer_pass_in_linear_time(piece: int) -> None:
+    """A proxy that keeps a slow stream alive sends no end of them: 2.4 MB held the event loop for seconds."""
+    comments, before = b": ping\n\n" * 300_000, time.process_time()
+    one, out = tee(*cut(comments, piece))
+    assert out == comments and not one.held
+    assert time.process_time() - before < 2
+
+
+
 def test_tee_lets_an_event_beyond_its_limit_through_and_forgets_it() -> None:
     data = stream_of("a")[:-20] + b"x" * LIMIT + b"\n\n" + b"data: [DONE]\n\n"
     one, out = tee(*cut(data, 1 << 14))

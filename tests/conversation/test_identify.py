@@ -232,6 +232,26 @@ def test_session_takes_new_messages_overlaps_and_whole_histories() -> None:
     assert placed(it, stranger, session="s") == ["x", "y", "z"]
 
 
+def test_invariant_08_session_goes_on_before_a_call_that_its_client_did_not_hear() -> None:
+    """The answer was stored, the client saw a broken connection: it says the same again, or something else.
+    With the call in it, every later request would be refused."""
+    it = player()
+    keep(it, "a", "b", session="s")
+    question = {"role": "user", "content": "look"}
+    calls = [{"id": "c1", "type": "function", "function": {"name": "get", "arguments": "{}"}}]
+    it.ask([question], script({"role": "assistant", "content": "", "tool_calls": calls}), session="s")
+    result = {"role": "tool", "tool_call_id": "c1", "content": "found"}
+    other = {**result, "tool_call_id": "c0"}
+
+    def contents(*sent: Message) -> list[str]:
+        return placed(it, list(sent), session="s")
+
+    assert contents(result) == ["a", "b", "look", "", "found"]
+    assert contents(question) == ["a", "b", "look"]
+    assert contents({"role": "user", "content": "never mind"}) == ["a", "b", "look", "never mind"]
+    assert contents(other) == ["a", "b", "look", "found"]
+
+
 def test_answer_edited_in_a_session_is_a_branch() -> None:
     it = player()
     keep(it, "a", "b", "c", "d", session="s")

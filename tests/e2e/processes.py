@@ -35,9 +35,11 @@ def free_port() -> int:
 
 _FORKING = """
 import json, os, signal, sys
-import proxy.app, proxy.cli, uvicorn
+import proxy.app, proxy.cli, proxy.upstream.openai, uvicorn
+from proxy.search.terms import languages_of
 from proxy.tokens import load
 load()
+languages_of()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
 for line in sys.stdin:
     if (pid := os.fork()) == 0:
@@ -220,7 +222,7 @@ def wait_for_health(
             pass  # not listening yet
         finally:
             connection.close()
-        time.sleep(0.05)  # another process: there is no event to wait for
+        time.sleep(0.01)  # another process: there is no event to wait for
     raise TimeoutError(f"no answer from {path} within {timeout_s:.0f} s")
 
 

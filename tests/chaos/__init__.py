@@ -1,0 +1,1 @@
+"""Kills, load and hostile input: scripts that anyone can run, of which CI runs a part."""
