@@ -32,6 +32,7 @@ from proxy.conversation.body import Body
 from proxy.conversation.channel import choose_channel
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.effects import Offload
 from proxy.conversation.form import Form
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
@@ -156,6 +157,8 @@ class Conversation:
         paging = TurnWindow(context, pages, self._table, channel, self._limits, None, 0, report)
         for step in (paging.open(), paging.messages(Form(several=True))):
             for effect in step:
+                if isinstance(effect, Offload):  # of a shell with threads
+                    continue
                 raise RuntimeError(f"text needs nothing from the shell, but: {effect}")
         paging.tell()
         seconds = time.perf_counter() - begun

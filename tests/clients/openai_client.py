@@ -114,7 +114,8 @@ async def streamed(completions: Any, asked: dict[str, Any]) -> tuple[Any, list[s
         else:
             entered = stack.enter_context(manager)
         async for event in items(entered):
-            events.append(event.type)
+            if event.type != "content.delta" or event.delta:  # an empty one says nothing
+                events.append(event.type)
         return await value(entered.get_final_completion()), collapsed(events)
 
 

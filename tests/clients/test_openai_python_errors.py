@@ -53,7 +53,7 @@ async def test_answers_that_cannot_be_parsed(
                     completions, asked
                 )
                 message = final.choices[0].message
-                seen.append([events, message.refusal, message.content, message.parsed is None])
+                seen.append([events, message.refusal, message.content or None, message.parsed is None])
             except openai.LengthFinishReasonError as e:
                 seen.append([type(e).__name__, e.completion.choices[0].message.content])
         return seen

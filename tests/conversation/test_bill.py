@@ -230,11 +230,11 @@ def _usage(parts: list[tuple[str, int]]) -> Message:
     return {"prompt_tokens": sum(tokens for _, tokens in parts) + PER_REPLY}
 
 
-def paged(seed: int = 1, prefetch_pages: int = 0) -> tuple[Talk, random.Random]:
+def paged(seed: int = 1, prefetch_pages: int = 0, words: int = 250) -> tuple[Talk, random.Random]:
     """A conversation that has just begun to page, and grows in its window."""
     talk, rng = Talk(prefetch_pages), random.Random(seed)
     while talk.last is None or talk.last.answer.report.channel == "bypass":
-        talk.ask(note(rng, 250))
+        talk.ask(note(rng, words))
     assert talk.account.broke is not None and talk.account.broke.reason is Reason.EPOCH
     while talk.account.prompt < 1500 or talk.account.broke is not None:
         talk.ask(note(rng, 60))
@@ -280,9 +280,9 @@ def test_a_break_of_the_cache_has_its_reason_and_what_was_lost() -> None:
 
 
 def test_evidence_that_was_taken_out_is_a_break_of_its_own() -> None:
-    talk, rng = paged(prefetch_pages=5)
-    old = " ".join(str(talk.messages[0]["content"]).split()[:12])
-    talk.ask({"role": "user", "content": f"What about {old}?"})
+    talk, rng = paged(prefetch_pages=5, words=70)  # short enough to be shown whole
+    olds = [" ".join(str(talk.messages[at]["content"]).split()[:12]) for at in range(0, 8, 2)]
+    talk.ask({"role": "user", "content": " ".join(f"What about {old}?" for old in olds)})
     report = talk.last.answer.report if talk.last else None
     assert report is not None and report.prefetched_pages and not report.new_epoch
     shown_at = talk.account.prompt
