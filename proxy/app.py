@@ -29,12 +29,13 @@ from proxy.api.visit import Stats, Visit, path_kind
 from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
-from proxy.process import configure, tune
+from proxy.process import collect_now_and_then, configure, tune
 from proxy.server import Door
 from proxy.tokens import load
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 log = logging.getLogger(__name__)
+
 
 class App:
     """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
@@ -56,6 +57,7 @@ class App:
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
         )
         self._origins = Origins(config)
+        self._served = 0  # requests, at this moment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -81,6 +83,7 @@ class App:
 
     async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
         """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
+        self._served += 1
         try:
             if (refusal := self._origins.refusal(scope)) is not None:
                 await send_error(visit.send, refusal)
@@ -100,17 +103,22 @@ class App:
                              "api_error", "internal_error")
             await send_error(visit.send, error)
         finally:
+            self._served -= 1
             visit.ended()
             self._stats.count(visit)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
+        collecting: asyncio.Future[None] | None = None
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
                 self._draining.watch()
+                collecting = asyncio.ensure_future(collect_now_and_then(lambda: not self._served))
                 await send({"type": "lifespan.startup.complete"})
             else:
+                if collecting is not None:
+                    collecting.cancel()
                 await self._chat.close()
                 await self._writer.close()
                 await self._renditions.close()

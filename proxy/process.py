@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import TextIO
 
@@ -26,10 +27,11 @@ _LARGEST_BYTES = 32 << 20  # glibc's own limit for the mmap threshold
 _KEPT_FREE_BYTES = 128 << 20  # freed memory that stays with the process
 _PAD_BYTES = 16 << 20
 
-# Every collection stops all threads: for some milliseconds for 10,000 objects. Pages and nodes are long-lived and hold no cycles;
-# what does hold them (a request's tasks and errors) dies young. So old objects, which grow with what is cached, are
-# never looked at again.
+# Every collection stops all threads: for some milliseconds for 10,000 objects. Pages and nodes are long-lived and hold
+# no cycles; what does hold them (a request's tasks and errors) dies young, nearly always. So old objects, which grow with
+# what is cached, are looked at only now and then (`collect_now_and_then`), and where that can be, when nobody waits.
 _YOUNG_OBJECTS, _MIDDLE, _OLD = 10_000, 1, 1_000_000_000
+_COLLECT_S = 600  # between two looks, and as long again at most for a moment without a request
 
 # How long the event loop waits for the interpreter's lock while a thread of the pool computes: each of its wakes
 # does, several times a request. Shorter ones cost the pool more switches, and nothing where it is idle.
@@ -128,3 +130,14 @@ def tune() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
         mallopt(_M_TOP_PAD, _PAD_BYTES)
+
+
+async def collect_now_and_then(is_idle: Callable[[], bool]) -> None:
+    """Look for old objects that only hold each other; never returns. `is_idle`: no request is being served."""
+    while True:
+        await asyncio.sleep(_COLLECT_S)
+        for _ in range(_COLLECT_S):
+            if is_idle():
+                break
+            await asyncio.sleep(1)
+        gc.collect()

@@ -291,3 +291,20 @@ def test_entries_of_one_round_are_one_write_and_what_is_worse_waits_for_nothing(
     asyncio.run(round_of_the_loop())
     enter(logging.INFO, "five")
     assert written[2:] == ["five\n"]
+
+
+async def test_old_objects_are_collected_in_a_moment_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    busy = iter([False, False, True])  # is_idle, each time that it is asked
+
+    async def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 4:
+            raise asyncio.CancelledError
+
+    found: list[int] = []
+    monkeypatch.setattr(process.asyncio, "sleep", sleep)
+    monkeypatch.setattr(process.gc, "collect", lambda: found.append(len(naps)))
+    with pytest.raises(asyncio.CancelledError):
+        await process.collect_now_and_then(lambda: next(busy))
+    assert naps[:3] == [600, 1, 1] and found == [3]
