@@ -34,8 +34,7 @@ _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may gro
 _HITS = 200  # pages that are looked at, in the window or not
 _TAGS_TOKENS = 16  # of the block around the lines
 _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
-_WHOLE_TOKENS = 256  # of a page that is shown whole: of a longer one few passages are about the message
-_PASSAGE_TOKENS = 160
+_PASSAGE_TOKENS = 256  # of a page that does not fit whole
 _READ_CHARS = 65_536  # at once
 _AT_ONCE_TOKENS = 32_768  # of pages that were found, are looked at while others wait
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
@@ -148,9 +147,9 @@ def _search(turn: TurnWindow, limit: int) -> Search:
 
 
 def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: int) -> Shown | None:
-    """The page as its line: whole where it is short and fits, else its passages about the queries."""
+    """The page as its line: whole where that fits, else its passages about the queries."""
     page_id, count = candidate.page_id, pages.counter.text
-    if candidate.tokens * _LEAST_WHOLE <= min(room, _WHOLE_TOKENS):
+    if candidate.tokens * _LEAST_WHOLE <= room:  # else it surely does not fit
         whole = pages.line(page_id)
         if whole.tokens <= room:
             return Shown(pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens, whole.line)
