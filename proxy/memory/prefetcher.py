@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.25  # of the best score, where the user asks: what has less is left out
+_ASKED_FALL = 0.2  # of the best score, where the user asks: what has less is left out
 _RESIDENT_FALL = 0.3  # of the best score in the window: where that is what is meant, older pages add less
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
