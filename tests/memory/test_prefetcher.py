@@ -58,7 +58,7 @@ def test_invariant_07_what_is_chosen_fits_and_does_not_depend_on_the_order(
 
 
 def test_what_is_far_below_the_best_is_left_out() -> None:
-    proposed = of("msg_0001", 10.0), of("msg_0002", 4.0), of("msg_0003", 2.0)
+    proposed = of("msg_0001", 10.0), of("msg_0002", 4.0), of("msg_0003", 1.9)
     assert ids(*proposed) == ["msg_0001", "msg_0002"]
     told = of("msg_0001", 10.0, evidence=5.0), of("msg_0002", 4.0, evidence=5.0)
     assert ids(*told, asked=False) == ["msg_0001"]
