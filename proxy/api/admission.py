@@ -69,7 +69,7 @@ _SESSIONS = 65_536  # of new messages, which are told when the storage has lost 
 _FIXED_COUNTS = 1024  # of system messages and tools, remembered by their digest
 _CALLERS = 256  # whose headers, or credentials, are not looked through again
 _RETRY_COUNT = b"x-stainless-retry-count"  # the SDKs' own header
-# Codes of `read_body` and `_validate`: the request as such.
+# Codes of `split_body` and `_validate`: the request as such.
 _UNREADABLE = ("invalid_json", "invalid_type", "missing_required_parameter", "empty_array")
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "model": (str, "a string"),
@@ -275,7 +275,7 @@ class Admission:
         root = found.path[0].id  # keyed, and of this tenant's conversation alone
         return TurnContext(
             body=body, sent=split, decoded=decoded, place=found, state=state,
-            limits=limits, next_limits=following, counter=counter, exact_counter=exact,
+            limits=limits, next_limits=following, counter=counter,
             policy=self._policy, identity=memory.identity, tenant=tenant, scope=scope, names=names,
             facts=facts, known_factor=factor, surely_fits=surely, is_large=is_large,
             fixed_tokens=fixed,

@@ -99,23 +99,19 @@ class Recognised(NamedTuple):
 NOT_SEEN = Recognised(None, None, 0)  # nor will it be: its history is not kept
 
 
-def read_body(body: bytes, scope: KeyScope, cache: HistoryCache) -> Body:
-    """Split a chat request. `scope` (the tenant) bounds whose histories it is compared with.
-
-    Raises ApiError 400 in OpenAI's shape for malformed JSON and wrong types.
-    """
-    return split_body(body, recognise(body, scope, cache))
-
-
 def recognise(body: bytes, scope: KeyScope, cache: HistoryCache) -> Recognised:
-    """How much of a body is known. Quick for any: bytes are compared, none are decoded."""
+    """How much of a body is known. Quick for any: bytes are compared, none are decoded. `scope` (the tenant) bounds
+    whose histories it is compared with."""
     head = _locate(body)
     found = cache.find(scope, body, head.history) if head is not None else None
     return Recognised(head, *(found or (None, 0)))
 
 
 def split_body(body: bytes, seen: Recognised) -> Body:
-    """Split a chat request of which so much was seen before. As slow as the rest is long; ApiError as `read_body`."""
+    """Split a chat request of which so much was seen before. As slow as the rest is long.
+
+    Raises ApiError 400 in OpenAI's shape for malformed JSON and wrong types.
+    """
     if seen.head is not None and seen.known is not None:
         split = _read_tail(body, seen.head, seen.known, seen.shared)
         if split is not None:

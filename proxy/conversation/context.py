@@ -35,7 +35,6 @@ class TurnContext:
     limits: Limits
     next_limits: Limits | None = None  # from the next epoch on, where they differ
     counter: TokenCounter
-    exact_counter: bool = False  # the model is known to be counted by this encoding
     policy: EvictionPolicy
     identity: Identity
     tenant: TenantKey

@@ -153,8 +153,13 @@ async def test_opening_delta_leaves_before_the_first_words_come(through: bool) -
     setup = Setup(Reply(opening, go_on, event("word", "stop"), DONE))
     work = asyncio.ensure_future(setup.exchange.complete(Complete(LARGE, offer=not through, through=through)))
     await setup.seen(opening)
+    assert b"word" not in setup.body and not work.done()
     go_on.set()
-    await work
+    assert isinstance(await work, Said)
+    await setup.exchange.finish(answer(finish_reason="stop"), [])
+    said = [chunk["choices"][0]["delta"] for chunk in chunks_in(setup.body)]
+    assert [delta.get("content") for delta in said if delta.get("content")] == ["word"]
+    assert ["role" in delta for delta in said] == [True] + [False] * (len(said) - 1)
 
 
 async def test_held_preamble_leaves_when_its_time_is_over() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.conversation.body import HistoryCache, read_body, remembered
+from proxy.conversation.body import HistoryCache, recognise, remembered, split_body
 from proxy.conversation.calling import VM_CALLS, offered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import unwritten_page
@@ -194,7 +194,7 @@ class Player:
         self, body: bytes, key: str = "key", session: str | None = None
     ) -> tuple[Any, Place, bytes, SessionNames]:
         scope = self.identity.tenant(key, session or "")
-        split = read_body(body, scope, self.histories)
+        split = split_body(body, recognise(body, scope, self.histories))
         user = json.loads(bytes(split.fields["user"])) if "user" in split.fields else ""
         tenant = self.identity.tenant(key, user)
         session_key = self.identity.session(tenant, session) if session else None

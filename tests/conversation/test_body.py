@@ -11,9 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation.body import Body, HistoryCache, Known, _locate, read_body, remembered
+from proxy.conversation.body import (
+    Body,
+    HistoryCache,
+    Known,
+    _locate,
+    recognise,
+    remembered,
+    split_body,
+)
+from proxy.conversation.tree import KeyScope
 from proxy.errors import ApiError
 from tests.examples import examples
+
+
+def read_body(body: bytes, scope: bytes, cache: HistoryCache) -> Body:
+    """As a request that is small enough for the event loop is read."""
+    return split_body(body, recognise(body, KeyScope(scope), cache))
+
 
 many = examples(100)
 SCOPE = b"scope"
