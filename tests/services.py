@@ -26,8 +26,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -257,6 +258,85 @@ class PgBouncer(_Service):
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._made.cleanup()
+
+
+class Tap:
+    """A TCP proxy in front of a server that reads along: `trips` counts what a client waited for, by PostgreSQL's own
+    messages (Query, Sync, Flush; but for a connection's beginning), and `cut` breaks connections. It runs in a thread.
+
+    `on(n)` is asked before each such message is passed on, with its number; True: the connection is cut when the
+    server has got it, before it answers.
+    """
+
+    def __init__(self, port: int, on: Callable[[int], bool] = lambda n: False) -> None:
+        self._target, self.on = port, on
+        self.trips = self.connections = 0
+        self._open: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Tap:
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def url(self, of: str) -> str:
+        parts = urlsplit(of)
+        return of.replace(f":{parts.port}/", f":{self.port}/")
+
+    def cut(self) -> None:
+        """All connections, in the middle of whatever they do."""
+        self._run(self._cut())
+
+    async def _cut(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server: asyncio.StreamWriter | None = None
+        answers: asyncio.Future[None] | None = None
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            back, server = await asyncio.open_connection("127.0.0.1", self._target)
+            self._open |= {writer, server}
+            self.connections += 1
+            answers = asyncio.ensure_future(self._answers(back, writer))
+            begun = False
+            while True:
+                kind = await reader.readexactly(1) if begun else b""
+                size = await reader.readexactly(4)
+                body = await reader.readexactly(int.from_bytes(size, "big") - 4)
+                begun = begun or body[:4] != b"\x04\xd2\x16\x2f"  # it asked for TLS: another beginning follows
+                cut = False
+                if kind in (b"Q", b"S", b"H"):
+                    self.trips += 1
+                    cut = self.on(self.trips)
+                server.write(kind + size + body)
+                await server.drain()
+                if cut:
+                    writer.transport.abort()
+        for end in (writer, server):
+            if end is not None:
+                self._open.discard(end)
+                end.close()
+        if answers is not None:
+            answers.cancel()
+
+    async def _answers(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await back.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+            writer.close()
 
 
 def execute(url: str, statement: str, *arguments: object) -> list[Any]:

@@ -30,7 +30,7 @@ from proxy.api.http import (
     send_error,
 )
 from proxy.api.intake import Intake
-from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key
+from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key, lesson_keys
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -289,6 +289,7 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
+        model = context.decoded["model"]
         appended, lost, pool = False, False, self._memory.pool
         long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
@@ -310,6 +311,8 @@ class ChatApi:
                         visit.refused(reply)
                     else:
                         reply.ended_s = time.time()
+                        if self._memory.store.suspends:
+                            self._memory.store.ahead(lesson_keys(context.scope, model, context.counter.name))
                 elif isinstance(effect, Append):
                     reply = None
                     try:
@@ -340,7 +343,6 @@ class ChatApi:
                 self._memory.keep_state(turn.record, state)
             for record, settled in turn.settled[-_SETTLED:]:
                 self._memory.keep_settled(record, settled)
-        model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:
                 self.model_facts.failed(context.scope, model)

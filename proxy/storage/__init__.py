@@ -5,9 +5,10 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from proxy.errors import ConfigError
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import Key, Repaired
 
@@ -32,7 +33,15 @@ class Store(Protocol):
     @property
     def erased(self) -> int: ...
 
+    @property
+    def suspends(self) -> bool:
+        """Whether `get` may wait for another machine: the event loop's callers are `suspendable` (suspend.py) then, and
+        no lock that the event loop takes is held over a `get`."""
+
     def get(self, key: Key) -> bytes | None: ...
+
+    def ahead(self, keys: Iterable[Key]) -> None:
+        """Where it `suspends`: a request is going to `get` these keys; they are asked for at once, and anew."""
 
     def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]: ...
 
@@ -60,4 +69,11 @@ class Store(Protocol):
 def open_store(config: Config, kinds: Mapping[bytes, str]) -> Store:
     """What `tiers` say. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
     StorageError."""
-    return DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, kinds)
+    l2 = config.tiers.l2
+    if l2.url is None:
+        return DiskStore(l2.path, l2.queue_records, kinds)
+    try:
+        from proxy.storage.postgres import PostgresStore
+    except ImportError as error:
+        raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
+    return PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
