@@ -165,6 +165,8 @@ class Admission:
         work = partial(self._place, split, identity, tenant, names, keys.MODEL + scope + decoded["model"].encode())
         away = _is_large([raw for raw, _ in split.new])
         split, found, known = await memory.pool.run(tenant, work) if away else work()
+        if memory.store.erased != identity.erased:  # as a read of this request's has told
+            return await self.admit(headers, query, body, deployment)
         if known is not None:
             memory.histories.add(scope, known, split.known)
         if names.delta is not None:

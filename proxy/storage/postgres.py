@@ -64,6 +64,7 @@ AGAIN_S = 1.0  # how long a server that is away is waited for, before requests g
 VALUE_LIMIT_BYTES = 256 << 20  # a message of the protocol has 1 GB at most, and a commit several values
 _PAUSE_S = 0.02  # between two tries, doubled with each
 _RELEASE_S = 2.0  # that a connection may take to be given back, or closed
+_LOOK_S = 0.5  # what other processes erased is known so soon
 _CONNECT_S = 5.0
 _BESIDE_CONNECTIONS = 2  # of the loop for who has none
 _AHEAD = (b"n", b"t")  # records and blocks (keys.py): what is read ahead, and what it is read ahead for
@@ -384,7 +385,7 @@ class PostgresStore:
 
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`. Each read tells of them, too."""
-        if time.monotonic() - self._looked_s > _PAUSE_S:
+        if time.monotonic() - self._looked_s > _LOOK_S:
             with suppress(StorageError):
                 self._now(self._fetch([]))
 
