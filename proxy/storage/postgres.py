@@ -189,7 +189,7 @@ _DROP = ("DELETE FROM llm_pager_values WHERE %s", "DELETE FROM llm_pager_members
 _MARK_LOST = f"""
 INSERT INTO llm_pager_values (tenant, path, key, sum, value)
 SELECT tenant, path, key, {LOST_SUM}, '' FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
-ON CONFLICT (tenant, path, key) DO UPDATE SET sum = excluded.sum, value = excluded.value"""
+ON CONFLICT (tenant, path, key) DO UPDATE SET sum = excluded.sum, value = excluded.value WHERE $4"""
 
 _Columns = tuple[bytes, bytes, bytes]
 _LETTER, _TENANT, _PATH = 1, 13, 19  # where they end in a key
@@ -560,10 +560,12 @@ class PostgresStore:
         with suppress(StorageError):
             await self._perform(prune)
 
-    async def mark_lost(self, keys: Sequence[bytes]) -> None:
-        """Make these keys' values damaged ones: who has them stores them again."""
-        columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
-        await self._perform(lambda connection, again: connection.execute(_MARK_LOST, *columns))
+    async def mark_lost(self, damaged: Sequence[bytes], missing: Sequence[bytes]) -> None:
+        """Make these keys' values lost ones: who has them stores them again. What is missing may have come meanwhile."""
+        for keys, replace in ((damaged, True), (missing, False)):
+            columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
+            if columns:
+                await self._perform(partial(_mark, [*columns, replace]))
 
     async def check(self, proved_s: float = 0.0) -> None:
         """As DiskStore's."""
@@ -855,6 +857,10 @@ def _set(key: Key, rows: Sequence[tuple[int, bytes, int]], before: bytes | Damag
     members = dict.fromkeys(old[at : at + step] for at in range(0, len(old), step))
     members.update(dict.fromkeys(member for _, member, _ in sorted(rows)))
     return b"".join([*members][-JOIN_KEEP:])
+
+
+async def _mark(arguments: Sequence[Any], connection: Any, again: bool) -> None:
+    await connection.execute(_MARK_LOST, *arguments)
 
 
 async def _closed(opening: asyncio.Future[asyncpg.Pool[Any]]) -> None:
