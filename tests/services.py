@@ -221,7 +221,7 @@ class PgBouncer(_Service):
         self._settings = {
             "listen_addr": "127.0.0.1", "listen_port": str(self.port), "auth_type": "trust",
             "auth_file": str(self.directory / "users"), "pool_mode": mode, "default_pool_size": "5",
-            "max_client_conn": "500", "unix_socket_dir": str(self.directory), **(settings or {}),
+            "max_client_conn": "500", "server_login_retry": "0.1", "unix_socket_dir": str(self.directory), **(settings or {}),
         }  # fmt: skip
 
     def start(self) -> PgBouncer:
@@ -262,15 +262,16 @@ class PgBouncer(_Service):
 
 class Tap:
     """A TCP proxy in front of a server that reads along: `trips` counts what a client waited for, by PostgreSQL's own
-    messages (Query, Sync, Flush; but for a connection's beginning), and `cut` breaks connections. It runs in a thread.
+    messages (Query, Sync, Flush; but for a connection's beginning), `commits` those that store a turn, and `cut`
+    breaks connections. It runs in a thread.
 
-    `on(n)` is asked before each such message is passed on, with its number; True: the connection is cut when the
-    server has got it, before it answers.
+    `on(commit)` is asked before each such message is passed on; "before" or "after": the connection is cut then,
+    before the server has got it, or after, while it works.
     """
 
-    def __init__(self, port: int, on: Callable[[int], bool] = lambda n: False) -> None:
+    def __init__(self, port: int, on: Callable[[bool], str] = lambda commit: "") -> None:
         self._target, self.on = port, on
-        self.trips = self.connections = 0
+        self.trips = self.commits = self.connections = 0
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -310,16 +311,26 @@ class Tap:
             self._open |= {writer, server}
             self.connections += 1
             answers = asyncio.ensure_future(self._answers(back, writer))
-            begun = False
+            begun = commit = False
+            commits: set[bytes] = set()  # names of statements
             while True:
                 kind = await reader.readexactly(1) if begun else b""
                 size = await reader.readexactly(4)
                 body = await reader.readexactly(int.from_bytes(size, "big") - 4)
                 begun = begun or body[:4] != b"\x04\xd2\x16\x2f"  # it asked for TLS: another beginning follows
-                cut = False
-                if kind in (b"Q", b"S", b"H"):
+                cut = ""
+                if kind == b"P":
+                    name = body.partition(b"\0")[0]
+                    (commits.add if b"FOR SHARE" in body else commits.discard)(name)
+                elif kind == b"B":
+                    commit = body.split(b"\0", 2)[1] in commits
+                elif kind in (b"Q", b"S", b"H"):
                     self.trips += 1
-                    cut = self.on(self.trips)
+                    self.commits += commit
+                    cut, commit = self.on(commit), False
+                if cut == "before":
+                    writer.transport.abort()
+                    break
                 server.write(kind + size + body)
                 await server.drain()
                 if cut:
