@@ -4,6 +4,10 @@ Promises: each is a process of our own on a free port of 127.0.0.1, in a directo
 who started it, also by SIGKILL; as root they run as an unprivileged user. What is not installed skips a test with
 the reason (`Missing`), but where LLM_PAGER_SERVICES=required (CI) it fails there.
 
+Every second `llm-pager serve` that a test in tests/e2e or tests/contract starts without saying what it stores in has a
+database here instead of a directory (`store_url`); LLM_PAGER_TEST_STORE=postgres: each, =directory: none. One that means
+the directory says `url: None`.
+
 `postgres` and `pgbouncer` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
 that nobody else has and that is empty. A test that restarts the server or cuts its connections disturbs nobody but
 tests that run at that moment: within one process of pytest there are none.
@@ -15,6 +19,7 @@ tests that run at that moment: within one process of pytest there are none.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -28,8 +33,11 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -383,13 +391,37 @@ def skipped_where_missing() -> Iterator[None]:
         pytest.skip(str(error))
 
 
+@cache
+def shared_postgres() -> Postgres:
+    """The server of this process; it ends with it. Raises Missing."""
+    server = Postgres().start()
+    atexit.register(server.__exit__)
+    return server
+
+
+_databases: dict[str, str | None] = {}  # by the directory that they stand for
+_asked: Counter[str] = Counter()
+
+
+def store_url(path: str) -> str | None:
+    """A database that stands for this directory, whoever asks; None: the directory itself."""
+    if path not in _databases:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+        _asked[test] += 1
+        wanted = os.environ.get("LLM_PAGER_TEST_STORE")
+        if wanted is None and test.startswith(("tests/e2e/", "tests/contract/")):
+            wanted = ("directory", "postgres")[(zlib.crc32(test.encode()) + _asked[test]) % 2]
+        _databases[path] = None
+        if wanted == "postgres":
+            with contextlib.suppress(*(() if required() else (Missing,))):
+                _databases[path] = shared_postgres().new_database()
+    return _databases[path]
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    with contextlib.ExitStack() as stack:
-        with skipped_where_missing():
-            pytest.importorskip("asyncpg")
-            server = stack.enter_context(Postgres())
-        yield server
+def postgres() -> Postgres:
+    with skipped_where_missing():
+        return shared_postgres()
 
 
 @pytest.fixture(scope="session")
