@@ -37,7 +37,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,9 @@ def _unprivileged() -> dict[str, Any]:
     names = {entry.pw_name for entry in pwd.getpwall()}
     name = next(name for name in _UNPRIVILEGED if name in names)
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []}
+
+
+_parent = ThreadPoolExecutor(1)  # whose thread starts all services: it ends with this process
 
 
 def _dies_with_parent() -> None:
@@ -113,10 +116,11 @@ class _Service:
 
     def _spawn(self, command: Sequence[str]) -> None:
         with open(self.directory / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
-                preexec_fn=_dies_with_parent, **self._as,
+            start = partial(
+                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                start_new_session=True, preexec_fn=_dies_with_parent, **self._as,
             )  # fmt: skip
+            self._process = _parent.submit(start).result()
 
     def _await(self, is_up: Any) -> None:
         until_s = time.monotonic() + START_S
@@ -285,6 +289,7 @@ class Tap:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Tap:
+        sys.setswitchinterval(0.0002)  # it waits for its caller's thread at each message
         self._thread.start()
         self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
         self.port = int(self._server.sockets[0].getsockname()[1])

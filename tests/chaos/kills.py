@@ -459,7 +459,8 @@ class Lane:
             await self._up.wait()
             with contextlib.suppress(*CUT):
                 talk.context = await context_of(client, self._url(), talk)
-                return
+                if "error" not in (talk.context or {}) or not self.forgets:
+                    return
             await asyncio.sleep(0.02)
 
 

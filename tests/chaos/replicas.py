@@ -39,6 +39,7 @@ from tests.services import PgBouncer, Postgres, Tap
 REPLICAS = 3
 EVENTS = ("replica",) * 4 + ("cut",) * 4 + ("database", "pooler")
 FORK_SHARE = 0.3  # of the conversations with whole histories, which have two branches at once now and then
+TIMEOUT_S = 20.0  # of a statement: everything here shares two cores
 AWAY_S = (0.0, 0.1, 0.4)  # that the server stays away
 _MARK = re.compile(rb"(replicas\d+x\d+)[ua]\d+q")
 
@@ -85,13 +86,16 @@ class Replicas(Lane):
         self.servers, config = [], config_of(self.model, self.disk.path / "data")
         for n in range(REPLICAS):
             way = self.pooler.url(url) if n == REPLICAS - 1 else self.tap.url(url)
-            l2 = {"path": str(self.disk.path / f"data{n}"), "url": way}
+            l2 = {"path": str(self.disk.path / f"data{n}"), "url": way, "timeout_s": TIMEOUT_S}
             self.servers.append(ServerProcess({**config, "tiers": {**config["tiers"], "l2": l2}}))
         self.up = [True] * REPLICAS
         await asyncio.gather(*(asyncio.to_thread(server.start) for server in self.servers))
         self._up.set()
 
     async def stop(self) -> None:
+        for n, server in enumerate(self.servers if not self.tally.passed else ()):
+            told = [line for line in server.log.splitlines() if " ERROR " in line or " WARNING " in line or line.startswith(" ")]
+            self.tally.said += [f"log of replica {n}: {line[:300]}" for line in told[-60:]]
         await super().stop()
         self.tap.__exit__()
         await asyncio.to_thread(self.pooler.__exit__)
