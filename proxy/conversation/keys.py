@@ -36,7 +36,12 @@ MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting
 STATED = b"L"  # + scope: the windows that the upstream's own list of models states
 
-OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION})
+# Of erasures (erasure.py), which outlive what they erase:
+LINK = b"r"  # + another owner of the tenant: one of the two goes on from the other, or reads its messages there
+ERASING = b"y"  # + its id: an erasure that is under way
+RECEIPT = b"x"  # + scope and person, or scope and zeros, its number, its id: an erasure that is done
+
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, LINK})
 OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
@@ -54,4 +59,5 @@ KINDS = {
     PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
+    LINK: "link of two conversations", ERASING: "erasure under way", RECEIPT: "receipt of an erasure",
 }  # fmt: skip

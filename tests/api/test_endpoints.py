@@ -42,7 +42,7 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     await memory.store.commit(list(player.values.items()))
     writer = Writer(config, upstream, Renditions(config, memory))
     capabilities = ModelFacts(config, memory, upstream).table
-    app = own_endpoints(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities)
+    app = own_endpoints(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities, Erasures(memory.store))
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
     try:
