@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from proxy.api.bill import conversation_bill
-from proxy.api.caller import Caller, caller, encoded, with_body
+from proxy.api.caller import Caller, caller_of
 from proxy.api.erasure import Erasures
 from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
@@ -49,7 +49,6 @@ from proxy.tokens import get_counter
 
 _TURN_DIGITS = 9  # more of them is no turn of anyone's
 _PAGE_ID_CHARS = 64
-_BODYS, _METADATA = ("user", "safety_identifier"), "metadata."  # of a chat request's body
 
 log = logging.getLogger(__name__)
 
@@ -177,10 +176,7 @@ def own_endpoints(
 
     @app.delete("/vm/conversations/{name}")
     async def erase_conversation(request: Request, name: str) -> JSONResponse:
-        tenant = _tenant(request, memory, sessions)
-        owner = owner_named(tenant, name)
-        if owner is None or await asyncio.to_thread(memory.store.get, conversation_key(owner)) is None:
-            raise _no_conversation()
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
         return JSONResponse((await erasures.erase("conversation", "tenant", [owner])).told())
 
     @app.delete("/vm/conversations")
@@ -196,14 +192,11 @@ def own_endpoints(
 
     @app.delete("/vm/conversations/{name}/messages/{page}")
     async def erase_message(request: Request, name: str, page: str) -> JSONResponse:
-        head = await asyncio.to_thread(memory.conversation, _tenant(request, memory, sessions), name)
-        if head is None:
-            raise _no_conversation()
-        place = parse_page_id(page)
-        if place is None or place[0] >= head.end:
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        content = await asyncio.to_thread(erasures.content_of, owner, page)
+        if content is None:
             raise ApiError(404, "There is no such message in this conversation.", param="page", code="page_not_found")
-        content = (await asyncio.to_thread(memory.load_path(head).__getitem__, place[0])).content
-        return JSONResponse((await erasures.erase("message", "tenant", [owner_of(head.id)], content)).told())
+        return JSONResponse((await erasures.erase("message", "tenant", [owner], content)).told())
 
     @app.delete("/vm/tenants/self")
     async def erase_tenant(request: Request) -> JSONResponse:
@@ -245,16 +238,7 @@ async def _refused(request: Request, failure: Exception) -> Response:
 
 
 def _caller(request: Request, sessions: SessionsConfig) -> Caller:
-    """Who asks, by the same rule as on the chat path: what a chat body would say of its user stands
-    in ?user=, ?safety_identifier= and ?metadata.NAME=."""
-    query = list(request.query_params.multi_items())
-    body: dict[str, Any] = {name: value for name, value in query if name in _BODYS}
-    body["metadata"] = {
-        name.removeprefix(_METADATA): value for name, value in query if name.startswith(_METADATA)
-    }
-    rest = [(n, v) for n, v in query if n not in body and not n.startswith(_METADATA)]
-    headers = request.scope["headers"]
-    return with_body(caller(headers, rest, encoded(sessions.headers), encoded(sessions.delta_headers)), body)
+    return caller_of(request.scope["headers"], request.query_params.multi_items(), sessions)
 
 
 def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:
@@ -277,6 +261,14 @@ def _tenant(request: Request, memory: Memory, sessions: SessionsConfig) -> Tenan
     memory.renew()
     who = _caller(request, sessions)
     return memory.identity.tenant(who.credentials, who.person)
+
+
+def _conversation(name: str, tenant: TenantKey, memory: Memory) -> bytes:
+    """Whose a tenant's conversation is."""
+    owner = owner_named(tenant, name)
+    if owner is None or memory.store.get(conversation_key(owner)) is None:
+        raise _no_conversation()
+    return owner
 
 
 def _session(request: Request, who: Caller) -> str:

@@ -37,14 +37,17 @@ from proxy.conversation.erasure import (
 from proxy.conversation.records import (
     LastUse,
     Record,
+    block_key,
     conversation_key,
     decode_record,
     encode_record,
+    load_path,
     owner_of,
     record_key,
 )
 from proxy.conversation.tree import ID_BYTES, Identity
 from proxy.errors import StorageError
+from proxy.memory.ids import parse_page_id
 from proxy.storage import Store
 
 log = logging.getLogger(__name__)
@@ -98,6 +101,16 @@ class Erasures:
                 Erasure(secrets.token_bytes(16), "conversation", "retention", began_s, sorted(owners))
                 for owners in due.values()
             ])  # fmt: skip
+
+    def content_of(self, owner: bytes, page: str) -> bytes | None:
+        """What the message of a page says, on the path of the conversation's last answer; None: there is no such message.
+        Blocks; StorageError."""
+        last, place = self._store.get(conversation_key(owner)), parse_page_id(page)
+        head = self._record(LastUse.decode(last).head) if last is not None else None
+        if head is None or place is None or place[0] >= head.end:
+            return None
+        blocks, identity = lambda whose, ref: self._store.get(block_key(whose, ref)), Identity(self._store.secret())
+        return load_path(head, self._record, blocks, identity)[place[0]].content
 
     def receipts(self, tenant: bytes) -> list[Erasure]:
         """What was erased of a tenant, and what is under way. Blocks; StorageError."""
@@ -166,14 +179,13 @@ class Erasures:
             kept = [keys.RECORD + owner, *state_prefixes(owner)] if erasure.content else prefixes(owner)
             for prefix in kept:
                 kind = keys.KINDS[prefix[:1]]
-                for rows in self._steps(prefix, _RECORDS if prefix.startswith(keys.RECORD) else _VALUES):
-                    records = read_records(rows) if prefix.startswith(keys.RECORD) else ()
-                    for record in records:
+                for row in rows_of(self._store, prefix, _RECORDS if prefix.startswith(keys.RECORD) else _VALUES):
+                    erasure.counts[kind] = erasure.counts.get(kind, 0) + 1
+                    for record in read_records([row]) if prefix.startswith(keys.RECORD) else ():
                         messages.update(dict.fromkeys(digests(record, erasure.content)))
                         if len(owner) == keys.OWNER_BYTES and not erasure.content:
                             pair = pair_of(record, get, identity)
                             pairs.update({(pair, owner): None} if pair is not None else {})
-                    erasure.counts[kind] = erasure.counts.get(kind, 0) + len(rows)
         erasure.messages = list(messages)
         erasure.read = [*erasure.read, *owners]
         return list(pairs)
@@ -211,18 +223,11 @@ class Erasures:
 
     # -- reading, in a thread
 
-    def _steps(self, prefix: bytes, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        after = b""
-        while rows := self._store.scan(prefix, after, limit):
-            yield rows
-            after = rows[-1][0]
-
-    def _rows(self, prefix: bytes, at_once: int = _VALUES) -> Iterator[tuple[bytes, bytes]]:
-        for rows in self._steps(prefix, at_once):
-            yield from rows
+    def _rows(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        return rows_of(self._store, prefix)
 
     def _keys(self, prefix: bytes) -> list[bytes]:
-        return [key for key, _ in islice(self._rows(prefix, _RECORDS), _VALUES)]
+        return [key for key, _ in islice(rows_of(self._store, prefix, _RECORDS), _VALUES)]
 
     def _record(self, node_id: bytes) -> Record | None:
         data = self._store.get(record_key(node_id))
@@ -254,6 +259,14 @@ class Erasures:
                 named = {owner_of(value[at : at + ID_BYTES]) for at in range(0, len(value), ID_BYTES)}
                 labels += [(key, owner) for owner in named & known]
         return heads, labels
+
+
+def rows_of(store: Store, prefix: bytes, at_once: int = _VALUES) -> Iterator[tuple[bytes, bytes]]:
+    """All values whose keys begin so. Blocks; StorageError."""
+    after = b""
+    while rows := store.scan(prefix, after, at_once):
+        yield from rows
+        after = rows[-1][0]
 
 
 def erased_since(store: Store, tenant: bytes, number: int) -> bool:
