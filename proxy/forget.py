@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from proxy.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:  # heavy, and not needed for the parser
+    from proxy.api.erasure import Erasures
     from proxy.config import Config
     from proxy.conversation.tree import Identity
-    from proxy.storage import Store
 
 COMMAND = "forget"
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _forget(args: argparse.Namespace, config: Config) -> int:
-    from proxy.api.erasure import Erasures, rows_of
+    from proxy.api.erasure import Erasures
     from proxy.conversation import keys
     from proxy.conversation.tree import Identity
     from proxy.storage import open_store
@@ -69,10 +69,11 @@ async def _forget(args: argparse.Namespace, config: Config) -> int:
     try:
         store.look()
         identity = Identity(store.secret(), store.erased)
-        erasures, content, owner = Erasures(store), b"", _owner(args, config, identity, store)
+        erasures, content = Erasures(store), b""
+        owner = _owner(args, config, identity, erasures)
         if args.what == "message" and owner is not None:
             content = erasures.content_of(owner, args.page) or b""
-        known = [key for key, _ in rows_of(store, keys.CONVERSATION + owner)] if owner is not None else []
+        known = erasures.conversations(owner) if owner is not None else []
         if not known or (args.what == "message" and not content):
             print(f"llm-pager: there is no such {args.what} in the storage.", file=sys.stderr)
             return 1
@@ -92,10 +93,9 @@ async def _forget(args: argparse.Namespace, config: Config) -> int:
         await store.close()
 
 
-def _owner(args: argparse.Namespace, config: Config, identity: Identity, store: Store) -> bytes | None:
+def _owner(args: argparse.Namespace, config: Config, identity: Identity, erasures: Erasures) -> bytes | None:
     """Whose the keys are of what is to go; None: nobody's. Raises ConfigError."""
     from proxy.api.caller import caller_of
-    from proxy.api.erasure import rows_of
     from proxy.api.memory import owner_named
     from proxy.conversation import keys
     from proxy.conversation.records import conversation_name
@@ -116,8 +116,7 @@ def _owner(args: argparse.Namespace, config: Config, identity: Identity, store: 
         return tenant[: keys.TENANT_BYTES]
     if headers or pairs:
         return owner_named(tenant, args.id)
-    found = (keys.owner(key) for key, _ in rows_of(store, keys.CONVERSATION))
-    return next((owner for owner in found if conversation_name(owner) == args.id.lower()), None)
+    return next((owner for owner, _ in erasures.conversations(b"") if conversation_name(owner) == args.id.lower()), None)
 
 
 def _confirmed(args: argparse.Namespace, conversations: int) -> bool:

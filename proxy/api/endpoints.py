@@ -36,6 +36,7 @@ from proxy.conversation.records import (
     GetRecord,
     Record,
     conversation_key,
+    conversation_name,
     history,
     owner_of,
     restore_state,
@@ -112,6 +113,9 @@ def own_endpoints(
             message                   the page id from which on the client said something else, or null
             lost_tokens               null where upstream does not say what it cached
 
+    GET /vm/conversations: {conversations: [{conversation, used_s}]}, all of the tenant's, the last used (Unix seconds)
+    first, paged or not.
+
     DELETE /vm/conversations/ID, /vm/conversations?session=NAME (or its header), /vm/conversations/ID/messages/PAGE,
     /vm/tenants/self: all that is stored of it is erased (docs/erasure.md); the answer is the receipt. GET /vm/erasures:
     {erasures: [the tenant's receipts, and what is under way]}; DELETE /vm/erasures: the tenant's receipts go. A receipt:
@@ -173,6 +177,12 @@ def own_endpoints(
     @app.get("/vm/provenance")
     async def read_provenance(request: Request) -> JSONResponse:
         return JSONResponse(await _provenance(request, _head(request, memory, sessions), memory))
+
+    @app.get("/vm/conversations")
+    async def read_conversations(request: Request) -> JSONResponse:
+        found = await asyncio.to_thread(erasures.conversations, _tenant(request, memory, sessions)[:TENANT_BYTES])
+        told = [{"conversation": conversation_name(owner), "used_s": used_s} for owner, used_s in found]
+        return JSONResponse({"conversations": told})
 
     @app.delete("/vm/conversations/{name}")
     async def erase_conversation(request: Request, name: str) -> JSONResponse:

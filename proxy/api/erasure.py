@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 
 from proxy.conversation import keys
 from proxy.conversation.erasure import (
@@ -111,6 +112,12 @@ class Erasures:
             return None
         blocks, identity = lambda whose, ref: self._store.get(block_key(whose, ref)), Identity(self._store.secret())
         return load_path(head, self._record, blocks, identity)[place[0]].content
+
+    def conversations(self, owner: bytes) -> list[tuple[bytes, int]]:
+        """Those of a tenant or a credential, and when each was last used (Unix time), that one first. Blocks."""
+        rows = self._rows(keys.CONVERSATION + owner)
+        found = [(keys.owner(key), LastUse.decode(value).used_s) for key, value in rows]
+        return sorted(found, key=itemgetter(1), reverse=True)
 
     def receipts(self, tenant: bytes) -> list[Erasure]:
         """What was erased of a tenant, and what is under way. Blocks; StorageError."""
