@@ -113,6 +113,7 @@ class App:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
+                self.memory.start()
                 self._draining.watch()
                 collecting = asyncio.ensure_future(collect_now_and_then(lambda: not self._served))
                 await send({"type": "lifespan.startup.complete"})

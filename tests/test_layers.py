@@ -59,12 +59,12 @@ IMPORTERS: dict[str, set[str]] = {
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
-    "fsspec": {"storage"},
     "greenlet": {"storage"},  # the extra [postgres]
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},
+    "obstore": {"storage"},  # the extra [objects]
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
