@@ -55,7 +55,7 @@ class Index(msgspec.Struct, array_like=True):
 
 
 EMPTY = Index([], [], {})
-_encode = msgspec.msgpack.Encoder(order="deterministic").encode
+_encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Index).decode
 
 

@@ -153,8 +153,8 @@ class Tiered:
             if self.l4 is None or not isinstance(key, bytes) or key[:1] not in self.space.MOVING:
                 return None
             value, tier = self._from_pack(key), StorageTier.L4
-        elif is_stub(value) and isinstance(key, bytes):
-            value, tier = self._from_object(key, value), StorageTier.L3
+        if value is not None and is_stub(value) and isinstance(key, bytes):
+            value, tier = self._from_object(key, value), max(tier, StorageTier.L3)
         if value is not None and (reads := READS.get()) is not None:
             reads.count(tier)
         return value
