@@ -6,8 +6,8 @@ answer comes over a network, that call has to let the event loop go on meanwhile
 loop and continues when that is done (as SQLAlchemy's asyncio does it).
 
 Promises: `await suspendable(c)` is `await c`: the same task, context variables, result, exceptions and
-cancellation; who never waits is never suspended. Only stores that may wait need it: nothing of this is imported for
-others.
+cancellation; who never waits is never suspended. Only stores that may wait need it (`Store.suspends`): nothing of
+this is imported for others.
 
 What a caller has to keep: a task that waits holds nothing that another one on the same thread would block for (a
 `threading.Lock`: that thread would wait for itself): such work goes to a thread of the pool, where a call simply
@@ -18,6 +18,7 @@ does while a thread of the pool is interrupted.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import ContextVar
 from functools import wraps
 from types import coroutine
 from typing import Any, ParamSpec, TypeVar
@@ -28,23 +29,43 @@ _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
 
+class Scope:
+    """One request, for the store that it reads: what was asked for ahead, and whether something could not be read."""
+
+    __slots__ = ("failed", "found")
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Any] = {}
+        self.failed = False
+
+
+_SCOPE: ContextVar[Scope | None] = ContextVar("scope", default=None)
+
+
 class _Suspended(greenlet):
     """What a coroutine runs in; its parent is whoever drives it: the task's own stack."""
 
 
 async def suspendable(awaitable: Awaitable[_T]) -> _T:
-    """What it returns or raises; synchronous code that it calls may `wait`."""
+    """What it returns or raises; synchronous code that it calls may `wait`. For work beside the requests."""
+    _SCOPE.set(None)
     return await _driven(awaitable)
 
 
 def suspending(function: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """The same coroutine function, each of whose calls is `suspendable`."""
+    """The same coroutine function, each of whose calls is one request, and `suspendable`."""
 
     @wraps(function)
     async def made(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        _SCOPE.set(Scope())
         return await _driven(function(*args, **kwargs))
 
     return made
+
+
+def scope() -> Scope | None:
+    """The request that this code works for: also in a thread that runs in its context."""
+    return _SCOPE.get()
 
 
 def can_wait() -> bool:

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from proxy.storage.suspend import can_wait, suspendable, suspending, wait
+from proxy.storage.suspend import can_wait, scope, suspendable, suspending, wait
 
 
 async def later(value: int, turns: int = 3) -> int:
@@ -105,6 +105,21 @@ async def test_who_may_wait() -> None:
     assert not can_wait()
     assert await asked() == (True, False)
     assert not can_wait()
+
+
+async def test_each_request_has_a_scope_and_work_beside_it_has_none() -> None:
+    @suspending
+    async def request() -> tuple[object, ...]:
+        mine = scope()
+        wait(later(0))
+        beside = await asyncio.ensure_future(suspendable(asked()))
+        return mine, scope(), beside, await asyncio.to_thread(scope)
+
+    async def asked() -> object:
+        return scope()
+
+    (a, a2, a_beside, a_thread), (b, *_) = await asyncio.gather(request(), request())
+    assert a is not None and a is a2 is a_thread and a is not b and a_beside is None and scope() is None
 
 
 async def test_a_suspended_coroutine_that_is_dropped_is_closed() -> None:
