@@ -31,6 +31,7 @@ from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import collect_now_and_then, configure, tune
 from proxy.server import Door
+from proxy.storage.tiered import READS, Reads
 from proxy.tokens import load
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
@@ -58,6 +59,11 @@ class App:
         )
         self._origins = Origins(config)
         self._served = 0  # requests, at this moment
+        self._answer = self._answered
+        if self.memory.store.suspends:
+            from proxy.storage.suspend import suspending
+
+            self._answer = suspending(self._answered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,6 +72,10 @@ class App:
         if scope["type"] != "http":
             await self._own(scope, receive, send)
             return
+        READS.set(Reads())
+        await self._answer(scope, receive, send)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
             head = self._origins.preflight(scope, origin)

@@ -49,6 +49,7 @@ from proxy.search.paths import PathIndexes, make_encoder, piece_version
 from proxy.storage import open_store, start_demotion
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, StorageError
+from proxy.storage.tiered import READS
 
 if TYPE_CHECKING:  # an extra
     from proxy.storage.demotion import Demotion
@@ -71,6 +72,8 @@ log = logging.getLogger(__name__)
 
 def as_api_error(error: StorageError | LookupError) -> ApiError:
     """What a caller is told who cannot be served without what is stored: nothing that would pass by itself was done."""
+    if isinstance(error, LookupError) and (reads := READS.get()) is not None and reads.failed is not None:
+        error = StorageError(reads.failed)  # it is there, and cannot be read now
     if isinstance(error, Damaged | LookupError):
         message = f"{str(error).rstrip('.')}. The storage is damaged: send the whole history, or begin another session."
         return ApiError(500, message, "api_error", "storage_damaged")

@@ -52,8 +52,8 @@ _T = TypeVar("_T")
 
 
 class Reads:
-    """What one request has read: the coldest tier since it was last asked, how many values of each, and why some
-    could not be read."""
+    """What one request has read: the coldest tier since it was last asked, how many values of those below L2,
+    and why some could not be read."""
 
     def __init__(self) -> None:
         self.coldest = StorageTier.L1
@@ -61,8 +61,11 @@ class Reads:
         self.failed: str | None = None
 
     def count(self, tier: StorageTier) -> None:
-        self.values[tier] += 1
-        self.coldest = max(self.coldest, tier)
+        if tier is not StorageTier.L2:
+            self.values[tier] += 1
+            self.coldest = max(self.coldest, tier)
+        elif self.coldest is StorageTier.L1:
+            self.coldest = tier
 
     def take(self) -> StorageTier:
         coldest, self.coldest = self.coldest, StorageTier.L1
@@ -121,6 +124,11 @@ class Tiered:
     @property
     def losses(self) -> int:
         return self.engine.losses
+
+    @property
+    def suspends(self) -> bool:
+        """Whether a `get` may wait for something else than a disk."""
+        return self.l3 is not None or self.l4 is not None
 
     @property
     def erased(self) -> int:
@@ -371,8 +379,10 @@ class Tiered:
         erases: bool = False,
     ) -> frozenset[bytes]:
         """As the engine's. What is added and stands in a pack is there already. StorageError, too, where it is not
-        known whether it does."""
+        known whether it does, and for a request that could not read something: it goes on from what it did not see."""
         present: frozenset[bytes] = frozenset()
+        if adds and (reads := READS.get()) is not None and reads.failed is not None:
+            raise StorageError(reads.failed)
         if self.l4 is not None and (owners := {self._owner(key) for key, _ in adds if key[:1] in self.space.MOVING}):
             present = await self._present([key for key, _ in adds], owners)
             adds = [(key, value) for key, value in adds if key not in present]
