@@ -251,7 +251,7 @@ class ObjectsConfig(Section):
         Field(description="null, a directory, or a URL of file, s3, gs or az such as s3://bucket/prefix"),
     ] = None
     options: Annotated[
-        dict[Text, str | bool | int], Field(description="a mapping of the provider's options to texts")
+        dict[Text, str], Field(description="a mapping of the provider's options to texts")
     ] = Field(default_factory=dict)
     timeout_s: Seconds = 10.0
 

@@ -129,6 +129,8 @@ class Place(NamedTuple):
             return "one of " + ", ".join(choices)
         if bool in options:
             return "true or false"
+        if options == [str]:
+            return "a text"
         limits = self.field.metadata if self.field is not None else []
         least = next((limit.ge for limit in limits if hasattr(limit, "ge")), None)
         return "something else" if least is None else f"a whole number of at least {least}"
@@ -179,8 +181,8 @@ class Sentences:
                 return Place(name, None, section)
             section = _section_of(field.annotation)
             if get_origin(field.annotation) is dict and (item := next(steps, None)) is not None:
-                section = get_args(field.annotation)[1]
-                name, field = f'{name}["{item}"]', FieldInfo(annotation=section)
+                kind = get_args(field.annotation)[1]
+                name, field, section = f'{name}["{item}"]', FieldInfo(annotation=kind), _section_of(kind)
         return Place(name, field, section)
 
     def filled(self, value: Any, environ: Mapping[str, str], key: Key = ()) -> Any:

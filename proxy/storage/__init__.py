@@ -15,7 +15,7 @@ from proxy.storage.sqlite import Key, Repaired
 from proxy.storage.tiered import Tiered
 
 if TYPE_CHECKING:
-    from proxy.config import Config, L3Config, L4Config
+    from proxy.config import Config
     from proxy.storage.demotion import Demotion
     from proxy.storage.objects import Objects
 
@@ -88,15 +88,16 @@ class KeySpace(Protocol):
 def open_store(config: Config, space: KeySpace) -> Tiered:
     """What `tiers` say. Raises ConfigError and StorageError."""
     tiers = config.tiers
-    l3, l4 = (open_objects(tier, f"tiers.{name}") for name, tier in (("l3", tiers.l3), ("l4", tiers.l4)))
+    l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
+    l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
     engine = DiskStore(tiers.l2.path, tiers.l2.queue_records, space.KINDS)
     return Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
                   known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
 
 
-def open_objects(tier: L3Config | L4Config, name: str) -> Objects | None:
-    """None where it has no URL. Raises ConfigError."""
-    if tier.url is None:
+def open_objects(name: str, url: str | None, options: Mapping[str, str], timeout_s: float) -> Objects | None:
+    """A tier's; None where it has no URL. Raises ConfigError."""
+    if url is None:
         return None
     try:
         from proxy.storage.objects import Objects
@@ -104,7 +105,7 @@ def open_objects(tier: L3Config | L4Config, name: str) -> Objects | None:
         raise ConfigError(
             f"{name}.url: objects need a package that is not installed ({error}); pip install 'llm-pager[objects]'."
         ) from error
-    return Objects(tier.url, tier.options, tier.timeout_s, name)
+    return Objects(url, options, timeout_s, name)
 
 
 def start_demotion(store: Tiered, config: Config) -> Demotion | None:

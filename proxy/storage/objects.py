@@ -47,7 +47,7 @@ class Objects:
     """One store. `name`: its setting, for people; `options`: the provider's own names (endpoint, region, ...), over
     what its environment variables say; `timeout_s`: of one call."""
 
-    def __init__(self, url: str, options: Mapping[str, str | bool | int], timeout_s: float, name: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, str], timeout_s: float, name: str) -> None:
         self.url, self._name = _plain(url), name
         self.trouble: str | None = None  # why it does not answer, as far as is known
         self._again_s = 0.0
