@@ -208,6 +208,7 @@ class Demotion:
         copied, size, newest = await asyncio.to_thread(self._written, owner)
         if newest is not None:
             await engine.commit((), joins=[(self._store.space.ARCHIVE + owner, owner + newest)], erased=erased)
+            await asyncio.to_thread(self._store.packs_of, owner, True)
         return copied, size
 
     def _written(self, owner: bytes) -> tuple[list[bytes], int, bytes | None]:
