@@ -20,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from proxy.config import load_config
+from proxy.config import Config
 from proxy.conversation import keys
 from proxy.errors import StorageError
 from proxy.storage import open_store
@@ -51,13 +51,11 @@ def last_use(number: int, at_s: float) -> tuple[bytes, bytes]:
     return keys.CONVERSATION + owner_of(number), bytes(34) + int(at_s).to_bytes(4, "big")
 
 
-def opened(path: Path, l3: str | None = None, l4: str | None = None, options: dict[str, str] | None = None, **more: Any) -> Tiered:
-    flags = {
-        "tiers.l2.path": str(path / "data"), "tiers.l3.url": l3, "tiers.l4.url": l4, "tiers.l4.timeout_s": 5.0,
-        "tiers.demotion_s": 1e-6, **more,  # so nobody knows anything for longer than that
-        **({"tiers.l3.options": options, "tiers.l4.options": options} if options else {}),
-    }  # fmt: skip
-    return open_store(load_config(None, {}, flags), keys)
+def opened(path: Path, l3: str | None = None, l4: str | None = None, options: dict[str, str] | None = None) -> Tiered:
+    """Where nobody knows anything for longer than a moment."""
+    below = {"options": options or {}, "timeout_s": 5.0}
+    tiers = {"l2": {"path": path / "data"}, "l3": {"url": l3, **below}, "l4": {"url": l4, **below}, "demotion_s": 1e-6}
+    return open_store(Config.model_validate({"tiers": tiers}), keys)
 
 
 def demotion(store: Tiered, days: float | None = 1, tokens: int | None = None, now_s: float = NOW_S) -> Demotion:
