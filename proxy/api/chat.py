@@ -308,7 +308,6 @@ class ChatApi:
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     visit.remembers(self._memory.store.trouble is None and not visit.reads.failed)  # as far as is known
                     reply = await exchange.complete(effect)
-                    visit.reads.take()
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:
@@ -328,7 +327,7 @@ class ChatApi:
                 elif isinstance(effect, Load):
                     began_s = time.perf_counter()
                     reply = await self._renditions.load(context.tenant, effect, turn.pages, patience)
-                    loaded[effect.page_id] = visit.reads.take(), (time.perf_counter() - began_s) * 1000
+                    loaded[effect.page_id] = visit.reads.coldest, (time.perf_counter() - began_s) * 1000
                 else:
                     assert_never(effect)
         finally:

@@ -205,7 +205,9 @@ class Visit:
             line.update((name, value) for name in _COUNTED if (value := getattr(self, name)))
         if self.fault_tiers:
             line["fault_tiers"] = self.fault_tiers
-        line.update((f"read_{tier.value.lower()}", self.reads.values[tier]) for tier in _BELOW if self.reads.values[tier])
+        for tier in _BELOW:
+            if values := self.reads.values[tier]:
+                line[f"{tier.value}_reads"], line[f"{tier.value}_ms"] = values, round(self.reads.seconds[tier] * 1000, 1)
         log.info("%s", line, extra={"fields": line})
 
 
@@ -252,10 +254,14 @@ class Stats:
             "llm_pager_values_read", "Values that requests read from objects: L3 large ones, L4 of unused conversations",
             ("tier",), registry=own,
         )  # fmt: skip
+        read_seconds = Counter(
+            "llm_pager_values_read_seconds", "Seconds that these took, summed", ("tier",), registry=own
+        )
         fault_seconds = Histogram(
-            "llm_pager_fault_seconds", "Time to load a page that the model asked for, by the coldest tier that it was"
-            " read from", ("tier",), buckets=_SECONDS, registry=own,
+            "llm_pager_fault_seconds", "Time to load a page that the model asked for, by the coldest tier that the"
+            " request had read from", ("tier",), buckets=_SECONDS, registry=own,
         )  # fmt: skip
+        self._read_seconds = lru_cache(8)(read_seconds.labels)
         self._read, self._fault_seconds = lru_cache(8)(read.labels), lru_cache(8)(fault_seconds.labels)
         self._faults: dict[str, tuple[int, float]] = {}  # by tier: how many, milliseconds
         self._requests = lru_cache(64)(requests.labels)
@@ -282,6 +288,7 @@ class Stats:
         for tier in _BELOW:
             if values := visit.reads.values[tier]:
                 self._read(tier.value).inc(values)
+                self._read_seconds(tier.value).inc(visit.reads.seconds[tier])
 
     def told(self, report: TurnReport) -> None:
         """Count one answered turn."""

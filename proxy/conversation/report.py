@@ -21,8 +21,8 @@ class FaultReport:
     tokens: int
     error: str | None = None
     refault: bool = False  # the page had left the window only lately
-    tier: StorageTier = StorageTier.L1  # the coldest that it was read from, ...
-    ms: float = 0.0  # ... in so many milliseconds
+    tier: StorageTier = StorageTier.L1  # the coldest that the request had read from by then
+    ms: float = 0.0  # it took to load it
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from proxy.storage.sqlite import Damaged
 from proxy.storage.tiered import Tiered, is_stub, object_name, object_of
 
 _DAY_S = 86_400
+_LEAST_S = 2.0  # since a conversation's last use: another turn of the same second would not be seen
 _IDLE_S = 600.0  # since a conversation's last use, before a full L2 is a reason
 _LOW = 0.9  # of tiers.l2.tokens: so far down, once they are reached
 _QUEUE = 1000  # conversations, the oldest, of one look at all of them
@@ -156,7 +157,7 @@ class Demotion:
         excess = await asyncio.to_thread(self._excess_bytes)
         while keys < _KEYS_A_PASS and (used := await self._next()) is not None:
             now_s = self._clock()
-            is_old = self._days is not None and used.at_s <= now_s - self._days * _DAY_S
+            is_old = self._days is not None and used.at_s <= now_s - max(self._days * _DAY_S, _LEAST_S)
             if not is_old and (copied_bytes >= excess or used.at_s > now_s - _IDLE_S):
                 break
             self._queue.pop()

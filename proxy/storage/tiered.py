@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -52,24 +53,21 @@ _T = TypeVar("_T")
 
 
 class Reads:
-    """What one request has read: the coldest tier since it was last asked, how many values of those below L2,
-    and why some could not be read."""
+    """What one request has read so far: the coldest tier, how many values of those below L2, how long that took, and
+    why some could not be read."""
 
     def __init__(self) -> None:
         self.coldest = StorageTier.L1
         self.values: Counter[StorageTier] = Counter()
+        self.seconds: Counter[StorageTier] = Counter()
         self.failed: str | None = None
 
-    def count(self, tier: StorageTier) -> None:
+    def count(self, tier: StorageTier, seconds: float = 0.0) -> None:
         if tier is not StorageTier.L2:
             self.values[tier] += 1
-            self.coldest = max(self.coldest, tier)
-        elif self.coldest is StorageTier.L1:
+            self.seconds[tier] += seconds  # type: ignore[assignment]  # a Counter of floats
+        if tier > self.coldest:
             self.coldest = tier
-
-    def take(self) -> StorageTier:
-        coldest, self.coldest = self.coldest, StorageTier.L1
-        return coldest
 
 
 READS: ContextVar[Reads | None] = ContextVar("reads", default=None)
@@ -156,15 +154,24 @@ class Tiered:
 
     def get(self, key: Key) -> bytes | None:
         """As the engine's, from whichever tier has it; it may wait for objects."""
-        value, tier = self.engine.get(key), StorageTier.L2
+        value = self.engine.get(key)
         if value is None:
             if self.l4 is None or not isinstance(key, bytes) or key[:1] not in self.space.MOVING:
                 return None
-            value, tier = self._from_pack(key), StorageTier.L4
-        if value is not None and is_stub(value) and isinstance(key, bytes):
-            value, tier = self._from_object(key, value), max(tier, StorageTier.L3)
+            if (value := self._timed(StorageTier.L4, self._from_pack, key)) is None:
+                return None
+        elif (reads := READS.get()) is not None:
+            reads.count(StorageTier.L2)
+        if is_stub(value) and isinstance(key, bytes):
+            value = self._timed(StorageTier.L3, self._from_object, key, value)
+        return value
+
+    @staticmethod
+    def _timed(tier: StorageTier, read: Callable[..., _T], *arguments: bytes) -> _T:
+        began_s = time.perf_counter()
+        value = read(*arguments)
         if value is not None and (reads := READS.get()) is not None:
-            reads.count(tier)
+            reads.count(tier, time.perf_counter() - began_s)
         return value
 
     def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]:

@@ -103,7 +103,7 @@ async def test_an_unused_conversation_goes_to_packs_and_comes_back_when_it_is_us
         reads = Reads()
         READS.set(reads)
         assert all(store.get(key) == value for key, value in {**old, **used}.items()), again
-        assert reads.take().value == "L4" and set(reads.values) <= {"L3", "L4"} and reads.failed is None
+        assert reads.coldest.value == "L4" and set(reads.values) <= {"L3", "L4"} and reads.failed is None
         assert store.get(key_of(1, 99)) is None
         assert dict(store.scan(keys.RECORD)) == {k: v for k, v in {**old, **used}.items() if k[:1] == keys.RECORD}
         store.forget()
