@@ -32,6 +32,7 @@ from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import collect_now_and_then, configure, tune
 from proxy.server import Door
+from proxy.storage.tiered import READS, Reads
 from proxy.tokens import load
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
@@ -54,13 +55,18 @@ class App:
             config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
         self._draining = Draining(config.server.drain_s)
-        self._erasures = Erasures(self.memory.store)
+        self._erasures = Erasures(self.memory.store, self.memory.store.objects_of)
         self._retention_days = config.storage.retention_days
         self._own = own_endpoints(
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table, self._erasures
         )
         self._origins = Origins(config)
         self._served = 0  # requests, at this moment
+        self._answer = self._answered
+        if self.memory.store.suspends:
+            from proxy.storage.suspend import suspending
+
+            self._answer = suspending(self._answered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -69,6 +75,10 @@ class App:
         if scope["type"] != "http":
             await self._own(scope, receive, send)
             return
+        READS.set(Reads())
+        await self._answer(scope, receive, send)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
             head = self._origins.preflight(scope, origin)
@@ -116,6 +126,7 @@ class App:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
+                self.memory.start()
                 self._draining.watch()
                 watching = watch(self._erasures, self.memory.store, self.memory.renew, self._retention_days)
                 collected = collect_now_and_then(lambda: not self._served)

@@ -1,17 +1,19 @@
 """`llm-pager check --storage`: every damage of a storage, found, repaired and told to a person.
 
 Promises: all of it is read: SQLite's own check of the file, each value against its checksum, each turn's record
-against the ids that it is made of and the records and blocks that it names, each artifact against its name. What can
+against the ids that it is made of and the records and blocks that it names, each object and pack against its name. What can
 be read stays as it is; a value that cannot is marked as lost, so that the next request that has it stores it again,
 and a client that would lose text by it is told. A server may run meanwhile: it goes on with the repaired file.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,11 +23,12 @@ from proxy.conversation.derived import table_root
 from proxy.conversation.records import LastUse, Record, block_key, decode_record, record_key
 from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
-from proxy.memory.artifacts_bridge import is_intact
 from proxy.memory.table import block_ref
-from proxy.storage.l3 import ArtifactStore
+from proxy.storage import open_store
+from proxy.storage.packs import values_of
 from proxy.storage.sqlite import (
     DATABASE,
+    GET,
     LOST_SUM,
     SECRET,
     Connection,
@@ -40,6 +43,10 @@ from proxy.storage.sqlite import (
     repair,
     unpacked,
 )
+from proxy.storage.tiered import OBJECT, Tiered, is_stub, is_whole, named_pack, object_name
+
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.objects import Objects
 
 SOUND, REPAIRED = 0, 3  # exit statuses: there was no damage; there was, and it is repaired as far as it can be
 _LOCK_WAIT_S = 5.0
@@ -64,13 +71,15 @@ def _checked(config: Config, path: Path) -> int:
     damage = bool(opened.told)
     for sentence in opened.told:
         print(f"found      {sentence}")
-    found = _File(path)
+    below = _Below(config, path)
+    damage |= below.damage
+    found = _File(path, below)
     if found.damage:
         damage = True
         for line, count in found.damage.items():
             print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
         print(f"repaired   {repair(path).told(path)}")
-        found = _File(path)
+        found = _File(path, below)
     size = (path / DATABASE).stat().st_size
     print(f"file       {DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
     if found.wrong:
@@ -83,13 +92,6 @@ def _checked(config: Config, path: Path) -> int:
     if found.lost:
         print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
         print("           a session of new messages that needs one is told to send its whole history")
-    url = config.tiers.l3.url or str(path / "artifacts")
-    kept, dropped = _artifacts(ArtifactStore(url))
-    if kept or dropped:
-        print(f"artifacts  {kept} in {url}")
-    if dropped:
-        damage = True
-        print(f"dropped    {dropped} damaged artifacts: they are made again when they are shown")
     print("result     " + ("repaired" if damage else "sound"))
     return REPAIRED if damage else SOUND
 
@@ -98,7 +100,8 @@ class _File:
     """What stands in a database: `damage` in its file, in sentences; `sound` and `lost` values, by kind; `wrong`:
     keys of those that were stored like this or are missing, and why."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: _Below) -> None:
+        self._below = below
         self.damage: Counter[str] = Counter()
         self.sound: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
@@ -112,7 +115,7 @@ class _File:
                 if not is_damage(error):
                     raise
                 self.damage[f"the file cannot be read to its end: {error}"] += 1
-        missing = {key: how for key, how in self._named.items() if key not in self._there}
+        missing = {key: how for key, how in self._named.items() if key not in self._there and key not in below.packed}
         self.wrong.update({key: f"that {how} is missing" for key, how in missing.items()})
 
     def _read(self, connection: Connection) -> None:
@@ -135,6 +138,9 @@ class _File:
 
     def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
+        if is_stub(value):
+            whole = self._below.object(key, value)
+            return "stands in an object that is lost" if whole is None else self._verified(key, whole, identity)
         if key.startswith(keys.BLOCK):
             return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"
         if key.startswith(keys.SESSION):
@@ -180,13 +186,77 @@ def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
-def _artifacts(store: ArtifactStore) -> tuple[int, int]:
-    """Those that are kept, and the damaged ones, which are deleted."""
-    kept = dropped = 0
-    for key, data in store.all():
-        if is_intact(key, data):
-            kept += 1
-        else:
-            store.drop(key)
-            dropped += 1
-    return kept, dropped
+class _Below:
+    """What stands in objects: `packed`: the keys of all values in packs. A damaged pack's sound values go back to L2, and
+    those that are lost are marked so there; damaged objects are deleted."""
+
+    def __init__(self, config: Config, path: Path) -> None:
+        self.damage = False
+        self.packed: set[bytes] = set()
+        self._sound: set[str] = set()
+        self._store: Tiered | None = None
+        if config.tiers.l3.url is not None or config.tiers.l4.url is not None:
+            self._store = open_store(config, keys)
+            asyncio.run(self._check(self._store, path))
+
+    def object(self, key: bytes, stub: bytes) -> bytes | None:
+        if self._store is None or self._store.l3 is None or object_name(keys, key, stub) not in self._sound:
+            return None
+        data = self._store.l3.get(object_name(keys, key, stub))
+        return None if data is None else unpacked(data)
+
+    async def _check(self, store: Tiered, path: Path) -> None:
+        try:
+            if store.l3 is not None:
+                self._check_objects(store.l3)
+            if store.l4 is not None:
+                await self._check_packs(store, store.l4, path)
+        finally:
+            await store.close()
+
+    def _check_objects(self, l3: Objects) -> None:
+        damaged = 0
+        for name, _ in l3.names():
+            if name.endswith(OBJECT) and (data := l3.get(name)) is not None:
+                if is_whole(name, data):
+                    self._sound.add(name)
+                else:
+                    damaged += 1
+                    l3.delete([name])
+        print(f"L3         {len(self._sound)} sound objects in {l3.url}")
+        self._tell(damaged, "damaged objects: they are stored again when a client sends what they held")
+
+    async def _check_packs(self, store: Tiered, l4: Objects, path: Path) -> None:
+        sound_packs, bad, lost = set[tuple[bytes, bytes]](), set[tuple[bytes, bytes]](), list[bytes]()
+        for name, _ in l4.names():
+            if (named := named_pack(name)) is None or (data := l4.get(name)) is None:
+                continue
+            owner, pack = named
+            try:
+                sound, damaged = values_of(pack, data)
+            except StorageError:  # its index is damaged
+                bad.add(named)
+                continue
+            at = {rest: rest[:1] + owner + rest[1:] for rest in (*sound, *damaged)}
+            self.packed.update(at.values())
+            if damaged:
+                bad.add(named)
+                lost += [at[rest] for rest in damaged]
+                await store.engine.commit((), adds=[(at[rest], value) for rest, value in sound.items()])
+            else:
+                sound_packs.add(named)
+        for owner in store.archived(b""):
+            told = {(owner, pack) for pack in store.packs_of(owner, anew=True)}
+            bad |= told - sound_packs  # with those that are not there
+            await store.engine.commit((), leaves=[(keys.ARCHIVE + owner, owner + pack) for _, pack in told - sound_packs])
+        l4.delete([store.pack_name(*named) for named in bad])
+        with closing(connect(path, _LOCK_WAIT_S)) as connection:
+            there = {key for key in lost if connection.execute(GET, (key,)).fetchone() is not None}
+            mark_lost(connection, [key for key in lost if key not in there])
+        print(f"L4         {len(sound_packs)} sound packs in {l4.url}")
+        self._tell(len(bad), "damaged packs: what could be read of them is in L2 again")
+
+    def _tell(self, count: int, what: str) -> None:
+        if count:
+            self.damage = True
+            print(f"dropped    {count} {what}")

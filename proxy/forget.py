@@ -65,11 +65,11 @@ async def _forget(args: argparse.Namespace, config: Config) -> int:
     from proxy.conversation.tree import Identity
     from proxy.storage import open_store
 
-    store = open_store(config, keys.KINDS)
+    store = open_store(config, keys)
     try:
         store.look()
         identity = Identity(store.secret(), store.erased)
-        erasures, content = Erasures(store), b""
+        erasures, content = Erasures(store, store.objects_of), b""
         owner = _owner(args, config, identity, erasures)
         if args.what == "message" and owner is not None:
             content = erasures.content_of(owner, args.page) or b""

@@ -102,22 +102,6 @@ def test_damage_is_found_and_repaired_once(
     assert lost in told
 
 
-def test_damaged_artifacts_are_deleted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from proxy.memory.artifacts_bridge import ArtifactsBridge
-    from proxy.memory.models import MemoryPage, Modality, PageType
-    from proxy.storage.l3 import ArtifactStore
-
-    bridge = ArtifactsBridge(ArtifactStore(str(data / "artifacts")))
-    pages = [MemoryPage(page_id=f"msg_000{n}", content="said", modality=Modality.TEXT, page_type=PageType.TRANSCRIPT)
-             for n in (1, 2)]  # fmt: skip
-    ids = [asyncio.run(bridge.store_page(page)) for page in pages]
-    (path,) = (data / "artifacts").rglob(ids[0])
-    path.write_bytes(b"scribbled")
-    status, told = checked(capsys)
-    assert status == 3 and "artifacts  1 in" in told and "dropped    1 damaged" in told
-    assert not path.exists() and checked(capsys)[0] == 0
-
-
 def test_what_cannot_be_checked_is_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(sqlite3.connect(data / "cache.db", isolation_level=None)) as database:
         database.execute("PRAGMA user_version = 9")

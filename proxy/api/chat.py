@@ -46,6 +46,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
+from proxy.memory.models import StorageTier
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
@@ -290,6 +291,7 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
+        loaded: dict[str, tuple[StorageTier, float]] = {}
         appended, lost, pool = False, False, self._memory.pool
         long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
@@ -305,7 +307,7 @@ class ChatApi:
                     reply = None
                 elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
-                    visit.remembers(self._memory.store.trouble is None)  # as far as is known
+                    visit.remembers(self._memory.store.trouble is None and not visit.reads.failed)  # as far as is known
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
@@ -326,9 +328,11 @@ class ChatApi:
                             )
                     reply = await self._memory.search(context.tenant, effect, turn.pages, near, context.identity)
                 elif isinstance(effect, Load):
+                    began_s = time.perf_counter()
                     reply = await self._renditions.load(
                         context.tenant, effect, turn.pages, patience, context.identity
                     )
+                    loaded[effect.page_id] = visit.reads.coldest, (time.perf_counter() - began_s) * 1000
                 else:
                     assert_never(effect)
         finally:
@@ -336,6 +340,9 @@ class ChatApi:
         if turn.unremembered is not None:
             log.error("an answer is not remembered: what it goes on from is damaged (%r)", turn.unremembered)
         visit.remembers(not lost and turn.unremembered is None)
+        for fault in answer.report.faults:
+            parts = [where for page_id, where in loaded.items() if page_id.partition(".")[0] == fault.page_id.partition(".")[0]]
+            fault.tier, fault.ms = max((tier for tier, _ in parts), default=fault.tier), sum(ms for _, ms in parts)
         ours = [record for record, _ in turn.settled]
         if turn.record is not None and turn.window is not None:
             ours.append(turn.record)

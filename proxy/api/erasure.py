@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
 
@@ -50,6 +50,7 @@ from proxy.conversation.tree import ID_BYTES, Identity
 from proxy.errors import StorageError
 from proxy.memory.ids import parse_page_id
 from proxy.storage import Store
+from proxy.storage.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -58,18 +59,16 @@ _RECORDS = 16  # that are read at once: each may hold media
 _LOOK_S = 0.5  # between two looks for erasures of other processes
 _OPEN_S = 60  # after which an erasure that another process began is taken to be nobody's
 _RETENTION_S = 3600  # between two looks for conversations that are too old, of all processes
-_RETENTION = "retention"  # the store's own key: when that was
 _DAY_S = 86_400
-
-Drop = Callable[[bytes], Awaitable[list[str]]]  # deletes all objects of an owner; their names
 
 
 class Erasures:
-    """One per process. `drops`: of what stores objects outside L2."""
+    """One per process. `objects_of`: the names of what is stored of an owner outside L2; what is dropped there is dropped
+    below, too."""
 
-    def __init__(self, store: Store, drops: Sequence[Drop] = ()) -> None:
+    def __init__(self, store: Store, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
         self._store = store
-        self._drops = drops
+        self._objects_of = objects_of
         self._running: set[bytes] = set()
 
     async def erase(self, what: What, by: Actor, owners: Iterable[bytes], content: bytes = b"") -> Erasure:
@@ -156,7 +155,7 @@ class Erasures:
                     await self._store.commit([], leaves=pairs[at : at + _VALUES])
                 erasure = await asyncio.to_thread(self._newest, erasure)
                 await self._store.commit([(erasing_key(erasure), encode_erasure(erasure))])
-            await (self._strike(erasure.content, left) if erasure.content else self._drop(erasure, left))
+            await (self._strike(erasure.content, left) if erasure.content else self._drop(left))
             gone |= left
         erasure.owners = sorted(gone)
         return erasure
@@ -193,21 +192,21 @@ class Erasures:
                         if len(owner) == keys.OWNER_BYTES and not erasure.content:
                             pair = pair_of(record, get, identity)
                             pairs.update({(pair, owner): None} if pair is not None else {})
+            if not erasure.content:
+                erasure.objects += self._objects_of(owner)
         erasure.messages = list(messages)
         erasure.read = [*erasure.read, *owners]
         return list(pairs)
 
-    async def _drop(self, erasure: Erasure, owners: Iterable[bytes]) -> None:
+    async def _drop(self, owners: Iterable[bytes]) -> None:
         """All of the owners but their links: a turn that began before it and added one is found by it."""
+        await self._store.commit([], drops=[kind + owner for owner in owners for kind in (keys.ARCHIVE, keys.LARGE)])
         whole = [prefix for owner in owners for prefix in prefixes(owner)]
         for prefix in whole:
             while len(some := await asyncio.to_thread(self._keys, prefix)) == _VALUES:
                 await self._store.commit([], drops=some)
         drops, leaves = await asyncio.to_thread(self._named, owners)
         await self._store.commit([], drops=[*whole, *drops], leaves=leaves, erases=True)
-        for drop in self._drops:
-            for owner in owners:
-                erasure.objects += await drop(owner)
 
     async def _strike(self, content: bytes, owners: Iterable[bytes]) -> None:
         """A message, and all that was made with it, until no turn that began before has left some of it."""
@@ -222,11 +221,8 @@ class Erasures:
                     found = [(record, struck(record, content, self._record)) for record in read_records(rows)]
                     if puts := [(record_key(new.id), encode_record(new)) for old, new in found if new != old]:
                         clean = False
-                        await self._store.commit(puts)
+                        await self._store.commit(puts, drops=[key for key, _ in puts])  # wherever it stands
             await self._store.commit([], drops=states, erases=True)
-            for drop in self._drops:
-                for owner in owners:
-                    await drop(owner)
 
     # -- reading, in a thread
 
@@ -286,7 +282,8 @@ def erased_since(store: Store, tenant: bytes, number: int) -> bool:
 async def watch(erasures: Erasures, store: Store, renew: Callable[[], None], retention_days: float | None) -> None:
     """Until it is cancelled: drop this process's caches when something was erased, finish what others left, and erase what
     is too old. `renew` looks for the first."""
-    looked_s, older_s, told = float("-inf"), 0.0, ""
+    looked_s, older_s, told, expired = float("-inf"), 0.0, "", 0
+    lease = Lease(store, keys.LEASE + b"retention", _RETENTION_S)
     while True:
         try:
             await asyncio.to_thread(store.look)
@@ -294,9 +291,10 @@ async def watch(erasures: Erasures, store: Store, renew: Callable[[], None], ret
             if time.monotonic() - looked_s > _OPEN_S:
                 await erasures.finish_open(older_s)
                 looked_s, older_s = time.monotonic(), _OPEN_S
-                if retention_days is not None and await asyncio.to_thread(_is_due, store):
-                    await store.commit([(_RETENTION, int(time.time()).to_bytes(8, "big"))])
+                hour = int(time.time() // _RETENTION_S)
+                if retention_days is not None and await lease.held() and hour != expired:
                     await erasures.expire(time.time() - retention_days * _DAY_S)
+                    expired = hour
             told = ""
         except StorageError as error:
             if told != (told := str(error)):
@@ -306,6 +304,3 @@ async def watch(erasures: Erasures, store: Store, renew: Callable[[], None], ret
             await asyncio.sleep(_OPEN_S)
         await asyncio.sleep(_LOOK_S)
 
-
-def _is_due(store: Store) -> bool:
-    return time.time() - int.from_bytes(store.get(_RETENTION) or b"", "big") > _RETENTION_S

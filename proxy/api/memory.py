@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -48,9 +49,13 @@ from proxy.errors import ApiError, ErasedMeanwhile
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
-from proxy.storage import open_store
+from proxy.storage import open_store, start_demotion
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, StorageError
+from proxy.storage.tiered import READS
+
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.demotion import Demotion
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
@@ -70,6 +75,8 @@ log = logging.getLogger(__name__)
 
 def as_api_error(error: StorageError | LookupError) -> ApiError:
     """What a caller is told who cannot be served without what is stored: nothing that would pass by itself was done."""
+    if isinstance(error, LookupError) and (reads := READS.get()) is not None and reads.failed is not None:
+        error = StorageError(reads.failed)  # it is there, and cannot be read now
     if isinstance(error, Damaged | LookupError):
         message = f"{str(error).rstrip('.')}. The storage is damaged: send the whole history, or begin another session."
         return ApiError(500, message, "api_error", "storage_damaged")
@@ -81,7 +88,9 @@ class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
-        self.store = open_store(config, keys.KINDS)
+        self._config = config
+        self._demotion: Demotion | None = None
+        self.store = open_store(config, keys)
         self.store.look()
         self._looked_s = 0.0
         self._generation = self.store.generation
@@ -97,13 +106,20 @@ class Memory:
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
+    def start(self) -> None:
+        """Begin what is done beside the requests, on this event loop."""
+        self._demotion = start_demotion(self.store, self._config)
+
     async def close(self) -> None:
         self.pool.close()
+        if self._demotion is not None:
+            await self._demotion.close()
         await self.store.close()
 
     def forget(self) -> None:
         """Drop everything that is only cached, as invariant 9 is proved."""
         self.cache.clear()
+        self.store.forget()
         self.histories.clear()
         self.indexes.clear()
         forget_lines()

@@ -57,6 +57,7 @@ from proxy.storage.sqlite import (
     newest_row,
     open_database,
     put_row,
+    used_bytes,
     value_of,
     write_mark,
 )
@@ -233,6 +234,17 @@ class DiskStore:
             with suppress(Damaged):
                 found.append((row[0], value_of(row)))
         return found
+
+    def size_bytes(self) -> int:
+        """What is held takes so much of the disk. From any thread. Raises StorageError."""
+        self._require_open()
+        database = self._database
+        if database is None:
+            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
+        try:
+            return used_bytes(database.reader)
+        except sqlite3.Error as error:
+            raise StorageError(f"Cannot read from {self._path}: {error}.") from error
 
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`."""
