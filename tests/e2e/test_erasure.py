@@ -14,11 +14,12 @@ import base64
 import io
 import json
 import os
+import random
 import re
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -33,7 +34,7 @@ from PIL import Image, PngImagePlugin
 from proxy.conversation import keys
 from proxy.conversation.records import backwards, decode_record, record_key, restore_state
 from proxy.storage.sqlite import unpacked
-from tests.e2e.harness import ServerProcess, call, message_of
+from tests.e2e.harness import ServerProcess, Stream, call, message_of, sse_chunks
 from tests.e2e.script import (
     LOOKUP,
     MODEL,
@@ -110,7 +111,10 @@ class Searched:
                     self.texts.append(("a state", repr((state.window, state.derived, list(state.table))).encode()))
 
     def where(self, way: str) -> set[str]:
-        word = needle(way).encode()
+        return self.where_of(needle(way))
+
+    def where_of(self, text: str) -> set[str]:
+        word = text.encode()
         looks = [word, word.upper(), word.decode().encode("utf-16-le"), word.hex().encode()]
         looks += [base64.b64encode(b"x" * at + word + b"x" * at)[at and 4 : -4] for at in range(3)]
         return {where for where, text in self.texts if any(look in text for look in looks)}
@@ -194,6 +198,14 @@ class Client:
         script.plan(f"{self.way}/{self.user}{name}", *rounds, message_of(f"Noted {word}a. {filler(word, 40)}"))
         content: Any = [{"type": "text", "text": text}, *parts] if parts else text
         return await self.send({"role": "user", "content": content}, f"{self.way}/{self.user}{name}")
+
+    async def streamed(self, text: str, tag: str) -> str:
+        """What came of an answer whose turn may not be stored."""
+        body = {"model": MODEL, "messages": [SYSTEM, {"role": "user", "content": text}], "tools": [LOOKUP], "stream": True}
+        async with self.http as http:
+            reply = await http.post("/v1/chat/completions", json=body, headers={TAG: tag})
+        assert reply.status_code == 200 and reply.text.rstrip().endswith("[DONE]"), reply.text
+        return "".join(re.findall(r'"content":"([^"]*)"', reply.text))
 
     async def delete(self, path: str, **params: str) -> dict[str, Any]:
         async with self.http as http:
@@ -366,3 +378,113 @@ def by_retention(server: ServerProcess) -> None:
     """From its next start on it keeps nothing for longer than a tenth of a second."""
     config = {**server.config, "storage": {"retention_days": 0.1 / 86_400}}
     (server.dir / "config.yaml").write_text(json.dumps(config))
+
+
+async def test_one_message_goes_and_its_conversation_goes_on() -> None:
+    """Also out of what a model wrote of it, and out of what was faulted, found and shown."""
+    async with served(compression={"model": WRITER}) as (script, server):
+        client = Client(server, "message", {"x-llm-pager-session": "notes"}, new_only=True)
+        word = needle("message")
+        for turn in "abcdefghijklmnop":
+            await client.say(script, f"turn{turn}")
+        await client.say(script, "fault", fault("msg_0003", "msg_0004"))
+        await client.say(script, "search", search(f"{word}turnb"))
+        for turn in "qrs":
+            await client.say(script, f"turn{turn}")
+        before = Searched(server.dir)
+        gone, kept = f"{word}turnb", f"{word}turnc"
+        assert len(before.where_of(gone)) > 3, before.where_of(gone)
+        told = await client.delete(f"conversations/{client.conversation}/messages/msg_0003")
+        assert len(told["messages_sha256"]) == 1 and told["what"] == "message"
+        cli = await asyncio.to_thread(forget, server, "message", client.conversation, "msg_0004")
+        assert len(cli["messages_sha256"]) == 1 and cli["by"] == "operator"
+        found = Searched(server.dir)
+        assert not (left := found.where_of(gone)), left
+        assert found.where_of(kept)
+        await client.say(script, "after", fault("msg_0003", "msg_0005"))
+        _, request = script.calls["message/after"]
+        shown = json.dumps(request.json["messages"])
+        assert "[erased]" in shown and gone not in shown and kept in shown
+        async with client.http as http:
+            asked = {"session": "notes", "page": "msg_0003"}
+            assert (await http.get("/vm/provenance", params=asked)).json()["page_id"] == "msg_0003"
+            for path, code in (("messages/msg_0099", "page_not_found"), ("messages/claim_0001", "page_not_found")):
+                reply = await http.delete(f"/vm/conversations/{client.conversation}/{path}")
+                assert (reply.status_code, reply.json()["error"]["code"]) == (404, code)
+            reply = await http.delete(f"/vm/conversations/{client.conversation}", headers={"authorization": "Bearer other"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "conversation_not_found")
+        script.check()
+        server.stop()
+        check = [sys.executable, "-m", "proxy.cli", "check", "--storage", "--config", str(server.dir / "config.yaml")]
+        repo = str(Path(__file__).resolve().parents[2])
+        done = await asyncio.to_thread(subprocess.run, check, env={**os.environ, "PYTHONPATH": repo}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        await asyncio.to_thread(server.restart)
+
+
+async def test_a_second_process_forgets_and_a_turn_on_its_way_is_not_stored() -> None:
+    async with served() as (script, server):
+        shared = {**server.config, "server": {}, "tiers": {**server.config["tiers"], "l2": {"path": str(server.dir / "data")}}}
+        with ServerProcess(shared) as other:
+            client = Client(server, "session", {"x-llm-pager-session": "notes"}, new_only=True)
+            stays = Client(server, "stays", {"x-llm-pager-session": "notes"}, new_only=True)
+            for turn in range(14):
+                client.server, stays.server = (server, other)[:: 1 - turn % 2 * 2]
+                await client.say(script, f"turn{turn}")
+                await stays.say(script, f"turn{turn}")
+            client.server, stays.server = other, server
+            begun, go_on = asyncio.Event(), asyncio.Event()
+
+            def slow(way: str) -> Callable[[Message], Stream]:
+                def answered(request: Message) -> Stream:
+                    begun.set()
+                    return Stream([*sse_chunks(request, message_of(f"Late {needle(way)}late.")), go_on])
+
+                return answered
+
+            script.plan("session/late", slow("session"))
+            late = asyncio.ensure_future(client.streamed(f"Once more {needle('session')}more.", "session/late"))
+            script.plan("stays/late", slow("stays"))
+            own = asyncio.ensure_future(stays.streamed(f"Once more {needle('stays')}more.", "stays/late"))
+            while len(script.calls.get("session/late", [])) + len(script.calls.get("stays/late", [])) < 2:
+                begun.clear()
+                await begun.wait()
+            eraser = Client(server, "session", client.headers)
+            await eraser.delete("conversations", session="notes")
+            go_on.set()
+            assert needle("session") + "late" in await late and needle("stays") + "late" in await own
+            left = Searched(server.dir).where("session")
+            assert not left, left
+            assert Searched(server.dir).where("stays")
+            async with asyncio.timeout(1.5):  # the other one looks twice a second
+                async with client.http as http:
+                    while (await http.get("/vm/context", params={"session": "notes"})).status_code != 404:
+                        await asyncio.sleep(0.05)
+            for one in (client, stays):
+                at = len(script.upstream.calls)
+                await one.say(script, "after")
+                sent = json.dumps(script.upstream.calls[at].json)
+                assert (needle(one.way) + "turn13" in sent, needle(one.way) + "more" in sent) == (one is stays,) * 2
+            script.check()
+
+
+async def test_sigkill_in_the_middle_is_finished_at_the_next_start() -> None:
+    moments = random.Random(13)
+    async with served() as (script, server):
+        rounds = 4
+        for way in ("alpha", "beta", "gamma", "delta")[:rounds]:
+            client = Client(server, way, {})
+            await tell(script, client, 6)
+            began_s = asyncio.get_running_loop().time()
+            deletion = asyncio.ensure_future(client.delete("tenants/self"))
+            await asyncio.sleep(moments.uniform(0.005, 0.25))
+            server.kill()
+            with suppress(httpx.HTTPError):
+                await deletion
+            killed_s = asyncio.get_running_loop().time() - began_s
+            await asyncio.to_thread(server.restart)
+            receipts = await until_done(client)
+            if not receipts:  # it was killed before it had promised anything
+                await client.delete("tenants/self")
+            found = Searched(server.dir)
+            assert not (left := found.where(way)), (way, killed_s, left)
