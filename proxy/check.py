@@ -71,15 +71,16 @@ def _checked(config: Config, path: Path) -> int:
     damage = bool(opened.told)
     for sentence in opened.told:
         print(f"found      {sentence}")
-    below = _Below(config, path)
-    damage |= below.damage
-    found = _File(path, below)
+    found = _File(path)
     if found.damage:
         damage = True
         for line, count in found.damage.items():
             print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
         print(f"repaired   {repair(path).told(path)}")
-        found = _File(path, below)
+        found = _File(path)
+    below = _Below(config, path)
+    damage |= below.damage
+    found.compare(below)
     size = (path / DATABASE).stat().st_size
     print(f"file       {DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
     if found.wrong:
@@ -100,14 +101,15 @@ class _File:
     """What stands in a database: `damage` in its file, in sentences; `sound` and `lost` values, by kind; `wrong`:
     keys of those that were stored like this or are missing, and why."""
 
-    def __init__(self, path: Path, below: _Below) -> None:
-        self._below = below
+    def __init__(self, path: Path) -> None:
         self.damage: Counter[str] = Counter()
         self.sound: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.wrong: dict[bytes, str] = {}
         self._there: set[bytes] = set()
         self._named: dict[bytes, str] = {}  # keys that others name: how
+        self._stubs: dict[bytes, bytes] = {}  # of values in L3
+        self._identity = Identity(b"")
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
             try:
                 self._read(connection)
@@ -115,6 +117,14 @@ class _File:
                 if not is_damage(error):
                     raise
                 self.damage[f"the file cannot be read to its end: {error}"] += 1
+
+    def compare(self, below: _Below) -> None:
+        """With what stands in objects: then `wrong` is all of it."""
+        self.lost.update(map(_kind, below.lost))
+        for key, stub in self._stubs.items():
+            value = below.object(key, stub)
+            if why := "stands in an object that is lost" if value is None else self._verified(key, value):
+                self.wrong[key] = why
         missing = {key: how for key, how in self._named.items() if key not in self._there and key not in below.packed}
         self.wrong.update({key: f"that {how} is missing" for key, how in missing.items()})
 
@@ -122,7 +132,7 @@ class _File:
         for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
             if line != "ok":
                 self.damage.update(str(line).splitlines()[:_TOLD])
-        identity = Identity(get_value(connection, SECRET) or b"")
+        self._identity = Identity(get_value(connection, SECRET) or b"")
         for key, number, value in connection.execute("SELECT key, tag, value FROM Cache"):
             kind = _kind(key)
             if isinstance(key, bytes):
@@ -133,14 +143,14 @@ class _File:
                 self.damage[f"a {kind} is not what was stored"] += 1
             else:
                 self.sound[kind] += 1
-                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value), identity)):
+                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value))):
                     self.wrong[key] = why
 
-    def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
+    def _verified(self, key: bytes, value: bytes) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
         if is_stub(value):
-            whole = self._below.object(key, value)
-            return "stands in an object that is lost" if whole is None else self._verified(key, whole, identity)
+            self._stubs[key] = value
+            return ""
         if key.startswith(keys.BLOCK):
             return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"
         if key.startswith(keys.SESSION):
@@ -152,7 +162,7 @@ class _File:
         try:
             record = decode_record(value)
             root = table_root(record.closing) if record.closing else b""
-            if record_key(record.id) != key or not all(_chained(record, identity)):
+            if record_key(record.id) != key or not all(_chained(record, self._identity)):
                 return "has another name than its messages say"
         except (ValueError, LookupError) as error:
             return f"cannot be read ({error})"
@@ -187,30 +197,34 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 class _Below:
-    """What stands in objects: `packed`: the keys of all values in packs. A damaged pack's sound values go back to L2, and
-    those that are lost are marked so there; damaged objects are deleted."""
+    """What stands in objects: `packed`: the keys of all values in packs; `lost`: of those that are lost now. A damaged
+    pack's sound values go back to L2, and those that are lost are marked so there; damaged objects are deleted."""
 
     def __init__(self, config: Config, path: Path) -> None:
         self.damage = False
         self.packed: set[bytes] = set()
+        self.lost: list[bytes] = []
         self._sound: set[str] = set()
-        self._store: Tiered | None = None
-        if config.tiers.l3.url is not None or config.tiers.l4.url is not None:
-            self._store = open_store(config, keys)
-            asyncio.run(self._check(self._store, path))
+        self._l3: Objects | None = None
+        asyncio.run(self._check(open_store(config, keys), path))
 
     def object(self, key: bytes, stub: bytes) -> bytes | None:
-        if self._store is None or self._store.l3 is None or object_name(keys, key, stub) not in self._sound:
-            return None
-        data = self._store.l3.get(object_name(keys, key, stub))
+        """A large value; None where it is lost. Raises StorageError."""
+        if self._l3 is None:
+            raise StorageError("Large values stand in L3; set tiers.l3.url to where they are.")
+        name = object_name(keys, key, stub)
+        data = self._l3.get(name) if name in self._sound else None
         return None if data is None else unpacked(data)
 
     async def _check(self, store: Tiered, path: Path) -> None:
+        self._l3 = store.l3
         try:
             if store.l3 is not None:
                 self._check_objects(store.l3)
             if store.l4 is not None:
                 await self._check_packs(store, store.l4, path)
+            elif store.engine.scan(keys.ARCHIVE, limit=1):
+                raise StorageError("Conversations stand in L4; set tiers.l4.url to where they are.")
         finally:
             await store.close()
 
@@ -239,6 +253,9 @@ class _Below:
                 continue
             at = {rest: rest[:1] + owner + rest[1:] for rest in (*sound, *damaged)}
             self.packed.update(at.values())
+            if self._l3 is not None:
+                names = {at[rest]: object_name(keys, at[rest], value) for rest, value in sound.items() if is_stub(value)}
+                lost += [key for key, its in names.items() if its not in self._sound]
             if damaged:
                 bad.add(named)
                 lost += [at[rest] for rest in damaged]
@@ -251,8 +268,8 @@ class _Below:
             await store.engine.commit((), leaves=[(keys.ARCHIVE + owner, owner + pack) for _, pack in told - sound_packs])
         l4.delete([store.pack_name(*named) for named in bad])
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
-            there = {key for key in lost if connection.execute(GET, (key,)).fetchone() is not None}
-            mark_lost(connection, [key for key in lost if key not in there])
+            self.lost = [key for key in lost if connection.execute(GET, (key,)).fetchone() is None]
+            mark_lost(connection, self.lost)
         print(f"L4         {len(sound_packs)} sound packs in {l4.url}")
         self._tell(len(bad), "damaged packs: what could be read of them is in L2 again")
 

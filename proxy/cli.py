@@ -175,11 +175,14 @@ def _shared_counters(workers: int) -> Iterator[None]:
 
 def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
-    asked = config.search.embeddings
-    if asked != "none" and not all(map(find_spec, ("numpy", "tokenizers", "wordllama"))):
-        raise StartError(
-            f"search.embeddings: {asked} needs an extra that is not installed: pip install 'llm-pager[semantic]'."
-        )
+    asked = {
+        "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
+        "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
+        "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
+    }
+    for key, (is_asked, extra, modules) in asked.items():
+        if is_asked and not all(map(find_spec, modules)):
+            raise StartError(f"{key} needs an extra that is not installed: pip install 'llm-pager[{extra}]'.")
 
 
 def _require_writable(directory: Path) -> None:
@@ -203,8 +206,11 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
+    from proxy.storage import open_objects
     from proxy.storage.l2 import DiskStore, StorageError
 
+    for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
+        open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
         store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
         asyncio.run(store.close())

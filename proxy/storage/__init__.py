@@ -6,10 +6,12 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from proxy.errors import ConfigError
+from proxy.errors import StorageError
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import Key, Repaired
 from proxy.storage.tiered import Tiered
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from proxy.storage.demotion import Demotion
     from proxy.storage.objects import Objects
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -91,6 +94,10 @@ def open_store(config: Config, space: KeySpace) -> Tiered:
     l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
     l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
     engine = DiskStore(tiers.l2.path, tiers.l2.queue_records, space.KINDS)
+    if l4 is None:
+        with suppress(StorageError):
+            if engine.scan(space.ARCHIVE, limit=1):
+                log.error("Conversations stand in L4, and tiers.l4.url is not set: what was said in them is not remembered.")
     return Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
                   known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
 
@@ -99,12 +106,8 @@ def open_objects(name: str, url: str | None, options: Mapping[str, str], timeout
     """A tier's; None where it has no URL. Raises ConfigError."""
     if url is None:
         return None
-    try:
-        from proxy.storage.objects import Objects
-    except ImportError as error:
-        raise ConfigError(
-            f"{name}.url: objects need a package that is not installed ({error}); pip install 'llm-pager[objects]'."
-        ) from error
+    from proxy.storage.objects import Objects  # an extra
+
     return Objects(url, options, timeout_s, name)
 
 
