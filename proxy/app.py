@@ -57,16 +57,13 @@ class App:
         self._draining = Draining(config.server.drain_s)
         self._erasures = Erasures(self.memory.store, self.memory.store.objects_of)
         self._retention_days = config.storage.retention_days
-        self._own = own_endpoints(
+        own = own_endpoints(
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table, self._erasures
         )
+        self._own = self.memory.requests(own)
+        self._serve = self.memory.requests(self._visited)
         self._origins = Origins(config)
         self._served = 0  # requests, at this moment
-        self._answer = self._answered
-        if self.memory.store.suspends:
-            from proxy.storage.suspend import suspending
-
-            self._answer = suspending(self._answered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -76,9 +73,6 @@ class App:
             await self._own(scope, receive, send)
             return
         READS.set(Reads())
-        await self._answer(scope, receive, send)
-
-    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
             head = self._origins.preflight(scope, origin)
@@ -88,7 +82,7 @@ class App:
                 return
             send = self._origins.readable(origin, send)
         if not is_ours(scope["path"]):
-            await self._visited(scope, receive, Visit(scope, send))
+            await self._serve(scope, receive, Visit(scope, send))
         elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
             await send_error(send, refusal)
         else:

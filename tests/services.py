@@ -4,6 +4,10 @@ Promises: each is a process of our own on a free port of 127.0.0.1, in a directo
 who started it, also by SIGKILL; as root they run as an unprivileged user. What is not installed skips a test with
 the reason (`Missing`), but where LLM_PAGER_SERVICES=required (CI) it fails there.
 
+Every second `llm-pager serve` that a test in tests/e2e or tests/contract starts without saying what it stores in has a
+database here instead of a directory (`store_url`); LLM_PAGER_TEST_STORE=postgres: each, =directory: none. One that means
+the directory says `url: None`.
+
 `postgres`, `pgbouncer` and `s3` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
 that nobody else has and that is empty. A test that restarts the server or cuts its connections disturbs nobody but
 tests that run at that moment: within one process of pytest there are none.
@@ -15,6 +19,7 @@ tests that run at that moment: within one process of pytest there are none.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -26,10 +31,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +75,9 @@ def _unprivileged() -> dict[str, Any]:
     names = {entry.pw_name for entry in pwd.getpwall()}
     name = next(name for name in _UNPRIVILEGED if name in names)
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []}
+
+
+_parent = ThreadPoolExecutor(1)  # whose thread starts all services: it ends with this process
 
 
 def _dies_with_parent() -> None:
@@ -105,10 +117,11 @@ class _Service:
 
     def _spawn(self, command: Sequence[str]) -> None:
         with open(self.directory / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
-                preexec_fn=_dies_with_parent, **self._as,
+            start = partial(
+                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                start_new_session=True, preexec_fn=_dies_with_parent, **self._as,
             )  # fmt: skip
+            self._process = _parent.submit(start).result()
 
     def _await(self, is_up: Any) -> None:
         until_s = time.monotonic() + START_S
@@ -221,7 +234,7 @@ class PgBouncer(_Service):
         self._settings = {
             "listen_addr": "127.0.0.1", "listen_port": str(self.port), "auth_type": "trust",
             "auth_file": str(self.directory / "users"), "pool_mode": mode, "default_pool_size": "5",
-            "max_client_conn": "500", "unix_socket_dir": str(self.directory), **(settings or {}),
+            "max_client_conn": "500", "server_login_retry": "0.1", "unix_socket_dir": str(self.directory), **(settings or {}),
         }  # fmt: skip
 
     def start(self) -> PgBouncer:
@@ -258,6 +271,97 @@ class PgBouncer(_Service):
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._made.cleanup()
+
+
+class Tap:
+    """A TCP proxy in front of a server that reads along: `trips` counts what a client waited for, by PostgreSQL's own
+    messages (Query, Sync, Flush; but for a connection's beginning), `commits` those that store a turn, and `cut`
+    breaks connections. It runs in a thread.
+
+    `on(commit)` is asked before each such message is passed on; "before" or "after": the connection is cut then,
+    before the server has got it, or after, while it works.
+    """
+
+    def __init__(self, port: int, on: Callable[[bool], str] = lambda commit: "") -> None:
+        self._target, self.on = port, on
+        self.trips = self.commits = self.connections = 0
+        self._open: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Tap:
+        sys.setswitchinterval(0.0002)  # it waits for its caller's thread at each message
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def url(self, of: str) -> str:
+        parts = urlsplit(of)
+        return of.replace(f":{parts.port}/", f":{self.port}/")
+
+    def cut(self) -> None:
+        """All connections, in the middle of whatever they do."""
+        self._run(self._cut())
+
+    async def _cut(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server: asyncio.StreamWriter | None = None
+        answers: asyncio.Future[None] | None = None
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            back, server = await asyncio.open_connection("127.0.0.1", self._target)
+            self._open |= {writer, server}
+            self.connections += 1
+            answers = asyncio.ensure_future(self._answers(back, writer))
+            begun = commit = False
+            commits: set[bytes] = set()  # names of statements
+            while True:
+                kind = await reader.readexactly(1) if begun else b""
+                size = await reader.readexactly(4)
+                body = await reader.readexactly(int.from_bytes(size, "big") - 4)
+                begun = begun or body[:4] != b"\x04\xd2\x16\x2f"  # it asked for TLS: another beginning follows
+                cut = ""
+                if kind == b"P":
+                    name = body.partition(b"\0")[0]
+                    (commits.add if b"FOR SHARE" in body else commits.discard)(name)
+                elif kind == b"B":
+                    commit = body.split(b"\0", 2)[1] in commits
+                elif kind in (b"Q", b"S", b"H"):
+                    self.trips += 1
+                    self.commits += commit
+                    cut, commit = self.on(commit), False
+                if cut == "before":
+                    writer.transport.abort()
+                    break
+                server.write(kind + size + body)
+                await server.drain()
+                if cut:
+                    writer.transport.abort()
+        for end in (writer, server):
+            if end is not None:
+                self._open.discard(end)
+                end.close()
+        if answers is not None:
+            answers.cancel()
+
+    async def _answers(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await back.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+            writer.close()
 
 
 def execute(url: str, statement: str, *arguments: object) -> list[Any]:
@@ -329,13 +433,37 @@ def skipped_where_missing() -> Iterator[None]:
         pytest.skip(str(error))
 
 
+@cache
+def shared_postgres() -> Postgres:
+    """The server of this process; it ends with it. Raises Missing."""
+    server = Postgres().start()
+    atexit.register(server.__exit__)
+    return server
+
+
+_databases: dict[str, str | None] = {}  # by the directory that they stand for
+_asked: Counter[str] = Counter()
+
+
+def store_url(path: str) -> str | None:
+    """A database that stands for this directory, whoever asks; None: the directory itself."""
+    if path not in _databases:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+        _asked[test] += 1
+        wanted = os.environ.get("LLM_PAGER_TEST_STORE")
+        if wanted is None and test.startswith(("tests/e2e/", "tests/contract/")):
+            wanted = ("directory", "postgres")[(zlib.crc32(test.encode()) + _asked[test]) % 2]
+        _databases[path] = None
+        if wanted == "postgres":
+            with contextlib.suppress(*(() if required() else (Missing,))):
+                _databases[path] = shared_postgres().new_database()
+    return _databases[path]
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    with contextlib.ExitStack() as stack:
-        with skipped_where_missing():
-            pytest.importorskip("asyncpg")
-            server = stack.enter_context(Postgres())
-        yield server
+def postgres() -> Postgres:
+    with skipped_where_missing():
+        return shared_postgres()
 
 
 @pytest.fixture(scope="session")

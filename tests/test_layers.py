@@ -55,6 +55,7 @@ DOORS = {"proxy/memory/__init__.py": {"library"}}
 IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
+    "asyncpg": {"storage"},  # the extra [postgres]
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data

@@ -57,7 +57,8 @@ class Pool:
         self._changed = threading.Condition()
 
     async def run(self, whose: bytes, work: Callable[..., _T], *arguments: Any) -> _T:
-        """What `work` returns or raises (StopIteration excepted: it cannot cross). ApiError 503 when too many wait."""
+        """What `work`, with the caller's context variables, returns or raises (StopIteration excepted: it cannot cross).
+        ApiError 503 when too many wait."""
         job = _Job(whose, partial(copy_context().run, work, *arguments), asyncio.get_running_loop())
         self._add(job)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
@@ -179,6 +180,10 @@ class Renditions:
             await self._memory.keep(keys.owner(key), identity, [(key, encode_page(made))])
         except (ArtifactError, StorageError) as error:
             log.warning("a smaller version of a page cannot be kept: %s", error)
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """As `Memory.beside`."""
+        return self._memory.beside(work)
 
     def _key(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> bytes:
         return self._memory.identity.rendition(owner, page.version, int(level), kind)

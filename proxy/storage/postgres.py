@@ -64,6 +64,7 @@ AGAIN_S = 1.0  # how long a server that is away is waited for, before requests g
 VALUE_LIMIT_BYTES = 256 << 20  # a message of the protocol has 1 GB at most, and a commit several values
 _PAUSE_S = 0.02  # between two tries, doubled with each
 _RELEASE_S = 2.0  # that a connection may take to be given back, or closed
+_LOOK_S = 0.5  # what other processes erased is known so soon
 _CONNECT_S = 5.0
 _BESIDE_CONNECTIONS = 2  # of the loop for who has none
 _AHEAD = (b"n", b"t")  # records and blocks (keys.py): what is read ahead, and what it is read ahead for
@@ -71,6 +72,7 @@ _AHEAD_ROWS, _AHEAD_BYTES = 256, 1 << 20
 _KEPT_BYTES = 32 << 20  # of what was read ahead, until it is asked for
 _PATHS = 65_536  # of which it is known how far they were read
 _LAST_ADDS = 16  # that a server which comes back is asked for: it may be an older copy
+_MEMBERS = 1024  # of a set that are read: it is pruned long before
 _PRUNED = 1 / 16  # of the commits, in which sets are cut to their newest members: readers leave out the others
 _DAMAGED_KEYS = 10_000
 _PROBE = "probe"
@@ -100,29 +102,35 @@ CREATE INDEX llm_pager_ahead ON llm_pager_values (tenant, path, stored) WHERE st
 _MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of those of this one
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
 _OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
+_SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
 JOIN llm_pager_values v ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key"""
 
 # Rows: what it is (_VALUE ...), the key, the checksum, the value, when it was stored.
 _VALUE, _MEMBER, _READ_AHEAD, _STORE = range(4)
+# (LATERAL with a limit: an index is asked for each key, whatever is known of the tables' sizes.)
 _READ = f"""
 WITH w AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key))
-SELECT {_VALUE} AS what, v.tenant, v.path, v.key, v.sum, v.value, v.stored
-    FROM w JOIN llm_pager_values v ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key
-UNION ALL SELECT {_MEMBER}, m.tenant, m.path, m.key, m.sum, m.member, m.added
-    FROM w JOIN llm_pager_members m ON m.tenant = w.tenant AND m.path = w.path AND m.key = w.key
+SELECT {_VALUE} AS what, v.* FROM w CROSS JOIN LATERAL (
+    SELECT tenant, path, key, sum, value, stored FROM llm_pager_values v
+    WHERE v.tenant = w.tenant AND v.path = w.path AND v.key = w.key LIMIT 1) v
+UNION ALL SELECT {_MEMBER}, m.* FROM w CROSS JOIN LATERAL (
+    SELECT tenant, path, key, sum, member, added FROM llm_pager_members m
+    WHERE m.tenant = w.tenant AND m.path = w.path AND m.key = w.key LIMIT {_MEMBERS}) m
 UNION ALL SELECT {_STORE}, secret, '', '', erased, '', NULL FROM llm_pager_store"""
 # `since`: how far the path was read; what was stored later, or all that was, where this record was read before
 _READ_MORE = _READ + f"""
 UNION ALL SELECT {_READ_AHEAD}, a.tenant, a.path, a.key, a.sum, a.value, a.stored
     FROM unnest($4::bytea[], $5::bytea[], $6::bytea[], $7::bigint[]) AS r (tenant, path, key, since)
-    JOIN llm_pager_values v ON v.tenant = r.tenant AND v.path = r.path AND v.key = r.key
     CROSS JOIN LATERAL (
+        SELECT stored FROM llm_pager_values v
+        WHERE v.tenant = r.tenant AND v.path = r.path AND v.key = r.key AND v.stored IS NOT NULL LIMIT 1
+    ) v CROSS JOIN LATERAL (
         SELECT * FROM (
             SELECT n.*, sum(octet_length(n.value)) OVER (ORDER BY n.stored DESC, n.key) AS bytes FROM (
-                SELECT * FROM llm_pager_values b WHERE b.tenant = v.tenant AND b.path = v.path AND b.stored <= v.stored
-                    AND (b.stored > r.since OR v.stored <= r.since) AND b.key <> v.key
+                SELECT * FROM llm_pager_values b WHERE b.tenant = r.tenant AND b.path = r.path AND b.stored <= v.stored
+                    AND (b.stored > r.since OR v.stored <= r.since) AND b.key <> r.key
                 ORDER BY b.stored DESC LIMIT {_AHEAD_ROWS}
             ) n
         ) s WHERE s.bytes <= {_AHEAD_BYTES}
@@ -182,7 +190,7 @@ _DROP = ("DELETE FROM llm_pager_values WHERE %s", "DELETE FROM llm_pager_members
 _MARK_LOST = f"""
 INSERT INTO llm_pager_values (tenant, path, key, sum, value)
 SELECT tenant, path, key, {LOST_SUM}, '' FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
-ON CONFLICT (tenant, path, key) DO UPDATE SET sum = excluded.sum, value = excluded.value"""
+ON CONFLICT (tenant, path, key) DO UPDATE SET sum = excluded.sum, value = excluded.value WHERE $4"""
 
 _Columns = tuple[bytes, bytes, bytes]
 _LETTER, _TENANT, _PATH = 1, 13, 19  # where they end in a key
@@ -191,7 +199,7 @@ _HERE_BYTES = 65_536  # of a commit that the event loop packs itself
 
 # A server that is away, or is not what it was: it is asked again for a while.
 _PASSING = (
-    OSError, asyncpg.InterfaceError, pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError,
+    OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, pg.PostgresConnectionError, pg.AdminShutdownError, pg.CrashShutdownError,
     pg.CannotConnectNowError, pg.TooManyConnectionsError, pg.ReadOnlySQLTransactionError, pg.DeadlockDetectedError,
     pg.SerializationError, pg.QueryCanceledError, pg.IdleInTransactionSessionTimeoutError,
 )  # fmt: skip
@@ -203,6 +211,17 @@ _WRONG = (  # somebody has to change something
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+_UNPREPARED = (
+    "A pooler in front of %s does not keep prepared statements (%s): each takes another round trip. PgBouncer keeps them"
+    " from 1.21 on, with max_prepared_statements."
+)
+_UNSET = (
+    "A pooler in front of %s refuses settings (%s), so it is not known whether it keeps prepared statements: none is made,"
+    " and each statement takes another round trip. Let it ignore plan_cache_mode and statement_timeout"
+    " (ignore_startup_parameters), and set both for the role."
+)
 
 
 class _Connection(asyncpg.Connection):
@@ -275,6 +294,12 @@ class PostgresStore:
         self._turned_away = 0
         self._proved_s = self._looked_s = float("-inf")
         self._verified = self._closed = False
+        self._busy: set[object] = set()  # works on their way
+        # Plans are the same whatever a statement asks for, and are made once; what the client gave up ends by itself.
+        self._settings = {
+            "plan_cache_mode": "force_generic_plan",
+            "statement_timeout": f"{timeout_s * 1000:.0f}",
+        }  # fmt: skip
         self._pools: dict[asyncio.AbstractEventLoop, asyncio.Future[asyncpg.Pool[Any]]] = {}
         self._home: asyncio.AbstractEventLoop | None = None  # the requests'
         self._beside: asyncio.AbstractEventLoop | None = None  # for who has none
@@ -363,9 +388,15 @@ class PostgresStore:
             by_key[key] = (None, value) if isinstance(value, bytes) else (LOST_SUM, b"")
         return [(key, *by_key[key]) for key in sorted(by_key)[:limit]]
 
+    def size_bytes(self) -> int:
+        """Of all values, as they are stored, with what a row takes beside. From any thread; reads no value."""
+        self._require_open()
+        rows = self._now(self._perform(lambda connection, again: connection.fetch(_SIZE)))
+        return int(rows[0][0])
+
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`. Each read tells of them, too."""
-        if time.monotonic() - self._looked_s > _PAUSE_S:
+        if time.monotonic() - self._looked_s > _LOOK_S:
             with suppress(StorageError):
                 self._now(self._fetch([]))
 
@@ -540,10 +571,12 @@ class PostgresStore:
         with suppress(StorageError):
             await self._perform(prune)
 
-    async def mark_lost(self, keys: Sequence[bytes]) -> None:
-        """Make these keys' values damaged ones: who has them stores them again."""
-        columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
-        await self._perform(lambda connection, again: connection.execute(_MARK_LOST, *columns))
+    async def mark_lost(self, damaged: Sequence[bytes], missing: Sequence[bytes]) -> None:
+        """Make these keys' values lost ones: who has them stores them again. What is missing may have come meanwhile."""
+        for keys, replace in ((damaged, True), (missing, False)):
+            columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
+            if columns:
+                await self._perform(partial(_mark, [*columns, replace]))
 
     async def scrub(self) -> None:
         """The rows that were dropped or replaced before are removed from the tables. On a connection of its own, since
@@ -577,7 +610,9 @@ class PostgresStore:
 
     async def close(self) -> None:
         """Finish what is on its way, then let the server go. Safe to call twice."""
-        self._closed = True
+        self._closed, until_s = True, time.monotonic() + self._timeout_s
+        while self._busy and time.monotonic() < until_s:
+            await asyncio.sleep(_PAUSE_S)
         pools, self._pools = self._pools, {}
         for loop, opening in pools.items():
             if loop is asyncio.get_running_loop():
@@ -600,31 +635,43 @@ class PostgresStore:
         until_s = now_s + (AGAIN_S if self._trouble is None else 0.0)
         pause_s, again, tables = _PAUSE_S, False, False
         while True:
+            prepared = self._prepared
+            self._busy.add(work)
             try:
                 done = await self._performed(work, again)
             except (StorageError, asyncio.CancelledError):
                 raise
             except _NOT_PREPARED as error:
-                if not self._prepared:
+                if not prepared:
                     raise self._failed(error) from error
-                self._unprepared(error)
+                until_s += AGAIN_S
+                if self._prepared:
+                    log.warning(_UNPREPARED, self.where, _said(error))
+                    self._reconnect(self._settings)
             except (pg.UndefinedTableError, pg.UndefinedColumnError) as error:
                 self._verified = False
                 if tables:
                     raise self._failed(error) from error
                 tables = True
             except _PASSING as error:
+                if "startup parameter" in str(error):
+                    if self._settings:
+                        log.warning(_UNSET, self.where, _said(error))
+                        self._reconnect({})
+                    continue
                 self._verified, again = False, True
-                if self._closed or self._trouble is not None or time.monotonic() + pause_s > until_s:
+                if self._trouble is not None or time.monotonic() + pause_s > until_s:
                     raise self._failed(error) from error
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
-            except (asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+            except asyncpg.PostgresError as error:
                 raise self._failed(error) from error
             else:
                 if self._trouble is not None:
                     self._recovered()
                 return done
+            finally:
+                self._busy.discard(work)
 
     async def _performed(self, work: Callable[[Any, bool], Awaitable[_T]], again: bool) -> _T:
         loop = asyncio.get_running_loop()
@@ -648,15 +695,12 @@ class PostgresStore:
         return await asyncpg.create_pool(
             self._url, min_size=0, max_size=_BESIDE_CONNECTIONS if loop is self._beside else self._connections,
             connection_class=_Connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
-            max_cached_statement_lifetime=0,
+            max_cached_statement_lifetime=0, server_settings=self._settings,
         )  # fmt: skip
 
-    def _unprepared(self, error: Exception) -> None:
-        log.warning(
-            "A pooler in front of %s does not keep prepared statements (%s): each takes another round trip now. PgBouncer"
-            " keeps them from 1.21 on, with max_prepared_statements.", self.where, error,
-        )  # fmt: skip
-        self._prepared = False
+    def _reconnect(self, settings: dict[str, str]) -> None:
+        """With these, and without prepared statements; who has a connection may finish with it."""
+        self._settings, self._prepared = settings, False
         pools, self._pools = self._pools, {}
         for loop, opening in pools.items():
             loop.call_soon_threadsafe(self._start, _closed(opening))
@@ -838,6 +882,10 @@ def _set(key: Key, rows: Sequence[tuple[int, bytes, int]], before: bytes | Damag
     return b"".join([*members][-JOIN_KEEP:])
 
 
+async def _mark(arguments: Sequence[Any], connection: Any, again: bool) -> None:
+    await connection.execute(_MARK_LOST, *arguments)
+
+
 async def _closed(opening: asyncio.Future[asyncpg.Pool[Any]]) -> None:
     with suppress(Exception):
         pool = await opening
@@ -856,4 +904,4 @@ def _without_password(url: str) -> str:
 def _said(error: BaseException) -> str:
     """An error in words, without its end."""
     unsaid = "it does not answer" if isinstance(error, TimeoutError) else type(error).__name__
-    return (" ".join(str(error).split()) or unsaid).rstrip(".")
+    return (str(error).partition("\n")[0] or unsaid).rstrip(".")

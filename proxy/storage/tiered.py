@@ -125,8 +125,18 @@ class Tiered:
 
     @property
     def suspends(self) -> bool:
-        """Whether a `get` may wait for something else than a disk."""
-        return self.l3 is not None or self.l4 is not None
+        return self.engine.suspends or self.l3 is not None or self.l4 is not None
+
+    def ahead(self, keys: Iterable[Key]) -> None:
+        """With what says where those are that L2 does not have."""
+        keys = list(keys)
+        if self.l4 is not None and self.engine.suspends:
+            moving = {self._owner(key) for key in keys if isinstance(key, bytes) and key[:1] in self.space.MOVING}
+            keys += [self.space.ARCHIVE + owner for owner in moving]
+        self.engine.ahead(keys)
+
+    def size_bytes(self) -> int:
+        return self.engine.size_bytes()
 
     @property
     def erased(self) -> int:
