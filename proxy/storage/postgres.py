@@ -695,7 +695,7 @@ class PostgresStore:
         return await asyncpg.create_pool(
             self._url, min_size=0, max_size=_BESIDE_CONNECTIONS if loop is self._beside else self._connections,
             connection_class=_Connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
-            max_cached_statement_lifetime=0, server_settings=self._settings,
+            max_cached_statement_lifetime=0, server_settings=self._settings, init=self._verify,
         )  # fmt: skip
 
     def _reconnect(self, settings: dict[str, str]) -> None:
@@ -706,7 +706,7 @@ class PostgresStore:
             loop.call_soon_threadsafe(self._start, _closed(opening))
 
     async def _verify(self, connection: Any) -> None:
-        """It has our tables, of this version, and is the store that it was."""
+        """It has our tables, of this version, and is the store that it was: asked of each new connection."""
         try:
             row = await connection.fetchrow(_OPEN)
         except pg.UndefinedTableError:
@@ -724,6 +724,7 @@ class PostgresStore:
         lost = before is not None and before != secret
         if before == secret and self._last_adds and erased == self.erased:
             asked = set(self._last_adds)
+            self._last_adds.clear()  # one connection asks
             columns = [list(part) for part in zip(*asked, strict=True)]
             lost = await connection.fetchval(_THERE, *columns) < len(asked)
         if before is None or lost:
@@ -733,9 +734,9 @@ class PostgresStore:
             what = "an older" if before == secret else "another"
             log.error("%s holds %s storage now: what was remembered %s is gone.", self.where, what,
                       "since" if before == secret else "before")  # fmt: skip
-        self._forget()
-        self._last_adds.clear()
-        self._secret, self.erased, self._verified = secret, erased, True
+            self._last_adds.clear()
+            self._forget()
+        self._secret, self.erased, self._verified = secret, self._learned(erased), True
 
     async def _make(self, connection: Any) -> None:
         async with connection.transaction():
