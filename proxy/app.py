@@ -124,7 +124,7 @@ class App:
                 self._draining.watch()
                 watching = watch(self._erasures, self.memory.store, self.memory.renew, self._retention_days)
                 collected = collect_now_and_then(lambda: not self._served)
-                collecting = [asyncio.ensure_future(collected), asyncio.ensure_future(watching)]
+                collecting = [asyncio.ensure_future(collected), asyncio.ensure_future(self.memory.beside(watching))]
                 await send({"type": "lifespan.startup.complete"})
             else:
                 for task in collecting:

@@ -151,9 +151,6 @@ class Tiered:
     async def scrub(self) -> None:
         await self.engine.scrub()
 
-    def size_bytes(self) -> int:
-        return self.engine.size_bytes()
-
     async def check(self, proved_s: float = 0.0) -> None:
         await self.engine.check(proved_s)
 
