@@ -1,6 +1,7 @@
 """What a store of a million pages costs a request, beside one of ten thousand.
 
-    python -m tests.bench.scale [--conversations 100,1000,10000] [--engines sqlite,postgres] [--chart docs/scale.svg]
+    python -m tests.bench.scale [--conversations 100,1000,10000] [--engines sqlite,postgres] [--results FILE]
+    python -m tests.bench.scale --draw docs/scale.svg --results FILE
 
 Promises: the store is what the proxy makes (tests/bench/making.py), conversations of 100 pages, each larger than its
 window; the server is `llm-pager serve` over sockets, started anew before each row, so that every conversation is cold:
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from proxy.config import Config, load_config
+from tests.bench.chart import small_multiples
 from tests.bench.gateways import cpu_seconds, rss_mb
 from tests.bench.making import MESSAGES, Conversation, body, completion, make, message
 from tests.e2e.processes import ServerProcess
@@ -46,6 +48,11 @@ WITHIN = 2.0  # times the smallest size
 TURNS = ("cold", "turn", "whole")
 # What is done in one life of a server: none of it is known at the first.
 PROCESSES = (TURNS, ("fault L2",), ("search", "search again", "fault L1"))
+CHARTED = {
+    "turn, CPU ms": "turn, CPU ms", "first turn here, CPU ms": "cold, CPU ms", "whole history, CPU ms": "whole, CPU ms",
+    "first search, p50 ms": "search, p50 ms", "fault from disk, p50 ms": "fault L2, p50 ms",
+    "fault from disk, p99 ms": "fault L2, p99 ms", "RSS at the end, MB": "RSS after the work, MB", "bytes a page": "bytes on disk a page",
+}  # fmt: skip
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 _LENGTH = re.compile(rb"content-length: *(\d+)")
 
@@ -256,15 +263,28 @@ async def run(engines: Sequence[Engine], sizes: Sequence[int], folder: Path) -> 
     return [bench.row for bench in benches]
 
 
-def table(name: str, rows: Sequence[Row]) -> str:
+Results = dict[str, dict[str, list[float]]]  # by engine and figure, a value for each size; the sizes are "pages"
+
+
+def table(name: str, figures: dict[str, list[float]]) -> str:
     """In Markdown, with what the largest costs for each of the smallest."""
-    lines = [f"| {name} | " + " | ".join(f"{row.pages:,} pages" for row in rows) + " | times |", "|---" * (len(rows) + 2) + "|"]
-    for figure in rows[0].figures():
-        values = [row.figures()[figure] for row in rows]
+    pages = figures["pages"]
+    lines = [f"| {name} | " + " | ".join(f"{count:,.0f} pages" for count in pages) + " | times |", "|---" * (len(pages) + 2) + "|"]
+    for figure, values in figures.items():
+        if figure == "pages":
+            continue
         times = values[-1] / values[0]
         over = " **over**" if times > WITHIN else ""
         lines.append(f"| {figure} | " + " | ".join(f"{value:.3g}" for value in values) + f" | {times:.2f}{over} |")
     return "\n".join(lines)
+
+
+def chart(results: Results) -> str:
+    """The figures that people ask for first."""
+    pages = next(iter(results.values()))["pages"]
+    ticks = [f"{count / 1e3:,.0f}k" if count < 1e6 else f"{count / 1e6:g}M" for count in pages]
+    panels = {name: {engine: figures[figure] for engine, figures in results.items()} for name, figure in CHARTED.items()}
+    return small_multiples("What a store of a million pages costs a request", ticks, list(results), panels)
 
 
 def main() -> None:
@@ -273,7 +293,13 @@ def main() -> None:
     parser.add_argument("--conversations", default="100,1000,10000")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--folder", type=Path, help="where the stores are made and kept (default: a temporary one)")
+    parser.add_argument("--results", type=Path, help="a file that keeps the figures, beside those of other runs")
+    parser.add_argument("--draw", type=Path, help="the chart of the results, instead of measuring")
     options = parser.parse_args()
+    results: Results = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
+    if options.draw:
+        options.draw.write_text(chart(results), encoding="utf-8")
+        return
     sizes = [int(size) for size in options.conversations.split(",")]
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as temporary:
         folder: Path = options.folder or Path(temporary)
@@ -281,7 +307,12 @@ def main() -> None:
         for name in options.engines.split(","):
             with ExitStack() as open_:
                 engines = [open_.enter_context(ENGINES[name](folder, size)) for size in sizes]
-                print(table(name, asyncio.run(run(engines, sizes, folder))), flush=True)
+                rows = asyncio.run(run(engines, sizes, folder))
+            shown = [{"pages": row.pages, **row.figures()} for row in rows]
+            results[name] = {figure: [values[figure] for values in shown] for figure in shown[0]}
+            print(table(name, results[name]), flush=True)
+            if options.results:
+                options.results.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
