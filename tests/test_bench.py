@@ -132,23 +132,23 @@ def stored(config: Config) -> dict[bytes, object]:
 
 def test_a_made_conversation_is_the_one_that_the_server_stores(tmp_path: Path) -> None:
     conversation = Conversation(7)
-    with scale.sqlite(tmp_path, 1) as made, scale.sqlite(tmp_path, 2) as served:
-        asyncio.run(open_store(made.config(tmp_path), keys.KINDS).close())
-        shutil.copytree(tmp_path / "sqlite-1", tmp_path / "sqlite-2")  # one secret
-        asyncio.run(make(made.config(tmp_path), [conversation.number]))
+    made, served = (scale.Engine(name, {"l2": {"path": str(tmp_path / name)}}, int) for name in ("made", "served"))
+    asyncio.run(open_store(made.config(tmp_path), keys.KINDS).close())
+    shutil.copytree(tmp_path / "made", tmp_path / "served")  # one secret
+    asyncio.run(make(made.config(tmp_path), [conversation.number]))
 
-        async def talk() -> None:
-            async with AsyncExitStack() as running:
-                model = await asyncio.get_running_loop().create_server(scale.Model, "127.0.0.1", 0)
-                running.callback(model.close)
-                upstream = {"base_url": f"http://127.0.0.1:{model.sockets[0].getsockname()[1]}/v1"}
-                server = running.enter_context(ServerProcess({"tiers": served.tiers, "upstream": upstream}))
-                client = await scale.Client(server.port).open()
-                for request, answer in conversation.turns():
-                    said = {"role": "assistant", "content": answer}
-                    await client.chat(request, conversation.headers, completion(said))
-                client.close()
+    async def talk() -> None:
+        async with AsyncExitStack() as running:
+            model = await asyncio.get_running_loop().create_server(scale.Model, "127.0.0.1", 0)
+            running.callback(model.close)
+            upstream = {"base_url": f"http://127.0.0.1:{model.sockets[0].getsockname()[1]}/v1"}
+            server = running.enter_context(ServerProcess({"tiers": served.tiers, "upstream": upstream}))
+            client = await scale.Client(server.port).open()
+            for request, answer in conversation.turns():
+                said = {"role": "assistant", "content": answer}
+                await client.chat(request, conversation.headers, completion(said))
+            client.close()
 
-        asyncio.run(talk())
-        ours, theirs = stored(made.config(tmp_path)), stored(served.config(tmp_path))
+    asyncio.run(talk())
+    ours, theirs = stored(made.config(tmp_path)), stored(served.config(tmp_path))
     assert len(ours) > 50 and ours == theirs

@@ -19,8 +19,9 @@ import random
 import statistics
 import tempfile
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -36,6 +37,7 @@ from tests.e2e.processes import ServerProcess
 
 SOMEBODY = [(b"authorization", b"Bearer somebody")]
 REPLICAS = 4
+IDLE_S = 5.0
 CONVERSATIONS = 100
 ROUNDS = 3  # turns of each conversation that are measured, of each kind
 
@@ -108,26 +110,37 @@ class Fleet:
 
     async def measure(self, whole: bool, rounds: int) -> Asked:
         """`whole`: the clients send their histories, else only what is new."""
-        await asyncio.sleep(1)  # what the replicas do beside the requests belongs to neither
-        before = self._counts()
-        for _ in range(rounds):
-            for number, said in self.said.items():
-                await self.turn(number, said, whole)
-            self.turns += 1
-        after = self._counts()
-        count = rounds * len(self.said)
-        return Asked(*((b - a) / count for a, b in zip(before, after, strict=True)))
+
+        async def work() -> None:
+            for _ in range(rounds):
+                for number, said in self.said.items():
+                    await self.turn(number, said, whole)
+                self.turns += 1
+
+        return await self._asked(rounds * len(self.said), work)
 
     async def short(self, rounds: int) -> Asked:
         """First messages, which fit their window."""
-        await asyncio.sleep(1)
-        before = self._counts()
-        for i in range(rounds * CONVERSATIONS):
-            question = f"{i}. " + Conversation(i).texts[0]
-            said = completion({"role": "assistant", "content": Conversation(i).texts[1]})
-            await self.clients[i % len(self.clients)].chat(body([message("user", question)]), SOMEBODY, said)
-        after = self._counts()
-        return Asked(*((b - a) / rounds / CONVERSATIONS for a, b in zip(before, after, strict=True)))
+
+        async def work() -> None:
+            for i in range(rounds * CONVERSATIONS):
+                question = f"{i}. " + Conversation(i).texts[0]
+                said = completion({"role": "assistant", "content": Conversation(i).texts[1]})
+                await self.clients[i % len(self.clients)].chat(body([message("user", question)]), SOMEBODY, said)
+
+        return await self._asked(rounds * CONVERSATIONS, work)
+
+    async def _asked(self, turns: int, work: Callable[[], Awaitable[None]]) -> Asked:
+        """What `work` asked, without what all these processes do when nobody asks."""
+        await asyncio.sleep(1)  # what they do behind the last answers
+        counts, at_s = [self._counts()], [time.monotonic()]
+        for doing in (asyncio.sleep(IDLE_S), work()):
+            await doing
+            counts.append(self._counts())
+            at_s.append(time.monotonic())
+        idle, busy = ([b - a for a, b in zip(*counts[i : i + 2], strict=True)] for i in (0, 1))
+        times = (at_s[2] - at_s[1]) / (at_s[1] - at_s[0])
+        return Asked(*(max(0.0, b - i * times) / turns for i, b in zip(idle, busy, strict=True)))
 
     async def turn(self, number: int, said: list[bytes], whole: bool) -> None:
         conversation = Conversation(number)

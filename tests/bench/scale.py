@@ -27,12 +27,12 @@ import json
 import random
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -169,14 +169,48 @@ class Engine:
 
 
 @contextmanager
-def sqlite(folder: Path, size: int) -> Iterator[Engine]:
-    path = folder / f"sqlite-{size}"
-    yield Engine(
-        "sqlite", {"l2": {"path": str(path)}}, lambda: sum(f.stat().st_blocks * 512 for f in path.rglob("*") if f.is_file())
-    )
+def sqlite(folder: Path, sizes: Sequence[int]) -> Iterator[list[Engine]]:
+    """Stores of so many conversations; those that are there already are taken."""
+    engines = []
+    for size in sizes:
+        path = folder / f"sqlite-{size}"
+        disk_bytes = partial(_directory_bytes, path)
+        engine = Engine(f"sqlite-{size}", {"l2": {"path": str(path)}}, disk_bytes)
+        if not path.exists():
+            making = Engine(f"making-{size}", {"l2": {"path": str(folder / "making")}}, disk_bytes)
+            asyncio.run(make(making.config(folder), range(size)))
+            (folder / "making").rename(path)
+        engines.append(engine)
+    yield engines
 
 
-ENGINES = {"sqlite": sqlite}
+def _directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+
+
+@contextmanager
+def postgres(folder: Path, sizes: Sequence[int]) -> Iterator[list[Engine]]:
+    """The same stores, migrated into databases of one server."""
+    from proxy.cli import main as llm_pager
+    from tests.services import Postgres
+
+    with sqlite(folder, sizes), Postgres({"fsync": "on", "shared_buffers": "256MB", "max_wal_size": "4GB"}) as server:
+        engines = []
+        for size in sizes:
+            url = server.new_database()
+            if llm_pager(["migrate", str(folder / f"sqlite-{size}"), url]):
+                raise RuntimeError(f"the store of {size} conversations could not be migrated")
+            server.execute("VACUUM ANALYZE", url=url)
+            engines.append(Engine(f"postgres-{size}", {"l2": {"url": url}}, partial(_database_bytes, server, url)))
+        yield engines
+
+
+def _database_bytes(server: Any, url: str) -> int:
+    (row,) = server.execute("SELECT pg_database_size(current_database()) AS bytes", url=url)
+    return int(row["bytes"])
+
+
+ENGINES = {"sqlite": sqlite, "postgres": postgres}
 
 
 class Bench:
@@ -237,14 +271,8 @@ class Bench:
         self.row.took(kind, Model.gap_s)
 
 
-async def run(engines: Sequence[Engine], sizes: Sequence[int], folder: Path) -> list[Row]:
+async def run(engines: Sequence[Engine], sizes: Sequence[int]) -> list[Row]:
     """A row for each size, each on an engine of its own. They take turns, so that a noisy machine is one to all of them."""
-    for engine, size in zip(engines, sizes, strict=True):
-        started_s, cpu_s = time.monotonic(), time.process_time()
-        if not engine.disk_bytes():
-            await make(engine.config(folder), range(size))
-        print(f"{engine.name}: {size * MESSAGES:,} pages, made in {time.process_time() - cpu_s:.0f} s of CPU"
-              f" ({time.monotonic() - started_s:.0f} s)", file=sys.stderr, flush=True)  # fmt: skip
     model = await asyncio.get_running_loop().create_server(Model, "127.0.0.1", 0)
     port = model.sockets[0].getsockname()[1]
     benches = [Bench(engine, size, port) for engine, size in zip(engines, sizes, strict=True)]
@@ -305,9 +333,8 @@ def main() -> None:
         folder: Path = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         for name in options.engines.split(","):
-            with ExitStack() as open_:
-                engines = [open_.enter_context(ENGINES[name](folder, size)) for size in sizes]
-                rows = asyncio.run(run(engines, sizes, folder))
+            with ENGINES[name](folder, sizes) as engines:
+                rows = asyncio.run(run(engines, sizes))
             shown = [{"pages": row.pages, **row.figures()} for row in rows]
             results[name] = {figure: [values[figure] for values in shown] for figure in shown[0]}
             print(table(name, results[name]), flush=True)
