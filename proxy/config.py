@@ -296,6 +296,12 @@ class TiersConfig(Section):
         return self
 
 
+class StorageConfig(Section):
+    retention_days: Annotated[
+        float | None, Field(gt=0, description="null or a number of days above 0")
+    ] = None
+
+
 class PagesConfig(Section):
     max_tokens: Annotated[int, Field(ge=64)] = 1024
 
@@ -420,6 +426,7 @@ class Config(Section):
     upstream: UpstreamConfig = UpstreamConfig()
     memory: MemoryConfig = MemoryConfig()
     tiers: TiersConfig = TiersConfig()
+    storage: StorageConfig = StorageConfig()
     pages: PagesConfig = PagesConfig()
     faults: FaultsConfig = FaultsConfig()
     prefetch: PrefetchConfig = PrefetchConfig()

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"check", "config", "demo", "errors", "forget", "storage"},  # the app is named to uvicorn as a string
+    "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
