@@ -1,4 +1,4 @@
-"""Real services for tests, benches and chaos scripts: PostgreSQL, and PgBouncer in front of it.
+"""Real services for tests, benches and chaos scripts: PostgreSQL, and PgBouncer in front of it; an S3 store.
 
 Promises: each is a process of our own on a free port of 127.0.0.1, in a directory of its own, and ends with the one
 who started it, also by SIGKILL; as root they run as an unprivileged user. What is not installed skips a test with
@@ -8,7 +8,7 @@ Every second `llm-pager serve` that a test in tests/e2e or tests/contract starts
 database here instead of a directory (`store_url`); LLM_PAGER_TEST_STORE=postgres: each, =directory: none. One that means
 the directory says `url: None`.
 
-`postgres` and `pgbouncer` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
+`postgres`, `pgbouncer` and `s3` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
 that nobody else has and that is empty. A test that restarts the server or cuts its connections disturbs nobody but
 tests that run at that moment: within one process of pytest there are none.
 
@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -378,6 +379,42 @@ def execute(url: str, statement: str, *arguments: object) -> list[Any]:
         return thread.submit(asyncio.run, run()).result()
 
 
+class S3(_Service):
+    """Moto's server: an S3 store whose buckets are empty. `stop` and `start`: it forgets all."""
+
+    def __init__(self) -> None:
+        super().__init__("llm-pager-s3-")
+        self._as = {}  # our own Python, which others may not read
+        self._numbers = count(1)
+
+    def start(self) -> S3:
+        if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
+            raise Missing("no S3 server: pip install 'moto[server]'")
+        self._spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)])
+        self._await(lambda: _listens(self.port))
+        return self
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of `tiers.l3.options` and `tiers.l4.options`."""
+        return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1", "access_key_id": "pager",
+                "secret_access_key": PASSWORD}  # fmt: skip
+
+    def new_bucket(self) -> str:
+        """The URL of a folder in an empty one."""
+        name = f"test-{os.getpid()}-{next(self._numbers)}"
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        urllib.request.urlopen(request, timeout=START_S).close()
+        return f"s3://{name}/pager"
+
+    def __enter__(self) -> S3:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._made.cleanup()
+
+
 # -- fixtures
 
 
@@ -440,3 +477,12 @@ def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
 @pytest.fixture
 def postgres_url(postgres: Postgres) -> str:
     return postgres.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    with contextlib.ExitStack() as stack:
+        with skipped_where_missing():
+            pytest.importorskip("obstore")
+            server = stack.enter_context(S3())
+        yield server

@@ -42,7 +42,7 @@ import asyncpg
 from asyncpg import exceptions as pg
 from cachetools import LRUCache
 
-from proxy.errors import StorageError
+from proxy.errors import ErasedMeanwhile, StorageError
 from proxy.storage import suspend
 from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, RETRY_S
 from proxy.storage.sqlite import (
@@ -102,6 +102,7 @@ CREATE INDEX llm_pager_ahead ON llm_pager_values (tenant, path, stored) WHERE st
 _MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of those of this one
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
 _OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
+_SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
 JOIN llm_pager_values v ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key"""
@@ -236,6 +237,10 @@ class _Connection(asyncpg.Connection):
 
 class _Refused(StorageError):
     """Not by trouble: it is another store than was meant."""
+
+
+class _Erased(_Refused, ErasedMeanwhile):
+    """Likewise: a part of it is not there any more."""
 
 
 class _Row(NamedTuple):
@@ -382,6 +387,12 @@ class PostgresStore:
             value = _set(key, list(zip(range(len(members)), members, sums, strict=True)), before)
             by_key[key] = (None, value) if isinstance(value, bytes) else (LOST_SUM, b"")
         return [(key, *by_key[key]) for key in sorted(by_key)[:limit]]
+
+    def size_bytes(self) -> int:
+        """Of all values, as they are stored, with what a row takes beside. From any thread; reads no value."""
+        self._require_open()
+        rows = self._now(self._perform(lambda connection, again: connection.fetch(_SIZE)))
+        return int(rows[0][0])
 
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`. Each read tells of them, too."""
@@ -545,7 +556,7 @@ class PostgresStore:
             if wanted.secret not in (None, secret):
                 raise _Refused(f"The storage in {self.where} was replaced meanwhile.")
             self.erased = self._learned(erased)
-            raise _Refused("Something was erased meanwhile: what began before it is not stored.")
+            raise _Erased("Something was erased meanwhile: what began before it is not stored.")
         with self._lock:
             for key in wanted.adds:
                 if key[:1] in _AHEAD:
@@ -566,6 +577,18 @@ class PostgresStore:
             columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
             if columns:
                 await self._perform(partial(_mark, [*columns, replace]))
+
+    async def scrub(self) -> None:
+        """The rows that were dropped or replaced before are removed from the tables. On a connection of its own, since
+        it takes its time. Raises StorageError."""
+        try:
+            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0)
+            try:
+                await connection.execute("VACUUM llm_pager_values, llm_pager_members")
+            finally:
+                await connection.close(timeout=_RELEASE_S)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+            raise StorageError(f"The tables in {self.where} cannot be vacuumed: {_said(error)}.") from error
 
     async def check(self, proved_s: float = 0.0) -> None:
         """As DiskStore's."""
@@ -845,7 +868,7 @@ def _within(prefix: bytes, after: bytes = b"") -> tuple[str, list[bytes]]:
             add("path = %s", path)
             rest += prefix[_PATH:]
     add("key >= %s AND key < %s", rest, _after(rest))
-    if after > prefix:
+    if after >= prefix:
         add("(tenant, path, key) > (%s, %s, %s)", *_columns(after))
     return " AND ".join(conditions), values
 
