@@ -231,6 +231,7 @@ class L2Config(Section):
         Field(strict=False, description="a directory's path"),
     ] = Path("data")
     queue_records: AtLeast1 = 10_000
+    durability: Literal["process", "power"] = "process"
 
 
 class L3Config(Section):

@@ -73,7 +73,8 @@ class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
-        self.store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, keys.KINDS)
+        l2 = config.tiers.l2
+        self.store = DiskStore(l2.path, l2.queue_records, keys.KINDS, l2.durability)
         self._generation = self.store.generation
         self.identity = Identity(self.store.secret())
         self.cache = Cache(config.tiers.l1.tokens)

@@ -186,6 +186,24 @@ def connect(directory: Path, wait_s: float = _READ_WAIT_S, create: bool = False)
     return connection
 
 
+def sync_commits(connection: sqlite3.Connection) -> None:
+    """From now on `COMMIT` returns when the disk has it."""
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA fullfsync = ON")  # macOS: its fsync alone leaves it in the disk's cache
+
+
+def sync_directory(directory: Path) -> None:
+    """The names in it, and its own, survive losing power."""
+    if sys.platform == "win32":
+        return
+    for path in (directory, directory.absolute().parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def inodes(directory: Path) -> Inodes:
     """Which files stand in the directory under the database's names now: the database, its log, its shared memory."""
     return tuple(map(_inode, _names(directory)))
