@@ -181,6 +181,10 @@ def _require_extra(config: "Config") -> None:
         raise StartError(
             f"search.embeddings: {asked} needs an extra that is not installed: pip install 'llm-pager[semantic]'."
         )
+    if config.storage.encryption.keys and find_spec("cryptography") is None:
+        raise StartError(
+            "storage.encryption.keys needs an extra that is not installed: pip install 'llm-pager[encryption]'."
+        )
 
 
 def _require_writable(directory: Path) -> None:

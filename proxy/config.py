@@ -247,6 +247,22 @@ class TiersConfig(Section):
     l3: L3Config = L3Config()
 
 
+class EncryptionConfig(Section):
+    keys: Annotated[
+        tuple[str, ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        AfterValidator(_each_like(r"file:.+|[A-Za-z0-9+/]{43}=")),
+        Field(strict=False, description="a list of keys of 32 bytes in base64 (openssl rand -base64 32), or of file:PATH"),
+    ] = ()
+    key_store: OptionalText = None
+    cache_keys: AtLeast1 = 10_000
+    cache_s: Seconds = 60.0
+
+
+class StorageConfig(Section):
+    encryption: EncryptionConfig = EncryptionConfig()
+
+
 class PagesConfig(Section):
     max_tokens: Annotated[int, Field(ge=64)] = 1024
 
@@ -371,6 +387,7 @@ class Config(Section):
     upstream: UpstreamConfig = UpstreamConfig()
     memory: MemoryConfig = MemoryConfig()
     tiers: TiersConfig = TiersConfig()
+    storage: StorageConfig = StorageConfig()
     pages: PagesConfig = PagesConfig()
     faults: FaultsConfig = FaultsConfig()
     prefetch: PrefetchConfig = PrefetchConfig()

@@ -28,12 +28,19 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import suppress
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 from cachetools import TTLCache
@@ -41,13 +48,13 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from proxy.errors import ConfigError, StorageError
-from proxy.storage.sqlite import SEALED, Damaged, Key, Repaired, packed, unpacked
+from proxy.storage.sqlite import MARK, SEALED, Damaged, Key, Repaired, packed, unpacked
 
 if TYPE_CHECKING:
-    from proxy.storage import Engine
+    from proxy.config import Config
+    from proxy.storage import Engine, KeySpace
 
 MASTER_BYTES = 32
-MARK = "sealed"  # the row by which a store is known to be sealed, and with whose keys
 _INSTALLATION = b""  # the owner of the key that seals it
 _KEY = b"K"  # + owner: its keys
 _UNSEALED = b"U"  # a row beside them: some values may stand unsealed
@@ -71,7 +78,7 @@ class Version(NamedTuple):
 
 _encode_row = msgspec.msgpack.Encoder().encode
 _decode_row = msgspec.msgpack.Decoder(list[Version]).decode
-_Rows = Sequence[tuple[Key, bytes]]
+_K = TypeVar("_K", bytes, Key)
 
 
 def read_masters(keys: Sequence[str]) -> list[bytes]:
@@ -213,6 +220,16 @@ class Keyring:
             raise Damaged("A tenant's key is not what was stored in the key store.") from None
 
 
+def sealed(engine: Engine, config: Config, keys: KeySpace) -> Sealed:
+    """The store around an engine, as `storage.encryption` says. Raises ConfigError and StorageError."""
+    from proxy.storage.l2 import DiskStore
+
+    encryption = config.storage.encryption
+    where = Path(encryption.key_store or config.tiers.l2.path / "keys").expanduser()
+    ring = Keyring(DiskStore(where, _AT_ONCE, None, "power"), read_masters(encryption.keys), encryption.cache_keys, encryption.cache_s)
+    return Sealed(engine, ring, keys.tenant, keys.IDS_ONLY, (str(config.tiers.l2.path), str(where)))
+
+
 class Sealed:
     """The store `inner`, sealed. `tenant`: whose a key's value is, as `keys.owner` says, but for the conversation;
     `plain`: first bytes of the keys whose values are not sealed; `where`: what the two stores are called, for people."""
@@ -299,7 +316,7 @@ class Sealed:
 
     async def commit(
         self,
-        puts: _Rows,
+        puts: Sequence[tuple[Key, bytes]],
         joins: Sequence[tuple[bytes, bytes]] = (),
         adds: Sequence[tuple[bytes, bytes]] = (),
         secret: bytes | None = None,
@@ -319,11 +336,11 @@ class Sealed:
         if tenants:
             marks = await self._marks(generation)
             await self.ring.make(tenants)
-            work = partial(self._sealed, puts), partial(self._sealed, adds)
             if size > _AT_ONCE_BYTES:
-                sealed_puts, sealed_adds = [await asyncio.to_thread(part) for part in work]
+                sealed_puts = await asyncio.to_thread(self._sealed, puts)
+                sealed_adds = await asyncio.to_thread(self._sealed, adds)
             else:
-                sealed_puts, sealed_adds = [part() for part in work]
+                sealed_puts, sealed_adds = self._sealed(puts), self._sealed(adds)
             sealed_puts = [*sealed_puts, *marks]
         there = await self.inner.commit(sealed_puts, joins, sealed_adds, secret, erased, drops, leaves, erases)
         if tenants:
@@ -333,7 +350,7 @@ class Sealed:
             await self.inner.commit(lost, secret=secret, erased=erased)
         return there - {key for key, _ in lost}
 
-    async def _marks(self, generation: int) -> _Rows:
+    async def _marks(self, generation: int) -> Sequence[tuple[Key, bytes]]:
         """What is stored with the first sealed values of a store."""
         if self._marked == generation:
             return ()
@@ -354,7 +371,7 @@ class Sealed:
         except Damaged:
             return True
 
-    def _sealed(self, rows: _Rows) -> _Rows:
+    def _sealed(self, rows: Sequence[tuple[_K, bytes]]) -> list[tuple[_K, bytes]]:
         return [
             (key, value if isinstance(key, str) or key[:1] in self._plain else self._seal(self._tenant(key), key, value))
             for key, value in rows
