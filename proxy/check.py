@@ -8,6 +8,7 @@ and a client that would lose text by it is told. A server may run meanwhile: it 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,12 +24,14 @@ from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
 from proxy.memory.artifacts_bridge import is_intact
 from proxy.memory.table import block_ref
+from proxy.storage import Store, open_store
 from proxy.storage.l3 import ArtifactStore
 from proxy.storage.sqlite import (
     DATABASE,
     LOST_SUM,
     SECRET,
     Connection,
+    Damaged,
     Failure,
     Key,
     checksum,
@@ -64,13 +67,21 @@ def _checked(config: Config, path: Path) -> int:
     damage = bool(opened.told)
     for sentence in opened.told:
         print(f"found      {sentence}")
-    found = _File(path)
+    store = open_store(config, keys)  # refused where it is encrypted with other keys
+    try:
+        return _all_checked(config, path, store, damage)
+    finally:
+        asyncio.run(store.close())
+
+
+def _all_checked(config: Config, path: Path, store: Store, damage: bool) -> int:
+    found = _File(path, store)
     if found.damage:
         damage = True
         for line, count in found.damage.items():
             print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
         print(f"repaired   {repair(path).told(path)}")
-        found = _File(path)
+        found = _File(path, store)
     size = (path / DATABASE).stat().st_size
     print(f"file       {DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
     if found.wrong:
@@ -83,6 +94,8 @@ def _checked(config: Config, path: Path) -> int:
     if found.lost:
         print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
         print("           a session of new messages that needs one is told to send its whole history")
+    if found.dropped:
+        print(f"erased     {_counted(found.dropped)}: they are encrypted with keys that were dropped")
     url = config.tiers.l3.url or str(path / "artifacts")
     kept, dropped = _artifacts(ArtifactStore(url))
     if kept or dropped:
@@ -96,9 +109,11 @@ def _checked(config: Config, path: Path) -> int:
 
 class _File:
     """What stands in a database: `damage` in its file, in sentences; `sound` and `lost` values, by kind; `wrong`:
-    keys of those that were stored like this or are missing, and why."""
+    keys of those that were stored like this or are missing, and why; `dropped`: values that nobody can decrypt."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: Store) -> None:
+        self._opened = store.opened
+        self.dropped: Counter[str] = Counter()
         self.damage: Counter[str] = Counter()
         self.sound: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
@@ -133,8 +148,15 @@ class _File:
                 if isinstance(key, bytes) and (why := self._verified(key, unpacked(value), identity)):
                     self.wrong[key] = why
 
-    def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
+    def _verified(self, key: bytes, stored: bytes, identity: Identity) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
+        try:
+            value = self._opened(key, stored)
+        except Damaged:
+            return "cannot be decrypted"
+        if value is None:
+            self.dropped[_kind(key)] += 1
+            return ""
         if key.startswith(keys.BLOCK):
             return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"
         if key.startswith(keys.SESSION):

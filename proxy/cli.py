@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | demo`.
+"""The command line: `llm-pager serve | check | keys | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__
-from proxy.errors import ConfigError
+from proxy import __version__, keyring
+from proxy.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command == "keys":
+            return keyring.run(args)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"llm-pager: {problem}", file=sys.stderr)
         return 2
-    except StartError as error:
+    except (StartError, StorageError) as error:
         print(f"llm-pager: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -84,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check_)
     check_.add_argument("--storage", action="store_true",
                         help="read all that is stored instead: find damage, and repair it (status 3)")
+
+    keyring.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")
@@ -117,7 +121,9 @@ def check(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, os.environ, {})
     if args.storage:
-        return _check_storage(config)
+        from proxy.check import check_storage
+
+        return check_storage(config)
     for note in config.notes():
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
@@ -125,16 +131,6 @@ def check(args: argparse.Namespace) -> int:
     if (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
-
-
-def _check_storage(config: "Config") -> int:
-    from proxy.check import check_storage
-    from proxy.errors import StorageError
-
-    try:
-        return check_storage(config)
-    except StorageError as error:
-        raise StartError(str(error)) from error
 
 
 # ---------------------------------------------------------------- serve
@@ -208,10 +204,11 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.storage.l2 import DiskStore, StorageError
+    from proxy.conversation import keys
+    from proxy.storage import open_store
 
     try:
-        store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
+        store = open_store(config, keys)
         asyncio.run(store.close())
     except StorageError as error:
         raise StartError(str(error)) from error

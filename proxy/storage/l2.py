@@ -243,6 +243,13 @@ class DiskStore:
                 found.append((row[0], value_of(row)))
         return found
 
+    def opened(self, key: bytes, value: bytes) -> bytes | None:
+        """A value that was read elsewhere; a store of sealed ones has them opened here."""
+        return value
+
+    async def drop_key(self, owner: bytes) -> None:
+        """Of a tenant, or of a credential: a store of sealed values forgets it, so that no copy of them can be read."""
+
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`."""
         with suppress(StorageError):

@@ -173,6 +173,7 @@ class Keyring:
         """Wrap all keys with the newest master key, and give each owner a new one for what it stores from now on.
         Returns how many owners. What is made, changed or dropped meanwhile stays so."""
         began_s, done = int(time.time()), 0
+        await self.store.commit((), drops=[_REWRITTEN])  # that was for the keys before
         for installation in (False, True):  # the last: who can open its key can open all
             changed = True
             while changed:
@@ -262,9 +263,7 @@ class Sealed:
     def get(self, key: Key) -> bytes | None:
         """As the inner store's; None, too, for a value whose key was dropped."""
         value = self.inner.get(key)
-        if value is None or isinstance(key, str) or key[:1] in self._plain:
-            return value
-        return self.unseal(self._tenant(key), key, value)
+        return value if value is None or isinstance(key, str) else self.opened(key, value)
 
     def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]:
         """As the inner store's, which is at its end when nothing is found."""
@@ -272,13 +271,17 @@ class Sealed:
             found = []
             for key, value in rows:
                 with suppress(Damaged):
-                    opened = value if key[:1] in self._plain else self.unseal(self._tenant(key), key, value)
+                    opened = self.opened(key, value)
                     if opened is not None:
                         found.append((key, opened))
             if found:
                 return found
             after = rows[-1][0]
         return []
+
+    def opened(self, key: bytes, value: bytes) -> bytes | None:
+        """A value as the inner store has it; as `unseal`."""
+        return value if key[:1] in self._plain else self.unseal(self._tenant(key), key, value)
 
     def unseal(self, tenant: bytes, name: bytes, value: bytes) -> bytes | None:
         """What was sealed under a name; None where its key was dropped. Raises Damaged; StorageError where the
@@ -391,10 +394,10 @@ class Sealed:
         await self.ring.make([tenant])
         return await asyncio.to_thread(self._seal, tenant, name, value)
 
-    async def drop_key(self, tenant: bytes) -> None:
+    async def drop_key(self, owner: bytes) -> None:
         """Of a tenant, or of a credential with all of its tenants: what was sealed for them, here and in every copy, is
         read by nobody any more. Before they are dropped from here: a turn that begins behind that has a new key."""
-        await self.ring.drop(tenant)
+        await self.ring.drop(owner)
 
     # -- sealing again
 
