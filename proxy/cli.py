@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | keys | demo`.
+"""The command line: `llm-pager serve | check | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__, keyring
+from proxy import __version__, backup, keyring
 from proxy.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(args)
         if args.command == "keys":
             return keyring.run(args)
+        if args.command == "backup":
+            return backup.run(args)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="read all that is stored instead: find damage, and repair it (status 3)")
 
     keyring.add_parser(commands)
+    backup.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "conversation", "demo", "errors", "keyring", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"backup", "check", "config", "conversation", "demo", "errors", "keyring", "storage"},  # the app is named to uvicorn as a string
+    "backup": {"config", "errors", "storage"},
     "keyring": {"config", "conversation", "errors", "storage"},
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
