@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from proxy.cli import main
+from proxy.config import load_config
 from proxy.conversation import keys, turn_window
+from proxy.storage import open_store
+from proxy.storage.sqlite import SEALED, put_row, unpacked
 from tests.api.test_chat import answered, client
 from tests.api.test_damage import L0, Talk
 
@@ -116,6 +120,38 @@ def test_damaged_artifacts_are_deleted(data: Path, capsys: pytest.CaptureFixture
     status, told = checked(capsys)
     assert status == 3 and "artifacts  1 in" in told and "dropped    1 damaged" in told
     assert not path.exists() and checked(capsys)[0] == 0
+
+
+def test_an_encrypted_storage_is_read_with_its_keys(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_PAGER_STORAGE__ENCRYPTION__KEYS", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=")
+    assert main(["keys", "rewrite"]) == 0 and "rewritten" in capsys.readouterr().out
+    status, told = checked(capsys)
+    assert (status, told.splitlines()[-1]) == (0, "result     sound") and f"{TURNS + 1} x record of a turn" in told
+    put = put_row(*next((key, value[:-1] + b"x") for key, value in sealed_rows(data) if key.startswith(keys.RECORD)))
+    change(data, "UPDATE Cache SET tag = ?, value = ? WHERE key = ?", put[1], put[2], put[0])
+    status, told = checked(capsys)
+    assert status == 3 and "1 x record of a turn cannot be decrypted" in told
+    assert checked(capsys)[0] == 0
+
+    async def drop() -> None:
+        store = open_store(load_config(None, os.environ, {}), keys)
+        for owner in {keys.tenant(key) for key, _ in sealed_rows(data)}:
+            await store.drop_key(owner)
+        await store.close()
+
+    asyncio.run(drop())
+    status, told = checked(capsys)
+    assert status == 0 and f"erased     {TURNS} x record of a turn" in told, told
+    monkeypatch.delenv("LLM_PAGER_STORAGE__ENCRYPTION__KEYS")
+    assert main(["check", "--storage"]) == 1 and "is encrypted" in capsys.readouterr().err
+
+
+def sealed_rows(data: Path) -> list[tuple[bytes, bytes]]:
+    with closing(sqlite3.connect(data / "cache.db")) as database:
+        rows = database.execute("SELECT key, value FROM Cache WHERE typeof(key) = 'blob'").fetchall()
+    return [(key, value) for key, value in ((key, unpacked(value)) for key, value in rows) if value.startswith(SEALED)]
 
 
 def test_what_cannot_be_checked_is_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

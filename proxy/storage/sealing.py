@@ -38,9 +38,11 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from cachetools import TTLCache
@@ -78,7 +80,6 @@ class Version(NamedTuple):
 
 _encode_row = msgspec.msgpack.Encoder().encode
 _decode_row = msgspec.msgpack.Decoder(list[Version]).decode
-_K = TypeVar("_K", bytes, Key)
 
 
 def read_masters(keys: Sequence[str]) -> list[bytes]:
@@ -240,7 +241,7 @@ class Sealed:
     ) -> None:
         self.inner, self.ring, self._tenant, self._plain, self._where = inner, ring, tenant, plain, where
         self._unsealed = True  # of the values some may be
-        self._marked = -1  # the generation of the store whose mark is known to be there
+        self._marked: tuple[int, int] | None = None  # the generations that are known to belong together
         self._known_erased = inner.erased
         self._damaged: Counter[str] = Counter()
         if inner.trouble is None and ring.store.trouble is None:  # else before the first commit
@@ -256,7 +257,11 @@ class Sealed:
                     f"The storage in {self._where[0]} is encrypted, and its keys are not in the key store {self._where[1]}: "
                     "restore that one, or set tiers.l2 to another storage to begin anew."
                 )
-            self._marked = self.inner.generation
+            self._marked = self._generations
+
+    @property
+    def _generations(self) -> tuple[int, int]:
+        return self.inner.generation, self.ring.store.generation
 
     # -- reading
 
@@ -335,30 +340,29 @@ class Sealed:
             if isinstance(key, bytes) and key[:1] not in self._plain:
                 tenants.add(self._tenant(key))
                 size += len(value)
-        generation, sealed_puts, sealed_adds = self.inner.generation, puts, adds
-        if tenants:
-            marks = await self._marks(generation)
-            await self.ring.make(tenants)
-            if size > _AT_ONCE_BYTES:
-                sealed_puts = await asyncio.to_thread(self._sealed, puts)
-                sealed_adds = await asyncio.to_thread(self._sealed, adds)
-            else:
-                sealed_puts, sealed_adds = self._sealed(puts), self._sealed(adds)
-            sealed_puts = [*sealed_puts, *marks]
-        there = await self.inner.commit(sealed_puts, joins, sealed_adds, secret, erased, drops, leaves, erases)
-        if tenants:
-            self._marked = generation
-        lost = [row for row in sealed_adds if row[0] in there and await asyncio.to_thread(self._is_lost, row[0])]
-        if lost:  # its key was dropped: what stands there is nothing
-            await self.inner.commit(lost, secret=secret, erased=erased)
-        return there - {key for key, _ in lost}
+        if not tenants:
+            return await self.inner.commit(puts, joins, adds, secret, erased, drops, leaves, erases)
+        await self.ring.store.check(inf)  # nothing is sealed with keys that were deleted under us
+        marks, generations = await self._marks(), self._generations
+        await self.ring.make(tenants)
+        work = partial(self._sealed, puts), partial(self._sealed, adds)
+        large = size > _AT_ONCE_BYTES
+        sealed_puts, sealed_adds = [await asyncio.to_thread(part) if large else part() for part in work]
+        there = await self.inner.commit([*sealed_puts, *marks], joins, sealed_adds, secret, erased, drops, leaves, erases)
+        self._marked = generations
+        if there and (lost := await asyncio.to_thread(self._lost, there)):  # what stands there is nothing
+            await self.inner.commit([row for row in sealed_adds if row[0] in lost], secret=secret, erased=erased)
+            there -= lost
+        return there
 
-    async def _marks(self, generation: int) -> Sequence[tuple[Key, bytes]]:
+    async def _marks(self) -> Sequence[tuple[Key, bytes]]:
         """What is stored with the first sealed values of a store."""
-        if self._marked == generation:
+        if self._marked == self._generations:
             return ()
+        await self.inner.check()  # as the key store: what was deleted could still be read
+        self.ring.forget()
         await asyncio.to_thread(self._verify)
-        if self._marked == generation:
+        if self._marked == self._generations:
             return ()
         await self.ring.make([_INSTALLATION])
         self._unsealed = bool(await asyncio.to_thread(self.inner.scan, b"", b"", 1))
@@ -368,13 +372,18 @@ class Sealed:
             await self.ring.store.commit((), drops=[_UNSEALED])
         return [(MARK, self._seal(_INSTALLATION, MARK.encode(), b""))]
 
-    def _is_lost(self, key: bytes) -> bool:
-        try:
-            return self.get(key) is None
-        except Damaged:
-            return True
+    def _lost(self, keys: Collection[bytes]) -> frozenset[bytes]:
+        """Of the keys those whose values cannot be read any more."""
+        lost = set()
+        for key in keys:
+            try:
+                if self.get(key) is None:
+                    lost.add(key)
+            except Damaged:
+                lost.add(key)
+        return frozenset(lost)
 
-    def _sealed(self, rows: Sequence[tuple[_K, bytes]]) -> list[tuple[_K, bytes]]:
+    def _sealed(self, rows: Sequence[tuple[Any, bytes]]) -> list[tuple[Any, bytes]]:
         return [
             (key, value if isinstance(key, str) or key[:1] in self._plain else self._seal(self._tenant(key), key, value))
             for key, value in rows
@@ -387,12 +396,6 @@ class Sealed:
         key_id, cipher = newest
         nonce = os.urandom(_NONCE_BYTES)
         return b"".join((SEALED, key_id, nonce, cipher.encrypt(nonce, packed(value), name)))
-
-    async def seal(self, tenant: bytes, name: bytes, value: bytes) -> bytes:
-        """For `unseal`, wherever it is kept. Raises StorageError."""
-        self._look()
-        await self.ring.make([tenant])
-        return await asyncio.to_thread(self._seal, tenant, name, value)
 
     async def drop_key(self, owner: bytes) -> None:
         """Of a tenant, or of a credential with all of its tenants: what was sealed for them, here and in every copy, is
@@ -415,6 +418,9 @@ class Sealed:
     async def rewrite(self) -> AsyncIterator[tuple[int, int]]:
         """Seal with its tenant's newest key what is not yet; yields how many values were looked at and sealed. Goes on
         where the last one was stopped. What is replaced or dropped meanwhile stays so."""
+        await self.ring.store.check()
+        if marks := await self._marks():
+            await self.inner.commit(marks)
         after, looked, done = self.ring.store.get(_REWRITTEN) or b"", 0, 0
         while rows := self.inner.scan(b"", after, _AT_ONCE):
             states = [(key, value, self.state(key, value)) for key, value in rows]
@@ -424,7 +430,8 @@ class Sealed:
                 if state in ("unsealed", "older"):
                     with suppress(Damaged):
                         opened = self.unseal(self._tenant(key), key, value)
-                        swaps.append((key, value, self._seal(self._tenant(key), key, opened or b"")))
+                        if opened is not None:
+                            swaps.append((key, value, self._seal(self._tenant(key), key, opened)))
             if swaps:
                 done += len(await self.inner.swap(swaps))
             looked, after = looked + len(rows), rows[-1][0]

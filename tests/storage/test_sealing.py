@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import shutil
@@ -159,6 +160,35 @@ async def test_a_key_store_that_fails_loses_no_key(store: Sealed) -> None:
     assert store.inner.get(record(A, 3)) is None and store.get(record(B)) == b"short"
 
 
+@pytest.mark.parametrize("gone", ["data", "keys", "both"])
+async def test_what_is_deleted_under_it_is_noticed_before_anything_is_sealed_for_nobody(
+    tmp_path: Path, gone: str
+) -> None:
+    store = opened(tmp_path)
+    await store.commit(ROWS)
+    for name in ("data", "keys") if gone == "both" else (gone,):
+        shutil.rmtree(tmp_path / name)
+    stored = False
+    async with asyncio.timeout(20):
+        for _ in range(8):  # it is tried again once a second
+            try:
+                await store.commit([(record(A, 3), WORDS)], secret=store.secret())
+                stored = True
+            except StorageError as error:
+                told = str(error)
+                await asyncio.sleep(0.3)
+    assert stored is (gone != "keys")
+    await store.close()
+    if gone == "keys":
+        assert "its keys are not in the key store" in told
+        with pytest.raises(StorageError, match="its keys are not in the key store"):
+            opened(tmp_path)
+        return
+    again = opened(tmp_path)
+    assert again.get(record(A, 3)) == WORDS and again.get(record(A)) is None
+    await again.close()
+
+
 async def test_rotation_rewraps_every_key_and_seals_again(store: Sealed, tmp_path: Path) -> None:
     await store.commit(ROWS)
     old = store.inner.get(record(A)) or b""
@@ -216,16 +246,6 @@ async def test_what_was_stored_before_is_read_and_sealed_where_it_was_stopped(tm
     with pytest.raises(Damaged):  # from now on
         store.get(record(A))
     await store.close()
-
-
-async def test_objects_are_sealed_like_values(store: Sealed) -> None:
-    sealed = await store.seal(A, b"art_1", WORDS)
-    assert store.unseal(A, b"art_1", sealed) == WORDS and b"the words" not in sealed
-    with pytest.raises(Damaged):
-        store.unseal(A, b"art_2", sealed)
-    assert store.unseal(B, b"art_1", sealed) is None
-    await store.drop_key(A)
-    assert store.unseal(A, b"art_1", sealed) is None
 
 
 def test_master_keys_come_from_files_and_are_never_shown(tmp_path: Path) -> None:
