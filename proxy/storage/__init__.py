@@ -6,7 +6,7 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from proxy.errors import StorageError
 from proxy.storage.l2 import DiskStore
@@ -86,7 +86,7 @@ def open_store(config: Config, keys: KeySpace) -> Store:
     if encryption.keys:
         from proxy.storage.sealing import sealed
 
-        return sealed(engine, config, keys)
+        return cast(Store, sealed(engine, config, keys))
     if engine.trouble is None and engine.get(MARK) is not None:
         raise StorageError(f"The storage in {l2.path} is encrypted: set storage.encryption.keys to its master key.")
     return engine

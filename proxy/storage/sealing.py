@@ -50,7 +50,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from proxy.errors import ConfigError, StorageError
-from proxy.storage.sqlite import MARK, SEALED, Damaged, Key, Repaired, packed, unpacked
+from proxy.storage.sqlite import MARK, SEALED, Damaged, Key, packed, unpacked
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -439,16 +439,10 @@ class Sealed:
             yield looked, done
         await self.ring.store.commit((), drops=[_REWRITTEN, _UNSEALED])
 
-    # -- what the inner store tells
+    # -- all else is the inner store's
 
-    def secret(self) -> bytes:
-        return self.inner.secret()
-
-    def look(self) -> None:
-        self.inner.look()
-
-    async def check(self, proved_s: float = 0.0) -> None:
-        await self.inner.check(proved_s)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
     async def close(self) -> None:
         await self.inner.close()
@@ -461,19 +455,3 @@ class Sealed:
     @property
     def damaged(self) -> Mapping[str, int]:
         return {**self.inner.damaged, **self._damaged}
-
-    @property
-    def repaired(self) -> Repaired | None:
-        return self.inner.repaired
-
-    @property
-    def generation(self) -> int:
-        return self.inner.generation
-
-    @property
-    def losses(self) -> int:
-        return self.inner.losses
-
-    @property
-    def erased(self) -> int:
-        return self.inner.erased
