@@ -45,7 +45,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-from cachetools import TTLCache
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -64,6 +63,7 @@ _REWRITTEN = b"R"  # up to which key the values have been sealed again
 _NONCE_BYTES = 12
 _HEAD_BYTES = len(SEALED) + 8
 _AT_ONCE_BYTES = 65_536  # more is sealed in a thread: 0.4 ms
+_CHECK_S = 1.0  # between two looks whether the key store is still there
 _AT_ONCE = 500  # owners or values of one commit of a rotation
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Version(NamedTuple):
     wrapped: bytes
 
 
+_NO_KEYS: dict[bytes, AESGCM] = {}
 _encode_row = msgspec.msgpack.Encoder().encode
 _decode_row = msgspec.msgpack.Decoder(list[Version]).decode
 
@@ -117,7 +118,8 @@ class Keyring:
         self.store = store
         self._masters = {sha256(b"llm-pager master" + key).digest()[:4]: AESGCM(key) for key in masters}
         self.master = next(iter(self._masters))  # the id of the newest
-        self._kept: TTLCache[bytes, dict[bytes, AESGCM]] = TTLCache(kept, kept_s)
+        self._kept = dict[bytes, tuple[float, dict[bytes, AESGCM]]]()  # owner -> until when, its keys; oldest first
+        self._most_kept, self._kept_s = kept, kept_s
         self._lock = threading.Lock()
 
     def newest(self, owner: bytes) -> tuple[bytes, AESGCM] | None:
@@ -129,22 +131,23 @@ class Keyring:
         return self._keys(owner).get(key_id) or self._keys(owner, anew=True).get(key_id)
 
     def _keys(self, owner: bytes, anew: bool = False) -> dict[bytes, AESGCM]:
-        with self._lock:
-            found = None if anew else self._kept.get(owner)
-        if found is None:
+        until_s, found = self._kept.get(owner, (0.0, _NO_KEYS))
+        now_s = time.monotonic()
+        if anew or now_s > until_s:
             row = self.store.get(_KEY + owner)
             found = {version.id: AESGCM(self._unwrapped(owner, version)) for version in _decode_row(row or b"\x90")}
             with self._lock:
+                self._kept.pop(owner, None)
                 if found:
-                    self._kept[owner] = found
-                else:
-                    self._kept.pop(owner, None)
+                    self._kept[owner] = now_s + self._kept_s, found
+                if len(self._kept) > self._most_kept:
+                    del self._kept[next(iter(self._kept))]
         return found
 
     async def make(self, owners: Iterable[bytes]) -> None:
         """Each has a key from now on; of several processes that make one for the same owner the first is heard."""
-        with self._lock:
-            missing = [owner for owner in owners if not self._kept.get(owner)]
+        now_s = time.monotonic()
+        missing = [owner for owner in owners if now_s > self._kept.get(owner, (0.0, _NO_KEYS))[0]]
         missing = [owner for owner in missing if not await asyncio.to_thread(self._keys, owner)]
         if missing:
             await self.store.commit((), adds=[(_KEY + owner, _encode_row([self._made(owner)])) for owner in missing])
@@ -243,6 +246,7 @@ class Sealed:
         self._unsealed = True  # of the values some may be
         self._marked: tuple[int, int] | None = None  # the generations that are known to belong together
         self._known_erased = inner.erased
+        self._checked_s = -inf
         self._damaged: Counter[str] = Counter()
         if inner.trouble is None and ring.store.trouble is None:  # else before the first commit
             self._verify()
@@ -296,11 +300,11 @@ class Sealed:
                 return value
             raise self._met_damage("it is not sealed")
         key_id, nonce = value[len(SEALED) : _HEAD_BYTES], value[_HEAD_BYTES : _HEAD_BYTES + _NONCE_BYTES]
-        if _named(key_id[:4]) != key_id:
-            raise self._met_damage("its key has no such name")
         self._look()
         cipher = self.ring.find(tenant, key_id)
         if cipher is None:
+            if _named(key_id[:4]) != key_id:
+                raise self._met_damage("there is no such key")
             return None
         try:
             return unpacked(cipher.decrypt(nonce, value[_HEAD_BYTES + _NONCE_BYTES :], name))
@@ -342,13 +346,16 @@ class Sealed:
                 size += len(value)
         if not tenants:
             return await self.inner.commit(puts, joins, adds, secret, erased, drops, leaves, erases)
-        await self.ring.store.check(inf)  # nothing is sealed with keys that were deleted under us
-        marks, generations = await self._marks(), self._generations
+        if (now_s := time.monotonic()) - self._checked_s > _CHECK_S:  # no longer are keys in use that were deleted under us
+            await self.ring.store.check(inf)
+            self._checked_s = now_s
+        marks, generations = () if self._marked == self._generations else await self._marks(), self._generations
         await self.ring.make(tenants)
         work = partial(self._sealed, puts), partial(self._sealed, adds)
         large = size > _AT_ONCE_BYTES
         sealed_puts, sealed_adds = [await asyncio.to_thread(part) if large else part() for part in work]
-        there = await self.inner.commit([*sealed_puts, *marks], joins, sealed_adds, secret, erased, drops, leaves, erases)
+        sealed_puts += marks
+        there = await self.inner.commit(sealed_puts, joins, sealed_adds, secret, erased, drops, leaves, erases)
         self._marked = generations
         if there and (lost := await asyncio.to_thread(self._lost, there)):  # what stands there is nothing
             await self.inner.commit([row for row in sealed_adds if row[0] in lost], secret=secret, erased=erased)
@@ -357,8 +364,6 @@ class Sealed:
 
     async def _marks(self) -> Sequence[tuple[Key, bytes]]:
         """What is stored with the first sealed values of a store."""
-        if self._marked == self._generations:
-            return ()
         await self.inner.check()  # as the key store: what was deleted could still be read
         self.ring.forget()
         await asyncio.to_thread(self._verify)
@@ -370,7 +375,7 @@ class Sealed:
             await self.ring.store.commit([(_UNSEALED, b"")])
         else:
             await self.ring.store.commit((), drops=[_UNSEALED])
-        return [(MARK, self._seal(_INSTALLATION, MARK.encode(), b""))]
+        return [(MARK, self._seal(self._newest(_INSTALLATION), MARK.encode(), b""))]
 
     def _lost(self, keys: Collection[bytes]) -> frozenset[bytes]:
         """Of the keys those whose values cannot be read any more."""
@@ -384,15 +389,23 @@ class Sealed:
         return frozenset(lost)
 
     def _sealed(self, rows: Sequence[tuple[Any, bytes]]) -> list[tuple[Any, bytes]]:
-        return [
-            (key, value if isinstance(key, str) or key[:1] in self._plain else self._seal(self._tenant(key), key, value))
-            for key, value in rows
-        ]
+        newest = dict[bytes, tuple[bytes, AESGCM]]()
+        made = []
+        for key, value in rows:
+            if isinstance(key, bytes) and key[:1] not in self._plain:
+                tenant = self._tenant(key)
+                value = self._seal(newest.get(tenant) or newest.setdefault(tenant, self._newest(tenant)), key, value)
+            made.append((key, value))
+        return made
 
-    def _seal(self, tenant: bytes, name: bytes, value: bytes) -> bytes:
+    def _newest(self, tenant: bytes) -> tuple[bytes, AESGCM]:
         newest = self.ring.newest(tenant)
         if newest is None:
             raise StorageError("The key of a tenant was dropped meanwhile: what it was to seal is not stored.")
+        return newest
+
+    @staticmethod
+    def _seal(newest: tuple[bytes, AESGCM], name: bytes, value: bytes) -> bytes:
         key_id, cipher = newest
         nonce = os.urandom(_NONCE_BYTES)
         return b"".join((SEALED, key_id, nonce, cipher.encrypt(nonce, packed(value), name)))
@@ -419,7 +432,7 @@ class Sealed:
         """Seal with its tenant's newest key what is not yet; yields how many values were looked at and sealed. Goes on
         where the last one was stopped. What is replaced or dropped meanwhile stays so."""
         await self.ring.store.check()
-        if marks := await self._marks():
+        if self._marked != self._generations and (marks := await self._marks()):
             await self.inner.commit(marks)
         after, looked, done = self.ring.store.get(_REWRITTEN) or b"", 0, 0
         while rows := self.inner.scan(b"", after, _AT_ONCE):
@@ -431,7 +444,7 @@ class Sealed:
                     with suppress(Damaged):
                         opened = self.unseal(self._tenant(key), key, value)
                         if opened is not None:
-                            swaps.append((key, value, self._seal(self._tenant(key), key, opened)))
+                            swaps.append((key, value, self._seal(self._newest(self._tenant(key)), key, opened)))
             if swaps:
                 done += len(await self.inner.swap(swaps))
             looked, after = looked + len(rows), rows[-1][0]

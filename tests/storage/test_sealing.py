@@ -168,6 +168,7 @@ async def test_what_is_deleted_under_it_is_noticed_before_anything_is_sealed_for
     await store.commit(ROWS)
     for name in ("data", "keys") if gone == "both" else (gone,):
         shutil.rmtree(tmp_path / name)
+    store._checked_s = float("-inf")  # a second later
     stored = False
     async with asyncio.timeout(20):
         for _ in range(8):  # it is tried again once a second
