@@ -64,6 +64,7 @@ _NONCE_BYTES = 12
 _HEAD_BYTES = len(SEALED) + 8
 _AT_ONCE_BYTES = 65_536  # more is sealed in a thread: 0.4 ms
 _CHECK_S = 1.0  # between two looks whether the key store is still there
+_JUST_S = 0.001  # a commit of then proves that a store can be written
 _AT_ONCE = 500  # owners or values of one commit of a rotation
 
 log = logging.getLogger(__name__)
@@ -364,7 +365,7 @@ class Sealed:
 
     async def _marks(self) -> Sequence[tuple[Key, bytes]]:
         """What is stored with the first sealed values of a store."""
-        await self.inner.check()  # as the key store: what was deleted could still be read
+        await self.inner.check(_JUST_S)  # what was deleted could still be read
         self.ring.forget()
         await asyncio.to_thread(self._verify)
         if self._marked == self._generations:
