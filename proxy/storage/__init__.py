@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from proxy.errors import StorageError
 from proxy.storage.l2 import DiskStore
-from proxy.storage.sqlite import MARK, Key, Repaired
+from proxy.storage.sqlite import MARK, Damaged, Key, Repaired
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -87,6 +87,13 @@ def open_store(config: Config, keys: KeySpace) -> Store:
         from proxy.storage.sealing import sealed
 
         return cast(Store, sealed(engine, config, keys))
-    if engine.trouble is None and engine.get(MARK) is not None:
+    if engine.trouble is None and _is_sealed(engine):
         raise StorageError(f"The storage in {l2.path} is encrypted: set storage.encryption.keys to its master key.")
     return engine
+
+
+def _is_sealed(engine: Engine) -> bool:
+    try:
+        return engine.get(MARK) is not None
+    except Damaged:
+        return True

@@ -254,14 +254,20 @@ class Sealed:
 
     def _verify(self) -> None:
         """Raises StorageError where the values are not sealed with keys of this key store."""
-        mark, installation = self.inner.get(MARK), self.ring.newest(_INSTALLATION)
-        if mark is not None:
+        stored, sound, ours = True, False, self.ring.newest(_INSTALLATION) is not None
+        with suppress(Damaged):  # a mark that is damaged is stored again
+            mark = self.inner.get(MARK)
+            stored = mark is not None
+            sound = mark is not None and ours and self.unseal(_INSTALLATION, MARK.encode(), mark) is not None
+            ours = sound or not stored
+        if not ours:
+            raise StorageError(
+                f"The storage in {self._where[0]} is encrypted, and its keys are not in the key store {self._where[1]}: "
+                "restore that one, or set tiers.l2 to another storage to begin anew."
+            )
+        if stored:
             self._unsealed = self.ring.store.get(_UNSEALED) is not None
-            if installation is None or self.unseal(_INSTALLATION, MARK.encode(), mark) is None:
-                raise StorageError(
-                    f"The storage in {self._where[0]} is encrypted, and its keys are not in the key store {self._where[1]}: "
-                    "restore that one, or set tiers.l2 to another storage to begin anew."
-                )
+        if sound:
             self._marked = self._generations
 
     @property
@@ -356,7 +362,11 @@ class Sealed:
         large = size > _AT_ONCE_BYTES
         sealed_puts, sealed_adds = [await asyncio.to_thread(part) if large else part() for part in work]
         sealed_puts += marks
-        there = await self.inner.commit(sealed_puts, joins, sealed_adds, secret, erased, drops, leaves, erases)
+        try:
+            there = await self.inner.commit(sealed_puts, joins, sealed_adds, secret, erased, drops, leaves, erases)
+        except StorageError:
+            self._checked_s = -inf  # what became of this one may have become of the other
+            raise
         self._marked = generations
         if there and (lost := await asyncio.to_thread(self._lost, there)):  # what stands there is nothing
             await self.inner.commit([row for row in sealed_adds if row[0] in lost], secret=secret, erased=erased)
@@ -457,6 +467,10 @@ class Sealed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    async def check(self, proved_s: float = 0.0) -> None:
+        await self.inner.check(proved_s)
+        await self.ring.store.check(inf if self.ring.store.trouble is None else proved_s)
 
     async def close(self) -> None:
         await self.inner.close()

@@ -19,6 +19,7 @@ from proxy.errors import ConfigError
 from proxy.storage import open_store
 from proxy.storage.l2 import Damaged, DiskStore, StorageError
 from proxy.storage.sealing import Sealed, read_masters
+from proxy.storage.sqlite import connect, mark_lost
 
 OLD, NEW = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 A, B = b"scopeA" + b"person", b"scopeA" + b"other1"
@@ -142,6 +143,14 @@ async def test_wrong_and_missing_keys_are_refused(store: Sealed, tmp_path: Path)
     os.rename(tmp_path / "kept", tmp_path / "keys")
     again = opened(tmp_path)
     assert again.get(record(A)) == WORDS
+    mark_lost(connect(tmp_path / "data"), ["sealed"])  # by which it is known to be encrypted
+    await again.close()
+    with pytest.raises(StorageError, match="is encrypted: set storage.encryption.keys"):
+        open_store(Config.model_validate({"tiers": {"l2": {"path": str(tmp_path / "data")}}}), keys)
+    again = opened(tmp_path)
+    assert again.get(record(A)) == WORDS
+    await again.commit([(record(A, 1), b"new")])
+    assert again.inner.get("sealed")
     await again.close()
 
 
