@@ -31,6 +31,7 @@ from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import collect_now_and_then, configure, tune
 from proxy.server import Door
+from proxy.storage.tiered import READS, Reads
 from proxy.tokens import load
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
@@ -53,9 +54,11 @@ class App:
             config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
         self._draining = Draining(config.server.drain_s)
-        self._own = own_endpoints(
+        own = own_endpoints(
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
         )
+        self._own = self.memory.requests(own)
+        self._serve = self.memory.requests(self._visited)
         self._origins = Origins(config)
         self._served = 0  # requests, at this moment
 
@@ -66,6 +69,7 @@ class App:
         if scope["type"] != "http":
             await self._own(scope, receive, send)
             return
+        READS.set(Reads())
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
             head = self._origins.preflight(scope, origin)
@@ -75,7 +79,7 @@ class App:
                 return
             send = self._origins.readable(origin, send)
         if not is_ours(scope["path"]):
-            await self._visited(scope, receive, Visit(scope, send))
+            await self._serve(scope, receive, Visit(scope, send))
         elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
             await send_error(send, refusal)
         else:
@@ -113,6 +117,7 @@ class App:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
+                self.memory.start()
                 self._draining.watch()
                 collecting = asyncio.ensure_future(collect_now_and_then(lambda: not self._served))
                 await send({"type": "lifespan.startup.complete"})

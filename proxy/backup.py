@@ -27,17 +27,20 @@ def run(args: argparse.Namespace) -> int:
     from proxy.storage.sqlite import DATABASE, Failure, back_up
 
     config = load_config(args.config, os.environ, {})
-    encryption, source = config.storage.encryption, config.tiers.l2.path
-    keys = Path(encryption.key_store or source / "keys").expanduser()
+    encryption, l2 = config.storage.encryption, config.tiers.l2
+    keys = Path(encryption.key_store or l2.path / "keys").expanduser()
     if args.keys and not encryption.keys:
         raise ConfigError("storage.encryption.keys is empty: there are no keys to copy.")
+    if "://" in (encryption.key_store or l2.url or "") if args.keys else l2.url is not None:
+        raise ConfigError("What stands in PostgreSQL is copied by its own tools (pg_dump): docs/backups.md says how.")
+    source = keys if args.keys else l2.path
     try:
-        rows, size = back_up(keys if args.keys else source, args.directory)
+        rows, size = back_up(source, args.directory)
     except (OSError, Failure) as error:
         raise StorageError(f"The backup was not made: {error}.") from error
     print(f"{'keys' if args.keys else 'data'}       {rows} rows, {size / 1e6:.1f} MB in {args.directory / DATABASE}")
     if encryption.keys and not args.keys:
         print(f"keys       not in it, as they should not be: llm-pager backup --keys copies {keys}")
-    if config.tiers.l3.url is not None:
+    if config.tiers.l3.url is not None or config.tiers.l4.url is not None:
         print("objects    not in it: back them up behind it, by their own store's means")
     return 0

@@ -130,7 +130,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
     _require_extra(config)
-    if (config.tiers.l2.path / DATABASE).exists():
+    if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
 
@@ -149,7 +149,8 @@ def serve(args: argparse.Namespace) -> int:
     }
     config = load_config(args.config, os.environ, flags)
     _require_extra(config)
-    _require_writable(config.tiers.l2.path)
+    if config.tiers.l2.url is None or config.tiers.l3.url is None:
+        _require_writable(config.tiers.l2.path)
     _require_a_sound_store(config)
     listener = _listen(config.server.host, config.server.port)
     # The only ways to a spawned worker are its arguments, which everybody can list, and its
@@ -174,15 +175,16 @@ def _shared_counters(workers: int) -> Iterator[None]:
 
 def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
-    asked = config.search.embeddings
-    if asked != "none" and not all(map(find_spec, ("numpy", "tokenizers", "wordllama"))):
-        raise StartError(
-            f"search.embeddings: {asked} needs an extra that is not installed: pip install 'llm-pager[semantic]'."
-        )
-    if config.storage.encryption.keys and find_spec("cryptography") is None:
-        raise StartError(
-            "storage.encryption.keys needs an extra that is not installed: pip install 'llm-pager[encryption]'."
-        )
+    asked = {
+        "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
+        "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
+        "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
+        "storage.encryption.keys": (bool(config.storage.encryption.keys), "encryption", ("cryptography",)),
+        "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
+    }
+    for key, (is_asked, extra, modules) in asked.items():
+        if is_asked and not all(map(find_spec, modules)):
+            raise StartError(f"{key} needs an extra that is not installed: pip install 'llm-pager[{extra}]'.")
 
 
 def _require_writable(directory: Path) -> None:
@@ -207,8 +209,10 @@ def _require_writable(directory: Path) -> None:
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
     from proxy.conversation import keys
-    from proxy.storage import open_store
+    from proxy.storage import open_objects, open_store
 
+    for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
+        open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
         store = open_store(config, keys)
         asyncio.run(store.close())
@@ -262,7 +266,7 @@ def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
         f"  listening  {listening}, {processes}\n"
         f"  upstream   {upstream}\n"
         f"  window     {window} (tiers.l0.tokens), mode {config.memory.mode}\n"
-        f"  data       {config.tiers.l2.path.absolute()}\n"
+        f"  data       {config.masked()['tiers']['l2']['url'] or config.tiers.l2.path.absolute()}\n"
         f"  counters   {url}/metrics, {url}/vm/stats",
         flush=True,
     )

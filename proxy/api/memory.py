@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
 
@@ -26,6 +27,7 @@ from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
     LastUse,
     Record,
+    SessionNames,
     State,
     Stored,
     block_key,
@@ -45,14 +47,19 @@ from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
-from proxy.storage import open_store
+from proxy.storage import open_store, start_demotion
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, StorageError
+from proxy.storage.tiered import READS
+
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.demotion import Demotion
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
+_NEWEST, _ANSWERS = 8, 2  # messages among which the newest answers are looked for, and how many
 _LOOK_S = 0.5  # between two looks for what other processes erased
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
@@ -63,10 +70,13 @@ _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 
 log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 
 
 def as_api_error(error: StorageError | LookupError) -> ApiError:
     """What a caller is told who cannot be served without what is stored: nothing that would pass by itself was done."""
+    if isinstance(error, LookupError) and (reads := READS.get()) is not None and reads.failed is not None:
+        error = StorageError(reads.failed)  # it is there, and cannot be read now
     if isinstance(error, Damaged | LookupError):
         message = f"{str(error).rstrip('.')}. The storage is damaged: send the whole history, or begin another session."
         return ApiError(500, message, "api_error", "storage_damaged")
@@ -78,6 +88,8 @@ class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
+        self._config = config
+        self._demotion: Demotion | None = None
         self.store = open_store(config, keys)
         self.store.look()
         self._looked_s = 0.0
@@ -94,13 +106,20 @@ class Memory:
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
+    def start(self) -> None:
+        """Begin what is done beside the requests, on this event loop."""
+        self._demotion = start_demotion(self.store, self._config)
+
     async def close(self) -> None:
         self.pool.close()
+        if self._demotion is not None:
+            await self._demotion.close()
         await self.store.close()
 
     def forget(self) -> None:
         """Drop everything that is only cached, as invariant 9 is proved."""
         self.cache.clear()
+        self.store.forget()
         self.histories.clear()
         self.indexes.clear()
 
@@ -117,6 +136,36 @@ class Memory:
         if self.identity.secret != secret or self.identity.erased != erased:
             self.identity = Identity(secret, erased)
             self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
+
+    # -- a store that may be waited for
+
+    def requests(self, function: Callable[_P, Awaitable[None]]) -> Callable[_P, Awaitable[None]]:
+        """What serves requests, each call of it one: below it, what is stored may be read by plain calls."""
+        if not self.store.suspends:
+            return function
+        from proxy.storage.suspend import suspending
+
+        return suspending(function)
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """The same for a task beside the requests."""
+        if not self.store.suspends:
+            return work
+        from proxy.storage.suspend import suspendable
+
+        return suspendable(work)
+
+    def ahead(self, nodes: Sequence[Node], tenant: TenantKey, names: SessionNames, facts: bytes) -> None:
+        """Ask at once for what placing a request is going to read (identify.py), and for what is known of its model."""
+        wanted, newest = [facts], range(len(nodes) - 1, max(-1, len(nodes) - 1 - _NEWEST), -1)
+        answers = [at for at in newest if nodes[at].role == "assistant"][:_ANSWERS]
+        if answers and self.cache.get("record", nodes[answers[0]].id) is None:
+            first = next((at for at in range(min(_NEWEST, len(nodes))) if nodes[at].role == "assistant"), answers[0])
+            wanted += dict.fromkeys(record_key(nodes[at].id) for at in (*answers, first))
+            wanted += [self.identity.pair(tenant, nodes[at - 1].content, nodes[at].content) for at in answers if at]
+        if names.delta is not None:
+            wanted.append(names.delta)
+        self.store.ahead(wanted)
 
     # -- reading
 
@@ -189,7 +238,7 @@ class Memory:
         missing = self.indexes.missing(ids)
         new = pages.path[effect.before - min(missing, self._at_once) : effect.before]
         is_large = missing > self._at_once or sum(len(node.raw) for node in new) > _AT_ONCE_BYTES
-        if is_large or len(ids) > self._ranked_at_once:
+        if is_large or len(ids) > self._ranked_at_once or self.store.suspends:  # an index is locked while it is read
             hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
@@ -290,3 +339,8 @@ def owner_named(tenant: TenantKey, name: str) -> bytes | None:
 
 def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:
     return keys.CALIBRATION + scope + counter.encode() + b"/" + model.encode()
+
+
+def lesson_keys(scope: KeyScope, model: str, counter: str) -> list[bytes]:
+    """What an answer may change of what is known of its model."""
+    return [calibration_key(scope, model, counter), keys.MODEL + scope + model.encode(), keys.MODELS + scope]

@@ -1,8 +1,8 @@
-"""What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept in L3.
+"""What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept.
 
 Promises: a rendition is found by conversation, content and level, so nobody sees another's words about an
 equal image (invariant 6); a medium is decoded once, in a process of its own, and that it cannot be decoded is
-kept as well; without L3, a model or a decoder that has time it is made anew or said extractively, and the turn
+kept as well; without a store, a model or a decoder that has time it is made anew or said extractively, and the turn
 goes on; what was damaged is made again; the original is never touched (invariant 4).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
@@ -25,11 +26,10 @@ from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import TenantKey
 from proxy.media.decoders import Codec
-from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
+from proxy.memory.artifacts_bridge import ArtifactError, decode_page, encode_page
 from proxy.memory.levels import DECODED, codec_of
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType, json_text
 from proxy.storage.l2 import StorageError
-from proxy.storage.l3 import ArtifactStore
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,10 @@ _WORDS = {
 
 
 class Renditions:
-    """One per process; `memory` keeps which rendition is which artifact, `tiers.l3.url` the artifacts."""
+    """One per process; `memory` keeps them, as the bytes of artifacts."""
 
     def __init__(self, config: Config, memory: Memory, decoders: Decoders | None = None) -> None:
         self._memory = memory
-        url = config.tiers.l3.url or str(config.tiers.l2.path / "artifacts")
-        self._bridge = ArtifactsBridge(ArtifactStore(url))
         self._decoders = Decoders(config) if decoders is None else decoders
         self._wait_s = config.decoders.wait_s
         self._killed: LRUCache[bytes, bool] = LRUCache(_KILLED)
@@ -151,8 +149,10 @@ class Renditions:
             artifact = self._memory.get(key)
             if artifact is None:
                 return None
-            found = await self._read(artifact.decode())
-            if found is None:  # L3 was emptied: it will be made again
+            try:
+                found = decode_page(artifact)
+            except ArtifactError as error:
+                log.warning("a smaller version of a page is made again: %s", error)
                 return None
             self._memory.cache.put("rendition", key, found, len(str(found.content)))
         return found
@@ -160,28 +160,18 @@ class Renditions:
     async def keep(
         self, owner: bytes, page: MemoryPage, made: MemoryPage, kind: str
     ) -> None:
-        """Store a rendition of `page` in L3; a failure is logged, and it will be made again."""
+        """Store a rendition of `page`; a failure is logged, and it will be made again."""
         await self._keep(self._key(owner, page, made.compression_level, kind), made)
 
     async def _keep(self, key: bytes, made: MemoryPage) -> None:
         try:
-            artifact = await self._bridge.store_page(made)
-            await self._memory.store.commit([(key, artifact.encode())])
+            await self._memory.store.commit([(key, encode_page(made))])
         except (ArtifactError, StorageError) as error:
             log.warning("a smaller version of a page cannot be kept: %s", error)
 
-    async def _read(self, artifact: str) -> MemoryPage | None:
-        """The page of an artifact. A damaged one is dropped: its key must hold the bytes that it
-        names, and it could not be stored again beside others."""
-        try:
-            return await self._bridge.load_page(artifact)
-        except StorageError as error:
-            log.warning("a smaller version of a page cannot be read: %s", error)
-        except ArtifactError as error:
-            log.warning("a smaller version of a page is made again: %s", error)
-            with suppress(StorageError):
-                await self._bridge.delete(artifact)
-        return None
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """As `Memory.beside`."""
+        return self._memory.beside(work)
 
     def _key(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> bytes:
         return self._memory.identity.rendition(owner, page.version, int(level), kind)

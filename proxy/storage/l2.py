@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -58,6 +58,7 @@ from proxy.storage.sqlite import (
     put_row,
     sync_commits,
     sync_directory,
+    used_bytes,
     value_of,
     write_mark,
 )
@@ -182,6 +183,7 @@ class DiskStore:
         self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None, durability: str = "process"
     ) -> None:
         self._path = Path(path)
+        self.where = str(self._path)
         self._power = durability == "power"
         self._queue_records = queue_records
         self._kinds = kinds or {}
@@ -243,17 +245,26 @@ class DiskStore:
                 found.append((row[0], value_of(row)))
         return found
 
-    def opened(self, key: bytes, value: bytes) -> bytes | None:
-        """A value that was read elsewhere; a store of sealed ones has them opened here."""
-        return value
-
-    async def drop_key(self, owner: bytes) -> None:
-        """Of a tenant, or of a credential: a store of sealed values forgets it, so that no copy of them can be read."""
+    def size_bytes(self) -> int:
+        """What is held takes so much of the disk. From any thread. Raises StorageError."""
+        self._require_open()
+        database = self._database
+        if database is None:
+            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
+        try:
+            return used_bytes(database.reader)
+        except sqlite3.Error as error:
+            raise StorageError(f"Cannot read from {self._path}: {error}.") from error
 
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`."""
         with suppress(StorageError):
             self.erased = int.from_bytes(self.get(ERASED) or b"", "big")
+
+    suspends = False
+
+    def ahead(self, keys: Iterable[Key]) -> None:
+        """Nothing is gained."""
 
     def secret(self) -> bytes:
         """32 random bytes, made once per store and the same in every process; of a store that cannot be opened yet,

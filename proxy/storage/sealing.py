@@ -53,12 +53,14 @@ from proxy.storage.sqlite import MARK, SEALED, Damaged, Key, packed, unpacked
 
 if TYPE_CHECKING:
     from proxy.config import Config
-    from proxy.storage import Engine, KeySpace
+    from proxy.storage import KeySpace, Store
+    from proxy.storage.tiered import Tiered
 
 MASTER_BYTES = 32
 _INSTALLATION = b""  # the owner of the key that seals it
 _KEY = b"K"  # + owner: its keys
 _UNSEALED = b"U"  # a row beside them: some values may stand unsealed
+KEY_TABLES = "llm_pager_keys"  # of those in PostgreSQL: a dump can leave them out
 _REWRITTEN = b"R"  # up to which key the values have been sealed again
 _NONCE_BYTES = 12
 _HEAD_BYTES = len(SEALED) + 8
@@ -115,7 +117,7 @@ class Keyring:
     """The owners' keys in a store, wrapped with the first of the `masters`; what was read is kept for `kept_s` seconds, of
     `kept` owners. From any thread."""
 
-    def __init__(self, store: Engine, masters: Sequence[bytes], kept: int, kept_s: float) -> None:
+    def __init__(self, store: Store, masters: Sequence[bytes], kept: int, kept_s: float) -> None:
         self.store = store
         self._masters = {sha256(b"llm-pager master" + key).digest()[:4]: AESGCM(key) for key in masters}
         self.master = next(iter(self._masters))  # the id of the newest
@@ -226,24 +228,33 @@ class Keyring:
             raise Damaged("A tenant's key is not what was stored in the key store.") from None
 
 
-def sealed(engine: Engine, config: Config, keys: KeySpace) -> Sealed:
-    """The store around an engine, as `storage.encryption` says. Raises ConfigError and StorageError."""
-    from proxy.storage.l2 import DiskStore
-
+def sealed(inner: Tiered, config: Config, space: KeySpace) -> Sealed:
+    """As `storage.encryption` says. Raises ConfigError and StorageError."""
     encryption = config.storage.encryption
-    where = Path(encryption.key_store or config.tiers.l2.path / "keys").expanduser()
-    ring = Keyring(DiskStore(where, _AT_ONCE, None, "power"), read_masters(encryption.keys), encryption.cache_keys, encryption.cache_s)
-    return Sealed(engine, ring, keys.tenant, keys.IDS_ONLY, (str(config.tiers.l2.path), str(where)))
+    ring = Keyring(key_store(config), read_masters(encryption.keys), encryption.cache_keys, encryption.cache_s)
+    return Sealed(inner, ring, space.tenant, space.IDS_ONLY)
+
+
+def key_store(config: Config) -> Store:
+    """Where the tenants' keys stand. Raises ConfigError and StorageError."""
+    from proxy.storage import open_engine
+
+    named, l2 = config.storage.encryption.key_store, config.tiers.l2
+    if named is None and l2.url is not None:
+        return open_engine(config.tiers.l2, {}, KEY_TABLES)
+    is_url = named is not None and "://" in named
+    there = {"url": named} if is_url else {"url": None, "path": Path(named or l2.path / "keys").expanduser()}
+    return open_engine(l2.model_copy(update={**there, "durability": "power"}), {})
 
 
 class Sealed:
     """The store `inner`, sealed. `tenant`: whose a key's value is, as `keys.owner` says, but for the conversation;
-    `plain`: first bytes of the keys whose values are not sealed; `where`: what the two stores are called, for people."""
+    `plain`: first bytes of the keys whose values are not sealed."""
 
     def __init__(
-        self, inner: Engine, ring: Keyring, tenant: Callable[[bytes], bytes], plain: Collection[bytes], where: tuple[str, str]
+        self, inner: Tiered, ring: Keyring, tenant: Callable[[bytes], bytes], plain: Collection[bytes]
     ) -> None:
-        self.inner, self.ring, self._tenant, self._plain, self._where = inner, ring, tenant, plain, where
+        self.inner, self.ring, self._tenant, self._plain = inner, ring, tenant, plain
         self._unsealed = True  # of the values some may be
         self._marked: tuple[int, int] | None = None  # the generations that are known to belong together
         self._known_erased = inner.erased
@@ -262,7 +273,7 @@ class Sealed:
             ours = sound or not stored
         if not ours:
             raise StorageError(
-                f"The storage in {self._where[0]} is encrypted, and its keys are not in the key store {self._where[1]}: "
+                f"The storage in {self.inner.where} is encrypted, and its keys are not in the key store {self.ring.store.where}: "
                 "restore that one, or set tiers.l2 to another storage to begin anew."
             )
         if stored:
@@ -326,7 +337,7 @@ class Sealed:
 
     def _met_damage(self, why: str) -> Damaged:
         self._damaged["sealed value"] += 1
-        told = Damaged(f"A value in {self._where[0]} is damaged: {why}.")
+        told = Damaged(f"A value in {self.inner.where} is damaged: {why}.")
         if self._damaged["sealed value"] == 1:
             log.error("%s It is taken as missing, and stored again where a request has it.", told)
         return told
@@ -467,6 +478,10 @@ class Sealed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    @property
+    def suspends(self) -> bool:
+        return self.inner.suspends or self.ring.store.suspends
 
     async def check(self, proved_s: float = 0.0) -> None:
         await self.inner.check(proved_s)

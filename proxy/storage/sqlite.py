@@ -162,6 +162,12 @@ def value_of(row: tuple[Key, int, bytes]) -> bytes:
     return unpacked(value)
 
 
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """Of the file, without the pages that are free. Raises sqlite3.Error."""
+    size, pages, free = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count"))
+    return int(size * (pages - free))
+
+
 def is_damage(error: BaseException) -> bool:
     """SQLite cannot make sense of the file."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF

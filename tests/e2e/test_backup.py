@@ -20,12 +20,44 @@ import pytest
 from proxy.cli import main
 from tests.e2e.harness import RecordingUpstream, ServerProcess, answer, free_port, message_of
 from tests.e2e.talk import CHAT, assert_paged, body, config, history, raw
+from tests.services import Postgres
 
 PORT = free_port()
-SETTINGS = {
-    "plain": {},
-    "encrypted": {"encryption": {"keys": ["AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="]}},
-}
+ENCRYPTED = {"encryption": {"keys": ["AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="]}}
+STORES = ["directory", "encrypted directory", "encrypted PostgreSQL"]
+
+
+class Directory:
+    """`llm-pager backup`, of the data and, where there is one, of the key store."""
+
+    def __init__(self, server: ServerProcess, kept: Path, encrypted: bool) -> None:
+        self._server, self._kept, self._encrypted = server, kept, encrypted
+
+    def take(self) -> None:
+        arguments = ["--config", str(self._server._config_file)]
+        assert main(["backup", str(self._kept / "copy"), *arguments]) == 0
+        assert main(["backup", str(self._kept / "keys"), "--keys", *arguments]) == (0 if self._encrypted else 2)
+
+    def restore(self) -> None:
+        data = self._server.dir / "data"
+        shutil.rmtree(data)
+        shutil.copytree(self._kept / "copy", data)
+        if self._encrypted:
+            shutil.copytree(self._kept / "keys", data / "keys")
+
+
+class Database:
+    """`pg_dump` without the keys' tables, which stay."""
+
+    def __init__(self, postgres: Postgres, url: str) -> None:
+        self._postgres, self._url, self._dumped = postgres, url, b""
+
+    def take(self) -> None:
+        self._dumped = self._postgres.tool("pg_dump", "--exclude-table=llm_pager_keys*", self._url)
+
+    def restore(self) -> None:
+        self._postgres.execute("DROP TABLE llm_pager_store, llm_pager_values, llm_pager_members", url=self._url)
+        self._postgres.restore(self._dumped, self._url)
 
 
 @contextlib.asynccontextmanager
@@ -62,10 +94,14 @@ async def everybody(client: httpx.AsyncClient, turns: range) -> None:
     await asyncio.gather(*map(one, range(5)))
 
 
-@pytest.mark.parametrize("storage", SETTINGS)
-async def test_a_backup_that_was_taken_under_traffic_is_restored(tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    server = ServerProcess(config(PORT, storage=SETTINGS[storage]))
-    arguments = ["--config", str(server._config_file)]
+@pytest.mark.parametrize("storage", STORES)
+async def test_a_backup_that_was_taken_under_traffic_is_restored(
+    tmp_path: Path, storage: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_directory, encrypted = "directory" in storage, "encrypted" in storage
+    url = None if in_directory else request.getfixturevalue("postgres_url")
+    server = ServerProcess(config(PORT, storage=ENCRYPTED if encrypted else {}, tiers={"l2": {"url": url}}))
+    backup = Directory(server, tmp_path, encrypted) if url is None else Database(request.getfixturevalue("postgres"), url)
     async with upstreamed() as upstream:
         async with contextlib.AsyncExitStack() as running:
             running.enter_context(server)
@@ -74,12 +110,7 @@ async def test_a_backup_that_was_taken_under_traffic_is_restored(tmp_path: Path,
                 await ask(client, "sk-long", asked(pairs))
             await ask(client, "sk-delta", said("the lighthouse is red"), session="s")
             await everybody(client, range(3))
-            statuses = await asyncio.gather(  # in the middle of it
-                asyncio.to_thread(main, ["backup", str(tmp_path / "copy"), *arguments]),
-                asyncio.to_thread(main, ["backup", str(tmp_path / "keys"), "--keys", *arguments]),
-                everybody(client, range(3, 12)),
-            )  # fmt: skip
-            assert statuses[:2] == [0, 2 if storage == "plain" else 0]
+            await asyncio.gather(asyncio.to_thread(backup.take), everybody(client, range(3, 12)))  # in the middle of it
             await ask(client, "sk-long", asked(21))
             undisturbed = upstream.calls[-1]
             assert_paged(undisturbed)
@@ -87,12 +118,9 @@ async def test_a_backup_that_was_taken_under_traffic_is_restored(tmp_path: Path,
             await ask(client, "sk-delta", said("and the boat is green"), session="s")
             await ask(client, "sk-later", said("nobody copied this"), session="s")
             server.kill()
-            shutil.rmtree(server.dir / "data")
-            shutil.copytree(tmp_path / "copy", server.dir / "data")
-            if storage == "encrypted":
-                shutil.copytree(tmp_path / "keys", server.dir / "data" / "keys")
+            await asyncio.to_thread(backup.restore)
             await asyncio.to_thread(server.restart)
-            assert "is a backup of" in server.log and "what was remembered since is gone" in server.log
+            assert not in_directory or ("is a backup of" in server.log and "what was remembered since is gone" in server.log)
             await ask(client, "sk-long", asked(21))
             assert upstream.calls[-1].body == undisturbed.body
             response = await ask(client, "sk-long", asked(22))
@@ -110,9 +138,9 @@ async def test_a_backup_that_was_taken_under_traffic_is_restored(tmp_path: Path,
                 assert known == sorted(known, reverse=True) and known[2], known
             server.stop()
             await asyncio.to_thread(server.restart)
-            assert server.log.count(f"{server.dir / 'data'} is a backup of") == 1  # it is told once
+            assert server.log.count(f"{server.dir / 'data'} is a backup of") == in_directory  # it is told once
     told = capsys.readouterr()
-    assert ("keys       not in it" in told.out) is (storage == "encrypted")
+    assert ("keys       not in it" in told.out) is (in_directory and encrypted)
 
 
 async def test_what_a_backup_may_not_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +148,7 @@ async def test_what_a_backup_may_not_be(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["backup", "copy"]) == 1
     assert "There is no storage in data" in capsys.readouterr().err
     async with upstreamed():
-        with ServerProcess(config(PORT)) as server:
+        with ServerProcess(config(PORT, tiers={"l2": {"url": None}})) as server:
             async with raw(server.base_url) as client:
                 await ask(client, "sk-a", said("hello"))
             assert main(["backup", str(server.dir / "data"), "--config", str(server._config_file)]) == 1

@@ -34,7 +34,7 @@ def mark(who: str, turn: int) -> str:
 
 def settings(directory: Path, *masters: str) -> dict[str, Any]:
     encryption = {"keys": list(masters or (MASTER,)), "key_store": str(directory / "keys")}
-    return config(PORT, tiers={"l2": {"path": str(directory / "data")}}, storage={"encryption": encryption})
+    return config(PORT, tiers={"l2": {"path": str(directory / "data"), "url": None}}, storage={"encryption": encryption})
 
 
 @asynccontextmanager
@@ -135,7 +135,7 @@ async def test_nothing_that_was_said_stands_in_a_file_and_all_is_known_after_a_r
 
 async def test_after_a_rewrite_nothing_stands_in_a_store_that_was_not_encrypted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The other test's search finds what it looks for; encryption is switched on, the rest sealed, the master rotated."""
-    plain = config(PORT, tiers={"l2": {"path": str(tmp_path / "data")}})
+    plain = config(PORT, tiers={"l2": {"path": str(tmp_path / "data"), "url": None}})
     upstream = RecordingUpstream(lambda request, _: answer(request, message_of("noted")))
     upstream.port = PORT
     async with upstream:

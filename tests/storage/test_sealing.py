@@ -20,6 +20,7 @@ from proxy.storage import open_store
 from proxy.storage.l2 import Damaged, DiskStore, StorageError
 from proxy.storage.sealing import Sealed, read_masters
 from proxy.storage.sqlite import connect, mark_lost
+from tests.services import Postgres
 
 OLD, NEW = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 A, B = b"scopeA" + b"person", b"scopeA" + b"other1"
@@ -255,6 +256,39 @@ async def test_what_was_stored_before_is_read_and_sealed_where_it_was_stopped(tm
     with pytest.raises(Damaged):  # from now on
         store.get(record(A))
     await store.close()
+
+
+async def test_in_postgresql_the_keys_have_tables_of_their_own_that_a_dump_leaves_out(
+    postgres: Postgres, postgres_url: str
+) -> None:
+    def opened(*masters: str) -> Sealed:
+        settings = {"tiers": {"l2": {"url": postgres_url}}, "storage": {"encryption": {"keys": list(masters)}}}
+        store = open_store(Config.model_validate(settings), keys)
+        assert isinstance(store, Sealed)
+        return store
+
+    store = opened(NEW, OLD)
+    await store.commit(ROWS)
+    assert [store.get(key) for key, _ in ROWS] == [value for _, value in ROWS]
+    assert len(store.scan(b"")) == len(ROWS)
+    dumped = await asyncio.to_thread(postgres.tool, "pg_dump", "--exclude-table=llm_pager_keys*", postgres_url)
+    assert (WORDS[:20].hex().encode() in dumped) is (b"llm_pager_keys" in dumped) is False and b"llm_pager_values" in dumped
+    assert await store.ring.rotate() == 4
+    async for _ in store.rewrite():
+        pass
+    assert {store.state(*row) for row in store.inner.scan(b"")} == {"newest", "ids"}
+    await store.drop_key(A)
+    await store.commit((), drops=[letter + A for letter in keys.OF_CONVERSATION | keys.OF_TENANT], erases=True)
+    await store.close()
+    await asyncio.to_thread(postgres.execute, "DROP TABLE llm_pager_store, llm_pager_values, llm_pager_members", url=postgres_url)
+    await asyncio.to_thread(postgres.restore, dumped, postgres_url)
+    store = opened(NEW)  # from the backup, which is older than the rotation
+    assert [store.get(key) for key, _ in ROWS] == [None, None, b"short", b"a fact", None, b"id and time"]
+    await store.close()
+    with pytest.raises(StorageError, match="wrapped with the master key"):
+        opened(OLD)
+    with pytest.raises(StorageError, match="is encrypted: set storage.encryption.keys"):
+        open_store(Config.model_validate({"tiers": {"l2": {"url": postgres_url}}}), keys)
 
 
 def test_master_keys_come_from_files_and_are_never_shown(tmp_path: Path) -> None:
