@@ -20,6 +20,7 @@ import msgspec
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.derived import table_root
+from proxy.conversation.erasure import is_tombstone
 from proxy.conversation.records import LastUse, Record, block_key, decode_record, record_key
 from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
@@ -261,7 +262,7 @@ def _chained(record: Record, identity: Identity) -> Iterator[bool]:
         if record.shared is not None and at == record.shared.head:
             before = b""  # others' messages stand in between
         yield not before or identity.child(before, content) == node
-        yield not raw or identity.content(msgspec.json.decode(raw)) == content
+        yield not raw or is_tombstone(raw) or identity.content(msgspec.json.decode(raw)) == content
         before = node
 
 

@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | keys | backup | demo`.
+"""The command line: `llm-pager serve | check | forget | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__, backup, keyring
+from proxy import __version__, backup, forget, keyring
 from proxy.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command == forget.COMMAND:
+            return forget.run(args)
         if args.command == "keys":
             return keyring.run(args)
         if args.command == "backup":
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     check_.add_argument("--storage", action="store_true",
                         help="read all that is stored instead: find damage, and repair it (status 3)")
 
+    forget.add_parser(commands)
     keyring.add_parser(commands)
     backup.add_parser(commands)
 

@@ -311,6 +311,9 @@ class EncryptionConfig(Section):
 
 class StorageConfig(Section):
     encryption: EncryptionConfig = EncryptionConfig()
+    retention_days: Annotated[
+        float | None, Field(gt=0, description="null or a number of days above 0")
+    ] = None
 
 
 class PagesConfig(Section):

@@ -25,9 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"backup", "check", "config", "conversation", "demo", "errors", "keyring", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage"},
     "keyring": {"config", "conversation", "errors", "storage"},
+    "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose

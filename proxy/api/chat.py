@@ -169,9 +169,10 @@ class ChatApi:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                if self._writer.active and turn.shown:
+                kept = visit.memory_lost == 0 and context.identity is self._memory.identity  # nothing was erased since
+                if self._writer.active and turn.shown and kept:
                     self._writer.submit(scope["headers"], turn.pages, context.counter, turn.shown)
-                if self._embedder is not None and turn.window is not None:
+                if self._embedder is not None and turn.window is not None and kept:
                     self._embedder.submit(context.tenant, scope["headers"], turn.pages)
                 query = scope.get("query_string", b"")
                 self.model_facts.look(context.scope, context.decoded["model"], scope["headers"], query)
@@ -326,11 +327,15 @@ class ChatApi:
                     near: list[Hit] = []
                     if self._embedder is not None:
                         with suppress(StorageError):  # else it is by words
-                            near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
-                    reply = await self._memory.search(context.tenant, effect, turn.pages, near)
+                            near = await self._embedder.near(
+                                context.tenant, headers, effect, turn.pages, context.identity
+                            )
+                    reply = await self._memory.search(context.tenant, effect, turn.pages, near, context.identity)
                 elif isinstance(effect, Load):
                     began_s = time.perf_counter()
-                    reply = await self._renditions.load(context.tenant, effect, turn.pages, patience)
+                    reply = await self._renditions.load(
+                        context.tenant, effect, turn.pages, patience, context.identity
+                    )
                     loaded[effect.page_id] = visit.reads.coldest, (time.perf_counter() - began_s) * 1000
                 else:
                     assert_never(effect)

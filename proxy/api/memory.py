@@ -6,15 +6,18 @@ Promises: what is stored is immutable and found by content; everything kept in R
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
 
+from proxy.api.erasure import erased_since
 from proxy.api.pool import Pool, empty
 from proxy.config import Config
 from proxy.conversation import keys
@@ -23,7 +26,7 @@ from proxy.conversation.calibration import Calibration
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
-from proxy.conversation.pages import PathPages
+from proxy.conversation.pages import PathPages, forget_lines
 from proxy.conversation.records import (
     LastUse,
     Record,
@@ -43,7 +46,7 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
-from proxy.errors import ApiError
+from proxy.errors import ApiError, ErasedMeanwhile
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
@@ -122,6 +125,7 @@ class Memory:
         self.store.forget()
         self.histories.clear()
         self.indexes.clear()
+        forget_lines()
 
     def renew(self) -> None:
         """Forget what is known of a store that is not there any more, or of which something was erased. (A turn that
@@ -227,10 +231,11 @@ class Memory:
         return found
 
     async def search(
-        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
+        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = (),
+        identity: Identity | None = None,
     ) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others; `near`:
-        the pages by meaning, where they are found otherwise."""
+        the pages by meaning, where they are found otherwise; `identity`: what its turn began with."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
@@ -242,8 +247,12 @@ class Memory:
             hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
-        if due := self.indexes.due():
-            await self.store.commit([(self._piece_key(key), piece) for key, piece in due])
+        due = self.indexes.due(pages.owner)
+        if identity not in (None, self.identity):  # something was erased since, perhaps of this
+            self.indexes.clear()
+        elif due:
+            with suppress(ErasedMeanwhile):
+                await self.keep(pages.owner, self.identity, [(self._piece_key(key), piece) for key, piece in due])
         return hits
 
     def _piece_key(self, key: bytes) -> bytes:
@@ -265,7 +274,7 @@ class Memory:
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
-        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
+        known = await self.keep(tenant, identity, [*puts, *more], adds, effect.joins)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
@@ -274,6 +283,23 @@ class Memory:
         if many:
             await self.pool.run(tenant, empty, effect.puts, records, adds)
         return new
+
+    async def keep(
+        self, owner: bytes, identity: Identity, puts: Sequence[tuple[bytes, bytes]],
+        adds: Sequence[tuple[bytes, bytes]] = (), joins: Sequence[tuple[bytes, bytes]] = (),
+    ) -> frozenset[bytes]:  # fmt: skip
+        """Store what was made with these ids, all of one tenant's; the keys of `adds` that are there. StorageError when
+        their store is not there any more; ErasedMeanwhile when something of the tenant was erased since."""
+        erased = identity.erased
+        while True:
+            try:
+                return await self.store.commit(puts, joins, adds, identity.secret, erased)
+            except ErasedMeanwhile:
+                await asyncio.to_thread(self.store.look)
+                now = self.store.erased
+                if await asyncio.to_thread(erased_since, self.store, owner, erased):
+                    raise
+                erased = now
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""

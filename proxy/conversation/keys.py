@@ -42,8 +42,13 @@ LARGE = b"o"  # + letter, rest of a key: its value is large and on its way to L3
 
 LEASE = b"w"  # + a work's name, joined: who of all processes does it, nobody's (storage/lease.py)
 
-OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, ARCHIVE, LARGE})
-MOVING = OF_CONVERSATION - {CONVERSATION, ARCHIVE, LARGE}  # kinds whose values go to L3 and L4
+# Of erasures (erasure.py), which outlive what they erase:
+LINK = b"r"  # + another owner of the tenant: one of the two goes on from the other, or reads its messages there
+ERASING = b"y"  # + its id: an erasure that is under way
+RECEIPT = b"x"  # + scope and person, or scope and zeros, its number, its id: an erasure that is done
+
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, ARCHIVE, LARGE, LINK})
+MOVING = OF_CONVERSATION - {CONVERSATION, ARCHIVE, LARGE, LINK}  # kinds whose values go to L3 and L4
 OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
@@ -69,4 +74,5 @@ KINDS = {
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
     ARCHIVE: "list of packs", LARGE: "large value on its way", LEASE: "lease of a work",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
+    LINK: "link of two conversations", ERASING: "erasure under way", RECEIPT: "receipt of an erasure",
 }  # fmt: skip

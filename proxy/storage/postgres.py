@@ -42,7 +42,7 @@ import asyncpg
 from asyncpg import exceptions as pg
 from cachetools import LRUCache
 
-from proxy.errors import StorageError
+from proxy.errors import ErasedMeanwhile, StorageError
 from proxy.storage import suspend
 from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, RETRY_S
 from proxy.storage.sqlite import (
@@ -258,6 +258,10 @@ def _renaming(prefix: str) -> type[_Connection]:
 
 class _Refused(StorageError):
     """Not by trouble: it is another store than was meant."""
+
+
+class _Erased(_Refused, ErasedMeanwhile):
+    """Likewise: a part of it is not there any more."""
 
 
 class _Row(NamedTuple):
@@ -575,7 +579,7 @@ class PostgresStore:
             if wanted.secret not in (None, secret):
                 raise _Refused(f"The storage in {self.where} was replaced meanwhile.")
             self.erased = self._learned(erased)
-            raise _Refused("Something was erased meanwhile: what began before it is not stored.")
+            raise _Erased("Something was erased meanwhile: what began before it is not stored.")
         with self._lock:
             for key in wanted.adds:
                 if key[:1] in _AHEAD:
@@ -614,6 +618,18 @@ class PostgresStore:
                 return frozenset(_key(*row.columns) for row in swapped)
 
         return await self._perform(swap) if rows else frozenset()
+
+    async def scrub(self) -> None:
+        """The rows that were dropped or replaced before are removed from the tables. On a connection of its own, since
+        it takes its time. Raises StorageError."""
+        try:
+            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0, connection_class=self._connection)
+            try:
+                await connection.execute("VACUUM llm_pager_values, llm_pager_members")
+            finally:
+                await connection.close(timeout=_RELEASE_S)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+            raise StorageError(f"The tables in {self.where} cannot be vacuumed: {_said(error)}.") from error
 
     async def check(self, proved_s: float = 0.0) -> None:
         """As DiskStore's."""
@@ -720,7 +736,7 @@ class PostgresStore:
         return await asyncpg.create_pool(
             self._url, min_size=0, max_size=_BESIDE_CONNECTIONS if loop is self._beside else self._connections,
             connection_class=self._connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
-            max_cached_statement_lifetime=0, server_settings=self._settings,
+            max_cached_statement_lifetime=0, server_settings=self._settings, init=self._verify,
         )  # fmt: skip
 
     def _reconnect(self, settings: dict[str, str]) -> None:
@@ -731,7 +747,7 @@ class PostgresStore:
             loop.call_soon_threadsafe(self._start, _closed(opening))
 
     async def _verify(self, connection: Any) -> None:
-        """It has our tables, of this version, and is the store that it was."""
+        """It has our tables, of this version, and is the store that it was: asked of each new connection."""
         try:
             row = await connection.fetchrow(_OPEN)
         except pg.UndefinedTableError:
@@ -749,6 +765,7 @@ class PostgresStore:
         lost = before is not None and before != secret
         if before == secret and self._last_adds and erased == self.erased:
             asked = set(self._last_adds)
+            self._last_adds.clear()  # one connection asks
             columns = [list(part) for part in zip(*asked, strict=True)]
             lost = await connection.fetchval(_THERE, *columns) < len(asked)
         if before is None or lost:
@@ -758,9 +775,9 @@ class PostgresStore:
             what = "an older" if before == secret else "another"
             log.error("%s holds %s storage now: what was remembered %s is gone.", self.where, what,
                       "since" if before == secret else "before")  # fmt: skip
-        self._forget()
-        self._last_adds.clear()
-        self._secret, self.erased, self._verified = secret, erased, True
+            self._last_adds.clear()
+            self._forget()
+        self._secret, self.erased, self._verified = secret, self._learned(erased), True
 
     async def _make(self, connection: Any) -> None:
         async with connection.transaction():
@@ -892,7 +909,7 @@ def _within(prefix: bytes, after: bytes = b"") -> tuple[str, list[bytes]]:
             add("path = %s", path)
             rest += prefix[_PATH:]
     add("key >= %s AND key < %s", rest, _after(rest))
-    if after > prefix:
+    if after >= prefix:
         add("(tenant, path, key) > (%s, %s, %s)", *_columns(after))
     return " AND ".join(conditions), values
 

@@ -152,6 +152,9 @@ class Tiered:
     def secret(self) -> bytes:
         return self.engine.secret()
 
+    async def scrub(self) -> None:
+        await self.engine.scrub()
+
     async def check(self, proved_s: float = 0.0) -> None:
         await self.engine.check(proved_s)
 
@@ -474,6 +477,13 @@ class Tiered:
         """Of a tenant or a credential, before its erasure: a store of sealed values drops it."""
 
     # -- erasing
+
+    def objects_of(self, owner: bytes) -> list[str]:
+        """The names of all objects of a conversation, a tenant or a credential. For a thread."""
+        from proxy.storage.objects import owner_path
+
+        below = [store for store in (self.l3, self.l4) if store is not None]
+        return [name for store in below for name, _ in store.names(owner_path(owner))]
 
     async def _drop_below(self, prefixes: Sequence[bytes]) -> None:
         """What these begin, in objects. A conversation that loses a part is copied back first, and then its packs go:

@@ -37,7 +37,7 @@ from tests.e2e.processes import ServerProcess
 from tests.services import PgBouncer, Postgres, Tap
 
 REPLICAS = 3
-EVENTS = ("replica",) * 4 + ("cut",) * 4 + ("database", "pooler")
+EVENTS = ("replica",) * 9 + ("cut",) * 9 + ("database", "pooler")
 FORK_SHARE = 0.3  # of the conversations with whole histories, which have two branches at once now and then
 TIMEOUT_S = 20.0  # of a statement: everything here shares two cores
 AWAY_S = (0.0, 0.1, 0.4)  # that the server stays away
