@@ -179,7 +179,7 @@ def test_an_encrypted_storage_is_read_with_its_keys(
 
     async def drop() -> None:
         store = open_store(load_config(None, os.environ, {}), keys)
-        for owner in {keys.tenant(key) for key, _ in sealed_rows(data)}:
+        for owner in {keys.sealer(key) for key, _ in sealed_rows(data)}:
             await store.drop_key(owner)
         await store.close()
 

@@ -60,12 +60,13 @@ def owner(key: bytes) -> bytes:
     return key[1 : 1 + end]
 
 
-def tenant(key: bytes) -> bytes:
-    """The owner, but for the conversation."""
-    return owner(key)[:TENANT_BYTES]
+def sealer(key: bytes) -> bytes:
+    """Whose key seals the value: the owner's, but for the conversation; nobody's that of what outlives its owner."""
+    return b"" if key[:1] in OF_ERASURES else owner(key)[:TENANT_BYTES]
 
 
-IDS_ONLY = frozenset({PAIR, LABEL, CONVERSATION, ARCHIVE, LARGE, LEASE})  # their values are ids, and a time: hashes, as keys are
+OF_ERASURES = frozenset({ERASING, RECEIPT})
+IDS_ONLY = frozenset({PAIR, LABEL, CONVERSATION, ARCHIVE, LARGE, LEASE, LINK})  # their values are ids, and a time: hashes, as keys are
 
 # What stands under a letter, for people:
 KINDS = {

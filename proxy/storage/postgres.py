@@ -613,7 +613,7 @@ class PostgresStore:
                     key, old, new = news[tenant, path, rest]
                     found = self._value(key, number, stored)
                     if found == old or (again and found == new):
-                        swapped.append(_row(_PUT, key, new))
+                        swapped.append(_row(_PUT, key, packed(new)))
                 await connection.fetch(self._commit, None, None, again, *_by_column(swapped))
                 return frozenset(_key(*row.columns) for row in swapped)
 

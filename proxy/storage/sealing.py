@@ -159,6 +159,7 @@ class Keyring:
 
     async def drop(self, owner: bytes) -> None:
         """All keys of a tenant, or of a credential with those of its tenants."""
+        assert owner, "the installation's key is nobody's to drop"
         await self.store.commit((), drops=[_KEY + owner])
         self.forget()
 
@@ -232,7 +233,7 @@ def sealed(inner: Tiered, config: Config, space: KeySpace) -> Sealed:
     """As `storage.encryption` says. Raises ConfigError and StorageError."""
     encryption = config.storage.encryption
     ring = Keyring(key_store(config), read_masters(encryption.keys), encryption.cache_keys, encryption.cache_s)
-    return Sealed(inner, ring, space.tenant, space.IDS_ONLY)
+    return Sealed(inner, ring, space.sealer, space.IDS_ONLY)
 
 
 def key_store(config: Config) -> Store:
@@ -248,7 +249,7 @@ def key_store(config: Config) -> Store:
 
 
 class Sealed:
-    """The store `inner`, sealed. `tenant`: whose a key's value is, as `keys.owner` says, but for the conversation;
+    """The store `inner`, sealed. `tenant`: whose key seals the value of a row;
     `plain`: first bytes of the keys whose values are not sealed."""
 
     def __init__(
@@ -259,6 +260,7 @@ class Sealed:
         self._marked: tuple[int, int] | None = None  # the generations that are known to belong together
         self._known_erased = inner.erased
         self._checked_s = -inf
+        self._dropped = False  # keys, that may still stand in free pages of the key store
         self._damaged: Counter[str] = Counter()
         if inner.trouble is None and ring.store.trouble is None:  # else before the first commit
             self._verify()
@@ -436,6 +438,13 @@ class Sealed:
         """Of a tenant, or of a credential with all of its tenants: what was sealed for them, here and in every copy, is
         read by nobody any more. Before they are dropped from here: a turn that begins behind that has a new key."""
         await self.ring.drop(owner)
+        self._dropped = True
+
+    async def scrub(self) -> None:
+        await self.inner.scrub()
+        if self._dropped:
+            await self.ring.store.scrub()
+            self._dropped = False
 
     # -- sealing again
 
