@@ -54,18 +54,17 @@ OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
 
 def owner(key: bytes) -> bytes:
-    """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's."""
+    """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's, none of the installation's."""
     kind = key[:1]
     end = OWNER_BYTES if kind in OF_CONVERSATION else TENANT_BYTES if kind in OF_TENANT else SCOPE_BYTES
-    return key[1 : 1 + end]
+    return key[1 : 1 + end] if kind in OF_CONVERSATION | OF_TENANT | OF_SCOPE else b""
 
 
 def sealer(key: bytes) -> bytes:
-    """Whose key seals the value: the owner's, but for the conversation; nobody's that of what outlives its owner."""
-    return b"" if key[:1] in OF_ERASURES else owner(key)[:TENANT_BYTES]
+    """Whose key seals the value: a tenant's, a credential's, or the installation's (of what outlives its owner)."""
+    return owner(key)[:TENANT_BYTES]
 
 
-OF_ERASURES = frozenset({ERASING, RECEIPT})
 IDS_ONLY = frozenset({PAIR, LABEL, CONVERSATION, ARCHIVE, LARGE, LEASE, LINK})  # their values are ids, and a time: hashes, as keys are
 
 # What stands under a letter, for people:
