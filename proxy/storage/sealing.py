@@ -481,6 +481,7 @@ class Sealed:
             looked, after = looked + len(rows), rows[-1][0]
             await self.ring.store.commit([(_REWRITTEN, after)])
             yield looked, done
+        await self.inner.scrub()
         await self.ring.store.commit((), drops=[_REWRITTEN, _UNSEALED])
 
     # -- all else is the inner store's

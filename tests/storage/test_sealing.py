@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import random
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,9 +19,11 @@ from proxy.config import Config
 from proxy.conversation import keys
 from proxy.errors import ConfigError
 from proxy.storage import open_store
+from proxy.storage.demotion import Demotion
 from proxy.storage.l2 import Damaged, DiskStore, StorageError
 from proxy.storage.sealing import Sealed, read_masters
 from proxy.storage.sqlite import connect, mark_lost
+from proxy.storage.tiered import Tiered
 from tests.services import Postgres
 
 OLD, NEW = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
@@ -289,6 +293,42 @@ async def test_in_postgresql_the_keys_have_tables_of_their_own_that_a_dump_leave
         opened(OLD)
     with pytest.raises(StorageError, match="is encrypted: set storage.encryption.keys"):
         open_store(Config.model_validate({"tiers": {"l2": {"url": postgres_url}}}), keys)
+
+
+async def test_what_had_moved_to_objects_is_sealed_as_well(tmp_path: Path) -> None:
+    """Large values in L3, a conversation in L4; what is new leaves again."""
+
+    def tiered(*masters: str) -> Tiered:
+        tiers = {"l2": {"path": str(tmp_path / "data")}, "l3": {"url": str(tmp_path / "l3"), "min_bytes": 4096},
+                 "l4": {"url": str(tmp_path / "l4")}}  # fmt: skip
+        return open_store(Config.model_validate({"tiers": tiers, "storage": {"encryption": {"keys": list(masters)}}}), keys)
+
+    async def demoted(store: Tiered, owner: bytes) -> None:
+        await store.commit([(keys.CONVERSATION + owner, owner + bytes(16) + (1).to_bytes(4, "big"))])
+        worker = Demotion(store, 60, 0, None, rest=0)
+        await worker.run_once()
+        await worker.run_once()
+
+    rows = [(record(tenant, 1), b"some words of %s" % tenant) for tenant in (A, B)]
+    large = [(record(tenant, 1) + b"large", random.Random(1).randbytes(9000) + b"large words") for tenant in (A, B)]
+    store = tiered()
+    await store.commit([*rows, *large])
+    await demoted(store, path(A, 1))
+    assert store.engine.get(rows[0][0]) is None and b"large words" in files(tmp_path / "l3")
+    await store.close()
+    store = tiered(OLD)
+    assert [store.get(key) for key, _ in (*rows, *large)] == [value for _, value in (*rows, *large)]
+    async for _ in cast(Sealed, store).rewrite():
+        pass
+    assert [store.get(key) for key, _ in (*rows, *large)] == [value for _, value in (*rows, *large)]
+    assert {cast(Sealed, store).state(*row) for row in cast(Sealed, store).inner.scan(b"")} == {"newest", "ids"}
+    assert b"words" not in files(tmp_path)
+    await demoted(cast(Sealed, store).inner, path(A, 1))
+    assert cast(Sealed, store).inner.engine.get(rows[0][0]) is None and b"words" not in files(tmp_path)
+    await store.close()
+    store = tiered(OLD)
+    assert [store.get(key) for key, _ in (*rows, *large)] == [value for _, value in (*rows, *large)]
+    await store.close()
 
 
 def test_master_keys_come_from_files_and_are_never_shown(tmp_path: Path) -> None:
