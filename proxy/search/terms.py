@@ -15,8 +15,7 @@ import sqlite3
 import sys
 import threading
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from stop_words import get_stop_words  # type: ignore[import-untyped]
 
@@ -214,7 +213,7 @@ def stops_of(languages: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]
 _SPOKEN_SHARE = 0.5
 
 
-def spoken(pages_with: Counter[str]) -> tuple[str, ...]:
+def spoken(pages_with: Mapping[str, int]) -> tuple[str, ...]:
     """The languages, other than English, of pages that have each language's stop words so often."""
     most = max(pages_with.values(), default=0)
     return tuple(sorted(name for name, n in pages_with.items() if n > _SPOKEN_SHARE * most and name != "en"))
