@@ -314,8 +314,11 @@ class ChatApi:
                         reply.ended_s = time.time()
                 elif isinstance(effect, Append):
                     reply = None
+                    records = len(effect.records)
                     try:
                         stored, appended = await self._append(effect, context), True
+                        if len(stored) == records:
+                            turn.was_stored()
                     except StorageError:  # the store has said why
                         lost = True
                 elif isinstance(effect, Search):
