@@ -334,7 +334,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
                 _other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
-                seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s, stored=True,
+                seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
             )  # fmt: skip
             told += 1
         echo, shared = b"", record.shared
