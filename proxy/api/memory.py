@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -51,6 +52,8 @@ from proxy.storage.l2 import RETRY_S, Damaged, StorageError
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
+_STORED_AT_ONCE = 256  # records of a long history; the last ones, twice as many, are the turn's, with all states
+_STORED_SOONER = (keys.BLOCK, keys.CONVERSATION)  # with the first of them: they refer to the one, the other lists them
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
 _LOOK_S = 0.5  # between two looks for what other processes erased
@@ -193,8 +196,9 @@ class Memory:
             hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
-        if due := self.indexes.due():
-            await self.store.commit([(self._piece_key(key), piece) for key, piece in due])
+        for key, piece in self.indexes.due():  # one after the other: others commit meanwhile
+            with suppress(StorageError):  # it is made again when it is asked for
+                await self.store.commit([(self._piece_key(key), piece)])
         return hits
 
     def _piece_key(self, key: bytes) -> bytes:
@@ -213,10 +217,20 @@ class Memory:
 
         What is already stored stays as it is: others may have built on it. `identity`: whose ids it has; StorageError
         when the store that it belongs to is not there any more.
+
+        One commit holds the turn. Of a long history that was not seen before, what stands long before it is stored
+        sooner, some records at a time, so that no other turn waits for a commit of seconds: what is there of it when
+        the process dies is a shorter history, which is whole as well.
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
-        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
+        known: frozenset[bytes] = frozenset()
+        sooner = [put for put in puts if put[0][:1] in _STORED_SOONER]
+        while len(adds) > 2 * _STORED_AT_ONCE:
+            first, adds = adds[:_STORED_AT_ONCE], adds[_STORED_AT_ONCE:]
+            known |= await self.store.commit(sooner, (), first, identity.secret, identity.erased)
+            sooner = []
+        known |= await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
