@@ -117,7 +117,9 @@ class TokenCounter:
         self._tool = tool
         self._func_init = 7 if encoding_name == DEFAULT_ENCODING else 10  # gpt-4o, gpt-4
         self.name = "/".join(filter(None, (encoding_name, images.name, tool.name)))
-        self._encode = tiktoken.get_encoding(encoding_name).encode_ordinary
+        encoding = tiktoken.get_encoding(encoding_name)
+        encoding._mergeable_ranks = {}  # 27 MB, which only a copy of it would need
+        self._encode = encoding.encode_ordinary
         self._closing = lru_cache(256)(self._closing_of)
         _loaded.add(encoding_name)
 
