@@ -16,6 +16,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from stop_words import get_stop_words  # type: ignore[import-untyped]
 
@@ -126,6 +127,8 @@ class Tokenizer:
     def sequences(self, texts: Sequence[str]) -> list[list[str]]:
         """`sequence` of each. What is new in many texts is learned at once: far cheaper than one after the other."""
         split = [text.translate(_FOLDED).split() if text.isascii() else None for text in texts]
+        with suppress(KeyError, TypeError):  # all is known, and plain
+            return [list(map(self._stems.__getitem__, words)) for words in split]  # type: ignore[arg-type]
         self._plain(list(set[str]().union(*filter(None, split))))
         pieces = [_UNSPACED.split(clean(text))[::2] for text in texts if not text.isascii()]
         self._spaced(list({word for spaced in pieces for piece in spaced for word in _CHUNK.findall(piece.lower())}))
