@@ -87,7 +87,7 @@ _ASKING_CHARS = 120  # of a page's end
 _TF_BITS = 8  # of a posting: row and how often the term stands there
 _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
-_FEW = 32  # times fewer of many are found by a heap, not by sorting all
+_SAMPLED = 8  # every eighth score
 _ROUNDED = 1e-6  # of a sum in another order
 _PAGES_AT_ONCE = 256  # whose words are learned together
 
@@ -635,20 +635,29 @@ class PageIndex:
         keys = self._keys
         wanted = limit if skip is None else 2 * limit + 16
         while True:
-            least = -math.inf
-            if wanted < len(scores):
-                few = _FEW * wanted < len(scores)
-                values = scores.values()
-                least = heapq.nlargest(wanted, values)[-1] if few else sorted(values)[-wanted]
-            best = [
-                (-score, -keys[row][0], keys[row][1], row) for row, score in scores.items() if score >= least
-            ]
+            best = [(-score, -keys[row][0], keys[row][1], row) for row, score in _highest(scores, wanted)]
             best.sort()
             seen = ((row, -less) for less, _, _, row in best if skip is None or not skip(*keys[row]))
             chosen = list(itertools.islice(seen, limit))
             if len(chosen) == limit or wanted >= len(scores):
                 return chosen
             wanted *= 8
+
+
+def _highest(scores: Mapping[int, float], count: int) -> Iterable[tuple[int, float]]:
+    """So many rows, and those with the score of the last of them, in any order. Sorting all would cost more: a sample
+    tells about how high they are."""
+    if count >= len(scores):
+        return scores.items()
+    sample = sorted(itertools.islice(scores.values(), 0, None, _SAMPLED))
+    rank = count * len(sample) // len(scores) + _SAMPLED
+    found: Iterable[tuple[int, float]] = scores.items()
+    if rank < len(sample):
+        least = sample[-rank]
+        some = [pair for pair in found if pair[1] >= least]
+        found = some if len(some) >= count else found
+    least = sorted([score for _, score in found])[-count]
+    return [pair for pair in found if pair[1] >= least]
 
 
 def _add(scores: dict[int, float], more: Mapping[int, float]) -> None:
