@@ -274,7 +274,9 @@ class PathPages:
         other.path = self.path[:end]
         kept = {at: [n for n in notes if n.position < end] for at, notes in self._notes.items()}
         other._notes = {at: notes for at, notes in kept.items() if notes}
-        other._messages = {at: m for at, m in self._messages.items() if at < end - 1}
+        other._messages = self._messages.copy()
+        for at in range(end - 1, len(self.path)):
+            other._messages.pop(at, None)
         return other
 
     def __getitem__(self, position: int) -> MessagePages:
