@@ -203,14 +203,14 @@ class Erasures:
 
     async def _drop(self, owners: Iterable[bytes]) -> None:
         """All of the owners but their links: a turn that began before it and added one is found by it."""
-        for owner in owners:
-            if len(owner) < keys.OWNER_BYTES:
-                await self._store.drop_key(owner)  # first: who begins anew has another one
         await self._store.commit([], drops=[kind + owner for owner in owners for kind in (keys.ARCHIVE, keys.LARGE)])
         whole = [prefix for owner in owners for prefix in prefixes(owner)]
         for prefix in whole:
             while len(some := await asyncio.to_thread(self._keys, prefix)) == _VALUES:
                 await self._store.commit([], drops=some)
+        for owner in owners:
+            if len(owner) < keys.OWNER_BYTES:
+                await self._store.drop_key(owner)  # what is left, and every copy, is read by nobody any more
         drops, leaves = await asyncio.to_thread(self._named, owners)
         await self._store.commit([], drops=[*whole, *drops], leaves=leaves, erases=True)
 
