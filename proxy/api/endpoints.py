@@ -213,8 +213,10 @@ def own_endpoints(
 
     @app.delete("/vm/tenants/self")
     async def erase_tenant(request: Request) -> JSONResponse:
-        tenant = _tenant(request, memory, sessions)
-        return JSONResponse((await erasures.erase("user", "tenant", [tenant[:TENANT_BYTES]])).told())
+        tenant = _tenant(request, memory, sessions)[:TENANT_BYTES]
+        if not await asyncio.to_thread(erasures.has, tenant):
+            raise ApiError(404, "Nothing is stored for these credentials.", code="tenant_not_found")
+        return JSONResponse((await erasures.erase("user", "tenant", [tenant])).told())
 
     @app.get("/vm/erasures")
     async def read_erasures(request: Request) -> JSONResponse:

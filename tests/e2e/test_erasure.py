@@ -459,6 +459,13 @@ async def test_one_message_goes_and_its_conversation_goes_on() -> None:
                 assert (reply.status_code, reply.json()["error"]["code"]) == (404, code)
             reply = await http.delete(f"/vm/conversations/{client.conversation}", headers={"authorization": "Bearer other"})
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "conversation_not_found")
+            reply = await http.delete("/vm/tenants/self", headers={"authorization": "Bearer other"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "tenant_not_found")
+            assert [told["conversation"] for told in (await http.get("/vm/conversations")).json()["conversations"]] == [
+                client.conversation
+            ]
+            assert len(await told_of(client)) == 2
+            assert (await http.delete("/vm/erasures")).status_code == 204 and await told_of(client) == []
         script.check()
         server.stop()
         check = [sys.executable, "-m", "proxy.cli", "check", "--storage", "--config", str(server.dir / "config.yaml")]
