@@ -83,7 +83,7 @@ IMPORTERS: dict[str, set[str]] = {
     "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
-    "zstandard": {"api", "conversation", "storage"},  # bodies; what is stored
+    "zstandard": {"api", "conversation", "search", "storage"},  # bodies; what is stored
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.
