@@ -180,6 +180,7 @@ def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
     asked = {
         "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
+        "storage.encryption.key_store": ("://" in (config.storage.encryption.key_store or ""), "postgres", ("asyncpg", "greenlet")),
         "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
         "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
         "storage.encryption.keys": (bool(config.storage.encryption.keys), "encryption", ("cryptography",)),
