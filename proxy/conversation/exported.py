@@ -1,0 +1,233 @@
+"""A conversation with all its branches as lines of JSON, and back (docs/export.md is for people). Pure.
+
+    {"format": "llm-pager", "version": 1, "created_s": 1790000000, "tenants": ["..."]}
+    {"conversation": "4f1d02aa93c7", "title": "", "last_s": 1790000000, "tenant": "..."}
+    {"n": 0, "message": {"role": "user", "content": "..."}, "seen_s": 1790000000}
+    {"n": 1, "parent": 0, "message": {...}, "seen_s": 1790000003, "delivered": true, "head": true}
+
+Promises: every message of every branch stands there once, after its parent, as its client sent it (but for line breaks
+between the tokens of its JSON); what is read from these lines and stored makes the same ids in a tenant, so reading twice
+stores once, and a client that sends the messages of a branch is on it. A window is not exported: where a conversation is
+continued, it is paged anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from proxy.conversation import keys
+from proxy.conversation.records import (
+    GetRecord,
+    GetStoredBlock,
+    LastUse,
+    Record,
+    block_key,
+    conversation_key,
+    conversation_name,
+    decode_record,
+    encode_record,
+    indexed,
+    new_records,
+    nodes_of,
+    record_key,
+)
+from proxy.conversation.tree import HASH_BYTES, Identity, Node, NodeId, TenantKey
+
+FORMAT, VERSION = "llm-pager", 1
+
+Scan = Callable[[bytes, bytes], list[tuple[bytes, bytes]]]  # by a key's beginning, and after which key
+_json = msgspec.json.encode
+
+
+class Header(msgspec.Struct):
+    """The first line. `tenants`: whose conversations follow."""
+
+    format: str
+    version: int
+    created_s: int = 0
+    tenants: list[str] = []
+
+
+class Heading(msgspec.Struct, omit_defaults=True):
+    """What a conversation begins with; its messages follow. `last_s`: when it was last used (Unix time)."""
+
+    conversation: str
+    title: str = ""
+    last_s: int = 0
+    tenant: str = ""
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+    """A message. `n`: its number in the conversation; `parent`: that of the message before it; `seen_s`: when it was first
+    seen (Unix time); `delivered`: an answer that this proxy delivered; `head`: the newest branch ends with it."""
+
+    n: int
+    message: msgspec.Raw
+    parent: int | None = None
+    seen_s: int = 0
+    delivered: bool = False
+    head: bool = False
+
+
+class Conversation(NamedTuple):
+    """One that was read: `name` and `title` as they were elsewhere."""
+
+    name: str
+    title: str
+    lines: list[Line]
+    last_s: int = 0
+
+
+class Tree:
+    """Lines as they are made: the same message after the same one is one."""
+
+    def __init__(self) -> None:
+        self._lines: list[Line] = []
+        self._known: dict[tuple[int | None, bytes], int] = {}
+        self.head: int | None = None
+
+    def add(self, parent: int | None, message: Mapping[str, Any], seen_s: int) -> int:
+        raw = _json(message)
+        n = self._known.setdefault((parent, raw), len(self._lines))
+        if n == len(self._lines):
+            self._lines.append(Line(n, msgspec.Raw(raw), parent, seen_s))
+        return n
+
+    def lines(self) -> list[Line]:
+        if self.head is not None:
+            self._lines[self.head].head = True
+        return self._lines
+
+
+# -- from the store
+
+
+def owners(scan: Scan, prefix: bytes = b"") -> Iterator[bytes]:
+    """Of all conversations that have an answer, those whose owner begins with `prefix`. A look at each, not at its
+    records."""
+    after = b""
+    while found := scan(keys.RECORD + prefix, after):
+        yield (owner := keys.owner(found[0][0]))
+        after = keys.RECORD + owner + b"\xff" * HASH_BYTES
+
+
+def exported(owner: bytes, scan: Scan, get: Callable[[bytes], bytes | None], identity: Identity) -> Iterator[bytes]:
+    """A conversation's lines. Raises LookupError where a record is missing."""
+
+    def get_record(node_id: bytes) -> Record | None:
+        data = get(record_key(node_id))
+        return decode_record(data) if data is not None else None
+
+    order: list[tuple[int, bytes]] = []
+    children: dict[bytes, list[bytes]] = {}
+    after = b""
+    while found := scan(keys.RECORD + owner, after):
+        after = found[-1][0]
+        for record in (decode_record(value) for _, value in found):
+            order.append((record.first, record.id))
+            children.setdefault(record.parent, []).append(record.id)
+    order.sort()
+    last = get(conversation_key(owner))
+    head, used_s = LastUse.decode(last) if last is not None else (order[-1][1], 0)
+    tenant = owner[: keys.TENANT_BYTES]
+    yield _json(Heading(conversation_name(owner), "", used_s, tenant.hex())) + b"\n"
+    numbers: dict[bytes, int] = {}
+    for _, name in order:
+        record = get_record(name)
+        if record is None:
+            raise LookupError("a record of the conversation is missing or damaged")
+        following = next(iter(children.get(name, ())), b"")  # whose client said how it had got this answer
+        nodes = nodes_of(record, get_record(following) if following else None, get_record, identity)
+        parent = numbers.get(record.parent)
+        if parent is None and record.parent:
+            raise LookupError("a record that others continue is missing or damaged")
+        for node in nodes:
+            if node.id not in numbers:
+                numbers[node.id] = len(numbers)
+                answered = node.id == record.id
+                raw = node.raw.replace(b"\n", b" ").replace(b"\r", b" ")  # in a text they are escaped
+                line = Line(numbers[node.id], msgspec.Raw(raw), parent, node.seen_s,
+                            answered and record.sent is not None, answered and node.id == head)  # fmt: skip
+                yield _json(line) + b"\n"
+            parent = numbers[node.id]
+
+
+# -- to the store
+
+
+class Branch(NamedTuple):
+    """Records that are new, in their order, with the blocks that they name, by reference."""
+
+    records: list[Record]
+    blocks: Mapping[bytes, bytes]
+
+    def adds(self) -> Iterator[tuple[bytes, bytes]]:
+        owner = self.records[0].id[: keys.OWNER_BYTES] if self.records else b""
+        for ref, block in self.blocks.items():
+            yield block_key(owner, ref), block
+        for record in self.records:
+            yield record_key(record.id), encode_record(record)
+
+
+class Grown:
+    """The lines of a conversation as what a tenant's store has of it. Raises ValueError for lines that are none.
+
+    `heads`: the last answer of each conversation that they make (one by its first message), the newest branch's or the
+    last one's, and when it was given. `unanswered`: messages behind the last answer of their branch, which are not stored.
+    """
+
+    def __init__(self, lines: Sequence[Line], identity: Identity, tenant: TenantKey) -> None:
+        self._identity = identity
+        self._nodes: dict[int, Node] = {}
+        self._parents: dict[int, int | None] = {}
+        systems: dict[int, int | None] = {}  # these are in no path
+        for line in lines:
+            parent = systems.get(line.parent, line.parent) if line.parent is not None else None
+            if line.n in self._nodes or line.n in systems or (parent is not None and parent not in self._nodes):
+                raise ValueError(f"message {line.n} is there twice, or does not stand behind its parent")
+            raw = bytes(line.message)
+            message = msgspec.json.decode(raw)
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise ValueError(f"message {line.n} is no message with a role")
+            if message["role"] in ("system", "developer"):
+                systems[line.n] = parent
+                continue
+            before = [self._nodes[parent]] if parent is not None else []
+            node = identity.extend(tenant, before, [(raw, message)])[-1]
+            node.seen_s = line.seen_s
+            self._nodes[line.n], self._parents[line.n] = node, parent
+        answers = [n for n, node in self._nodes.items() if node.role == "assistant"]
+        continued: set[int | None] = set()  # with an answer further down
+        for n in reversed(list(self._nodes)):
+            if n in continued or self._nodes[n].role == "assistant":
+                continued.add(self._parents[n])
+        self._ends = [n for n in answers if n not in continued]
+        self.unanswered = len(self._nodes) - len(set(answers) | continued - {None})
+        newest = {n for line in lines if line.head for n in self._up(line.n)} & set(self._ends)
+        self.heads: dict[bytes, LastUse] = {}
+        for n in sorted(self._ends, key=lambda n: (n in newest, self._nodes[n].seen_s, n)):
+            node = self._nodes[n]
+            self.heads[node.id[: keys.OWNER_BYTES]] = LastUse(node.id, node.seen_s)
+        self.head = node.id if self._ends else None
+
+    def _up(self, n: int | None) -> Iterator[int]:
+        while n is not None and n in self._parents:
+            yield n
+            n = self._parents[n]
+
+    def branches(self, get: GetRecord, get_block: GetStoredBlock) -> Iterator[Branch]:
+        """What is not stored yet. Each is to be stored before the next is asked for."""
+        for end in self._ends:
+            path = [self._nodes[n] for n in self._up(end)][::-1]
+            answered = (get(node.id) for node in reversed(path) if node.role == "assistant")
+            parent = next(filter(None, answered), None)
+            if parent is None or parent.end < len(path):
+                records = new_records(path, parent, {})
+                yield Branch(*indexed(records, parent, get, get_block))
+
+    def is_above(self, node_id: NodeId) -> bool:
+        """Whether a stored head is one of these messages: what follows it here is newer."""
+        return any(node.id == node_id for node in self._nodes.values())
