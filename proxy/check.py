@@ -18,7 +18,7 @@ import msgspec
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.derived import table_root
-from proxy.conversation.records import Record, block_key, decode_record, record_key
+from proxy.conversation.records import LastUse, Record, block_key, decode_record, record_key
 from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
 from proxy.memory.artifacts_bridge import is_intact
@@ -136,9 +136,11 @@ class _File:
     def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
         if key.startswith(keys.BLOCK):
-            return "" if block_key(block_ref(value)) == key else "has another name than its bytes say"
-        if key.startswith(keys.SESSION) or key.startswith(keys.CONVERSATION):
+            return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"
+        if key.startswith(keys.SESSION):
             self._named[record_key(value)] = f"a {_kind(key)} names"
+        if key.startswith(keys.CONVERSATION):
+            self._named[record_key(LastUse.decode(value).head)] = f"a {_kind(key)} names"
         if not key.startswith(keys.RECORD):
             return ""
         try:
@@ -153,9 +155,9 @@ class _File:
             others.append(record.shared.record)
         self._named.update((record_key(other), "a later turn goes on from") for other in others if other)
         if record.leaf:
-            self._named[block_key(record.leaf)] = "a path is found by"
+            self._named[block_key(keys.owner(key), record.leaf)] = "a path is found by"
         if root:
-            self._named[block_key(root)] = "a page table has as its root"
+            self._named[block_key(keys.owner(key), root)] = "a page table has as its root"
         return ""
 
 

@@ -453,8 +453,8 @@ class MemoryManager:
         data = self._values.get(record_key(node_id))
         return None if data is None else decode_record(data)
 
-    def _block(self, ref: bytes) -> bytes | None:
-        return self._values.get(block_key(ref))
+    def _block(self, owner: bytes, ref: bytes) -> bytes | None:
+        return self._values.get(block_key(owner, ref))
 
     def _substitutes(self, node_id: bytes) -> Sequence[bytes]:
         record = self._get(node_id)

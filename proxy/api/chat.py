@@ -169,9 +169,7 @@ class ChatApi:
                 if self._observer is not None:
                     self._observer(answer.report)
                 if self._writer.active and turn.shown:
-                    self._writer.submit(
-                        context.tenant, scope["headers"], turn.pages, context.counter, turn.shown
-                    )
+                    self._writer.submit(scope["headers"], turn.pages, context.counter, turn.shown)
                 if self._embedder is not None and turn.window is not None:
                     self._embedder.submit(context.tenant, scope["headers"], turn.pages)
                 query = scope.get("query_string", b"")

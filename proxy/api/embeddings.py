@@ -94,15 +94,15 @@ class _Caller:
 
 
 class _Stored:
-    """The vectors of a tenant's pages that have arrived: what an index of a path reads."""
+    """The vectors of a conversation's pages that have arrived: what an index of a path reads."""
 
-    def __init__(self, embedder: Embedder, tenant: TenantKey, version: bytes) -> None:
+    def __init__(self, embedder: Embedder, owner: bytes, version: bytes) -> None:
         self._embedder = embedder
-        self._tenant = tenant
+        self._owner = owner
         self.version = version
 
     def encode(self, texts: Sequence[str]) -> list[Vector | None]:
-        return [self._embedder.find(self._tenant, text) if text.strip() else NO_VECTOR for text in texts]
+        return [self._embedder.find(self._owner, text) if text.strip() else NO_VECTOR for text in texts]
 
 
 class Embedder:
@@ -126,8 +126,8 @@ class Embedder:
 
     # -- what is stored
 
-    def find(self, tenant: TenantKey, text: str) -> Vector | None:
-        data = self._memory.get(self._memory.identity.vector(tenant, self._model, text))
+    def find(self, owner: bytes, text: str) -> Vector | None:
+        data = self._memory.get(self._memory.identity.vector(owner, self._model, text))
         return None if data is None else vector_of(data)
 
     def _health(self, tenant: TenantKey) -> _Health:
@@ -148,7 +148,7 @@ class Embedder:
         if not ids:
             return []
         memory = self._memory
-        key = memory.identity.near(tenant, self._model, ids[-1], repr(list(effect.queries)))
+        key = memory.identity.near(self._model, ids[-1], repr(list(effect.queries)))
         stored = memory.get(key)
         if stored is None:
             found, puts = await self._found(self._caller(tenant, headers), effect, ids, pages)
@@ -175,7 +175,7 @@ class Embedder:
             late = min(health.late + 1, _MOST_LATE)
             return [], [self._health_put(caller.tenant, _Health(health.version, late, 2**late))]
         puts = [self._health_put(caller.tenant, _Health(health.version, 0, 0))] if health.late else []
-        stored = _Stored(self, caller.tenant, health.version)
+        stored = _Stored(self, pages.owner, health.version)
         work = (ids, pages.docs, effect.queries, vectors, stored)
         return await pool.run(caller.tenant, indexes.nearest, *work), puts
 
@@ -206,7 +206,7 @@ class Embedder:
         ids = pages.index_keys(len(pages.path))
         known = next((at for at in range(len(ids), 0, -1) if ids[at - 1] in caller.places), 0)
         try:
-            missing = await self._memory.pool.run(caller.tenant, self._missing, caller.tenant, pages, known)
+            missing = await self._memory.pool.run(caller.tenant, self._missing, pages, known)
         except (StorageError, ApiError) as error:  # or too many wait for a thread
             log.warning("pages are not embedded: %s", error)
             return
@@ -221,10 +221,10 @@ class Embedder:
         if caller.waiting and (caller.task is None or caller.task.done()):
             caller.task = self._start(self._work(caller))
 
-    def _missing(self, tenant: TenantKey, pages: PathPages, first: int) -> dict[bytes, str]:
+    def _missing(self, pages: PathPages, first: int) -> dict[bytes, str]:
         identity, get = self._memory.identity, self._memory.get
         texts = [page_text(doc) for doc in pages.docs(first, len(pages.path))]
-        by_key = {identity.vector(tenant, self._model, text): text for text in texts if text.strip()}
+        by_key = {identity.vector(pages.owner, self._model, text): text for text in texts if text.strip()}
         return {key: text for key, text in by_key.items() if get(key) is None}
 
     async def _work(self, caller: _Caller) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -23,14 +24,16 @@ from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
-    CONVERSATION_BYTES,
+    LastUse,
     Record,
     State,
     Stored,
     block_key,
+    blocks_of,
     conversation_key,
     decode_record,
     load_path,
+    owner_of,
     record_key,
     replayed,
     restore_state,
@@ -42,13 +45,15 @@ from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
+from proxy.storage import open_store
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
-from proxy.storage.l2 import RETRY_S, Damaged, DiskStore, StorageError
+from proxy.storage.l2 import RETRY_S, Damaged, StorageError
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
+_LOOK_S = 0.5  # between two looks for what other processes erased
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
 _RANK_AT_ONCE = {"none": LONG_MESSAGES, "static": 2048, "upstream": 0}
@@ -73,9 +78,11 @@ class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
-        self.store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, keys.KINDS)
+        self.store = open_store(config, keys.KINDS)
+        self.store.look()
+        self._looked_s = 0.0
         self._generation = self.store.generation
-        self.identity = Identity(self.store.secret())
+        self.identity = Identity(self.store.secret(), self.store.erased)
         self.cache = Cache(config.tiers.l1.tokens)
         self._table_entries = config.tiers.l1.tokens * BYTES_PER_TOKEN // (_TABLE_SHARE * _TABLE_ENTRY_BYTES)
         self.pool = Pool(config.pool.threads, config.pool.queue_jobs)
@@ -98,13 +105,17 @@ class Memory:
         self.indexes.clear()
 
     def renew(self) -> None:
-        """Forget what is known of a store that is not there any more. (A turn that began with it is not stored.)"""
-        if self._generation == self.store.generation:
+        """Forget what is known of a store that is not there any more, or of which something was erased. (A turn that
+        began before is not stored.)"""
+        if (now_s := time.monotonic()) - self._looked_s > _LOOK_S:
+            self._looked_s = now_s
+            self.store.look()
+        if self._generation == self.store.generation and self.identity.erased == self.store.erased:
             return
-        self._generation, secret = self.store.generation, self.store.secret()
+        self._generation, secret, erased = self.store.generation, self.store.secret(), self.store.erased
         self.forget()
-        if self.identity.secret != secret:
-            self.identity = Identity(secret)
+        if self.identity.secret != secret or self.identity.erased != erased:
+            self.identity = Identity(secret, erased)
             self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
     # -- reading
@@ -126,14 +137,10 @@ class Memory:
         return found
 
     def conversation(self, tenant: TenantKey, name: str) -> Record | None:
-        """The last answer given in a window of the tenant's conversation; `name`: its id in hexadecimal."""
-        try:
-            root = bytes.fromhex(name)
-        except ValueError:
-            return None
-        if len(root) != CONVERSATION_BYTES:
-            return None
-        return self.get_record(self.store.get(conversation_key(tenant, root)) or b"")
+        """The last answer given in the tenant's conversation of that name (`records.conversation_name`)."""
+        owner = owner_named(tenant, name)
+        found = self.store.get(conversation_key(owner)) if owner is not None else None
+        return self.get_record(LastUse.decode(found).head) if found is not None else None
 
     def load_path(self, head: Record) -> Sequence[Node]:
         return load_path(head, self.get_record, self.get_block, self.identity)
@@ -160,13 +167,14 @@ class Memory:
             return await self.pool.run(tenant, restore_state, record, self.get_record, self.get_block)
         return restore_state(record, self.get_record, self.get_block)
 
-    def get_block(self, ref: bytes) -> bytes | None:
-        """A block of a page table."""
-        found: bytes | None = self.cache.get("block", ref)
+    def get_block(self, owner: bytes, ref: bytes) -> bytes | None:
+        """A block of a conversation's page table, or of its path's index."""
+        key = block_key(owner, ref)
+        found: bytes | None = self.cache.get("block", key)
         if found is None:
-            found = self.get(block_key(ref))
+            found = self.get(key)
             if found is not None:
-                self.cache.put("block", ref, found, len(found))
+                self.cache.put("block", key, found, len(found))
         return found
 
     async def search(
@@ -190,7 +198,7 @@ class Memory:
         return hits
 
     def _piece_key(self, key: bytes) -> bytes:
-        return keys.INDEX + hashlib.blake2b(self._pieces + key, digest_size=16).digest()
+        return keys.INDEX + owner_of(key) + hashlib.blake2b(self._pieces + key, digest_size=16).digest()
 
     def _piece(self, key: bytes) -> bytes | None:
         """A piece of a search index; None where it is not there, or damaged: it is made again."""
@@ -208,7 +216,7 @@ class Memory:
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
-        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret)
+        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
@@ -223,7 +231,7 @@ class Memory:
         window, table, derived = state
         assert window is not None
         self._keep_window(record, window)
-        table.rest(self.get_block, partial(replayed, record, self.get_record), self._table_entries)
+        table.rest(blocks_of(owner_of(record.id), self.get_block), partial(replayed, record, self.get_record), self._table_entries)
         self.cache.put("table", record.id, (table, derived), table.loaded * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:
@@ -269,6 +277,15 @@ def _parted(effect: Append) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes
     for put in effect.puts:
         (adds if put[0] in ours else puts).append(put)
     return puts, adds
+
+
+def owner_named(tenant: TenantKey, name: str) -> bytes | None:
+    """Whose a tenant's conversation is, by the name that people know it by; None for what is no such name."""
+    try:
+        path = bytes.fromhex(name)
+    except ValueError:
+        return None
+    return tenant[: keys.TENANT_BYTES] + path if len(path) == keys.OWNER_BYTES - keys.TENANT_BYTES else None
 
 
 def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:

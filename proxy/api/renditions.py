@@ -1,6 +1,6 @@
 """What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept in L3.
 
-Promises: a rendition is found by tenant, content and level, so nobody sees another's words about an
+Promises: a rendition is found by conversation, content and level, so nobody sees another's words about an
 equal image (invariant 6); a medium is decoded once, in a process of its own, and that it cannot be decoded is
 kept as well; without L3, a model or a decoder that has time it is made anew or said extractively, and the turn
 goes on; what was damaged is made again; the original is never touched (invariant 4).
@@ -70,15 +70,15 @@ class Renditions:
         that is not written yet. `patience`: its request's."""
         level = CompressionLevel(effect.level)
         if (unwritten := unwritten_page(pages, effect.page_id)) is not None:
-            return await self.find(tenant, unwritten, level, WRITTEN)
+            return await self.find(pages.owner, unwritten, level, WRITTEN)
         page = pages.page(effect.page_id)
         if level is CompressionLevel.FULL:
             return page
         if pages.medium(effect.page_id) is not None:
-            return await self._medium(tenant, await self._told(tenant, page), level, pages, patience or self.patience())
+            return await self._medium(tenant, await self._told(pages.owner, page), level, pages, patience or self.patience())
         in_words = self._written_by_models and page.page_type is PageType.TRANSCRIPT
         for source in range(level, -1, -1) if in_words else ():
-            written = await self.find(tenant, page, CompressionLevel(source), WRITTEN)
+            written = await self.find(pages.owner, page, CompressionLevel(source), WRITTEN)
             if written is not None:
                 return pages.shown(written, level)
         return pages.at(effect.page_id, level)
@@ -88,10 +88,10 @@ class Renditions:
     ) -> MemoryPage:
         codec, version, data = await asyncio.to_thread(_coded, page, level)
         kind = f"shown/{pages.counter.name}"  # smaller by one model's rule, not by another's
-        key = self._memory.identity.rendition(tenant, version, int(level), kind)
+        key = self._memory.identity.rendition(pages.owner, version, int(level), kind)
         made: MemoryPage | None = self._memory.cache.get("rendition", key)
         if made is None:
-            decoded = await self._decoded(tenant, codec, version, data, patience) if codec is not None else {}
+            decoded = await self._decoded(tenant, pages.owner, codec, version, data, patience) if codec is not None else {}
             about = {**page.metadata, DECODED: decoded or {}}
             made = await asyncio.to_thread(pages.shown, page.model_copy(update={"metadata": about}), level)
             if decoded is not None:
@@ -99,10 +99,10 @@ class Renditions:
         return made.model_copy(update={"page_id": page.page_id, "provenance": page.provenance})
 
     async def _decoded(
-        self, tenant: TenantKey, codec: Codec, version: str, data: bytes, patience: Patience
+        self, tenant: TenantKey, owner: bytes, codec: Codec, version: str, data: bytes, patience: Patience
     ) -> dict[str, Any] | None:
         """What a medium's bytes hold, decoded once; None: not now."""
-        key = self._memory.identity.rendition(tenant, version.partition("/")[0], 0, f"decoded/{codec}")
+        key = self._memory.identity.rendition(owner, version.partition("/")[0], 0, f"decoded/{codec}")
         lock = self._decoding.setdefault(key, asyncio.Lock())
         with suppress(TimeoutError):
             async with patience, lock:
@@ -123,22 +123,22 @@ class Renditions:
                 return content
         return None
 
-    async def _told(self, tenant: TenantKey, page: MemoryPage) -> MemoryPage:
+    async def _told(self, owner: bytes, page: MemoryPage) -> MemoryPage:
         """A medium with the words that a model wrote about it, if any: its lower levels show them."""
         where = _WORDS.get(page.modality) if self._written_by_models else None
         if where is None:
             return page
         key, level = where
-        written = await self.find(tenant, page, level, WRITTEN)
+        written = await self.find(owner, page, level, WRITTEN)
         if written is None:
             return page
         return page.model_copy(update={"metadata": {**page.metadata, key: written.content}})
 
     async def find(
-        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, kind: str
+        self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str
     ) -> MemoryPage | None:
         """A kept rendition, as a version of `page`."""
-        found = await self._found(self._key(tenant, page, level, kind))
+        found = await self._found(self._key(owner, page, level, kind))
         if found is None:
             return None
         about = {**found.metadata, **page.metadata}
@@ -158,10 +158,10 @@ class Renditions:
         return found
 
     async def keep(
-        self, tenant: TenantKey, page: MemoryPage, made: MemoryPage, kind: str
+        self, owner: bytes, page: MemoryPage, made: MemoryPage, kind: str
     ) -> None:
         """Store a rendition of `page` in L3; a failure is logged, and it will be made again."""
-        await self._keep(self._key(tenant, page, made.compression_level, kind), made)
+        await self._keep(self._key(owner, page, made.compression_level, kind), made)
 
     async def _keep(self, key: bytes, made: MemoryPage) -> None:
         try:
@@ -183,10 +183,8 @@ class Renditions:
                 await self._bridge.delete(artifact)
         return None
 
-    def _key(
-        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, kind: str
-    ) -> bytes:
-        return self._memory.identity.rendition(tenant, page.version, int(level), kind)
+    def _key(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> bytes:
+        return self._memory.identity.rendition(owner, page.version, int(level), kind)
 
 
 def _coded(page: MemoryPage, level: CompressionLevel) -> tuple[Codec | None, str, bytes]:

@@ -38,7 +38,7 @@ from proxy.conversation.bill import Sums
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
 from proxy.conversation.pages import packed_lines
-from proxy.conversation.records import CONVERSATION_BYTES
+from proxy.conversation.records import conversation_name, owner_of
 from proxy.conversation.report import TurnReport
 from proxy.memory.metrics import UserExperienceMetrics
 from proxy.upstream import Header
@@ -117,7 +117,7 @@ class Visit:
         """A chat request found its conversation; `root`: the id of its first node, which is keyed."""
         short = model[:_PATH_CHARS]  # a client's text, on one line of a log
         self.model = "".join(c if c.isprintable() else "?" for c in short)
-        self.conversation = root[:CONVERSATION_BYTES].hex()
+        self.conversation = conversation_name(owner_of(root))
 
     def asks(self, report: TurnReport, epoch: int) -> None:
         """The turn calls upstream: what it decided, for the head of the answer. `epoch`: 0 for none."""

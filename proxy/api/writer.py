@@ -2,7 +2,7 @@
 
 Promises: never in a client's way: it runs after the answer, a bounded number of calls at once and a
 bounded queue, and what fails is said in the log and tried again when the page is shown again; the
-words go to the same tenant's pages only (invariant 6), beside the original and never in its place
+words go to the same conversation's pages only (invariant 6), beside the original and never in its place
 (invariant 4); they enter a window when an epoch begins, which stores them (invariant 7).
 """
 
@@ -21,7 +21,6 @@ from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
-from proxy.conversation.tree import TenantKey
 from proxy.errors import ApiError
 from proxy.media.parts import read_part
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip
@@ -64,9 +63,9 @@ Wanted = tuple[MemoryPage, CompressionLevel, int, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One thing to write, for one caller."""
+    """One thing to write, for one conversation."""
 
-    tenant: TenantKey
+    owner: bytes
     page: MemoryPage
     level: CompressionLevel
     limit_tokens: int
@@ -93,7 +92,6 @@ class Writer:
 
     def submit(
         self,
-        tenant: TenantKey,
         headers: Sequence[Header],
         pages: PathPages,
         counter: TokenCounter,
@@ -104,14 +102,14 @@ class Writer:
             return
         kept = tuple(header for header in headers if header[0] in CREDENTIALS)
         for page, level, limit_tokens, prompt in self._wanted(pages, shown):
-            key = tenant, page.version, int(level)
+            key = pages.owner, page.version, int(level)
             if key in self._waiting:
                 continue
             if self._queue.full():
                 self.dropped += 1
                 continue
             self._waiting.add(key)
-            self._queue.put_nowait(Job(tenant, page, level, limit_tokens, prompt, kept, counter))
+            self._queue.put_nowait(Job(pages.owner, page, level, limit_tokens, prompt, kept, counter))
         while len(self._workers) < self._config.max_jobs and not self._queue.empty():
             self._workers.append(asyncio.ensure_future(self._work()))
 
@@ -184,11 +182,11 @@ class Writer:
                 self.failed += 1
                 log.exception("%s could not be written about", job.page.page_id)
             finally:
-                self._waiting.discard((job.tenant, job.page.version, int(job.level)))
+                self._waiting.discard((job.owner, job.page.version, int(job.level)))
 
     async def _serve(self, job: Job) -> None:
         """Write, unless it was written before: an epoch shows its pages again and again."""
-        if await self._renditions.find(job.tenant, job.page, job.level, WRITTEN) is not None:
+        if await self._renditions.find(job.owner, job.page, job.level, WRITTEN) is not None:
             return
         text, claims = await self._write(job), list[Claim]()
         if job.page.page_type is PageType.SUMMARY:
@@ -204,7 +202,7 @@ class Writer:
                 "metadata": {**job.page.metadata, "claims": [list(claim) for claim in claims]},
             }
         )
-        await self._renditions.keep(job.tenant, job.page, made, WRITTEN)
+        await self._renditions.keep(job.owner, job.page, made, WRITTEN)
         self.written += 1
 
     async def _write(self, job: Job) -> str:

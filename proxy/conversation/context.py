@@ -15,11 +15,10 @@ from proxy.conversation.calibration import Calibration
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.model_facts import Capabilities, Seen
-from proxy.conversation.records import NO_NAMES, GetRecord, SessionNames, State
+from proxy.conversation.records import NO_NAMES, GetRecord, GetStoredBlock, SessionNames, State
 from proxy.conversation.tree import NO_SCOPE, Identity, KeyScope, TenantKey
 from proxy.memory.eviction import EvictionPolicy
 from proxy.memory.models import PageMutation
-from proxy.memory.table import GetBlock
 from proxy.tokens import TokenCounter
 
 
@@ -47,7 +46,7 @@ class TurnContext:
     is_large: bool = False  # what is new in it, so that every step of its turn takes long
     substitutes: Callable[[bytes], Sequence[bytes]]
     get_record: GetRecord
-    get_block: GetBlock = lambda _: None  # of a page table or a path's index
+    get_block: GetStoredBlock = lambda _, __: None  # of a page table or a path's index
     capabilities: Callable[[], Capabilities] = Capabilities  # asked only when it may matter
     seen: Callable[[], Seen] = Seen  # asked only after a refusal
     calibration: Callable[[], Calibration] | None = None  # of the model's bills, as it is stored now

@@ -1,10 +1,17 @@
-"""The key space of the store, in one table: a key is the letter of its kind, then what names the value.
+"""The key space of the store, in one table: a key is the letter of its kind, its owner, and what else names the value.
 
-Letters are durable. What a key is made of is hashed with the installation's secret, or is itself such
-a hash, so no tenant can aim at another's. (L2's own few keys are str: its secrets, its format.)
+Letters are durable. An owner is `scope` (of the credentials), `person` (of the credentials and the user) and `path` (of the
+conversation: its tenant and first message); what belongs to no conversation has the first two, or one. So all that is stored
+of a conversation, of a user or of a credential stands under a few beginnings of keys, and can be found, moved and erased.
+All that a key is made of is hashed with the installation's secret, so no tenant can aim at another's. (L2's own few keys are
+str: its secrets, its format.)
 """
 
 from __future__ import annotations
+
+SCOPE_BYTES = 6
+TENANT_BYTES = 12  # scope, person
+OWNER_BYTES = 18  # scope, person, path
 
 # Immutable, under ids that are hashes of what came before:
 RECORD = b"n"  # + the id of its last node: what an answered turn adds (records.py)
@@ -12,22 +19,34 @@ BLOCK = b"t"  # + the hash of its bytes: a chunk or a root of a page table (memo
 
 INDEX = b"i"  # + hash of how pages and words are cut, node id: a piece of the search index (search/paths.py)
 
-VECTOR = b"e"  # + hash of tenant, model, text: the vector of a page with that text
-NEAR = b"q"  # + hash of tenant, model, path, query: the pages that a search found by meaning
+VECTOR = b"e"  # + hash of model, text: the vector of a page with that text
+NEAR = b"q"  # + hash of model, history, query: the pages that a search found by meaning
 
 # Sets of node ids, joined:
-PAIR = b"p"  # + hash of tenant, message, answer: the delivered answers like this after one like that
-LABEL = b"l"  # + hash of tenant, name: the answers given under a session's name
+PAIR = b"p"  # + hash of message, answer: the delivered answers like this after one like that
+LABEL = b"l"  # + hash of name: the answers given under a session's name
 
 # Replaced by what is newer:
-CONVERSATION = b"c"  # + tenant, beginning of its root's id: the last answer given in a window of it
-SESSION = b"s"  # + hash of tenant, name: the head of a session whose client sends only what is new
-RENDITION = b"v"  # + hash of tenant, version, level, kind: the artifact with that version of a page
-VECTORS = b"E"  # + hash of tenant, model: another value whenever vectors of theirs arrived
+CONVERSATION = b"c"  # nothing else: the id of the last answer given in it, and when (4 bytes, Unix time)
+SESSION = b"s"  # + hash of name: the head of a session whose client sends only what is new
+RENDITION = b"v"  # + hash of version, level, kind: the artifact with that version of a page
+VECTORS = b"E"  # + hash of model: another value whenever vectors of theirs arrived
 MODEL = b"m"  # + scope, model: what refusals, bills and lists taught of a key's model
 MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting
 STATED = b"L"  # + scope: the windows that the upstream's own list of models states
+
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION})
+OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
+OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
+
+
+def owner(key: bytes) -> bytes:
+    """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's."""
+    kind = key[:1]
+    end = OWNER_BYTES if kind in OF_CONVERSATION else TENANT_BYTES if kind in OF_TENANT else SCOPE_BYTES
+    return key[1 : 1 + end]
+
 
 # What stands under a letter, for people:
 KINDS = {

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import msgspec
 
 from proxy.conversation.derived import NO_DERIVED, Derived
-from proxy.conversation.tree import ID_BYTES, Anchor, Node
+from proxy.conversation.keys import OWNER_BYTES
+from proxy.conversation.tree import HASH_BYTES, Anchor, Node
 from proxy.media.parts import read_part
 from proxy.memory.caches import CacheStats, PackCache, PackedLine
 from proxy.memory.compressor import compress_text
@@ -261,6 +262,11 @@ class PathPages:
             self._notes.setdefault(owner(path, anchor.position), []).append(anchor)
         self._messages: dict[int, MessagePages] = {}
 
+    @property
+    def owner(self) -> bytes:
+        """Whose they are (keys.py): the conversation of a path that is not empty."""
+        return self.path[0].id[:OWNER_BYTES]
+
     def before(self, end: int) -> PathPages:
         """The pages of the first `end` messages, without the system messages behind the last of them."""
         other = copy(self)
@@ -367,7 +373,7 @@ class PathPages:
         digest, places, digests = b"", list[int](), [b""]
         for position in sorted(self._notes):
             for note in self._notes[position]:
-                digest = blake2b(digest + note.said, digest_size=ID_BYTES).digest()
+                digest = blake2b(digest + note.said, digest_size=HASH_BYTES).digest()
             places.append(position)
             digests.append(digest)
         return _IndexKeys(self.path, min(before, len(self.path)), places, digests)
@@ -376,7 +382,7 @@ class PathPages:
         """What the system messages in the pages of positions 0..end-1 are known by; b"" for none."""
         inside = sorted(position for position in self._notes if position < end)
         said = [note.said for position in inside for note in self._notes[position]]
-        return blake2b(b"".join(said), digest_size=ID_BYTES).digest() if said else b""
+        return blake2b(b"".join(said), digest_size=HASH_BYTES).digest() if said else b""
 
     # -- contents
 

@@ -61,7 +61,7 @@ from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
 from proxy.conversation.effects import Append
-from proxy.conversation.tree import ID_BYTES, ContentId, Identity, Node, NodeId, Path, TenantKey
+from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, Node, NodeId, Path, TenantKey
 from proxy.conversation.window import Entry, Window
 from proxy.memory.ids import parse_page_id
 from proxy.memory.models import MutationType
@@ -159,10 +159,11 @@ _AS_IT_IS = zstandard.DICT_TYPE_RAWCONTENT
 _LEAST_ALIKE = 2  # messages that are not stored again
 _LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
 _NEAR = 4  # records
+_TIME_BYTES = 4
 
 GetRecord = Callable[[bytes], Record | None]
+GetStoredBlock = Callable[[bytes, bytes], bytes | None]  # by its owner and its reference
 RawAt = Callable[[int], bytes | None]  # a message's bytes, as they are stored; None: they are not
-CONVERSATION_BYTES = 6  # of its first node's id, by which people know it
 
 encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
@@ -183,13 +184,41 @@ def record_key(node_id: bytes) -> bytes:
     return keys.RECORD + node_id
 
 
-def block_key(ref: bytes) -> bytes:
-    return keys.BLOCK + ref
+def block_key(owner: bytes, ref: bytes) -> bytes:
+    return keys.BLOCK + owner + ref
 
 
-def conversation_key(tenant: TenantKey, root: bytes) -> bytes:
-    """`root`: the first `CONVERSATION_BYTES` of a path's first node's id."""
-    return keys.CONVERSATION + tenant + root
+def conversation_key(owner: bytes) -> bytes:
+    return keys.CONVERSATION + owner
+
+
+def owner_of(node_id: bytes) -> bytes:
+    """Whose a node is: the first bytes of its id (keys.py)."""
+    return node_id[: keys.OWNER_BYTES]
+
+
+def conversation_name(owner: bytes) -> str:
+    """By which people know a conversation: of its owner what differs within a tenant, in hexadecimal."""
+    return owner[keys.TENANT_BYTES :].hex()
+
+
+class LastUse(NamedTuple):
+    """What stands under a conversation's key: its last answer, and when that was given (Unix time)."""
+
+    head: NodeId
+    used_s: int
+
+    def encode(self) -> bytes:
+        return self.head + self.used_s.to_bytes(_TIME_BYTES, "big")
+
+    @classmethod
+    def decode(cls, data: bytes) -> LastUse:
+        return cls(NodeId(data[:-_TIME_BYTES]), int.from_bytes(data[-_TIME_BYTES:], "big"))
+
+
+def blocks_of(owner: bytes, get_block: GetStoredBlock) -> GetBlock:
+    """A conversation's blocks by their reference alone."""
+    return partial(get_block, owner)
 
 
 # -- reading: a path and its state. LookupError where a record is missing that was written before, or in
@@ -229,7 +258,7 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
     return get(path[answers[low]].id)
 
 
-def load_path(head: Record, get: GetRecord, get_block: GetBlock, identity: Identity | None) -> Path:
+def load_path(head: Record, get: GetRecord, get_block: GetStoredBlock, identity: Identity | None) -> Path:
     """The path from the root to the head's last message: each node with the bytes last seen of it, read where it
     is looked at. `identity`: None where nobody asks for ids."""
     return Path(StoredPath(head, get, get_block, identity), head.end, [])
@@ -238,9 +267,9 @@ def load_path(head: Record, get: GetRecord, get_block: GetBlock, identity: Ident
 class StoredPath(Sequence[Node]):
     """The nodes up to a record's last message; `path[i]` alone is its interface."""
 
-    def __init__(self, head: Record, get: GetRecord, get_block: GetBlock, identity: Identity | None) -> None:
+    def __init__(self, head: Record, get: GetRecord, get_block: GetStoredBlock, identity: Identity | None) -> None:
         self._end = head.end
-        self._get, self._get_block, self._identity = get, get_block, identity
+        self._get, self._get_block, self._identity = get, blocks_of(owner_of(head.id), get_block), identity
         self._newest = [head]  # the newest records, back to the last with a leaf or further
         self._nodes: dict[int, Node] = {}
 
@@ -409,20 +438,20 @@ def find_alike(
     return Alike(record, at, count, skip) if count >= _LEAST_ALIKE else None
 
 
-def restore_state(head: Record, get: GetRecord, get_block: GetBlock) -> State:
+def restore_state(head: Record, get: GetRecord, get_block: GetStoredBlock) -> State:
     """The state after `head`."""
     table = restore_table(head, get, get_block)
     return State(restore_window(head, get, get_block), table, _restore_derived(head, get))
 
 
-def restore_table(head: Record, get: GetRecord, get_block: GetBlock) -> PageTable:
+def restore_table(head: Record, get: GetRecord, get_block: GetStoredBlock) -> PageTable:
     """The page table of that state, a new one."""
     _check_bases(head, get)
     logs: list[bytes] = []
     table = PageTable()
     for record in _bases(head, get):
         if record.closing and (root := table_root(record.closing)):
-            table = PageTable.open(root, get_block, partial(replayed, record, get))
+            table = PageTable.open(root, blocks_of(owner_of(head.id), get_block), partial(replayed, record, get))
             break
         logs.append(record.mutations)
     for log in reversed(logs):
@@ -435,7 +464,7 @@ def replayed(head: Record, get: GetRecord) -> PageTable:
     return history(head, get).replay()
 
 
-def restore_window(head: Record, get: GetRecord, get_block: GetBlock) -> Window | None:
+def restore_window(head: Record, get: GetRecord, get_block: GetStoredBlock) -> Window | None:
     """The window after the record's turn; None for a conversation that was never evicted from."""
     changes: list[_WindowChange] = []
     for record in _bases(head, get):
@@ -455,7 +484,7 @@ def restore_window(head: Record, get: GetRecord, get_block: GetBlock) -> Window 
     return None
 
 
-def _read_change(record: Record, get: GetRecord, get_block: GetBlock) -> _WindowChange:
+def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _WindowChange:
     """What the record stored of its window, every entry with its bytes."""
     change = _decode_change(record.window)
     entries = change.entries if change.snapshot is None else change.snapshot.entries
@@ -534,7 +563,7 @@ def _check_bases(head: Record, get: GetRecord) -> None:
 
 def _state_digest(record: Record) -> bytes:
     state = (record.base, record.based, record.window, record.mutations, record.closing)
-    return blake2b(_encode_state(state), digest_size=ID_BYTES).digest()
+    return blake2b(_encode_state(state), digest_size=HASH_BYTES).digest()
 
 
 def _need(record_id: bytes, get: GetRecord) -> Record:
@@ -736,22 +765,23 @@ def new_records(
 
 
 def indexed(
-    records: Sequence[Record], parent: Record | None, get: GetRecord, get_block: GetBlock
+    records: Sequence[Record], parent: Record | None, get: GetRecord, get_block: GetStoredBlock
 ) -> tuple[list[Record], dict[bytes, bytes]]:
     """The new records behind `parent`, with the references of their leaves, and the leaves by reference."""
     out: list[Record] = []
     blocks: dict[bytes, bytes] = {}
+    stored = blocks_of(owner_of(records[0].id) if records else b"", get_block)
     fresh: dict[bytes, Record] = {}
     for record in records:
         if parent is not None and record.first >> _LEAF_BITS != parent.first >> _LEAF_BITS:
-            leaf = _new_leaf(parent, blocks, lambda i: fresh.get(i) or get(i), lambda r: blocks.get(r) or get_block(r))
+            leaf = _new_leaf(parent, lambda i: fresh.get(i) or get(i), lambda r: blocks.get(r) or stored(r), blocks)
             record = msgspec.structs.replace(record, leaf=_add(blocks, leaf))
         fresh[record.id] = parent = record
         out.append(record)
     return out, blocks
 
 
-def _new_leaf(last: Record, blocks: dict[bytes, bytes], get: GetRecord, get_block: GetBlock) -> _Leaf:
+def _new_leaf(last: Record, get: GetRecord, get_block: GetBlock, blocks: dict[bytes, bytes]) -> _Leaf:
     rows: _Rows = []
     at: Record | None = last
     before: _Leaf | None = None
@@ -783,7 +813,7 @@ def _add(blocks: dict[bytes, bytes], value: object) -> bytes:
 
 
 def _ref(data: bytes) -> bytes:
-    return blake2b(data, digest_size=ID_BYTES).digest()
+    return blake2b(data, digest_size=HASH_BYTES).digest()
 
 
 def append_effect(
@@ -798,10 +828,12 @@ def append_effect(
     `blocks` are the page table's new ones, by their reference. Only delivered answers are found by
     their words: what came in a request proves nothing.
     """
-    puts = {block_key(ref): block for ref, block in blocks.items()}
-    if heads and heads[0][1] and heads[0][1][-1].window:
-        path = heads[0][0]
-        puts[conversation_key(tenant, path[0].id[:CONVERSATION_BYTES])] = path[-1].id
+    puts: dict[bytes, bytes] = {}
+    if heads and heads[0][1]:
+        last = heads[0][1][-1]
+        owner = owner_of(last.id)
+        puts = {block_key(owner, ref): block for ref, block in blocks.items()}
+        puts[conversation_key(owner)] = LastUse(last.id, last.answered_s or last.seen_s).encode()
     joins: list[tuple[bytes, bytes]] = []
     records: list[Record] = []
     for path, new in heads:

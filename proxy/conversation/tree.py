@@ -18,13 +18,14 @@ import msgspec
 
 from proxy.conversation import keys
 
-NodeId = NewType("NodeId", bytes)  # names a whole history: its last message and all before it
+NodeId = NewType("NodeId", bytes)  # names a whole history: its owner (keys.py), and its last message and all before it
 ContentId = NewType("ContentId", bytes)  # names a message by itself
-TenantKey = NewType("TenantKey", bytes)  # whose: of a key and its user
+TenantKey = NewType("TenantKey", bytes)  # whose: of a key and its user; begins with scope and person (keys.py)
 KeyScope = NewType("KeyScope", bytes)  # of a key alone: what is learned of a model holds for it
 NO_SCOPE = KeyScope(b"")
 
-ID_BYTES = 16
+HASH_BYTES = 16
+ID_BYTES = keys.OWNER_BYTES + HASH_BYTES
 _encode = msgspec.json.Encoder(order="sorted").encode
 _COUNTED = threading.Lock()
 
@@ -97,15 +98,16 @@ class Anchor(msgspec.Struct, gc=False):
     @property
     def said(self) -> bytes:
         """By which it is known again: the digest of its bytes."""
-        self.digest = self.digest or blake2b(self.raw, digest_size=ID_BYTES).digest()
+        self.digest = self.digest or blake2b(self.raw, digest_size=HASH_BYTES).digest()
         return self.digest
 
 
 class Identity:
     """Hashes contents, nodes and tenants with the installation's secret (32 bytes)."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, erased: int = 0) -> None:
         self._key = secret
+        self.erased = erased  # erasures in the store before it: what is made with these ids knows of them
 
     @property
     def secret(self) -> bytes:
@@ -113,7 +115,7 @@ class Identity:
         return self._key
 
     def _hash(self, *parts: bytes) -> bytes:
-        h = blake2b(digest_size=ID_BYTES, key=self._key)
+        h = blake2b(digest_size=HASH_BYTES, key=self._key)
         for part in parts:
             h.update(len(part).to_bytes(8, "big"))
             h.update(part)
@@ -121,23 +123,25 @@ class Identity:
 
     def tenant(self, credentials: str, person: str) -> TenantKey:
         """The tenant of what a request presents and of whom it names. Neither is kept."""
+        scope = self._hash(b"tenant", credentials.encode("utf-8", "surrogatepass"), b"")
         parts = (text.encode("utf-8", "surrogatepass") for text in (credentials, person))
-        return TenantKey(self._hash(b"tenant", *parts))
+        return TenantKey(scope[: keys.SCOPE_BYTES] + self._hash(b"tenant", *parts))
 
     def scope(self, credentials: str) -> KeyScope:
         """The scope of what a request presents."""
         return KeyScope(self.tenant(credentials, ""))
 
     def root(self, tenant: TenantKey) -> bytes:
-        return self._hash(b"root", tenant)
+        """What the ids of a tenant's first messages are made of."""
+        return tenant[: keys.TENANT_BYTES] + self._hash(b"root", tenant[keys.SCOPE_BYTES :])
 
     def session(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the head of a session of new messages, inside its tenant."""
-        return keys.SESSION + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
 
     def label(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the answers that were given under a session's name."""
-        return keys.LABEL + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
 
     def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
         """What stands in front of a history, as written: another frame is another application."""
@@ -145,33 +149,37 @@ class Identity:
 
     def pair(self, tenant: TenantKey, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found."""
-        return keys.PAIR + self._hash(b"pair", tenant, before, answer)
+        return keys.PAIR + tenant[: keys.TENANT_BYTES] + self._hash(b"pair", tenant, before, answer)
 
-    def rendition(self, tenant: TenantKey, version: str, level: int, kind: str) -> bytes:
-        """The storage key under which a tenant's version of a page at a level is found."""
-        return keys.RENDITION + self._hash(
-            b"rendition", tenant, version.encode(), b"%d" % level, kind.encode()
+    def rendition(self, owner: bytes, version: str, level: int, kind: str) -> bytes:
+        """The storage key under which a conversation's version of a page at a level is found."""
+        return keys.RENDITION + owner + self._hash(
+            b"rendition", owner, version.encode(), b"%d" % level, kind.encode()
         )
 
-    def vector(self, tenant: TenantKey, model: str, text: str) -> bytes:
-        """The storage key of a text's vector, a model's, for that tenant."""
+    def vector(self, owner: bytes, model: str, text: str) -> bytes:
+        """The storage key of a text's vector, a model's, for that conversation."""
         said = text.encode("utf-8", "surrogatepass")
-        return keys.VECTOR + self._hash(b"vector", tenant, model.encode(), said)
+        return keys.VECTOR + owner + self._hash(b"vector", owner, model.encode(), said)
 
     def vectors(self, tenant: TenantKey, model: str) -> bytes:
         """The storage key of what changes whenever vectors of the tenant's arrive."""
-        return keys.VECTORS + self._hash(b"vectors", tenant, model.encode())
+        return keys.VECTORS + tenant[: keys.TENANT_BYTES] + self._hash(b"vectors", tenant, model.encode())
 
-    def near(self, tenant: TenantKey, model: str, path: bytes, query: str) -> bytes:
-        """The storage key of what a query about the history `path` found by meaning."""
+    def near(self, model: str, history: bytes, query: str) -> bytes:
+        """The storage key of what a query about a history found by meaning; `history` begins with its owner."""
         said = query.encode("utf-8", "surrogatepass")
-        return keys.NEAR + self._hash(b"near", tenant, model.encode(), path, said)
+        return keys.NEAR + history[: keys.OWNER_BYTES] + self._hash(b"near", model.encode(), history, said)
 
     def content(self, message: dict[str, Any]) -> ContentId:
         return ContentId(self._hash(b"message", canonical(message)))
 
     def child(self, parent: bytes, content: ContentId) -> NodeId:
-        return NodeId(blake2b(parent + content, digest_size=ID_BYTES, key=self._key).digest())
+        """`parent`: a node's id, or a tenant's root, whose child begins a conversation."""
+        name = blake2b(parent[-HASH_BYTES:] + content, digest_size=HASH_BYTES, key=self._key).digest()
+        if len(parent) == ID_BYTES:
+            return NodeId(parent[: keys.OWNER_BYTES] + name)
+        return NodeId(parent[: keys.TENANT_BYTES] + name[: keys.OWNER_BYTES - keys.TENANT_BYTES] + name)
 
     def extend(
         self, tenant: TenantKey, path: Sequence[Node], messages: Sequence[tuple[bytes, dict[str, Any]]]

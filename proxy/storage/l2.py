@@ -12,6 +12,7 @@ Promises:
 - Trouble is noticed at once and costs no waiting: the commit that fails says so, those behind it fail without
   touching the disk, and every second one of them tries again. Nothing is written into files that were deleted or
   replaced under us. When it can be, the directory is opened again: as it was, or as a new store, which the log says.
+- What is dropped is overwritten, in the file and its log; a commit that began before an erasure is refused.
 - What is damaged is `Damaged` to its reader, and written anew by the next commit that has it; a file that SQLite
   cannot make sense of is repaired (sqlite.py) beside the requests.
 """
@@ -32,13 +33,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from proxy.errors import StorageError as StorageError
 from proxy.storage.sqlite import (
     ADD,
+    DROP,
+    ERASED,
     OWN_ROWS,
     PUT,
+    SCAN,
     SECRET_BYTES,
     Inodes,
     Key,
@@ -51,11 +55,12 @@ from proxy.storage.sqlite import (
     newest_row,
     open_database,
     put_row,
+    value_of,
     write_mark,
 )
 from proxy.storage.sqlite import Damaged as Damaged
 
-JOIN_VALUE_BYTES = 16
+JOIN_VALUE_BYTES = 34  # a node's id
 JOIN_KEEP = 32
 LOCK_WAIT_S = 2.0  # longest wait for other processes' transactions before a commit fails ...
 _LOCK_WAIT_AGAIN_S = 0.05  # ... and while they go on
@@ -84,12 +89,16 @@ class _Job(NamedTuple):
     puts: Sequence[tuple[Key, bytes]]
     joins: Sequence[tuple[bytes, bytes]]
     adds: Sequence[tuple[bytes, bytes]]
-    secret: bytes | None  # of the store that it is for; None: of any
     answer: _Answer | None  # None: it only wakes the writer
+    secret: bytes | None = None  # of the store that it is for; None: of any
+    erased: int | None = None  # erasures that it knows of; None: it holds no text
+    drops: Sequence[bytes] = ()
+    leaves: Sequence[tuple[bytes, bytes]] = ()
+    erases: bool = False
 
     @property
     def records(self) -> int:
-        return len(self.puts) + len(self.joins) + len(self.adds)
+        return sum(map(len, (self.puts, self.joins, self.adds, self.drops, self.leaves)))
 
 
 class _Gone(Exception):
@@ -158,7 +167,7 @@ class DiskStore:
 
     `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number
     whenever the directory holds another file than before: what is known from it is to be forgotten; `losses`: how many
-    times that was another store or an older one.
+    times that was another store or an older one; `erased`: how many erasures there were, as far as this process knows.
     """
 
     def __init__(self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None) -> None:
@@ -166,7 +175,7 @@ class DiskStore:
         self._queue_records = queue_records
         self._kinds = kinds or {}
         self.damaged: Counter[str] = Counter()
-        self.generation = self.losses = 0
+        self.generation = self.losses = self.erased = 0
         self.repaired: Repaired | None = None
         self._database: _Database | None = None
         self._trouble: str | None = None
@@ -206,6 +215,28 @@ class DiskStore:
                 raise self._met_damage(key, error) from error
             raise StorageError(f"Cannot read from {self._path}: {error}.") from error
 
+    def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]:
+        """The first values whose keys begin with `prefix` and come after `after`, in the order of their keys; what
+        cannot be read is left out. From any thread; blocks. Raises StorageError."""
+        self._require_open()
+        database = self._database
+        if database is None:
+            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
+        try:
+            rows = database.reader.execute(SCAN, (*_range(prefix), after, limit)).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"Cannot read from {self._path}: {error}.") from error
+        found: list[tuple[bytes, bytes]] = []
+        for row in rows:
+            with suppress(Damaged):
+                found.append((row[0], value_of(row)))
+        return found
+
+    def look(self) -> None:
+        """Learn of other processes' erasures: they change `erased`."""
+        with suppress(StorageError):
+            self.erased = int.from_bytes(self.get(ERASED) or b"", "big")
+
     def secret(self) -> bytes:
         """32 random bytes, made once per store and the same in every process; of a store that cannot be opened yet,
         for nobody else and for a while."""
@@ -224,7 +255,7 @@ class DiskStore:
     def _ask_for_repair(self) -> None:
         if not self._repair_asked and time.monotonic() - self._repaired_s > _REPAIRS_S:
             self._repair_asked = True
-            self._jobs.put(_Job((), (), (), None, None))
+            self._jobs.put(_Job((), (), (), None))
 
     # -- writing
 
@@ -234,14 +265,21 @@ class DiskStore:
         joins: Sequence[tuple[bytes, bytes]] = (),
         adds: Sequence[tuple[bytes, bytes]] = (),
         secret: bytes | None = None,
+        erased: int | None = None,
+        drops: Sequence[bytes] = (),
+        leaves: Sequence[tuple[bytes, bytes]] = (),
+        erases: bool = False,
     ) -> frozenset[bytes]:
         """Store all of it or nothing; durable against SIGKILL on return.
 
         puts: insert or replace. adds: insert what is not there; what is there stays, and its keys
         are returned. joins: append a 16-byte value to the ordered set under the key; a
         value already there keeps its place; the newest 32 stay. Read the set with `get`: the
-        values one after another, oldest first. `secret`: of the store that it is for. Raises StorageError, at once while the store is known to be in
-        trouble. A commit cancelled while it waits is withdrawn if the writer has not taken it yet, and is stored
+        values one after another, oldest first. `secret`: of the store that it is for; `erased`: the erasures that what is stored knows of. Raises
+        StorageError where the store's are others, and at once while it is known to be in trouble.
+
+        drops: before all else, every key that begins with one of these goes, and its bytes with it. leaves: from
+        the ordered set under the key goes every value that begins with the second. `erases`: it is an erasure. A commit cancelled while it waits is withdrawn if the writer has not taken it yet, and is stored
         whole otherwise.
         """
         for _, value in joins:
@@ -253,7 +291,7 @@ class DiskStore:
         if self._trouble is not None and time.monotonic() < self._retry_s:
             self._turned_away += 1
             raise StorageError(self._trouble)
-        return await self._submit(puts, joins, adds, secret)
+        return await self._submit(puts, joins, adds, secret, erased, drops, leaves, erases)
 
     async def check(self, proved_s: float = 0.0) -> None:
         """Raises StorageError unless a turn can be committed right now. A commit of the last `proved_s` seconds
@@ -288,17 +326,18 @@ class DiskStore:
         puts: Sequence[tuple[Key, bytes]],
         joins: Sequence[tuple[bytes, bytes]],
         adds: Sequence[tuple[bytes, bytes]],
-        secret: bytes | None = None,
+        *more: Any,
     ) -> frozenset[bytes]:
         answer: _Answer = asyncio.get_running_loop().create_future()
-        job = _Job(puts, joins, adds, secret, answer)
+        job = _Job(puts, joins, adds, answer, *more)
         if not job.records:
             return frozenset()
         loop, size = answer.get_loop(), sum(len(value) for _, value in (*puts, *adds))
         with self._lock:
             self._require_open()
             self._loop = self._loop or loop
-            if loop is self._loop and size <= _HERE_BYTES and self._trouble is None and self._jobs.empty():
+            small = size <= _HERE_BYTES and not job.drops
+            if loop is self._loop and small and self._trouble is None and self._jobs.empty():
                 if not self._here:
                     loop.call_soon(self._store_here)
                 self._here.append(job)
@@ -330,7 +369,7 @@ class DiskStore:
         )
         if self._log_bytes > _LOG_BYTES or self._proved_s - self._marked_s > _MARK_S:
             self._marked_s = self._proved_s
-            self._jobs.put(_Job((), (), (), None, None))
+            self._jobs.put(_Job((), (), (), None))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -400,13 +439,18 @@ class DiskStore:
     ) -> list[frozenset[bytes] | StorageError]:
         """In the transaction that it is in, which ends with them."""
         outcomes: list[frozenset[bytes] | StorageError] = []
+        self.erased = int.from_bytes(_sound(writer, ERASED) or b"", "big")
         for job in jobs:
-            if job.secret in (None, database.secret):
-                outcomes.append(self._store(writer, job))
-            else:
+            if job.secret not in (None, database.secret):
                 outcomes.append(StorageError(f"The storage in {self._path} was replaced meanwhile."))
+            elif job.erased not in (None, self.erased):
+                outcomes.append(StorageError("Something was erased meanwhile: what began before it is not stored."))
+            else:
+                outcomes.append(self._store(writer, job))
         database.rowid = newest_row(writer)
         writer.execute("COMMIT")
+        if any(job.drops for job in jobs):
+            writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was dropped stands in the log, too
         return outcomes
 
     def _look_after_log(self) -> None:
@@ -419,10 +463,20 @@ class DiskStore:
                 self._log_bytes = 0
                 database.writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 database.writer.execute("BEGIN IMMEDIATE")  # who begins the log anew waits for the disk
-                self._stored_by(database.writer, database, [_Job([(_PROBE, b"")], (), (), None, None)])
+                self._stored_by(database.writer, database, [_Job([(_PROBE, b"")], (), (), None)])
             self._mark(database, 0.0)
 
     def _store(self, writer: sqlite3.Connection, job: _Job) -> frozenset[bytes]:
+        for prefix in job.drops:
+            writer.execute(DROP, _range(prefix))
+        for key, part in job.leaves:
+            old, step = _sound(writer, key) or b"", JOIN_VALUE_BYTES
+            values = (old[at : at + step] for at in range(0, len(old), step))
+            left = b"".join(value for value in values if not value.startswith(part))
+            writer.execute(*((PUT, put_row(key, left)) if left else (DROP, (key, key + b"\0"))))
+        if job.erases:
+            self.erased += 1
+            writer.execute(PUT, put_row(ERASED, self.erased.to_bytes(8, "big")))
         present = [key for key, value in job.adds if not self._add(writer, key, value)]
         if job.puts:
             writer.executemany(PUT, [put_row(key, value) for key, value in job.puts])
@@ -560,6 +614,12 @@ def _repaired(path: Path) -> str:
     if done.returncode:
         raise StorageError(f"The storage in {path} cannot be repaired: {done.stderr.strip().splitlines()[-1]}.")
     return done.stdout.strip()
+
+
+def _range(prefix: bytes) -> tuple[bytes, bytes]:
+    """The keys that begin with it: from the first of these on, before the second."""
+    last = prefix.rstrip(b"\xff")
+    return prefix, last[:-1] + bytes([last[-1] + 1]) if last else b"\xff" * 64
 
 
 def _sound(writer: sqlite3.Connection, key: Key) -> bytes | None:

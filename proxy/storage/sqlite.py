@@ -40,7 +40,7 @@ from proxy.errors import StorageError
 if sys.platform != "win32":
     import fcntl
 
-FORMAT = 4  # of everything that is stored; another one with each change that old records do not fit
+FORMAT = 5  # of everything that is stored; another one with each change that old records do not fit
 DATABASE = "cache.db"  # diskcache's name for its file
 DAMAGED = f"{DATABASE}.damaged"  # what a repair left behind, the latest
 SECRET_BYTES = 32
@@ -57,6 +57,7 @@ _PACKED_BYTES = 512  # of a value that is compressed: half of the bytes, for som
 _PLAIN, _PACKED = b"\0", b"\1"  # what a stored value begins with
 SECRET = "secret:identity"
 REPAIRED = "repaired"
+ERASED = "erased"  # how many erasures there were
 OWN_ROWS = 2  # of a store that holds nothing yet: its secret, a probe
 _SETTINGS = {
     "eviction_policy": "none", "cull_limit": 0, "size_limit": 2**62, "disk_min_file_size": 2**62, "statistics": 0,
@@ -74,7 +75,9 @@ PUT = (
     " ON CONFLICT (key, raw) DO UPDATE SET tag = excluded.tag, value = excluded.value"
 )
 ADD = f"INSERT INTO Cache ({_COLUMNS}) VALUES (?, 1, 1, ?, ?) ON CONFLICT (key, raw) DO NOTHING"
-GET = "SELECT tag, value FROM Cache WHERE key = ? AND raw = 1"
+GET = "SELECT key, tag, value FROM Cache WHERE key = ? AND raw = 1"
+SCAN = "SELECT key, tag, value FROM Cache WHERE key >= ? AND key < ? AND key > ? AND raw = 1 ORDER BY key LIMIT ?"
+DROP = "DELETE FROM Cache WHERE key >= ? AND key < ?"
 
 Connection: TypeAlias = sqlite3.Connection
 Failure: TypeAlias = sqlite3.Error
@@ -144,10 +147,13 @@ def put_row(key: Key, value: bytes) -> tuple[Key, int, bytes]:
 def get_value(connection: sqlite3.Connection, key: Key) -> bytes | None:
     """The value, or None. Raises Damaged, and sqlite3.Error."""
     row = connection.execute(GET, (key,)).fetchone()
-    if row is None:
-        return None
-    value = row[1]
-    if type(value) is not bytes or checksum(key, value) != row[0]:
+    return None if row is None else value_of(row)
+
+
+def value_of(row: tuple[Key, int, bytes]) -> bytes:
+    """Of a row of `GET` or `SCAN`. Raises Damaged."""
+    key, number, value = row
+    if type(value) is not bytes or checksum(key, value) != number:
         raise Damaged("a value is not what was stored")
     return unpacked(value)
 
@@ -183,6 +189,7 @@ def connect(directory: Path, wait_s: float = _READ_WAIT_S, create: bool = False)
     )  # fmt: skip
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA mmap_size = 0")
+    connection.execute("PRAGMA secure_delete = ON")  # what is dropped or replaced is overwritten
     return connection
 
 

@@ -19,7 +19,7 @@ from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import Config, load_config
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
-from proxy.conversation.tree import Identity
+from proxy.conversation.tree import Identity, TenantKey
 from proxy.media.decoders import Codec, decode
 from proxy.memory import MemoryPage
 from proxy.memory.models import CompressionLevel
@@ -34,7 +34,7 @@ HISTORY: list[dict[str, Any]] = [
     {"role": "assistant", "content": "A steel bridge."},
     {"role": "user", "content": f"And its numbers: {', '.join(str(n * n) for n in range(90))}."},
 ]
-ONE, OTHER = b"one tenant", b"another one"
+ONE, OTHER = (Identity(bytes(32)).tenant(key, "") for key in ("one", "another"))
 THUMBNAIL = Load("img_0001_1", CompressionLevel.REDUCED)
 
 
@@ -71,18 +71,20 @@ class Room:
         self.decoders = Counting(config)
         self.renditions = Renditions(config, self.memory, self.decoders)
         raws = [(json.dumps(m).encode(), m) for m in HISTORY]
-        path_ = Identity(bytes(32)).extend(b"t", [], raws)
-        self.pages = PathPages(path_, COUNTER, 1024)
+        self.pages_of = {
+            tenant: PathPages(Identity(bytes(32)).extend(tenant, [], raws), COUNTER, 1024) for tenant in (ONE, OTHER)
+        }
+        self.pages = self.pages_of[ONE]
 
-    async def load(self, effect: Load = THUMBNAIL, tenant: bytes = ONE) -> MemoryPage:
-        page = await self.renditions.load(tenant, effect, self.pages)
+    async def load(self, effect: Load = THUMBNAIL, tenant: TenantKey = ONE) -> MemoryPage:
+        page = await self.renditions.load(tenant, effect, self.pages_of[tenant])
         assert page is not None
         return page
 
     async def write(self, page_id: str, level: CompressionLevel, text: str) -> None:
         page = self.pages.page(page_id)
         made = page.model_copy(update={"content": text, "compression_level": level, "size_tokens": 2})
-        await self.renditions.keep(ONE, page, made, WRITTEN)
+        await self.renditions.keep(self.pages.owner, page, made, WRITTEN)
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from proxy.config import load_config
 from proxy.conversation.derived import derive
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
-from proxy.conversation.tree import Identity
+from proxy.conversation.tree import Identity, Node, TenantKey
 from proxy.errors import ApiError
 from proxy.memory.compressor import ABSTRACT_TOKENS
 from proxy.memory.models import CompressionLevel
@@ -31,7 +32,7 @@ from tests.conversation.player import limits_of
 from tests.media import samples
 
 COUNTER = get_counter("gpt-4o")
-TENANT = b"a tenant"
+TENANT, OTHER = (Identity(bytes(32)).tenant(key, "") for key in ("a tenant", "another one"))
 JSON = [(b"content-type", b"application/json")]
 MODELS = {"model": "small-writer", "transcription_model": "small-ear"}
 PICTURE = samples.image_part(samples.png(320, 240))
@@ -109,11 +110,14 @@ class Room:
         self.memory = Memory(config)
         self.renditions = Renditions(config, self.memory)
         self.writer = Writer(config, desk, self.renditions)
-        raws = [(json.dumps(m).encode(), m) for m in HISTORY]
-        self.pages = PathPages(Identity(bytes(32)).extend(b"t", [], raws), COUNTER, 1024)
+        self.pages = PathPages(self.path(TENANT), COUNTER, 1024)
+
+    @staticmethod
+    def path(tenant: TenantKey) -> Sequence[Node]:
+        return Identity(bytes(32)).extend(tenant, [], [(json.dumps(m).encode(), m) for m in HISTORY])
 
     def submit(self, *loads: Load) -> None:
-        self.writer.submit(TENANT, HEADERS, self.pages, COUNTER, loads)
+        self.writer.submit(HEADERS, self.pages, COUNTER, loads)
 
     async def done(self, count: int = 1) -> None:
         async with asyncio.timeout(10):
@@ -333,8 +337,10 @@ def closed(here: Room, last: int, *written: Any) -> list[str]:
         return [page.page_id for page in end.value]
 
 
-async def loaded(here: Room, tenant: bytes = TENANT, number: int = 1) -> Any:
-    return await here.renditions.load(tenant, Load(f"summary_seg_{number:02d}", 0), here.pages)
+async def loaded(here: Room, tenant: TenantKey = TENANT, number: int = 1) -> Any:
+    pages = copy(here.pages)
+    pages.path = here.path(tenant)
+    return await here.renditions.load(tenant, Load(f"summary_seg_{number:02d}", 0), pages)
 
 
 async def test_segment_gets_a_summary_and_claims_with_their_sources(tmp_path: Path) -> None:
@@ -346,7 +352,7 @@ async def test_segment_gets_a_summary_and_claims_with_their_sources(tmp_path: Pa
         page = await loaded(here)
         assert page.content == "They chose." and page.provenance == ["msg_0001", "msg_0002", "msg_0003"]
         assert page.metadata["claims"] == [["Billing", "Billing uses PostgreSQL 16.", "msg_0003"]]
-        assert await loaded(here, b"another one") is None, "invariant 6"
+        assert await loaded(here, OTHER) is None, "invariant 6"
         asked = here.desk.bodies[0]["messages"][0]["content"]
         assert "quoted data" in asked and '\nmsg_0003 user: "We decided to use PostgreSQL 16' in asked
         made = ["summary_seg_01", "claim_0001", "index_seg_02"]

@@ -166,8 +166,8 @@ class Player:
             return kept
         return restore_state(record, self.get_record, self.get_block)
 
-    def get_block(self, ref: bytes) -> bytes | None:
-        return self.values.get(block_key(ref))
+    def get_block(self, owner: bytes, ref: bytes) -> bytes | None:
+        return self.values.get(block_key(owner, ref))
 
     def _append(self, effect: Append) -> None:
         if self.late is not None:

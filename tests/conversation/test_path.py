@@ -26,7 +26,7 @@ class Store:
         self.reads += 1
         return self.records.get(record_id)
 
-    def block(self, ref: bytes) -> bytes | None:
+    def block(self, owner: bytes, ref: bytes) -> bytes | None:
         self.reads += 1
         return self.blocks.get(ref)
 

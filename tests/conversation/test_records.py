@@ -12,18 +12,21 @@ from hypothesis import strategies as st
 
 from proxy.conversation import keys, turn_window
 from proxy.conversation.records import (
+    LastUse,
     Record,
     Sent,
     SessionNames,
     State,
     append_effect,
     block_key,
+    conversation_key,
     decode_record,
     deepest_record,
     encode_record,
     history,
     load_path,
     new_records,
+    owner_of,
     record_key,
     restore_state,
 )
@@ -59,8 +62,8 @@ class Bare:
         data = self.values.get(record_key(node_id))
         return decode_record(data) if data is not None else None
 
-    def block(self, ref: bytes) -> bytes | None:
-        return self.values.get(block_key(ref))
+    def block(self, owner: bytes, ref: bytes) -> bytes | None:
+        return self.values.get(block_key(owner, ref))
 
     def restore(self, node_id: bytes) -> State:
         head = self.record(node_id)
@@ -150,7 +153,8 @@ def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
     assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
     effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, SessionNames(b"label", b"session"), {})
     puts = dict(effect.puts)
-    assert len(puts) == len(effect.puts) == len(records) + 1 and puts[b"session"] == path[-1].id
+    assert len(puts) == len(effect.puts) == len(records) + 2 and puts[b"session"] == path[-1].id
+    assert LastUse.decode(puts[conversation_key(owner_of(path[0].id))]).head == path[-1].id
     assert all(decode_record(puts[record_key(r.id)]) == r for r in records)
     assert [r.sent is not None for r in records] == [False] * (len(records) - 1) + [True]
     found = IDENTITY.pair(TENANT, path[-2].content, path[-1].content), path[-1].id

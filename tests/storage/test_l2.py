@@ -17,8 +17,8 @@ from typing import Any
 import diskcache
 import pytest
 
-from proxy.storage.l2 import JOIN_KEEP, Damaged, DiskStore, StorageError
-from proxy.storage.sqlite import PackedDisk, put_row
+from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, Damaged, DiskStore, StorageError
+from proxy.storage.sqlite import ERASED, PackedDisk, put_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,13 +39,13 @@ def execute(directory: Path, statement: str, *values: object) -> list[Any]:
         return database.execute(statement, values).fetchall()
 
 
-def id16(number: int) -> bytes:
-    return number.to_bytes(16, "big")
+def node(number: int) -> bytes:
+    return number.to_bytes(JOIN_VALUE_BYTES, "big")
 
 
-def split16(joined: bytes | None) -> list[bytes]:
-    joined = joined or b""
-    return [joined[at : at + 16] for at in range(0, len(joined), 16)]
+def nodes(joined: bytes | None) -> list[bytes]:
+    joined, step = joined or b"", JOIN_VALUE_BYTES
+    return [joined[at : at + step] for at in range(0, len(joined), step)]
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ async def test_large_values_stay_in_the_transaction(store: DiskStore, tmp_path: 
 
 
 async def test_joins_keep_order_without_doubles_and_the_newest(store: DiskStore) -> None:
-    await store.commit([], [(b"k", id16(n)) for n in (1, 2, 1, 3)])
-    await store.commit([], [(b"k", id16(2)), (b"other", id16(9))])
-    assert split16(store.get(b"k")) == [id16(1), id16(2), id16(3)]
-    assert split16(store.get(b"other")) == [id16(9)]
-    await store.commit([], [(b"k", id16(n)) for n in range(100, 140)])
-    assert split16(store.get(b"k")) == [id16(n) for n in range(140 - JOIN_KEEP, 140)]
-    with pytest.raises(ValueError, match="16 bytes"):
+    await store.commit([], [(b"k", node(n)) for n in (1, 2, 1, 3)])
+    await store.commit([], [(b"k", node(2)), (b"other", node(9))])
+    assert nodes(store.get(b"k")) == [node(1), node(2), node(3)]
+    assert nodes(store.get(b"other")) == [node(9)]
+    await store.commit([], [(b"k", node(n)) for n in range(100, 140)])
+    assert nodes(store.get(b"k")) == [node(n) for n in range(140 - JOIN_KEEP, 140)]
+    with pytest.raises(ValueError, match="34 bytes"):
         await store.commit([], [(b"k", b"short")])
 
 
@@ -104,10 +104,10 @@ async def test_a_value_too_large_for_sqlite_is_refused_before_it_harms_others(
 async def test_the_directory_is_one_of_diskcache_s(store: DiskStore) -> None:
     """Made and read by it, also what was replaced, added, joined and is large; without its triggers afterwards."""
     large = os.urandom(3_000_000)
-    await store.commit([(b"a", b"1"), (b"a", b"2"), (b"large", large)], [(b"set", id16(7))], [(b"new", b"")])
+    await store.commit([(b"a", b"1"), (b"a", b"2"), (b"large", large)], [(b"set", node(7))], [(b"new", b"")])
     await store.close()
     with diskcache.Cache(str(store._path), disk=PackedDisk) as plain:
-        assert [plain.get(key) for key in (b"a", b"large", b"set", b"new", b"none")] == [b"2", large, id16(7), b"", None]
+        assert [plain.get(key) for key in (b"a", b"large", b"set", b"new", b"none")] == [b"2", large, node(7), b"", None]
         assert plain.get(b"a", tag=True) == (b"2", put_row(b"a", b"2")[1])
         assert set(plain) >= {b"a", b"large", b"set", b"new"}
     again = DiskStore(store._path, 10)
@@ -225,7 +225,7 @@ COMMIT_AND_PRINT = """
         while True:
             key = b"%d:%d" % (w, n)
             await store.commit([(key, b"a" * 300), (key + b"'", b"b" * 300)],
-                               [(key, bytes(16)), (b"j" + key, bytes(16))])
+                               [(key, bytes(34)), (b"j" + key, bytes(34))])
             print(w, n, flush=True)
             n += 1
     async def main():
@@ -236,7 +236,7 @@ COMMIT_AND_PRINT = """
 
 
 async def test_invariant_5_what_was_committed_survives_sigkill(tmp_path: Path) -> None:
-    child = start(COMMIT_AND_PRINT.replace("(key, bytes(16)), ", ""), tmp_path / "l2")
+    child = start(COMMIT_AND_PRINT.replace("(key, bytes(34)), ", ""), tmp_path / "l2")
     assert child.stdout is not None
     printed = [child.stdout.readline() for _ in range(400)]
     child.send_signal(signal.SIGKILL)
@@ -248,7 +248,7 @@ async def test_invariant_5_what_was_committed_survives_sigkill(tmp_path: Path) -
     for w, n in told:
         key = b"%d:%d" % (w, n)
         assert store.get(key) == b"a" * 300 and store.get(key + b"'") == b"b" * 300
-        assert store.get(b"j" + key) == bytes(16)
+        assert store.get(b"j" + key) == bytes(34)
     # Commits that nobody was told about are there whole or not at all.
     for w in range(8):
         for n in range(max(m for v, m in told if v == w), max(m for v, m in told if v == w) + 3):
@@ -297,7 +297,7 @@ async def test_three_processes_write_together(tmp_path: Path) -> None:
                 store = DiskStore(Path(sys.argv[1]), 100)
                 secret = store.secret()
                 for n in range(60):
-                    mine = (me * 1000 + n).to_bytes(16, "big")
+                    mine = (me * 1000 + n).to_bytes(34, "big")
                     await store.commit([(mine, bytes([me]) * 500)],
                                        [(b"set%d" % (n % 10), mine), (b"all", mine)])
                 await store.close()
@@ -314,12 +314,12 @@ async def test_three_processes_write_together(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "l2", 10)
     assert set(outputs) == {store.secret().hex()} and len(outputs[0]) == 64
     for me in range(3):
-        assert all(store.get(id16(me * 1000 + n)) == bytes([me]) * 500 for n in range(60))
+        assert all(store.get(node(me * 1000 + n)) == bytes([me]) * 500 for n in range(60))
     for s in range(10):  # 18 joins in each: none lost to another process
-        expected = {id16(me * 1000 + n) for me in range(3) for n in range(s, 60, 10)}
-        joined = split16(store.get(b"set%d" % s))
+        expected = {node(me * 1000 + n) for me in range(3) for n in range(s, 60, 10)}
+        joined = nodes(store.get(b"set%d" % s))
         assert len(joined) == 18 and set(joined) == expected
-    assert len(split16(store.get(b"all"))) == JOIN_KEEP
+    assert len(nodes(store.get(b"all"))) == JOIN_KEEP
     await store.close()
 
 
@@ -405,15 +405,15 @@ def test_a_directory_that_may_only_be_read_is_refused() -> None:
 async def test_a_damaged_value_is_told_once_and_stored_again_by_who_has_it(
     store: DiskStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await store.commit([(b"put", b"1")], [(b"join", id16(1))], [(b"add", b"1")])
+    await store.commit([(b"put", b"1")], [(b"join", node(1))], [(b"add", b"1")])
     execute(store._path, "UPDATE Cache SET value = zeroblob(length(value)) WHERE typeof(key) = 'blob'")
     for _ in range(3):
         for key in (b"put", b"join", b"add"):
             with pytest.raises(Damaged, match="check --storage"):
                 store.get(key)
     assert store.damaged == {"value": 9} and len(caplog.records) == 1
-    assert await store.commit([(b"put", b"2")], [(b"join", id16(2))], [(b"add", b"2")]) == frozenset()
-    assert [store.get(key) for key in (b"put", b"join", b"add")] == [b"2", id16(2), b"2"]
+    assert await store.commit([(b"put", b"2")], [(b"join", node(2))], [(b"add", b"2")]) == frozenset()
+    assert [store.get(key) for key in (b"put", b"join", b"add")] == [b"2", node(2), b"2"]
 
 
 async def test_what_fails_once_fails_at_once_until_it_is_tried_again(
@@ -538,3 +538,44 @@ async def test_a_small_commit_asks_no_thread_and_waits_for_no_lock(store: DiskSt
     assert store.get(b"k5") == b"v"
     await store.commit([(b"large", bytes(1 << 20))])
     assert asked[-1] == 1 and len(asked) > 1
+
+
+async def test_scan_goes_through_the_keys_of_a_prefix_in_their_order(store: DiskStore) -> None:
+    await store.commit([(b"n%d" % n, b"%d" % n) for n in range(10)] + [(b"m9", b""), (b"o", b""), ("n", b"")])
+    assert store.scan(b"n", limit=3) == [(b"n0", b"0"), (b"n1", b"1"), (b"n2", b"2")]
+    assert [key for key, _ in store.scan(b"n", b"n7")] == [b"n8", b"n9"]
+    assert store.scan(b"x") == [] and len(store.scan(b"")) == 12
+    await store.commit([(b"\xff\xff1", b"x"), (b"\xfe", b"y")])
+    assert store.scan(b"\xff") == [(b"\xff\xff1", b"x")] and store.scan(b"\xff\xff") == [(b"\xff\xff1", b"x")]
+
+
+async def test_drops_take_whole_prefixes_and_leave_no_bytes_behind(store: DiskStore, tmp_path: Path) -> None:
+    marks = [os.urandom(200) for _ in range(50)]
+    await store.commit([(b"a%02d" % n, mark) for n, mark in enumerate(marks)] + [(b"b", b"kept")])
+    await store.commit([(b"a00", b"replaced"), (b"new", b"1")], drops=[b"a0", b"a1", b"a2", b"a3", b"a4"])
+    assert store.scan(b"a") == [(b"a00", b"replaced")] and store.get(b"b") == b"kept"
+    left = b"".join(path.read_bytes() for path in (tmp_path / "l2").iterdir())
+    assert not any(mark[at : at + 20] in left for mark in marks for at in range(0, 180, 20))
+
+
+async def test_leaves_take_a_conversations_ids_out_of_a_set(store: DiskStore) -> None:
+    ids = [owner + node(n)[2:] for n, owner in enumerate((b"o1", b"o2", b"o1", b"o3"))]
+    await store.commit([], [(b"set", i) for i in ids] + [(b"only", ids[0])])
+    await store.commit([], [(b"set", b"o2" + node(9)[2:])], leaves=[(b"set", b"o1"), (b"only", b"o1"), (b"none", b"o1")])
+    assert nodes(store.get(b"set")) == [ids[1], ids[3], b"o2" + node(9)[2:]] and store.get(b"only") is None
+
+
+async def test_what_began_before_an_erasure_is_not_stored(store: DiskStore, tmp_path: Path) -> None:
+    other = DiskStore(tmp_path / "l2", queue_records=100)
+    await store.commit([(b"a", b"text")], erased=0)
+    await other.commit([], drops=[b"a"], erases=True)
+    assert (other.erased, store.erased) == (1, 0)
+    with pytest.raises(StorageError, match="erased meanwhile"):
+        await store.commit([(b"a", b"text")], erased=0)
+    assert store.get(b"a") is None and store.erased == 1 and store.trouble is None
+    await store.commit([(b"a", b"new")], erased=1)
+    await other.close()
+    again = DiskStore(tmp_path / "l2", queue_records=100)
+    again.look()
+    assert again.erased == 1 and again.get(ERASED) is not None
+    await again.close()
