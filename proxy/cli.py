@@ -1,8 +1,8 @@
-"""The command line: `llm-pager serve | check | demo`.
+"""The command line: `llm-pager serve | check | export | import | migrate | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
-configuration or arguments, 3 where `check --storage` found damage and repaired it. Nothing heavy is imported before a command needs it.
+configuration or arguments, 3 where `check --storage` found damage and repaired it, or something could not be moved. Nothing heavy is imported before a command needs it.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy import __version__
-from proxy.errors import ConfigError
+from proxy.errors import ConfigError, StorageError
+from proxy.transfer import commands as transfer
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command in transfer.COMMANDS:
+            return transfer.run(args, os.environ)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"llm-pager: {problem}", file=sys.stderr)
         return 2
-    except StartError as error:
+    except (StartError, StorageError) as error:
         print(f"llm-pager: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -84,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check_)
     check_.add_argument("--storage", action="store_true",
                         help="read all that is stored instead: find damage, and repair it (status 3)")
+
+    transfer.add_parsers(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")

@@ -13,7 +13,7 @@ continued, it is paged anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,17 +28,21 @@ from proxy.conversation.records import (
     conversation_key,
     conversation_name,
     decode_record,
+    deepest_record,
     encode_record,
     indexed,
+    needed,
     new_records,
     nodes_of,
+    owner_of,
     record_key,
 )
 from proxy.conversation.tree import HASH_BYTES, Identity, Node, NodeId, TenantKey
 
 FORMAT, VERSION = "llm-pager", 1
 
-Scan = Callable[[bytes, bytes], list[tuple[bytes, bytes]]]  # by a key's beginning, and after which key
+Scan = Callable[[bytes, bytes, int], list[tuple[bytes, bytes]]]  # by a key's beginning, after which key, how many
+_AT_ONCE = 64  # records, which may be large
 _json = msgspec.json.encode
 
 
@@ -102,6 +106,17 @@ class Tree:
         return self._lines
 
 
+def header(owners: Iterable[bytes], created_s: int) -> bytes:
+    tenants = dict.fromkeys(owner[: keys.TENANT_BYTES].hex() for owner in owners)
+    return _json(Header(FORMAT, VERSION, created_s, list(tenants))) + b"\n"
+
+
+def written(conversation: Conversation) -> Iterator[bytes]:
+    """The lines of one that was read."""
+    for each in (Heading(conversation.name, conversation.title, conversation.last_s), *conversation.lines):
+        yield _json(each) + b"\n"
+
+
 # -- from the store
 
 
@@ -109,49 +124,51 @@ def owners(scan: Scan, prefix: bytes = b"") -> Iterator[bytes]:
     """Of all conversations that have an answer, those whose owner begins with `prefix`. A look at each, not at its
     records."""
     after = b""
-    while found := scan(keys.RECORD + prefix, after):
+    while found := scan(keys.RECORD + prefix, after, 1):
         yield (owner := keys.owner(found[0][0]))
         after = keys.RECORD + owner + b"\xff" * HASH_BYTES
 
 
-def exported(owner: bytes, scan: Scan, get: Callable[[bytes], bytes | None], identity: Identity) -> Iterator[bytes]:
-    """A conversation's lines. Raises LookupError where a record is missing."""
+def exported(
+    owner: bytes, scan: Scan, get: Callable[[bytes], bytes | None], identity: Identity, lost: list[NodeId]
+) -> Iterator[bytes]:
+    """A conversation's lines. `lost` gets the answers that cannot be read, because a record is missing or damaged."""
 
     def get_record(node_id: bytes) -> Record | None:
         data = get(record_key(node_id))
         return decode_record(data) if data is not None else None
 
-    order: list[tuple[int, bytes]] = []
-    children: dict[bytes, list[bytes]] = {}
+    order: list[tuple[int, NodeId]] = []
+    continued: dict[bytes, NodeId] = {}
     after = b""
-    while found := scan(keys.RECORD + owner, after):
+    while found := scan(keys.RECORD + owner, after, _AT_ONCE):
         after = found[-1][0]
         for record in (decode_record(value) for _, value in found):
             order.append((record.first, record.id))
-            children.setdefault(record.parent, []).append(record.id)
-    order.sort()
+            continued.setdefault(record.parent, record.id)
+    order.sort()  # a parent comes before its child
     last = get(conversation_key(owner))
-    head, used_s = LastUse.decode(last) if last is not None else (order[-1][1], 0)
-    tenant = owner[: keys.TENANT_BYTES]
-    yield _json(Heading(conversation_name(owner), "", used_s, tenant.hex())) + b"\n"
+    head, used_s = LastUse.decode(last) if last is not None else (b"", 0)
+    yield _json(Heading(conversation_name(owner), "", used_s, owner[: keys.TENANT_BYTES].hex())) + b"\n"
     numbers: dict[bytes, int] = {}
     for _, name in order:
-        record = get_record(name)
-        if record is None:
-            raise LookupError("a record of the conversation is missing or damaged")
-        following = next(iter(children.get(name, ())), b"")  # whose client said how it had got this answer
-        nodes = nodes_of(record, get_record(following) if following else None, get_record, identity)
-        parent = numbers.get(record.parent)
-        if parent is None and record.parent:
-            raise LookupError("a record that others continue is missing or damaged")
+        try:
+            record = needed(name, get_record)
+            following = continued.get(name)  # its client said how it had got this answer
+            parent = numbers[record.parent] if record.parent else None
+            nodes = nodes_of(record, get_record(following) if following else None, get_record, identity)
+        except LookupError:
+            lost.append(name)
+            continue
         for node in nodes:
             if node.id not in numbers:
                 numbers[node.id] = len(numbers)
-                answered = node.id == record.id
+                answered = node.id == name
                 raw = node.raw.replace(b"\n", b" ").replace(b"\r", b" ")  # in a text they are escaped
-                line = Line(numbers[node.id], msgspec.Raw(raw), parent, node.seen_s,
-                            answered and record.sent is not None, answered and node.id == head)  # fmt: skip
-                yield _json(line) + b"\n"
+                yield _json(Line(
+                    numbers[node.id], msgspec.Raw(raw), parent, node.seen_s,
+                    answered and record.sent is not None, answered and name == head,
+                )) + b"\n"  # fmt: skip
             parent = numbers[node.id]
 
 
@@ -165,7 +182,7 @@ class Branch(NamedTuple):
     blocks: Mapping[bytes, bytes]
 
     def adds(self) -> Iterator[tuple[bytes, bytes]]:
-        owner = self.records[0].id[: keys.OWNER_BYTES] if self.records else b""
+        owner = owner_of(self.records[0].id)
         for ref, block in self.blocks.items():
             yield block_key(owner, ref), block
         for record in self.records:
@@ -175,9 +192,12 @@ class Branch(NamedTuple):
 class Grown:
     """The lines of a conversation as what a tenant's store has of it. Raises ValueError for lines that are none.
 
-    `heads`: the last answer of each conversation that they make (one by its first message), the newest branch's or the
-    last one's, and when it was given. `unanswered`: messages behind the last answer of their branch, which are not stored.
+    `head`: the answer that the newest branch ends with, or the last one; `heads`: the same of each conversation that they
+    make (one by its first message), and when it was given. `unanswered`: messages behind the last answer of their branch,
+    which are not stored.
     """
+
+    head: NodeId  # where `heads` is not empty
 
     def __init__(self, lines: Sequence[Line], identity: Identity, tenant: TenantKey) -> None:
         self._identity = identity
@@ -206,12 +226,11 @@ class Grown:
                 continued.add(self._parents[n])
         self._ends = [n for n in answers if n not in continued]
         self.unanswered = len(self._nodes) - len(set(answers) | continued - {None})
-        newest = {n for line in lines if line.head for n in self._up(line.n)} & set(self._ends)
+        newest = {line.n for line in lines if line.head} & set(answers)
         self.heads: dict[bytes, LastUse] = {}
-        for n in sorted(self._ends, key=lambda n: (n in newest, self._nodes[n].seen_s, n)):
-            node = self._nodes[n]
-            self.heads[node.id[: keys.OWNER_BYTES]] = LastUse(node.id, node.seen_s)
-        self.head = node.id if self._ends else None
+        for n in sorted({*self._ends, *newest}, key=lambda n: (n in newest, self._nodes[n].seen_s, n)):
+            self.head = self._nodes[n].id
+            self.heads[owner_of(self.head)] = LastUse(self.head, self._nodes[n].seen_s)
 
     def _up(self, n: int | None) -> Iterator[int]:
         while n is not None and n in self._parents:
@@ -222,12 +241,11 @@ class Grown:
         """What is not stored yet. Each is to be stored before the next is asked for."""
         for end in self._ends:
             path = [self._nodes[n] for n in self._up(end)][::-1]
-            answered = (get(node.id) for node in reversed(path) if node.role == "assistant")
-            parent = next(filter(None, answered), None)
+            parent = deepest_record(path, get)
             if parent is None or parent.end < len(path):
                 records = new_records(path, parent, {})
                 yield Branch(*indexed(records, parent, get, get_block))
 
-    def is_above(self, node_id: NodeId) -> bool:
+    def has(self, node_id: bytes) -> bool:
         """Whether a stored head is one of these messages: what follows it here is newer."""
         return any(node.id == node_id for node in self._nodes.values())

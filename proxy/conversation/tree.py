@@ -137,11 +137,11 @@ class Identity:
 
     def session(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the head of a session of new messages, inside its tenant."""
-        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant[keys.SCOPE_BYTES :], name.encode("utf-8", "surrogatepass"))
 
     def label(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the answers that were given under a session's name."""
-        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant[keys.SCOPE_BYTES :], name.encode("utf-8", "surrogatepass"))
 
     def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
         """What stands in front of a history, as written: another frame is another application."""
@@ -149,7 +149,7 @@ class Identity:
 
     def pair(self, tenant: TenantKey, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found."""
-        return keys.PAIR + tenant[: keys.TENANT_BYTES] + self._hash(b"pair", tenant, before, answer)
+        return keys.PAIR + tenant[: keys.TENANT_BYTES] + self._hash(b"pair", tenant[keys.SCOPE_BYTES :], before, answer)
 
     def rendition(self, owner: bytes, version: str, level: int, kind: str) -> bytes:
         """The storage key under which a conversation's version of a page at a level is found."""

@@ -6,6 +6,7 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from proxy.storage.l2 import DiskStore
@@ -13,6 +14,8 @@ from proxy.storage.sqlite import Key, Repaired
 
 if TYPE_CHECKING:
     from proxy.config import Config
+
+_QUEUE_RECORDS = 1024  # of a transaction, where nobody else waits
 
 
 class Store(Protocol):
@@ -61,3 +64,8 @@ def open_store(config: Config, kinds: Mapping[bytes, str]) -> Store:
     """What `tiers` say. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
     StorageError."""
     return DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, kinds)
+
+
+def open_engine(where: str, kinds: Mapping[bytes, str]) -> Store:
+    """The values themselves, as they stand in a directory. Raises StorageError."""
+    return DiskStore(Path(where), _QUEUE_RECORDS, kinds)

@@ -222,14 +222,20 @@ class DiskStore:
         database = self._database
         if database is None:
             raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
-        try:
-            rows = database.reader.execute(SCAN, (*_range(prefix), after, limit)).fetchall()
-        except sqlite3.Error as error:
-            raise StorageError(f"Cannot read from {self._path}: {error}.") from error
         found: list[tuple[bytes, bytes]] = []
-        for row in rows:
-            with suppress(Damaged):
-                found.append((row[0], value_of(row)))
+        while not found:  # nothing is found only where there is nothing more
+            try:
+                rows = database.reader.execute(SCAN, (*_range(prefix), after, limit)).fetchall()
+            except sqlite3.Error as error:
+                raise StorageError(f"Cannot read from {self._path}: {error}.") from error
+            for row in rows:
+                try:
+                    found.append((row[0], value_of(row)))
+                except Damaged as error:
+                    self._met_damage(row[0], error)
+            if not rows:
+                break
+            after = rows[-1][0]
         return found
 
     def look(self) -> None:

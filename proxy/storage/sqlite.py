@@ -278,6 +278,26 @@ def _opened_as(
     return connection, secret, rowid
 
 
+def adopt_secret(directory: Path, secret: bytes) -> None:
+    """Give a store that holds nothing yet the secret of another one. Raises StorageError."""
+    try:
+        opened = open_database(directory, _LOCK_WAIT_S)
+        with closing(opened.connection):
+            if opened.rowid <= OWN_ROWS:
+                opened.connection.execute(PUT, put_row(SECRET, secret))
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"Cannot write to {directory}: {error}.") from error
+
+
+def format_of(directory: Path) -> int:
+    """The format of the database that stands there. Raises StorageError."""
+    try:
+        with closing(connect(directory, _LOCK_WAIT_S)) as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.Error as error:
+        raise StorageError(f"Cannot read {directory / DATABASE}: {error}.") from error
+
+
 def _drop_log_of_another(directory: Path, mark: Mark, told: list[str]) -> None:
     """A log that is still the one of before, beside another file: SQLite would take it for this one's."""
     found = inodes(directory)

@@ -55,7 +55,7 @@ def _grown(messages: Iterable[_Message], current: str | None) -> Tree:
     for message in at.values():
         children.setdefault(message.parent if message.parent in at else None, []).append(message.id)
     seen: set[str] = set()
-    while current in children and current not in seen:  # the newest leaf of the branch that was shown last
+    while current is not None and current in children and current not in seen:  # the newest leaf of the branch that was shown last
         seen.add(current)
         current = children[current][-1]
     # (message, the turn before it, the pieces of an answer that is not ended yet: the last and those before)

@@ -18,23 +18,33 @@ from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.exported import exported, header, owners
 from proxy.conversation.records import conversation_name
+from proxy.conversation.tree import NodeId
 from proxy.errors import ConfigError
-from proxy.transfer.commands import DONE, LEFT_OUT, Desk, progress, tenant_of
+from proxy.storage.sqlite import DATABASE
+from proxy.transfer.desk import DONE, LEFT_OUT, Desk, headers_of, progress, tenant_of, with_store
 
 
-def export(args: argparse.Namespace, config: Config, desk: Desk) -> int:
-    tenant = tenant_of(args, config, desk.identity)
-    begin = tenant[: keys.TENANT_BYTES] if tenant is not None else tenant_named(args.tenant) if args.tenant else b""
+def run(args: argparse.Namespace, config: Config) -> int:
+    """Raises ConfigError and StorageError."""
+    if not (config.tiers.l2.path / DATABASE).exists():
+        raise ConfigError(f"There is no storage in {config.tiers.l2.path}; nothing was written.")
+    return with_store(config, lambda desk: _export(args, desk))
+
+
+def _export(args: argparse.Namespace, desk: Desk) -> int:
+    headers, begin = headers_of(args.header), tenant_named(args.tenant) if args.tenant else b""
+    if headers or args.user is not None:
+        begin = tenant_of(headers, args.user, desk.identity)[: keys.TENANT_BYTES]
     found = list(owners(desk.store.scan, begin))
     if args.conversation:
         found = [owner for owner in found if conversation_name(owner) == args.conversation]
     if not found:
         raise ConfigError("There is no such conversation in the store; nothing was written.")
-    messages, lost = 0, list[bytes]()
-    with written(args.out) as out, progress("exported", not args.json) as advance:
+    messages, lost = 0, list[NodeId]()
+    with whole_file(args.out) as out, progress("exported", not args.json) as advance:
         out.write(header(found, int(time.time())))
         for number, owner in enumerate(found):
-            for line in exported(owner, desk.store.scan, desk.store.get, desk.identity, lost):
+            for line in exported(owner, desk.store.scan, desk.get, desk.identity, lost):
                 out.write(line)
                 messages += 1
             messages -= 1  # its heading
@@ -62,7 +72,7 @@ def tenant_named(name: str) -> bytes:
 
 
 @contextmanager
-def written(name: str) -> Iterator[BinaryIO]:
+def whole_file(name: str) -> Iterator[BinaryIO]:
     """A file that is there whole or not at all, for its owner only. Raises ConfigError."""
     if name == "-":
         yield sys.stdout.buffer
@@ -72,7 +82,7 @@ def written(name: str) -> Iterator[BinaryIO]:
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             if name.endswith(".zst"):
                 with zstandard.ZstdCompressor(level=9).stream_writer(file, closefd=False) as packed:
-                    yield packed  # type: ignore[misc]
+                    yield packed
             else:
                 yield file
         os.replace(beside, name)

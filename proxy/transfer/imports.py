@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import time
 import zipfile
@@ -31,16 +32,32 @@ from proxy.conversation.exported import (
     Header,
     Heading,
     Line,
-    written_lines,
+    written,
 )
-from proxy.conversation.records import LastUse, Record, block_key, conversation_key, decode_record, load_path, record_key
+from proxy.conversation.records import (
+    LastUse,
+    Record,
+    block_key,
+    conversation_key,
+    decode_record,
+    record_key,
+)
 from proxy.conversation.tree import TenantKey
 from proxy.errors import ConfigError
 from proxy.transfer.accounts import GetFile, is_account_export, read_conversation
-from proxy.transfer.commands import DONE, LEFT_OUT, Advance, Desk, progress, tenant_of
-from proxy.transfer.exports import tenant_named, written
+from proxy.transfer.desk import (
+    DONE,
+    LEFT_OUT,
+    Advance,
+    Desk,
+    batches,
+    headers_of,
+    progress,
+    tenant_of,
+    with_store,
+)
+from proxy.transfer.exports import tenant_named, whole_file
 
-_COMMIT_BYTES = 4 << 20  # of records, about
 _ZSTD, _ZIP = b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 _NOT_AS_TOLD = (ValueError, TypeError, AttributeError, KeyError, LookupError, RecursionError)
 
@@ -55,8 +72,14 @@ class Unreadable(NamedTuple):
 Found: TypeAlias = "Conversation | Unreadable"
 
 
-def import_file(args: argparse.Namespace, config: Config, desk: Desk) -> int:
-    tenant = tenant_of(args, config, desk.identity)
+def run(args: argparse.Namespace, config: Config) -> int:
+    """Raises ConfigError and StorageError."""
+    return with_store(config, lambda desk: _import(args, desk))
+
+
+def _import(args: argparse.Namespace, desk: Desk) -> int:
+    headers = headers_of(args.header)
+    tenant = tenant_of(headers, args.user, desk.identity) if headers or args.user is not None else None
     if tenant is None and not args.to:
         raise ConfigError("Say whose the conversations are to be: --header 'authorization: Bearer ...', as the client sends it.")
     left_out: list[Unreadable] = []
@@ -64,12 +87,12 @@ def import_file(args: argparse.Namespace, config: Config, desk: Desk) -> int:
     with progress("imported", not args.json) as advance:
         found = read_file(args.file, tenant_named(args.tenant) if args.tenant else b"", advance)
         if args.to:
-            with written(args.to) as out:
+            with whole_file(args.to) as out:
                 out.write(msgspec.json.encode(Header(FORMAT, VERSION, int(time.time()))) + b"\n")
                 for conversation in _readable(found, left_out):
                     counts["conversations"] += 1
                     counts["messages"] += len(conversation.lines)
-                    out.writelines(written_lines(conversation))
+                    out.writelines(written(conversation))
         elif tenant is not None:
             for conversation in _readable(found, left_out):
                 try:
@@ -111,52 +134,36 @@ def _readable(found: Iterable[Found], left_out: list[Unreadable]) -> Iterator[Co
 def _stored(desk: Desk, tenant: TenantKey, grown: Grown, conversation: Conversation, prefix: str | None) -> int:
     """Store what is not there; how many answers that were. A parent before its child, the names at the end: a command that
     was killed is repeated."""
-    store, new = desk.store, 0
+    new = 0
     erased, secret = desk.identity.erased, desk.identity.secret
 
     def get_record(node_id: bytes) -> Record | None:
-        data = store.get(record_key(node_id))
+        data = desk.get(record_key(node_id))
         return decode_record(data) if data is not None else None
 
     def get_block(owner: bytes, ref: bytes) -> bytes | None:
-        return store.get(block_key(owner, ref))
+        return desk.get(block_key(owner, ref))
 
     for branch in grown.branches(get_record, get_block):
-        for adds in _batches(branch.adds()):
+        for adds in batches(branch.adds()):
             known = desk.commit(puts=(), adds=adds, secret=secret, erased=erased)
             new += sum(1 for key, _ in adds if key.startswith(keys.RECORD) and key not in known)
     puts: list[tuple[bytes, bytes]] = []
     for owner, use in grown.heads.items():
         use = use._replace(used_s=use.used_s or conversation.last_s or int(time.time()))
-        before = store.get(conversation_key(owner))
+        before = desk.get(conversation_key(owner))
         if before is None or LastUse.decode(before).used_s < use.used_s:
             puts.append((conversation_key(owner), use.encode()))
     joins: list[tuple[bytes, bytes]] = []
-    names = dict.fromkeys(filter(None, (conversation.name, " ".join(conversation.title.split()) if prefix else "")))
-    for name in names:
-        name, head = (prefix or "") + name, grown.head
-        joins.append((desk.identity.label(tenant, name), head))
+    titles = [" ".join(conversation.title.split())] if prefix is not None else []  # an id is nobody else's, a title may be
+    for name in dict.fromkeys(f"{prefix or ''}{name}" for name in (conversation.name, *titles) if name):
+        joins.append((desk.identity.label(tenant, name), grown.head))
         key = desk.identity.session(tenant, name.encode().decode("latin-1"))  # as a header brings it
-        old = store.get(key)
-        if old is None or grown.is_above(old):
-            puts.append((key, head))
-        elif name == (prefix or "") + conversation.title and get_record(old) is not None:
-            pass
+        before = desk.get(key)
+        if before is None or grown.has(before):
+            puts.append((key, grown.head))
     desk.commit(puts=puts, joins=joins, secret=secret, erased=erased)
     return new
-
-
-def _batches(adds: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    batch: list[tuple[bytes, bytes]] = []
-    size = 0
-    for key, value in adds:
-        batch.append((key, value))
-        size += len(value)
-        if size > _COMMIT_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # -- reading
@@ -174,7 +181,7 @@ def read_file(path: Path, tenant: bytes, advance: Advance) -> Iterator[Found]:
             size = path.stat().st_size
             stream: BinaryIO = file
             if beginning == _ZSTD:
-                stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))  # type: ignore[arg-type]
+                stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
             first = stream.readline()
             head = _header(first)
             if head is not None:
@@ -200,6 +207,7 @@ def _header(line: bytes) -> Header | None:
     return head
 
 
+_BEGINS = re.compile(rb'\s*\{\s*"conversation"')  # a conversation's heading has its name first
 _line = msgspec.json.Decoder(Line).decode
 _heading = msgspec.json.Decoder(Heading).decode
 
@@ -213,27 +221,20 @@ def _ours(stream: BinaryIO, head: Header, tenant: bytes, advance: Any) -> Iterat
     heading: Heading | None = None
     lines: list[Line] = []
     why = ""
-    for number, data in enumerate(chain(stream, [b""]), 2):
-        data = data.strip()
-        begins = data.startswith(b'{"conversation"') or not data
-        if not begins and not why:
+    for number, data in enumerate(chain(stream, (None,)), 2):
+        if data is not None and not _BEGINS.match(data):
             try:
-                begins = "conversation" in msgspec.json.decode(data)
-            except (ValueError, RecursionError):
-                why = f"line {number} is no JSON"
-        if not begins:
-            if not why:
-                try:
+                if data.strip():
                     lines.append(_line(data))
-                except ValueError as error:
-                    why = f"line {number} is no message: {error}"
+            except (ValueError, RecursionError) as error:
+                why = why or f"line {number}: {error}"
             continue
         if heading is not None and tenant.hex() in ("", heading.tenant):
             title = heading.title or heading.conversation
             yield Unreadable(title, why) if why else Conversation(heading.conversation, heading.title, lines, heading.last_s)
         advance()
         heading, lines, why = None, [], ""
-        if data:
+        if data is not None:
             try:
                 heading = _heading(data)
             except ValueError as error:

@@ -1,0 +1,172 @@
+"""`llm-pager migrate FROM TO`: a whole store into another one, key by key, verbatim.
+
+Promises: what reads the one reads the other: secret, ids, windows, sealed values are the same bytes, so the next requests
+upstream are, too. A target that is another store, or that is whole already, is refused. It may be stopped and started again:
+how far it came stands in the target. At the end both are read and compared, value by value, and what differs is copied
+again; only then the target says that it is whole. An older version's directory is converted (older.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+import msgspec
+
+from proxy.conversation import keys
+from proxy.errors import ConfigError, StorageError
+from proxy.storage import Store, open_engine
+from proxy.storage.sqlite import DATABASE, ERASED, FORMAT, SECRET, adopt_secret, format_of
+from proxy.transfer.desk import DONE, LEFT_OUT, progress
+
+_CURSOR = "migrated"  # how far it came, in the target
+_AT_ONCE = 256  # values
+_PASSES = 5  # at most
+_ARTIFACTS = "artifacts"  # beside a database, where tiers.l3.url says nothing else
+
+
+class Whole(msgspec.Struct):
+    """What a target says of itself: the last key that was copied, or when it was found to be whole (Unix time)."""
+
+    after: bytes = b""
+    whole_s: int = 0
+
+    @classmethod
+    def so_far(cls, after: bytes) -> tuple[str, bytes]:
+        return _CURSOR, msgspec.msgpack.encode(cls(after))
+
+    @classmethod
+    def now(cls) -> tuple[str, bytes]:
+        return _CURSOR, msgspec.msgpack.encode(cls(whole_s=int(time.time())))
+
+    @classmethod
+    def of(cls, target: Store) -> Whole | None:
+        data = target.get(_CURSOR)
+        return msgspec.msgpack.decode(data, type=cls) if data is not None else None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError and StorageError."""
+    source = Path(args.source)
+    if not is_postgres(args.source) and not (source / DATABASE).exists():
+        raise ConfigError(f"There is no storage in {source}.")
+    if not is_postgres(args.source) and format_of(source) != FORMAT:
+        from proxy.transfer.older import convert
+
+        return convert(args, source)
+    return asyncio.run(_migrate(args))
+
+
+def is_postgres(where: str) -> bool:
+    return where.startswith(("postgresql://", "postgres://"))
+
+
+async def _migrate(args: argparse.Namespace) -> int:
+    source = open_engine(args.source, keys.KINDS)
+    try:
+        target = await opened_target(args.target, source.secret())
+        try:
+            copied = _Copy(source, target)
+            with progress("values copied", not args.json) as advance:
+                await copied.run(advance)
+            await target.commit([Whole.now()])
+        finally:
+            await target.close()
+    finally:
+        await source.close()
+    values, damaged = sum(copied.kinds.values()), sum(source.damaged.values())
+    if args.json:
+        print(json.dumps({"values": values, "kinds": copied.kinds, "digest": copied.digest, "damaged": damaged}))
+        return LEFT_OUT if damaged else DONE
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in copied.kinds.most_common())
+    print(f"verified   {values} values are the same on both sides: {kinds or 'none'}; digest {copied.digest}")
+    if damaged:
+        print(f"left out   {damaged} damaged values", file=sys.stderr)
+    if not is_postgres(args.source) and (artifacts := Path(args.source) / _ARTIFACTS).exists():
+        if is_postgres(args.target):
+            print(f"artifacts  stay in {artifacts.absolute()}: set tiers.l3.url to it, where it said nothing")
+        else:
+            shutil.copytree(artifacts, Path(args.target) / _ARTIFACTS, dirs_exist_ok=True)
+            print("artifacts  copied")
+    print(f"next       set {'tiers.l2.url' if is_postgres(args.target) else 'tiers.l2.path'} to TO, and start the servers")
+    return LEFT_OUT if damaged else DONE
+
+
+async def opened_target(where: str, secret: bytes) -> Store:
+    """An engine with this secret. Raises StorageError for one that has another and is not empty, or that is whole."""
+    if not is_postgres(where):
+        adopt_secret(Path(where), secret)
+    target = open_engine(where, keys.KINDS)
+    try:
+        empty = not await asyncio.to_thread(target.scan, b"", b"", 1)
+        if target.secret() != secret:
+            if not empty:
+                raise StorageError(f"{where} holds another store: name an empty one.")
+            await target.commit([(SECRET, secret)])
+        cursor = Whole.of(target)
+        if not empty and (cursor is None or cursor.whole_s):
+            raise StorageError(f"{where} is whole, and may have been used since: name an empty one.")
+    except BaseException:
+        await target.close()
+        raise
+    return target
+
+
+class _Copy:
+    """`kinds`: the values that were compared last; `digest`: of them."""
+
+    def __init__(self, source: Store, target: Store) -> None:
+        self._source, self._target = source, target
+        self.kinds: Counter[str] = Counter()
+        self.digest = ""
+
+    async def run(self, advance: Callable[[int, int | None], None]) -> None:
+        cursor = Whole.of(self._target) or Whole()
+        await self._pass(cursor.after, True, advance)
+        for _ in range(_PASSES):
+            if not await self._pass(b"", False, advance):
+                return
+        raise StorageError("The source changes while it is copied: stop the servers that use it, and begin again.")
+
+    async def _pass(self, after: bytes, first: bool, advance: Callable[[int, int | None], None]) -> int:
+        """Make all behind a key the same; how many values were not."""
+        changed, values, digest = 0, 0, blake2b(digest_size=16)
+        self.kinds.clear()
+        own = [(key, value) for key in (ERASED,) if (value := self._source.get(key)) is not None]
+        while True:
+            here = dict(await asyncio.to_thread(self._source.scan, b"", after, _AT_ONCE))
+            end = max(here, default=None)
+            there = await asyncio.to_thread(self._there, after, end)
+            puts = [(key, value) for key, value in here.items() if there.get(key) != value]
+            drops = [key for key in there if key not in here]  # erased meanwhile
+            if first or puts or drops:
+                await self._target.commit([*own, *puts, Whole.so_far(end or after)], drops=drops)
+            changed += len(puts) + len(drops)
+            for key, value in here.items():
+                digest.update(len(key).to_bytes(4, "big") + key + len(value).to_bytes(8, "big") + value)
+                self.kinds[keys.KINDS.get(key[:1], "other value")] += 1
+            values += len(here)
+            advance(values, None)
+            if end is None:
+                self.digest = digest.hexdigest()
+                return changed
+            after = end
+
+    def _there(self, after: bytes, end: bytes | None) -> dict[bytes, bytes]:
+        """The target's values behind a key, up to another (None: to the last)."""
+        found: dict[bytes, bytes] = {}
+        while more := self._target.scan(b"", after, _AT_ONCE):
+            for key, value in more:
+                if end is not None and key > end:
+                    return found
+                found[key] = value
+            after = more[-1][0]
+        return found
