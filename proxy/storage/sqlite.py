@@ -344,7 +344,8 @@ def _checked(directory: Path, wait_s: float) -> sqlite3.Connection:
             of = f"another version (format {version})" if version else "an older version"
             raise StorageError(
                 f"The storage directory {directory} was written by {of} of llm-pager, which this one does not "
-                "read; set tiers.l2.path to another directory, or delete this one to begin anew."
+                f"read: convert it with `llm-pager migrate {directory} NEW_DIRECTORY` and set tiers.l2.path to that, "
+                "or to an empty directory to begin anew."
             )
         if os.path.expandvars(directory.absolute()) != str(directory.absolute()):  # as diskcache would
             raise StorageError(f"Cannot use {directory} as the storage directory: write its $ out in tiers.l2.path.")

@@ -16,7 +16,7 @@ def add_parsers(commands: Any) -> None:
     config.add_argument("--json", action="store_true", help="tell the result as JSON, and show no progress")
     whose = argparse.ArgumentParser(add_help=False)
     whose.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
-                       help="a header that the client sends; @FILE: one a line. Not stored, but hashed")
+                       help="a header that the client sends ('': it sends no key); @FILE: one a line. It is not stored")
     whose.add_argument("--user", metavar="NAME", help="what the client's requests have as `user`")
 
     export = commands.add_parser("export", parents=[config, whose], help="write conversations to a file")

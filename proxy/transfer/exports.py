@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
 
 def _export(args: argparse.Namespace, desk: Desk) -> int:
     headers, begin = headers_of(args.header), tenant_named(args.tenant) if args.tenant else b""
-    if headers or args.user is not None:
+    if args.header or args.user is not None:
         begin = tenant_of(headers, args.user, desk.identity)[: keys.TENANT_BYTES]
     found = list(owners(desk.store.scan, begin))
     if args.conversation:

@@ -228,7 +228,7 @@ def convert(args: argparse.Namespace, directory: Path) -> int:
 async def _convert(args: argparse.Namespace, connection: Connection) -> int:
     identity = Identity(get_value(connection, SECRET) or b"")
     headers, users = headers_of(args.header), lines_of("--user", args.user)
-    given = [tenant_of(headers, user, identity) for user in (None, *users)] if headers or users else []
+    given = [tenant_of(headers, user, identity) for user in (None, *users)] if args.header or users else []
     older = await asyncio.to_thread(Older, connection, given)
     target = await opened_target(args.target, older.secret)
     try:
