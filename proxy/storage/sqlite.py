@@ -283,7 +283,7 @@ def adopt_secret(directory: Path, secret: bytes) -> None:
     try:
         opened = open_database(directory, _LOCK_WAIT_S)
         with closing(opened.connection):
-            if opened.rowid <= OWN_ROWS:
+            if opened.connection.execute("SELECT 1 FROM Cache WHERE typeof(key) = 'blob' LIMIT 1").fetchone() is None:
                 opened.connection.execute(PUT, put_row(SECRET, secret))
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"Cannot write to {directory}: {error}.") from error

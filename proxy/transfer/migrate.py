@@ -24,7 +24,7 @@ import msgspec
 from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
 from proxy.storage import Store, open_engine
-from proxy.storage.sqlite import DATABASE, ERASED, FORMAT, SECRET, adopt_secret, format_of
+from proxy.storage.sqlite import DATABASE, FORMAT, adopt_secret, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
 _CURSOR = "migrated"  # how far it came, in the target
@@ -108,9 +108,7 @@ async def opened_target(where: str, secret: bytes) -> Store:
     try:
         empty = not await asyncio.to_thread(target.scan, b"", b"", 1)
         if target.secret() != secret:
-            if not empty:
-                raise StorageError(f"{where} holds another store: name an empty one.")
-            await target.commit([(SECRET, secret)])
+            raise StorageError(f"{where} holds another store: name an empty one.")
         cursor = Whole.of(target)
         if not empty and (cursor is None or cursor.whole_s):
             raise StorageError(f"{where} is whole, and may have been used since: name an empty one.")
@@ -140,7 +138,6 @@ class _Copy:
         """Make all behind a key the same; how many values were not."""
         changed, values, digest = 0, 0, blake2b(digest_size=16)
         self.kinds.clear()
-        own = [(key, value) for key in (ERASED,) if (value := self._source.get(key)) is not None]
         while True:
             here = dict(await asyncio.to_thread(self._source.scan, b"", after, _AT_ONCE))
             end = max(here, default=None)
@@ -148,7 +145,7 @@ class _Copy:
             puts = [(key, value) for key, value in here.items() if there.get(key) != value]
             drops = [key for key in there if key not in here]  # erased meanwhile
             if first or puts or drops:
-                await self._target.commit([*own, *puts, Whole.so_far(end or after)], drops=drops)
+                await self._target.commit([*puts, Whole.so_far(end or after)], drops=drops)
             changed += len(puts) + len(drops)
             for key, value in here.items():
                 digest.update(len(key).to_bytes(4, "big") + key + len(value).to_bytes(8, "big") + value)

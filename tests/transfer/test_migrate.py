@@ -1,0 +1,106 @@
+"""A whole store into another one: the same values, so the same requests upstream; stopped, begun again, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.cli import main
+from proxy.conversation import keys
+from proxy.storage.l2 import DiskStore
+from proxy.transfer import migrate
+from tests.api.test_chat import client
+from tests.api.test_damage import L0, Talk, answer, question
+
+TURNS = 30
+
+
+@pytest.fixture(scope="module")
+def talked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """A store with a paged conversation, and what went upstream for it, and for four more turns elsewhere."""
+    path = tmp_path_factory.mktemp("talked")
+
+    async def talk() -> list[bytes]:
+        async with client(path / "source", **{"tiers.l0": L0}) as one:
+            await Talk(one).until(TURNS)
+            before = len(one.upstream.bodies)
+        await asyncio.to_thread(main, ["migrate", str(path / "source" / "data"), str(path / "beside" / "data")])
+        async with client(path / "source", **{"tiers.l0": L0}) as one:
+            return await goes_on(one, before)
+
+    bodies = asyncio.run(talk())
+    return path / "beside" / "data", bodies
+
+
+async def goes_on(one: Any, turns: int = TURNS) -> list[bytes]:
+    """What goes upstream in the turns that follow."""
+    talk = Talk(one)
+    for turn in range(turns):
+        talk.history += [question(turn), {"role": "assistant", "content": answer(turn)}]
+    await talk.until(turns + 4)
+    bodies: list[bytes] = one.upstream.bodies
+    return bodies
+
+
+def ran(*arguments: object) -> int:
+    return main(["migrate", *map(str, arguments)])
+
+
+def rows(directory: Path) -> list[Any]:
+    with closing(sqlite3.connect(directory / "cache.db")) as database:
+        return database.execute("SELECT key, tag, value FROM Cache WHERE typeof(key) = 'blob' ORDER BY key").fetchall()
+
+
+async def test_a_migrated_store_goes_on_byte_for_byte(talked: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    source, bodies = talked
+    assert await asyncio.to_thread(ran, source, tmp_path / "data") == 0
+    assert rows(tmp_path / "data") == rows(source)
+    async with client(tmp_path, **{"tiers.l0": L0}) as one:
+        assert await goes_on(one) == bodies
+        assert b"VM:MANIFEST" in bodies[0]
+
+
+def test_a_migration_that_was_stopped_is_begun_again(
+    talked: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = talked[0], tmp_path / "data"
+    monkeypatch.setattr(migrate, "_AT_ONCE", 7)
+    commit, made = DiskStore.commit, 0
+
+    async def dies(self: DiskStore, *args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 4:
+            raise KeyboardInterrupt
+        return await commit(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "commit", dies)
+        assert ran(source, target) == 130
+    assert len(rows(target)) == 3 * 7
+    store = DiskStore(target, 100)
+    asyncio.run(store.commit([(keys.MODEL + bytes(30), b"erased in the source"), (rows(source)[0][0], b"older")]))
+    asyncio.run(store.close())
+    assert ran(source, target, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert rows(target) == rows(source) and told["values"] == len(rows(source))
+    assert ran(source, target) == 1 and "is whole, and may have been used since" in capsys.readouterr().err
+
+
+def test_a_target_of_another_store_and_a_source_that_is_none_are_refused(
+    talked: tuple[Path, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, other = talked[0], tmp_path / "other"
+    store = DiskStore(other, 100)
+    asyncio.run(store.commit([(b"n" * 35, b"of others")]))
+    asyncio.run(store.close())
+    before = rows(other)
+    assert ran(source, other) == 1 and "holds another store" in capsys.readouterr().err
+    assert rows(other) == before
+    assert ran(tmp_path / "nothing", tmp_path / "new") == 2 and not (tmp_path / "new").exists()
