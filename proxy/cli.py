@@ -30,7 +30,6 @@ APP_FACTORY = "proxy.app:app_from_env"
 BACKLOG_CONNECTIONS = 2048
 # Clients keep idle connections for 5 to 60 s; closing first would race with their next request.
 KEEP_ALIVE_S = 75
-GRACEFUL_SHUTDOWN_S = 3
 # The kernel takes megabytes for a client that does not read: so much beyond what is on its way to it, and no more.
 UNSENT_BYTES = 32_768
 _TCP_NOTSENT_LOWAT = {"linux": 25, "darwin": 0x201}  # linux/tcp.h, netinet/tcp.h; Python has names from 3.12 on
@@ -164,7 +163,7 @@ def serve(args: argparse.Namespace) -> int:
     os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.to_json()
     _announce(config, listener, args.workers)
     with listener, _shared_counters(args.workers):
-        return _run(listener, args.workers)
+        return _run(listener, args.workers, config.server.drain_answers_s)
 
 
 @contextmanager
@@ -272,7 +271,7 @@ def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def _run(listener: socket.socket, workers: int) -> int:
+def _run(listener: socket.socket, workers: int, drain_answers_s: int) -> int:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
@@ -291,10 +290,16 @@ def _run(listener: socket.socket, workers: int) -> int:
         date_header=False,
         backlog=BACKLOG_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_graceful_shutdown=drain_answers_s,
     )
     if workers > 1:
-        supervisor = Multiprocess(settings, sockets=[listener])
+
+        class Supervisor(Multiprocess):
+            def terminate_all(self) -> None:
+                super().terminate_all()
+                listener.close()  # the last worker's end of it closes the port: nobody waits behind it for the end
+
+        supervisor = Supervisor(settings, sockets=[listener])
         supervisor.run()
         failed = any(process.exitcode not in (0, None, -15) for process in supervisor.processes)
         return 1 if failed else 0

@@ -168,6 +168,9 @@ class ServerConfig(Section):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")
     ] = 1.0
+    drain_answers_s: Annotated[
+        int, Field(ge=1, le=86_400, description="a whole number of seconds from 1 to 86400")
+    ] = 60
 
 
 class UpstreamConfig(Section):

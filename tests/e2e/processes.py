@@ -106,7 +106,7 @@ class ServerProcess:
         self._dir = tempfile.TemporaryDirectory(prefix="llm-pager-e2e-")
         self.dir = Path(self._dir.name)
         self.port = config.get("server", {}).get("port") or free_port()
-        server = {"host": "127.0.0.1", "drain_s": 0, **config.get("server", {}), "port": self.port}
+        server = {"host": "127.0.0.1", "drain_s": 0, "drain_answers_s": 3, **config.get("server", {}), "port": self.port}
         l2 = {"path": str(self.dir / "data"), **config.get("tiers", {}).get("l2", {})}
         tiers = {**config.get("tiers", {}), "l2": l2}
         self.config = {**config, "server": server, "tiers": tiers}

@@ -160,7 +160,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {  # and what the log s
         statement(f"UPDATE Cache SET value = (SELECT value FROM Cache WHERE {ODD}) WHERE {ODD}", b"n", b"n"),
         DAMAGED,
     ),
-    "records missing": (statement(f"DELETE FROM Cache WHERE {ODD}", b"n"), "begins anew"),
+    "all but the last records missing": (
+        statement(
+            "DELETE FROM Cache WHERE substr(key, 1, 1) = ? AND rowid NOT IN"
+            " (SELECT max(rowid) FROM Cache WHERE substr(key, 1, 1) = ? GROUP BY substr(key, 2, 18))", b"n", b"n",
+        ),
+        "begins anew",
+    ),
     "heads of sessions of zeros": (
         statement("UPDATE Cache SET value = zeroblob(16) WHERE substr(key, 1, 1) = ?", b"s"), DAMAGED,
     ),
