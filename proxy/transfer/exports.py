@@ -51,7 +51,7 @@ def _export(args: argparse.Namespace, desk: Desk) -> int:
             advance(number + 1, len(found))
     told = {"conversations": len(found), "messages": messages, "lost": len(lost)}
     if args.json:
-        print(json.dumps(told))
+        print(json.dumps(told), file=sys.stderr if args.out == "-" else sys.stdout)
     else:
         print(f"{len(found)} conversations with {messages} messages are in {args.out}.", file=sys.stderr)
     if lost:

@@ -56,7 +56,6 @@ from proxy.transfer.desk import DONE, LEFT_OUT, batches, headers_of, lines_of, p
 from proxy.transfer.exports import whole_file
 from proxy.transfer.migrate import Whole, opened_target
 
-FORMAT = 4
 UNCLAIMED = "unclaimed.jsonl"  # beside the new database
 _LOCK_WAIT_S = 5.0
 _NOBODY = bytes(keys.SCOPE_BYTES)
@@ -216,7 +215,7 @@ def _time_s(record: Record) -> int:
 
 def convert(args: argparse.Namespace, directory: Path) -> int:
     """Raises ConfigError and StorageError."""
-    if (version := format_of(directory)) != FORMAT:
+    if (version := format_of(directory)) != OLDER:
         raise StorageError(f"{directory} has format {version}, which no command of this llm-pager converts.")
     try:
         with closing(connect(directory, _LOCK_WAIT_S)) as connection:
