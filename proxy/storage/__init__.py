@@ -66,6 +66,12 @@ def open_store(config: Config, kinds: Mapping[bytes, str]) -> Store:
     return DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, kinds)
 
 
-def open_engine(where: str, kinds: Mapping[bytes, str]) -> Store:
+class Engine(Store, Protocol):
+    """What holds the values themselves."""
+
+    async def adopt(self, secret: bytes) -> None: ...
+
+
+def open_engine(where: str, kinds: Mapping[bytes, str]) -> Engine:
     """The values themselves, as they stand in a directory. Raises StorageError."""
     return DiskStore(Path(where), _QUEUE_RECORDS, kinds)

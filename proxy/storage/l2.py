@@ -43,6 +43,7 @@ from proxy.storage.sqlite import (
     OWN_ROWS,
     PUT,
     SCAN,
+    SECRET,
     SECRET_BYTES,
     Inodes,
     Key,
@@ -248,6 +249,12 @@ class DiskStore:
         for nobody else and for a while."""
         self._require_open()
         return self._database.secret if self._database is not None else os.urandom(SECRET_BYTES)
+
+    async def adopt(self, secret: bytes) -> None:
+        """Be the store with this secret from now on. It holds nothing yet. Raises StorageError."""
+        await self.commit([(SECRET, secret)])
+        if self._database is not None:
+            self._database.secret = secret
 
     def _met_damage(self, key: Key, error: Exception) -> Damaged:
         """It is said once for each kind: a conversation meets it with every request."""

@@ -279,17 +279,6 @@ def _opened_as(
     return connection, secret, rowid
 
 
-def adopt_secret(directory: Path, secret: bytes) -> None:
-    """Give a store that holds nothing yet the secret of another one. Raises StorageError."""
-    try:
-        opened = open_database(directory, _LOCK_WAIT_S)
-        with closing(opened.connection):
-            if opened.connection.execute("SELECT 1 FROM Cache WHERE typeof(key) = 'blob' LIMIT 1").fetchone() is None:
-                opened.connection.execute(PUT, put_row(SECRET, secret))
-    except (OSError, sqlite3.Error) as error:
-        raise StorageError(f"Cannot write to {directory}: {error}.") from error
-
-
 def format_of(directory: Path) -> int:
     """The format of the database that stands there. Raises StorageError."""
     try:

@@ -24,7 +24,7 @@ import msgspec
 from proxy.conversation.exported import Conversation, Tree
 from proxy.media.headers import image_info
 
-GetFile = Callable[[str], bytes | None]  # a file of the export by the beginning of its name
+GetFile = Callable[[str], bytes | None]  # a file of the export by its id
 Said: TypeAlias = "tuple[str, Any, int]"  # role, content, Unix seconds
 
 _json = msgspec.json.encode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,6 +51,7 @@ class Desk:
 
 def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     """Run it, in a thread beside the store's event loop."""
+
     async def main() -> int:
         store = open_store(config, keys.KINDS)
         try:
@@ -66,8 +68,13 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
 
 
 def tenant_of(headers: Sequence[tuple[bytes, bytes]], user: str | None, identity: Identity) -> TenantKey:
-    """Whose requests have these headers and this user, by the rule of the chat path."""
-    who = with_body(caller(headers), {"user": user} if user is not None else {})
+    """Whose requests have these headers and this user, by the rule of the chat path. `user`: a name, or a JSON object
+    of the fields of a body that name one. Raises ConfigError."""
+    try:
+        said = json.loads(user) if user and user.startswith("{") else {"user": user} if user is not None else {}
+    except ValueError as error:
+        raise ConfigError(f"--user {user}: it is neither a name nor JSON ({error}).") from error
+    who = with_body(caller(headers), said)
     return identity.tenant(who.credentials, who.person)
 
 

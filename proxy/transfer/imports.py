@@ -275,8 +275,9 @@ def _zipped(file: BinaryIO, advance: Advance) -> Iterator[Found]:
     with zipfile.ZipFile(file) as archive:
         names = {name.rpartition("/")[2]: name for name in archive.namelist()}
 
-        def get_file(beginning: str) -> bytes | None:
-            name = next((whole for last, whole in names.items() if last.startswith(beginning)), None)
+        def get_file(file_id: str) -> bytes | None:  # its name goes on with a dash or a dot
+            named = (whole for last, whole in names.items() if re.match(re.escape(file_id) + r"(?![A-Za-z0-9])", last))
+            name = next(named, None) if file_id else None
             return archive.read(name) if name is not None else None
 
         there = False

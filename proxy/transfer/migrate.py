@@ -24,7 +24,7 @@ import msgspec
 from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
 from proxy.storage import Store, open_engine
-from proxy.storage.sqlite import DATABASE, FORMAT, adopt_secret, format_of
+from proxy.storage.sqlite import DATABASE, FORMAT, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
 _CURSOR = "migrated"  # how far it came, in the target
@@ -102,11 +102,11 @@ async def _migrate(args: argparse.Namespace) -> int:
 
 async def opened_target(where: str, secret: bytes) -> Store:
     """An engine with this secret. Raises StorageError for one that has another and is not empty, or that is whole."""
-    if not is_postgres(where):
-        adopt_secret(Path(where), secret)
     target = open_engine(where, keys.KINDS)
     try:
         empty = not await asyncio.to_thread(target.scan, b"", b"", 1)
+        if empty and target.secret() != secret:
+            await target.adopt(secret)
         if target.secret() != secret:
             raise StorageError(f"{where} holds another store: name an empty one.")
         cursor = Whole.of(target)

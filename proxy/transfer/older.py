@@ -43,6 +43,7 @@ from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, NodeId, Ten
 from proxy.errors import StorageError
 from proxy.memory.table import blocks_under
 from proxy.storage.sqlite import (
+    OLDER,
     SECRET,
     Connection,
     Damaged,
