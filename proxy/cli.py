@@ -208,10 +208,10 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.storage.l2 import DiskStore, StorageError
+    from proxy.storage import open_store
 
     try:
-        store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
+        store = open_store(config, {})
         asyncio.run(store.close())
     except StorageError as error:
         raise StartError(str(error)) from error

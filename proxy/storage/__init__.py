@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from proxy.errors import StorageError
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import Key, Repaired
 
 if TYPE_CHECKING:
     from proxy.config import Config
 
+MIGRATING = "migrating"  # while a store is being copied into one: not empty; "": it is whole
 _QUEUE_RECORDS = 1024  # of a transaction, where nobody else waits
 
 
@@ -63,7 +65,10 @@ class Store(Protocol):
 def open_store(config: Config, kinds: Mapping[bytes, str]) -> Store:
     """What `tiers` say. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
     StorageError."""
-    return DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, kinds)
+    store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, kinds)
+    if store.trouble is None and store.get(MIGRATING):
+        raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
+    return store
 
 
 class Engine(Store, Protocol):

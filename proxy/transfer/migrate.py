@@ -2,8 +2,8 @@
 
 Promises: what reads the one reads the other: secret, ids, windows, sealed values are the same bytes, so the next requests
 upstream are, too. A target that is another store, or that is whole already, is refused. It may be stopped and started again:
-how far it came stands in the target. At the end both are read and compared, value by value, and what differs is copied
-again; only then the target says that it is whole. An older version's directory is converted (older.py).
+how far it came stands in the target, which no server opens before it is whole: when both were read at the end and compared,
+value by value, and what differed was copied again. An older version's directory is converted (older.py).
 """
 
 from __future__ import annotations
@@ -13,44 +13,21 @@ import asyncio
 import json
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
-import msgspec
-
 from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
-from proxy.storage import Store, open_engine
+from proxy.storage import MIGRATING, Store, open_engine
 from proxy.storage.sqlite import DATABASE, FORMAT, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
-_CURSOR = "migrated"  # how far it came, in the target
+WHOLE = b""
 _AT_ONCE = 256  # values
 _PASSES = 5  # at most
 _ARTIFACTS = "artifacts"  # beside a database, where tiers.l3.url says nothing else
-
-
-class Whole(msgspec.Struct):
-    """What a target says of itself: the last key that was copied, or when it was found to be whole (Unix time)."""
-
-    after: bytes = b""
-    whole_s: int = 0
-
-    @classmethod
-    def so_far(cls, after: bytes) -> tuple[str, bytes]:
-        return _CURSOR, msgspec.msgpack.encode(cls(after))
-
-    @classmethod
-    def now(cls) -> tuple[str, bytes]:
-        return _CURSOR, msgspec.msgpack.encode(cls(whole_s=int(time.time())))
-
-    @classmethod
-    def of(cls, target: Store) -> Whole | None:
-        data = target.get(_CURSOR)
-        return msgspec.msgpack.decode(data, type=cls) if data is not None else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +54,7 @@ async def _migrate(args: argparse.Namespace) -> int:
             copied = _Copy(source, target)
             with progress("values copied", not args.json) as advance:
                 await copied.run(advance)
-            await target.commit([Whole.now()])
+            await target.commit([(MIGRATING, WHOLE)])
         finally:
             await target.close()
     finally:
@@ -109,13 +86,17 @@ async def opened_target(where: str, secret: bytes) -> Store:
             await target.adopt(secret)
         if target.secret() != secret:
             raise StorageError(f"{where} holds another store: name an empty one.")
-        cursor = Whole.of(target)
-        if not empty and (cursor is None or cursor.whole_s):
+        if not empty and not target.get(MIGRATING):
             raise StorageError(f"{where} is whole, and may have been used since: name an empty one.")
     except BaseException:
         await target.close()
         raise
     return target
+
+
+def so_far(after: bytes) -> tuple[str, bytes]:
+    """What a target says of itself: all up to this key is there."""
+    return MIGRATING, b"+" + after
 
 
 class _Copy:
@@ -127,8 +108,7 @@ class _Copy:
         self.digest = ""
 
     async def run(self, advance: Callable[[int, int | None], None]) -> None:
-        cursor = Whole.of(self._target) or Whole()
-        await self._pass(cursor.after, True, advance)
+        await self._pass((self._target.get(MIGRATING) or WHOLE)[1:], True, advance)
         for _ in range(_PASSES):
             if not await self._pass(b"", False, advance):
                 return
@@ -145,7 +125,7 @@ class _Copy:
             puts = [(key, value) for key, value in here.items() if there.get(key) != value]
             drops = [key for key in there if key not in here]  # erased meanwhile
             if first or puts or drops:
-                await self._target.commit([*puts, Whole.so_far(end or after)], drops=drops)
+                await self._target.commit([*puts, so_far(end or after)], drops=drops)
             changed += len(puts) + len(drops)
             for key, value in here.items():
                 digest.update(len(key).to_bytes(4, "big") + key + len(value).to_bytes(8, "big") + value)

@@ -42,6 +42,7 @@ from proxy.conversation.records import (
 from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, NodeId, TenantKey
 from proxy.errors import StorageError
 from proxy.memory.table import blocks_under
+from proxy.storage import MIGRATING
 from proxy.storage.sqlite import (
     OLDER,
     SECRET,
@@ -55,7 +56,7 @@ from proxy.storage.sqlite import (
 )
 from proxy.transfer.desk import DONE, LEFT_OUT, batches, headers_of, lines_of, progress, tenant_of
 from proxy.transfer.exports import whole_file
-from proxy.transfer.migrate import Whole, opened_target
+from proxy.transfer.migrate import WHOLE, opened_target, so_far
 
 UNCLAIMED = "unclaimed.jsonl"  # beside the new database
 _LOCK_WAIT_S = 5.0
@@ -233,7 +234,7 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
     target = await opened_target(args.target, older.secret)
     try:
         conversations, unclaimed = older.conversations(), list[bytes]()
-        await target.commit([Whole.so_far(b"")])
+        await target.commit([so_far(b"")])
         with progress("conversations", not args.json) as advance:
             for number, (owner, names) in enumerate(conversations.items()):
                 if is_proved(owner):
@@ -250,7 +251,7 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
                 out.write(header(unclaimed, int(time.time())))
                 for owner in unclaimed:
                     out.writelines(_exported(older, owner, conversations[owner]))
-        await target.commit([Whole.now()])
+        await target.commit([(MIGRATING, WHOLE)])
     finally:
         await target.close()
     carried = len(conversations) - len(unclaimed)

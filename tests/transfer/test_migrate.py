@@ -76,7 +76,7 @@ def test_a_migration_that_was_stopped_is_begun_again(
     async def dies(self: DiskStore, *args: Any, **kwargs: Any) -> Any:
         nonlocal made
         made += 1
-        if made == 4:
+        if made == 5:  # the first is the secret
             raise KeyboardInterrupt
         return await commit(self, *args, **kwargs)
 
@@ -84,6 +84,8 @@ def test_a_migration_that_was_stopped_is_begun_again(
         patch.setattr(DiskStore, "commit", dies)
         assert ran(source, target) == 130
     assert len(rows(target)) == 3 * 7
+    monkeypatch.setenv("LLM_PAGER_TIERS__L2__PATH", str(target))
+    assert main(["serve", "--port", "0"]) == 1 and "give `llm-pager migrate` once more" in capsys.readouterr().err
     store = DiskStore(target, 100)
     asyncio.run(store.commit([(keys.MODEL + bytes(30), b"erased in the source"), (rows(source)[0][0], b"older")]))
     asyncio.run(store.close())
