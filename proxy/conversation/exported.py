@@ -37,7 +37,7 @@ from proxy.conversation.records import (
     owner_of,
     record_key,
 )
-from proxy.conversation.tree import HASH_BYTES, Identity, Node, NodeId, TenantKey
+from proxy.conversation.tree import Identity, Node, NodeId, TenantKey
 
 FORMAT, VERSION = "llm-pager", 1
 
@@ -121,12 +121,11 @@ def written(conversation: Conversation) -> Iterator[bytes]:
 
 
 def owners(scan: Scan, prefix: bytes = b"") -> Iterator[bytes]:
-    """Of all conversations that have an answer, those whose owner begins with `prefix`. A look at each, not at its
-    records."""
+    """Of all conversations, those whose owner begins with `prefix`."""
     after = b""
-    while found := scan(keys.RECORD + prefix, after, 1):
-        yield (owner := keys.owner(found[0][0]))
-        after = keys.RECORD + owner + b"\xff" * HASH_BYTES
+    while found := scan(keys.CONVERSATION + prefix, after, _AT_ONCE):
+        yield from (keys.owner(key) for key, _ in found)
+        after = found[-1][0]
 
 
 def exported(
