@@ -53,9 +53,11 @@ class App:
             config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
         self._draining = Draining(config.server.drain_s)
-        self._own = own_endpoints(
+        own = own_endpoints(
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
         )
+        self._own = self.memory.requests(own)
+        self._serve = self.memory.requests(self._visited)
         self._origins = Origins(config)
         self._served = 0  # requests, at this moment
 
@@ -75,7 +77,7 @@ class App:
                 return
             send = self._origins.readable(origin, send)
         if not is_ours(scope["path"]):
-            await self._visited(scope, receive, Visit(scope, send))
+            await self._serve(scope, receive, Visit(scope, send))
         elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
             await send_error(send, refusal)
         else:

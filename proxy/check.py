@@ -8,10 +8,12 @@ and a client that would lose text by it is told. A server may run meanwhile: it 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -23,12 +25,12 @@ from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
 from proxy.memory.artifacts_bridge import is_intact
 from proxy.memory.table import block_ref
+from proxy.storage import open_store
 from proxy.storage.l3 import ArtifactStore
 from proxy.storage.sqlite import (
     DATABASE,
     LOST_SUM,
     SECRET,
-    Connection,
     Failure,
     Key,
     checksum,
@@ -41,6 +43,9 @@ from proxy.storage.sqlite import (
     unpacked,
 )
 
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.postgres import PostgresStore
+
 SOUND, REPAIRED = 0, 3  # exit statuses: there was no damage; there was, and it is repaired as far as it can be
 _LOCK_WAIT_S = 5.0
 _TOLD = 5  # of SQLite's findings
@@ -48,6 +53,8 @@ _TOLD = 5  # of SQLite's findings
 
 def check_storage(config: Config) -> int:
     """Prints what was found and done. Raises StorageError for a storage that cannot be used at all."""
+    if config.tiers.l2.url is not None:
+        return _checked_tables(config)
     try:
         return _checked(config, config.tiers.l2.path)
     except (OSError, Failure) as error:
@@ -64,25 +71,19 @@ def _checked(config: Config, path: Path) -> int:
     damage = bool(opened.told)
     for sentence in opened.told:
         print(f"found      {sentence}")
-    found = _File(path)
+    found = _file(path)
     if found.damage:
         damage = True
-        for line, count in found.damage.items():
-            print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
+        _tell_damage(found)
         print(f"repaired   {repair(path).told(path)}")
-        found = _File(path)
+        found = _file(path)
     size = (path / DATABASE).stat().st_size
     print(f"file       {DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
     if found.wrong:
         damage = True
-        for (kind, why), count in Counter((_kind(key), why) for key, why in found.wrong.items()).items():
-            print(f"found      {count} x {kind} {why}")
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
             mark_lost(connection, found.wrong)
-        found.lost.update(map(_kind, found.wrong))
-    if found.lost:
-        print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
-        print("           a session of new messages that needs one is told to send its whole history")
+    _tell_lost(found)
     url = config.tiers.l3.url or str(path / "artifacts")
     kept, dropped = _artifacts(ArtifactStore(url))
     if kept or dropped:
@@ -94,46 +95,107 @@ def _checked(config: Config, path: Path) -> int:
     return REPAIRED if damage else SOUND
 
 
-class _File:
-    """What stands in a database: `damage` in its file, in sentences; `sound` and `lost` values, by kind; `wrong`:
-    keys of those that were stored like this or are missing, and why."""
+def _checked_tables(config: Config) -> int:
+    """As `_checked`, in PostgreSQL; its own checks of its files are not ours (pg_amcheck)."""
+    store = cast("PostgresStore", open_store(config, keys.KINDS))
+    print(f"storage    {store.where}")
+    try:
+        if store.trouble is not None:
+            raise StorageError(store.trouble)
+        found = _Found(Identity(store.secret()))
+        found.read(_rows(store))
+        for key in [key for key in found.missing() if store.get(key) is None]:  # a server may run meanwhile
+            found.wrong[key] = f"that {found.missing()[key]} is missing"
+        _tell_damage(found)
+        print(f"tables     {_counted(found.sound) or 'empty'}")
+        if found.damaged or found.wrong:
+            asyncio.run(store.mark_lost([*found.damaged, *(key for key in found.wrong if key in found.there)],
+                                        [key for key in found.wrong if key not in found.there]))  # fmt: skip
+        found.lost.update(map(_kind, found.damaged))
+        _tell_lost(found)
+    finally:
+        asyncio.run(store.close())
+    damage = bool(found.damage or found.wrong)
+    print("result     " + ("repaired" if damage else "sound"))
+    return REPAIRED if damage else SOUND
 
-    def __init__(self, path: Path) -> None:
+
+def _rows(store: PostgresStore) -> Iterator[tuple[bytes, int | None, bytes]]:
+    after = b""
+    while rows := store.rows(b"", after):
+        yield from rows
+        after = rows[-1][0]
+
+
+def _tell_damage(found: _Found) -> None:
+    for line, count in found.damage.items():
+        print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
+
+
+def _tell_lost(found: _Found) -> None:
+    for (kind, why), count in Counter((_kind(key), why) for key, why in found.wrong.items()).items():
+        print(f"found      {count} x {kind} {why}")
+    found.lost.update(map(_kind, found.wrong))
+    if found.lost:
+        print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
+        print("           a session of new messages that needs one is told to send its whole history")
+
+
+def _file(path: Path) -> _Found:
+    """What stands in a directory's database."""
+    with closing(connect(path, _LOCK_WAIT_S)) as connection:
+        found = _Found(Identity(get_value(connection, SECRET) or b""))
+        try:
+            for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
+                if line != "ok":
+                    found.damage.update(str(line).splitlines()[:_TOLD])
+            found.read(connection.execute("SELECT key, tag, value FROM Cache"))
+        except Failure as error:
+            if not is_damage(error):
+                raise
+            found.damage[f"the file cannot be read to its end: {error}"] += 1
+    found.wrong.update({key: f"that {how} is missing" for key, how in found.missing().items()})
+    return found
+
+
+class _Found:
+    """What stands in a database: `damage`, in sentences; `sound` and `lost` values, by kind; `damaged`: keys whose
+    values are not what was stored; `wrong`: keys of those that were stored like this or are missing, and why."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
         self.damage: Counter[str] = Counter()
         self.sound: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.wrong: dict[bytes, str] = {}
-        self._there: set[bytes] = set()
+        self.damaged: list[bytes] = []
+        self.there: set[bytes] = set()
         self._named: dict[bytes, str] = {}  # keys that others name: how
-        with closing(connect(path, _LOCK_WAIT_S)) as connection:
-            try:
-                self._read(connection)
-            except Failure as error:
-                if not is_damage(error):
-                    raise
-                self.damage[f"the file cannot be read to its end: {error}"] += 1
-        missing = {key: how for key, how in self._named.items() if key not in self._there}
-        self.wrong.update({key: f"that {how} is missing" for key, how in missing.items()})
 
-    def _read(self, connection: Connection) -> None:
-        for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
-            if line != "ok":
-                self.damage.update(str(line).splitlines()[:_TOLD])
-        identity = Identity(get_value(connection, SECRET) or b"")
-        for key, number, value in connection.execute("SELECT key, tag, value FROM Cache"):
+    def missing(self) -> dict[bytes, str]:
+        """What is named and not there, and how it is named."""
+        return {key: how for key, how in self._named.items() if key not in self.there}
+
+    def read(self, rows: Iterable[tuple[Key, int | None, bytes]]) -> None:
+        """(key, checksum, stored value) of all; None: the members of a set, which are sound."""
+        for key, number, value in rows:
             kind = _kind(key)
             if isinstance(key, bytes):
-                self._there.add(key)
+                self.there.add(key)
             if number == LOST_SUM:
                 self.lost[kind] += 1
+            elif number is None:
+                self.sound[kind] += 1
             elif type(value) is not bytes or checksum(key, value) != number:
                 self.damage[f"a {kind} is not what was stored"] += 1
+                if isinstance(key, bytes):
+                    self.damaged.append(key)
             else:
                 self.sound[kind] += 1
-                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value), identity)):
+                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value))):
                     self.wrong[key] = why
 
-    def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
+    def _verified(self, key: bytes, value: bytes) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
         if key.startswith(keys.BLOCK):
             return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"
@@ -146,7 +208,7 @@ class _File:
         try:
             record = decode_record(value)
             root = table_root(record.closing) if record.closing else b""
-            if record_key(record.id) != key or not all(_chained(record, identity)):
+            if record_key(record.id) != key or not all(_chained(record, self._identity)):
                 return "has another name than its messages say"
         except (ValueError, LookupError) as error:
             return f"cannot be read ({error})"

@@ -126,7 +126,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
     _require_extra(config)
-    if (config.tiers.l2.path / DATABASE).exists():
+    if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
 
@@ -155,7 +155,8 @@ def serve(args: argparse.Namespace) -> int:
     }
     config = load_config(args.config, os.environ, flags)
     _require_extra(config)
-    _require_writable(config.tiers.l2.path)
+    if config.tiers.l2.url is None or config.tiers.l3.url is None:
+        _require_writable(config.tiers.l2.path)
     _require_a_sound_store(config)
     listener = _listen(config.server.host, config.server.port)
     # The only ways to a spawned worker are its arguments, which everybody can list, and its
@@ -180,6 +181,8 @@ def _shared_counters(workers: int) -> Iterator[None]:
 
 def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
+    if config.tiers.l2.url is not None and not all(map(find_spec, ("asyncpg", "greenlet"))):
+        raise StartError("tiers.l2.url needs an extra that is not installed: pip install 'llm-pager[postgres]'.")
     asked = config.search.embeddings
     if asked != "none" and not all(map(find_spec, ("numpy", "tokenizers", "wordllama"))):
         raise StartError(
@@ -263,7 +266,7 @@ def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
         f"  listening  {listening}, {processes}\n"
         f"  upstream   {upstream}\n"
         f"  window     {window} (tiers.l0.tokens), mode {config.memory.mode}\n"
-        f"  data       {config.tiers.l2.path.absolute()}\n"
+        f"  data       {config.masked()['tiers']['l2']['url'] or config.tiers.l2.path.absolute()}\n"
         f"  counters   {url}/metrics, {url}/vm/stats",
         flush=True,
     )

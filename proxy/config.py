@@ -62,6 +62,13 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _database_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("postgresql", "postgres") or re.search(r"\s", value) or not parts.path.strip("/"):
+        raise ValueError("not a database's URL")
+    return value
+
+
 def _path(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("not a path")
@@ -234,6 +241,12 @@ class L2Config(Section):
         Field(strict=False, description="a directory's path"),
     ] = Path("data")
     queue_records: AtLeast1 = 10_000
+    url: Annotated[
+        Annotated[str, AfterValidator(_database_url)] | None,
+        Field(description="null or a URL such as postgresql://user:password@host:5432/database"),
+    ] = None
+    connections: AtLeast1 = 10
+    timeout_s: Seconds = 5.0
 
 
 class L3Config(Section):

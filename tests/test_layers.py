@@ -55,12 +55,14 @@ DOORS = {"proxy/memory/__init__.py": {"library"}}
 IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
+    "asyncpg": {"storage"},  # the extra [postgres]
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
     "fsspec": {"storage"},
+    "greenlet": {"storage"},  # the extra [postgres]
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
@@ -198,7 +200,8 @@ def test_dependencies_are_what_is_imported() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = {line.partition(">=")[0] for line in project["optional-dependencies"]["semantic"]}
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "clients", "bench")}
+    optional = {line.partition(">=")[0] for lines in extras.values() for line in lines}
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]} | optional
     names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
              "pydantic-settings": "pydantic_settings", "stop-words": "stop_words"}  # fmt: skip

@@ -30,7 +30,7 @@ from proxy.api.http import (
     send_error,
 )
 from proxy.api.intake import Intake
-from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key
+from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key, lesson_keys
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -40,7 +40,7 @@ from proxy.conversation.calling import VM_CALLS, Calling, may_speak_first
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
-from proxy.conversation.records import State
+from proxy.conversation.records import State, record_key
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
@@ -289,6 +289,7 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
+        model = context.decoded["model"]
         appended, lost, pool = False, False, self._memory.pool
         long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
@@ -310,6 +311,9 @@ class ChatApi:
                         visit.refused(reply)
                     else:
                         reply.ended_s = time.time()
+                        if self._memory.store.suspends and (end := turn.ending(reply)) is not None:
+                            lessons = lesson_keys(context.scope, model, context.counter.name)
+                            self._memory.store.ahead([*lessons, record_key(end)])
                 elif isinstance(effect, Append):
                     reply = None
                     try:
@@ -340,7 +344,6 @@ class ChatApi:
                 self._memory.keep_state(turn.record, state)
             for record, settled in turn.settled[-_SETTLED:]:
                 self._memory.keep_settled(record, settled)
-        model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:
                 self.model_facts.failed(context.scope, model)

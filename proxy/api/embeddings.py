@@ -197,7 +197,7 @@ class Embedder:
         return caller
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(self._memory.beside(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

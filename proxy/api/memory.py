@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from typing import Any, ParamSpec
 
 import msgspec
 
@@ -26,6 +27,7 @@ from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
     LastUse,
     Record,
+    SessionNames,
     State,
     Stored,
     block_key,
@@ -53,6 +55,7 @@ LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
+_NEWEST, _ANSWERS = 8, 2  # messages among which the newest answers are looked for, and how many
 _LOOK_S = 0.5  # between two looks for what other processes erased
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
@@ -63,6 +66,7 @@ _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 
 log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 
 
 def as_api_error(error: StorageError | LookupError) -> ApiError:
@@ -85,7 +89,7 @@ class Memory:
         self.identity = Identity(self.store.secret(), self.store.erased)
         self.cache = Cache(config.tiers.l1.tokens)
         self._table_entries = config.tiers.l1.tokens * BYTES_PER_TOKEN // (_TABLE_SHARE * _TABLE_ENTRY_BYTES)
-        self.pool = Pool(config.pool.threads, config.pool.queue_jobs)
+        self.pool = Pool(config.pool.threads, config.pool.queue_jobs, in_context=self.store.suspends)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder, self._piece)
@@ -117,6 +121,36 @@ class Memory:
         if self.identity.secret != secret or self.identity.erased != erased:
             self.identity = Identity(secret, erased)
             self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
+
+    # -- a store that may be waited for
+
+    def requests(self, function: Callable[_P, Awaitable[None]]) -> Callable[_P, Awaitable[None]]:
+        """What serves requests, each call of it one: below it, what is stored may be read by plain calls."""
+        if not self.store.suspends:
+            return function
+        from proxy.storage.suspend import suspending
+
+        return suspending(function)
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """The same for a task beside the requests."""
+        if not self.store.suspends:
+            return work
+        from proxy.storage.suspend import suspendable
+
+        return suspendable(work)
+
+    def ahead(self, nodes: Sequence[Node], tenant: TenantKey, names: SessionNames, facts: bytes) -> None:
+        """Ask at once for what placing a request is going to read (identify.py), and for what is known of its model."""
+        wanted, newest = [facts], range(len(nodes) - 1, max(-1, len(nodes) - 1 - _NEWEST), -1)
+        answers = [at for at in newest if nodes[at].role == "assistant"][:_ANSWERS]
+        if answers and self.cache.get("record", nodes[answers[0]].id) is None:
+            first = next((at for at in range(min(_NEWEST, len(nodes))) if nodes[at].role == "assistant"), answers[0])
+            wanted += dict.fromkeys(record_key(nodes[at].id) for at in (*answers, first))
+            wanted += [self.identity.pair(tenant, nodes[at - 1].content, nodes[at].content) for at in answers if at]
+        if names.delta is not None:
+            wanted.append(names.delta)
+        self.store.ahead(wanted)
 
     # -- reading
 
@@ -189,7 +223,7 @@ class Memory:
         missing = self.indexes.missing(ids)
         new = pages.path[effect.before - min(missing, self._at_once) : effect.before]
         is_large = missing > self._at_once or sum(len(node.raw) for node in new) > _AT_ONCE_BYTES
-        if is_large or len(ids) > self._ranked_at_once:
+        if is_large or len(ids) > self._ranked_at_once or self.store.suspends:  # an index is locked while it is read
             hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
@@ -290,3 +324,8 @@ def owner_named(tenant: TenantKey, name: str) -> bytes | None:
 
 def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:
     return keys.CALIBRATION + scope + counter.encode() + b"/" + model.encode()
+
+
+def lesson_keys(scope: KeyScope, model: str, counter: str) -> list[bytes]:
+    """What an answer may change of what is known of its model."""
+    return [calibration_key(scope, model, counter), keys.MODEL + scope + model.encode(), keys.MODELS + scope]

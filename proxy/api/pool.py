@@ -16,6 +16,8 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 from proxy.errors import ApiError
@@ -42,7 +44,9 @@ class _Job:
 class Pool:
     """One per process. Its threads start when there is work for them, and end with `close`."""
 
-    def __init__(self, threads: int, queue_jobs: int) -> None:
+    def __init__(self, threads: int, queue_jobs: int, in_context: bool = False) -> None:
+        """`in_context`: what runs sees the context variables of who handed it in."""
+        self._in_context = in_context
         self._threads = threads
         self._most_running = max(1, threads // _SHARE)
         self._queue_jobs = queue_jobs
@@ -56,7 +60,10 @@ class Pool:
 
     async def run(self, whose: bytes, work: Callable[..., _T], *arguments: Any) -> _T:
         """What `work` returns or raises (StopIteration excepted: it cannot cross). ApiError 503 when too many wait."""
-        job = _Job(whose, lambda: work(*arguments), asyncio.get_running_loop())
+        call: Callable[[], _T] = partial(work, *arguments)
+        if self._in_context:
+            call = partial(copy_context().run, call)
+        job = _Job(whose, call, asyncio.get_running_loop())
         self._add(job)
         try:
             found: _T = await asyncio.shield(job.answer)

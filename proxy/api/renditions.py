@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
@@ -182,6 +183,10 @@ class Renditions:
             with suppress(StorageError):
                 await self._bridge.delete(artifact)
         return None
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """As `Memory.beside`."""
+        return self._memory.beside(work)
 
     def _key(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> bytes:
         return self._memory.identity.rendition(owner, page.version, int(level), kind)

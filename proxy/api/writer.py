@@ -111,7 +111,7 @@ class Writer:
             self._waiting.add(key)
             self._queue.put_nowait(Job(pages.owner, page, level, limit_tokens, prompt, kept, counter))
         while len(self._workers) < self._config.max_jobs and not self._queue.empty():
-            self._workers.append(asyncio.ensure_future(self._work()))
+            self._workers.append(asyncio.ensure_future(self._renditions.beside(self._work())))
 
     async def close(self) -> None:
         for worker in self._workers:

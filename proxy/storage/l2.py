@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -243,6 +243,11 @@ class DiskStore:
         """Learn of other processes' erasures: they change `erased`."""
         with suppress(StorageError):
             self.erased = int.from_bytes(self.get(ERASED) or b"", "big")
+
+    suspends = False
+
+    def ahead(self, keys: Iterable[Key]) -> None:
+        """Nothing is gained."""
 
     def secret(self) -> bytes:
         """32 random bytes, made once per store and the same in every process; of a store that cannot be opened yet,

@@ -26,7 +26,7 @@ from proxy.transfer.desk import DONE, LEFT_OUT, Desk, headers_of, progress, tena
 
 def run(args: argparse.Namespace, config: Config) -> int:
     """Raises ConfigError and StorageError."""
-    if not (config.tiers.l2.path / DATABASE).exists():
+    if config.tiers.l2.url is None and not (config.tiers.l2.path / DATABASE).exists():
         raise ConfigError(f"There is no storage in {config.tiers.l2.path}; nothing was written.")
     return with_store(config, lambda desk: _export(args, desk))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
-from proxy.storage import MIGRATING, Store, open_engine
+from proxy.storage import MIGRATING, Engine, Store, is_url, open_engine
 from proxy.storage.sqlite import DATABASE, FORMAT, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
@@ -33,17 +33,13 @@ _ARTIFACTS = "artifacts"  # beside a database, where tiers.l3.url says nothing e
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError and StorageError."""
     source = Path(args.source)
-    if not is_postgres(args.source) and not (source / DATABASE).exists():
+    if not is_url(args.source) and not (source / DATABASE).exists():
         raise ConfigError(f"There is no storage in {source}.")
-    if not is_postgres(args.source) and format_of(source) != FORMAT:
+    if not is_url(args.source) and format_of(source) != FORMAT:
         from proxy.transfer.older import convert
 
         return convert(args, source)
     return asyncio.run(_migrate(args))
-
-
-def is_postgres(where: str) -> bool:
-    return where.startswith(("postgresql://", "postgres://"))
 
 
 async def _migrate(args: argparse.Namespace) -> int:
@@ -67,17 +63,17 @@ async def _migrate(args: argparse.Namespace) -> int:
     print(f"verified   {values} values are the same on both sides: {kinds or 'none'}; digest {copied.digest}")
     if damaged:
         print(f"left out   {damaged} damaged values", file=sys.stderr)
-    if not is_postgres(args.source) and (artifacts := Path(args.source) / _ARTIFACTS).exists():
-        if is_postgres(args.target):
+    if not is_url(args.source) and (artifacts := Path(args.source) / _ARTIFACTS).exists():
+        if is_url(args.target):
             print(f"artifacts  stay in {artifacts.absolute()}: set tiers.l3.url to it, where it said nothing")
         else:
             shutil.copytree(artifacts, Path(args.target) / _ARTIFACTS, dirs_exist_ok=True)
             print("artifacts  copied")
-    print(f"next       set {'tiers.l2.url' if is_postgres(args.target) else 'tiers.l2.path'} to TO, and start the servers")
+    print(f"next       set {'tiers.l2.url' if is_url(args.target) else 'tiers.l2.path'} to TO, and start the servers")
     return LEFT_OUT if damaged else DONE
 
 
-async def opened_target(where: str, secret: bytes) -> Store:
+async def opened_target(where: str, secret: bytes) -> Engine:
     """An engine with this secret. Raises StorageError for one that has another and is not empty, or that is whole."""
     target = open_engine(where, keys.KINDS)
     try:

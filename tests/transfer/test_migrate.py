@@ -66,6 +66,20 @@ async def test_a_migrated_store_goes_on_byte_for_byte(talked: tuple[Path, list[b
         assert b"VM:MANIFEST" in bodies[0]
 
 
+async def test_a_store_goes_to_postgresql_and_back_byte_for_byte(
+    talked: tuple[Path, list[bytes]], tmp_path: Path, postgres_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, bodies = talked
+    for way in ((source, postgres_url), (postgres_url, tmp_path / "back")):
+        assert await asyncio.to_thread(ran, *way, "--json") == 0
+    there, back = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert there == back and there["values"] == len(rows(source)) and rows(tmp_path / "back") == rows(source)
+    async with client(tmp_path, **{"tiers.l0": L0, "tiers.l2": {"url": postgres_url}}) as one:
+        assert await goes_on(one) == bodies
+    assert await asyncio.to_thread(ran, source, postgres_url) == 1
+    assert "is whole, and may have been used since" in capsys.readouterr().err
+
+
 def test_a_migration_that_was_stopped_is_begun_again(
     talked: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
