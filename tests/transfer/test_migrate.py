@@ -13,6 +13,7 @@ import pytest
 
 from proxy.cli import main
 from proxy.conversation import keys
+from proxy.storage import open_engine
 from proxy.storage.l2 import DiskStore
 from proxy.transfer import migrate
 from tests.api.test_chat import client
@@ -80,32 +81,48 @@ async def test_a_store_goes_to_postgresql_and_back_byte_for_byte(
     assert "is whole, and may have been used since" in capsys.readouterr().err
 
 
-def test_a_migration_that_was_stopped_is_begun_again(
-    talked: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, target = talked[0], tmp_path / "data"
-    monkeypatch.setattr(migrate, "_AT_ONCE", 7)
-    commit, made = DiskStore.commit, 0
+def values(where: str, *changed: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """All that an engine has; `changed` is stored afterwards."""
 
-    async def dies(self: DiskStore, *args: Any, **kwargs: Any) -> Any:
+    async def read() -> list[tuple[bytes, bytes]]:
+        store = open_engine(where, keys.KINDS)
+        found = await asyncio.to_thread(store.scan, b"", b"", 10_000)
+        await store.commit(changed)
+        await store.close()
+        return found
+
+    return asyncio.run(read())
+
+
+@pytest.mark.parametrize("engine", ["directory", "postgresql"])
+def test_a_migration_that_was_stopped_is_begun_again(
+    engine: str, talked: tuple[Path, list[bytes]], tmp_path: Path, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = str(talked[0])
+    target = str(tmp_path / "data") if engine == "directory" else request.getfixturevalue("postgres_url")
+    before = values(source)
+    monkeypatch.setattr(migrate, "_AT_ONCE", 7)
+    so_far, made = migrate.so_far, 0
+
+    def dies(after: bytes) -> tuple[str, bytes]:
         nonlocal made
         made += 1
-        if made == 5:  # the first is the secret
+        if made == 4:
             raise KeyboardInterrupt
-        return await commit(self, *args, **kwargs)
+        return so_far(after)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DiskStore, "commit", dies)
+        patch.setattr(migrate, "so_far", dies)
         assert ran(source, target) == 130
-    assert len(rows(target)) == 3 * 7
-    monkeypatch.setenv("LLM_PAGER_TIERS__L2__PATH", str(target))
+    # Something is erased in the source meanwhile, and something changes.
+    assert values(target, (keys.MODEL + bytes(30), b"erased"), (before[0][0], b"older")) == before[: 3 * 7]
+    where = "PATH" if engine == "directory" else "URL"
+    monkeypatch.setenv(f"LLM_PAGER_TIERS__L2__{where}", target)
     assert main(["serve", "--port", "0"]) == 1 and "give `llm-pager migrate` once more" in capsys.readouterr().err
-    store = DiskStore(target, 100)
-    asyncio.run(store.commit([(keys.MODEL + bytes(30), b"erased in the source"), (rows(source)[0][0], b"older")]))
-    asyncio.run(store.close())
     assert ran(source, target, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert rows(target) == rows(source) and told["values"] == len(rows(source))
+    assert json.loads(capsys.readouterr().out)["values"] == len(before)
+    assert values(target) == before
     assert ran(source, target) == 1 and "is whole, and may have been used since" in capsys.readouterr().err
 
 
