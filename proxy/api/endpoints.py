@@ -159,7 +159,7 @@ def own_endpoints(
         memory.renew()
         who = _caller(request, sessions)
         tenant = memory.identity.tenant(who.credentials, who.person)
-        if (head := memory.conversation(tenant, name)) is None:
+        if (head := await asyncio.to_thread(memory.conversation, tenant, name)) is None:
             raise _no_conversation("name")
         return StreamingResponse(
             _exported(owner_of(head.id), memory), media_type="application/jsonl",
