@@ -27,6 +27,8 @@ from proxy.media.headers import image_info
 GetFile = Callable[[str], bytes | None]  # a file of the export by its id
 Said: TypeAlias = "tuple[str, Any, int]"  # role, content, Unix seconds
 
+# What reading a conversation raises that is not as told above
+NOT_AS_TOLD = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _json = msgspec.json.encode
 
 
@@ -36,7 +38,7 @@ def is_account_export(value: Any) -> bool:
 
 
 def read_conversation(value: dict[str, Any], get_file: GetFile = lambda _: None) -> Conversation:
-    """Raises ValueError, TypeError, AttributeError or KeyError for one that is not as told above."""
+    """Raises one of `NOT_AS_TOLD`."""
     return _chatgpt(value, get_file) if "mapping" in value else _claude(value)
 
 

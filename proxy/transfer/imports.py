@@ -44,7 +44,7 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import TenantKey
 from proxy.errors import ConfigError
-from proxy.transfer.accounts import GetFile, is_account_export, read_conversation
+from proxy.transfer.accounts import NOT_AS_TOLD, GetFile, is_account_export, read_conversation
 from proxy.transfer.desk import (
     DONE,
     LEFT_OUT,
@@ -59,7 +59,6 @@ from proxy.transfer.desk import (
 from proxy.transfer.exports import tenant_named, whole_file
 
 _ZSTD, _ZIP = b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
-_NOT_AS_TOLD = (ValueError, TypeError, AttributeError, KeyError, LookupError, RecursionError)
 
 
 class Unreadable(NamedTuple):
@@ -99,7 +98,7 @@ def _import(args: argparse.Namespace, desk: Desk) -> int:
                     grown = Grown(conversation.lines, desk.identity, tenant)
                     if not grown.heads:
                         raise ValueError("it has no answer")
-                except _NOT_AS_TOLD as error:
+                except NOT_AS_TOLD as error:
                     left_out.append(_unreadable(conversation.title or conversation.name, error))
                     continue
                 answers = _stored(desk, tenant, grown, conversation, args.session_prefix)
@@ -265,7 +264,7 @@ def _accounts(values: list[msgspec.Raw], get_file: GetFile, advance: Advance) ->
             if not is_account_export(value):
                 raise ValueError("it has neither `mapping` nor `chat_messages`")
             yield read_conversation(value, get_file)
-        except _NOT_AS_TOLD as error:
+        except NOT_AS_TOLD as error:
             yield _unreadable(title, error)
         advance(number + 1, len(values))
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxy.conversation.exported import Conversation
-from proxy.transfer.accounts import read_conversation
+from proxy.conversation.exported import Conversation, Grown
+from proxy.conversation.tree import Identity, TenantKey
+from proxy.transfer.accounts import NOT_AS_TOLD, is_account_export, read_conversation
+from tests.examples import examples
 from tests.media.samples import png
 
 Message = dict[str, Any]
@@ -156,3 +161,39 @@ def test_claude_old_exports_are_in_order_and_new_ones_have_parents(rooted: bool)
     read = read_conversation(claude(*old, **({"current_leaf_message_uuid": "3"} if rooted else {})))
     assert branch(read) == [user("t0"), model("t1"), user("t2"), model("t3")]
     assert len(read.lines) == len(old)
+
+
+def changed(value: Any, at: list[int], other: Any) -> Any:
+    """With something else at a place somewhere in it."""
+    if not at or not isinstance(value, dict | list) or not value:
+        return other
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key = keys[at[0] % len(value)]
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[key] = changed(value[key], at[1:], other)
+    return copy
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.just("m1"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "parts", "role", "id", "type"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.booleans(), st.lists(st.integers(0, 50), min_size=1, max_size=7), anything)
+@examples(300)
+def test_whatever_stands_in_an_export_it_is_read_or_refused(is_chatgpt: bool, at: list[int], other: Any) -> None:
+    whole = mapping(
+        node("m1", None, "user", {"content_type": "multimodal_text", "parts": ["a", {"asset_pointer": "x://y"}]}),
+        node("m2", "m1", "assistant", "b", recipient="python"), node("m3", "m2", "tool", "c", tool="python"), current="m3",
+    ) if is_chatgpt else claude(
+        spoken("m1", "human", "a", attachments=[{"file_name": "f", "extracted_content": "x"}], files=[{"file_name": "g"}]),
+        spoken("m2", "assistant", {"type": "tool_use", "name": "n", "input": {}}, {"type": "tool_result", "content": [{"text": "r"}]}),
+    )  # fmt: skip
+    broken = changed(whole, at, other)
+    if is_account_export(broken):
+        with suppress(*NOT_AS_TOLD):
+            read = read_conversation(broken, {"y": b"no picture"}.get)
+            grown = Grown(read.lines, Identity(bytes(32)), TenantKey(bytes(22)))
+            assert all(branch.records for branch in grown.branches(lambda _: None, lambda *_: None))
