@@ -1,4 +1,4 @@
-"""A store that version a81357c wrote (format4.zip, made of tests/transfer/format4.py's dialogue), and what it sent next."""
+"""A store that version a81357c wrote (format4.zip, by format4.py), and what it sent next."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def said(body: str) -> str:
 async def following(new: Path, name: str, *headers: tuple[bytes, bytes], **fields: Any) -> str:
     """What goes upstream when the client of the conversation asks the question that it asked the old version."""
     async with client(new, **{"tiers.l0": L0}) as one:
-        messages = [EXPECTED["question"]] if name == "delta" else [*EXPECTED["conversations"][name], EXPECTED["question"]]
+        messages = [*EXPECTED["conversations"][name], EXPECTED["question"]]
+        if name == "clock":
+            messages[0] = {"role": "user", "content": "It is late."}
         one.upstream.replies = [answered("Next.")]
         status, _ = await one.ask({"model": "gpt-4o", "messages": messages, **fields}, *headers)
         assert status == 200
@@ -52,7 +54,7 @@ async def test_a_store_of_format_4_goes_on_as_if_nothing_had_happened(old: Path)
     assert status == 3  # Bob's is not claimed
     for name, headers, fields in (
         ("paged", (A,), {}), ("fork", (A,), {}), ("ann", (A,), {"user": "ann"}),
-        ("delta", (A, (b"x-llm-pager-session", b"delta-1")), {}),
+        ("clock", (A,), {}), ("trimmed", (A,), {}), ("delta", (A, (b"x-llm-pager-session", b"delta-1")), {}),
     ):  # fmt: skip
         assert await following(new, name, *headers, **fields) == said(EXPECTED["next"][name]), name
 
@@ -65,9 +67,9 @@ def test_what_is_proved_to_be_nobodys_known_is_a_file_for_import(
     monkeypatch.setenv("LLM_PAGER_TIERS__L2__PATH", str(new / "data"))
     file = new / "data" / "unclaimed.jsonl"
     assert main(["import", str(file), "--header", "authorization: Bearer key-b", "--user", "bob"]) == 2  # two tenants
-    bobs = json.loads(file.read_text().splitlines()[1])
-    assert json.loads(file.read_text().splitlines()[2])["message"] == EXPECTED["conversations"]["bob"][0]
-    bob = ["--header", "authorization: Bearer key-b", "--user", "bob", "--tenant", bobs["tenant"]]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    at = next(at for at, line in enumerate(lines) if line.get("message") == EXPECTED["conversations"]["bob"][0])
+    bob = ["--header", "authorization: Bearer key-b", "--user", "bob", "--tenant", lines[at - 1]["tenant"]]
     assert main(["import", str(file), *bob, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == 1
 
