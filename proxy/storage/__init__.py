@@ -107,6 +107,7 @@ def is_url(where: str) -> bool:
 
 def open_engine(where: str, kinds: Mapping[bytes, str]) -> Engine:
     """What stands in a directory or behind a URL, for a command. Raises ConfigError and StorageError."""
-    if is_url(where):
-        return _postgres(where, kinds, timeout_s=_PATIENT_S)
-    return DiskStore(Path(where), _QUEUE_RECORDS, kinds)
+    engine = _postgres(where, kinds, timeout_s=_PATIENT_S) if is_url(where) else DiskStore(Path(where), _QUEUE_RECORDS, kinds)
+    if engine.trouble is not None:  # its secret is not known
+        raise StorageError(engine.trouble)
+    return engine

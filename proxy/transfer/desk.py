@@ -18,7 +18,7 @@ from proxy.api.caller import caller, with_body
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.tree import Identity, TenantKey
-from proxy.errors import ConfigError
+from proxy.errors import ConfigError, StorageError
 from proxy.storage import Store, open_store
 from proxy.storage.l2 import Damaged
 
@@ -55,6 +55,8 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     async def main() -> int:
         store = open_store(config, keys.KINDS)
         try:
+            if store.trouble is not None:  # its secret is not known
+                raise StorageError(store.trouble)
             store.look()
             desk = Desk(store, Identity(store.secret(), store.erased), asyncio.get_running_loop())
             try:

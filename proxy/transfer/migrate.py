@@ -25,7 +25,7 @@ from proxy.storage.sqlite import DATABASE, FORMAT, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
 WHOLE = b""
-_AT_ONCE = 256  # values
+_AT_ONCE = 64  # values, which may be large
 _PASSES = 5  # at most
 _ARTIFACTS = "artifacts"  # beside a database, where tiers.l3.url says nothing else
 
@@ -55,7 +55,10 @@ async def _migrate(args: argparse.Namespace) -> int:
             await target.close()
     finally:
         await source.close()
-    values, damaged = sum(copied.kinds.values()), sum(source.damaged.values())
+    values, damaged, artifacts = sum(copied.kinds.values()), sum(source.damaged.values()), Path(args.source) / _ARTIFACTS
+    beside = not is_url(args.source) and artifacts.exists()
+    if beside and not is_url(args.target):
+        shutil.copytree(artifacts, Path(args.target) / _ARTIFACTS, dirs_exist_ok=True)
     if args.json:
         print(json.dumps({"values": values, "kinds": copied.kinds, "digest": copied.digest, "damaged": damaged}))
         return LEFT_OUT if damaged else DONE
@@ -63,12 +66,8 @@ async def _migrate(args: argparse.Namespace) -> int:
     print(f"verified   {values} values are the same on both sides: {kinds or 'none'}; digest {copied.digest}")
     if damaged:
         print(f"left out   {damaged} damaged values", file=sys.stderr)
-    if not is_url(args.source) and (artifacts := Path(args.source) / _ARTIFACTS).exists():
-        if is_url(args.target):
-            print(f"artifacts  stay in {artifacts.absolute()}: set tiers.l3.url to it, where it said nothing")
-        else:
-            shutil.copytree(artifacts, Path(args.target) / _ARTIFACTS, dirs_exist_ok=True)
-            print("artifacts  copied")
+    if beside and is_url(args.target):
+        print(f"artifacts  stay in {artifacts.absolute()}: set tiers.l3.url to it, where it said nothing")
     print(f"next       set {'tiers.l2.url' if is_url(args.target) else 'tiers.l2.path'} to TO, and start the servers")
     return LEFT_OUT if damaged else DONE
 

@@ -18,6 +18,7 @@ from proxy.storage.l2 import DiskStore
 from proxy.transfer import migrate
 from tests.api.test_chat import client
 from tests.api.test_damage import L0, Talk, answer, question
+from tests.e2e.processes import free_port
 
 TURNS = 30
 
@@ -137,3 +138,14 @@ def test_a_target_of_another_store_and_a_source_that_is_none_are_refused(
     assert ran(source, other) == 1 and "holds another store" in capsys.readouterr().err
     assert rows(other) == before
     assert ran(tmp_path / "nothing", tmp_path / "new") == 2 and not (tmp_path / "new").exists()
+
+
+def test_a_database_that_does_not_answer_is_a_sentence_and_nothing_is_written(
+    talked: tuple[Path, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = f"postgresql://pager@127.0.0.1:{free_port()}/pager"
+    for way in ((talked[0], nobody), (nobody, tmp_path / "new")):
+        assert ran(*way) == 1 and "127.0.0.1" in capsys.readouterr().err
+    monkeypatch.setenv("LLM_PAGER_TIERS__L2__URL", nobody)
+    assert main(["export", "--out", str(tmp_path / "out")]) == 1 and "127.0.0.1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
