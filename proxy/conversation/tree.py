@@ -149,7 +149,7 @@ class Identity:
 
     def pair(self, tenant: TenantKey, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found."""
-        return keys.PAIR + tenant[: keys.TENANT_BYTES] + self._hash(b"pair", tenant[keys.SCOPE_BYTES :], before, answer)
+        return keys.PAIR + tenant[: keys.TENANT_BYTES] + self._hash(b"pair", tenant, before, answer)
 
     def rendition(self, owner: bytes, version: str, level: int, kind: str) -> bytes:
         """The storage key under which a conversation's version of a page at a level is found."""

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
@@ -30,6 +30,7 @@ from proxy.conversation.exported import exported, header
 from proxy.conversation.records import (
     LastUse,
     Record,
+    backwards,
     block_key,
     conversation_key,
     decode_record,
@@ -67,13 +68,15 @@ _replace = msgspec.structs.replace
 
 class Older:
     """What stands in such a directory. `given`: tenants whose headers were given; `lost`: values that cannot be read, or
-    that nothing leads to."""
+    that nothing leads to; `joins`: see `adds`."""
 
     def __init__(self, connection: Connection, given: list[TenantKey]) -> None:
         self._connection = connection
         self.secret = get_value(connection, SECRET) or b""
         self._identity = Identity(self.secret)
         self.lost = 0
+        self.joins: list[tuple[bytes, bytes]] = []
+        self._tenants: dict[bytes, TenantKey] = {}  # by what their keys have of them
         self._parents: dict[bytes, tuple[bytes, int]] = {}  # of a record: the one before it, its first position
         self._begins: dict[bytes, tuple[bytes, ContentId]] = {}  # of a first record: its first message's id and content
         for key, value in self.values(keys.RECORD):
@@ -100,6 +103,7 @@ class Older:
         known = {tenant: TenantKey(tenant[: keys.SCOPE_BYTES] + tenant) for tenant in scopes}
         known.update((tenant[keys.SCOPE_BYTES :], tenant) for tenant in given)
         unproved = [known.get(tenant, TenantKey(_NOBODY + tenant)) for tenant in tenants | known.keys()]
+        self._tenants = {tenant[: keys.TENANT_BYTES]: tenant for tenant in unproved}
         roots = {tenant[keys.SCOPE_BYTES :]: self._identity.root(tenant) for tenant in unproved}
         paged = {key[1 + HASH_BYTES :]: key[1 : 1 + HASH_BYTES] for key, _ in self.values(keys.CONVERSATION)}
         for first, content in self._begins.values():
@@ -173,7 +177,7 @@ class Older:
         return record
 
     def adds(self, owner: bytes, names: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """All that a conversation has now."""
+        """All that a conversation has now; `joins` gets what its answers are found by."""
         made: dict[bytes, Record] = {}
         leaves: dict[bytes, bytes] = {}
         last: Record | None = None
@@ -183,6 +187,10 @@ class Older:
                 self.lost += 1
                 continue
             (record,), blocks = indexed([record], made.get(record.parent), made.get, lambda _, ref: leaves.get(ref))
+            tenant = self._tenants.get(owner[: keys.TENANT_BYTES])
+            if record.sent is not None and record.end > 1 and tenant is not None:
+                answer, asked = islice(backwards(record, lambda node_id: self.record(node_id[-HASH_BYTES:])), 2)
+                self.joins.append((self._identity.pair(tenant, asked.content, answer.content), record.id))
             made[record.id] = record
             leaves.update(blocks)
             if record.closing and (root := table_root(record.closing)):
@@ -196,7 +204,7 @@ class Older:
 
     def named(self) -> Iterator[tuple[bytes, bytes]]:
         """What leads to records by a name, and what was learned of models."""
-        for letter in (keys.PAIR, keys.LABEL, keys.SESSION):
+        for letter in (keys.LABEL, keys.SESSION):
             for key, value in self.values(letter):
                 names = [value[at : at + HASH_BYTES] for at in range(0, len(value), HASH_BYTES)]
                 ids = [owner + name for name in names if (owner := self.owner(name)) and is_proved(owner)]
@@ -240,6 +248,8 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
                 if is_proved(owner):
                     for batch in batches(older.adds(owner, names)):
                         await target.commit((), adds=batch)
+                    await target.commit((), joins=older.joins)
+                    older.joins.clear()
                 else:
                     unclaimed.append(owner)
                 advance(number + 1, len(conversations))
