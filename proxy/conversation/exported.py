@@ -43,6 +43,7 @@ FORMAT, VERSION = "llm-pager", 1
 
 Scan = Callable[[bytes, bytes, int], list[tuple[bytes, bytes]]]  # by a key's beginning, after which key, how many
 _AT_ONCE = 64  # records, which may be large
+_KEPT_BYTES = 32 << 20  # of a conversation's, which are not read again
 _json = msgspec.json.encode
 
 
@@ -133,8 +134,12 @@ def exported(
 ) -> Iterator[bytes]:
     """A conversation's lines. `lost` gets the answers that cannot be read, because a record is missing or damaged."""
 
+    kept: dict[bytes, bytes] = {}
+    kept_bytes = 0
+
     def get_record(node_id: bytes) -> Record | None:
-        data = get(record_key(node_id))
+        key = record_key(node_id)
+        data = kept.get(key) or get(key)
         return decode_record(data) if data is not None else None
 
     order: list[tuple[int, NodeId]] = []
@@ -142,9 +147,12 @@ def exported(
     after = b""
     while found := scan(keys.RECORD + owner, after, _AT_ONCE):
         after = found[-1][0]
-        for record in (decode_record(value) for _, value in found):
+        for key, value in found:
+            record = decode_record(value)
             order.append((record.first, record.id))
             continued.setdefault(record.parent, record.id)
+            if (kept_bytes := kept_bytes + len(value)) <= _KEPT_BYTES:
+                kept[key] = value
     order.sort()  # a parent comes before its child
     last = get(conversation_key(owner))
     head, used_s = LastUse.decode(last) if last is not None else (b"", 0)
