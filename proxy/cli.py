@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | export | import | migrate | demo`.
+"""The command line: `llm-pager serve | check | export | import | migrate | forget | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__
+from proxy import __version__, forget
 from proxy.errors import ConfigError, StorageError
 from proxy.transfer import commands as transfer
 
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(args)
         if args.command in transfer.COMMANDS:
             return transfer.run(args, os.environ)
+        if args.command == forget.COMMAND:
+            return forget.run(args)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="read all that is stored instead: find damage, and repair it (status 3)")
 
     transfer.add_parsers(commands)
+    forget.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")
@@ -181,13 +184,15 @@ def _shared_counters(workers: int) -> Iterator[None]:
 
 def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
-    if config.tiers.l2.url is not None and not all(map(find_spec, ("asyncpg", "greenlet"))):
-        raise StartError("tiers.l2.url needs an extra that is not installed: pip install 'llm-pager[postgres]'.")
-    asked = config.search.embeddings
-    if asked != "none" and not all(map(find_spec, ("numpy", "tokenizers", "wordllama"))):
-        raise StartError(
-            f"search.embeddings: {asked} needs an extra that is not installed: pip install 'llm-pager[semantic]'."
-        )
+    asked = {
+        "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
+        "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
+        "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
+        "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
+    }
+    for key, (is_asked, extra, modules) in asked.items():
+        if is_asked and not all(map(find_spec, modules)):
+            raise StartError(f"{key} needs an extra that is not installed: pip install 'llm-pager[{extra}]'.")
 
 
 def _require_writable(directory: Path) -> None:
@@ -211,10 +216,12 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.storage import open_store
+    from proxy.storage import open_engine, open_objects
 
+    for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
+        open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
-        store = open_store(config, {})
+        store = open_engine(config, {})
         asyncio.run(store.close())
     except StorageError as error:
         raise StartError(str(error)) from error

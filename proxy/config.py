@@ -46,6 +46,7 @@ _NOT_SETTINGS = frozenset({EFFECTIVE_CONFIG_VARIABLE, "LLM_PAGER_DATA"})
 _SERVICE_LINK = re.compile(r"LLM_PAGER_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp)://")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OBJECT_STORES = ("file", "s3", "gs", "az")
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "api-key"})
 
 
@@ -60,6 +61,12 @@ def _url(value: str) -> str:
     if not usable or parts.query or parts.fragment or re.search(r"\s", value):
         raise ValueError("not a base URL")
     return value.rstrip("/")
+
+
+def _objects_url(url: str | None) -> str | None:
+    if url is not None and (not url.strip() or ("://" in url and url.partition("://")[0] not in _OBJECT_STORES)):
+        raise ValueError("not a store of objects")
+    return url
 
 
 def _database_url(value: str) -> str:
@@ -247,12 +254,30 @@ class L2Config(Section):
     ] = None
     connections: AtLeast1 = 10
     timeout_s: Seconds = 5.0
-
-
-class L3Config(Section):
-    url: Annotated[
-        str | None, Field(min_length=1, description="null or an fsspec URL such as s3://bucket/prefix")
+    days: Annotated[
+        float | None, Field(ge=0, le=36_500, description="null or a number of days from 0 to 36500")
     ] = None
+    tokens: Annotated[int | None, Field(ge=1, description="null or a whole number of at least 1")] = None
+
+
+class ObjectsConfig(Section):
+    url: Annotated[
+        str | None,
+        AfterValidator(_objects_url),
+        Field(description="null, a directory, or a URL of file, s3, gs or az such as s3://bucket/prefix"),
+    ] = None
+    options: Annotated[
+        dict[Text, str], Field(description="a mapping of the provider's options to texts")
+    ] = Field(default_factory=dict)
+    timeout_s: Seconds = 10.0
+
+
+class L3Config(ObjectsConfig):
+    min_bytes: Annotated[int, Field(ge=1024)] = 65_536
+
+
+class L4Config(ObjectsConfig):
+    cache_bytes: AtLeast1 = 67_108_864
 
 
 class TiersConfig(Section):
@@ -260,6 +285,21 @@ class TiersConfig(Section):
     l1: L1Config = L1Config()
     l2: L2Config = L2Config()
     l3: L3Config = L3Config()
+    l4: L4Config = L4Config()
+    demotion_s: Seconds = 60.0
+
+    @model_validator(mode="after")
+    def _what_leaves_goes_somewhere(self) -> Self:
+        if self.l4.url is None and (self.l2.days is not None or self.l2.tokens is not None):
+            name = "days" if self.l2.days is not None else "tokens"
+            raise ValueError(f"l2.{name} {getattr(self.l2, name):g} needs l4.url: what leaves L2 has to go somewhere")
+        return self
+
+
+class StorageConfig(Section):
+    retention_days: Annotated[
+        float | None, Field(gt=0, description="null or a number of days above 0")
+    ] = None
 
 
 class PagesConfig(Section):
@@ -386,6 +426,7 @@ class Config(Section):
     upstream: UpstreamConfig = UpstreamConfig()
     memory: MemoryConfig = MemoryConfig()
     tiers: TiersConfig = TiersConfig()
+    storage: StorageConfig = StorageConfig()
     pages: PagesConfig = PagesConfig()
     faults: FaultsConfig = FaultsConfig()
     prefetch: PrefetchConfig = PrefetchConfig()

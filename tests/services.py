@@ -1,10 +1,14 @@
-"""Real services for tests, benches and chaos scripts: PostgreSQL, and PgBouncer in front of it.
+"""Real services for tests, benches and chaos scripts: PostgreSQL, and PgBouncer in front of it; an S3 store.
 
 Promises: each is a process of our own on a free port of 127.0.0.1, in a directory of its own, and ends with the one
 who started it, also by SIGKILL; as root they run as an unprivileged user. What is not installed skips a test with
 the reason (`Missing`), but where LLM_PAGER_SERVICES=required (CI) it fails there.
 
-`postgres` and `pgbouncer` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
+Every second `llm-pager serve` that a test in tests/e2e or tests/contract starts without saying what it stores in has a
+database here instead of a directory (`store_url`); LLM_PAGER_TEST_STORE=postgres: each, =directory: none. One that means
+the directory says `url: None`.
+
+`postgres`, `pgbouncer` and `s3` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
 that nobody else has and that is empty. A test that restarts the server or cuts its connections disturbs nobody but
 tests that run at that moment: within one process of pytest there are none.
 
@@ -15,6 +19,7 @@ tests that run at that moment: within one process of pytest there are none.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -28,8 +33,12 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
+import zlib
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +75,9 @@ def _unprivileged() -> dict[str, Any]:
     names = {entry.pw_name for entry in pwd.getpwall()}
     name = next(name for name in _UNPRIVILEGED if name in names)
     return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []}
+
+
+_parent = ThreadPoolExecutor(1)  # whose thread starts all services: it ends with this process
 
 
 def _dies_with_parent() -> None:
@@ -105,10 +117,11 @@ class _Service:
 
     def _spawn(self, command: Sequence[str]) -> None:
         with open(self.directory / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
-                preexec_fn=_dies_with_parent, **self._as,
+            start = partial(
+                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                start_new_session=True, preexec_fn=_dies_with_parent, **self._as,
             )  # fmt: skip
+            self._process = _parent.submit(start).result()
 
     def _await(self, is_up: Any) -> None:
         until_s = time.monotonic() + START_S
@@ -221,7 +234,7 @@ class PgBouncer(_Service):
         self._settings = {
             "listen_addr": "127.0.0.1", "listen_port": str(self.port), "auth_type": "trust",
             "auth_file": str(self.directory / "users"), "pool_mode": mode, "default_pool_size": "5",
-            "max_client_conn": "500", "unix_socket_dir": str(self.directory), **(settings or {}),
+            "max_client_conn": "500", "server_login_retry": "0.1", "unix_socket_dir": str(self.directory), **(settings or {}),
         }  # fmt: skip
 
     def start(self) -> PgBouncer:
@@ -262,20 +275,22 @@ class PgBouncer(_Service):
 
 class Tap:
     """A TCP proxy in front of a server that reads along: `trips` counts what a client waited for, by PostgreSQL's own
-    messages (Query, Sync, Flush; but for a connection's beginning), and `cut` breaks connections. It runs in a thread.
+    messages (Query, Sync, Flush; but for a connection's beginning), `commits` those that store a turn, and `cut`
+    breaks connections. It runs in a thread.
 
-    `on(n)` is asked before each such message is passed on, with its number; True: the connection is cut when the
-    server has got it, before it answers.
+    `on(commit)` is asked before each such message is passed on; "before" or "after": the connection is cut then,
+    before the server has got it, or after, while it works.
     """
 
-    def __init__(self, port: int, on: Callable[[int], bool] = lambda n: False) -> None:
+    def __init__(self, port: int, on: Callable[[bool], str] = lambda commit: "") -> None:
         self._target, self.on = port, on
-        self.trips = self.connections = 0
+        self.trips = self.commits = self.connections = 0
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Tap:
+        sys.setswitchinterval(0.0002)  # it waits for its caller's thread at each message
         self._thread.start()
         self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
         self.port = int(self._server.sockets[0].getsockname()[1])
@@ -310,16 +325,26 @@ class Tap:
             self._open |= {writer, server}
             self.connections += 1
             answers = asyncio.ensure_future(self._answers(back, writer))
-            begun = False
+            begun = commit = False
+            commits: set[bytes] = set()  # names of statements
             while True:
                 kind = await reader.readexactly(1) if begun else b""
                 size = await reader.readexactly(4)
                 body = await reader.readexactly(int.from_bytes(size, "big") - 4)
                 begun = begun or body[:4] != b"\x04\xd2\x16\x2f"  # it asked for TLS: another beginning follows
-                cut = False
-                if kind in (b"Q", b"S", b"H"):
+                cut = ""
+                if kind == b"P":
+                    name = body.partition(b"\0")[0]
+                    (commits.add if b"FOR SHARE" in body else commits.discard)(name)
+                elif kind == b"B":
+                    commit = body.split(b"\0", 2)[1] in commits
+                elif kind in (b"Q", b"S", b"H"):
                     self.trips += 1
-                    cut = self.on(self.trips)
+                    self.commits += commit
+                    cut, commit = self.on(commit), False
+                if cut == "before":
+                    writer.transport.abort()
+                    break
                 server.write(kind + size + body)
                 await server.drain()
                 if cut:
@@ -354,6 +379,42 @@ def execute(url: str, statement: str, *arguments: object) -> list[Any]:
         return thread.submit(asyncio.run, run()).result()
 
 
+class S3(_Service):
+    """Moto's server: an S3 store whose buckets are empty. `stop` and `start`: it forgets all."""
+
+    def __init__(self) -> None:
+        super().__init__("llm-pager-s3-")
+        self._as = {}  # our own Python, which others may not read
+        self._numbers = count(1)
+
+    def start(self) -> S3:
+        if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
+            raise Missing("no S3 server: pip install 'moto[server]'")
+        self._spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)])
+        self._await(lambda: _listens(self.port))
+        return self
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of `tiers.l3.options` and `tiers.l4.options`."""
+        return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1", "access_key_id": "pager",
+                "secret_access_key": PASSWORD}  # fmt: skip
+
+    def new_bucket(self) -> str:
+        """The URL of a folder in an empty one."""
+        name = f"test-{os.getpid()}-{next(self._numbers)}"
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        urllib.request.urlopen(request, timeout=START_S).close()
+        return f"s3://{name}/pager"
+
+    def __enter__(self) -> S3:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._made.cleanup()
+
+
 # -- fixtures
 
 
@@ -372,13 +433,37 @@ def skipped_where_missing() -> Iterator[None]:
         pytest.skip(str(error))
 
 
+@cache
+def shared_postgres() -> Postgres:
+    """The server of this process; it ends with it. Raises Missing."""
+    server = Postgres().start()
+    atexit.register(server.__exit__)
+    return server
+
+
+_databases: dict[str, str | None] = {}  # by the directory that they stand for
+_asked: Counter[str] = Counter()
+
+
+def store_url(path: str) -> str | None:
+    """A database that stands for this directory, whoever asks; None: the directory itself."""
+    if path not in _databases:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+        _asked[test] += 1
+        wanted = os.environ.get("LLM_PAGER_TEST_STORE")
+        if wanted is None and test.startswith(("tests/e2e/", "tests/contract/")):
+            wanted = ("directory", "postgres")[(zlib.crc32(test.encode()) + _asked[test]) % 2]
+        _databases[path] = None
+        if wanted == "postgres":
+            with contextlib.suppress(*(() if required() else (Missing,))):
+                _databases[path] = shared_postgres().new_database()
+    return _databases[path]
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    with contextlib.ExitStack() as stack:
-        with skipped_where_missing():
-            pytest.importorskip("asyncpg")
-            server = stack.enter_context(Postgres())
-        yield server
+def postgres() -> Postgres:
+    with skipped_where_missing():
+        return shared_postgres()
 
 
 @pytest.fixture(scope="session")
@@ -392,3 +477,12 @@ def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
 @pytest.fixture
 def postgres_url(postgres: Postgres) -> str:
     return postgres.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    with contextlib.ExitStack() as stack:
+        with skipped_where_missing():
+            pytest.importorskip("obstore")
+            server = stack.enter_context(S3())
+        yield server

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "demo", "errors", "storage", "transfer"},  # the app is named to uvicorn as a string
+    "cli": {"check", "config", "demo", "errors", "forget", "storage", "transfer"},  # the app is named to uvicorn as a string
+    "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
@@ -61,12 +62,12 @@ IMPORTERS: dict[str, set[str]] = {
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
-    "fsspec": {"storage"},
     "greenlet": {"storage"},  # the extra [postgres]
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check", "transfer"},
+    "obstore": {"storage"},  # the extra [objects]
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},

@@ -46,6 +46,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
+from proxy.memory.models import StorageTier
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
@@ -168,9 +169,10 @@ class ChatApi:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                if self._writer.active and turn.shown:
+                kept = visit.memory_lost == 0 and context.identity is self._memory.identity  # nothing was erased since
+                if self._writer.active and turn.shown and kept:
                     self._writer.submit(scope["headers"], turn.pages, context.counter, turn.shown)
-                if self._embedder is not None and turn.window is not None:
+                if self._embedder is not None and turn.window is not None and kept:
                     self._embedder.submit(context.tenant, scope["headers"], turn.pages)
                 query = scope.get("query_string", b"")
                 self.model_facts.look(context.scope, context.decoded["model"], scope["headers"], query)
@@ -289,6 +291,7 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
+        loaded: dict[str, tuple[StorageTier, float]] = {}
         model = context.decoded["model"]
         appended, lost, pool = False, False, self._memory.pool
         long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
@@ -305,7 +308,7 @@ class ChatApi:
                     reply = None
                 elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
-                    visit.remembers(self._memory.store.trouble is None)  # as far as is known
+                    visit.remembers(self._memory.store.trouble is None and not visit.reads.failed)  # as far as is known
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
@@ -324,10 +327,16 @@ class ChatApi:
                     near: list[Hit] = []
                     if self._embedder is not None:
                         with suppress(StorageError):  # else it is by words
-                            near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
-                    reply = await self._memory.search(context.tenant, effect, turn.pages, near)
+                            near = await self._embedder.near(
+                                context.tenant, headers, effect, turn.pages, context.identity
+                            )
+                    reply = await self._memory.search(context.tenant, effect, turn.pages, near, context.identity)
                 elif isinstance(effect, Load):
-                    reply = await self._renditions.load(context.tenant, effect, turn.pages, patience)
+                    began_s = time.perf_counter()
+                    reply = await self._renditions.load(
+                        context.tenant, effect, turn.pages, patience, context.identity
+                    )
+                    loaded[effect.page_id] = visit.reads.coldest, (time.perf_counter() - began_s) * 1000
                 else:
                     assert_never(effect)
         finally:
@@ -335,6 +344,9 @@ class ChatApi:
         if turn.unremembered is not None:
             log.error("an answer is not remembered: what it goes on from is damaged (%r)", turn.unremembered)
         visit.remembers(not lost and turn.unremembered is None)
+        for fault in answer.report.faults:
+            parts = [where for page_id, where in loaded.items() if page_id.partition(".")[0] == fault.page_id.partition(".")[0]]
+            fault.tier, fault.ms = max((tier for tier, _ in parts), default=fault.tier), sum(ms for _, ms in parts)
         ours = [record for record, _ in turn.settled]
         if turn.record is not None and turn.window is not None:
             ours.append(turn.record)

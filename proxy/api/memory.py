@@ -6,15 +6,18 @@ Promises: what is stored is immutable and found by content; everything kept in R
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
 
+from proxy.api.erasure import erased_since
 from proxy.api.pool import Pool, empty
 from proxy.config import Config
 from proxy.conversation import keys
@@ -23,7 +26,7 @@ from proxy.conversation.calibration import Calibration
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
-from proxy.conversation.pages import PathPages
+from proxy.conversation.pages import PathPages, forget_lines
 from proxy.conversation.records import (
     LastUse,
     Record,
@@ -43,13 +46,17 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
-from proxy.errors import ApiError
+from proxy.errors import ApiError, ErasedMeanwhile
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
-from proxy.storage import open_store
+from proxy.storage import open_store, start_demotion
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, StorageError
+from proxy.storage.tiered import READS
+
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.demotion import Demotion
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
@@ -71,6 +78,8 @@ _P = ParamSpec("_P")
 
 def as_api_error(error: StorageError | LookupError) -> ApiError:
     """What a caller is told who cannot be served without what is stored: nothing that would pass by itself was done."""
+    if isinstance(error, LookupError) and (reads := READS.get()) is not None and reads.failed is not None:
+        error = StorageError(reads.failed)  # it is there, and cannot be read now
     if isinstance(error, Damaged | LookupError):
         message = f"{str(error).rstrip('.')}. The storage is damaged: send the whole history, or begin another session."
         return ApiError(500, message, "api_error", "storage_damaged")
@@ -82,14 +91,16 @@ class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
-        self.store = open_store(config, keys.KINDS)
+        self._config = config
+        self._demotion: Demotion | None = None
+        self.store = open_store(config, keys)
         self.store.look()
         self._looked_s = 0.0
         self._generation = self.store.generation
         self.identity = Identity(self.store.secret(), self.store.erased)
         self.cache = Cache(config.tiers.l1.tokens)
         self._table_entries = config.tiers.l1.tokens * BYTES_PER_TOKEN // (_TABLE_SHARE * _TABLE_ENTRY_BYTES)
-        self.pool = Pool(config.pool.threads, config.pool.queue_jobs, in_context=self.store.suspends)
+        self.pool = Pool(config.pool.threads, config.pool.queue_jobs)
         self.histories = HistoryCache(config.server.history_cache_bytes)
         encoder = make_encoder(config.search.embeddings)
         self.indexes = PathIndexes(config.search.index_pages, encoder, self._piece)
@@ -98,15 +109,23 @@ class Memory:
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
+    def start(self) -> None:
+        """Begin what is done beside the requests, on this event loop."""
+        self._demotion = start_demotion(self.store, self._config)
+
     async def close(self) -> None:
         self.pool.close()
+        if self._demotion is not None:
+            await self._demotion.close()
         await self.store.close()
 
     def forget(self) -> None:
         """Drop everything that is only cached, as invariant 9 is proved."""
         self.cache.clear()
+        self.store.forget()
         self.histories.clear()
         self.indexes.clear()
+        forget_lines()
 
     def renew(self) -> None:
         """Forget what is known of a store that is not there any more, or of which something was erased. (A turn that
@@ -212,10 +231,11 @@ class Memory:
         return found
 
     async def search(
-        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
+        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = (),
+        identity: Identity | None = None,
     ) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others; `near`:
-        the pages by meaning, where they are found otherwise."""
+        the pages by meaning, where they are found otherwise; `identity`: what its turn began with."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
@@ -227,8 +247,12 @@ class Memory:
             hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
-        if due := self.indexes.due():
-            await self.store.commit([(self._piece_key(key), piece) for key, piece in due])
+        due = self.indexes.due(pages.owner)
+        if identity not in (None, self.identity):  # something was erased since, perhaps of this
+            self.indexes.clear()
+        elif due:
+            with suppress(ErasedMeanwhile):
+                await self.keep(pages.owner, self.identity, [(self._piece_key(key), piece) for key, piece in due])
         return hits
 
     def _piece_key(self, key: bytes) -> bytes:
@@ -250,7 +274,7 @@ class Memory:
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
-        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
+        known = await self.keep(tenant, identity, [*puts, *more], adds, effect.joins)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
@@ -259,6 +283,23 @@ class Memory:
         if many:
             await self.pool.run(tenant, empty, effect.puts, records, adds)
         return new
+
+    async def keep(
+        self, owner: bytes, identity: Identity, puts: Sequence[tuple[bytes, bytes]],
+        adds: Sequence[tuple[bytes, bytes]] = (), joins: Sequence[tuple[bytes, bytes]] = (),
+    ) -> frozenset[bytes]:  # fmt: skip
+        """Store what was made with these ids, all of one tenant's; the keys of `adds` that are there. StorageError when
+        their store is not there any more; ErasedMeanwhile when something of the tenant was erased since."""
+        erased = identity.erased
+        while True:
+            try:
+                return await self.store.commit(puts, joins, adds, identity.secret, erased)
+            except ErasedMeanwhile:
+                await asyncio.to_thread(self.store.look)
+                now = self.store.erased
+                if await asyncio.to_thread(erased_since, self.store, owner, erased):
+                    raise
+                erased = now
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""

@@ -44,9 +44,7 @@ class _Job:
 class Pool:
     """One per process. Its threads start when there is work for them, and end with `close`."""
 
-    def __init__(self, threads: int, queue_jobs: int, in_context: bool = False) -> None:
-        """`in_context`: what runs sees the context variables of who handed it in."""
-        self._in_context = in_context
+    def __init__(self, threads: int, queue_jobs: int) -> None:
         self._threads = threads
         self._most_running = max(1, threads // _SHARE)
         self._queue_jobs = queue_jobs
@@ -59,11 +57,9 @@ class Pool:
         self._changed = threading.Condition()
 
     async def run(self, whose: bytes, work: Callable[..., _T], *arguments: Any) -> _T:
-        """What `work` returns or raises (StopIteration excepted: it cannot cross). ApiError 503 when too many wait."""
-        call: Callable[[], _T] = partial(work, *arguments)
-        if self._in_context:
-            call = partial(copy_context().run, call)
-        job = _Job(whose, call, asyncio.get_running_loop())
+        """What `work`, with the caller's context variables, returns or raises (StopIteration excepted: it cannot cross).
+        ApiError 503 when too many wait."""
+        job = _Job(whose, partial(copy_context().run, work, *arguments), asyncio.get_running_loop())
         self._add(job)
         try:
             found: _T = await asyncio.shield(job.answer)

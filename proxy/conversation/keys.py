@@ -36,7 +36,19 @@ MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting
 STATED = b"L"  # + scope: the windows that the upstream's own list of models states
 
-OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION})
+# What left L2 (storage/tiered.py):
+ARCHIVE = b"a"  # nothing else, joined: owner and hash of each pack that has values of a conversation
+LARGE = b"o"  # + letter, rest of a key: its value is large and on its way to L3
+
+LEASE = b"w"  # + a work's name, joined: who of all processes does it, nobody's (storage/lease.py)
+
+# Of erasures (erasure.py), which outlive what they erase:
+LINK = b"r"  # + another owner of the tenant: one of the two goes on from the other, or reads its messages there
+ERASING = b"y"  # + its id: an erasure that is under way
+RECEIPT = b"x"  # + scope and person, or scope and zeros, its number, its id: an erasure that is done
+
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, ARCHIVE, LARGE, LINK})
+MOVING = OF_CONVERSATION - {CONVERSATION, ARCHIVE, LARGE, LINK}  # kinds whose values go to L3 and L4
 OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
@@ -53,5 +65,7 @@ KINDS = {
     RECORD: "record of a turn", BLOCK: "block of a page table", INDEX: "piece of a search index", VECTOR: "vector of a page", NEAR: "search's result",
     PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
+    ARCHIVE: "list of packs", LARGE: "large value on its way", LEASE: "lease of a work",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
+    LINK: "link of two conversations", ERASING: "erasure under way", RECEIPT: "receipt of an erasure",
 }  # fmt: skip

@@ -5,21 +5,25 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from proxy.errors import ConfigError, StorageError
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import Key, Repaired
+from proxy.storage.tiered import Tiered
 
 if TYPE_CHECKING:
     from proxy.config import Config
-    from proxy.storage.postgres import PostgresStore
+    from proxy.storage.demotion import Demotion
+    from proxy.storage.objects import Objects
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 MIGRATING = "migrating"  # while a store is being copied into one: not empty; "": it is whole
-_QUEUE_RECORDS = 1024  # of a transaction, where nobody else waits
-_PATIENT_S = 60.0
 
 
 class Store(Protocol):
@@ -67,47 +71,94 @@ class Store(Protocol):
         erases: bool = False,
     ) -> frozenset[bytes]: ...
 
+    async def scrub(self) -> None: ...
+
+    def size_bytes(self) -> int: ...
+
     async def check(self, proved_s: float = 0.0) -> None: ...
 
     async def close(self) -> None: ...
 
 
-def open_store(config: Config, kinds: Mapping[bytes, str]) -> Store:
-    """What `tiers` say. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
-    StorageError."""
-    l2 = config.tiers.l2
-    store: Store
-    if l2.url is None:
-        store = DiskStore(l2.path, l2.queue_records, kinds)
-    else:
-        store = _postgres(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
-    if store.trouble is None and store.get(MIGRATING):
-        raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
-    return store
+class KeySpace(Protocol):
+    """What a store of several tiers has to know of keys: conversation/keys.py, which says what each is."""
+
+    @property
+    def KINDS(self) -> Mapping[bytes, str]: ...
+    @property
+    def OWNER_BYTES(self) -> int: ...
+    @property
+    def MOVING(self) -> Set[bytes]: ...
+    @property
+    def CONVERSATION(self) -> bytes: ...
+    @property
+    def ARCHIVE(self) -> bytes: ...
+    @property
+    def LARGE(self) -> bytes: ...
+    @property
+    def LEASE(self) -> bytes: ...
 
 
-def _postgres(url: str, kinds: Mapping[bytes, str], **settings: Any) -> PostgresStore:
-    try:
-        from proxy.storage.postgres import PostgresStore
-    except ImportError as error:
-        raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
-    return PostgresStore(url, kinds, **settings)
+def open_store(config: Config, space: KeySpace) -> Tiered:
+    """What `tiers` say. Raises ConfigError and StorageError."""
+    tiers = config.tiers
+    l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
+    l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
+    engine = open_engine(config, space.KINDS)
+    if l4 is None:
+        with suppress(StorageError):
+            if engine.scan(space.ARCHIVE, limit=1):
+                log.error("Conversations stand in L4, and tiers.l4.url is not set: what was said in them is not remembered.")
+    return Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
+                  known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
 
 
 class Engine(Store, Protocol):
-    """What holds the values themselves."""
+    """L2 alone."""
 
     async def adopt(self, secret: bytes) -> None: ...
 
 
-def is_url(where: str) -> bool:
-    """Whether it is PostgreSQL's, and no directory."""
-    return where.startswith(("postgresql://", "postgres://"))
-
-
-def open_engine(where: str, kinds: Mapping[bytes, str]) -> Engine:
-    """What stands in a directory or behind a URL, for a command. Raises ConfigError and StorageError."""
-    engine = _postgres(where, kinds, timeout_s=_PATIENT_S) if is_url(where) else DiskStore(Path(where), _QUEUE_RECORDS, kinds)
-    if engine.trouble is not None:  # its secret is not known
-        raise StorageError(engine.trouble)
+def open_engine(config: Config, kinds: Mapping[bytes, str], migrates: bool = False) -> Engine:
+    """L2 alone. `kinds`: what the values under the first byte of a key are, for people; `migrates`: it need not be whole.
+    Raises ConfigError and StorageError."""
+    l2 = config.tiers.l2
+    engine: Engine
+    if l2.url is None:
+        engine = DiskStore(l2.path, l2.queue_records, kinds)
+    else:
+        try:
+            from proxy.storage.postgres import PostgresStore
+        except ImportError as error:
+            raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
+        engine = PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
+    if not migrates and engine.trouble is None and engine.get(MIGRATING):
+        raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
     return engine
+
+
+def open_objects(name: str, url: str | None, options: Mapping[str, str], timeout_s: float) -> Objects | None:
+    """A tier's; None where it has no URL. Raises ConfigError."""
+    if url is None:
+        return None
+    from proxy.storage.objects import Objects  # an extra
+
+    return Objects(url, options, timeout_s, name)
+
+
+def start_demotion(store: Tiered, config: Config) -> Demotion | None:
+    """The work in the background that moves values between the tiers; None where there is nothing below L2."""
+    if store.l3 is None and store.l4 is None:
+        return None
+    from proxy.storage.demotion import Demotion
+
+    demotion = Demotion(store, config.tiers.demotion_s, config.tiers.l2.days, config.tiers.l2.tokens)
+    demotion.start()
+    return demotion
+
+
+def _suspended(work: Callable[[], T]) -> T:
+    """What `work` returns; an event loop that it is asked on goes on meanwhile."""
+    from proxy.storage.suspend import can_wait, wait
+
+    return wait(asyncio.to_thread(work)) if can_wait() else work()

@@ -42,7 +42,7 @@ import asyncpg
 from asyncpg import exceptions as pg
 from cachetools import LRUCache
 
-from proxy.errors import StorageError
+from proxy.errors import ErasedMeanwhile, StorageError
 from proxy.storage import suspend
 from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, RETRY_S
 from proxy.storage.sqlite import (
@@ -103,6 +103,7 @@ _MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
 _OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
 _ADOPT = "UPDATE llm_pager_store SET secret = $1 WHERE id = 1"
+_SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
 JOIN llm_pager_values v ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key"""
@@ -237,6 +238,10 @@ class _Connection(asyncpg.Connection):
 
 class _Refused(StorageError):
     """Not by trouble: it is another store than was meant."""
+
+
+class _Erased(_Refused, ErasedMeanwhile):
+    """Likewise: a part of it is not there any more."""
 
 
 class _Row(NamedTuple):
@@ -383,6 +388,12 @@ class PostgresStore:
             value = _set(key, list(zip(range(len(members)), members, sums, strict=True)), before)
             by_key[key] = (None, value) if isinstance(value, bytes) else (LOST_SUM, b"")
         return [(key, *by_key[key]) for key in sorted(by_key)[:limit]]
+
+    def size_bytes(self) -> int:
+        """Of all values, as they are stored, with what a row takes beside. From any thread; reads no value."""
+        self._require_open()
+        rows = self._now(self._perform(lambda connection, again: connection.fetch(_SIZE)))
+        return int(rows[0][0])
 
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`. Each read tells of them, too."""
@@ -551,7 +562,7 @@ class PostgresStore:
             if wanted.secret not in (None, secret):
                 raise _Refused(f"The storage in {self.where} was replaced meanwhile.")
             self.erased = self._learned(erased)
-            raise _Refused("Something was erased meanwhile: what began before it is not stored.")
+            raise _Erased("Something was erased meanwhile: what began before it is not stored.")
         with self._lock:
             for key in wanted.adds:
                 if key[:1] in _AHEAD:
@@ -572,6 +583,18 @@ class PostgresStore:
             columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
             if columns:
                 await self._perform(partial(_mark, [*columns, replace]))
+
+    async def scrub(self) -> None:
+        """The rows that were dropped or replaced before are removed from the tables. On a connection of its own, since
+        it takes its time. Raises StorageError."""
+        try:
+            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0)
+            try:
+                await connection.execute("VACUUM llm_pager_values, llm_pager_members")
+            finally:
+                await connection.close(timeout=_RELEASE_S)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+            raise StorageError(f"The tables in {self.where} cannot be vacuumed: {_said(error)}.") from error
 
     async def check(self, proved_s: float = 0.0) -> None:
         """As DiskStore's."""
@@ -678,7 +701,7 @@ class PostgresStore:
         return await asyncpg.create_pool(
             self._url, min_size=0, max_size=_BESIDE_CONNECTIONS if loop is self._beside else self._connections,
             connection_class=_Connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
-            max_cached_statement_lifetime=0, server_settings=self._settings,
+            max_cached_statement_lifetime=0, server_settings=self._settings, init=self._verify,
         )  # fmt: skip
 
     def _reconnect(self, settings: dict[str, str]) -> None:
@@ -689,7 +712,7 @@ class PostgresStore:
             loop.call_soon_threadsafe(self._start, _closed(opening))
 
     async def _verify(self, connection: Any) -> None:
-        """It has our tables, of this version, and is the store that it was."""
+        """It has our tables, of this version, and is the store that it was: asked of each new connection."""
         try:
             row = await connection.fetchrow(_OPEN)
         except pg.UndefinedTableError:
@@ -707,6 +730,7 @@ class PostgresStore:
         lost = before is not None and before != secret
         if before == secret and self._last_adds and erased == self.erased:
             asked = set(self._last_adds)
+            self._last_adds.clear()  # one connection asks
             columns = [list(part) for part in zip(*asked, strict=True)]
             lost = await connection.fetchval(_THERE, *columns) < len(asked)
         if before is None or lost:
@@ -716,9 +740,9 @@ class PostgresStore:
             what = "an older" if before == secret else "another"
             log.error("%s holds %s storage now: what was remembered %s is gone.", self.where, what,
                       "since" if before == secret else "before")  # fmt: skip
-        self._forget()
-        self._last_adds.clear()
-        self._secret, self.erased, self._verified = secret, erased, True
+            self._last_adds.clear()
+            self._forget()
+        self._secret, self.erased, self._verified = secret, self._learned(erased), True
 
     async def _make(self, connection: Any) -> None:
         async with connection.transaction():

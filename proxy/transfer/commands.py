@@ -17,7 +17,9 @@ def add_parsers(commands: Any) -> None:
     whose = argparse.ArgumentParser(add_help=False)
     whose.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
                        help="a header that the client sends ('': it sends no key); @FILE: one a line. It is not stored")
-    whose.add_argument("--user", metavar="NAME", help="what the client's requests have as `user`; {...}: fields of theirs that name one")
+    whose.add_argument("--field", action="append", default=[], metavar="NAME=VALUE",
+                       help="likewise a query parameter, or of the body user, safety_identifier, metadata.NAME")
+    whose.add_argument("--user", metavar="NAME", help="the same as --field user=...")
 
     export = commands.add_parser("export", parents=[config, whose], help="write conversations to a file")
     export.add_argument("conversation", nargs="?", help="its id (x-llm-pager-conversation); default: all")

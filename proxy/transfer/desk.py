@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from proxy.api.caller import caller, with_body
-from proxy.config import Config
+from proxy.api.caller import caller_of
+from proxy.config import Config, SessionsConfig
 from proxy.conversation import keys
 from proxy.conversation.tree import Identity, TenantKey
 from proxy.errors import ConfigError, StorageError
@@ -53,7 +53,7 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     """Run it, in a thread beside the store's event loop."""
 
     async def main() -> int:
-        store = open_store(config, keys.KINDS)
+        store = open_store(config, keys)
         try:
             if store.trouble is not None:  # its secret is not known
                 raise StorageError(store.trouble)
@@ -69,15 +69,17 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     return asyncio.run(main())
 
 
-def tenant_of(headers: Sequence[tuple[bytes, bytes]], user: str | None, identity: Identity) -> TenantKey:
-    """Whose requests have these headers and this user, by the rule of the chat path. `user`: a name, or a JSON object
-    of the fields of a body that name one. Raises ConfigError."""
-    try:
-        said = json.loads(user) if user and user.startswith("{") else {"user": user} if user is not None else {}
-    except ValueError as error:
-        raise ConfigError(f"--user {user}: it is neither a name nor JSON ({error}).") from error
-    who = with_body(caller(headers), said)
+def tenant_of(headers: Sequence[tuple[bytes, bytes]], fields: Sequence[tuple[str, str]], identity: Identity) -> TenantKey:
+    """Whose requests have these headers, and these fields that name somebody."""
+    who = caller_of(headers, fields, SessionsConfig())
     return identity.tenant(who.credentials, who.person)
+
+
+def tenant_asked(args: argparse.Namespace, identity: Identity) -> TenantKey | None:
+    """None: the arguments name nobody. Raises ConfigError."""
+    fields = [(name, value) for name, _, value in (field.partition("=") for field in args.field)]
+    fields += [("user", args.user)] if args.user is not None else []
+    return tenant_of(headers_of(args.header), fields, identity) if args.header or fields else None
 
 
 def headers_of(given: Sequence[str]) -> list[tuple[bytes, bytes]]:

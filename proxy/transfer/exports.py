@@ -21,7 +21,7 @@ from proxy.conversation.records import conversation_name
 from proxy.conversation.tree import NodeId
 from proxy.errors import ConfigError
 from proxy.storage.sqlite import DATABASE
-from proxy.transfer.desk import DONE, LEFT_OUT, Desk, headers_of, progress, tenant_of, with_store
+from proxy.transfer.desk import DONE, LEFT_OUT, Desk, progress, tenant_asked, with_store
 
 
 def run(args: argparse.Namespace, config: Config) -> int:
@@ -32,10 +32,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
 
 
 def _export(args: argparse.Namespace, desk: Desk) -> int:
-    headers, begin = headers_of(args.header), tenant_named(args.tenant) if args.tenant else b""
-    if args.header or args.user is not None:
-        begin = tenant_of(headers, args.user, desk.identity)[: keys.TENANT_BYTES]
-    found = list(owners(desk.store.scan, begin))
+    tenant = tenant_asked(args, desk.identity) or (tenant_named(args.tenant) if args.tenant else b"")
+    found = list(owners(desk.store.scan, tenant[: keys.TENANT_BYTES]))
     if args.conversation:
         found = [owner for owner in found if conversation_name(owner) == args.conversation]
     if not found:

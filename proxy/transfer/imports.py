@@ -51,9 +51,8 @@ from proxy.transfer.desk import (
     Advance,
     Desk,
     batches,
-    headers_of,
     progress,
-    tenant_of,
+    tenant_asked,
     with_store,
 )
 from proxy.transfer.exports import tenant_named, whole_file
@@ -77,8 +76,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
 
 
 def _import(args: argparse.Namespace, desk: Desk) -> int:
-    headers = headers_of(args.header)
-    tenant = tenant_of(headers, args.user, desk.identity) if args.header or args.user is not None else None
+    tenant = tenant_asked(args, desk.identity)
     if tenant is None and not args.to:
         raise ConfigError("Say whose the conversations are to be: --header 'authorization: Bearer ...', as the client sends it.")
     left_out: list[Unreadable] = []

@@ -11,23 +11,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
+from proxy.config import load_config
 from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
-from proxy.storage import MIGRATING, Engine, Store, is_url, open_engine
+from proxy.storage import MIGRATING, Engine, Store, open_engine
 from proxy.storage.sqlite import DATABASE, FORMAT, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
 WHOLE = b""
 _AT_ONCE = 64  # values, which may be large
 _PASSES = 5  # at most
-_ARTIFACTS = "artifacts"  # beside a database, where tiers.l3.url says nothing else
+_PATIENT_S = 60.0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _migrate(args: argparse.Namespace) -> int:
-    source = open_engine(args.source, keys.KINDS)
+    source = engine_at(args.source)
     try:
         target = await opened_target(args.target, source.secret())
         try:
@@ -55,10 +56,7 @@ async def _migrate(args: argparse.Namespace) -> int:
             await target.close()
     finally:
         await source.close()
-    values, damaged, artifacts = sum(copied.kinds.values()), sum(source.damaged.values()), Path(args.source) / _ARTIFACTS
-    beside = not is_url(args.source) and artifacts.exists()
-    if beside and not is_url(args.target):
-        shutil.copytree(artifacts, Path(args.target) / _ARTIFACTS, dirs_exist_ok=True)
+    values, damaged = sum(copied.kinds.values()), sum(source.damaged.values())
     if args.json:
         print(json.dumps({"values": values, "kinds": copied.kinds, "digest": copied.digest, "damaged": damaged}))
         return LEFT_OUT if damaged else DONE
@@ -66,15 +64,27 @@ async def _migrate(args: argparse.Namespace) -> int:
     print(f"verified   {values} values are the same on both sides: {kinds or 'none'}; digest {copied.digest}")
     if damaged:
         print(f"left out   {damaged} damaged values", file=sys.stderr)
-    if beside and is_url(args.target):
-        print(f"artifacts  stay in {artifacts.absolute()}: set tiers.l3.url to it, where it said nothing")
     print(f"next       set {'tiers.l2.url' if is_url(args.target) else 'tiers.l2.path'} to TO, and start the servers")
     return LEFT_OUT if damaged else DONE
 
 
+def is_url(where: str) -> bool:
+    """Whether it is PostgreSQL's, and no directory."""
+    return where.startswith(("postgresql://", "postgres://"))
+
+
+def engine_at(where: str) -> Engine:
+    """Raises ConfigError and StorageError."""
+    flags = {"tiers.l2.url": where, "tiers.l2.timeout_s": _PATIENT_S} if is_url(where) else {"tiers.l2.path": where}
+    engine = open_engine(load_config(Path(os.devnull), {}, flags), keys.KINDS, migrates=True)
+    if engine.trouble is not None:  # its secret is not known
+        raise StorageError(engine.trouble)
+    return engine
+
+
 async def opened_target(where: str, secret: bytes) -> Engine:
     """An engine with this secret. Raises StorageError for one that has another and is not empty, or that is whole."""
-    target = open_engine(where, keys.KINDS)
+    target = engine_at(where)
     try:
         empty = not await asyncio.to_thread(target.scan, b"", b"", 1)
         if empty and target.secret() != secret:

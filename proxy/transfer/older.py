@@ -36,6 +36,7 @@ from proxy.conversation.records import (
     decode_record,
     encode_record,
     indexed,
+    link_key,
     owner_of,
     record_key,
     state_digest,
@@ -76,7 +77,6 @@ class Older:
         self._identity = Identity(self.secret)
         self.lost = 0
         self.joins: list[tuple[bytes, bytes]] = []
-        self._tenants: dict[bytes, TenantKey] = {}  # by what their keys have of them
         self._parents: dict[bytes, tuple[bytes, int]] = {}  # of a record: the one before it, its first position
         self._begins: dict[bytes, tuple[bytes, ContentId]] = {}  # of a first record: its first message's id and content
         for key, value in self.values(keys.RECORD):
@@ -103,7 +103,6 @@ class Older:
         known = {tenant: TenantKey(tenant[: keys.SCOPE_BYTES] + tenant) for tenant in scopes}
         known.update((tenant[keys.SCOPE_BYTES :], tenant) for tenant in given)
         unproved = [known.get(tenant, TenantKey(_NOBODY + tenant)) for tenant in tenants | known.keys()]
-        self._tenants = {tenant[: keys.TENANT_BYTES]: tenant for tenant in unproved}
         roots = {tenant[keys.SCOPE_BYTES :]: self._identity.root(tenant) for tenant in unproved}
         paged = {key[1 + HASH_BYTES :]: key[1 : 1 + HASH_BYTES] for key, _ in self.values(keys.CONVERSATION)}
         for first, content in self._begins.values():
@@ -187,16 +186,17 @@ class Older:
                 self.lost += 1
                 continue
             (record,), blocks = indexed([record], made.get(record.parent), made.get, lambda _, ref: leaves.get(ref))
-            tenant = self._tenants.get(owner[: keys.TENANT_BYTES])
-            if record.sent is not None and record.end > 1 and tenant is not None:
+            if record.sent is not None and record.end > 1:
                 answer, asked = islice(backwards(record, lambda node_id: self.record(node_id[-HASH_BYTES:])), 2)
-                self.joins.append((self._identity.pair(tenant, asked.content, answer.content), record.id))
+                self.joins.append((self._identity.pair(owner, asked.content, answer.content), record.id))
             made[record.id] = record
             leaves.update(blocks)
             if record.closing and (root := table_root(record.closing)):
                 blocks = {**blocks, **blocks_under(root, lambda ref: self.get(keys.BLOCK, ref))}
             yield from ((block_key(owner, ref), block) for ref, block in blocks.items())
             yield record_key(record.id), encode_record(record)
+            for other in {owner_of(other) for other in record.others} - {owner}:
+                yield from ((link, b"") for link in (link_key(owner, other), link_key(other, owner)))
             if last is None or _time_s(record) >= _time_s(last):
                 last = record
         if last is not None:
@@ -237,7 +237,8 @@ def convert(args: argparse.Namespace, directory: Path) -> int:
 async def _convert(args: argparse.Namespace, connection: Connection) -> int:
     identity = Identity(get_value(connection, SECRET) or b"")
     headers, users = headers_of(args.header), lines_of("--user", args.user)
-    given = [tenant_of(headers, user, identity) for user in (None, *users)] if args.header or users else []
+    named = [[], *([("user", user)] for user in users)]
+    given = [tenant_of(headers, fields, identity) for fields in named] if args.header or users else []
     older = await asyncio.to_thread(Older, connection, given)
     target = await opened_target(args.target, older.secret)
     try:

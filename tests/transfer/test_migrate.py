@@ -13,7 +13,6 @@ import pytest
 
 from proxy.cli import main
 from proxy.conversation import keys
-from proxy.storage import open_engine
 from proxy.storage.l2 import DiskStore
 from proxy.transfer import migrate
 from tests.api.test_chat import client
@@ -86,7 +85,7 @@ def values(where: str, *changed: tuple[bytes, bytes]) -> list[tuple[bytes, bytes
     """All that an engine has; `changed` is stored afterwards."""
 
     async def read() -> list[tuple[bytes, bytes]]:
-        store = open_engine(where, keys.KINDS)
+        store = migrate.engine_at(where)
         found = await asyncio.to_thread(store.scan, b"", b"", 10_000)
         await store.commit(changed)
         await store.close()
