@@ -15,6 +15,7 @@ from tests.api.test_chat import answered, client
 
 ANN = (b"authorization", b"Bearer ann"), (b"x-user-id", b"1")
 BOB = ((b"authorization", b"Bearer bob"),)
+HIS = "His. " * 500  # in an object
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store")
 
     async def talk() -> None:
-        async with client(path) as one:
-            for headers, text in ((ANN, "Mine"), (ANN, "Also mine"), (BOB, "His")):
+        async with client(path, **{"tiers.l3": {"url": str(path / "objects"), "min_bytes": 1024}}) as one:
+            for headers, text in ((ANN, "Mine"), (ANN, "Also mine"), (BOB, HIS)):
                 one.upstream.replies = [answered()]
                 body = b'{"model": "gpt-4o", "messages": [{"role": "user",\n  "content": "%s"}]}' % text.encode()
                 assert (await one.ask(body, *headers))[0] == 200
@@ -36,6 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLM_PAGER_TIERS__L2__PATH", str(store))
+    monkeypatch.setenv("LLM_PAGER_TIERS__L3__URL", str(store.parent / "objects"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -54,7 +56,7 @@ def asked(lines: list[dict[str, Any]]) -> set[str]:
 
 def test_all_of_a_store_or_of_a_tenant_or_one_conversation(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     everything = exported(out="all.jsonl.zst")
-    assert asked(everything) == {"Mine", "Also mine", "His"} and len(everything[0]["tenants"]) == 2
+    assert asked(everything) == {"Mine", "Also mine", HIS} and len(everything[0]["tenants"]) == 2
     assert (here / "all.jsonl.zst").stat().st_mode & 0o777 == 0o600
     (here / "headers").write_text("Authorization: Bearer ann\nX-User-Id: 1\n")
     anns = exported("--header", "@headers")
