@@ -874,7 +874,7 @@ def _within(prefix: bytes, after: bytes = b"") -> tuple[str, list[bytes]]:
             add("path = %s", path)
             rest += prefix[_PATH:]
     add("key >= %s AND key < %s", rest, _after(rest))
-    if after > prefix:
+    if after >= prefix:
         add("(tenant, path, key) > (%s, %s, %s)", *_columns(after))
     return " AND ".join(conditions), values
 

@@ -33,6 +33,7 @@ from PIL import Image, PngImagePlugin
 
 from proxy.conversation import keys
 from proxy.conversation.records import backwards, decode_record, record_key, restore_state
+from proxy.storage.postgres import _key
 from proxy.storage.sqlite import unpacked
 from tests.e2e.harness import ServerProcess, Stream, call, message_of, sse_chunks
 from tests.e2e.script import (
@@ -49,6 +50,7 @@ from tests.e2e.script import (
 )
 from tests.e2e.story import difference
 from tests.media import samples
+from tests.services import Postgres
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -69,6 +71,7 @@ class Searched:
     """Where each needle is found in a directory."""
 
     directory: Path
+    database: Database | None = None  # None: SQLite's, in the directory
     texts: list[tuple[str, bytes]] = field(default_factory=list)
     files: list[tuple[str, bytes]] = field(default_factory=list)
     stored: dict[Any, bytes] = field(default_factory=dict)  # values as they stand in their rows
@@ -77,12 +80,17 @@ class Searched:
         for path in sorted(self.directory.rglob("*")):
             if path.is_file():
                 self.files.append((path.name, path.read_bytes()))
-                self._add(*self.files[-1])
-        values = {}
-        with closing(sqlite3.connect(self.directory / "data" / "cache.db")) as database:
-            for key, value in database.execute("SELECT key, value FROM Cache"):
-                self.stored[key], values[key] = value, unpacked(value)
-                self._add(f"value {key[:1]!r}", values[key])
+        if self.database is not None:
+            self.files += self.database.files()
+            self.stored = self.database.stored()
+        else:
+            with closing(sqlite3.connect(self.directory / "data" / "cache.db")) as database:
+                self.stored = dict(database.execute("SELECT key, value FROM Cache"))
+        for name, data in self.files:
+            self._add(name, data)
+        values = {key: unpacked(value) for key, value in self.stored.items()}
+        for key, value in values.items():
+            self._add(f"value {key[:1]!r}", value)
         self._records(values)
 
     def _add(self, where: str, data: bytes) -> None:
@@ -129,6 +137,26 @@ class Searched:
         for where, data in self.files:
             found = (_pieces([data]) & gone) - left
             assert not found, (where, sorted(found)[:20])
+
+
+@dataclass
+class Database:
+    """PostgreSQL's: its dump, the files of its tables once they were rewritten, and its rows."""
+
+    server: Postgres
+    url: str
+
+    def files(self) -> list[tuple[str, bytes]]:
+        self.server.execute("VACUUM FULL", url=self.url)
+        self.server.execute("CHECKPOINT")
+        dump = self.server.tool("pg_dump", self.url)
+        found = [("dump", dump), *(("dump", bytes.fromhex(part.decode())) for part in re.findall(rb"\\\\x((?:[0-9a-f]{2})+)", dump))]
+        paths = self.server.execute("SELECT pg_relation_filepath(oid) FROM pg_class WHERE relfilenode != 0", url=self.url)
+        return [*found, *((path, (self.server.data / path).read_bytes()) for (path,) in paths)]
+
+    def stored(self) -> dict[Any, bytes]:
+        rows = self.server.execute("SELECT tenant, path, key, value FROM llm_pager_values", url=self.url)
+        return {_key(tenant, path, key): value for tenant, path, key, value in rows}
 
 
 def _pieces(texts: Iterable[bytes]) -> set[bytes]:
@@ -243,11 +271,36 @@ async def tell(script: Script, client: Client, turns: int = 9) -> None:
 
 
 @asynccontextmanager
-async def served(**sections: Any) -> AsyncIterator[tuple[Desk, ServerProcess]]:
+async def served(url: str | None = None, **sections: Any) -> AsyncIterator[tuple[Desk, ServerProcess]]:
+    """`url`: of PostgreSQL; None: SQLite."""
     script = Desk()
     async with script.upstream:
-        with ServerProcess(paged_config(script.upstream, **sections)) as server:
+        config = paged_config(script.upstream, **sections)
+        tiers = {**config["tiers"], "l2": {"url": url}}
+        with ServerProcess({**config, "tiers": tiers}) as server:
             yield script, server
+
+
+async def test_nothing_is_left_in_postgresql(postgres: Postgres, postgres_url: str) -> None:
+    """VACUUM leaves in a page's free space what stood there; rewritten tables have none of it (docs/erasure.md)."""
+    async with served(postgres_url) as (script, server):
+        database = Database(postgres, postgres_url)
+        tellers = [client for client in clients(server, False) if client.way in ("conversation", "delta", "operator")]
+        stays = Client(server, "stays", {})
+        for client in (*tellers, stays):
+            await tell(script, client, 4)
+        before = Searched(server.dir, database)
+        assert all({"a path", "dump"} <= before.where(client.way) for client in tellers)
+        for client in tellers:
+            told = await erase(client, server)
+            assert told["values"]["record of a turn"] >= 8
+            rows = postgres.execute("SELECT sum(n_dead_tup) FROM pg_stat_user_tables", url=postgres_url)
+            assert rows
+        found = Searched(server.dir, database)
+        assert not (left := {client.way: found.where(client.way) for client in tellers if found.where(client.way)}), left
+        assert {"a path", "dump"} <= found.where("stays")
+        await stays.say(script, "again")
+        script.check()
 
 
 async def told_of(client: Client) -> list[dict[str, Any]]:
@@ -424,7 +477,7 @@ async def test_one_message_goes_and_its_conversation_goes_on() -> None:
 
 async def test_a_second_process_forgets_and_a_turn_on_its_way_is_not_stored() -> None:
     async with served() as (script, server):
-        shared = {**server.config, "server": {}, "tiers": {**server.config["tiers"], "l2": {"path": str(server.dir / "data")}}}
+        shared = {**server.config, "server": {}, "tiers": {**server.config["tiers"], "l2": {"path": str(server.dir / "data"), "url": None}}}
         with ServerProcess(shared) as other:
             client = Client(server, "session", {"x-llm-pager-session": "notes"}, new_only=True)
             stays = Client(server, "stays", {"x-llm-pager-session": "notes"}, new_only=True)
