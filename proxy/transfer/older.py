@@ -71,10 +71,8 @@ class Older:
     """What stands in such a directory. `given`: tenants whose headers were given; `lost`: values that cannot be read, or
     that nothing leads to; `joins`: see `adds`."""
 
-    def __init__(self, connection: Connection, given: list[TenantKey]) -> None:
-        self._connection = connection
-        self.secret = get_value(connection, SECRET) or b""
-        self._identity = Identity(self.secret)
+    def __init__(self, connection: Connection, identity: Identity, given: list[TenantKey]) -> None:
+        self._connection, self._identity = connection, identity
         self.lost = 0
         self.joins: list[tuple[bytes, bytes]] = []
         self._parents: dict[bytes, tuple[bytes, int]] = {}  # of a record: the one before it, its first position
@@ -235,12 +233,14 @@ def convert(args: argparse.Namespace, directory: Path) -> int:
 
 
 async def _convert(args: argparse.Namespace, connection: Connection) -> int:
-    identity = Identity(get_value(connection, SECRET) or b"")
+    if (secret := get_value(connection, SECRET)) is None:
+        raise StorageError("The storage has lost its secret: nothing in it can be found any more.")
+    identity = Identity(secret)
     headers, users = headers_of(args.header), lines_of("--user", args.user)
     named = [[], *([("user", user)] for user in users)]
     given = [tenant_of(headers, fields, identity) for fields in named] if args.header or users else []
-    older = await asyncio.to_thread(Older, connection, given)
-    target = await opened_target(args.target, older.secret)
+    older = await asyncio.to_thread(Older, connection, identity, given)
+    target = await opened_target(args.target, secret)
     try:
         conversations, unclaimed = older.conversations(), list[bytes]()
         await target.commit([so_far(b"")])
@@ -261,7 +261,7 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
             with whole_file(str(beside / UNCLAIMED)) as out:
                 out.write(header(unclaimed, int(time.time())))
                 for owner in unclaimed:
-                    out.writelines(_exported(older, owner, conversations[owner]))
+                    out.writelines(_exported(older, identity, owner, conversations[owner]))
         await target.commit([(MIGRATING, WHOLE)])
     finally:
         await target.close()
@@ -278,7 +278,7 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
     return LEFT_OUT if unclaimed or older.lost else DONE
 
 
-def _exported(older: Older, owner: bytes, names: list[bytes]) -> Iterator[bytes]:
+def _exported(older: Older, identity: Identity, owner: bytes, names: list[bytes]) -> Iterator[bytes]:
     """The lines of a conversation."""
     rows = dict(older.adds(owner, names))
     order = sorted(rows)
@@ -292,4 +292,4 @@ def _exported(older: Older, owner: bytes, names: list[bytes]) -> Iterator[bytes]
         other = older.record(key[-HASH_BYTES:])  # of another conversation
         return encode_record(other) if other is not None else None
 
-    return exported(owner, scan, get, Identity(older.secret), [])
+    return exported(owner, scan, get, identity, [])
