@@ -28,6 +28,7 @@ from proxy.transfer.desk import DONE, LEFT_OUT, progress
 WHOLE = b""
 _AT_ONCE = 64  # values, which may be large
 _PASSES = 5  # at most
+_OWN = ("sealed",)  # of a store's own values, which no scan has, those that belong to the others: they are encrypted
 _PATIENT_S = 60.0
 
 
@@ -113,7 +114,10 @@ class _Copy:
         self.digest = ""
 
     async def run(self, advance: Callable[[int, int | None], None]) -> None:
-        await self._pass((self._target.get(MIGRATING) or WHOLE)[1:], True, advance)
+        own = [(key, value) for key in _OWN if (value := self._source.get(key)) is not None]
+        after = (self._target.get(MIGRATING) or WHOLE)[1:]
+        await self._target.commit([*own, so_far(after)])
+        await self._pass(after, True, advance)
         for _ in range(_PASSES):
             if not await self._pass(b"", False, advance):
                 return

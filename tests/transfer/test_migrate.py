@@ -81,13 +81,23 @@ async def test_a_store_goes_to_postgresql_and_back_byte_for_byte(
     assert "is whole, and may have been used since" in capsys.readouterr().err
 
 
-def values(where: str, *changed: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+def values(where: str, *changed: tuple[bytes | str, bytes]) -> list[tuple[bytes, bytes]]:
     """All that an engine has; `changed` is stored afterwards."""
 
     async def read() -> list[tuple[bytes, bytes]]:
         store = migrate.engine_at(where)
         found = await asyncio.to_thread(store.scan, b"", b"", 10_000)
         await store.commit(changed)
+        await store.close()
+        return found
+
+    return asyncio.run(read())
+
+
+def own(where: str, key: str) -> bytes | None:
+    async def read() -> bytes | None:
+        store = migrate.engine_at(where)
+        found = await asyncio.to_thread(store.get, key)
         await store.close()
         return found
 
@@ -101,14 +111,14 @@ def test_a_migration_that_was_stopped_is_begun_again(
 ) -> None:  # fmt: skip
     source = str(talked[0])
     target = str(tmp_path / "data") if engine == "directory" else request.getfixturevalue("postgres_url")
-    before = values(source)
+    before = values(source, ("sealed", b"so it is"))
     monkeypatch.setattr(migrate, "_AT_ONCE", 7)
     so_far, made = migrate.so_far, 0
 
     def dies(after: bytes) -> tuple[str, bytes]:
         nonlocal made
         made += 1
-        if made == 4:
+        if made == 5:
             raise KeyboardInterrupt
         return so_far(after)
 
@@ -122,7 +132,7 @@ def test_a_migration_that_was_stopped_is_begun_again(
     assert main(["serve", "--port", "0"]) == 1 and "give `llm-pager migrate` once more" in capsys.readouterr().err
     assert ran(source, target, "--json") == 0
     assert json.loads(capsys.readouterr().out)["values"] == len(before)
-    assert values(target) == before
+    assert values(target) == before and own(target, "sealed") == b"so it is"
     assert ran(source, target) == 1 and "is whole, and may have been used since" in capsys.readouterr().err
 
 
