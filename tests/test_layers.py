@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "demo", "errors", "forget", "storage", "transfer"},  # the app is named to uvicorn as a string
+    "cli": {"check", "config", "conversation", "demo", "errors", "forget", "storage", "transfer"},  # the app is named to uvicorn as a string
     "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library

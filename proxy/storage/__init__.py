@@ -80,6 +80,12 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
+class Engine(Store, Protocol):
+    """L2 alone."""
+
+    async def adopt(self, secret: bytes) -> None: ...
+
+
 class KeySpace(Protocol):
     """What a store of several tiers has to know of keys: conversation/keys.py, which says what each is."""
 
@@ -105,6 +111,8 @@ def open_store(config: Config, space: KeySpace) -> Tiered:
     l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
     l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
     engine = open_engine(config, space.KINDS)
+    if engine.trouble is None and engine.get(MIGRATING):
+        raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
     if l4 is None:
         with suppress(StorageError):
             if engine.scan(space.ARCHIVE, limit=1):
@@ -113,28 +121,17 @@ def open_store(config: Config, space: KeySpace) -> Tiered:
                   known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
 
 
-class Engine(Store, Protocol):
-    """L2 alone."""
-
-    async def adopt(self, secret: bytes) -> None: ...
-
-
-def open_engine(config: Config, kinds: Mapping[bytes, str], migrates: bool = False) -> Engine:
-    """L2 alone. `kinds`: what the values under the first byte of a key are, for people; `migrates`: it need not be whole.
-    Raises ConfigError and StorageError."""
+def open_engine(config: Config, kinds: Mapping[bytes, str]) -> Engine:
+    """L2 alone. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
+    StorageError."""
     l2 = config.tiers.l2
-    engine: Engine
     if l2.url is None:
-        engine = DiskStore(l2.path, l2.queue_records, kinds)
-    else:
-        try:
-            from proxy.storage.postgres import PostgresStore
-        except ImportError as error:
-            raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
-        engine = PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
-    if not migrates and engine.trouble is None and engine.get(MIGRATING):
-        raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
-    return engine
+        return DiskStore(l2.path, l2.queue_records, kinds)
+    try:
+        from proxy.storage.postgres import PostgresStore
+    except ImportError as error:
+        raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
+    return PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
 
 
 def open_objects(name: str, url: str | None, options: Mapping[str, str], timeout_s: float) -> Objects | None:

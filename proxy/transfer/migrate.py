@@ -77,7 +77,7 @@ def is_url(where: str) -> bool:
 def engine_at(where: str) -> Engine:
     """Raises ConfigError and StorageError."""
     flags = {"tiers.l2.url": where, "tiers.l2.timeout_s": _PATIENT_S} if is_url(where) else {"tiers.l2.path": where}
-    engine = open_engine(load_config(Path(os.devnull), {}, flags), keys.KINDS, migrates=True)
+    engine = open_engine(load_config(Path(os.devnull), {}, flags), keys.KINDS)
     if engine.trouble is not None:  # its secret is not known
         raise StorageError(engine.trouble)
     return engine
