@@ -36,7 +36,7 @@ _KEYS_A_PASS = 50_000
 _ROWS_AT_ONCE = 32  # each may be some megabytes
 _LARGE_AT_ONCE = 16
 _LEASE_PASSES = 10
-_LOOK_REST = 20  # times that a look at all conversations took, before the next one
+_LOOK_REST = 20  # times that a look through all of L2 took, before the next one
 _REST = 3  # times that a conversation took, before the next one
 _TIME_BYTES = 4  # at the end of a conversation's value: its last use, Unix time
 
@@ -68,7 +68,8 @@ class Demotion:
         self._copied: list[_Copied] = []
         self._queue: list[_Used] = []
         self._done = _Used(-1, b"")  # all up to it were copied
-        self._began_s = self._look_s = self._move_s = 0.0
+        self._began_s = 0.0
+        self._look_s = self._size_s = self._move_s = 0.0  # when all of L2 is looked through again
         self._swept = False
         self._task: asyncio.Task[None] | None = None
 
@@ -201,7 +202,10 @@ class Demotion:
         """What has to go because L2 holds too much."""
         if self._tokens is None:
             return 0
+        if (began_s := time.monotonic()) < self._size_s:
+            return 0
         held, limit = self._store.engine.size_bytes(), self._tokens * BYTES_PER_TOKEN
+        self._size_s = time.monotonic() + _LOOK_REST * (time.monotonic() - began_s)
         return max(0, held - int(limit * _LOW)) if held > limit else 0
 
     def _last_use(self, owner: bytes) -> int | None:

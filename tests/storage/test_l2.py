@@ -416,7 +416,7 @@ async def test_a_scrub_leaves_no_copy_in_the_free_space_of_pages(tmp_path: Path)
 
 
 def count(text: bytes, path: Path) -> int:
-    """In the files of a directory; read by another process, since who closes a file ends its process's locks on it."""
+    """In the files of a directory; by another process, as in tests/leftovers.py."""
     done = subprocess.run(["grep", "-raoF", text.decode(), str(path)], capture_output=True, check=False)
     return len(done.stdout.splitlines())
 

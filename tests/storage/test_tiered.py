@@ -51,10 +51,12 @@ def last_use(number: int, at_s: float) -> tuple[bytes, bytes]:
     return keys.CONVERSATION + owner_of(number), bytes(34) + int(at_s).to_bytes(4, "big")
 
 
-def opened(path: Path, l3: str | None = None, l4: str | None = None, options: dict[str, str] | None = None) -> Tiered:
+def opened(
+    path: Path, l3: str | None = None, l4: str | None = None, options: dict[str, str] | None = None, url: str | None = None
+) -> Tiered:
     """Where nobody knows anything for longer than a moment."""
     below = {"options": options or {}, "timeout_s": 5.0}
-    tiers = {"l2": {"path": path / "data"}, "l3": {"url": l3, **below}, "l4": {"url": l4, **below}, "demotion_s": 1e-6}
+    tiers = {"l2": {"path": path / "data", "url": url}, "l3": {"url": l3, **below}, "l4": {"url": l4, **below}, "demotion_s": 1e-6}
     return open_store(Config.model_validate({"tiers": tiers}), keys)
 
 
@@ -81,13 +83,14 @@ def files(path: Path, ending: str) -> list[Path]:
     return sorted(path.rglob(f"*{ending}"))
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", "s3", "file below PostgreSQL"])
 def below(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """Where L3 and L4 are."""
+    """Where L3 and L4 are, and where L2 is."""
     if request.param == "s3":
         s3: S3 = request.getfixturevalue("s3")
         return {"l3": s3.new_bucket(), "l4": s3.new_bucket(), "options": s3.options}
-    return {"l3": str(tmp_path / "l3"), "l4": f"file://{tmp_path}/l4"}
+    url = request.getfixturevalue("postgres_url") if "PostgreSQL" in request.param else None
+    return {"l3": str(tmp_path / "l3"), "l4": f"file://{tmp_path}/l4", "url": url}
 
 
 # -- the way down and up
@@ -144,8 +147,8 @@ async def test_a_large_value_becomes_an_object_and_a_stub(tmp_path: Path, below:
     await store.close()
 
 
-async def test_the_oldest_leave_first_and_only_so_many(tmp_path: Path) -> None:
-    store = opened(tmp_path, l4=str(tmp_path / "l4"))
+async def test_the_oldest_leave_first_and_only_so_many(tmp_path: Path, below: dict[str, Any]) -> None:
+    store = opened(tmp_path, **below)
     for number in range(10):
         value = os.urandom(50_000)
         await store.commit([last_use(number, NOW_S - 1000 * (10 - number))], adds=[(key_of(number, 0), value)])
@@ -180,8 +183,8 @@ async def test_a_turn_between_copy_and_drop_keeps_what_it_stores(tmp_path: Path)
     await store.close()
 
 
-async def test_two_workers_at_once_lose_nothing(tmp_path: Path) -> None:
-    stores = [opened(tmp_path, l4=str(tmp_path / "l4")) for _ in range(2)]
+async def test_two_workers_at_once_lose_nothing(tmp_path: Path, below: dict[str, Any]) -> None:
+    stores = [opened(tmp_path, **below) for _ in range(2)]
     old = conversation(1)
     await stores[0].commit([last_use(1, NOW_S - 2 * DAY_S)], adds=list(old.items())[:-2])
     workers = [demotion(store) for store in stores]
@@ -349,9 +352,9 @@ async def test_a_cold_read_does_not_hold_the_event_loop(tmp_path: Path) -> None:
 # -- one of all processes
 
 
-async def test_one_of_all_has_the_lease_and_who_dies_is_succeeded(tmp_path: Path) -> None:
+async def test_one_of_all_has_the_lease_and_who_dies_is_succeeded(tmp_path: Path, below: dict[str, Any]) -> None:
     now_s = 1000.0
-    stores = [opened(tmp_path) for _ in range(3)]
+    stores = [opened(tmp_path, url=below.get("url")) for _ in range(3)]
     leases = [Lease(store, keys.LEASE + b"work", 100, lambda: now_s) for store in stores]
     held = [await lease.held() for lease in leases]
     assert held == [True, False, False]
