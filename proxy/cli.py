@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | export | import | migrate | forget | demo`.
+"""The command line: `llm-pager serve | check | export | import | migrate | forget | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__, forget
+from proxy import __version__, backup, forget, keyring
 from proxy.errors import ConfigError, StorageError
 from proxy.transfer import commands as transfer
 
@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return transfer.run(args, os.environ)
         if args.command == forget.COMMAND:
             return forget.run(args)
+        if args.command == "keys":
+            return keyring.run(args)
+        if args.command == "backup":
+            return backup.run(args)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -91,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 
     transfer.add_parsers(commands)
     forget.add_parser(commands)
+    keyring.add_parser(commands)
+    backup.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")
@@ -124,7 +130,9 @@ def check(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, os.environ, {})
     if args.storage:
-        return _check_storage(config)
+        from proxy.check import check_storage
+
+        return check_storage(config)
     for note in config.notes():
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
@@ -132,16 +140,6 @@ def check(args: argparse.Namespace) -> int:
     if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
-
-
-def _check_storage(config: "Config") -> int:
-    from proxy.check import check_storage
-    from proxy.errors import StorageError
-
-    try:
-        return check_storage(config)
-    except StorageError as error:
-        raise StartError(str(error)) from error
 
 
 # ---------------------------------------------------------------- serve
@@ -188,6 +186,7 @@ def _require_extra(config: "Config") -> None:
         "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
         "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
         "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
+        "storage.encryption.keys": (bool(config.storage.encryption.keys), "encryption", ("cryptography",)),
         "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
     }
     for key, (is_asked, extra, modules) in asked.items():

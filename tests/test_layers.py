@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "conversation", "demo", "errors", "forget", "storage", "transfer"},  # the app is named to uvicorn as a string
+    "cli": {"backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage", "transfer"},  # the app is named to uvicorn as a string
+    "backup": {"config", "errors", "storage"},
+    "keyring": {"config", "conversation", "errors", "storage"},
     "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
@@ -60,6 +62,7 @@ IMPORTERS: dict[str, set[str]] = {
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
+    "cryptography": {"storage"},  # the extra [encryption]
     "diskcache": {"storage"},
     "fastapi": {"api"},  # our own endpoints
     "greenlet": {"storage"},  # the extra [postgres]

@@ -51,6 +51,7 @@ from proxy.errors import StorageError
 from proxy.memory.ids import parse_page_id
 from proxy.storage import Store
 from proxy.storage.lease import Lease
+from proxy.storage.tiered import Tiered
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Erasures:
     """One per process. `objects_of`: the names of what is stored of an owner outside L2; what is dropped there is dropped
     below, too."""
 
-    def __init__(self, store: Store, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
+    def __init__(self, store: Tiered, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
         self._store = store
         self._objects_of = objects_of
         self._running: set[bytes] = set()
@@ -200,6 +201,9 @@ class Erasures:
 
     async def _drop(self, owners: Iterable[bytes]) -> None:
         """All of the owners but their links: a turn that began before it and added one is found by it."""
+        for owner in owners:
+            if len(owner) < keys.OWNER_BYTES:
+                await self._store.drop_key(owner)  # first: who begins anew has another one
         await self._store.commit([], drops=[kind + owner for owner in owners for kind in (keys.ARCHIVE, keys.LARGE)])
         whole = [prefix for owner in owners for prefix in prefixes(owner)]
         for prefix in whole:

@@ -104,6 +104,10 @@ class Tiered:
     # -- the engine's own
 
     @property
+    def where(self) -> str:
+        return self.engine.where
+
+    @property
     def trouble(self) -> str | None:
         return self.engine.trouble
 
@@ -443,6 +447,34 @@ class Tiered:
                 except (Damaged, _Gone):
                     pass  # it is stored again
         return frozenset(present)
+
+    async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]:
+        """As the engine's, in all tiers: what stands below it comes up, and leaves again with the next demotion."""
+        done = await self.engine.swap(rows)
+        if self.l3 is None and self.l4 is None:
+            return done
+        left = [row for row in rows if row[0] not in done]
+        owners = await asyncio.to_thread(lambda: {self._owner(key) for key, *_ in left if self.engine.get(key) is None})
+        for owner in owners:
+            await self.bring_back(owner, drop=True)
+        for key, old, new in left:
+            stub = await asyncio.to_thread(self.engine.get, key)
+            if stub is not None and is_stub(stub) and await asyncio.to_thread(self._sound, key) == old:
+                if await self.engine.swap([(key, stub, new)]):
+                    done |= {key}
+                    await self.engine.commit(self._notes([(key, new)]))
+                    if self.l3 is not None:
+                        await asyncio.to_thread(self.l3.delete, [object_name(self.space, key, stub)])
+            elif stub == old:
+                done |= await self.engine.swap([(key, old, new)])
+        return done
+
+    def opened(self, key: bytes, value: bytes) -> bytes | None:
+        """A value that was read without `get`: a store of sealed ones opens it here."""
+        return value
+
+    async def drop_key(self, owner: bytes) -> None:
+        """Of a tenant or a credential, before its erasure: a store of sealed values drops it."""
 
     # -- erasing
 

@@ -22,13 +22,13 @@ from proxy.config import load_config
 from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
 from proxy.storage import MIGRATING, Engine, Store, open_engine
-from proxy.storage.sqlite import DATABASE, FORMAT, format_of
+from proxy.storage.sqlite import DATABASE, FORMAT, MARK, format_of
 from proxy.transfer.desk import DONE, LEFT_OUT, progress
 
 WHOLE = b""
 _AT_ONCE = 64  # values, which may be large
 _PASSES = 5  # at most
-_OWN = ("sealed",)  # of a store's own values, which no scan has, those that belong to the others: they are encrypted
+_OWN = (MARK,)  # of a store's own values, which no scan has, those that belong to the others
 _PATIENT_S = 60.0
 
 
@@ -77,7 +77,7 @@ def is_url(where: str) -> bool:
 def engine_at(where: str) -> Engine:
     """Raises ConfigError and StorageError."""
     flags = {"tiers.l2.url": where, "tiers.l2.timeout_s": _PATIENT_S} if is_url(where) else {"tiers.l2.path": where}
-    engine = open_engine(load_config(Path(os.devnull), {}, flags), keys.KINDS)
+    engine = open_engine(load_config(Path(os.devnull), {}, flags).tiers.l2, keys.KINDS)
     if engine.trouble is not None:  # its secret is not known
         raise StorageError(engine.trouble)
     return engine

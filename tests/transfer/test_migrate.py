@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sqlite3
 from contextlib import closing
@@ -14,6 +15,7 @@ import pytest
 from proxy.cli import main
 from proxy.conversation import keys
 from proxy.storage.l2 import DiskStore
+from proxy.storage.sqlite import MARK
 from proxy.transfer import migrate
 from tests.api.test_chat import client
 from tests.api.test_damage import L0, Talk, answer, question
@@ -111,7 +113,7 @@ def test_a_migration_that_was_stopped_is_begun_again(
 ) -> None:  # fmt: skip
     source = str(talked[0])
     target = str(tmp_path / "data") if engine == "directory" else request.getfixturevalue("postgres_url")
-    before = values(source, ("sealed", b"so it is"))
+    before = values(source, (MARK, b"so it is"))
     monkeypatch.setattr(migrate, "_AT_ONCE", 7)
     so_far, made = migrate.so_far, 0
 
@@ -132,7 +134,7 @@ def test_a_migration_that_was_stopped_is_begun_again(
     assert main(["serve", "--port", "0"]) == 1 and "give `llm-pager migrate` once more" in capsys.readouterr().err
     assert ran(source, target, "--json") == 0
     assert json.loads(capsys.readouterr().out)["values"] == len(before)
-    assert values(target) == before and own(target, "sealed") == b"so it is"
+    assert values(target) == before and own(target, MARK) == b"so it is"
     assert ran(source, target) == 1 and "is whole, and may have been used since" in capsys.readouterr().err
 
 
@@ -158,3 +160,23 @@ def test_a_database_that_does_not_answer_is_a_sentence_and_nothing_is_written(
     monkeypatch.setenv("LLM_PAGER_TIERS__L2__URL", nobody)
     assert main(["export", "--out", str(tmp_path / "out")]) == 1 and "127.0.0.1" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_encrypted_store_is_copied_as_it_is_and_exported_as_it_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed = {"keys": [base64.b64encode(bytes(range(32))).decode()], "key_store": str(tmp_path / "keys")}
+    async with client(tmp_path / "source", **{"storage.encryption": sealed}) as one:
+        await Talk(one).until(3)
+    source, target = tmp_path / "source" / "data", tmp_path / "new" / "data"
+    assert await asyncio.to_thread(ran, source, target) == 0
+    assert rows(source) == rows(target) and b"harbour" not in (target / "cache.db").read_bytes()
+    async with client(tmp_path / "new", **{"storage.encryption": sealed}) as one:
+        assert question(1)["content"].encode() in (await goes_on(one, 3))[0] and one.reports[0].turn == 4
+        assert len(one.memory.store.scan(keys.RECORD)) == 3 + 4
+    monkeypatch.setenv("LLM_PAGER_TIERS__L2__PATH", str(target))
+    assert await asyncio.to_thread(main, ["export", "--out", str(tmp_path / "out")]) == 1  # it is encrypted
+    monkeypatch.setenv("LLM_PAGER_STORAGE__ENCRYPTION__KEYS", sealed["keys"][0])
+    monkeypatch.setenv("LLM_PAGER_STORAGE__ENCRYPTION__KEY_STORE", str(sealed["key_store"]))
+    assert await asyncio.to_thread(main, ["export", "--out", str(tmp_path / "out")]) == 0
+    assert question(1)["content"] in (tmp_path / "out").read_text()
