@@ -84,7 +84,7 @@ IMPORTERS: dict[str, set[str]] = {
     "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
-    "zstandard": {"api", "conversation", "storage", "transfer"},  # bodies; what is stored; exports
+    "zstandard": {"api", "conversation", "search", "storage", "transfer"},  # bodies; what is stored; exports
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.

@@ -17,6 +17,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from heapq import nlargest
+from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -26,7 +28,7 @@ from starlette.exceptions import HTTPException
 
 from proxy.api.bill import conversation_bill
 from proxy.api.caller import Caller, caller_of
-from proxy.api.erasure import Erasures
+from proxy.api.erasure import LISTED, Erasures
 from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.config import SessionsConfig
@@ -116,8 +118,8 @@ def own_endpoints(
             message                   the page id from which on the client said something else, or null
             lost_tokens               null where upstream does not say what it cached
 
-    GET /vm/conversations: {conversations: [{conversation, used_s}]}, all of the tenant's, the last used (Unix seconds)
-    first, paged or not.
+    GET /vm/conversations: {conversations: [{conversation, used_s}]}, the tenant's, the last used (Unix seconds) first,
+    paged or not; the newest 1000.
 
     DELETE /vm/conversations/ID, /vm/conversations?session=NAME (or its header), /vm/conversations/ID/messages/PAGE,
     /vm/tenants/self: all that is stored of it is erased (docs/erasure.md); the answer is the receipt. GET /vm/erasures:
@@ -191,8 +193,9 @@ def own_endpoints(
 
     @app.get("/vm/conversations")
     async def read_conversations(request: Request) -> JSONResponse:
-        found = await asyncio.to_thread(erasures.conversations, _tenant(request, memory, sessions)[:TENANT_BYTES])
-        told = [{"conversation": conversation_name(owner), "used_s": used_s} for owner, used_s in found]
+        found = erasures.conversations(_tenant(request, memory, sessions)[:TENANT_BYTES])
+        newest = await asyncio.to_thread(lambda: nlargest(LISTED, found, itemgetter(1)))
+        told = [{"conversation": conversation_name(owner), "used_s": used_s} for owner, used_s in newest]
         return JSONResponse({"conversations": told})
 
     @app.delete("/vm/conversations/{name}")

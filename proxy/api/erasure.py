@@ -13,9 +13,9 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from operator import itemgetter
 
 from proxy.conversation import keys
 from proxy.conversation.erasure import (
@@ -55,6 +55,7 @@ from proxy.storage.tiered import Tiered
 
 log = logging.getLogger(__name__)
 
+LISTED = 1000  # receipts, or conversations, that are told at once
 _VALUES = 1000  # of one step
 _RECORDS = 16  # that are read at once: each may hold media
 _LOOK_S = 0.5  # between two looks for erasures of other processes
@@ -113,17 +114,16 @@ class Erasures:
         blocks, identity = lambda whose, ref: self._store.get(block_key(whose, ref)), Identity(self._store.secret())
         return load_path(head, self._record, blocks, identity)[place[0]].content
 
-    def conversations(self, owner: bytes) -> list[tuple[bytes, int]]:
-        """Those of a tenant or a credential, and when each was last used (Unix time), that one first. Blocks."""
-        rows = self._rows(keys.CONVERSATION + owner)
-        found = [(keys.owner(key), LastUse.decode(value).used_s) for key, value in rows]
-        return sorted(found, key=itemgetter(1), reverse=True)
+    def conversations(self, owner: bytes) -> Iterator[tuple[bytes, int]]:
+        """Those of a tenant or a credential, and when each was last used (Unix time). Blocks; StorageError."""
+        for key, value in self._rows(keys.CONVERSATION + owner):
+            yield keys.owner(key), LastUse.decode(value).used_s
 
     def receipts(self, tenant: bytes) -> list[Erasure]:
-        """What was erased of a tenant, and what is under way. Blocks; StorageError."""
+        """What was erased of a tenant, the newest `LISTED`, and what is under way. Blocks; StorageError."""
         under_way = map(decode_erasure, (value for _, value in self._rows(keys.ERASING)))
-        done = [decode_erasure(value) for prefix in receipts(tenant) for _, value in self._rows(prefix)]
-        return [*done, *(erasure for erasure in under_way if erasure.concerns(tenant))]
+        done = deque((value for prefix in receipts(tenant)[::-1] for _, value in self._rows(prefix)), LISTED)
+        return [*map(decode_erasure, done), *(erasure for erasure in under_way if erasure.concerns(tenant))]
 
     async def forget_receipts(self, tenant: bytes) -> None:
         await self._store.commit([], drops=receipts(tenant)[:1])
@@ -162,7 +162,9 @@ class Erasures:
         return erasure
 
     async def _end(self, erasure: Erasure) -> None:
-        """Its receipt takes its place."""
+        """Its receipt takes its place, unless another process was first."""
+        if await asyncio.to_thread(self._store.get, erasing_key(erasure)) is None:
+            return
         drops, leaves = list[bytes](), list[tuple[bytes, bytes]]()
         if not erasure.content:  # what turns that were not done by then have left
             drops, leaves = await asyncio.to_thread(self._named, erasure.owners)

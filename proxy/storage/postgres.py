@@ -679,7 +679,7 @@ class PostgresStore:
                 self._turned_away += 1
                 raise StorageError(self._trouble)
             self._retry_s = now_s + RETRY_S  # the others do not wait for this one
-        until_s = now_s + (AGAIN_S if self._trouble is None else 0.0)
+        until_s: float | None = None  # from the first failure on: that may have taken its time
         pause_s, again, tables = _PAUSE_S, False, False
         while True:
             prepared = self._prepared
@@ -691,7 +691,6 @@ class PostgresStore:
             except _NOT_PREPARED as error:
                 if not prepared:
                     raise self._failed(error) from error
-                until_s += AGAIN_S
                 if self._prepared:
                     log.warning(_UNPREPARED, self.where, _said(error))
                     self._reconnect(self._settings)
@@ -706,9 +705,10 @@ class PostgresStore:
                         log.warning(_UNSET, self.where, _said(error))
                         self._reconnect({})
                     continue
-                self._verified, again = False, True
-                if self._trouble is not None or time.monotonic() + pause_s > until_s:
+                again, failed_s = True, time.monotonic()
+                if self._trouble is not None or (until_s is not None and failed_s + pause_s > until_s):
                     raise self._failed(error) from error
+                until_s = until_s or failed_s + AGAIN_S
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
             except asyncpg.PostgresError as error:
