@@ -1,8 +1,8 @@
-"""The command line: `llm-pager serve | check | forget | keys | backup | demo`.
+"""The command line: `llm-pager serve | check | export | import | migrate | forget | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
-configuration or arguments, 3 where `check --storage` found damage and repaired it. Nothing heavy is imported before a command needs it.
+configuration or arguments, 3 where `check --storage` found damage and repaired it, or something could not be moved. Nothing heavy is imported before a command needs it.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from proxy import __version__, backup, forget, keyring
 from proxy.errors import ConfigError, StorageError
+from proxy.transfer import commands as transfer
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command in transfer.COMMANDS:
+            return transfer.run(args, os.environ)
         if args.command == forget.COMMAND:
             return forget.run(args)
         if args.command == "keys":
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     check_.add_argument("--storage", action="store_true",
                         help="read all that is stored instead: find damage, and repair it (status 3)")
 
+    transfer.add_parsers(commands)
     forget.add_parser(commands)
     keyring.add_parser(commands)
     backup.add_parser(commands)

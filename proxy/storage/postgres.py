@@ -105,6 +105,7 @@ CREATE INDEX llm_pager_ahead ON llm_pager_values (tenant, path, stored) WHERE st
 _MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of those of this one
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
 _OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
+_ADOPT = "UPDATE llm_pager_store SET secret = $1 WHERE id = 1"
 _SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
@@ -431,6 +432,11 @@ class PostgresStore:
     def secret(self) -> bytes:
         self._require_open()
         return self._secret if self._secret is not None else os.urandom(SECRET_BYTES)
+
+    async def adopt(self, secret: bytes) -> None:
+        """As DiskStore's."""
+        await self._perform(lambda connection, again: connection.execute(_ADOPT, secret))
+        self._secret = secret
 
     async def _fetch(self, keys: Sequence[Key]) -> dict[Key, bytes | Damaged | None]:
         """What stands under the keys, in one round trip; what was read ahead beside it is kept."""
