@@ -213,6 +213,13 @@ class Postgres(_Service):
         command = [str(_binary(name)), *arguments]
         return subprocess.run(command, capture_output=True, cwd="/", check=True, **self._as).stdout
 
+    def restore(self, dumped: bytes, url: str) -> None:
+        """What `pg_dump` printed, into a database that has none of it."""
+        file = self.directory / "dump.sql"
+        file.write_bytes(dumped)
+        file.chmod(0o644)
+        self.tool("psql", "--quiet", "--set=ON_ERROR_STOP=1", f"--file={file}", url)
+
     def __enter__(self) -> Postgres:
         return self.start()
 

@@ -13,9 +13,9 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from operator import itemgetter
 
 from proxy.conversation import keys
 from proxy.conversation.erasure import (
@@ -51,9 +51,11 @@ from proxy.errors import StorageError
 from proxy.memory.ids import parse_page_id
 from proxy.storage import Store
 from proxy.storage.lease import Lease
+from proxy.storage.tiered import Tiered
 
 log = logging.getLogger(__name__)
 
+LISTED = 1000  # receipts, or conversations, that are told at once
 _VALUES = 1000  # of one step
 _RECORDS = 16  # that are read at once: each may hold media
 _LOOK_S = 0.5  # between two looks for erasures of other processes
@@ -66,10 +68,13 @@ class Erasures:
     """One per process. `objects_of`: the names of what is stored of an owner outside L2; what is dropped there is dropped
     below, too."""
 
-    def __init__(self, store: Store, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
+    def __init__(self, store: Tiered, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
         self._store = store
         self._objects_of = objects_of
         self._running: set[bytes] = set()
+        self._one = asyncio.Lock()  # at a time: each reads much
+        self._scrubbing = asyncio.Lock()
+        self._next_scrub: asyncio.Future[None] | None = None  # that has not begun
 
     async def erase(self, what: What, by: Actor, owners: Iterable[bytes], content: bytes = b"") -> Erasure:
         """Erase all of the owners (`keys.owner`), or what says `content` in them; the receipt. Raises StorageError: what
@@ -102,6 +107,10 @@ class Erasures:
                 for owners in due.values()
             ])  # fmt: skip
 
+    def has(self, owner: bytes) -> bool:
+        """Something is stored of it. Blocks; StorageError."""
+        return any(self._store.scan(prefix, limit=1) for prefix in prefixes(owner))
+
     def content_of(self, owner: bytes, page: str) -> bytes | None:
         """What the message of a page says, on the path of the conversation's last answer; None: there is no such message.
         Blocks; StorageError."""
@@ -112,17 +121,16 @@ class Erasures:
         blocks, identity = lambda whose, ref: self._store.get(block_key(whose, ref)), Identity(self._store.secret())
         return load_path(head, self._record, blocks, identity)[place[0]].content
 
-    def conversations(self, owner: bytes) -> list[tuple[bytes, int]]:
-        """Those of a tenant or a credential, and when each was last used (Unix time), that one first. Blocks."""
-        rows = self._rows(keys.CONVERSATION + owner)
-        found = [(keys.owner(key), LastUse.decode(value).used_s) for key, value in rows]
-        return sorted(found, key=itemgetter(1), reverse=True)
+    def conversations(self, owner: bytes) -> Iterator[tuple[bytes, int]]:
+        """Those of a tenant or a credential, and when each was last used (Unix time). Blocks; StorageError."""
+        for key, value in self._rows(keys.CONVERSATION + owner):
+            yield keys.owner(key), LastUse.decode(value).used_s
 
     def receipts(self, tenant: bytes) -> list[Erasure]:
-        """What was erased of a tenant, and what is under way. Blocks; StorageError."""
+        """What was erased of a tenant, the newest `LISTED`, and what is under way. Blocks; StorageError."""
         under_way = map(decode_erasure, (value for _, value in self._rows(keys.ERASING)))
-        done = [decode_erasure(value) for prefix in receipts(tenant) for _, value in self._rows(prefix)]
-        return [*done, *(erasure for erasure in under_way if erasure.concerns(tenant))]
+        done = deque((value for prefix in receipts(tenant)[::-1] for _, value in self._rows(prefix)), LISTED)
+        return [*map(decode_erasure, done), *(erasure for erasure in under_way if erasure.concerns(tenant))]
 
     async def forget_receipts(self, tenant: bytes) -> None:
         await self._store.commit([], drops=receipts(tenant)[:1])
@@ -133,17 +141,33 @@ class Erasures:
         self._running.update(one.id for one in erasures)
         try:
             await self._store.commit([(erasing_key(one), encode_erasure(one)) for one in erasures])
-            return await self._finish(erasures)
+            try:
+                return await self._finish(erasures)
+            except StorageError as error:
+                raise StorageError(f"{error} What is to be erased is known, and goes as soon as that is over.") from error
         finally:
             self._running.difference_update(one.id for one in erasures)
 
     async def _finish(self, erasures: list[Erasure]) -> list[Erasure]:
-        done = [await self._delete(erasure) for erasure in erasures]
+        async with self._one:
+            done = [await self._delete(erasure) for erasure in erasures]
         if done:
-            await self._store.scrub()
+            await self._scrub()
         for erasure in done:
             await self._end(erasure)
         return done
+
+    async def _scrub(self) -> None:
+        """One serves all who ask before it begins."""
+
+        async def scrub() -> None:
+            async with self._scrubbing:
+                self._next_scrub = None
+                await self._store.scrub()
+
+        if self._next_scrub is None:
+            self._next_scrub = asyncio.ensure_future(scrub())
+        await asyncio.shield(self._next_scrub)
 
     async def _delete(self, erasure: Erasure) -> Erasure:
         gone: set[bytes] = set()
@@ -161,7 +185,9 @@ class Erasures:
         return erasure
 
     async def _end(self, erasure: Erasure) -> None:
-        """Its receipt takes its place."""
+        """Its receipt takes its place, unless another process was first."""
+        if await asyncio.to_thread(self._store.get, erasing_key(erasure)) is None:
+            return
         drops, leaves = list[bytes](), list[tuple[bytes, bytes]]()
         if not erasure.content:  # what turns that were not done by then have left
             drops, leaves = await asyncio.to_thread(self._named, erasure.owners)
@@ -170,6 +196,7 @@ class Erasures:
         erasure.ended_s = int(time.time())
         receipt = receipt_key(erasure, self._store.erased), encode_erasure(erasure)
         await self._store.commit([receipt], drops=[*drops, erasing_key(erasure)], leaves=leaves)
+        log.info("Erased: %s, by %s, %d messages, receipt %s.", erasure.what, erasure.by, len(erasure.messages), erasure.id.hex())
 
     def _newest(self, erasure: Erasure) -> Erasure:
         """It, or what another process has read of it meanwhile, before it began to delete."""
@@ -205,6 +232,9 @@ class Erasures:
         for prefix in whole:
             while len(some := await asyncio.to_thread(self._keys, prefix)) == _VALUES:
                 await self._store.commit([], drops=some)
+        for owner in owners:
+            if len(owner) < keys.OWNER_BYTES:
+                await self._store.drop_key(owner)  # what is left, and every copy, is read by nobody any more
         drops, leaves = await asyncio.to_thread(self._named, owners)
         await self._store.commit([], drops=[*whole, *drops], leaves=leaves, erases=True)
 

@@ -41,6 +41,7 @@ class Node(msgspec.Struct, gc=False):
     counter: str = ""  # the name of the counter that counted them
     cuts: tuple[int, tuple[int, ...]] | None = None  # a text's hash, and where its pages end
     seen_s: int = 0  # when it was first seen, where it was read from a record (Unix time)
+    stored: bool = False  # `raw` is what its path's records have
 
     def counted(self, tokens: int, counter: str) -> None:
         """Keep its count; once in its life: requests in other threads may see the same node."""
@@ -137,11 +138,11 @@ class Identity:
 
     def session(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the head of a session of new messages, inside its tenant."""
-        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant[keys.SCOPE_BYTES :], name.encode("utf-8", "surrogatepass"))
 
     def label(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the answers that were given under a session's name."""
-        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant[keys.SCOPE_BYTES :], name.encode("utf-8", "surrogatepass"))
 
     def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
         """What stands in front of a history, as written: another frame is another application."""

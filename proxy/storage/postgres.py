@@ -105,6 +105,7 @@ CREATE INDEX llm_pager_ahead ON llm_pager_values (tenant, path, stored) WHERE st
 _MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of those of this one
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
 _OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
+_ADOPT = "UPDATE llm_pager_store SET secret = $1 WHERE id = 1"
 _SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
@@ -172,6 +173,10 @@ WITH store AS MATERIALIZED (
 )
 SELECT secret, erased, may, {_NOW_US} AS now_us, added.tenant, added.path, added.key {{more}}
 FROM store LEFT JOIN added ON true"""
+_LOCK_ROWS = """
+SELECT v.tenant, v.path, v.key, v.sum, v.value FROM llm_pager_values v
+JOIN unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
+    ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key ORDER BY v.tenant, v.path, v.key FOR UPDATE OF v"""
 _PRUNE = f"""
 DELETE FROM llm_pager_members d USING (
     SELECT *, row_number() OVER (PARTITION BY tenant, path, key ORDER BY added DESC, member DESC) AS place
@@ -240,6 +245,23 @@ class _Connection(asyncpg.Connection):
         return ""  # nothing of a session's is ever set: giving a connection back costs no round trip
 
 
+def _renaming(prefix: str) -> type[_Connection]:
+    """Connections to a store of other tables in the same database."""
+
+    class Renaming(_Connection):
+        pass
+
+    def renamed(method: Any) -> Any:
+        def call(self: Any, query: str, *arguments: Any, **more: Any) -> Any:
+            return method(self, query.replace("llm_pager_", prefix), *arguments, **more)
+
+        return call
+
+    for name in ("execute", "fetch", "fetchrow", "fetchval"):
+        setattr(Renaming, name, renamed(getattr(_Connection, name)))
+    return Renaming
+
+
 class _Refused(StorageError):
     """Not by trouble: it is another store than was meant."""
 
@@ -270,7 +292,7 @@ class PostgresStore:
 
     `connections`: of this process, at most; `timeout_s`: of one statement, and of the wait for a connection.
     `prepared`: whether statements are prepared; it is noticed when a pooler does not allow it.
-    `synchronous_commit`: what to ask the server for in each commit (its own name); None: what it does by itself.
+    `tables`: what the names of its tables begin with. `synchronous_commit`: what to ask the server for in each commit (its own name); None: what it does by itself.
     """
 
     suspends = True
@@ -285,8 +307,10 @@ class PostgresStore:
         timeout_s: float = 5.0,
         prepared: bool = True,
         synchronous_commit: str | None = None,
+        tables: str = "llm_pager",
     ) -> None:
         self._url, self._kinds = url, kinds or {}
+        self._connection = _Connection if tables == "llm_pager" else _renaming(f"{tables}_")
         self._connections, self._timeout_s, self._prepared = connections, timeout_s, prepared
         durable = f", set_config('synchronous_commit', '{synchronous_commit}', true)" if synchronous_commit else ""
         self._commit = _COMMIT.replace("{more}", durable)  # of the transaction that the statement is
@@ -408,6 +432,11 @@ class PostgresStore:
     def secret(self) -> bytes:
         self._require_open()
         return self._secret if self._secret is not None else os.urandom(SECRET_BYTES)
+
+    async def adopt(self, secret: bytes) -> None:
+        """As DiskStore's."""
+        await self._perform(lambda connection, again: connection.execute(_ADOPT, secret))
+        self._secret = secret
 
     async def _fetch(self, keys: Sequence[Key]) -> dict[Key, bytes | Damaged | None]:
         """What stands under the keys, in one round trip; what was read ahead beside it is kept."""
@@ -586,11 +615,29 @@ class PostgresStore:
             if columns:
                 await self._patiently(partial(_mark, [*columns, replace]))
 
+    async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]:
+        """As DiskStore's."""
+        news = {_columns(key): (key, old, new) for key, old, new in rows}
+        columns = [list(part) for part in zip(*news, strict=True)]
+
+        async def swap(connection: Any, again: bool) -> frozenset[bytes]:
+            async with connection.transaction():
+                swapped = []
+                for tenant, path, rest, number, stored in await connection.fetch(_LOCK_ROWS, *columns):
+                    key, old, new = news[tenant, path, rest]
+                    found = self._value(key, number, stored)
+                    if found == old or (again and found == new):
+                        swapped.append(_row(_PUT, key, packed(new)))
+                await connection.fetch(self._commit, None, None, again, *_by_column(swapped))
+                return frozenset(_key(*row.columns) for row in swapped)
+
+        return await self._perform(swap) if rows else frozenset()
+
     async def scrub(self) -> None:
         """The rows that were dropped or replaced before are removed from the tables. On a connection of its own, since
         it takes its time. Raises StorageError."""
         try:
-            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0)
+            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0, connection_class=self._connection)
             try:
                 await connection.execute("VACUUM llm_pager_values, llm_pager_members")
             finally:
@@ -715,7 +762,7 @@ class PostgresStore:
     async def _open_pool(self, loop: asyncio.AbstractEventLoop) -> asyncpg.Pool[Any]:
         return await asyncpg.create_pool(
             self._url, min_size=0, max_size=_BESIDE_CONNECTIONS if loop is self._beside else self._connections,
-            connection_class=_Connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
+            connection_class=self._connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
             max_cached_statement_lifetime=0, server_settings=self._settings, init=self._verify,
         )  # fmt: skip
 
