@@ -232,7 +232,10 @@ class Bench:
         self.random = random.Random(f"{conversations}")
         self.numbers = self.random.sample(range(conversations), min(SAMPLE, conversations))
         upstream = {"base_url": f"http://127.0.0.1:{model_port}/v1"}
-        self.config = {"tiers": engine.tiers, "upstream": upstream, "log": {"level": "warning"}}
+        self.config = {
+            "tiers": engine.tiers, "upstream": upstream, "log": {"level": "warning"},
+            "memory": {"tools": "always"},  # a model that seldom calls would lose them
+        }  # fmt: skip
         self.histories: dict[int, list[bytes]] = {}  # what was said since
         self.starts_s: list[float] = []
 
