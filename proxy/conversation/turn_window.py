@@ -162,7 +162,8 @@ class TurnWindow:
             self.apply(mutation)
         grown = self._grown(at, end, end)
         if grown is None or not self._fits(grown):
-            yield from self._begin_epoch(self._next_epoch, self.pages, ())
+            rewritten = grown is None and self.before is not None
+            yield from self._begin_epoch(self._next_epoch, self.pages, (), cause="rewritten" if rewritten else "full")
         else:
             if at is not None:
                 self._take_back(at)
@@ -404,7 +405,7 @@ class TurnWindow:
         return Stored(end, self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(
-        self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
+        self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0, cause: str = "full"
     ) -> Generator[Effect, Any, None]:
         """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages.
         ApiError context_length_exceeded when nothing fits."""
@@ -420,7 +421,7 @@ class TurnWindow:
         self.shown += [Load(page_id, 0) for page_id in pages.derived.unwritten]
         if epoch.folded:
             self._tail, self._folded = list(epoch.tail), True
-        self.report.new_epoch = True
+        self.report.new_epoch, self.report.epoch_cause = True, cause if self.before is not None else "first"
         self.report.evicted_pages += epoch.evicted
         self.made += epoch.made or ()
 
@@ -594,7 +595,7 @@ class TurnWindow:
     def messages(self, form: Form) -> Generator[Effect, Any, bytes]:
         """The next request's messages array; begins an epoch first when the log outgrew the room."""
         if self.free_tokens < 0:
-            yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
+            yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail, cause="round")
         self.report.used_tokens = self.limits.budget_tokens - self.free_tokens
         standing, _ = self._standing(self.window.native_from)
         head = [*self.context.sent.system, *(anchor.raw for anchor in standing)]
