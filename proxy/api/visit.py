@@ -26,6 +26,7 @@ from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
 from proxy.api.metrics import FLUSH_S, Metrics, shared
 from proxy.api.writer import Writer
+from proxy.conversation import keys
 from proxy.conversation.bill import Sums
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
@@ -278,7 +279,10 @@ class Stats:
         self._erasures = count("erasures", "Erasures that this process finished, by who asked", "by")
         self._counters = [(field, count(name, text)) for field, name, text in _COUNTERS]
         for counter in (self._refaults, self._evicted, self._shown, self._used, self._losses, *(c for _, c in self._counters)):
-            counter(0)  # it is told before its first event: what increases from nothing is not seen
+            counter(0)
+        for kind in keys.KINDS.values():
+            self._damaged(0, kind)
+        # They are told before their first event: what increases from nothing is not seen.
 
     def watch(self, queues: Callable[[], Mapping[str, float]], erased: Mapping[str, int]) -> None:
         """What others count: jobs in `queues`, and erasures by who asked."""
