@@ -280,8 +280,9 @@ class Stats:
         self._counters = [(field, count(name, text)) for field, name, text in _COUNTERS]
         for counter in (self._refaults, self._evicted, self._shown, self._used, self._losses, *(c for _, c in self._counters)):
             counter(0)
-        for kind in keys.KINDS.values():
-            self._damaged(0, kind)
+        for metric, values in ((self._damaged, keys.KINDS.values()), (self._tokens, _TOKENS), (self._sides, _SIDES)):
+            for value in values:
+                metric(0, value)
         # They are told before their first event: what increases from nothing is not seen.
 
     def watch(self, queues: Callable[[], Mapping[str, float]], erased: Mapping[str, int]) -> None:

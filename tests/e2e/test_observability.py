@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import promql_parser
 import pytest
 import yaml
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from openai import APIStatusError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.api.metrics import Metrics
 from proxy.api.visit import Stats
-from tests.e2e.data import REPO
 from tests.e2e.answers import error
+from tests.e2e.data import REPO
 from tests.e2e.harness import ServerProcess, message_of
 from tests.e2e.processes import free_port
 from tests.e2e.script import Chat, Script, Workers, fault, paged_config, search, talk
@@ -117,7 +119,7 @@ async def turns(script: Script, server: ServerProcess, receiver: Receiver) -> Se
             await talk(chat, script, f"t{half}", 8, marks)
     requests = 16
     for which, headers in enumerate(({"traceparent": f"00-{TRACE}-{PARENT}-01"}, None)):
-        script.plan(f"ask{which}", fault("msg_0002", "msg_0030", "msg_9999"), search(marks[0]), message_of("So it was."))
+        script.plan(f"ask{which}", fault("msg_0008", "msg_0012", "msg_9999"), search(marks[0]), message_of("So it was."))
         async with workers.client(which, SECRET) as chat.client:
             chat.headers = headers
             await chat.fork().say(f"What did I say of {marks[1]}?", f"ask{which}", stream=True)
@@ -165,11 +167,12 @@ def test_metrics_of_two_workers_are_the_sums(seen: Seen) -> None:
     assert of("llm_pager_requests_total", status="4xx", model="gpt-4*") == 1
     assert of("llm_pager_requests_total", channel="unpaged") == of("llm_pager_unpaged_total", path="other") == 1
     assert of("llm_pager_chat_seconds_count") == 19 and of("llm_pager_first_token_seconds_count") == 10
-    said = len(seen.script.upstream.calls) - 1 - 1  # but for the refused one, and that which is no chat request
+    said = len(seen.script.upstream.calls) - 1  # but for the refused one
     assert of("llm_pager_rounds_total") == of("llm_pager_step_seconds_count", step="upstream") - 1 == said
     assert of("llm_pager_upstream_refusals_total") == 1
     assert of("llm_pager_faults_total") == 6 and of("llm_pager_faults_total", reason="failed") == 2
-    assert of("llm_pager_faults_total", reason="user_requested_recall") >= 2
+    reasons = {dict(labels)["reason"] for labels in seen.metrics["llm_pager_faults_total"]}
+    assert reasons - {"failed", "resident"}, "pages were faulted in"
     assert of("llm_pager_fault_seconds_count") == 6 and of("llm_pager_searches_total") == 2
     assert of("llm_pager_epochs_total", cause="first") >= 1 and of("llm_pager_epochs_total") >= 2
     assert of("llm_pager_evicted_pages_total") > 0
@@ -218,7 +221,7 @@ def declared() -> dict[str, set[str]]:
 
     class Nothing:
         class store:
-            damaged: dict[str, int] = {}
+            damaged: ClassVar[dict[str, int]] = {}
             losses = 0
 
     stats = Stats(Nothing(), Nothing())  # type: ignore[arg-type]
@@ -322,7 +325,7 @@ def test_each_request_has_one_span_and_the_refused_round_says_so(seen: Seen) -> 
     (refused,) = [span for span in seen.receiver.spans if span["kind"] == 3 and span["error"]]
     assert refused["error.type"] == "401"
     assert seen.receiver.resource["service.name"] == "llm-pager"
-    other = seen.script.upstream.calls[-1]
+    (other,) = seen.script.upstream.others
     assert other.header("traceparent") is not None, "what passes, too"
     assert f"trace_id={TRACE}" in seen.log
 
@@ -333,7 +336,7 @@ def test_spans_have_no_content_and_no_keys_and_are_in_the_docs(seen: Seen) -> No
     shown = section("Traces")
     for span in seen.receiver.spans:
         for name in span.keys() - {"name", "trace", "id", "parent", "kind", "error", "ns"}:
-            head, _, tail = name.partition(".")
+            tail = name.partition(".")[2]
             assert name in shown or f".{tail}" in shown or f".{tail.partition('.')[2]}" in shown, name
 
 
@@ -360,20 +363,19 @@ def test_with_nobody_to_tell_no_request_and_no_end_waits() -> None:
     assert slowest_s < 8, log[-3000:]
 
 
-def test_without_an_endpoint_headers_pass_and_nothing_is_imported(seen: Seen) -> None:
+def test_without_an_endpoint_nothing_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys, json; from proxy.config import load_config; from proxy.app import create_app; from pathlib import Path\n"
-        "create_app(load_config(Path('c.yaml'), {}, {}))\n"
-        "assert not [name for name in sys.modules if name.startswith('opentelemetry')], 'imported'"
+        "import sys; from proxy.config import load_config; from proxy.app import create_app; from pathlib import Path\n"
+        "app = create_app(load_config(Path('c.yaml'), {}, {}))\n"
+        "assert app._tracing is None\n"
+        "found = [n for n in sys.modules if n.startswith(('opentelemetry.sdk', 'opentelemetry.exporter', 'proxy.api.tracing'))]\n"
+        "assert not found, found"  # FastAPI imports the API where it finds it
     )
-    import os
-    import sys
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "c.yaml").write_text(json.dumps({"tiers": {"l2": {"path": f"{folder}/data"}}}))
-        env = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, env={**env, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    (tmp_path / "c.yaml").write_text(json.dumps({"tiers": {"l2": {"path": str(tmp_path / "data")}}}))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**env, "PYTHONPATH": str(REPO)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
