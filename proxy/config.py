@@ -503,6 +503,11 @@ class Config(Section):
             yield "upstream.base_url: not used with provider demo."
         if self.search.embeddings == "upstream" and upstream.provider != "openai":
             yield "search.embeddings: upstream is used with provider openai only."
+        if self.storage.encryption.keys and self.storage.encryption.key_store is None:
+            yield (
+                "storage.encryption.key_store: the tenants' keys stand beside the data, so who copies all of it has them, "
+                "too; name a place of their own where dropping a key shall erase backups (docs/encryption.md)."
+            )
         for name, model in self.models.items():
             if model.bridge is not None and upstream.provider != "openai":
                 yield f"models.{name}.bridge: used with provider openai only."
