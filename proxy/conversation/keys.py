@@ -53,11 +53,16 @@ OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
 
+_ENDS = {
+    kind: 1 + size
+    for kinds, size in ((OF_CONVERSATION, OWNER_BYTES), (OF_TENANT, TENANT_BYTES), (OF_SCOPE, SCOPE_BYTES))
+    for kind in kinds
+}
+
+
 def owner(key: bytes) -> bytes:
     """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's, none of the installation's."""
-    kind = key[:1]
-    end = OWNER_BYTES if kind in OF_CONVERSATION else TENANT_BYTES if kind in OF_TENANT else SCOPE_BYTES
-    return key[1 : 1 + end] if kind in OF_CONVERSATION | OF_TENANT | OF_SCOPE else b""
+    return key[1 : _ENDS.get(key[:1], 1)]
 
 
 def sealer(key: bytes) -> bytes:
