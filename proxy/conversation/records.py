@@ -88,6 +88,15 @@ class Shared(msgspec.Struct, array_like=True, frozen=True, gc=False):
     head: int
 
 
+class Request(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
+    """The upstream request that was answered (envelope.py): the block with its envelope, the hash of all its bytes, and what
+    makes them of those that the envelope gives, where these are others."""
+
+    envelope: bytes
+    digest: bytes
+    patch: bytes = b""
+
+
 class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one answered turn adds to the tree; stored under the id of its last node, immutable.
 
@@ -121,6 +130,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
     unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
     leaf: bytes = b""  # of the path's index: where the records before it are
+    request: Request | None = None  # None: this answer came in a request
 
     @property
     def id(self) -> NodeId:
@@ -337,7 +347,7 @@ def nodes_of(record: Record, after: Record | None, get: GetRecord, identity: Ide
     """The record's nodes; `after`: the record behind it on the path."""
     nodes = list(islice(backwards(record, get), record.end - record.first))[::-1]
     if after is not None and after.echo:
-        nodes[-1].raw = _other(after.echo, nodes[-1].raw)
+        nodes[-1].raw = other(after.echo, nodes[-1].raw)
     before: bytes = record.parent
     for node in nodes:
         if not node.id and identity is not None:  # a shared one
@@ -362,7 +372,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         else:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
-                _other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
+                other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
                 seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
             )  # fmt: skip
             told += 1
@@ -496,7 +506,7 @@ def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _
         if not entry.shown:
             return replace(entry, raw=path[entry.position].raw)
         quoted = _quoted(entry, lambda at: path[at].raw)
-        return replace(entry, raw=_other(next(evidence), quoted or b""))
+        return replace(entry, raw=other(next(evidence), quoted or b""))
 
     entries = tuple(map(whole, entries))
     if change.snapshot is None:
@@ -640,19 +650,19 @@ def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...]
         if entry.shown:
             quoted = _quoted(entry, raw_at)
             if quoted is not None:
-                evidence.append(_difference(entry.raw, quoted))
+                evidence.append(difference(entry.raw, quoted))
         if quoted is not None if entry.shown else entry.position >= 0 and raw_at(entry.position) == entry.raw:
             entry = msgspec.structs.replace(entry, raw=b"")
         out.append(entry)
     return tuple(out), evidence
 
 
-def _difference(data: bytes, source: bytes) -> bytes:
-    """What `_other` makes the data of, again."""
+def difference(data: bytes, source: bytes) -> bytes:
+    """What `other` makes the data of, again."""
     return zstandard.ZstdCompressor(3, zstandard.ZstdCompressionDict(source, _AS_IT_IS)).compress(data)
 
 
-def _other(difference: bytes, source: bytes) -> bytes:
+def other(difference: bytes, source: bytes) -> bytes:
     return zstandard.ZstdDecompressor(zstandard.ZstdCompressionDict(source, _AS_IT_IS)).decompress(difference)
 
 
@@ -741,7 +751,7 @@ def new_records(
     echo = last.get("echo")
     records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
     if isinstance(echo, bytes) and echo and parent is not None:
-        records[0] = replace(records[0], echo=_difference(echo, parent.raws[-1]))
+        records[0] = replace(records[0], echo=difference(echo, parent.raws[-1]))
     at, base, known_end = 0, parent, max(0, first_new - 1)
 
     def raw_at(position: int) -> bytes | None:
