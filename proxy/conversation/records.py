@@ -64,6 +64,7 @@ from proxy.conversation.effects import Append
 from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, Node, NodeId, Path, TenantKey
 from proxy.conversation.window import Entry, Window
 from proxy.memory.ids import parse_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.models import MutationType
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
 
@@ -170,6 +171,7 @@ _LEAST_ALIKE = 2  # messages that are not stored again
 _LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
 _NEAR = 4  # records
 _TIME_BYTES = 4
+_TITLE_CHARS, _TITLE_READ_CHARS = 160, 4096
 
 GetRecord = Callable[[bytes], Record | None]
 GetStoredBlock = Callable[[bytes, bytes], bytes | None]  # by its owner and its reference
@@ -224,6 +226,25 @@ class LastUse(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> LastUse:
         return cls(NodeId(data[:-_TIME_BYTES]), int.from_bytes(data[-_TIME_BYTES:], "big"))
+
+
+class Title(NamedTuple):
+    """What people recognise a conversation by: when it began (Unix time), and how."""
+
+    began_s: int
+    words: str
+
+    @classmethod
+    def of(cls, first: Node, seen_s: int) -> Title:
+        """Of a conversation's first message."""
+        return cls(seen_s, " ".join(message_text(msgspec.json.decode(first.raw))[:_TITLE_READ_CHARS].split())[:_TITLE_CHARS])
+
+    def encode(self) -> bytes:
+        return self.began_s.to_bytes(_TIME_BYTES, "big") + self.words.encode("utf-8", "replace")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Title:
+        return cls(int.from_bytes(data[:_TIME_BYTES], "big"), data[_TIME_BYTES:].decode("utf-8", "replace"))
 
 
 def blocks_of(owner: bytes, get_block: GetStoredBlock) -> GetBlock:
@@ -843,6 +864,8 @@ def append_effect(
         last = heads[0][1][-1]
         owner = owner_of(last.id)
         puts = {block_key(owner, ref): block for ref, block in blocks.items()}
+        if (first := heads[0][1][0]).first == 0:
+            puts[keys.TITLE + owner] = Title.of(heads[0][0][0], first.seen_s).encode()
         puts[conversation_key(owner)] = LastUse(last.id, last.answered_s or last.seen_s).encode()
     joins: list[tuple[bytes, bytes]] = []
     records: list[Record] = []

@@ -41,6 +41,7 @@ from proxy.conversation.pages import (
     group_start,
     owner,
 )
+from proxy.conversation.pins import pinned
 from proxy.conversation.records import Stored, brought_since
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor
@@ -157,10 +158,12 @@ class TurnWindow:
             yield from self._settle()
         end, at = len(self.pages.path), self._differs_at()
         self._register(self.pages, at)
-        for mutation in self.context.changes:
+        pins = list(pinned(self.context.pins(), self.table, self.pages.path, self.turn))
+        for mutation in (*self.context.changes, *pins):
             self.apply(mutation)
         grown = self._grown(at, end, end)
-        if grown is None or not self._fits(grown):
+        brought = any(mutation.op is MutationType.MAP for mutation in pins)  # it has no place in a log that only grows
+        if grown is None or brought or not self._fits(grown):
             yield from self._begin_epoch(self._next_epoch, self.pages, ())
         else:
             if at is not None:
