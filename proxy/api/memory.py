@@ -38,6 +38,7 @@ from proxy.conversation.records import (
     replayed,
     restore_state,
     restore_table,
+    tip_key,
 )
 from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
 from proxy.conversation.window import Window
@@ -216,6 +217,7 @@ class Memory:
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
+        puts += self._left_behind(records)
         known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
@@ -225,6 +227,21 @@ class Memory:
         if many:
             await self.pool.run(tenant, empty, effect.puts, records, adds)
         return new
+
+    def _left_behind(self, records: Sequence[Record]) -> list[tuple[bytes, bytes]]:
+        """The end of the branch that a conversation leaves with these records, if it does."""
+        if not records:
+            return []
+        owner, parent = owner_of(records[-1].id), records[0].parent
+        known: bytes | None = self.cache.get("head", owner)
+        self.cache.put("head", owner, records[-1].id, _NODE_BYTES)
+        if known == parent and parent:
+            return []
+        stored = self.get(conversation_key(owner))
+        head = LastUse.decode(stored).head if stored is not None else parent
+        if head in (parent, *(record.id for record in records)):
+            return []
+        return [(tip_key(head), LastUse(head, records[-1].seen_s).encode())]
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""

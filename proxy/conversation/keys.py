@@ -25,6 +25,8 @@ NEAR = b"q"  # + hash of model, history, query: the pages that a search found by
 TITLE = b"w"  # nothing else: when a conversation began (4 bytes, Unix time), and its first words
 PINS = b"P"  # nothing else: the pages that a person pinned or unpinned (pins.py)
 
+TIP = b"T"  # + the last of the id of its last node: the id of an answer that the conversation did not go on from, and when it left
+
 # Sets of node ids, joined:
 PAIR = b"p"  # + hash of message, answer: the delivered answers like this after one like that
 LABEL = b"l"  # + hash of name: the answers given under a session's name
@@ -39,7 +41,7 @@ MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting
 STATED = b"L"  # + scope: the windows that the upstream's own list of models states
 
-OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, TITLE, PINS})
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, TITLE, PINS, TIP})
 OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
@@ -56,6 +58,6 @@ KINDS = {
     RECORD: "record of a turn", BLOCK: "block of a page table", INDEX: "piece of a search index", VECTOR: "vector of a page", NEAR: "search's result",
     PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
-    TITLE: "first words of a conversation", PINS: "list of a person's pins",
+    TITLE: "first words of a conversation", PINS: "list of a person's pins", TIP: "end of a branch",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
 }  # fmt: skip

@@ -204,6 +204,10 @@ def conversation_key(owner: bytes) -> bytes:
     return keys.CONVERSATION + owner
 
 
+def tip_key(node_id: bytes) -> bytes:
+    return keys.TIP + owner_of(node_id) + node_id[keys.OWNER_BYTES :]
+
+
 def owner_of(node_id: bytes) -> bytes:
     """Whose a node is: the first bytes of its id (keys.py)."""
     return node_id[: keys.OWNER_BYTES]
@@ -312,14 +316,15 @@ class StoredPath(Sequence[Node]):
         if node is None:
             if len(self._nodes) >= 2 * _KEPT_NODES:
                 self._nodes = dict(islice(self._nodes.items(), _KEPT_NODES, None))
-            record = self._record(at)
-            after = self._record(record.end) if record.end < self._end else None
+            record = self.record(at)
+            after = self.record(record.end) if record.end < self._end else None
             nodes = nodes_of(record, after, self._get, self._identity)
             self._nodes.update(enumerate(nodes, record.first))
             node = self._nodes[at]
         return node
 
-    def _record(self, position: int) -> Record:
+    def record(self, position: int) -> Record:
+        """The record that has the position."""
         newest = self._newest
         while position < newest[-1].first:
             oldest = newest[-1]
@@ -467,6 +472,22 @@ def find_alike(
         return None
     count = end - skip - at
     return Alike(record, at, count, skip) if count >= _LEAST_ALIKE else None
+
+
+def record_at(head: Record, turn: int, get: GetRecord, get_block: GetStoredBlock) -> Record:
+    """The record of a turn (1 to that of `head`) on the way to `head`, in a few steps."""
+    path, low, high = StoredPath(head, get, get_block, None), 0, head.end - 1
+    record = head
+    while record.turn != turn and low <= high:
+        record = path.record(low + (high - low) // 2)
+        low, high = (record.end, high) if record.turn < turn else (low, record.first - 1)
+    return record
+
+
+def epoch_begun(record: Record) -> int | None:
+    """The number of the epoch that began in the record's turn, or whose window was counted anew in it; None: it went on."""
+    snapshot = _decode_change(record.window).snapshot if record.window else None
+    return snapshot.epoch if snapshot is not None else None
 
 
 def restore_state(head: Record, get: GetRecord, get_block: GetStoredBlock) -> State:
