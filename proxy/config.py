@@ -62,6 +62,14 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens there, or has that address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
 def _path(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("not a path")
@@ -106,6 +114,10 @@ Share = Annotated[float, Field(gt=0, le=1, description="a number above 0 and up 
 Text = Annotated[str, Field(min_length=1, description="a text that is not empty")]
 OptionalText = Annotated[
     str | None, Field(min_length=1, description="null or a text that is not empty")
+]
+KeyHash = Annotated[
+    str,
+    Field(pattern=r"^sha256:[0-9a-f]{64}$", description="the hash of a key, as `llm-pager key` makes it: sha256: and 64 hexadecimal digits"),
 ]
 BaseUrl = Annotated[
     str,
@@ -168,6 +180,13 @@ class ServerConfig(Section):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")
     ] = 1.0
+    keys: Annotated[
+        dict[Text, KeyHash], Field(description="a mapping of names to hashes of keys, as `llm-pager key` makes them")
+    ] = Field(default_factory=dict)
+    event_streams: AtLeast0 = 64
+    admin_key: Annotated[
+        KeyHash | None, Field(description="null or the hash of a key, as `llm-pager key` makes it: sha256: and 64 hexadecimal digits")
+    ] = None
 
 
 class UpstreamConfig(Section):
@@ -507,6 +526,11 @@ def load_config(
     except ValidationError as error:
         sentences.invalid(error)
         config = Config()
+    if config.upstream.api_key and not config.server.keys and not is_loopback(config.server.host):
+        sentences.problems.append(
+            f"server.host: {config.server.host} lets other machines spend upstream.api_key: give them keys of this server"
+            " (server.keys, made with `llm-pager key`), or listen on 127.0.0.1."
+        )
     if sentences.problems:
         raise ConfigError(*sentences.problems)
     return config

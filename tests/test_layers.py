@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BELOW_APP = {"api", "conversation", "media", "memory", "storage", "search", "upstream"}
+BELOW_APP = {"ui", "api", "conversation", "media", "memory", "storage", "search", "upstream"}
 BASE = {"config", "errors", "sse", "tokens"}
 
 # Unit (a package or module directly under proxy/) -> the units that it may import, besides itself.
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"config", "errors"},
     "decoder": {"media"},  # a process of its own: media are decoded in it
     "api": {*BELOW_APP, *BASE, "model_limits"},
+    "ui": {"api", "conversation", "memory", *BASE},  # the dashboard: pages over what the API reads
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
     "memory": {"media"},
@@ -58,9 +59,10 @@ IMPORTERS: dict[str, set[str]] = {
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "diskcache": {"storage"},
-    "fastapi": {"api"},  # our own endpoints
+    "fastapi": {"api", "ui"},  # our own endpoints
     "fsspec": {"storage"},
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
+    "jinja2": {"ui"},
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},

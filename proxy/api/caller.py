@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from proxy.config import SessionsConfig
 from proxy.upstream import Header
 
 DELTA_HEADER = b"x-llm-pager-session"  # its client sends only what is new
@@ -44,7 +45,7 @@ _SIGNED = re.compile(r"(?<=[,\s])(?:signature|nonce|cnonce|nc|response|timestamp
 
 _NAME_CHARS = 200  # a longer name is no usual one: it counts, and is not looked into
 _MOST_FIELDS = 256  # of a body, and of its metadata, that are looked at
-_USERS = ("user", "safety_identifier")  # wherever they stand
+_USERS, _METADATA = ("user", "safety_identifier"), "metadata."  # wherever they stand
 
 Pair = tuple[str, str]
 
@@ -125,6 +126,15 @@ def with_body(caller: Caller, body: Mapping[str, Any]) -> Caller:
     if label is None and session is not None:
         label = str(session) or None
     return caller._replace(person=caller.person + _text(told), label=label)
+
+
+def caller_of(headers: Sequence[Header], query: Sequence[Pair], sessions: SessionsConfig) -> Caller:
+    """Who asks for something of ours, by the same rule as on the chat path: what a chat body would say of its user
+    stands in ?user=, ?safety_identifier= and ?metadata.NAME=."""
+    body: dict[str, Any] = {name: value for name, value in query if name in _USERS}
+    body["metadata"] = {n.removeprefix(_METADATA): value for n, value in query if n.startswith(_METADATA)}
+    rest = [(n, v) for n, v in query if n not in body and not n.startswith(_METADATA)]
+    return with_body(caller(headers, rest, encoded(sessions.headers), encoded(sessions.delta_headers)), body)
 
 
 def encoded(names: Iterable[str]) -> tuple[bytes, ...]:

@@ -103,7 +103,7 @@ def own_endpoints(
             message                   the page id from which on the client said something else, or null
             lost_tokens               null where upstream does not say what it cached
     """
-    app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url="/vm/openapi.json")
     for failure in (HTTPException, ApiError, StorageError, LookupError):
         app.add_exception_handler(failure, _refused)
 

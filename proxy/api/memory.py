@@ -40,7 +40,7 @@ from proxy.conversation.records import (
     restore_table,
     tip_key,
 )
-from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
+from proxy.conversation.tree import Identity, KeyScope, Node, NodeId, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
@@ -238,7 +238,7 @@ class Memory:
         if known == parent and parent:
             return []
         stored = self.get(conversation_key(owner))
-        head = LastUse.decode(stored).head if stored is not None else parent
+        head = LastUse.decode(stored).head if stored is not None else NodeId(parent)
         if head in (parent, *(record.id for record in records)):
             return []
         return [(tip_key(head), LastUse(head, records[-1].seen_s).encode())]
