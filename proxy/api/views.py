@@ -33,7 +33,7 @@ from proxy.conversation.records import (
     conversation_name,
     epoch_begun,
     record_at,
-    restore_state,
+    restore_derived,
     restore_table,
     restore_window,
 )
@@ -167,7 +167,7 @@ class Views:
 
     def _row(self, who: Who, owner: bytes, last: LastUse, title: Title | None) -> dict[str, Any]:
         head = self._memory.get_record(last.head)
-        row: dict[str, Any] = {"conversation": who.name(owner), "used_s": last.used_s}
+        row: dict[str, Any] = {"conversation": who.name(owner), "used_s": last.used_s, "damaged": False}
         if head is None:
             return {**row, "title": title.words if title else "", "damaged": True}
         if title is None:
@@ -464,7 +464,7 @@ class Views:
         counter = get_counter(model, self._config.model_override(model).tokenizer)
         derived = NO_DERIVED
         if record.window:
-            derived = restore_state(record, self._memory.get_record, self._memory.get_block).derived
+            derived = restore_derived(record, self._memory.get_record)
         path = self._memory.load_path(record)
         return PathPages(path, counter, self._config.pages.max_tokens, derived, self._memory.get_record)
 

@@ -51,6 +51,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
+from textwrap import shorten
 from typing import NamedTuple
 
 import msgspec
@@ -241,7 +242,8 @@ class Title(NamedTuple):
     @classmethod
     def of(cls, first: Node, seen_s: int) -> Title:
         """Of a conversation's first message."""
-        return cls(seen_s, " ".join(message_text(msgspec.json.decode(first.raw))[:_TITLE_READ_CHARS].split())[:_TITLE_CHARS])
+        words = message_text(msgspec.json.decode(first.raw))[:_TITLE_READ_CHARS]
+        return cls(seen_s, shorten(words, _TITLE_CHARS, placeholder=" …"))
 
     def encode(self) -> bytes:
         return self.began_s.to_bytes(_TIME_BYTES, "big") + self.words.encode("utf-8", "replace")
@@ -493,7 +495,7 @@ def epoch_begun(record: Record) -> int | None:
 def restore_state(head: Record, get: GetRecord, get_block: GetStoredBlock) -> State:
     """The state after `head`."""
     table = restore_table(head, get, get_block)
-    return State(restore_window(head, get, get_block), table, _restore_derived(head, get))
+    return State(restore_window(head, get, get_block), table, restore_derived(head, get))
 
 
 def restore_table(head: Record, get: GetRecord, get_block: GetStoredBlock) -> PageTable:
@@ -558,7 +560,7 @@ def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _
     return change
 
 
-def _restore_derived(head: Record, get: GetRecord) -> Derived:
+def restore_derived(head: Record, get: GetRecord) -> Derived:
     """All that the closed segments left, from the first to the last."""
     closings: list[bytes] = []
     at: Record | None = head

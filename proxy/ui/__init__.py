@@ -189,9 +189,9 @@ class Dashboard:
                 who = access.tenant(scope, [("user", user)] if user else [])
             else:
                 raise ApiError(401, "No key.")
-            found = who.operator or await self._vm.run(who, lambda: self._vm.views.conversations(who, limit=1)["total"])
+            found = who.operator or bool(await self._vm.run(who, lambda: self._vm.views.conversations(who, limit=1)["total"]))
         except ApiError:
-            found = 0
+            found = False
         if not found:  # nothing is said of which keys there are
             return self._page("login.html", None, 401, next=path, wrong=True)
         answer = RedirectResponse(path if path.startswith("/vm/ui") else "/vm/ui", 303)
@@ -201,7 +201,7 @@ class Dashboard:
 
     def _home(self, who: Who) -> dict[str, Any]:
         found = self._vm.views.conversations(who, limit=_HOME_ROWS)
-        rows = [row for row in found["conversations"] if not row.get("damaged")]
+        rows = [row for row in found["conversations"] if not row["damaged"]]
         store, stats = self._vm.memory.store, self._stats.snapshot()
         scopes = [key[1:] for key, _ in store.scan(keys.MODELS + who.prefix[: keys.SCOPE_BYTES], limit=100)]
         models: dict[str, dict[str, Any]] = {}
