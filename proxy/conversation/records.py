@@ -521,10 +521,11 @@ def replayed(head: Record, get: GetRecord) -> PageTable:
 def restore_window(head: Record, get: GetRecord, get_block: GetStoredBlock) -> Window | None:
     """The window after the record's turn; None for a conversation that was never evicted from."""
     changes: list[_WindowChange] = []
+    path = load_path(head, get, get_block, None)
     for record in _bases(head, get):
         if not record.window:
             break
-        change = _read_change(record, get, get_block)
+        change = _read_change(record, path)
         if change.snapshot is not None:
             window = change.snapshot
             for later in reversed(changes):
@@ -538,11 +539,11 @@ def restore_window(head: Record, get: GetRecord, get_block: GetStoredBlock) -> W
     return None
 
 
-def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _WindowChange:
-    """What the record stored of its window, every entry with its bytes."""
+def _read_change(record: Record, path: Sequence[Node]) -> _WindowChange:
+    """What the record stored of its window, every entry with its bytes; `path`: its own, and perhaps more behind it."""
     change = _decode_change(record.window)
     entries = change.entries if change.snapshot is None else change.snapshot.entries
-    path, evidence, replace = load_path(record, get, get_block, None), iter(change.evidence), msgspec.structs.replace
+    evidence, replace = iter(change.evidence), msgspec.structs.replace
 
     def whole(entry: Entry) -> Entry:
         if entry.raw:
