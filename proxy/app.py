@@ -14,6 +14,7 @@ import os
 from proxy.api.access import Access
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.endpoints import Draining, own_endpoints
+from proxy.api.erasure import Erasures, watch
 from proxy.api.http import (
     Origins,
     Receive,
@@ -34,6 +35,7 @@ from proxy.config import Config, effective_config
 from proxy.errors import ApiError
 from proxy.process import collect_now_and_then, configure, tune
 from proxy.server import Door
+from proxy.storage.tiered import READS, Reads
 from proxy.tokens import load
 from proxy.ui import Dashboard
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
@@ -57,15 +59,19 @@ class App:
             config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
         self._draining = Draining(config.server.drain_s)
-        self._own = own_endpoints(
-            self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table
+        self._erasures = Erasures(self.memory.store, self.memory.store.objects_of)
+        self._retention_days = config.storage.retention_days
+        own = own_endpoints(
+            self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table, self._erasures
         )
         self._origins = Origins(config)
         self._access = Access(config, self.memory)
         views, streams = Views(config, self.memory), config.server.event_streams
         vm = Vm(views, self._access, self.memory, streams, lambda: self._draining.begun)
-        vm.mount(self._own)
-        Dashboard(vm, self._stats, self._chat.model_facts.table, config).mount(self._own)
+        vm.mount(own)
+        Dashboard(vm, self._stats, self._chat.model_facts.table, self._erasures, config).mount(own)
+        self._own = self.memory.requests(own)
+        self._serve = self.memory.requests(self._visited)
         self._served = 0  # requests, at this moment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,6 +81,7 @@ class App:
         if scope["type"] != "http":
             await self._own(scope, receive, send)
             return
+        READS.set(Reads())
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
         if origin is not None:
             head = self._origins.preflight(scope, origin)
@@ -84,7 +91,7 @@ class App:
                 return
             send = self._origins.readable(origin, send)
         if not is_ours(scope["path"]):
-            await self._visited(scope, receive, Visit(scope, send))
+            await self._serve(scope, receive, Visit(scope, send))
         elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
             await send_error(send, refusal)
         else:
@@ -118,17 +125,20 @@ class App:
             self._stats.count(visit)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        collecting: asyncio.Future[None] | None = None
+        collecting: list[asyncio.Future[None]] = []
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.gather(self._upstream.start(), asyncio.to_thread(load))
+                self.memory.start()
                 self._draining.watch()
-                collecting = asyncio.ensure_future(collect_now_and_then(lambda: not self._served))
+                watching = watch(self._erasures, self.memory.store, self.memory.renew, self._retention_days)
+                collected = collect_now_and_then(lambda: not self._served)
+                collecting = [asyncio.ensure_future(collected), asyncio.ensure_future(self.memory.beside(watching))]
                 await send({"type": "lifespan.startup.complete"})
             else:
-                if collecting is not None:
-                    collecting.cancel()
+                for task in collecting:
+                    task.cancel()
                 await self._chat.close()
                 await self._writer.close()
                 await self._renditions.close()

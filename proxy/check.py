@@ -1,34 +1,37 @@
 """`llm-pager check --storage`: every damage of a storage, found, repaired and told to a person.
 
 Promises: all of it is read: SQLite's own check of the file, each value against its checksum, each turn's record
-against the ids that it is made of and the records and blocks that it names, each artifact against its name. What can
+against the ids that it is made of and the records and blocks that it names, each object and pack against its name. What can
 be read stays as it is; a value that cannot is marked as lost, so that the next request that has it stores it again,
 and a client that would lose text by it is told. A server may run meanwhile: it goes on with the repaired file.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.derived import table_root
+from proxy.conversation.erasure import is_tombstone
 from proxy.conversation.records import LastUse, Record, block_key, decode_record, record_key
 from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
-from proxy.memory.artifacts_bridge import is_intact
 from proxy.memory.table import block_ref
-from proxy.storage.l3 import ArtifactStore
+from proxy.storage import open_store
+from proxy.storage.packs import values_of
 from proxy.storage.sqlite import (
     DATABASE,
     LOST_SUM,
     SECRET,
-    Connection,
+    Damaged,
     Failure,
     Key,
     checksum,
@@ -40,6 +43,11 @@ from proxy.storage.sqlite import (
     repair,
     unpacked,
 )
+from proxy.storage.tiered import OBJECT, Tiered, is_stub, is_whole, named_pack, object_name
+
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.objects import Objects
+    from proxy.storage.postgres import PostgresStore
 
 SOUND, REPAIRED = 0, 3  # exit statuses: there was no damage; there was, and it is repaired as far as it can be
 _LOCK_WAIT_S = 5.0
@@ -48,6 +56,8 @@ _TOLD = 5  # of SQLite's findings
 
 def check_storage(config: Config) -> int:
     """Prints what was found and done. Raises StorageError for a storage that cannot be used at all."""
+    if config.tiers.l2.url is not None:
+        return _checked_tables(config)
     try:
         return _checked(config, config.tiers.l2.path)
     except (OSError, Failure) as error:
@@ -64,77 +74,149 @@ def _checked(config: Config, path: Path) -> int:
     damage = bool(opened.told)
     for sentence in opened.told:
         print(f"found      {sentence}")
-    found = _File(path)
+    found = _file(path)
     if found.damage:
         damage = True
-        for line, count in found.damage.items():
-            print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
+        _tell_damage(found)
         print(f"repaired   {repair(path).told(path)}")
-        found = _File(path)
+        found = _file(path)
+
+    def mark(lost: list[bytes]) -> None:
+        with closing(connect(path, _LOCK_WAIT_S)) as connection:
+            mark_lost(connection, lost)
+
+    store = open_store(config, keys)
+    try:
+        damage |= _compared(found, store, mark)
+    finally:
+        asyncio.run(store.close())
     size = (path / DATABASE).stat().st_size
     print(f"file       {DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
     if found.wrong:
         damage = True
-        for (kind, why), count in Counter((_kind(key), why) for key, why in found.wrong.items()).items():
-            print(f"found      {count} x {kind} {why}")
-        with closing(connect(path, _LOCK_WAIT_S)) as connection:
-            mark_lost(connection, found.wrong)
-        found.lost.update(map(_kind, found.wrong))
-    if found.lost:
-        print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
-        print("           a session of new messages that needs one is told to send its whole history")
-    url = config.tiers.l3.url or str(path / "artifacts")
-    kept, dropped = _artifacts(ArtifactStore(url))
-    if kept or dropped:
-        print(f"artifacts  {kept} in {url}")
-    if dropped:
-        damage = True
-        print(f"dropped    {dropped} damaged artifacts: they are made again when they are shown")
+        mark(list(found.wrong))
+    _tell_lost(found)
     print("result     " + ("repaired" if damage else "sound"))
     return REPAIRED if damage else SOUND
 
 
-class _File:
-    """What stands in a database: `damage` in its file, in sentences; `sound` and `lost` values, by kind; `wrong`:
-    keys of those that were stored like this or are missing, and why."""
+def _checked_tables(config: Config) -> int:
+    """As `_checked`, in PostgreSQL; its own checks of its files are not ours (pg_amcheck)."""
+    tiered = open_store(config, keys)
+    store = cast("PostgresStore", tiered.engine)
+    print(f"storage    {store.where}")
+    try:
+        if store.trouble is not None:
+            raise StorageError(store.trouble)
+        found = _Found(Identity(store.secret()))
+        found.read(_rows(store))
+        damage = _compared(found, tiered, lambda lost: asyncio.run(store.mark_lost((), lost)))
+        for key in [key for key in found.wrong if key not in found.there and store.get(key) is not None]:
+            del found.wrong[key]  # a server may run meanwhile
+        _tell_damage(found)
+        print(f"tables     {_counted(found.sound) or 'empty'}")
+        if found.damaged or found.wrong:
+            asyncio.run(store.mark_lost([*found.damaged, *(key for key in found.wrong if key in found.there)],
+                                        [key for key in found.wrong if key not in found.there]))  # fmt: skip
+        found.lost.update(map(_kind, found.damaged))
+        _tell_lost(found)
+    finally:
+        asyncio.run(store.close())
+    damage |= bool(found.damage or found.wrong)
+    print("result     " + ("repaired" if damage else "sound"))
+    return REPAIRED if damage else SOUND
 
-    def __init__(self, path: Path) -> None:
+
+def _rows(store: PostgresStore) -> Iterator[tuple[bytes, int | None, bytes]]:
+    after = b""
+    while rows := store.rows(b"", after):
+        yield from rows
+        after = rows[-1][0]
+
+
+def _tell_damage(found: _Found) -> None:
+    for line, count in found.damage.items():
+        print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
+
+
+def _tell_lost(found: _Found) -> None:
+    for (kind, why), count in Counter((_kind(key), why) for key, why in found.wrong.items()).items():
+        print(f"found      {count} x {kind} {why}")
+    found.lost.update(map(_kind, found.wrong))
+    if found.lost:
+        print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
+        print("           a session of new messages that needs one is told to send its whole history")
+
+
+def _file(path: Path) -> _Found:
+    """What stands in a directory's database."""
+    with closing(connect(path, _LOCK_WAIT_S)) as connection:
+        found = _Found(Identity(get_value(connection, SECRET) or b""))
+        try:
+            for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
+                if line != "ok":
+                    found.damage.update(str(line).splitlines()[:_TOLD])
+            found.read(connection.execute("SELECT key, tag, value FROM Cache"))
+        except Failure as error:
+            if not is_damage(error):
+                raise
+            found.damage[f"the file cannot be read to its end: {error}"] += 1
+    return found
+
+
+class _Found:
+    """What stands in a database: `damage`, in sentences; `sound` and `lost` values, by kind; `damaged`: keys whose
+    values are not what was stored; `wrong`: keys of those that were stored like this or are missing, and why."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
         self.damage: Counter[str] = Counter()
         self.sound: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.wrong: dict[bytes, str] = {}
-        self._there: set[bytes] = set()
+        self.damaged: list[bytes] = []
+        self.there: set[bytes] = set()
         self._named: dict[bytes, str] = {}  # keys that others name: how
-        with closing(connect(path, _LOCK_WAIT_S)) as connection:
-            try:
-                self._read(connection)
-            except Failure as error:
-                if not is_damage(error):
-                    raise
-                self.damage[f"the file cannot be read to its end: {error}"] += 1
-        missing = {key: how for key, how in self._named.items() if key not in self._there}
+        self._stubs: dict[bytes, bytes] = {}  # of values in L3
+
+    def compare(self, below: _Below) -> None:
+        """With what stands in objects: then `wrong` is all of it."""
+        self.lost.update(map(_kind, below.lost))
+        for key, stub in self._stubs.items():
+            value = below.object(key, stub)
+            if why := "stands in an object that is lost" if value is None else self._verified(key, value):
+                self.wrong[key] = why
+        missing = {key: how for key, how in self.missing().items() if key not in below.packed}
         self.wrong.update({key: f"that {how} is missing" for key, how in missing.items()})
 
-    def _read(self, connection: Connection) -> None:
-        for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
-            if line != "ok":
-                self.damage.update(str(line).splitlines()[:_TOLD])
-        identity = Identity(get_value(connection, SECRET) or b"")
-        for key, number, value in connection.execute("SELECT key, tag, value FROM Cache"):
+    def missing(self) -> dict[bytes, str]:
+        """What is named and not there, and how it is named."""
+        return {key: how for key, how in self._named.items() if key not in self.there}
+
+    def read(self, rows: Iterable[tuple[Key, int | None, bytes]]) -> None:
+        """(key, checksum, stored value) of all; None: the members of a set, which are sound."""
+        for key, number, value in rows:
             kind = _kind(key)
             if isinstance(key, bytes):
-                self._there.add(key)
+                self.there.add(key)
             if number == LOST_SUM:
                 self.lost[kind] += 1
+            elif number is None:
+                self.sound[kind] += 1
             elif type(value) is not bytes or checksum(key, value) != number:
                 self.damage[f"a {kind} is not what was stored"] += 1
+                if isinstance(key, bytes):
+                    self.damaged.append(key)
             else:
                 self.sound[kind] += 1
-                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value), identity)):
+                if isinstance(key, bytes) and (why := self._verified(key, unpacked(value))):
                     self.wrong[key] = why
 
-    def _verified(self, key: bytes, value: bytes, identity: Identity) -> str:
+    def _verified(self, key: bytes, value: bytes) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
+        if is_stub(value):
+            self._stubs[key] = value
+            return ""
         if key.startswith(keys.BLOCK):
             return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"
         if key.startswith(keys.SESSION):
@@ -146,7 +228,7 @@ class _File:
         try:
             record = decode_record(value)
             root = table_root(record.closing) if record.closing else b""
-            if record_key(record.id) != key or not all(_chained(record, identity)):
+            if record_key(record.id) != key or not all(_chained(record, self._identity)):
                 return "has another name than its messages say"
         except (ValueError, LookupError) as error:
             return f"cannot be read ({error})"
@@ -168,7 +250,7 @@ def _chained(record: Record, identity: Identity) -> Iterator[bool]:
         if record.shared is not None and at == record.shared.head:
             before = b""  # others' messages stand in between
         yield not before or identity.child(before, content) == node
-        yield not raw or identity.content(msgspec.json.decode(raw)) == content
+        yield not raw or is_tombstone(raw) or identity.content(msgspec.json.decode(raw)) == content
         before = node
 
 
@@ -180,13 +262,95 @@ def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
-def _artifacts(store: ArtifactStore) -> tuple[int, int]:
-    """Those that are kept, and the damaged ones, which are deleted."""
-    kept = dropped = 0
-    for key, data in store.all():
-        if is_intact(key, data):
-            kept += 1
-        else:
-            store.drop(key)
-            dropped += 1
-    return kept, dropped
+def _compared(found: _Found, store: Tiered, mark: Callable[[list[bytes]], None]) -> bool:
+    """Whether there was damage in objects; `mark`: keys as lost ones."""
+    below = _Below(store)
+    if below.lost:
+        mark(below.lost)
+    found.compare(below)
+    return below.damage
+
+
+class _Below:
+    """What stands in objects: `packed`: the keys of all values in packs; `lost`: of those that are lost now. A damaged
+    pack's sound values go back to L2, and those that are lost are marked so there; damaged objects are deleted."""
+
+    def __init__(self, store: Tiered) -> None:
+        self.damage = False
+        self.packed: set[bytes] = set()
+        self.lost: list[bytes] = []
+        self._sound: set[str] = set()
+        self._l3 = store.l3
+        asyncio.run(self._check(store))
+
+    def object(self, key: bytes, stub: bytes) -> bytes | None:
+        """A large value; None where it is lost. Raises StorageError."""
+        if self._l3 is None:
+            raise StorageError("Large values stand in L3; set tiers.l3.url to where they are.")
+        name = object_name(keys, key, stub)
+        data = self._l3.get(name) if name in self._sound else None
+        return None if data is None else unpacked(data)
+
+    async def _check(self, store: Tiered) -> None:
+        if store.l3 is not None:
+            self._check_objects(store.l3)
+        if store.l4 is not None:
+            await self._check_packs(store, store.l4)
+        elif store.engine.scan(keys.ARCHIVE, limit=1):
+            raise StorageError("Conversations stand in L4; set tiers.l4.url to where they are.")
+
+    def _check_objects(self, l3: Objects) -> None:
+        damaged = 0
+        for name, _ in l3.names():
+            if name.endswith(OBJECT) and (data := l3.get(name)) is not None:
+                if is_whole(name, data):
+                    self._sound.add(name)
+                else:
+                    damaged += 1
+                    l3.delete([name])
+        print(f"L3         {len(self._sound)} sound objects in {l3.url}")
+        self._tell(damaged, "damaged objects: they are stored again when a client sends what they held")
+
+    async def _check_packs(self, store: Tiered, l4: Objects) -> None:
+        sound_packs, bad, lost = set[tuple[bytes, bytes]](), set[tuple[bytes, bytes]](), list[bytes]()
+        for name, _ in l4.names():
+            if (named := named_pack(name)) is None or (data := l4.get(name)) is None:
+                continue
+            owner, pack = named
+            try:
+                sound, damaged = values_of(pack, data)
+            except StorageError:  # its index is damaged
+                bad.add(named)
+                continue
+            at = {rest: rest[:1] + owner + rest[1:] for rest in (*sound, *damaged)}
+            self.packed.update(at.values())
+            if self._l3 is not None:
+                names = {at[rest]: object_name(keys, at[rest], value) for rest, value in sound.items() if is_stub(value)}
+                lost += [key for key, its in names.items() if its not in self._sound]
+            if damaged:
+                bad.add(named)
+                lost += [at[rest] for rest in damaged]
+                await store.engine.commit((), adds=[(at[rest], value) for rest, value in sound.items()])
+            else:
+                sound_packs.add(named)
+        for owner in store.archived(b""):
+            told = {(owner, pack) for pack in store.packs_of(owner, anew=True)}
+            bad |= told - sound_packs  # with those that are not there
+            await store.engine.commit((), leaves=[(keys.ARCHIVE + owner, owner + pack) for _, pack in told - sound_packs])
+        l4.delete([store.pack_name(*named) for named in bad])
+        self.lost = [key for key in lost if not _is_there(store, key)]
+        print(f"L4         {len(sound_packs)} sound packs in {l4.url}")
+        self._tell(len(bad), "damaged packs: what could be read of them is in L2 again")
+
+    def _tell(self, count: int, what: str) -> None:
+        if count:
+            self.damage = True
+            print(f"dropped    {count} {what}")
+
+
+def _is_there(store: Tiered, key: bytes) -> bool:
+    """In L2, damaged or not."""
+    try:
+        return store.engine.get(key) is not None
+    except Damaged:
+        return True

@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | demo`.
+"""The command line: `llm-pager serve | check | forget | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__
+from proxy import __version__, forget
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ APP_FACTORY = "proxy.app:app_from_env"
 BACKLOG_CONNECTIONS = 2048
 # Clients keep idle connections for 5 to 60 s; closing first would race with their next request.
 KEEP_ALIVE_S = 75
-GRACEFUL_SHUTDOWN_S = 3
 # The kernel takes megabytes for a client that does not read: so much beyond what is on its way to it, and no more.
 UNSENT_BYTES = 32_768
 _TCP_NOTSENT_LOWAT = {"linux": 25, "darwin": 0x201}  # linux/tcp.h, netinet/tcp.h; Python has names from 3.12 on
@@ -48,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command == forget.COMMAND:
+            return forget.run(args)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -84,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check_)
     check_.add_argument("--storage", action="store_true",
                         help="read all that is stored instead: find damage, and repair it (status 3)")
+
+    forget.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")
@@ -122,7 +125,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
     _require_extra(config)
-    if (config.tiers.l2.path / DATABASE).exists():
+    if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
 
@@ -151,7 +154,8 @@ def serve(args: argparse.Namespace) -> int:
     }
     config = load_config(args.config, os.environ, flags)
     _require_extra(config)
-    _require_writable(config.tiers.l2.path)
+    if config.tiers.l2.url is None or config.tiers.l3.url is None:
+        _require_writable(config.tiers.l2.path)
     _require_a_sound_store(config)
     listener = _listen(config.server.host, config.server.port)
     # The only ways to a spawned worker are its arguments, which everybody can list, and its
@@ -159,7 +163,7 @@ def serve(args: argparse.Namespace) -> int:
     os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.to_json()
     _announce(config, listener, args.workers)
     with listener, _shared_counters(args.workers):
-        return _run(listener, args.workers)
+        return _run(listener, args.workers, config.server.drain_answers_s)
 
 
 @contextmanager
@@ -176,11 +180,15 @@ def _shared_counters(workers: int) -> Iterator[None]:
 
 def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
-    asked = config.search.embeddings
-    if asked != "none" and not all(map(find_spec, ("numpy", "tokenizers", "wordllama"))):
-        raise StartError(
-            f"search.embeddings: {asked} needs an extra that is not installed: pip install 'llm-pager[semantic]'."
-        )
+    asked = {
+        "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
+        "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
+        "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
+        "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
+    }
+    for key, (is_asked, extra, modules) in asked.items():
+        if is_asked and not all(map(find_spec, modules)):
+            raise StartError(f"{key} needs an extra that is not installed: pip install 'llm-pager[{extra}]'.")
 
 
 def _require_writable(directory: Path) -> None:
@@ -204,10 +212,13 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.storage.l2 import DiskStore, StorageError
+    from proxy.errors import StorageError
+    from proxy.storage import open_engine, open_objects
 
+    for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
+        open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
-        store = DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records)
+        store = open_engine(config, {})
         asyncio.run(store.close())
     except StorageError as error:
         raise StartError(str(error)) from error
@@ -259,7 +270,7 @@ def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
         f"  listening  {listening}, {processes}\n"
         f"  upstream   {upstream}\n"
         f"  window     {window} (tiers.l0.tokens), mode {config.memory.mode}\n"
-        f"  data       {config.tiers.l2.path.absolute()}\n"
+        f"  data       {config.masked()['tiers']['l2']['url'] or config.tiers.l2.path.absolute()}\n"
         f"  counters   {url}/metrics, {url}/vm/stats",
         flush=True,
     )
@@ -267,7 +278,7 @@ def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def _run(listener: socket.socket, workers: int) -> int:
+def _run(listener: socket.socket, workers: int, drain_answers_s: int) -> int:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
@@ -286,10 +297,16 @@ def _run(listener: socket.socket, workers: int) -> int:
         date_header=False,
         backlog=BACKLOG_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_graceful_shutdown=drain_answers_s,
     )
     if workers > 1:
-        supervisor = Multiprocess(settings, sockets=[listener])
+
+        class Supervisor(Multiprocess):
+            def terminate_all(self) -> None:
+                super().terminate_all()
+                listener.close()  # the last worker's end of it closes the port: nobody waits behind it for the end
+
+        supervisor = Supervisor(settings, sockets=[listener])
         supervisor.run()
         failed = any(process.exitcode not in (0, None, -15) for process in supervisor.processes)
         return 1 if failed else 0

@@ -46,6 +46,7 @@ _NOT_SETTINGS = frozenset({EFFECTIVE_CONFIG_VARIABLE, "LLM_PAGER_DATA"})
 _SERVICE_LINK = re.compile(r"LLM_PAGER_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp)://")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OBJECT_STORES = ("file", "s3", "gs", "az")
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "api-key"})
 
 
@@ -68,6 +69,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+def _objects_url(url: str | None) -> str | None:
+    if url is not None and (not url.strip() or ("://" in url and url.partition("://")[0] not in _OBJECT_STORES)):
+        raise ValueError("not a store of objects")
+    return url
+
+
+def _database_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("postgresql", "postgres") or re.search(r"\s", value) or not parts.path.strip("/"):
+        raise ValueError("not a database's URL")
+    return value
 
 
 def _path(value: object) -> object:
@@ -187,6 +201,9 @@ class ServerConfig(Section):
     admin_key: Annotated[
         KeyHash | None, Field(description="null or the hash of a key, as `llm-pager key` makes it: sha256: and 64 hexadecimal digits")
     ] = None
+    drain_answers_s: Annotated[
+        int, Field(ge=1, le=86_400, description="a whole number of seconds from 1 to 86400")
+    ] = 60
 
 
 class UpstreamConfig(Section):
@@ -250,12 +267,36 @@ class L2Config(Section):
         Field(strict=False, description="a directory's path"),
     ] = Path("data")
     queue_records: AtLeast1 = 10_000
-
-
-class L3Config(Section):
     url: Annotated[
-        str | None, Field(min_length=1, description="null or an fsspec URL such as s3://bucket/prefix")
+        Annotated[str, AfterValidator(_database_url)] | None,
+        Field(description="null or a URL such as postgresql://user:password@host:5432/database"),
     ] = None
+    connections: AtLeast1 = 10
+    timeout_s: Seconds = 5.0
+    days: Annotated[
+        float | None, Field(ge=0, le=36_500, description="null or a number of days from 0 to 36500")
+    ] = None
+    tokens: Annotated[int | None, Field(ge=1, description="null or a whole number of at least 1")] = None
+
+
+class ObjectsConfig(Section):
+    url: Annotated[
+        str | None,
+        AfterValidator(_objects_url),
+        Field(description="null, a directory, or a URL of file, s3, gs or az such as s3://bucket/prefix"),
+    ] = None
+    options: Annotated[
+        dict[Text, str], Field(description="a mapping of the provider's options to texts")
+    ] = Field(default_factory=dict)
+    timeout_s: Seconds = 10.0
+
+
+class L3Config(ObjectsConfig):
+    min_bytes: Annotated[int, Field(ge=1024)] = 65_536
+
+
+class L4Config(ObjectsConfig):
+    cache_bytes: AtLeast1 = 67_108_864
 
 
 class TiersConfig(Section):
@@ -263,6 +304,21 @@ class TiersConfig(Section):
     l1: L1Config = L1Config()
     l2: L2Config = L2Config()
     l3: L3Config = L3Config()
+    l4: L4Config = L4Config()
+    demotion_s: Seconds = 60.0
+
+    @model_validator(mode="after")
+    def _what_leaves_goes_somewhere(self) -> Self:
+        if self.l4.url is None and (self.l2.days is not None or self.l2.tokens is not None):
+            name = "days" if self.l2.days is not None else "tokens"
+            raise ValueError(f"l2.{name} {getattr(self.l2, name):g} needs l4.url: what leaves L2 has to go somewhere")
+        return self
+
+
+class StorageConfig(Section):
+    retention_days: Annotated[
+        float | None, Field(gt=0, description="null or a number of days above 0")
+    ] = None
 
 
 class PagesConfig(Section):
@@ -389,6 +445,7 @@ class Config(Section):
     upstream: UpstreamConfig = UpstreamConfig()
     memory: MemoryConfig = MemoryConfig()
     tiers: TiersConfig = TiersConfig()
+    storage: StorageConfig = StorageConfig()
     pages: PagesConfig = PagesConfig()
     faults: FaultsConfig = FaultsConfig()
     prefetch: PrefetchConfig = PrefetchConfig()

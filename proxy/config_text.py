@@ -20,6 +20,8 @@ from proxy.errors import ConfigError
 
 MASK = "***"
 _SECRET_KEYS = frozenset({"api_key"})
+_FREE_NAMES = "options"  # a mapping whose names others have chosen: ...
+_SECRET_OPTION = re.compile(r"(?i)key|secret|token|password|credential|sas|sig|account_json")
 _URL_USERINFO = re.compile(r"(?<=://)[^/?#]*@")
 _URL_SECRET = re.compile(r"(?i)([?&][^=&#]*(?:key|secret|token|password|sig)[^=&#]*=)[^&#]*")
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
@@ -33,6 +35,8 @@ def mask(name: str, value: Any) -> Any:
         return value if value is None else MASK
     if isinstance(value, str):
         return _URL_SECRET.sub(rf"\1{MASK}", _URL_USERINFO.sub(f"{MASK}@", value))
+    if isinstance(value, Mapping) and name == _FREE_NAMES:
+        return {key: MASK if _SECRET_OPTION.search(str(key)) else mask(str(key), item) for key, item in value.items()}
     if isinstance(value, Mapping):
         return {key: mask(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -125,6 +129,8 @@ class Place(NamedTuple):
             return "one of " + ", ".join(choices)
         if bool in options:
             return "true or false"
+        if options == [str]:
+            return "a text"
         limits = self.field.metadata if self.field is not None else []
         least = next((limit.ge for limit in limits if hasattr(limit, "ge")), None)
         return "something else" if least is None else f"a whole number of at least {least}"
@@ -175,8 +181,8 @@ class Sentences:
                 return Place(name, None, section)
             section = _section_of(field.annotation)
             if get_origin(field.annotation) is dict and (item := next(steps, None)) is not None:
-                section = get_args(field.annotation)[1]
-                name, field = f'{name}["{item}"]', FieldInfo(annotation=section)
+                kind = get_args(field.annotation)[1]
+                name, field, section = f'{name}["{item}"]', FieldInfo(annotation=kind), _section_of(kind)
         return Place(name, field, section)
 
     def filled(self, value: Any, environ: Mapping[str, str], key: Key = ()) -> Any:

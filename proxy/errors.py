@@ -19,6 +19,10 @@ class StorageError(Exception):
     """The storage cannot do what was asked; the message is one sentence for the operator."""
 
 
+class ErasedMeanwhile(StorageError):
+    """Something was erased since what was to be stored began: it may hold what is gone."""
+
+
 class ApiError(Exception):
     """An HTTP answer in OpenAI's error shape.
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from proxy.config import Config
+from proxy.conversation import keys
+from proxy.conversation.records import decode_record
+from proxy.storage import open_store
+from tests.bench import scale
 from tests.bench.baselines import (
     Message,
     Oracle,
@@ -15,7 +25,9 @@ from tests.bench.baselines import (
     fill,
 )
 from tests.bench.coverage import folded, is_right, share_shown, shows, window_text
+from tests.bench.making import Conversation, completion, make
 from tests.bench.recall import Reader, cell, ranking, setting
+from tests.e2e.processes import ServerProcess
 
 TEXT = 'Ann said:\n\t"<VM: the café\'s path is C:\\new\\table" and left.'
 LONG = " ".join(f"word{i}" for i in range(400))
@@ -97,3 +109,46 @@ def test_table_shows_the_difference_on_the_same_questions() -> None:
     assert cell({"a": 1, "b": 0}, None, "lost") == "50.0"
     assert cell({"a": 1, "b": 0, "c": 1}, {"a": 0, "b": 0}, "lost") == "66.7 +50.0±50.0"
     assert setting("prefetch.max_pages=20") == {"prefetch": {"max_pages": 20}}
+
+
+def stored(config: Config) -> dict[bytes, object]:
+    """All that a store has of conversations, but for when it was."""
+
+    async def read() -> dict[bytes, object]:
+        store = open_store(config, keys.KINDS)
+        rows = {key: value for kind in keys.KINDS for key, value in store.scan(kind, limit=10_000)}
+        await store.close()
+        return {key: timeless(key, value) for key, value in rows.items()}
+
+    def timeless(key: bytes, value: bytes) -> object:
+        if key[:1] == keys.CONVERSATION:
+            return value[:-4]
+        if key[:1] != keys.RECORD:
+            return value
+        return msgspec.structs.replace(decode_record(value), seen_s=0, answered_s=0)
+
+    return asyncio.run(read())
+
+
+def test_a_made_conversation_is_the_one_that_the_server_stores(tmp_path: Path) -> None:
+    conversation = Conversation(7)
+    made, served = (scale.Engine(name, {"l2": {"path": str(tmp_path / name)}}, int) for name in ("made", "served"))
+    asyncio.run(open_store(made.config(tmp_path), keys.KINDS).close())
+    shutil.copytree(tmp_path / "made", tmp_path / "served")  # one secret
+    asyncio.run(make(made.config(tmp_path), [conversation.number]))
+
+    async def talk() -> None:
+        async with AsyncExitStack() as running:
+            model = await asyncio.get_running_loop().create_server(scale.Model, "127.0.0.1", 0)
+            running.callback(model.close)
+            upstream = {"base_url": f"http://127.0.0.1:{model.sockets[0].getsockname()[1]}/v1"}
+            server = running.enter_context(ServerProcess({"tiers": served.tiers, "upstream": upstream}))
+            client = await scale.Client(server.port).open()
+            for request, answer in conversation.turns():
+                said = {"role": "assistant", "content": answer}
+                await client.chat(request, conversation.headers, completion(said))
+            client.close()
+
+    asyncio.run(talk())
+    ours, theirs = stored(made.config(tmp_path)), stored(served.config(tmp_path))
+    assert len(ours) > 50 and ours == theirs

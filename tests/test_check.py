@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from proxy.cli import main
+from proxy.config import load_config
 from proxy.conversation import keys, turn_window
+from proxy.storage import open_store
+from proxy.storage.demotion import Demotion
 from tests.api.test_chat import answered, client
 from tests.api.test_damage import L0, Talk
 
@@ -102,20 +107,60 @@ def test_damage_is_found_and_repaired_once(
     assert lost in told
 
 
-def test_damaged_artifacts_are_deleted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from proxy.memory.artifacts_bridge import ArtifactsBridge
-    from proxy.memory.models import MemoryPage, Modality, PageType
-    from proxy.storage.l3 import ArtifactStore
+@pytest.fixture
+def below(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same with its large values in L3, and its conversations in L4 as well."""
+    for tier in ("l3", "l4"):
+        monkeypatch.setenv(f"LLM_PAGER_TIERS__{tier.upper()}__URL", str(data.parent / tier))
+    monkeypatch.setenv("LLM_PAGER_TIERS__L3__MIN_BYTES", "1024")
 
-    bridge = ArtifactsBridge(ArtifactStore(str(data / "artifacts")))
-    pages = [MemoryPage(page_id=f"msg_000{n}", content="said", modality=Modality.TEXT, page_type=PageType.TRANSCRIPT)
-             for n in (1, 2)]  # fmt: skip
-    ids = [asyncio.run(bridge.store_page(page)) for page in pages]
-    (path,) = (data / "artifacts").rglob(ids[0])
-    path.write_bytes(b"scribbled")
+    async def demoted() -> None:
+        store = open_store(load_config(None, os.environ, {}), keys)
+        large = [row for row in store.scan(keys.RECORD) if len(row[1]) >= 1024]
+        await store.commit(large)
+        worker = Demotion(store, 60, 0, None, lambda: time.time() + 9, rest=0)
+        await worker.run_once()
+        await worker.run_once()
+        await store.commit((), adds=[row for row in store.scan(keys.RECORD) if row in large])
+        await store.close()
+
+    asyncio.run(demoted())
+    return data.parent
+
+
+def test_what_stands_in_objects_is_checked_too(below: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, told = checked(capsys)
-    assert status == 3 and "artifacts  1 in" in told and "dropped    1 damaged" in told
-    assert not path.exists() and checked(capsys)[0] == 0
+    assert (status, told.splitlines()[-1]) == (0, "result     sound"), told
+    assert "sound objects in" in told and "2 sound packs in" in told and keys.KINDS[keys.RECORD] not in told
+
+
+def test_a_damaged_pack_gives_back_what_can_be_read(below: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack = max((below / "l4").rglob("*.pack"), key=lambda path: path.stat().st_size)
+    data = bytearray(pack.read_bytes())
+    data[-5] ^= 1  # its only frame
+    pack.write_bytes(data)
+    status, told = checked(capsys)
+    assert status == 3 and "dropped    1 damaged packs" in told and f"{TURNS} x {keys.KINDS[keys.RECORD]}" in told, told
+    assert not pack.exists()
+    status, told = checked(capsys)
+    assert status == 0 and "1 sound packs" in told and "lost       " in told, told
+
+
+def test_a_damaged_object_is_told_with_the_value_that_it_was(below: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (one, *_) = sorted((below / "l3").rglob("*.value"))
+    one.write_bytes(b"\0scribbled")
+    status, told = checked(capsys)
+    assert status == 3 and "dropped    1 damaged objects" in told and f"lost       1 x {keys.KINDS[keys.RECORD]}" in told, told
+    assert not one.exists() and checked(capsys)[0] == 0
+
+
+def test_a_store_whose_values_stand_elsewhere_is_not_judged_without_them(
+    below: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dump(below / "data")
+    monkeypatch.delenv("LLM_PAGER_TIERS__L4__URL")
+    assert main(["check", "--storage"]) == 1
+    assert "stand in L4; set tiers.l4.url" in capsys.readouterr().err and dump(below / "data") == before
 
 
 def test_what_cannot_be_checked_is_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

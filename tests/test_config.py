@@ -231,8 +231,9 @@ def test_a_reference_cannot_bring_in_structure() -> None:
         ("models: {m: 5}", 'models["m"]: 5 is not allowed; it must be a mapping with the keys win'),
         ("models: {m: {window: 5}}", 'models["m"].window: there is no such key; did you mean wind'),
         ("models: [a]", "models: ['a'] is not allowed; it must be a mapping of model names"),
-        ("tiers: {l2: {tokens: 5}}", "tiers.l2.tokens: there is no such key; the keys here are path,"),
-        ("tiers: {l4: {url: s3://b}}", "tiers.l4: there is no such key; the keys here are l0, l1,"),
+        ("tiers: {l2: {token: 5}}", "tiers.l2.token: there is no such key; did you mean tokens?"),
+        ("tiers: {l4: {url: 'ftp://b'}}", "tiers.l4.url: 'ftp://b' is not allowed; it must be null, a directory, or a URL of file,"),
+        ("tiers: {l3: {options: {region: [a]}}}", "tiers.l3.options[\"region\"]: ['a'] is not allowed; it must be a text"),
         ("1: {}", "1: there is no such key; the keys here are server, upstream"),
         ("models: {m: {bridge: x}}", "models[\"m\"].bridge: 'x' is not allowed; it must be one of responses"),
         ("compression: {max_jobs: 0}", "it must be a whole number of at least 1 "),
@@ -259,6 +260,7 @@ def test_one_bad_value_is_one_sentence(text: str, expected: str) -> None:
             "upstream: {timeout_s: 5}",
             "upstream: connect_timeout_s 10 must not be above timeout_s 5.",
         ),
+        ("tiers: {l2: {tokens: 2000}}", "tiers: l2.tokens 2000 needs l4.url: what leaves L2 has to go somewhere."),
     ],
 )
 def test_values_that_contradict_each_other(text: str, expected: str) -> None:
@@ -322,7 +324,7 @@ def test_a_variable_that_is_not_yaml() -> None:
 
 SECRETS = """
 upstream: {api_key: SECRET1, base_url: "https://user:SECRET2@host/v1"}
-tiers: {l3: {url: "s3://key:SECRET3@bucket?secret_key=SECRET4&region=eu"}}
+tiers: {l3: {url: "s3://key:SECRET3@bucket?secret_key=SECRET4&region=eu", options: {secret_access_key: SECRET5, region: eu}}}
 """
 
 
@@ -332,6 +334,7 @@ def test_secrets_are_masked_wherever_a_config_is_shown() -> None:
     for shown in (json.dumps(config.masked()), repr(config), str(config), repr(config.upstream)):
         assert "SECRET" not in shown
         assert "https://***@host/v1" in shown
+    assert config.masked()["tiers"]["l3"]["options"] == {"secret_access_key": "***", "region": "eu"}
     assert config.masked()["tiers"]["l3"]["url"] == "s3://***@bucket?secret_key=***&region=eu"
     assert Config().masked()["upstream"]["api_key"] is None
 

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -92,6 +93,12 @@ def test_what_the_build_reads_is_copied(parsed: Any) -> None:
     needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"}
     copied = {word for s in parsed.structure if s["instruction"] == "COPY" for word in s["value"].split()}
     assert needed <= copied
+
+
+def test_the_extras_that_it_installs_are_ours() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (extras,) = re.findall(r"pip install --no-cache-dir '\.\[([\w,-]+)\]'", TEXT)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
 def test_hadolint_has_nothing_to_say() -> None:

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "demo", "errors", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"check", "config", "demo", "errors", "forget", "storage"},  # the app is named to uvicorn as a string
+    "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
@@ -55,17 +56,19 @@ DOORS = {"proxy/memory/__init__.py": {"library"}}
 IMPORTERS: dict[str, set[str]] = {
     "PIL": {"media"},
     "aiohttp": {"upstream"},
+    "asyncpg": {"storage"},  # the extra [postgres]
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "diskcache": {"storage"},
     "fastapi": {"api", "ui"},  # our own endpoints
-    "fsspec": {"storage"},
+    "greenlet": {"storage"},  # the extra [postgres]
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
     "jinja2": {"ui"},
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},
+    "obstore": {"storage"},  # the extra [objects]
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
@@ -199,7 +202,8 @@ def test_dependencies_are_what_is_imported() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = {line.partition(">=")[0] for line in project["optional-dependencies"]["semantic"]}
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "clients", "bench")}
+    optional = {line.partition(">=")[0] for lines in extras.values() for line in lines}
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]} | optional
     names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
              "pydantic-settings": "pydantic_settings", "stop-words": "stop_words"}  # fmt: skip

@@ -216,6 +216,58 @@ def test_ready_is_false_before_the_server_stops_and_streams_end() -> None:
             send(server.port, "GET /health HTTP/1.0")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stream_that_runs_at_sigterm_ends_whole_and_is_remembered(workers: int) -> None:
+    """As Kubernetes stops a pod: one signal, to the first process, and then patience. The port is closed before the
+    stream has its second chunk."""
+    closed = threading.Event()
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        connection.sendall(CHUNK % (b"first", b"null"))
+        assert closed.wait(20)
+        connection.sendall(CHUNK % (b" last", b'"stop"') + b"data: [DONE]\n\n")
+
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    session = "x-session-id: s\r\nauthorization: Bearer k\r\n"
+    with peer(answer) as port, ServerProcess(config(port, drain_s=0.1), workers=workers) as server:  # type: ignore[arg-type]
+        stream = send(server.port, "POST /v1/chat/completions HTTP/1.1", body, session)
+        got = b""
+        while b"first" not in got:
+            got += stream.recv(65_536)
+        os.kill(server.pid, signal.SIGTERM)
+        with pytest.raises(ConnectionError):  # what comes too late is refused, and does not wait
+            while True:
+                rest(send(server.port, "GET /health HTTP/1.0"))
+        closed.set()
+        while more := stream.recv(65_536):  # then the connection ends, too
+            got += more
+        stream.close()
+        assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and b" last" in got
+        server.stop()
+        if workers == 1:
+            server.restart()
+            context = rest(send(server.port, "GET /vm/context HTTP/1.0", b"", session))[1]
+            assert json.loads(context)["last_turn"] == 1
+
+
+def test_what_does_not_end_in_time_is_cut() -> None:
+    def answer(connection: socket.socket, head: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        connection.sendall(CHUNK % (b"first", b"null"))
+        connection.recv(1)  # until the proxy gives it up
+
+    with peer(answer) as port, ServerProcess(config(port, drain_answers_s=1)) as server:  # type: ignore[arg-type]
+        body = json.dumps({**CHAT, "stream": True}).encode()
+        stream = send(server.port, "POST /v1/chat/completions HTTP/1.1", body)
+        while b"first" not in stream.recv(65_536):
+            pass
+        os.kill(server.pid, signal.SIGTERM)
+        began_s = time.monotonic()
+        assert b"[DONE]" not in rest(stream)[1]
+        assert 0.9 < time.monotonic() - began_s < 5
+
+
 # -- the log
 
 CODE = """

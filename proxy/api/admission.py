@@ -26,6 +26,7 @@ from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.api.pool import empty
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.body import (
     LEAST_BYTES,
     NOT_SEEN,
@@ -163,9 +164,11 @@ class Admission:
         names = self._names(tenant, who)
         if split.known is not None and split.known.tenant != tenant:  # another user of this key
             split = await self._read(tenant, body, Recognised(seen.head, None, 0))
-        work = partial(self._place, split, identity, tenant, names)
+        work = partial(self._place, split, identity, tenant, names, keys.MODEL + scope + decoded["model"].encode())
         away = _is_large([raw for raw, _ in split.new])
         split, found, known = await memory.pool.run(tenant, work) if away else work()
+        if memory.store.erased != identity.erased:  # as a read of this request's has told
+            return await self.admit(headers, query, body, deployment)
         if known is not None:
             memory.histories.add(scope, known, split.known)
         if names.delta is not None:
@@ -200,15 +203,18 @@ class Admission:
         return split_body(body, seen)
 
     def _place(
-        self, split: Body, identity: Identity, tenant: TenantKey, names: SessionNames
+        self, split: Body, identity: Identity, tenant: TenantKey, names: SessionNames, facts: bytes
     ) -> tuple[Body, Place, Known | None]:
-        """Where the request belongs, and the history to recognise the next one by."""
+        """Where the request belongs, and the history to recognise the next one by. `facts`: where those of its model
+        stand."""
         memory = self._memory
         nodes, anchors = chain(split, identity, tenant)
         if not nodes:  # only system messages: nothing to remember them by but themselves
             messages = [(raw, msgspec.json.decode(raw)) for raw in split.system]
             nodes, anchors = identity.extend(tenant, [], messages), []
             split = split._replace(system=[], history=None)
+        if memory.store.suspends:
+            memory.ahead(nodes, tenant, names, facts)
         tools = split.fields.get("tools")
         frame = identity.frame(split.system, bytes(tools) if tools is not None else b"")
         reattach = self._config.sessions.reattach

@@ -30,7 +30,7 @@ from proxy.api.http import (
     send_error,
 )
 from proxy.api.intake import Intake
-from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key
+from proxy.api.memory import LONG_MESSAGES, Memory, as_api_error, calibration_key, lesson_keys
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats, Visit
@@ -40,12 +40,13 @@ from proxy.conversation.calling import VM_CALLS, Calling, may_speak_first
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
-from proxy.conversation.records import State
+from proxy.conversation.records import State, record_key
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
+from proxy.memory.models import StorageTier
 from proxy.storage.l2 import StorageError
 from proxy.upstream import CHAT_PATH, Header, Reply, Upstream, UpstreamBroken
 
@@ -168,9 +169,10 @@ class ChatApi:
                 self._stats.told(answer.report)
                 if self._observer is not None:
                     self._observer(answer.report)
-                if self._writer.active and turn.shown:
+                kept = visit.memory_lost == 0 and context.identity is self._memory.identity  # nothing was erased since
+                if self._writer.active and turn.shown and kept:
                     self._writer.submit(scope["headers"], turn.pages, context.counter, turn.shown)
-                if self._embedder is not None and turn.window is not None:
+                if self._embedder is not None and turn.window is not None and kept:
                     self._embedder.submit(context.tenant, scope["headers"], turn.pages)
                 query = scope.get("query_string", b"")
                 self.model_facts.look(context.scope, context.decoded["model"], scope["headers"], query)
@@ -289,6 +291,8 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
+        loaded: dict[str, tuple[StorageTier, float]] = {}
+        model = context.decoded["model"]
         appended, lost, pool = False, False, self._memory.pool
         long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
         try:
@@ -304,12 +308,15 @@ class ChatApi:
                     reply = None
                 elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
-                    visit.remembers(self._memory.store.trouble is None)  # as far as is known
+                    visit.remembers(self._memory.store.trouble is None and not visit.reads.failed)  # as far as is known
                     reply = await exchange.complete(effect)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:
                         reply.ended_s = time.time()
+                        if self._memory.store.suspends and (end := turn.ending(reply)) is not None:
+                            lessons = lesson_keys(context.scope, model, context.counter.name)
+                            self._memory.store.ahead([*lessons, record_key(end)])
                 elif isinstance(effect, Append):
                     reply = None
                     try:
@@ -320,10 +327,16 @@ class ChatApi:
                     near: list[Hit] = []
                     if self._embedder is not None:
                         with suppress(StorageError):  # else it is by words
-                            near = await self._embedder.near(context.tenant, headers, effect, turn.pages)
-                    reply = await self._memory.search(context.tenant, effect, turn.pages, near)
+                            near = await self._embedder.near(
+                                context.tenant, headers, effect, turn.pages, context.identity
+                            )
+                    reply = await self._memory.search(context.tenant, effect, turn.pages, near, context.identity)
                 elif isinstance(effect, Load):
-                    reply = await self._renditions.load(context.tenant, effect, turn.pages, patience)
+                    began_s = time.perf_counter()
+                    reply = await self._renditions.load(
+                        context.tenant, effect, turn.pages, patience, context.identity
+                    )
+                    loaded[effect.page_id] = visit.reads.coldest, (time.perf_counter() - began_s) * 1000
                 else:
                     assert_never(effect)
         finally:
@@ -331,6 +344,9 @@ class ChatApi:
         if turn.unremembered is not None:
             log.error("an answer is not remembered: what it goes on from is damaged (%r)", turn.unremembered)
         visit.remembers(not lost and turn.unremembered is None)
+        for fault in answer.report.faults:
+            parts = [where for page_id, where in loaded.items() if page_id.partition(".")[0] == fault.page_id.partition(".")[0]]
+            fault.tier, fault.ms = max((tier for tier, _ in parts), default=fault.tier), sum(ms for _, ms in parts)
         ours = [record for record, _ in turn.settled]
         if turn.record is not None and turn.window is not None:
             ours.append(turn.record)
@@ -340,7 +356,6 @@ class ChatApi:
                 self._memory.keep_state(turn.record, state)
             for record, settled in turn.settled[-_SETTLED:]:
                 self._memory.keep_settled(record, settled)
-        model = context.decoded["model"]
         if answer.refused is not None:
             if answer.unexplained:
                 self.model_facts.failed(context.scope, model)

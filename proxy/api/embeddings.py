@@ -26,7 +26,7 @@ from proxy.api.writer import CREDENTIALS
 from proxy.config import Config
 from proxy.conversation.effects import Search
 from proxy.conversation.pages import PathPages
-from proxy.conversation.tree import TenantKey
+from proxy.conversation.tree import Identity, TenantKey
 from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.search.vectors import NO_VECTOR, Vector, page_text, vector_of, whole
@@ -86,6 +86,7 @@ class _Caller:
     def __init__(self, tenant: TenantKey) -> None:
         self.tenant = tenant
         self.headers: tuple[Header, ...] = ()
+        self.identity: Identity | None = None  # what the pages that wait were read with
         self.waiting: OrderedDict[bytes, str] = OrderedDict()  # storage key -> text
         self.places: LRUCache[bytes, bool] = LRUCache(_PLACES)
         self.failures = 0  # in a row, in the background
@@ -140,10 +141,11 @@ class Embedder:
     # -- in a request
 
     async def near(
-        self, tenant: TenantKey, headers: Sequence[Header], effect: Search, pages: PathPages
-    ) -> list[Hit]:
-        """The pages of a search by meaning, best first; [] where that is not known in time. StorageError when
-        it cannot be stored."""
+        self, tenant: TenantKey, headers: Sequence[Header], effect: Search, pages: PathPages,
+        identity: Identity | None = None,
+    ) -> list[Hit]:  # fmt: skip
+        """The pages of a search by meaning, best first; [] where that is not known in time. `identity`: its turn's.
+        StorageError when it cannot be stored."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
@@ -153,7 +155,7 @@ class Embedder:
         if stored is None:
             found, puts = await self._found(self._caller(tenant, headers), effect, ids, pages)
             stored = msgspec.msgpack.encode(found)
-            if await memory.store.commit(puts, adds=[(key, stored)]):  # another replica was first
+            if await memory.keep(pages.owner, identity or memory.identity, puts, [(key, stored)]):  # another replica was first
                 stored = memory.get(key) or stored
         return _read_hits(stored)
 
@@ -184,6 +186,9 @@ class Embedder:
     def submit(self, tenant: TenantKey, headers: Sequence[Header], pages: PathPages) -> None:
         """Have the pages of that path embedded which are not yet."""
         caller = self._caller(tenant, headers)
+        if caller.identity is not self._memory.identity:
+            self._give_up(caller, 0.0)
+            caller.identity = self._memory.identity
         if caller.rests_until_s > asyncio.get_running_loop().time():
             return
         if self._waiting < self._config.embeddings_queue_pages and len(self._tasks) < _CALLERS:
@@ -197,7 +202,7 @@ class Embedder:
         return caller
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(self._memory.beside(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -209,6 +214,8 @@ class Embedder:
             missing = await self._memory.pool.run(caller.tenant, self._missing, pages, known)
         except (StorageError, ApiError) as error:  # or too many wait for a thread
             log.warning("pages are not embedded: %s", error)
+            return
+        if caller.identity is not self._memory.identity:  # something was erased since, perhaps of this
             return
         for key, text in missing.items():
             if key not in caller.waiting:
@@ -231,12 +238,16 @@ class Embedder:
         """Embed what waits, a batch after the other."""
         most = size = self._config.embeddings_batch_pages
         while caller.waiting:
+            identity = self._memory.identity
+            if caller.identity is not identity:
+                self._give_up(caller, 0.0)
+                return
             keys = list(islice(caller.waiting, size))
             await self._turn(len(keys))
             try:
                 async with self._calls, asyncio.timeout(self._config.embeddings_timeout_s):
                     vectors = await self._embed([caller.waiting[key] for key in keys], caller.headers)
-                await self._keep(caller.tenant, keys, vectors)
+                await self._keep(caller.tenant, identity, keys, vectors)
                 size, caller.failures = min(most, 2 * size), 0
             except (*_FAILURES, TimeoutError, StorageError) as error:
                 log.warning("%d pages are not embedded yet: %s", len(keys), str(error) or "no answer in time")
@@ -253,7 +264,7 @@ class Embedder:
                     size //= 2
                     continue
                 with suppress(StorageError):  # refused by itself: it is found by its words
-                    await self._keep(caller.tenant, keys, [NO_VECTOR])
+                    await self._keep(caller.tenant, identity, keys, [NO_VECTOR])
             for key in keys:
                 self._waiting -= caller.waiting.pop(key, None) is not None
 
@@ -272,12 +283,14 @@ class Embedder:
         if start > now:
             await asyncio.sleep(start - now)
 
-    async def _keep(self, tenant: TenantKey, keys: Sequence[bytes], vectors: Sequence[Vector]) -> None:
+    async def _keep(
+        self, tenant: TenantKey, identity: Identity, keys: Sequence[bytes], vectors: Sequence[Vector]
+    ) -> None:
         health = self._health(tenant)
         version = blake2b(health.version + b"".join(keys), digest_size=16).digest()
         adds = [(key, vector.tobytes()) for key, vector in zip(keys, vectors, strict=True)]
         now = _Health(version, health.late, max(0, health.owed - 1))
-        await self._memory.store.commit([self._health_put(tenant, now)], adds=adds)
+        await self._memory.keep(tenant, identity, [self._health_put(tenant, now)], adds)
 
     async def _embed(self, texts: Sequence[str], headers: Sequence[Header]) -> list[Vector]:
         """A vector for each text. Raises ValueError for an answer that has none."""

@@ -24,14 +24,23 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from proxy.api.bill import conversation_bill
-from proxy.api.caller import Caller, caller, encoded, with_body
-from proxy.api.memory import Memory, as_api_error
+from proxy.api.caller import Caller, caller_of
+from proxy.api.erasure import Erasures
+from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.keys import TENANT_BYTES
 from proxy.conversation.pages import PathPages
-from proxy.conversation.records import GetRecord, Record, history, restore_state
-from proxy.conversation.tree import ID_BYTES, KeyScope
+from proxy.conversation.records import (
+    GetRecord,
+    Record,
+    conversation_key,
+    history,
+    owner_of,
+    restore_state,
+)
+from proxy.conversation.tree import ID_BYTES, KeyScope, TenantKey
 from proxy.errors import ApiError
 from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import MEDIA_PART
@@ -40,7 +49,6 @@ from proxy.tokens import get_counter
 
 _TURN_DIGITS = 9  # more of them is no turn of anyone's
 _PAGE_ID_CHARS = 64
-_BODYS, _METADATA = ("user", "safety_identifier"), "metadata."  # of a chat request's body
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +85,7 @@ def own_endpoints(
     memory: Memory,
     sessions: SessionsConfig,
     model_table: Callable[[KeyScope], list[dict[str, Any]]],
+    erasures: Erasures,
 ) -> FastAPI:
     """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/bill, /vm/context?turn=N (default: the last
     turn), /vm/provenance?page=ID.
@@ -102,6 +111,16 @@ def own_endpoints(
         latest_breaks [{turn, reason, message, lost_tokens}]    the newest 50      (of a conversation)
             message                   the page id from which on the client said something else, or null
             lost_tokens               null where upstream does not say what it cached
+
+    DELETE /vm/conversations/ID, /vm/conversations?session=NAME (or its header), /vm/conversations/ID/messages/PAGE,
+    /vm/tenants/self: all that is stored of it is erased (docs/erasure.md); the answer is the receipt. GET /vm/erasures:
+    {erasures: [the tenant's receipts, and what is under way]}; DELETE /vm/erasures: the tenant's receipts go. A receipt:
+
+        id, what, by, began_s, ended_s    conversation | message | user | key; tenant | operator | retention; Unix seconds
+        under_way                         true, in place of ended_s, until it is done
+        conversations [ID]                those that went, or that the message was in; of a user or key all did
+        values {kind: number}, objects [name]    what went, in the database and beside it
+        messages_sha256 [hexadecimal]     of the bytes of each message as its client sent it, or was sent it
     """
     app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url="/vm/openapi.json")
     for failure in (HTTPException, ApiError, StorageError, LookupError):
@@ -155,6 +174,45 @@ def own_endpoints(
     async def read_provenance(request: Request) -> JSONResponse:
         return JSONResponse(await _provenance(request, _head(request, memory, sessions), memory))
 
+    @app.delete("/vm/conversations/{name}")
+    async def erase_conversation(request: Request, name: str) -> JSONResponse:
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        return JSONResponse((await erasures.erase("conversation", "tenant", [owner])).told())
+
+    @app.delete("/vm/conversations")
+    async def erase_session(request: Request) -> JSONResponse:
+        tenant, identity = _tenant(request, memory, sessions), memory.identity
+        session = _session(request, _caller(request, sessions))
+        named = [identity.label(tenant, session), identity.session(tenant, session)]
+        values = await asyncio.to_thread(lambda: [memory.store.get(key) or b"" for key in named])
+        owners = {owner_of(ids[at : at + ID_BYTES]) for ids in values for at in range(0, len(ids), ID_BYTES)}
+        if not owners:
+            raise _no_session()
+        return JSONResponse((await erasures.erase("conversation", "tenant", owners)).told())
+
+    @app.delete("/vm/conversations/{name}/messages/{page}")
+    async def erase_message(request: Request, name: str, page: str) -> JSONResponse:
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        content = await asyncio.to_thread(erasures.content_of, owner, page)
+        if content is None:
+            raise ApiError(404, "There is no such message in this conversation.", param="page", code="page_not_found")
+        return JSONResponse((await erasures.erase("message", "tenant", [owner], content)).told())
+
+    @app.delete("/vm/tenants/self")
+    async def erase_tenant(request: Request) -> JSONResponse:
+        tenant = _tenant(request, memory, sessions)
+        return JSONResponse((await erasures.erase("user", "tenant", [tenant[:TENANT_BYTES]])).told())
+
+    @app.get("/vm/erasures")
+    async def read_erasures(request: Request) -> JSONResponse:
+        found = await asyncio.to_thread(erasures.receipts, _tenant(request, memory, sessions))
+        return JSONResponse({"erasures": [erasure.told() for erasure in found]})
+
+    @app.delete("/vm/erasures")
+    async def forget_erasures(request: Request) -> Response:
+        await erasures.forget_receipts(_tenant(request, memory, sessions))
+        return Response(status_code=204)
+
     return app
 
 
@@ -180,39 +238,55 @@ async def _refused(request: Request, failure: Exception) -> Response:
 
 
 def _caller(request: Request, sessions: SessionsConfig) -> Caller:
-    """Who asks, by the same rule as on the chat path: what a chat body would say of its user stands
-    in ?user=, ?safety_identifier= and ?metadata.NAME=."""
-    query = list(request.query_params.multi_items())
-    body: dict[str, Any] = {name: value for name, value in query if name in _BODYS}
-    body["metadata"] = {
-        name.removeprefix(_METADATA): value for name, value in query if name.startswith(_METADATA)
-    }
-    rest = [(n, v) for n, v in query if n not in body and not n.startswith(_METADATA)]
-    headers = request.scope["headers"]
-    return with_body(caller(headers, rest, encoded(sessions.headers), encoded(sessions.delta_headers)), body)
+    return caller_of(request.scope["headers"], request.query_params.multi_items(), sessions)
 
 
 def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:
     """The last answered turn of the conversation or session that the request names."""
-    memory.renew()
-    who = _caller(request, sessions)
-    tenant = memory.identity.tenant(who.credentials, who.person)
-    session = who.label or request.query_params.get("session")
+    tenant = _tenant(request, memory, sessions)
     conversation = request.query_params.get("conversation")
     if conversation:
         head = memory.conversation(tenant, conversation)
         if head is None:
-            raise ApiError(404, "There is no such paged conversation for these credentials.",
-                           param="conversation", code="conversation_not_found")  # fmt: skip
+            raise _no_conversation()
         return head
+    session = _session(request, _caller(request, sessions))
+    head = _last(memory.store.get(memory.identity.label(tenant, session)) or b"", memory.get_record)
+    if head is None:
+        raise _no_session()
+    return head
+
+
+def _tenant(request: Request, memory: Memory, sessions: SessionsConfig) -> TenantKey:
+    memory.renew()
+    who = _caller(request, sessions)
+    return memory.identity.tenant(who.credentials, who.person)
+
+
+def _conversation(name: str, tenant: TenantKey, memory: Memory) -> bytes:
+    """Whose a tenant's conversation is."""
+    owner = owner_named(tenant, name)
+    if owner is None or memory.store.get(conversation_key(owner)) is None:
+        raise _no_conversation()
+    return owner
+
+
+def _session(request: Request, who: Caller) -> str:
+    session = who.label or request.query_params.get("session")
     if not session:
         raise ApiError(400, "Name the session in its header or in ?session=.", param="session",
                        code="missing_required_parameter")  # fmt: skip
-    head = _last(memory.store.get(memory.identity.label(tenant, session)) or b"", memory.get_record)
-    if head is None:
-        raise ApiError(404, "There is no such session for these credentials.", param="session",
-                       code="session_not_found")  # fmt: skip
-    return head
+    return session
+
+
+def _no_conversation() -> ApiError:
+    message = "There is no such conversation for these credentials."
+    return ApiError(404, message, param="conversation", code="conversation_not_found")
+
+
+def _no_session() -> ApiError:
+    message = "There is no such session for these credentials."
+    return ApiError(404, message, param="session", code="session_not_found")
 
 
 def _last(answers: bytes, get: GetRecord) -> Record | None:

@@ -6,14 +6,18 @@ Promises: what is stored is immutable and found by content; everything kept in R
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
 
+from proxy.api.erasure import erased_since
 from proxy.api.pool import Pool, empty
 from proxy.config import Config
 from proxy.conversation import keys
@@ -22,10 +26,11 @@ from proxy.conversation.calibration import Calibration
 from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
-from proxy.conversation.pages import PathPages
+from proxy.conversation.pages import PathPages, forget_lines
 from proxy.conversation.records import (
     LastUse,
     Record,
+    SessionNames,
     State,
     Stored,
     block_key,
@@ -42,18 +47,23 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import Identity, KeyScope, Node, NodeId, TenantKey
 from proxy.conversation.window import Window
-from proxy.errors import ApiError
+from proxy.errors import ApiError, ErasedMeanwhile
 from proxy.memory.ids import Hit
 from proxy.memory.table import PageTable
 from proxy.search.paths import PathIndexes, make_encoder, piece_version
-from proxy.storage import open_store
+from proxy.storage import open_store, start_demotion
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.l2 import RETRY_S, Damaged, StorageError
+from proxy.storage.tiered import READS
+
+if TYPE_CHECKING:  # an extra
+    from proxy.storage.demotion import Demotion
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
+_NEWEST, _ANSWERS = 8, 2  # messages among which the newest answers are looked for, and how many
 _LOOK_S = 0.5  # between two looks for what other processes erased
 _ENCODE_AT_ONCE = 8  # so does encoding more than this
 # or ranking the vectors of more; those of upstream's are read from the store while others wait for the index
@@ -64,10 +74,13 @@ _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
 
 log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 
 
 def as_api_error(error: StorageError | LookupError) -> ApiError:
     """What a caller is told who cannot be served without what is stored: nothing that would pass by itself was done."""
+    if isinstance(error, LookupError) and (reads := READS.get()) is not None and reads.failed is not None:
+        error = StorageError(reads.failed)  # it is there, and cannot be read now
     if isinstance(error, Damaged | LookupError):
         message = f"{str(error).rstrip('.')}. The storage is damaged: send the whole history, or begin another session."
         return ApiError(500, message, "api_error", "storage_damaged")
@@ -79,7 +92,9 @@ class Memory:
     """One per process."""
 
     def __init__(self, config: Config) -> None:
-        self.store = open_store(config, keys.KINDS)
+        self._config = config
+        self._demotion: Demotion | None = None
+        self.store = open_store(config, keys)
         self.store.look()
         self._looked_s = 0.0
         self._generation = self.store.generation
@@ -95,15 +110,23 @@ class Memory:
         self._ranked_at_once = _RANK_AT_ONCE[config.search.embeddings]
         self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
 
+    def start(self) -> None:
+        """Begin what is done beside the requests, on this event loop."""
+        self._demotion = start_demotion(self.store, self._config)
+
     async def close(self) -> None:
         self.pool.close()
+        if self._demotion is not None:
+            await self._demotion.close()
         await self.store.close()
 
     def forget(self) -> None:
         """Drop everything that is only cached, as invariant 9 is proved."""
         self.cache.clear()
+        self.store.forget()
         self.histories.clear()
         self.indexes.clear()
+        forget_lines()
 
     def renew(self) -> None:
         """Forget what is known of a store that is not there any more, or of which something was erased. (A turn that
@@ -118,6 +141,36 @@ class Memory:
         if self.identity.secret != secret or self.identity.erased != erased:
             self.identity = Identity(secret, erased)
             self.library = Library(self.identity, self.get_record, self.load_path, self.get, self.store.get)
+
+    # -- a store that may be waited for
+
+    def requests(self, function: Callable[_P, Awaitable[None]]) -> Callable[_P, Awaitable[None]]:
+        """What serves requests, each call of it one: below it, what is stored may be read by plain calls."""
+        if not self.store.suspends:
+            return function
+        from proxy.storage.suspend import suspending
+
+        return suspending(function)
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """The same for a task beside the requests."""
+        if not self.store.suspends:
+            return work
+        from proxy.storage.suspend import suspendable
+
+        return suspendable(work)
+
+    def ahead(self, nodes: Sequence[Node], tenant: TenantKey, names: SessionNames, facts: bytes) -> None:
+        """Ask at once for what placing a request is going to read (identify.py), and for what is known of its model."""
+        wanted, newest = [facts], range(len(nodes) - 1, max(-1, len(nodes) - 1 - _NEWEST), -1)
+        answers = [at for at in newest if nodes[at].role == "assistant"][:_ANSWERS]
+        if answers and self.cache.get("record", nodes[answers[0]].id) is None:
+            first = next((at for at in range(min(_NEWEST, len(nodes))) if nodes[at].role == "assistant"), answers[0])
+            wanted += dict.fromkeys(record_key(nodes[at].id) for at in (*answers, first))
+            wanted += [self.identity.pair(tenant, nodes[at - 1].content, nodes[at].content) for at in answers if at]
+        if names.delta is not None:
+            wanted.append(names.delta)
+        self.store.ahead(wanted)
 
     # -- reading
 
@@ -179,10 +232,11 @@ class Memory:
         return found
 
     async def search(
-        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = ()
+        self, tenant: TenantKey, effect: Search, pages: PathPages, near: Sequence[Hit] = (),
+        identity: Identity | None = None,
     ) -> list[Hit]:
         """Perform a search over the first `effect.before` messages of this path, and no others; `near`:
-        the pages by meaning, where they are found otherwise."""
+        the pages by meaning, where they are found otherwise; `identity`: what its turn began with."""
         ids = pages.index_keys(effect.before)
         if not ids:
             return []
@@ -190,12 +244,16 @@ class Memory:
         missing = self.indexes.missing(ids)
         new = pages.path[effect.before - min(missing, self._at_once) : effect.before]
         is_large = missing > self._at_once or sum(len(node.raw) for node in new) > _AT_ONCE_BYTES
-        if is_large or len(ids) > self._ranked_at_once:
+        if is_large or len(ids) > self._ranked_at_once or self.store.suspends:  # an index is locked while it is read
             hits = await self.pool.run(tenant, self.indexes.search, *work)
         else:
             hits = self.indexes.search(*work)
-        if due := self.indexes.due():
-            await self.store.commit([(self._piece_key(key), piece) for key, piece in due])
+        due = self.indexes.due(pages.owner)
+        if identity not in (None, self.identity):  # something was erased since, perhaps of this
+            self.indexes.clear()
+        elif due:
+            with suppress(ErasedMeanwhile):
+                await self.keep(pages.owner, self.identity, [(self._piece_key(key), piece) for key, piece in due])
         return hits
 
     def _piece_key(self, key: bytes) -> bytes:
@@ -218,7 +276,7 @@ class Memory:
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
         puts += self._left_behind(records)
-        known = await self.store.commit([*puts, *more], effect.joins, adds, identity.secret, identity.erased)
+        known = await self.keep(tenant, identity, [*puts, *more], adds, effect.joins)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
@@ -242,6 +300,23 @@ class Memory:
         if head in (parent, *(record.id for record in records)):
             return []
         return [(tip_key(head), LastUse(head, records[-1].seen_s).encode())]
+
+    async def keep(
+        self, owner: bytes, identity: Identity, puts: Sequence[tuple[bytes, bytes]],
+        adds: Sequence[tuple[bytes, bytes]] = (), joins: Sequence[tuple[bytes, bytes]] = (),
+    ) -> frozenset[bytes]:  # fmt: skip
+        """Store what was made with these ids, all of one tenant's; the keys of `adds` that are there. StorageError when
+        their store is not there any more; ErasedMeanwhile when something of the tenant was erased since."""
+        erased = identity.erased
+        while True:
+            try:
+                return await self.store.commit(puts, joins, adds, identity.secret, erased)
+            except ErasedMeanwhile:
+                await asyncio.to_thread(self.store.look)
+                now = self.store.erased
+                if await asyncio.to_thread(erased_since, self.store, owner, erased):
+                    raise
+                erased = now
 
     def keep_state(self, record: Record, state: State) -> None:
         """Remember the state after a stored turn, so that the next one need not restore it."""
@@ -307,3 +382,8 @@ def owner_named(tenant: TenantKey, name: str) -> bytes | None:
 
 def calibration_key(scope: KeyScope, model: str, counter: str) -> bytes:
     return keys.CALIBRATION + scope + counter.encode() + b"/" + model.encode()
+
+
+def lesson_keys(scope: KeyScope, model: str, counter: str) -> list[bytes]:
+    """What an answer may change of what is known of its model."""
+    return [calibration_key(scope, model, counter), keys.MODEL + scope + model.encode(), keys.MODELS + scope]

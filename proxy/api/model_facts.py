@@ -206,7 +206,7 @@ class ModelFacts:
                 work = self._look_up(listed, scope, model)
             else:
                 work = self._ask(listed, scope, model, headers, query)
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(self._memory.beside(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -16,6 +16,8 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 from proxy.errors import ApiError
@@ -55,8 +57,9 @@ class Pool:
         self._changed = threading.Condition()
 
     async def run(self, whose: bytes, work: Callable[..., _T], *arguments: Any) -> _T:
-        """What `work` returns or raises (StopIteration excepted: it cannot cross). ApiError 503 when too many wait."""
-        job = _Job(whose, lambda: work(*arguments), asyncio.get_running_loop())
+        """What `work`, with the caller's context variables, returns or raises (StopIteration excepted: it cannot cross).
+        ApiError 503 when too many wait."""
+        job = _Job(whose, partial(copy_context().run, work, *arguments), asyncio.get_running_loop())
         self._add(job)
         try:
             found: _T = await asyncio.shield(job.answer)

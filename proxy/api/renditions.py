@@ -1,8 +1,8 @@
-"""What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept in L3.
+"""What pages cost a codec or a model to be shown as: smaller media, a model's words. Made once, kept.
 
 Promises: a rendition is found by conversation, content and level, so nobody sees another's words about an
 equal image (invariant 6); a medium is decoded once, in a process of its own, and that it cannot be decoded is
-kept as well; without L3, a model or a decoder that has time it is made anew or said extractively, and the turn
+kept as well; without a store, a model or a decoder that has time it is made anew or said extractively, and the turn
 goes on; what was damaged is made again; the original is never touched (invariant 4).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
@@ -20,16 +21,16 @@ from cachetools import LRUCache
 from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.config import Config
+from proxy.conversation import keys
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
-from proxy.conversation.tree import TenantKey
+from proxy.conversation.tree import Identity, TenantKey
 from proxy.media.decoders import Codec
-from proxy.memory.artifacts_bridge import ArtifactError, ArtifactsBridge
+from proxy.memory.artifacts_bridge import ArtifactError, decode_page, encode_page
 from proxy.memory.levels import DECODED, codec_of
 from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType, json_text
 from proxy.storage.l2 import StorageError
-from proxy.storage.l3 import ArtifactStore
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,10 @@ _WORDS = {
 
 
 class Renditions:
-    """One per process; `memory` keeps which rendition is which artifact, `tiers.l3.url` the artifacts."""
+    """One per process; `memory` keeps them, as the bytes of artifacts."""
 
     def __init__(self, config: Config, memory: Memory, decoders: Decoders | None = None) -> None:
         self._memory = memory
-        url = config.tiers.l3.url or str(config.tiers.l2.path / "artifacts")
-        self._bridge = ArtifactsBridge(ArtifactStore(url))
         self._decoders = Decoders(config) if decoders is None else decoders
         self._wait_s = config.decoders.wait_s
         self._killed: LRUCache[bytes, bool] = LRUCache(_KILLED)
@@ -63,11 +62,17 @@ class Renditions:
         """A new request's."""
         return Patience(self._wait_s)
 
+    @property
+    def identity(self) -> Identity:
+        """Another one whenever something was erased."""
+        return self._memory.identity
+
     async def load(
-        self, tenant: TenantKey, effect: Load, pages: PathPages, patience: Patience | None = None
+        self, tenant: TenantKey, effect: Load, pages: PathPages, patience: Patience | None = None,
+        identity: Identity | None = None,
     ) -> MemoryPage | None:
         """The page at a level: as a model wrote it, as it was made before, or made now. None for a summary
-        that is not written yet. `patience`: its request's."""
+        that is not written yet. `patience`, `identity`: its request's."""
         level = CompressionLevel(effect.level)
         if (unwritten := unwritten_page(pages, effect.page_id)) is not None:
             return await self.find(pages.owner, unwritten, level, WRITTEN)
@@ -75,7 +80,8 @@ class Renditions:
         if level is CompressionLevel.FULL:
             return page
         if pages.medium(effect.page_id) is not None:
-            return await self._medium(tenant, await self._told(pages.owner, page), level, pages, patience or self.patience())
+            told, patience = await self._told(pages.owner, page), patience or self.patience()
+            return await self._medium(tenant, told, level, pages, patience, identity or self.identity)
         in_words = self._written_by_models and page.page_type is PageType.TRANSCRIPT
         for source in range(level, -1, -1) if in_words else ():
             written = await self.find(pages.owner, page, CompressionLevel(source), WRITTEN)
@@ -84,14 +90,18 @@ class Renditions:
         return pages.at(effect.page_id, level)
 
     async def _medium(
-        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, pages: PathPages, patience: Patience
-    ) -> MemoryPage:
+        self, tenant: TenantKey, page: MemoryPage, level: CompressionLevel, pages: PathPages, patience: Patience,
+        identity: Identity,
+    ) -> MemoryPage:  # fmt: skip
         codec, version, data = await asyncio.to_thread(_coded, page, level)
         kind = f"shown/{pages.counter.name}"  # smaller by one model's rule, not by another's
-        key = self._memory.identity.rendition(pages.owner, version, int(level), kind)
+        key = identity.rendition(pages.owner, version, int(level), kind)
         made: MemoryPage | None = self._memory.cache.get("rendition", key)
         if made is None:
-            decoded = await self._decoded(tenant, pages.owner, codec, version, data, patience) if codec is not None else {}
+            decoded: dict[str, Any] | None = {}
+            if codec is not None:
+                key_decoded = identity.rendition(pages.owner, version.partition("/")[0], 0, f"decoded/{codec}")
+                decoded = await self._decoded(tenant, key_decoded, codec, data, patience, identity)
             about = {**page.metadata, DECODED: decoded or {}}
             made = await asyncio.to_thread(pages.shown, page.model_copy(update={"metadata": about}), level)
             if decoded is not None:
@@ -99,10 +109,9 @@ class Renditions:
         return made.model_copy(update={"page_id": page.page_id, "provenance": page.provenance})
 
     async def _decoded(
-        self, tenant: TenantKey, owner: bytes, codec: Codec, version: str, data: bytes, patience: Patience
+        self, tenant: TenantKey, key: bytes, codec: Codec, data: bytes, patience: Patience, identity: Identity
     ) -> dict[str, Any] | None:
         """What a medium's bytes hold, decoded once; None: not now."""
-        key = self._memory.identity.rendition(owner, version.partition("/")[0], 0, f"decoded/{codec}")
         lock = self._decoding.setdefault(key, asyncio.Lock())
         with suppress(TimeoutError):
             async with patience, lock:
@@ -118,7 +127,7 @@ class Renditions:
                         return None
                     page = MemoryPage(page_id=DECODED, content=decoded)
                     self._memory.cache.put("rendition", key, page, len(json_text(decoded)))
-                    await self._keep(key, page)
+                    await self._keep(key, page, identity)
                 content: dict[str, Any] = page.content
                 return content
         return None
@@ -151,37 +160,30 @@ class Renditions:
             artifact = self._memory.get(key)
             if artifact is None:
                 return None
-            found = await self._read(artifact.decode())
-            if found is None:  # L3 was emptied: it will be made again
+            try:
+                found = decode_page(artifact)
+            except ArtifactError as error:
+                log.warning("a smaller version of a page is made again: %s", error)
                 return None
             self._memory.cache.put("rendition", key, found, len(str(found.content)))
         return found
 
     async def keep(
-        self, owner: bytes, page: MemoryPage, made: MemoryPage, kind: str
+        self, owner: bytes, page: MemoryPage, made: MemoryPage, kind: str, identity: Identity | None = None
     ) -> None:
-        """Store a rendition of `page` in L3; a failure is logged, and it will be made again."""
-        await self._keep(self._key(owner, page, made.compression_level, kind), made)
+        """Store a rendition of `page`; a failure is logged, and it will be made again. `identity`: what the page was read
+        with."""
+        await self._keep(self._key(owner, page, made.compression_level, kind), made, identity or self.identity)
 
-    async def _keep(self, key: bytes, made: MemoryPage) -> None:
+    async def _keep(self, key: bytes, made: MemoryPage, identity: Identity) -> None:
         try:
-            artifact = await self._bridge.store_page(made)
-            await self._memory.store.commit([(key, artifact.encode())])
+            await self._memory.keep(keys.owner(key), identity, [(key, encode_page(made))])
         except (ArtifactError, StorageError) as error:
             log.warning("a smaller version of a page cannot be kept: %s", error)
 
-    async def _read(self, artifact: str) -> MemoryPage | None:
-        """The page of an artifact. A damaged one is dropped: its key must hold the bytes that it
-        names, and it could not be stored again beside others."""
-        try:
-            return await self._bridge.load_page(artifact)
-        except StorageError as error:
-            log.warning("a smaller version of a page cannot be read: %s", error)
-        except ArtifactError as error:
-            log.warning("a smaller version of a page is made again: %s", error)
-            with suppress(StorageError):
-                await self._bridge.delete(artifact)
-        return None
+    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """As `Memory.beside`."""
+        return self._memory.beside(work)
 
     def _key(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> bytes:
         return self._memory.identity.rendition(owner, page.version, int(level), kind)

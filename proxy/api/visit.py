@@ -42,6 +42,8 @@ from proxy.conversation.pages import packed_lines
 from proxy.conversation.records import conversation_name, owner_of
 from proxy.conversation.report import TurnReport
 from proxy.memory.metrics import UserExperienceMetrics
+from proxy.memory.models import StorageTier
+from proxy.storage.tiered import READS, Reads
 from proxy.upstream import Header
 
 log = logging.getLogger("proxy.request")
@@ -55,6 +57,7 @@ _COUNTED: Final = (
 _NAME: Final = re.compile(r"[\w.:/-]{1,64}")  # a code of upstream's, in the log
 _MEMORY_LOST: Final = (b"x-llm-pager-memory", b"lost")
 _MODELS: Final = 256  # whose bills are kept apart, for their prices
+_BELOW: Final = (StorageTier.L3, StorageTier.L4)
 _OTHER: Final = ""  # all others'
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST  # of the metrics
 _SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -94,6 +97,8 @@ class Visit:
         self.conversation = ""
         self.model = ""
         self.rounds = self.faults = self.searches = self.epochs = self.crowded = self.refusals = 0
+        self.reads = READS.get() or Reads()
+        self.fault_tiers = ""  # each fault's, and its milliseconds
         self.memory_lost = 0  # 1: the answer cannot be remembered
         self.used_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
@@ -167,6 +172,7 @@ class Visit:
         self.channel = report.channel
         self.rounds, self.used_tokens = report.rounds, report.used_tokens
         self.faults, self.searches = len(report.faults), len(report.searches)
+        self.fault_tiers = ",".join(f"{fault.tier.value}:{fault.ms:.1f}ms" for fault in report.faults)
         self.epochs, self.crowded = int(report.new_epoch), int(report.crowded)
         usage = usage or {}
         billed = usage.get("vm") or usage
@@ -198,6 +204,11 @@ class Visit:
             line["memory"] = "lost"
         if self.channel != "unpaged" or self.refusals:
             line.update((name, value) for name in _COUNTED if (value := getattr(self, name)))
+        if self.fault_tiers:
+            line["fault_tiers"] = self.fault_tiers
+        for tier in _BELOW:
+            if values := self.reads.values[tier]:
+                line[f"{tier.value}_reads"], line[f"{tier.value}_ms"] = values, round(self.reads.seconds[tier] * 1000, 1)
         log.info("%s", line, extra={"fields": line})
 
 
@@ -240,6 +251,20 @@ class Stats:
         )  # fmt: skip
         self._broken = lru_cache(8)(broken.labels)
         self._sides = [paged.labels(what) for what in ("llm_pager", "sliding_window", "full_history")]
+        read = Counter(
+            "llm_pager_values_read", "Values that requests read from objects: L3 large ones, L4 of unused conversations",
+            ("tier",), registry=own,
+        )  # fmt: skip
+        read_seconds = Counter(
+            "llm_pager_values_read_seconds", "Seconds that these took, summed", ("tier",), registry=own
+        )
+        fault_seconds = Histogram(
+            "llm_pager_fault_seconds", "Time to load a page that the model asked for, by the coldest tier that the"
+            " request had read from", ("tier",), buckets=_SECONDS, registry=own,
+        )  # fmt: skip
+        self._read_seconds = lru_cache(8)(read_seconds.labels)
+        self._read, self._fault_seconds = lru_cache(8)(read.labels), lru_cache(8)(fault_seconds.labels)
+        self._faults: dict[str, tuple[int, float]] = {}  # by tier: how many, milliseconds
         self._requests = lru_cache(64)(requests.labels)
         self._unpaged = lru_cache(8)(unpaged.labels)
         self._seconds = lru_cache(8)(seconds.labels)
@@ -261,6 +286,10 @@ class Stats:
         for field, counter in self._counters:
             if value := getattr(visit, field):
                 counter.inc(value)
+        for tier in _BELOW:
+            if values := visit.reads.values[tier]:
+                self._read(tier.value).inc(values)
+                self._read_seconds(tier.value).inc(visit.reads.seconds[tier])
 
     def told(self, report: TurnReport) -> None:
         """Count one answered turn."""
@@ -281,6 +310,10 @@ class Stats:
         self.epochs += report.new_epoch
         self.crowded_epochs += report.crowded
         report.record(self.metrics)
+        for fault in report.faults:
+            count, ms = self._faults.get(tier := fault.tier.value, (0, 0.0))
+            self._faults[tier] = count + 1, ms + fault.ms
+            self._fault_seconds(tier).observe(fault.ms / 1000)
 
     def snapshot(self) -> dict[str, Any]:
         """For /vm/stats: JSON values, in a fixed order."""
@@ -292,6 +325,7 @@ class Stats:
             "crowded_epochs": self.crowded_epochs,
             "unpaged": dict(sorted(self.unpaged.items())),
             "user_experience": self.metrics.snapshot(),
+            "faults": {tier: {"count": count, "ms": round(ms / count, 1)} for tier, (count, ms) in sorted(self._faults.items())},
             "pack_cache": lines.model_dump(),
             "l1": {"values": len(cache), "tokens": cache.tokens, "hits": cache.hits,
                    "misses": cache.misses},

@@ -21,6 +21,7 @@ from proxy.config import Config
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
+from proxy.conversation.tree import Identity
 from proxy.errors import ApiError
 from proxy.media.parts import read_part
 from proxy.memory.compressor import ABSTRACT_TOKENS, clip
@@ -72,6 +73,7 @@ class Job:
     prompt: str | None
     headers: tuple[Header, ...]
     counter: TokenCounter
+    identity: Identity  # what the page was read with
 
 
 class Writer:
@@ -109,9 +111,9 @@ class Writer:
                 self.dropped += 1
                 continue
             self._waiting.add(key)
-            self._queue.put_nowait(Job(pages.owner, page, level, limit_tokens, prompt, kept, counter))
+            self._queue.put_nowait(Job(pages.owner, page, level, limit_tokens, prompt, kept, counter, self._renditions.identity))
         while len(self._workers) < self._config.max_jobs and not self._queue.empty():
-            self._workers.append(asyncio.ensure_future(self._work()))
+            self._workers.append(asyncio.ensure_future(self._renditions.beside(self._work())))
 
     async def close(self) -> None:
         for worker in self._workers:
@@ -186,6 +188,8 @@ class Writer:
 
     async def _serve(self, job: Job) -> None:
         """Write, unless it was written before: an epoch shows its pages again and again."""
+        if job.identity is not self._renditions.identity:
+            return  # something was erased since, perhaps of this
         if await self._renditions.find(job.owner, job.page, job.level, WRITTEN) is not None:
             return
         text, claims = await self._write(job), list[Claim]()
@@ -202,7 +206,7 @@ class Writer:
                 "metadata": {**job.page.metadata, "claims": [list(claim) for claim in claims]},
             }
         )
-        await self._renditions.keep(job.owner, job.page, made, WRITTEN)
+        await self._renditions.keep(job.owner, job.page, made, WRITTEN, job.identity)
         self.written += 1
 
     async def _write(self, job: Job) -> str:

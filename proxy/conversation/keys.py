@@ -22,7 +22,7 @@ INDEX = b"i"  # + hash of how pages and words are cut, node id: a piece of the s
 VECTOR = b"e"  # + hash of model, text: the vector of a page with that text
 NEAR = b"q"  # + hash of model, history, query: the pages that a search found by meaning
 
-TITLE = b"w"  # nothing else: when a conversation began (4 bytes, Unix time), and its first words
+TITLE = b"h"  # nothing else: when a conversation began (4 bytes, Unix time), and its first words
 PINS = b"P"  # nothing else: the pages that a person pinned or unpinned (pins.py)
 
 TIP = b"T"  # + the last of the id of its last node: the id of an answer that the conversation did not go on from, and when it left
@@ -41,7 +41,19 @@ MODELS = b"M"  # + scope: the names of the models of which that is known
 CALIBRATION = b"k"  # + scope, counter, "/", model: what a key's bills taught of counting
 STATED = b"L"  # + scope: the windows that the upstream's own list of models states
 
-OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, TITLE, PINS, TIP})
+# What left L2 (storage/tiered.py):
+ARCHIVE = b"a"  # nothing else, joined: owner and hash of each pack that has values of a conversation
+LARGE = b"o"  # + letter, rest of a key: its value is large and on its way to L3
+
+LEASE = b"w"  # + a work's name, joined: who of all processes does it, nobody's (storage/lease.py)
+
+# Of erasures (erasure.py), which outlive what they erase:
+LINK = b"r"  # + another owner of the tenant: one of the two goes on from the other, or reads its messages there
+ERASING = b"y"  # + its id: an erasure that is under way
+RECEIPT = b"x"  # + scope and person, or scope and zeros, its number, its id: an erasure that is done
+
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, ARCHIVE, LARGE, LINK, TITLE, PINS, TIP})
+MOVING = OF_CONVERSATION - {CONVERSATION, ARCHIVE, LARGE, LINK, TITLE, PINS, TIP}  # kinds whose values go to L3 and L4
 OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
@@ -59,5 +71,7 @@ KINDS = {
     PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
     TITLE: "first words of a conversation", PINS: "list of a person's pins", TIP: "end of a branch",
+    ARCHIVE: "list of packs", LARGE: "large value on its way", LEASE: "lease of a work",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
+    LINK: "link of two conversations", ERASING: "erasure under way", RECEIPT: "receipt of an erasure",
 }  # fmt: skip

@@ -572,6 +572,10 @@ def _place(page_id: str) -> tuple[int, int]:
     return place
 
 
+def forget_lines() -> None:
+    _lines.clear()
+
+
 def packed_lines() -> CacheStats:
     """How often a line of <VM:CONTEXT> did not have to be packed again, over all conversations."""
     return _lines.get_stats()

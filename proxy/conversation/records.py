@@ -143,6 +143,16 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         """The position after its last message."""
         return self.first + len(self.ids) + (self.shared.count if self.shared else 0)
 
+    @property
+    def others(self) -> list[bytes]:
+        """Records whose messages it reads or goes on from, perhaps on another conversation's path."""
+        found = [other for _, other, _ in self.elsewhere]
+        if self.shared is not None:
+            found.append(self.shared.record)
+        if self.sent is not None and self.sent.above:
+            found.append(self.sent.above)
+        return found
+
 
 class _Leaf(msgspec.Struct, array_like=True, gc=False):
     """Records one behind the other. `frontier`: by height, leaves (0) and nodes that are in no node yet."""
@@ -217,6 +227,11 @@ def owner_of(node_id: bytes) -> bytes:
 def conversation_name(owner: bytes) -> str:
     """By which people know a conversation: of its owner what differs within a tenant, in hexadecimal."""
     return owner[keys.TENANT_BYTES :].hex()
+
+
+def link_key(owner: bytes, other: bytes) -> bytes:
+    """Says of two conversations of a tenant that what is erased of one has to be erased of both."""
+    return keys.LINK + owner + other
 
 
 class LastUse(NamedTuple):
@@ -900,6 +915,9 @@ def append_effect(
             if at > 0 and record.sent is not None:
                 key = identity.pair(tenant, path[at - 1].content, path[at].content)
                 joins.append((key, record.id))
+            own = owner_of(record.id)
+            for other in {owner_of(other) for other in record.others} - {own}:
+                puts[link_key(own, other)] = puts[link_key(other, own)] = b""
             records.append(record)
     if heads and names.label is not None:
         joins.append((names.label, heads[0][0][-1].id))

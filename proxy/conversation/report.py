@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from proxy.conversation.bill import Break, Sums
 from proxy.conversation.limits import Limits
 from proxy.memory.metrics import UserExperienceMetrics
+from proxy.memory.models import StorageTier
 
 _REQUESTS_AN_EPOCH = 4  # what a window has to hold beside what stays, to be worth a cache
 
@@ -20,6 +21,8 @@ class FaultReport:
     tokens: int
     error: str | None = None
     refault: bool = False  # the page had left the window only lately
+    tier: StorageTier = StorageTier.L1  # the coldest that the request had read from by then
+    ms: float = 0.0  # it took to load it
 
 
 @dataclass(slots=True)

@@ -147,9 +147,11 @@ class Identity:
         """What stands in front of a history, as written: another frame is another application."""
         return self._hash(b"frame", *system, b"", tools)
 
-    def pair(self, tenant: TenantKey, before: bytes, answer: bytes) -> bytes:
-        """The storage key under which nodes with this answer after this message are found."""
-        return keys.PAIR + tenant[: keys.TENANT_BYTES] + self._hash(b"pair", tenant, before, answer)
+    def pair(self, tenant: bytes, before: bytes, answer: bytes) -> bytes:
+        """The storage key under which nodes with this answer after this message are found; of `tenant` the first
+        `TENANT_BYTES` count."""
+        tenant = tenant[: keys.TENANT_BYTES]
+        return keys.PAIR + tenant + self._hash(b"pair", tenant, before, answer)
 
     def rendition(self, owner: bytes, version: str, level: int, kind: str) -> bytes:
         """The storage key under which a conversation's version of a page at a level is found."""

@@ -98,7 +98,7 @@ from proxy.conversation.records import (
 from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
 from proxy.conversation.textcalls import PREAMBLE_CHARS, is_silent, said_text
-from proxy.conversation.tree import Node
+from proxy.conversation.tree import Node, NodeId
 from proxy.conversation.turn_window import SETTLED, TurnWindow
 from proxy.conversation.window import Window
 from proxy.errors import ApiError
@@ -191,6 +191,17 @@ class Turn:
         """The conversation itself speaks of the VM tools by name: its people may want to read one."""
         raws = [*self._context.sent.system, *(node.raw for node in self.path)]
         return any(tool in raw for raw in raws for tool in _TOOL_NAMES)
+
+    def ending(self, said: Said) -> NodeId | None:
+        """The node that this answer is if it ends the turn; None where it does not, or cannot be remembered."""
+        if not said.messages:
+            return None
+        vm, client = self._split(said, self.channel) if self.channel is not None else ([], [])
+        if vm and not client:
+            return None
+        shown = as_input(shown_messages(said, client)[0] if vm else said.messages[0])
+        identity = self._context.identity
+        return identity.child(self.path[-1].id, identity.content(shown))
 
     def run(self) -> Generator[Effect, Any, Answer]:
         answer = yield from self._run()

@@ -135,12 +135,6 @@ class ArtifactsBridge:
         return data
 
 
-def is_intact(artifact_id: str, data: bytes) -> bool:
-    """The bytes are those that the id names; of another key's nothing is known."""
-    named = _ID.fullmatch(artifact_id)
-    return named is None or _artifact_id(named[1], data) == artifact_id
-
-
 def _artifact_id(kind: str, data: bytes) -> str:
     return f"{kind}_{blake2b(data, digest_size=20).hexdigest()}"
 

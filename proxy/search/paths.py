@@ -199,15 +199,18 @@ class PathIndexes:
             best = 0 if held else max((branch.common(ids) for branch in branches), default=0)
         return len(ids) - best
 
-    def due(self) -> list[tuple[bytes, bytes]]:
-        """Pieces of indexes, by the key of their last message, that are to be stored: they are what `get` gives."""
+    def due(self, owner: bytes = b"") -> list[tuple[bytes, bytes]]:
+        """Pieces of a conversation's indexes, by the key of their last message, that are to be stored: they are what
+        `get` gives. `owner`: what its keys begin with."""
         with self._lock:
-            due, self._due = self._due, []
+            due = [piece for piece in self._due if piece[0].startswith(owner)]
+            self._due = [piece for piece in self._due if not piece[0].startswith(owner)]
         return due
 
     def clear(self) -> None:
         with self._lock:
             self._roots.clear()
+            self._due.clear()
             self._pages = 0
 
     @contextmanager

@@ -5,14 +5,24 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from proxy.errors import ConfigError, StorageError
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import Key, Repaired
+from proxy.storage.tiered import Tiered
 
 if TYPE_CHECKING:
     from proxy.config import Config
+    from proxy.storage.demotion import Demotion
+    from proxy.storage.objects import Objects
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -32,7 +42,15 @@ class Store(Protocol):
     @property
     def erased(self) -> int: ...
 
+    @property
+    def suspends(self) -> bool:
+        """Whether `get` may wait for another machine: the event loop's callers are `suspendable` (suspend.py) then, and
+        no lock that the event loop takes is held over a `get`."""
+
     def get(self, key: Key) -> bytes | None: ...
+
+    def ahead(self, keys: Iterable[Key]) -> None:
+        """Where it `suspends`: a request is going to `get` these keys; they are asked for at once, and anew."""
 
     def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]: ...
 
@@ -52,12 +70,83 @@ class Store(Protocol):
         erases: bool = False,
     ) -> frozenset[bytes]: ...
 
+    async def scrub(self) -> None: ...
+
+    def size_bytes(self) -> int: ...
+
     async def check(self, proved_s: float = 0.0) -> None: ...
 
     async def close(self) -> None: ...
 
 
-def open_store(config: Config, kinds: Mapping[bytes, str]) -> Store:
-    """What `tiers` say. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
+class KeySpace(Protocol):
+    """What a store of several tiers has to know of keys: conversation/keys.py, which says what each is."""
+
+    @property
+    def KINDS(self) -> Mapping[bytes, str]: ...
+    @property
+    def OWNER_BYTES(self) -> int: ...
+    @property
+    def MOVING(self) -> Set[bytes]: ...
+    @property
+    def CONVERSATION(self) -> bytes: ...
+    @property
+    def ARCHIVE(self) -> bytes: ...
+    @property
+    def LARGE(self) -> bytes: ...
+    @property
+    def LEASE(self) -> bytes: ...
+
+
+def open_store(config: Config, space: KeySpace) -> Tiered:
+    """What `tiers` say. Raises ConfigError and StorageError."""
+    tiers = config.tiers
+    l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
+    l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
+    engine = open_engine(config, space.KINDS)
+    if l4 is None:
+        with suppress(StorageError):
+            if engine.scan(space.ARCHIVE, limit=1):
+                log.error("Conversations stand in L4, and tiers.l4.url is not set: what was said in them is not remembered.")
+    return Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
+                  known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
+
+
+def open_engine(config: Config, kinds: Mapping[bytes, str]) -> Store:
+    """L2 alone. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
     StorageError."""
-    return DiskStore(config.tiers.l2.path, config.tiers.l2.queue_records, kinds)
+    l2 = config.tiers.l2
+    if l2.url is None:
+        return DiskStore(l2.path, l2.queue_records, kinds)
+    try:
+        from proxy.storage.postgres import PostgresStore
+    except ImportError as error:
+        raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
+    return PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
+
+
+def open_objects(name: str, url: str | None, options: Mapping[str, str], timeout_s: float) -> Objects | None:
+    """A tier's; None where it has no URL. Raises ConfigError."""
+    if url is None:
+        return None
+    from proxy.storage.objects import Objects  # an extra
+
+    return Objects(url, options, timeout_s, name)
+
+
+def start_demotion(store: Tiered, config: Config) -> Demotion | None:
+    """The work in the background that moves values between the tiers; None where there is nothing below L2."""
+    if store.l3 is None and store.l4 is None:
+        return None
+    from proxy.storage.demotion import Demotion
+
+    demotion = Demotion(store, config.tiers.demotion_s, config.tiers.l2.days, config.tiers.l2.tokens)
+    demotion.start()
+    return demotion
+
+
+def _suspended(work: Callable[[], T]) -> T:
+    """What `work` returns; an event loop that it is asked on goes on meanwhile."""
+    from proxy.storage.suspend import can_wait, wait
+
+    return wait(asyncio.to_thread(work)) if can_wait() else work()

@@ -30,11 +30,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from proxy.errors import ErasedMeanwhile
 from proxy.errors import StorageError as StorageError
 from proxy.storage.sqlite import (
     ADD,
@@ -43,6 +44,7 @@ from proxy.storage.sqlite import (
     OWN_ROWS,
     PUT,
     SCAN,
+    SECRET,
     SECRET_BYTES,
     Inodes,
     Key,
@@ -55,6 +57,7 @@ from proxy.storage.sqlite import (
     newest_row,
     open_database,
     put_row,
+    used_bytes,
     value_of,
     write_mark,
 )
@@ -232,10 +235,26 @@ class DiskStore:
                 found.append((row[0], value_of(row)))
         return found
 
+    def size_bytes(self) -> int:
+        """What is held takes so much of the disk. From any thread. Raises StorageError."""
+        self._require_open()
+        database = self._database
+        if database is None:
+            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
+        try:
+            return used_bytes(database.reader)
+        except sqlite3.Error as error:
+            raise StorageError(f"Cannot read from {self._path}: {error}.") from error
+
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`."""
         with suppress(StorageError):
             self.erased = int.from_bytes(self.get(ERASED) or b"", "big")
+
+    suspends = False
+
+    def ahead(self, keys: Iterable[Key]) -> None:
+        """Nothing is gained."""
 
     def secret(self) -> bytes:
         """32 random bytes, made once per store and the same in every process; of a store that cannot be opened yet,
@@ -292,6 +311,11 @@ class DiskStore:
             self._turned_away += 1
             raise StorageError(self._trouble)
         return await self._submit(puts, joins, adds, secret, erased, drops, leaves, erases)
+
+    async def scrub(self) -> None:
+        """Afterwards no file has a byte of what was dropped or replaced before. Raises StorageError."""
+        self._require_open()
+        await asyncio.to_thread(_in_process, self._path, "scrubbed", "scrub")
 
     async def check(self, proved_s: float = 0.0) -> None:
         """Raises StorageError unless a turn can be committed right now. A commit of the last `proved_s` seconds
@@ -444,7 +468,7 @@ class DiskStore:
             if job.secret not in (None, database.secret):
                 outcomes.append(StorageError(f"The storage in {self._path} was replaced meanwhile."))
             elif job.erased not in (None, self.erased):
-                outcomes.append(StorageError("Something was erased meanwhile: what began before it is not stored."))
+                outcomes.append(ErasedMeanwhile("Something was erased meanwhile: what began before it is not stored."))
             else:
                 outcomes.append(self._store(writer, job))
         database.rowid = newest_row(writer)
@@ -467,6 +491,7 @@ class DiskStore:
             self._mark(database, 0.0)
 
     def _store(self, writer: sqlite3.Connection, job: _Job) -> frozenset[bytes]:
+        newest = newest_row(writer) if job.drops else 0
         for prefix in job.drops:
             writer.execute(DROP, _range(prefix))
         for key, part in job.leaves:
@@ -477,6 +502,8 @@ class DiskStore:
         if job.erases:
             self.erased += 1
             writer.execute(PUT, put_row(ERASED, self.erased.to_bytes(8, "big")))
+        if job.drops and newest_row(writer) < newest:  # the store is not an older one
+            writer.execute("UPDATE Cache SET rowid = ? WHERE key = ?", (newest, SECRET))
         present = [key for key, value in job.adds if not self._add(writer, key, value)]
         if job.puts:
             writer.executemany(PUT, [put_row(key, value) for key, value in job.puts])
@@ -586,7 +613,7 @@ class DiskStore:
         database, self._repair_asked = self._database, False
         try:
             if database is None or database.inodes[0] == inodes(self._path)[0]:  # else another process has done it
-                log.error("%s", _repaired(self._path))
+                log.error("%s", _in_process(self._path, "repaired"))
             opened = open_database(self._path, LOCK_WAIT_S)
         except Exception as error:  # noqa: BLE001 - it stays as it is
             self._failed(error, 0)
@@ -605,14 +632,15 @@ class DiskStore:
             write_mark(self._path, database.secret, newest_row(database.writer), database.inodes)
 
 
-def _repaired(path: Path) -> str:
-    """Repair the file in a process of its own: it takes its time, and opens files that this one has locked. Returns
-    what to tell; raises StorageError and OSError."""
-    command = [sys.executable, "-m", "proxy.storage.sqlite", str(path.absolute())]
+def _in_process(path: Path, done_to_it: str, *what: str) -> str:
+    """Repair or scrub the file in a process of its own: it takes its time, and opens files that this one has locked.
+    Returns what to tell; raises StorageError and OSError."""
+    command = [sys.executable, "-m", "proxy.storage.sqlite", str(path.absolute()), *what]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise StorageError(f"The storage in {path} cannot be repaired: {done.stderr.strip().splitlines()[-1]}.")
+        reason = done.stderr.strip().splitlines()[-1].rstrip(".")
+        raise StorageError(f"The storage in {path} cannot be {done_to_it}: {reason}.")
     return done.stdout.strip()
 
 

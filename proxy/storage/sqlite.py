@@ -51,13 +51,16 @@ _LOCK = f"{DATABASE}.lock"
 _LOCK_WAIT_S = 5.0  # for another process that opens or repairs
 _READ_WAIT_S = 0.02  # readers wait for nobody but a process that has just found a dead one's log
 _PAGE_BYTES, _HEADER_BYTES, _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 4096, 100, 32, 24
-_TABLE_LEAF, _INDEX_LEAF, _INDEX_INNER = 0x0D, 0x0A, 0x02
+_TABLE_LEAF, _TABLE_INNER, _INDEX_LEAF, _INDEX_INNER = 0x0D, 0x05, 0x0A, 0x02
+_TREE_PAGES = (_TABLE_LEAF, _TABLE_INNER, _INDEX_LEAF, _INDEX_INNER)
+_MOST_PAGES = 1 << 25  # of one that is scrubbed: with more, a page that begins with the number of another may look like a tree's
 _MOST_ROW_BYTES = 1_000_000_000  # SQLite's own limit
 _PACKED_BYTES = 512  # of a value that is compressed: half of the bytes, for some 10 µs in the writer's thread
 _PLAIN, _PACKED = b"\0", b"\1"  # what a stored value begins with
 SECRET = "secret:identity"
 REPAIRED = "repaired"
 ERASED = "erased"  # how many erasures there were
+SCRUBBED = "scrubbed"  # another value each time
 OWN_ROWS = 2  # of a store that holds nothing yet: its secret, a probe
 _SETTINGS = {
     "eviction_policy": "none", "cull_limit": 0, "size_limit": 2**62, "disk_min_file_size": 2**62, "statistics": 0,
@@ -156,6 +159,12 @@ def value_of(row: tuple[Key, int, bytes]) -> bytes:
     if type(value) is not bytes or checksum(key, value) != number:
         raise Damaged("a value is not what was stored")
     return unpacked(value)
+
+
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """Of the file, without the pages that are free. Raises sqlite3.Error."""
+    size, pages, free = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count"))
+    return int(size * (pages - free))
 
 
 def is_damage(error: BaseException) -> bool:
@@ -638,5 +647,60 @@ def _values(payload: bytes, count: int) -> list[bytes | str | int | None]:
     return values
 
 
+# -- scrubbing
+
+
+def scrub(directory: Path) -> None:
+    """Leave no byte in the files of what was deleted or replaced. SQLite overwrites it (secure_delete), but for the
+    copies that it leaves in the free space of a page whose rows moved to another one: these are zeroed here, in the file
+    itself, while nobody writes and the log is empty; SQLite never reads free space. Raises OSError, sqlite3.Error and
+    StorageError. For a process of its own: closing a file ends the process's locks on it, and it is closed last."""
+    (directory / DAMAGED).unlink(missing_ok=True)
+    with _alone(directory), open(directory / DATABASE, "r+b", buffering=0) as file:
+        connection = connect(directory, _LOCK_WAIT_S)
+        _begin_without_log(connection, directory)  # all that was dropped before is dropped in the file
+        connection.execute("ROLLBACK")
+        pages = os.fstat(file.fileno()).st_size // _PAGE_BYTES
+        if pages > _MOST_PAGES:
+            raise StorageError(f"{directory / DATABASE} is too large")
+        found = [number for number, *_ in _leftovers(file, range(pages))]
+        _begin_without_log(connection, directory)
+        for _, at, size in _leftovers(file, found):
+            os.pwrite(file.fileno(), bytes(size), at)
+        os.fsync(file.fileno())
+        connection.execute(PUT, put_row(SCRUBBED, os.urandom(8)))  # a change: nobody writes a page as he remembers it
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+
+
+def _begin_without_log(connection: sqlite3.Connection, directory: Path) -> None:
+    """Begin a transaction in which all that is stored stands in the database itself."""
+    until_s = time.monotonic() + _LOCK_WAIT_S
+    while time.monotonic() < until_s:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("BEGIN IMMEDIATE")
+        if _beside(directory)[0].stat().st_size == 0:
+            return
+        connection.execute("ROLLBACK")
+    raise StorageError(f"the log in {directory} is being read all the time")
+
+
+def _leftovers(file: BinaryIO, numbers: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """(page, where, bytes) of what stands between the cells' places and the cells of a tree's page, and is not zeros."""
+    for number in numbers:
+        page = os.pread(file.fileno(), _PAGE_BYTES, number * _PAGE_BYTES)
+        head = _HEADER_BYTES if number == 0 else 0
+        if len(page) < _PAGE_BYTES or page[head] not in _TREE_PAGES:
+            continue
+        first = head + (12 if page[head] in (_TABLE_INNER, _INDEX_INNER) else 8) + 2 * int.from_bytes(page[head + 3 : head + 5], "big")
+        size = (int.from_bytes(page[head + 5 : head + 7], "big") or 65536) - first
+        if first < first + size <= _PAGE_BYTES and page.count(0, first, first + size) != size:
+            yield number, number * _PAGE_BYTES + first, size
+
+
 if __name__ == "__main__":
-    print(repair(Path(sys.argv[1])).told(Path(sys.argv[1])))
+    if sys.argv[2:] == ["scrub"]:
+        scrub(Path(sys.argv[1]))
+    else:
+        print(repair(Path(sys.argv[1])).told(Path(sys.argv[1])))

@@ -18,6 +18,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
 from proxy.api.access import COOKIE, SESSION_S
+from proxy.api.erasure import Erasures
 from proxy.api.views import Who
 from proxy.api.visit import Stats
 from proxy.api.vm import Vm
@@ -44,9 +45,9 @@ class Dashboard:
     """The routes; one per process."""
 
     def __init__(
-        self, vm: Vm, stats: Stats, model_table: Callable[[KeyScope], list[dict[str, Any]]], config: Config
+        self, vm: Vm, stats: Stats, model_table: Callable[[KeyScope], list[dict[str, Any]]], erasures: Erasures, config: Config
     ) -> None:
-        self._vm, self._stats, self._model_table, self._config = vm, stats, model_table, config
+        self._vm, self._stats, self._model_table, self._erasures, self._config = vm, stats, model_table, erasures, config
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
@@ -157,6 +158,13 @@ class Dashboard:
                 return Response(status_code=404)
             await vm.pin(who, name, branch, page, action == "pin")
             return RedirectResponse(f"/vm/ui/conversations/{quote(name)}/pages/{quote(page)}?branch={quote(branch)}", 303)
+
+        @app.post("/vm/ui/conversations/{name}/forget", include_in_schema=False)
+        async def forget(name: str, who: Who = Asker) -> Response:
+            at = await vm.run(who, views.turns, who, name)
+            done = await self._erasures.erase("conversation", "operator" if who.operator else "tenant", [at.owner])
+            vm.memory.renew()
+            return self._page("forgotten.html", who, receipt=done.told())
 
         @app.get("/vm/ui/login", include_in_schema=False)
         async def login_form(next: str = "") -> Response:

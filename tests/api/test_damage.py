@@ -62,7 +62,7 @@ class Talk:
         return sorted(key for (key,) in self.database("SELECT key FROM Cache WHERE substr(key, 1, 1) = ?", letter))
 
     def database(self, statement: str, *values: object) -> sqlite3.Cursor:
-        path = self.at.memory.store._path / "cache.db"
+        path = self.at.memory.store.engine._path / "cache.db"
         return sqlite3.connect(path, isolation_level=None).execute(statement, values)
 
     def records(self) -> list[Record]:

@@ -16,6 +16,7 @@ import httpx
 
 from proxy.api.caller import caller
 from proxy.api.endpoints import Draining, own_endpoints
+from proxy.api.erasure import Erasures
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
@@ -42,7 +43,8 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     await memory.store.commit(list(player.values.items()))
     writer = Writer(config, upstream, Renditions(config, memory))
     capabilities = ModelFacts(config, memory, upstream).table
-    app = own_endpoints(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities)
+    erasures = Erasures(memory.store)
+    app = own_endpoints(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities, erasures)
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
     try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import shutil
-from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import Config, load_config
+from proxy.conversation import keys
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity, TenantKey
+from proxy.errors import StorageError
 from proxy.media.decoders import Codec, decode
 from proxy.memory import MemoryPage
 from proxy.memory.models import CompressionLevel
@@ -59,11 +59,11 @@ class Counting(Decoders):
 
 
 class Room:
-    """One process's memory, L3 and pages."""
+    """One process's memory and pages."""
 
     def __init__(self, path: Path, written: bool) -> None:
         flags: dict[str, object] = {
-            "tiers.l2.path": str(path / "data"), "tiers.l3.url": str(path / "artifacts"),
+            "tiers.l2.path": str(path / "data"),
             **({"compression.model": "small-writer"} if written else {}),
         }  # fmt: skip
         config = load_config(None, {}, flags)
@@ -96,8 +96,8 @@ async def room(path: Path, written: bool = False) -> Any:
         await found.memory.close()
 
 
-def artifacts(path: Path) -> Iterator[Path]:
-    yield from (file for file in (path / "artifacts").rglob("*") if file.is_file())
+def kept(room: Room) -> dict[bytes, bytes]:
+    return dict(room.memory.store.scan(keys.RENDITION))
 
 
 async def test_a_thumbnail_is_made_once_and_found_after_a_restart(tmp_path: Path) -> None:
@@ -107,8 +107,7 @@ async def test_a_thumbnail_is_made_once_and_found_after_a_restart(tmp_path: Path
         assert (await first.load()).content == made.content
         first.memory.forget()
         assert (await first.load()).content == made.content
-        assert first.decoders.made == 1
-    assert len(list(artifacts(tmp_path))) == 1
+        assert first.decoders.made == 1 and len(kept(first)) == 1
     async with room(tmp_path) as second:
         found = await second.load()
         assert second.decoders.made == 0
@@ -125,8 +124,7 @@ async def test_what_cannot_be_decoded_is_kept_too_and_what_waits_is_not(tmp_path
         assert first.decoders.made == 1
     async with room(tmp_path) as second:
         assert (await second.load()).content == plain.content
-        assert second.decoders.made == 0
-    assert len(list(artifacts(tmp_path))) == 1
+        assert second.decoders.made == 0 and len(kept(second)) == 1
 
 
 async def test_a_medium_that_hangs_is_tried_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,19 +167,17 @@ async def test_words_are_not_stored(tmp_path: Path) -> None:
         assert caption.content == "A steel bridge.; image 800x600 PNG 42 kB"
         text = await here.load(Load("msg_0003", CompressionLevel.ABSTRACT))
         assert text.content == here.pages.at("msg_0003", 2).content
-    assert not list(artifacts(tmp_path))
+        assert not kept(here)
 
 
-async def test_invariant_09_a_thumbnail_is_made_again_when_l3_was_emptied(tmp_path: Path) -> None:
+async def test_invariant_09_a_thumbnail_is_made_again_when_it_is_lost(tmp_path: Path) -> None:
     async with room(tmp_path) as here:
         made = await here.load()
-        here.memory.forget()
-        shutil.rmtree(tmp_path / "artifacts")
-        assert (await here.load()).content == made.content
-        assert here.decoders.made == 2
-        here.memory.forget()
-        assert (await here.load()).content == made.content
-        assert here.decoders.made == 2, "it was not kept the second time"
+        await here.memory.store.commit((), drops=list(kept(here)))
+        for _ in range(2):
+            here.memory.forget()
+            assert (await here.load()).content == made.content
+            assert here.decoders.made == 2, "it was not kept the second time"
 
 
 @pytest.mark.parametrize("bytes_", [b"", b"{}", b"\xff\xfe", b'{"format":1,"page":{}}'])
@@ -190,28 +186,28 @@ async def test_a_damaged_artifact_is_said_and_made_again(
 ) -> None:
     async with room(tmp_path) as here:
         made = await here.load()
+        ((key, whole),) = kept(here).items()
+        await here.memory.store.commit([(key, bytes_)])
         here.memory.forget()
-        (file,) = artifacts(tmp_path)
-        whole = file.read_bytes()
-        file.write_bytes(bytes_)
         with caplog.at_level(logging.WARNING):
             assert (await here.load()).content == made.content
-        assert "damaged" in caplog.text
-        assert file.read_bytes() == whole
+        assert "made again" in caplog.text and kept(here) == {key: whole}
         caplog.clear()
         here.memory.forget()
         assert (await here.load()).content == made.content
-        assert here.decoders.made == 2
-        assert not caplog.text
+        assert here.decoders.made == 2 and not caplog.text
 
 
-async def test_without_l3_the_turn_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_without_a_store_the_turn_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "artifacts").write_bytes(b"a file where a directory should be")
     async with room(tmp_path) as here:
+        async def full(*_: object) -> None:
+            raise StorageError("The disk is full.")
+
+        monkeypatch.setattr(here.memory.store, "commit", full)
         assert (await here.load()).content["image_url"]["detail"] == "low"
-    assert "cannot be kept" in caplog.text
+    assert "cannot be kept: The disk is full." in caplog.text
 
 
 async def test_invariant_06_each_tenant_has_its_own(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ from tests.e2e.story import difference
 
 LANES = ("one", "two", "workers")
 FACTORS = (0.8, 1.0, 1.13, 1.4, 2.0)
-TALKS_AT_ONCE = 6  # per lane
+TALKS_AT_ONCE = 6  # per lane, by default
 STEPS = 24
 WINDOW_TOKENS, WIDE_TOKENS = 2_000, 1_000_000
 MOMENTS = ("any", "asked", "answering", "answered", "read")
@@ -267,13 +267,17 @@ class Tally:
         return not any(self.counts[kind] for kind in WRONG)
 
 
-WRONG = ("lost", "half", "divergence", "refused", "died")
+WRONG = ("lost", "half", "divergence", "refused", "died", "foreign")
 
 
 # -- a lane: servers, their conversations, and who kills them
 
 
 class Lane:
+    talks_at_once = TALKS_AT_ONCE
+    steps = STEPS
+    forgets = False  # whether what is stored cannot even be read, while it is away
+
     def __init__(self, kind: str, seed: int, tally: Tally, done: asyncio.Queue[Talk | None]) -> None:
         self.kind, self.tally, self.done = kind, tally, done
         self.chance = random.Random(f"{seed}/{kind}")
@@ -392,10 +396,10 @@ class Lane:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as client:
             while not self.ending:
                 self._talks += 1
-                talk = Talk(f"{self.kind}{self._talks}x{self.seed}")
+                talk = self._new(f"{self.kind}{self._talks}x{self.seed}")
                 self.model.factors[talk.name] = talk.factor
-                while len(talk.steps) < STEPS and not self.ending and not talk.forgotten:
-                    await self._step(client, talk, talk.next())
+                while len(talk.steps) < self.steps and not self.ending and not talk.forgotten:
+                    await self._turn(client, talk)
                 if not talk.forgotten:
                     if talk.session:
                         await self._step(client, talk, talk.last())
@@ -403,6 +407,12 @@ class Lane:
                         await self._count_turns(client, talk)
                 self.tally.counts["forgotten openly"] += talk.forgotten
                 await self.done.put(talk)
+
+    def _new(self, name: str) -> Talk:
+        return Talk(name)
+
+    async def _turn(self, client: aiohttp.ClientSession, talk: Talk) -> None:
+        await self._step(client, talk, talk.next())
 
     def _url(self) -> str:
         up = [s for s, is_up in zip(self.servers, self.up, strict=True) if is_up]
@@ -432,6 +442,9 @@ class Lane:
                 if talk.forgotten and not touched:
                     self.tally.wrong("refused", f"{talk.name}/{step.number} is not remembered")
                 return
+            if read is None and touched and self.forgets:
+                talk.forgotten = True  # it may have been sent without memory
+                return
             if read is not None and touched:
                 self.tally.counts["refused, disk full"] += 1
                 await asyncio.sleep(0.05)
@@ -446,7 +459,8 @@ class Lane:
             await self._up.wait()
             with contextlib.suppress(*CUT):
                 talk.context = await context_of(client, self._url(), talk)
-                return
+                if "error" not in (talk.context or {}) or not self.forgets:
+                    return
             await asyncio.sleep(0.02)
 
 
@@ -588,18 +602,20 @@ class Quiet:
 # -- all of it
 
 
-async def run(rounds: int, seed: int, lanes: tuple[str, ...] = LANES, say: bool = True) -> Tally:
+async def run(
+    rounds: int, seed: int, lanes: tuple[str, ...] = LANES, say: bool = True, make: type[Lane] = Lane
+) -> Tally:
     """`rounds` kills over the lanes, which go on side by side."""
     tally, started = Tally(), time.monotonic()
-    talks: asyncio.Queue[Talk | None] = asyncio.Queue(4 * TALKS_AT_ONCE)
-    made = [Lane(kind, seed, tally, talks) for kind in lanes]
+    talks: asyncio.Queue[Talk | None] = asyncio.Queue(4 * make.talks_at_once)
+    made = [make(kind, seed, tally, talks) for kind in lanes]
     quiet = asyncio.ensure_future(Quiet(tally, say).run(talks))
     left = iter(range(rounds))
 
     async def lane(it: Lane) -> None:
         await it.start()
         try:
-            clients = [asyncio.ensure_future(it.talk()) for _ in range(TALKS_AT_ONCE)]
+            clients = [asyncio.ensure_future(it.talk()) for _ in range(it.talks_at_once)]
             for n in left:
                 if quiet.done() or any(c.done() for c in clients):
                     break

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.data import REPO
+from tests.services import store_url
 
 
 def free_port() -> int:
@@ -86,6 +87,13 @@ def _environment() -> dict[str, str]:
     return {**inherited, "PYTHONPATH": str(REPO)}
 
 
+def _stored(l2: dict[str, Any]) -> dict[str, Any]:
+    """The settings of L2, on the store that this test has (tests/services.py)."""
+    if "url" not in l2 and (url := store_url(l2["path"])) is not None:
+        return {**l2, "url": url}
+    return l2
+
+
 class ServerProcess:
     """`llm-pager serve` as a process of its own with its own configuration file.
 
@@ -106,8 +114,8 @@ class ServerProcess:
         self._dir = tempfile.TemporaryDirectory(prefix="llm-pager-e2e-")
         self.dir = Path(self._dir.name)
         self.port = config.get("server", {}).get("port") or free_port()
-        server = {"host": "127.0.0.1", "drain_s": 0, **config.get("server", {}), "port": self.port}
-        l2 = {"path": str(self.dir / "data"), **config.get("tiers", {}).get("l2", {})}
+        server = {"host": "127.0.0.1", "drain_s": 0, "drain_answers_s": 3, **config.get("server", {}), "port": self.port}
+        l2 = _stored({"path": str(self.dir / "data"), **config.get("tiers", {}).get("l2", {})})
         tiers = {**config.get("tiers", {}), "l2": l2}
         self.config = {**config, "server": server, "tiers": tiers}
         self._config_file = self.dir / "config.yaml"
@@ -235,7 +243,7 @@ def in_process_server(config: dict[str, Any], observer: Any = None) -> Iterator[
     from proxy.config import load_config
 
     with tempfile.TemporaryDirectory(prefix="llm-pager-e2e-") as folder:
-        l2 = {"path": str(Path(folder) / "data"), **config.get("tiers", {}).get("l2", {})}
+        l2 = _stored({"path": str(Path(folder) / "data"), **config.get("tiers", {}).get("l2", {})})
         effective = {**config, "tiers": {**config.get("tiers", {}), "l2": l2}}
         file = Path(folder) / "config.yaml"
         file.write_text(json.dumps(effective))

@@ -1,0 +1,239 @@
+"""What leaves L2, and when: large values for L3, unused conversations for L4; and what comes back. In the background.
+
+Promises: one process of all does it at a time (lease.py), and whatever a kill or a second one does in the middle,
+nothing is lost: what is below is whole and told in L2 before anything above it is dropped, and only what was copied
+is dropped, key by key, so that a turn that comes meanwhile keeps what it stores. The oldest leave first. A pass does
+so much and then rests; all that takes time is done in a thread.
+
+A pass copies conversations to packs, and drops from L2 what the pass before has copied, when everybody knows of the
+packs (tiered.py), of conversations that nobody has used meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from heapq import nsmallest
+from typing import NamedTuple
+
+from proxy.errors import StorageError
+from proxy.storage.l1 import BYTES_PER_TOKEN
+from proxy.storage.lease import Lease
+from proxy.storage.packs import EMPTY, build
+from proxy.storage.sqlite import Damaged
+from proxy.storage.tiered import Tiered, is_stub, object_name, object_of
+
+_DAY_S = 86_400
+_LEAST_S = 2.0  # since a conversation's last use: another turn of the same second would not be seen
+_IDLE_S = 600.0  # since a conversation's last use, before a full L2 is a reason
+_LOW = 0.9  # of tiers.l2.tokens: so far down, once they are reached
+_QUEUE = 1000  # conversations, the oldest, of one look at all of them
+_AGAIN_S = _DAY_S  # and then all of them again: what was imported is older than what is gone already
+_KEYS_A_PASS = 50_000
+_ROWS_AT_ONCE = 32  # each may be some megabytes
+_LARGE_AT_ONCE = 16
+_LEASE_PASSES = 10
+_LOOK_REST = 20  # times that a look at all conversations took, before the next one
+_REST = 3  # times that a conversation took, before the next one
+_TIME_BYTES = 4  # at the end of a conversation's value: its last use, Unix time
+
+log = logging.getLogger(__name__)
+
+
+class _Used(NamedTuple):
+    at_s: int
+    owner: bytes
+
+
+class _Copied(NamedTuple):
+    used: _Used
+    keys: list[bytes]  # that packs have and L2 has
+    generation: int  # of the store that was told so
+
+
+class Demotion:
+    """One per process. `every_s`: between two passes; `days`, `tokens`: what L2 keeps (None: all)."""
+
+    def __init__(
+        self, store: Tiered, every_s: float, days: float | None, tokens: int | None,
+        clock: Callable[[], float] = time.time, rest: float = _REST,
+    ) -> None:  # fmt: skip
+        self._store, self._every_s, self._days, self._tokens = store, every_s, days, tokens
+        self._clock, self._rest = clock, rest
+        self._lease = Lease(store.engine, store.space.LEASE + b"demotion", _LEASE_PASSES * every_s, clock)
+        self._copied: list[_Copied] = []
+        self._queue: list[_Used] = []
+        self._done = _Used(-1, b"")  # all up to it were copied
+        self._began_s = self._look_s = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.ensure_future(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_s)
+            try:
+                await self.bring_back()
+                if await self._lease.held():
+                    await self.run_once()
+                else:  # another one goes on from what is stored
+                    self._copied, self._queue, self._done = [], [], _Used(-1, b"")
+            except StorageError as error:  # who reads and writes says the same; nothing was dropped
+                log.warning("What has to leave L2 stays there for now: %s", error)
+            except Exception:  # a worker that ended would never be replaced
+                log.exception("What has to leave L2 stays there for now.")
+
+    async def bring_back(self) -> None:
+        """What this process read from packs and goes on with. (Each process its own.)"""
+        while self._store.used_again:
+            owner = self._store.used_again.pop()
+            count = await self._store.bring_back(owner)
+            log.info("A conversation is used again: %d values came back from L4.", count)
+
+    async def run_once(self) -> None:
+        """A pass. Raises StorageError."""
+        if self._store.l3 is not None:
+            await self._move_large()
+        if self._store.l4 is not None:
+            await self._drop_copied()
+            await self._copy_unused()
+
+    # -- L3
+
+    async def _move_large(self) -> None:
+        engine, space = self._store.engine, self._store.space
+        moved = moved_bytes = 0
+        while notes := await asyncio.to_thread(engine.scan, space.LARGE, b"", _LARGE_AT_ONCE):
+            erased, puts = engine.erased, list[tuple[bytes, bytes]]()
+            for note, _ in notes:
+                end = 1 + space.OWNER_BYTES
+                key = note[end : end + 1] + note[1:end] + note[end + 1 :]
+                if (stub := await asyncio.to_thread(self._moved, key)) is not None:
+                    puts.append((key, stub[0]))
+                    moved_bytes += stub[1]
+            await engine.commit(puts, erased=erased, drops=[note for note, _ in notes])
+            moved += len(puts)
+        if moved:
+            log.info("%d large values went to L3: %.1f MB.", moved, moved_bytes / 1e6)
+
+    def _moved(self, key: bytes) -> tuple[bytes, int] | None:
+        """The stub of a value that stands in an object now, and the value's size; None where there is nothing to move."""
+        assert self._store.l3 is not None
+        try:
+            value = self._store.engine.get(key)
+        except Damaged:
+            return None
+        if value is None or is_stub(value):
+            return None
+        stub, data = object_of(value)
+        self._store.l3.put(object_name(self._store.space, key, stub), data)
+        return stub, len(value)
+
+    # -- L4
+
+    async def _drop_copied(self) -> None:
+        copied, self._copied = self._copied, []
+        dropped = 0
+        for used, keys, generation in copied:
+            is_unused = await asyncio.to_thread(self._last_use, used.owner) == used.at_s
+            if is_unused and generation == self._store.generation:
+                await self._store.engine.commit((), drops=keys)
+                dropped += 1
+        if dropped:
+            log.info("%d conversations that nobody uses stand in L4 alone.", dropped)
+
+    async def _copy_unused(self) -> None:
+        keys = copied_bytes = 0
+        excess = await asyncio.to_thread(self._excess_bytes)
+        while keys < _KEYS_A_PASS and (used := await self._next()) is not None:
+            now_s = self._clock()
+            is_old = self._days is not None and used.at_s <= now_s - max(self._days * _DAY_S, _LEAST_S)
+            if not is_old and (copied_bytes >= excess or used.at_s > now_s - _IDLE_S):
+                break
+            self._queue.pop()
+            began_s, generation = time.monotonic(), self._store.generation
+            if await asyncio.to_thread(self._last_use, used.owner) == used.at_s:
+                copied, size = await self.copy(used.owner)
+                if copied:
+                    self._copied.append(_Copied(used, copied, generation))
+                keys += len(copied)
+                copied_bytes += size
+            self._done = used
+            await asyncio.sleep(self._rest * (time.monotonic() - began_s))
+
+    def _excess_bytes(self) -> int:
+        """What has to go because L2 holds too much."""
+        if self._tokens is None:
+            return 0
+        held, limit = self._store.engine.size_bytes(), self._tokens * BYTES_PER_TOKEN
+        return max(0, held - int(limit * _LOW)) if held > limit else 0
+
+    def _last_use(self, owner: bytes) -> int | None:
+        value = self._store.engine.get(self._store.space.CONVERSATION + owner)
+        return int.from_bytes(value[-_TIME_BYTES:], "big") if value else None
+
+    async def _next(self) -> _Used | None:
+        """The conversation that was not used for longest, of those that are not done."""
+        if not self._queue:
+            if self._clock() - self._began_s > _AGAIN_S:
+                self._began_s, self._done = self._clock(), _Used(-1, b"")
+            if (began_s := time.monotonic()) >= self._look_s:
+                self._queue = await asyncio.to_thread(lambda: nsmallest(_QUEUE, self._conversations())[::-1])
+                self._look_s = time.monotonic() + _LOOK_REST * (time.monotonic() - began_s)
+        return self._queue[-1] if self._queue else None
+
+    def _conversations(self) -> Iterator[_Used]:
+        letter = self._store.space.CONVERSATION
+        after = b""
+        while rows := self._store.engine.scan(letter, after):
+            for key, value in rows:
+                used = _Used(int.from_bytes(value[-_TIME_BYTES:], "big"), key[1:])
+                if used > self._done:
+                    yield used
+            after = rows[-1][0]
+
+    async def copy(self, owner: bytes) -> tuple[list[bytes], int]:
+        """Write what L2 has of a conversation to packs, and tell of them in L2: the keys that may be dropped, and the
+        bytes of their values."""
+        engine, erased = self._store.engine, self._store.engine.erased
+        copied, size, newest = await asyncio.to_thread(self._written, owner)
+        if newest is not None:
+            await engine.commit((), joins=[(self._store.space.ARCHIVE + owner, owner + newest)], erased=erased)
+            await asyncio.to_thread(self._store.packs_of, owner, True)
+        return copied, size
+
+    def _written(self, owner: bytes) -> tuple[list[bytes], int, bytes | None]:
+        """And the id of the newest pack, where there is a new one."""
+        store = self._store
+        assert store.l4 is not None
+        packs = store.packs_of(owner, anew=True)
+        index, own = next(store.indexes(owner, packs, []), (EMPTY, (b"", 0)))
+        keys: list[bytes] = []
+        size = 0
+
+        def rows() -> Iterator[tuple[bytes, bytes]]:
+            nonlocal size
+            for letter in sorted(store.space.MOVING):
+                after = b""
+                while found := store.engine.scan(letter + owner, after, _ROWS_AT_ONCE):
+                    for key, value in found:
+                        keys.append(key)
+                        size += len(value)
+                        if store.packed(key, packs) != value:
+                            yield key[:1] + key[1 + len(owner) :], value
+                    after = found[-1][0]
+
+        newest: bytes | None = None
+        for newest, data in build(rows(), index, own):
+            store.l4.put(store.pack_name(owner, newest), data)
+        return keys, size, newest

@@ -1,0 +1,353 @@
+"""Erasures over what played conversations left, killed before and after each of their commits.
+
+Promises: the store is a dict, so every point can be tried; tests/e2e/test_erasure.py has the files, the sockets and SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import pytest
+
+from proxy.api.erasure import Erasures, erased_since
+from proxy.conversation import keys
+from proxy.conversation.erasure import ERASED, Erasure, is_tombstone, prefixes
+from proxy.conversation.records import (
+    LastUse,
+    Record,
+    backwards,
+    conversation_key,
+    decode_record,
+    owner_of,
+    record_key,
+)
+from proxy.conversation.tree import ID_BYTES
+from tests.conversation.player import (
+    SECRET,
+    Message,
+    Player,
+    call,
+    calls,
+    limits_of,
+    says,
+    script,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+DAY_S = 86_400
+Values = dict[bytes, bytes]
+
+
+def fault(page: str) -> Message:
+    return calls(call("page_fault", {"page_id": page}, f"call_{page}"))
+
+
+class Died(BaseException):
+    """The process was killed."""
+
+
+@dataclass
+class Dict:
+    """A store that is killed at its `dies_at`-th commit, before or after it."""
+
+    values: Values
+    dies_at: int = -1
+    before: bool = True
+    commits: int = 0
+    erased: int = 0
+    objects: dict[bytes, str] = field(default_factory=dict)
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.values.get(key)
+
+    def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]:
+        found = sorted(k for k in self.values if isinstance(k, bytes) and k.startswith(prefix) and k > after)
+        return [(key, self.values[key]) for key in found[:limit]]
+
+    def look(self) -> None: ...
+    async def scrub(self) -> None: ...
+
+    def secret(self) -> bytes:
+        return SECRET
+
+    async def commit(
+        self, puts: Sequence[tuple[bytes, bytes]], joins: object = (), adds: object = (), secret: object = None,
+        erased: object = None, drops: Sequence[bytes] = (), leaves: Sequence[tuple[bytes, bytes]] = (), erases: bool = False,
+    ) -> frozenset[bytes]:  # fmt: skip
+        dies = self.commits == self.dies_at
+        self.commits += 1
+        if dies and self.before:
+            raise Died
+        for prefix in drops:
+            for key in [key for key in self.values if isinstance(key, bytes) and key.startswith(prefix)]:
+                del self.values[key]
+        for key, owner in leaves:
+            left = b"".join(node for node in nodes(self.values.pop(key, b"")) if not node.startswith(owner))
+            self.values.update({key: left} if left else {})
+        self.erased += erases
+        self.values.update(puts)
+        if dies:
+            raise Died
+        return frozenset()
+
+
+def nodes(ids: bytes) -> list[bytes]:
+    return [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)]
+
+
+def long(*words: str) -> str:
+    return " ".join(f"{word}{n}" for n in range(12) for word in (*words, "amber", "basin", "cedar"))
+
+
+@dataclass
+class House:
+    """What is stored of several tenants: `owner[name]` is the conversation whose texts have `name` in each."""
+
+    player: Player = field(default_factory=lambda: Player(limits_of(700)))
+    owner: dict[str, bytes] = field(default_factory=dict)
+    messages: dict[str, list[Message]] = field(default_factory=dict)
+
+    def talk(self, name: str, turns: int = 8, last: int | None = None, **extra: str) -> None:
+        """`last`: of its messages that the client sends."""
+        said = self.messages.setdefault(name, [])
+        for turn in range(len(said), len(said) + 2 * turns, 2):
+            said.append({"role": "user", "content": f"{name}mark {long(f'{name}u{turn}')}"})
+            rounds = [says(f"{name}mark noted {long(f'{name}a{turn}')}")]
+            if turn == 12:
+                rounds.insert(0, fault("msg_0002"))
+            played = self.player.ask(said[-(last or len(said)) :], script(*rounds), **extra)
+            assert played.message is not None
+            said.append(played.message)
+            self.owner.setdefault(name, owner_of(played.turn.path[0].id))
+
+    def left(self, name: str, values: Values) -> list[bytes]:
+        """The keys of the values that have something of it."""
+        mark, owner = name.encode() + b"mark", self.owner[name]
+        return [key for key, value in values.items() if mark in value or owner in key or owner in value]
+
+
+@pytest.fixture(scope="module")
+def house() -> House:
+    house = House()
+    house.talk("red", user="ann", session="s")
+    fork = house.messages["red"][:9]
+    house.player.ask([*fork, {"role": "user", "content": "redmark otherwise"}], script(says("redmark fork")), user="ann")
+    house.talk("blue", user="ann")
+    house.talk("green", 5, user="bob")
+    house.talk("black", 5, key="other")
+    return house
+
+
+@pytest.fixture(scope="module")
+def trimmed() -> House:
+    """A client that sends its six newest messages, whose front moves on twice before it is believed."""
+    house = House()
+    house.talk("red", 5, 5, user="tom")
+    house.talk("blue", 5, user="tom")
+    return house
+
+
+async def killed_anywhere(
+    values: Values, begin: Callable[[Erasures], object], check: Callable[[Dict], None]
+) -> Iterator[Dict] | None:
+    """`begin` is killed at each of its commits, before it and behind it; what is left is finished by another process."""
+    whole = Dict(dict(values))
+    await begin(Erasures(whole))  # type: ignore[arg-type, misc]
+    check(whole)
+    for at in range(whole.commits):
+        for before in (True, False):
+            store = Dict(dict(values), at, before)
+            with pytest.raises(Died):
+                await begin(Erasures(store))  # type: ignore[arg-type, misc]
+            if before and not at:
+                assert store.values == values  # nobody was told that it had begun
+                continue
+            await Erasures(store).finish_open()  # type: ignore[arg-type]
+            assert not store.scan(keys.ERASING)
+            check(store)
+            receipts = store.scan(keys.RECEIPT)
+            await Erasures(store).finish_open()  # type: ignore[arg-type]
+            assert store.scan(keys.RECEIPT) == receipts, "what is done is not done again"
+    return None
+
+
+def same(values: Values, store: Dict, *letters: bytes, owner: bytes = b"") -> None:
+    before = {key: value for key, value in values.items() if key[:1] in letters and key[1:].startswith(owner)}
+    assert before and before == {key: store.values.get(key) for key in before}
+
+
+async def test_all_of_a_conversation_goes_and_nothing_of_another(house: House) -> None:
+    red = house.owner["red"]
+    made = keys.OF_CONVERSATION - {keys.RECORD, keys.CONVERSATION, keys.LINK}
+    values = {**{kind + red + bytes(16): b"redmark" for kind in made}, **house.player.values}
+    assert {key[:1] for key in house.left("red", values)} >= made | {keys.RECORD, keys.CONVERSATION, keys.PAIR, keys.LABEL}
+    said = {sha256(raw).hexdigest() for raw in raws(values, red)}
+
+    def check(store: Dict) -> None:
+        assert [key[:1] for key in house.left("red", store.values)] == [keys.RECEIPT]
+        assert b"mark" not in store.scan(keys.RECEIPT)[0][1]
+        for name in ("blue", "green", "black"):
+            same(values, store, *keys.OF_CONVERSATION, owner=house.owner[name])
+        for key in (key for key in values if key[:1] in keys.OF_TENANT):
+            left = [node for node in nodes(values[key]) if not node.startswith(red)]
+            assert nodes(store.values.get(key, b"")) == left
+        (receipt,) = Erasures(store).receipts(red[:12])  # type: ignore[arg-type]
+        told = receipt.told()
+        assert set(told["messages_sha256"]) == said and len(said) == 18
+        assert told["conversations"] == [red[12:].hex()] and told["ended_s"]
+        assert told["values"]["record of a turn"] == 9
+
+    await killed_anywhere(values, lambda e: e.erase("conversation", "tenant", [red]), check)
+
+
+async def test_a_user_and_a_credential_go_whole(house: House) -> None:
+    values = {**house.player.values, keys.MODEL + house.owner["red"][:6] + b"gpt": b"fact"}
+
+    def none_of(*names: str) -> Callable[[Dict], None]:
+        def check(store: Dict) -> None:
+            kept = set(house.owner) - set(names)
+            for name in names:
+                owner = house.owner[name]
+                assert not any(owner[:12] in key and key[:1] != keys.RECEIPT for key in store.values)
+                assert not any(name.encode() + b"mark" in value for value in store.values.values())
+            for name in kept:
+                same(values, store, *keys.OF_CONVERSATION, owner=house.owner[name])
+            assert (keys.MODEL + house.owner["red"][:6] + b"gpt" in store.values) == ("green" in kept)
+            assert len(Erasures(store).receipts(house.owner["red"])) == 1  # type: ignore[arg-type]
+
+        return check
+
+    ann, credential = house.owner["red"][:12], house.owner["red"][:6]
+    await killed_anywhere(values, lambda e: e.erase("user", "tenant", [ann]), none_of("red", "blue"))
+    await killed_anywhere(values, lambda e: e.erase("key", "operator", [credential]), none_of("red", "blue", "green"))
+
+
+@pytest.mark.parametrize("asked", ["the first", "the last"])
+async def test_a_trimmed_history_goes_with_the_conversations_that_it_went_on_from(trimmed: House, asked: str) -> None:
+    values = trimmed.player.values
+    owners = {owner_of(key[1:]) for key in values if key[:1] == keys.RECORD} - {trimmed.owner["blue"]}
+    assert len(owners) == 3, "its front has moved on to two beginnings"
+    ordered = sorted(owners, key=lambda owner: owner != trimmed.owner["red"])
+    one = ordered[0 if asked == "the first" else -1]
+
+    def check(store: Dict) -> None:
+        assert not [key for key, value in store.values.items() if b"redmark" in value]
+        assert not any(owner in key for key in store.values for owner in owners)
+        same(values, store, *keys.OF_CONVERSATION, owner=trimmed.owner["blue"])
+        assert len(Erasures(store).receipts(one)[0].owners) == 3  # type: ignore[arg-type]
+
+    await killed_anywhere(values, lambda e: e.erase("conversation", "tenant", [one]), check)
+
+
+def raws(values: Values, owner: bytes) -> list[bytes]:
+    records = [decode_record(value) for key, value in values.items() if key.startswith(keys.RECORD + owner)]
+    return [raw for record in sorted(records, key=lambda record: record.first) for raw in record.raws]
+
+
+async def test_of_one_message_a_tombstone_stays_and_the_client_goes_on(house: House) -> None:
+    """In a session that sends only what is new nothing else tells the model what was said."""
+    player = Player(limits_of(1500))
+    for turn in range(14):
+        rounds = [says(f"answered{turn} {long(f'a{turn}')}")]
+        if turn == 12:
+            rounds.insert(0, fault("msg_0003"))
+        text = f"redmark{turn}x {long(f'r{turn}')}"
+        played = player.ask([{"role": "user", "content": text}], script(*rounds), session="s")
+    owner, values = owner_of(played.turn.path[0].id), dict(player.values)
+    states = [decode_record(value).window for key, value in values.items() if key[:1] == keys.RECORD]
+    assert any(b"redmark1x" in window for window in states), "it is shown in a window, and stored there"
+    content = played.turn.path[2].content
+    texts = {bytes(raw) for raw in raws(values, owner) if b"redmark1x" in raw}
+
+    def check(store: Dict) -> None:
+        assert not [key for key, value in store.values.items() if b"redmark1x" in value]
+        assert not any(key[:1] in (keys.BLOCK, keys.INDEX) for key in store.values)
+        head = LastUse.decode(store.values[conversation_key(owner)]).head
+
+        def get(node_id: bytes) -> Record | None:
+            data = store.values.get(record_key(node_id))
+            return decode_record(data) if data is not None else None
+
+        record = get(head)
+        assert record is not None
+        path = list(backwards(record, get))[::-1]
+        assert [is_tombstone(node.raw) for node in path] == [at == 2 for at in range(28)]
+        assert json.loads(path[2].raw) == {"role": "user", "content": ERASED} and path[2].content == content
+        told = Erasures(store).receipts(owner)[0].told()  # type: ignore[arg-type]
+        assert told["messages_sha256"] == [sha256(raw).hexdigest() for raw in texts]
+
+        later = Player(limits_of(1500))
+        later.values = dict(store.values)
+        played = later.ask([{"role": "user", "content": "What was the second?"}], script(says("Gone.")), session="s")
+        assert played.turn.window is not None and len(played.turn.path) == 30
+        assert b"redmark1x" not in played.bodies[0] and b"redmark13x" in played.bodies[0]
+        search = later.ask([{"role": "user", "content": "Load it."}], script(fault("msg_0003"), says("Gone.")), session="s")
+        assert ERASED.encode() in search.bodies[-1] and b"redmark1x" not in search.bodies[-1]
+
+    await killed_anywhere(values, lambda e: e.erase("message", "operator", [owner], content), check)
+
+
+async def test_a_message_with_calls_stays_a_message_with_calls(house: House) -> None:
+    player = Player(limits_of(4000))
+    asked = calls(call("lookup", {"word": "redmark"}, "c1"), text="redmark")
+    history: list[Message] = [{"role": "user", "content": "Look."}, asked,
+                              {"role": "tool", "tool_call_id": "c1", "content": "found"}]  # fmt: skip
+    played = player.ask(history, script(says("Done.")))
+    store = Dict(dict(player.values))
+    owner = owner_of(played.turn.path[0].id)
+    await Erasures(store).erase("message", "tenant", [owner], played.turn.path[1].content)  # type: ignore[arg-type]
+    kept = [json.loads(raw) for raw in raws(store.values, owner)]
+    assert kept[1] == {"role": "assistant", "content": ERASED,
+                       "tool_calls": [call("lookup", {}, "c1")]}  # fmt: skip
+    assert kept[2] == history[2] and not any(b"redmark" in value for value in store.values.values())
+
+
+async def test_what_nobody_used_for_so_long_goes_once_for_each_tenant(house: House, trimmed: House) -> None:
+    store = Dict({**house.player.values, **trimmed.player.values})
+    now_s = 1_000 * DAY_S
+    used = {"red": 10, "blue": 40, "green": 41, "black": 40}  # days ago
+    for name, days in used.items():
+        key = conversation_key(house.owner[name])
+        head = LastUse.decode(store.values[key]).head
+        store.values[key] = LastUse(head, now_s - days * DAY_S).encode()
+    linked = {owner_of(key[1:]) for key in trimmed.player.values if key[:1] == keys.RECORD}
+    for owner in linked:  # of those that belong together one was used
+        head = LastUse.decode(store.values[conversation_key(owner)]).head
+        days = 1 if owner == trimmed.owner["red"] else 90
+        store.values[conversation_key(owner)] = LastUse(head, now_s - days * DAY_S).encode()
+    await Erasures(store).expire(now_s - 30 * DAY_S)  # type: ignore[arg-type]
+    there = {owner_of(key[1:]) for key in store.values if key[:1] == keys.CONVERSATION}
+    assert there == {house.owner["red"], *linked - {trimmed.owner["blue"]}}
+    for name in ("green", "black"):
+        (receipt,) = Erasures(store).receipts(house.owner[name])  # type: ignore[arg-type]
+        assert receipt.by == "retention" and receipt.owners == [house.owner[name]]
+
+
+async def test_only_a_turn_of_what_is_erased_is_turned_away(house: House) -> None:
+    store = Dict(dict(house.player.values))
+    red, green = house.owner["red"], house.owner["green"]
+    assert not erased_since(store, red, 0)  # type: ignore[arg-type]
+    await Erasures(store).erase("conversation", "tenant", [red])  # type: ignore[arg-type]
+    number = store.erased
+    assert erased_since(store, red, number - 1) and not erased_since(store, red, number)  # type: ignore[arg-type]
+    assert erased_since(store, house.owner["blue"], 0), "it may have read what belongs to another of its tenant's"  # type: ignore[arg-type]
+    assert not erased_since(store, green, 0) and not erased_since(store, house.owner["black"], 0)  # type: ignore[arg-type]
+    await Erasures(store).erase("key", "operator", [green[:6]])  # type: ignore[arg-type]
+    assert erased_since(store, green, number) and not erased_since(store, house.owner["black"], 0)  # type: ignore[arg-type]
+    dying = Dict(dict(house.player.values), dies_at=1)
+    with pytest.raises(Died):
+        await Erasures(dying).erase("user", "tenant", [red[:12]])  # type: ignore[arg-type]
+    assert erased_since(dying, red, 0) and not erased_since(dying, green, 0)  # type: ignore[arg-type]
+
+
+def test_every_kind_of_key_goes_with_its_owner() -> None:
+    owner = bytes(range(18))
+    assert {prefix[:1] for prefix in prefixes(owner[:6])} == keys.OF_CONVERSATION | keys.OF_TENANT | keys.OF_SCOPE
+    assert {prefix[:1] for prefix in prefixes(owner[:12])} == keys.OF_CONVERSATION | keys.OF_TENANT
+    assert {prefix[:1] for prefix in prefixes(owner)} == keys.OF_CONVERSATION - {keys.LINK}
+    kinds = keys.OF_CONVERSATION | keys.OF_TENANT | keys.OF_SCOPE
+    assert set(keys.KINDS) - kinds == {keys.ERASING, keys.RECEIPT, keys.LEASE}, "a new kind says whose it is"
+    assert not Erasure(b"i", "user", "tenant", 0, [owner[:12]]).concerns(b"x" * 18)

@@ -1,0 +1,346 @@
+"""What a store of a million pages costs a request, beside one of ten thousand.
+
+    python -m tests.bench.scale [--conversations 100,1000,10000] [--engines sqlite,postgres] [--results FILE]
+    python -m tests.bench.scale --draw docs/scale.svg --results FILE
+
+Promises: the store is what the proxy makes (tests/bench/making.py), conversations of 100 pages, each larger than its
+window; the server is `llm-pager serve` over sockets, started anew before each row, so that every conversation is cold:
+none of it in the process's RAM (the system's own cache of files is as it is). The same work for each size; it is small
+beside the store, and what it adds is measured by nobody else.
+
+start      seconds of CPU until the server answers /health; RSS then, and after all the work
+cold       a turn of a session that this process has not seen: CPU ms, median and p99 ms
+turn       its next one
+whole      one whose client sends its whole history
+fault L2   from the model's page_fault to the request with its page, of a conversation that is cold; of its text in the store
+fault L1   likewise of a page whose text is in RAM
+search     from the model's search_pages to the request with what it found, of a conversation that is cold
+again      likewise the second search of a conversation
+disk       bytes stored for a page (of 400 characters)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from proxy.config import Config, load_config
+from tests.bench.chart import small_multiples
+from tests.bench.gateways import cpu_seconds, rss_mb
+from tests.bench.making import MESSAGES, Conversation, body, completion, make, message
+from tests.e2e.processes import ServerProcess
+
+L0_TOKENS = 4000
+SAMPLE = 100  # conversations of a row
+WITHIN = 2.0  # times the smallest size
+TURNS = ("cold", "turn", "whole")
+# What is done in one life of a server: none of it is known at the first.
+PROCESSES = (TURNS, ("fault L2",), ("search", "search again", "fault L1"))
+CHARTED = {
+    "turn, CPU ms": "turn, CPU ms", "first turn here, CPU ms": "cold, CPU ms", "whole history, CPU ms": "whole, CPU ms",
+    "first search, p50 ms": "search, p50 ms", "fault from disk, p50 ms": "fault L2, p50 ms",
+    "fault from disk, p99 ms": "fault L2, p99 ms", "RSS at the end, MB": "RSS after the work, MB", "bytes a page": "bytes on disk a page",
+}  # fmt: skip
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+_LENGTH = re.compile(rb"content-length: *(\d+)")
+
+
+def call(name: str, **arguments: object) -> bytes:
+    """The model calls one of the memory's tools."""
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    said = {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+    return completion(said, "tool_calls")
+
+
+class Model(asyncio.Protocol):
+    """Says what is in `script`, one answer a request. `body`: the last request's; `gap_s`: the seconds to it from the
+    answer before it in the script."""
+
+    script: ClassVar[list[bytes]] = []
+    body = b""
+    gap_s = 0.0
+    _called_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport, self._buffer = transport, bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        end = self._buffer.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return
+        length = _LENGTH.search(bytes(self._buffer[:end]).lower())
+        size = int(length[1]) if length else 0
+        if len(self._buffer) < end + size:
+            return
+        if Model._called_s:
+            Model.gap_s = time.perf_counter() - Model._called_s
+        Model.body = bytes(self._buffer[end : end + size])
+        self._buffer.clear()
+        answer = Model.script.pop(0)
+        self._transport.write(_HEAD % len(answer) + answer)
+        Model._called_s = time.perf_counter() if Model.script else 0.0
+
+
+class Client:
+    """One connection to the server."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def close(self) -> None:
+        self._writer.close()
+
+    async def open(self) -> Client:
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
+        return self
+
+    async def chat(self, request: bytes, headers: Sequence[tuple[bytes, bytes]], *script: bytes) -> float:
+        """Seconds of a turn in which the model says that."""
+        Model.script = list(script)
+        head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        started = time.perf_counter()
+        self._writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n%bcontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (head, len(request), request)
+        )
+        got = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        length = _LENGTH.search(got)
+        assert length, got
+        answer = await self._reader.readexactly(int(length[1]))
+        seconds = time.perf_counter() - started
+        if not got.startswith(b"http/1.1 200") or Model.script:
+            raise RuntimeError(f"{got[:40]!r}: {answer[:800]!r}")
+        return seconds
+
+
+@dataclass
+class Row:
+    """What one size costs, in seconds, bytes and megabytes; a list has a value a request."""
+
+    pages: int
+    start_s: float = 0.0
+    rss_mb: tuple[float, float] = (0.0, 0.0)  # at the start, after the work
+    page_bytes: float = 0.0
+    cpu_s: dict[str, list[float]] = field(default_factory=dict)  # by kind
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def took(self, kind: str, seconds: float, cpu_s: float | None = None) -> None:
+        self.seconds.setdefault(kind, []).append(seconds)
+        if cpu_s is not None:
+            self.cpu_s.setdefault(kind, []).append(cpu_s)
+
+    def figures(self) -> dict[str, float]:
+        """By name, in the unit that it is shown in."""
+        out = {"start, CPU s": self.start_s, "RSS at the start, MB": self.rss_mb[0], "RSS after the work, MB": self.rss_mb[1]}
+        for kind, seconds in self.seconds.items():
+            if kind in self.cpu_s:
+                out[f"{kind}, CPU ms"] = 1e3 * statistics.fmean(self.cpu_s[kind])
+            ordered = sorted(seconds)
+            out[f"{kind}, p50 ms"] = 1e3 * statistics.median(ordered)
+            out[f"{kind}, p99 ms"] = 1e3 * ordered[round(0.99 * (len(ordered) - 1))]
+        return {**out, "bytes on disk a page": self.page_bytes}
+
+
+class Engine:
+    """Where the store is. `tiers`: the configuration's section."""
+
+    def __init__(self, name: str, tiers: dict[str, Any], disk_bytes: Callable[[], int]) -> None:
+        self.name, self.disk_bytes = name, disk_bytes
+        self.tiers = {"l0": {"tokens": L0_TOKENS}, **tiers}
+
+    def config(self, folder: Path) -> Config:
+        file = folder / f"{self.name}.yaml"
+        file.write_text(json.dumps({"tiers": self.tiers}))
+        return load_config(file, {}, {})
+
+
+@contextmanager
+def sqlite(folder: Path, sizes: Sequence[int]) -> Iterator[list[Engine]]:
+    """Stores of so many conversations; those that are there already are taken."""
+    engines = []
+    for size in sizes:
+        path = folder / f"sqlite-{size}"
+        disk_bytes = partial(_directory_bytes, path)
+        engine = Engine(f"sqlite-{size}", {"l2": {"path": str(path)}}, disk_bytes)
+        if not path.exists():
+            making = Engine(f"making-{size}", {"l2": {"path": str(folder / "making")}}, disk_bytes)
+            asyncio.run(make(making.config(folder), range(size)))
+            (folder / "making").rename(path)
+        engines.append(engine)
+    yield engines
+
+
+def _directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+
+
+@contextmanager
+def postgres(folder: Path, sizes: Sequence[int]) -> Iterator[list[Engine]]:
+    """The same stores, migrated into databases of one server."""
+    from proxy.cli import main as llm_pager
+    from tests.services import Postgres
+
+    with sqlite(folder, sizes), Postgres({"fsync": "on", "shared_buffers": "256MB", "max_wal_size": "4GB"}) as server:
+        engines = []
+        for size in sizes:
+            url = server.new_database()
+            if llm_pager(["migrate", str(folder / f"sqlite-{size}"), url]):
+                raise RuntimeError(f"the store of {size} conversations could not be migrated")
+            server.execute("VACUUM ANALYZE", url=url)
+            engines.append(Engine(f"postgres-{size}", {"l2": {"url": url}}, partial(_database_bytes, server, url)))
+        yield engines
+
+
+def _database_bytes(server: Any, url: str) -> int:
+    (row,) = server.execute("SELECT pg_database_size(current_database()) AS bytes", url=url)
+    return int(row["bytes"])
+
+
+ENGINES = {"sqlite": sqlite, "postgres": postgres}
+
+
+class Bench:
+    """One size's server and client."""
+
+    def __init__(self, engine: Engine, conversations: int, model_port: int) -> None:
+        self.engine = engine
+        self.row = Row(conversations * MESSAGES)
+        self.random = random.Random(f"{conversations}")
+        self.numbers = self.random.sample(range(conversations), min(SAMPLE, conversations))
+        upstream = {"base_url": f"http://127.0.0.1:{model_port}/v1"}
+        self.config = {"tiers": engine.tiers, "upstream": upstream, "log": {"level": "warning"}}
+        self.histories: dict[int, list[bytes]] = {}  # what was said since
+        self.starts_s: list[float] = []
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """A server that has seen nothing yet, started as its users do."""
+        with ServerProcess(self.config, env={"PYTHONHASHSEED": "0"}) as server:
+            self.pid = server.pid
+            self.starts_s.append(cpu_seconds(server.pid))
+            self.row.start_s = statistics.median(self.starts_s)
+            begun_mb = rss_mb(server.pid)
+            self.client = await Client(server.port).open()
+            yield
+            self.client.close()
+            self.row.rss_mb = (begun_mb, max(self.row.rss_mb[1], rss_mb(server.pid)))
+
+    async def turn(self, kind: str, number: int) -> None:
+        """A turn of that conversation."""
+        conversation, said = Conversation(number), self.histories.setdefault(number, [])
+        said.append(message("user", f"Go on, {kind}."))
+        headers, request = conversation.headers, said[-1:]
+        if kind == "whole":
+            headers, request = headers[:1], [*conversation.messages, *said]
+        cpu_s = cpu_seconds(self.pid)
+        seconds = await self.client.chat(body(request), headers, self.says(said))
+        self.row.took(kind, seconds, cpu_seconds(self.pid) - cpu_s)
+
+    def says(self, said: list[bytes]) -> bytes:
+        text = f"It goes on, {len(said)}."
+        said.append(message("assistant", text))
+        return completion({"role": "assistant", "content": text})
+
+    async def call(self, kind: str, number: int) -> None:
+        """The model calls once in that conversation, and what it wanted is in its next request."""
+        conversation, said = Conversation(number), self.histories.setdefault(number, [])
+        at = self.random.randrange(MESSAGES // 2)
+        if kind.startswith("search"):
+            words = " ".join(conversation.texts[at].split()[:12])
+            made, wanted = call("search_pages", query=words), f"msg_{at + 1:04d}"
+        else:
+            made, wanted = call("page_fault", page_id=f"msg_{at + 1:04d}"), conversation.texts[at][:60]
+        said.append(message("user", f"Look, {kind}."))
+        await self.client.chat(body(said[-1:]), conversation.headers, made, self.says(said))
+        if wanted.encode() not in Model.body:
+            raise RuntimeError(f"{kind} of conversation {number} did not bring {wanted!r}: {Model.body[-3000:]!r}")
+        self.row.took(kind, Model.gap_s)
+
+
+async def run(engines: Sequence[Engine], sizes: Sequence[int]) -> list[Row]:
+    """A row for each size, each on an engine of its own. They take turns, so that a noisy machine is one to all of them."""
+    model = await asyncio.get_running_loop().create_server(Model, "127.0.0.1", 0)
+    port = model.sockets[0].getsockname()[1]
+    benches = [Bench(engine, size, port) for engine, size in zip(engines, sizes, strict=True)]
+    for bench in benches:
+        bench.row.page_bytes = bench.engine.disk_bytes() / bench.row.pages
+    for kinds in PROCESSES:
+        async with AsyncExitStack() as running:
+            for bench in benches:
+                await running.enter_async_context(bench.served())
+            for kind in kinds:
+                for i in range(SAMPLE):
+                    for bench in benches:
+                        work = bench.turn if kind in TURNS else bench.call
+                        await work(kind, bench.numbers[i % len(bench.numbers)])
+    model.close()
+    return [bench.row for bench in benches]
+
+
+Results = dict[str, dict[str, list[float]]]  # by engine and figure, a value for each size; the sizes are "pages"
+
+
+def table(name: str, figures: dict[str, list[float]]) -> str:
+    """In Markdown, with what the largest costs for each of the smallest."""
+    pages = figures["pages"]
+    lines = [f"| {name} | " + " | ".join(f"{count:,.0f} pages" for count in pages) + " | times |", "|---" * (len(pages) + 2) + "|"]
+    for figure, values in figures.items():
+        if figure == "pages":
+            continue
+        times = values[-1] / values[0]
+        over = " **over**" if times > WITHIN else ""
+        lines.append(f"| {figure} | " + " | ".join(f"{value:.3g}" for value in values) + f" | {times:.2f}{over} |")
+    return "\n".join(lines)
+
+
+def chart(results: Results) -> str:
+    """The figures that people ask for first."""
+    pages = next(iter(results.values()))["pages"]
+    ticks = [f"{count / 1e3:,.0f}k" if count < 1e6 else f"{count / 1e6:g}M" for count in pages]
+    panels = {name: {engine: figures[figure] for engine, figures in results.items()} for name, figure in CHARTED.items()}
+    return small_multiples("What a store of a million pages costs a request", ticks, list(results), panels)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.scale")
+    parser.add_argument("--conversations", default="100,1000,10000")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--folder", type=Path, help="where the stores are made and kept (default: a temporary one)")
+    parser.add_argument("--results", type=Path, help="a file that keeps the figures, beside those of other runs")
+    parser.add_argument("--draw", type=Path, help="the chart of the results, instead of measuring")
+    options = parser.parse_args()
+    results: Results = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
+    if options.draw:
+        options.draw.write_text(chart(results), encoding="utf-8")
+        return
+    sizes = [int(size) for size in options.conversations.split(",")]
+    with tempfile.TemporaryDirectory(prefix="bench-scale-") as temporary:
+        folder: Path = options.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        for name in options.engines.split(","):
+            with ENGINES[name](folder, sizes) as engines:
+                rows = asyncio.run(run(engines, sizes))
+            shown = [{"pages": row.pages, **row.figures()} for row in rows]
+            results[name] = {figure: [values[figure] for values in shown] for figure in shown[0]}
+            print(table(name, results[name]), flush=True)
+            if options.results:
+                options.results.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
