@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | forget | demo`.
+"""The command line: `llm-pager serve | check | forget | api-key | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__, forget
+from proxy import __version__, api_key, forget
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command == api_key.COMMAND:
+            return api_key.run(args)
         if args.command == forget.COMMAND:
             return forget.run(args)
         from proxy.demo import play
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="read all that is stored instead: find damage, and repair it (status 3)")
 
     forget.add_parser(commands)
+    api_key.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")

@@ -131,7 +131,7 @@ OptionalText = Annotated[
 ]
 KeyHash = Annotated[
     str,
-    Field(pattern=r"^sha256:[0-9a-f]{64}$", description="the hash of a key, as `llm-pager key` makes it: sha256: and 64 hexadecimal digits"),
+    Field(pattern=r"^sha256:[0-9a-f]{64}$", description="the hash of a key, as `llm-pager api-key` makes it: sha256: and 64 hexadecimal digits"),
 ]
 BaseUrl = Annotated[
     str,
@@ -195,11 +195,11 @@ class ServerConfig(Section):
         float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")
     ] = 1.0
     keys: Annotated[
-        dict[Text, KeyHash], Field(description="a mapping of names to hashes of keys, as `llm-pager key` makes them")
+        dict[Text, KeyHash], Field(description="a mapping of names to hashes of keys, as `llm-pager api-key` makes them")
     ] = Field(default_factory=dict)
     event_streams: AtLeast0 = 64
     admin_key: Annotated[
-        KeyHash | None, Field(description="null or the hash of a key, as `llm-pager key` makes it: sha256: and 64 hexadecimal digits")
+        KeyHash | None, Field(description="null or the hash of a key, as `llm-pager api-key` makes it: sha256: and 64 hexadecimal digits")
     ] = None
     drain_answers_s: Annotated[
         int, Field(ge=1, le=86_400, description="a whole number of seconds from 1 to 86400")
@@ -586,7 +586,7 @@ def load_config(
     if config.upstream.api_key and not config.server.keys and not is_loopback(config.server.host):
         sentences.problems.append(
             f"server.host: {config.server.host} lets other machines spend upstream.api_key: give them keys of this server"
-            " (server.keys, made with `llm-pager key`), or listen on 127.0.0.1."
+            " (server.keys, made with `llm-pager api-key`), or listen on 127.0.0.1."
         )
     if sentences.problems:
         raise ConfigError(*sentences.problems)

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BELOW_APP = {"ui", "api", "conversation", "media", "memory", "storage", "search", "upstream"}
+BELOW_APP = {"api", "conversation", "media", "memory", "storage", "search", "upstream"}
 BASE = {"config", "errors", "sse", "tokens"}
 
 # Unit (a package or module directly under proxy/) -> the units that it may import, besides itself.
@@ -25,15 +25,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"check", "config", "demo", "errors", "forget", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"api_key", "check", "config", "demo", "errors", "forget", "storage"},  # the app is named to uvicorn as a string
     "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
+    "app": {"ui", *BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
     "process": set(),
     "server": {"config", "errors"},
     "decoder": {"media"},  # a process of its own: media are decoded in it
-    "api": {*BELOW_APP, *BASE, "model_limits"},
+    "api": {*BELOW_APP, *BASE, "api_key", "model_limits"},
     "ui": {"api", "conversation", "memory", *BASE},  # the dashboard: pages over what the API reads
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokens": {"media"},
     "config": {"errors", "config_text"},
     "config_text": {"errors"},
+    "api_key": set(),
     "errors": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
 }

@@ -14,7 +14,7 @@ import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from functools import lru_cache
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 
 from fastapi import Request
 
@@ -22,6 +22,7 @@ from proxy.api.caller import caller_of
 from proxy.api.http import Scope, is_private_name
 from proxy.api.memory import Memory
 from proxy.api.views import Who
+from proxy.api_key import key_hash
 from proxy.config import Config, is_loopback
 from proxy.conversation.keys import TENANT_BYTES
 from proxy.errors import ApiError
@@ -34,11 +35,6 @@ _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via", b"x-forwar
 _OF_USER = ("user", "safety_identifier", "metadata.")  # of a chat request's body, in a query
 _KEY_NAME = "llm_pager.key"  # in a scope: of this server's, that came with the request
 _TIME_BYTES, _MAC_BYTES = 4, 16
-
-
-def key_hash(key: str) -> str:
-    """As the configuration has it. (A key is long and random, so its hash needs no salt and no slow function.)"""
-    return f"sha256:{sha256(key.encode()).hexdigest()}"
 
 
 class Access:

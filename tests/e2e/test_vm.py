@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
-from proxy.api.access import key_hash
+from proxy.api_key import key_hash
 from tests.e2e.harness import ServerProcess
 from tests.e2e.script import (
     LOOKUP,
