@@ -118,7 +118,7 @@ def check(args: argparse.Namespace) -> int:
     yet is not made."""
     import yaml
 
-    from proxy.config import load_config
+    from proxy.config import load_config, require_keys
     from proxy.storage.sqlite import DATABASE
 
     config = load_config(args.config, os.environ, {})
@@ -128,6 +128,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
     _require_extra(config)
+    require_keys(config)
     if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
@@ -148,7 +149,7 @@ def _check_storage(config: "Config") -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Runs the server until SIGTERM or SIGINT. Raises ConfigError or StartError before that."""
-    from proxy.config import EFFECTIVE_CONFIG_VARIABLE, load_config
+    from proxy.config import EFFECTIVE_CONFIG_VARIABLE, load_config, require_keys
 
     flags = {
         "server.host": args.host,
@@ -157,6 +158,7 @@ def serve(args: argparse.Namespace) -> int:
     }
     config = load_config(args.config, os.environ, flags)
     _require_extra(config)
+    require_keys(config)
     if config.tiers.l2.url is None or config.tiers.l3.url is None:
         _require_writable(config.tiers.l2.path)
     _require_a_sound_store(config)

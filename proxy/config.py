@@ -512,6 +512,15 @@ class Config(Section):
                 yield f"models.{name}.api_base: used with provider litellm only."
 
 
+def require_keys(config: Config) -> None:
+    """ConfigError for a server that would let any machine that reaches it spend its key."""
+    if config.upstream.api_key and not config.server.keys and not is_loopback(config.server.host):
+        raise ConfigError(
+            f"server.host: {config.server.host} lets other machines spend upstream.api_key; give them keys of this server"
+            " (server.keys, made with `llm-pager api-key`), or listen on 127.0.0.1."
+        )
+
+
 def effective_reserve(l0_tokens: int, reserve_tokens: int) -> int:
     """Tokens of an `l0_tokens` window that are kept free for the answer, whatever the client asks for.
 
@@ -583,11 +592,6 @@ def load_config(
     except ValidationError as error:
         sentences.invalid(error)
         config = Config()
-    if config.upstream.api_key and not config.server.keys and not is_loopback(config.server.host):
-        sentences.problems.append(
-            f"server.host: {config.server.host} lets other machines spend upstream.api_key: give them keys of this server"
-            " (server.keys, made with `llm-pager api-key`), or listen on 127.0.0.1."
-        )
     if sentences.problems:
         raise ConfigError(*sentences.problems)
     return config

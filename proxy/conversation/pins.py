@@ -52,8 +52,11 @@ def with_pin(pins: Sequence[Pin], pin: Pin) -> list[Pin]:
     return [*(one for one in pins if (one.page_id, one.node) != (pin.page_id, pin.node)), pin][-MOST:]
 
 
-def pinned(pins: Sequence[Pin], table: PageTable, path: Sequence[Node], turn: int) -> Iterator[PageMutation]:
-    """What the table lacks of them."""
+def pinned(
+    pins: Sequence[Pin], table: PageTable, path: Sequence[Node], turn: int, since: int
+) -> Iterator[PageMutation]:
+    """What the table lacks of them; a page that left the window since the turn `since`, as evidence does, comes back. (One
+    for which an epoch had no room does not: each turn would begin one.)"""
     for pin in pins:
         entry = table.lookup(pin.page_id)
         if entry is None or not 0 <= entry.position < len(path) or path[entry.position].id != pin.node:
@@ -61,9 +64,11 @@ def pinned(pins: Sequence[Pin], table: PageTable, path: Sequence[Node], turn: in
         if not pin.pinned:
             if entry.pinned:
                 yield PageMutation(MutationType.UNPIN, pin.page_id, turn, actor=Actor.USER)
-        elif entry.pin_kind is not PinKind.EXPLICIT:
+            continue
+        new = entry.pin_kind is not PinKind.EXPLICIT
+        if new:
             yield PageMutation(MutationType.PIN, pin.page_id, turn, actor=Actor.USER)
-            if entry.tier is not StorageTier.L0:
-                yield PageMutation(
-                    MutationType.MAP, pin.page_id, turn, CompressionLevel.FULL, StorageTier.L0, entry.size_tokens, Actor.USER
-                )
+        if entry.tier is not StorageTier.L0 and (new or (entry.evicted_turn or 0) >= since):
+            yield PageMutation(
+                MutationType.MAP, pin.page_id, turn, CompressionLevel.FULL, StorageTier.L0, entry.size_tokens, Actor.USER
+            )

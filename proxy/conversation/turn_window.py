@@ -158,7 +158,8 @@ class TurnWindow:
             yield from self._settle()
         end, at = len(self.pages.path), self._differs_at()
         self._register(self.pages, at)
-        pins = list(pinned(self.context.pins(), self.table, self.pages.path, self.turn))
+        since = self.turn - len(self._answered)
+        pins = list(pinned(self.context.pins(), self.table, self.pages.path, self.turn, since))
         for mutation in (*self.context.changes, *pins):
             self.apply(mutation)
         grown = self._grown(at, end, end)
