@@ -696,8 +696,9 @@ def _why(entry: PageTableEntry, facts: _Facts, place: str) -> str:
         return f"{page} was never in the window: there was too much behind it when it was first seen, and nothing asked for it since."
     gone = entry.evicted_turn
     asked = f" The model last asked for it in turn {entry.faulted_turn}." if entry.faulted_turn else ""
-    if window is not None and gone >= window.began and gone == window.began:
-        return f"{page} left the window in turn {gone}, when {epoch}, rebuilt it; neither a message nor the model asked for it since.{asked}"
+    if window is not None and gone == window.began:
+        return (f"{page} left the window in turn {gone}, when epoch {window.epoch} began: what is newer, or worth more for its tokens,"
+                f" stayed; neither a message nor the model asked for it since.{asked}")  # fmt: skip
     ago = turn - gone
     return f"{page} has been out of the window since turn {gone}, {ago} turn{'s' * (ago != 1)} before; in turn {turn} neither the message nor the model asked for it.{asked}"
 

@@ -16,6 +16,11 @@
     document.addEventListener("visibilitychange", function () { if (waiting && !document.hidden) refresh(); });
     window.addEventListener("pagehide", function () { source.close(); });
   }
+  var newest = function () {
+    document.querySelectorAll(".scroll.map").forEach(function (map) { map.scrollLeft = map.scrollWidth; });
+  };
+  newest();
+  document.addEventListener("htmx:afterSettle", newest);
   document.addEventListener("click", function (event) {
     var cell = event.target.closest && event.target.closest("[data-page]");
     if (cell) { var map = cell.closest("svg"); location.href = map.dataset.pages + cell.dataset.page + map.dataset.tail; }
