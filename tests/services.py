@@ -361,7 +361,7 @@ class Tap:
             while data := await back.read(1 << 16):
                 writer.write(data)
                 await writer.drain()
-            writer.close()
+        writer.close()
 
 
 def execute(url: str, statement: str, *arguments: object) -> list[Any]:

@@ -3,6 +3,7 @@ Kubernetes, kubectl's own rendering, HAProxy's own check, and llm-pager, which k
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import os
@@ -26,6 +27,8 @@ from compose_spec import PyCompose
 from dockerfile_parse import DockerfileParser
 
 from proxy.config import Config, load_config
+from proxy.conversation import keys
+from proxy.storage.l2 import DiskStore
 from tests.e2e.processes import ServerProcess, free_port, together, wait_for_health
 from tests.media import samples
 from tests.test_process import CHAT, CHUNK, config, peer, send
@@ -304,7 +307,14 @@ def test_it_runs_on_a_read_only_file_system_and_decodes_media(replica: tuple[int
     )
     with urllib.request.urlopen(request, timeout=30) as answered:
         assert answered.status == 200 and answered.headers["x-llm-pager-memory"] != "lost"
-    assert any((root / "data" / "artifacts").rglob("*"))  # the picture's smaller version
+
+    async def renditions() -> list[tuple[bytes, bytes]]:
+        store = DiskStore(root / "data", 10)
+        found = store.scan(keys.RENDITION)
+        await store.close()
+        return found
+
+    assert asyncio.run(renditions())  # the picture's smaller version
 
 
 def test_the_probes_paths_are_served(

@@ -59,10 +59,10 @@ OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
 
 def owner(key: bytes) -> bytes:
-    """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's."""
+    """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's, none of the installation's."""
     kind = key[:1]
     end = OWNER_BYTES if kind in OF_CONVERSATION else TENANT_BYTES if kind in OF_TENANT else SCOPE_BYTES
-    return key[1 : 1 + end]
+    return key[1 : 1 + end] if kind in OF_CONVERSATION | OF_TENANT | OF_SCOPE else b""
 
 
 # What stands under a letter, for people:

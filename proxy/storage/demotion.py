@@ -36,7 +36,7 @@ _KEYS_A_PASS = 50_000
 _ROWS_AT_ONCE = 32  # each may be some megabytes
 _LARGE_AT_ONCE = 16
 _LEASE_PASSES = 10
-_LOOK_REST = 20  # times that a look at all conversations took, before the next one
+_LOOK_REST = 20  # times that a look through all of L2 took, before the next one
 _REST = 3  # times that a conversation took, before the next one
 _TIME_BYTES = 4  # at the end of a conversation's value: its last use, Unix time
 
@@ -63,11 +63,14 @@ class Demotion:
     ) -> None:  # fmt: skip
         self._store, self._every_s, self._days, self._tokens = store, every_s, days, tokens
         self._clock, self._rest = clock, rest
+        self._writing = store.space.LEASE + b"demotion writes"
         self._lease = Lease(store.engine, store.space.LEASE + b"demotion", _LEASE_PASSES * every_s, clock)
         self._copied: list[_Copied] = []
         self._queue: list[_Used] = []
         self._done = _Used(-1, b"")  # all up to it were copied
-        self._began_s = self._look_s = 0.0
+        self._began_s = 0.0
+        self._look_s = self._size_s = self._move_s = 0.0  # when all of L2 is looked through again
+        self._swept = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -87,7 +90,7 @@ class Demotion:
                 if await self._lease.held():
                     await self.run_once()
                 else:  # another one goes on from what is stored
-                    self._copied, self._queue, self._done = [], [], _Used(-1, b"")
+                    self._copied, self._queue, self._done, self._swept = [], [], _Used(-1, b""), False
             except StorageError as error:  # who reads and writes says the same; nothing was dropped
                 log.warning("What has to leave L2 stays there for now: %s", error)
             except Exception:  # a worker that ended would never be replaced
@@ -102,26 +105,50 @@ class Demotion:
 
     async def run_once(self) -> None:
         """A pass. Raises StorageError."""
-        if self._store.l3 is not None:
+        if not self._swept:
+            await self._sweep()
+        if self._store.l3 is not None and (began_s := time.monotonic()) >= self._move_s:
             await self._move_large()
+            self._move_s = time.monotonic() + _LOOK_REST * (time.monotonic() - began_s)
         if self._store.l4 is not None:
             await self._drop_copied()
             await self._copy_unused()
+
+    async def _writes(self, owners: list[bytes]) -> None:
+        """Note whose objects are written next: who dies before they are told of in L2 leaves what an erasure may miss."""
+        await self._store.engine.commit([(self._writing, b"".join(owners))])
+
+    async def _sweep(self) -> None:
+        """Delete what a holder of the lease that died has left of conversations that were erased since. (One that still
+        lives is refused: it began before.)"""
+        left = await asyncio.to_thread(self._store.engine.get, self._writing) or b""
+        size = self._store.space.OWNER_BYTES
+        for owner in {left[at : at + size] for at in range(0, len(left), size)}:
+            if await asyncio.to_thread(self._last_use, owner) is None:
+                for objects in filter(None, (self._store.l3, self._store.l4)):
+                    await objects.drop(owner)
+        self._swept = True
 
     # -- L3
 
     async def _move_large(self) -> None:
         engine, space = self._store.engine, self._store.space
+        assert self._store.l3 is not None
         moved = moved_bytes = 0
         while notes := await asyncio.to_thread(engine.scan, space.LARGE, b"", _LARGE_AT_ONCE):
             erased, puts = engine.erased, list[tuple[bytes, bytes]]()
+            await self._writes([note[1 : 1 + space.OWNER_BYTES] for note, _ in notes])
             for note, _ in notes:
                 end = 1 + space.OWNER_BYTES
                 key = note[end : end + 1] + note[1:end] + note[end + 1 :]
                 if (stub := await asyncio.to_thread(self._moved, key)) is not None:
                     puts.append((key, stub[0]))
                     moved_bytes += stub[1]
-            await engine.commit(puts, erased=erased, drops=[note for note, _ in notes])
+            try:
+                await engine.commit(puts, erased=erased, drops=[note for note, _ in notes])
+            except StorageError:  # something was erased meanwhile
+                await asyncio.to_thread(self._store.l3.delete, [object_name(space, *put) for put in puts])
+                raise
             moved += len(puts)
         if moved:
             log.info("%d large values went to L3: %.1f MB.", moved, moved_bytes / 1e6)
@@ -175,7 +202,10 @@ class Demotion:
         """What has to go because L2 holds too much."""
         if self._tokens is None:
             return 0
+        if (began_s := time.monotonic()) < self._size_s:
+            return 0
         held, limit = self._store.engine.size_bytes(), self._tokens * BYTES_PER_TOKEN
+        self._size_s = time.monotonic() + _LOOK_REST * (time.monotonic() - began_s)
         return max(0, held - int(limit * _LOW)) if held > limit else 0
 
     def _last_use(self, owner: bytes) -> int | None:
@@ -206,14 +236,21 @@ class Demotion:
         """Write what L2 has of a conversation to packs, and tell of them in L2: the keys that may be dropped, and the
         bytes of their values."""
         engine, erased = self._store.engine, self._store.engine.erased
-        copied, size, newest = await asyncio.to_thread(self._written, owner)
-        if newest is not None:
-            await engine.commit((), joins=[(self._store.space.ARCHIVE + owner, owner + newest)], erased=erased)
+        await self._writes([owner])
+        copied, size, written = await asyncio.to_thread(self._written, owner)
+        if written:
+            try:
+                await engine.commit((), joins=[(self._store.space.ARCHIVE + owner, owner + written[-1])], erased=erased)
+            except StorageError:  # something was erased meanwhile
+                assert self._store.l4 is not None
+                names = [self._store.pack_name(owner, pack) for pack in written]
+                await asyncio.to_thread(self._store.l4.delete, names)
+                raise
             await asyncio.to_thread(self._store.packs_of, owner, True)
         return copied, size
 
-    def _written(self, owner: bytes) -> tuple[list[bytes], int, bytes | None]:
-        """And the id of the newest pack, where there is a new one."""
+    def _written(self, owner: bytes) -> tuple[list[bytes], int, list[bytes]]:
+        """And the ids of the new packs."""
         store = self._store
         assert store.l4 is not None
         packs = store.packs_of(owner, anew=True)
@@ -233,7 +270,8 @@ class Demotion:
                             yield key[:1] + key[1 + len(owner) :], value
                     after = found[-1][0]
 
-        newest: bytes | None = None
-        for newest, data in build(rows(), index, own):
-            store.l4.put(store.pack_name(owner, newest), data)
-        return keys, size, newest
+        written: list[bytes] = []
+        for pack, data in build(rows(), index, own):
+            store.l4.put(store.pack_name(owner, pack), data)
+            written.append(pack)
+        return keys, size, written

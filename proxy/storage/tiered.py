@@ -469,6 +469,7 @@ class Tiered:
             if self.l4 is not None and not any(map(owner.startswith, folders[space.ARCHIVE])):
                 for found in await asyncio.to_thread(list, self.archived(owner)):
                     await self.bring_back(found, drop=True)
+                await self.l4.drop(owner)  # what was written and never told
             if not any(map(owner.startswith, folders[space.LARGE])):
                 await asyncio.to_thread(self._drop_objects, prefix)
         self.forget()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,8 @@ from tests.conversation.player import (
     says,
     script,
 )
+from tests.leftovers import files_with
+from tests.storage.test_tiered import OBJECT, PACK, demoted, files, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DAY_S = 86_400
@@ -341,6 +344,30 @@ async def test_only_a_turn_of_what_is_erased_is_turned_away(house: House) -> Non
     with pytest.raises(Died):
         await Erasures(dying).erase("user", "tenant", [red[:12]])  # type: ignore[arg-type]
     assert erased_since(dying, red, 0) and not erased_since(dying, green, 0)  # type: ignore[arg-type]
+
+
+async def test_what_stands_in_objects_goes_from_there(house: House, tmp_path: Path) -> None:
+    """A cold conversation in packs with a large message beside them: first one message goes, then all of it."""
+    player = Player(limits_of(4000))
+    texts = ["redmark1x " + "large " * 30_000, "redmark2x", "redmark3x"]
+    for text in texts:
+        played = player.ask([{"role": "user", "content": text}], script(says("Noted.")), session="s")
+    owner = owner_of(played.turn.path[0].id)
+    store = opened(tmp_path, l3=str(tmp_path / "l3"), l4=str(tmp_path / "l4"))
+    await store.commit(list(player.values.items()))
+    await demoted(store)
+    assert files(tmp_path, PACK) and files(tmp_path, OBJECT) and not store.engine.scan(keys.RECORD)
+    assert files_with(tmp_path, b"redmark1x") and files_with(tmp_path, b"redmark2x")
+    erasures = Erasures(store, store.objects_of)
+    await erasures.erase("message", "tenant", [owner], played.turn.path[0].content)
+    assert not files_with(tmp_path, b"redmark1x") and files_with(tmp_path, b"redmark2x")
+    assert [ERASED.encode() in value for key, value in store.scan(keys.RECORD + owner)].count(True) == 1
+    await demoted(store)
+    assert files(tmp_path, PACK) and not files_with(tmp_path, b"redmark1x")
+    receipt = await erasures.erase("conversation", "tenant", [owner])
+    assert len(receipt.objects) == 1 and receipt.objects[0].endswith(PACK) and len(receipt.messages) == 3
+    assert not files_with(tmp_path, b"redmark") and files(tmp_path, PACK) == files(tmp_path, OBJECT) == []
+    await store.close()
 
 
 def test_every_kind_of_key_goes_with_its_owner() -> None:

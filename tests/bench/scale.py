@@ -12,8 +12,10 @@ start      seconds of CPU until the server answers /health; RSS then, and after 
 cold       a turn of a session that this process has not seen: CPU ms, median and p99 ms
 turn       its next one
 whole      one whose client sends its whole history
+           (CPU is the server's: on a busy machine it is what can be compared)
 fault L2   from the model's page_fault to the request with its page, of a conversation that is cold; of its text in the store
 fault L1   likewise of a page whose text is in RAM
+fault L4   likewise of a conversation that stands in packs of objects (a directory's) alone; `from L4`: the whole turn
 search     from the model's search_pages to the request with what it found, of a conversation that is cold
 again      likewise the second search of a conversation
 disk       bytes stored for a page (of 400 characters)
@@ -36,7 +38,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from proxy.api.caller import caller_of
 from proxy.config import Config, load_config
+from proxy.conversation import keys
+from proxy.conversation.tree import Identity
+from proxy.storage import open_store
+from proxy.storage.demotion import Demotion
 from tests.bench.chart import small_multiples
 from tests.bench.gateways import cpu_seconds, rss_mb
 from tests.bench.making import MESSAGES, Conversation, body, completion, make, message
@@ -47,11 +54,11 @@ SAMPLE = 100  # conversations of a row
 WITHIN = 2.0  # times the smallest size
 TURNS = ("cold", "turn", "whole")
 # What is done in one life of a server: none of it is known at the first.
-PROCESSES = (TURNS, ("fault L2",), ("search", "search again", "fault L1"))
+PROCESSES = (TURNS, ("fault L2",), ("search", "search again", "fault L1"), ("fault L4",))
 CHARTED = {
     "turn, CPU ms": "turn, CPU ms", "first turn here, CPU ms": "cold, CPU ms", "whole history, CPU ms": "whole, CPU ms",
-    "first search, p50 ms": "search, p50 ms", "fault from disk, p50 ms": "fault L2, p50 ms",
-    "fault from disk, p99 ms": "fault L2, p99 ms", "RSS at the end, MB": "RSS after the work, MB", "bytes a page": "bytes on disk a page",
+    "first search, CPU ms": "search, CPU ms", "fault from disk, CPU ms": "fault L2, CPU ms",
+    "fault from disk, p50 ms": "fault L2, p50 ms", "RSS at the end, MB": "RSS after the work, MB", "bytes a page": "bytes on disk a page",
 }  # fmt: skip
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 _LENGTH = re.compile(rb"content-length: *(\d+)")
@@ -65,13 +72,14 @@ def call(name: str, **arguments: object) -> bytes:
 
 
 class Model(asyncio.Protocol):
-    """Says what is in `script`, one answer a request. `body`: the last request's; `gap_s`: the seconds to it from the
-    answer before it in the script."""
+    """Says what is in `script`, one answer a request. `body`: the last request's; `gap_s` and `gap_cpu_s`: the time to it
+    from the answer before it in the script, and the CPU's that the server `pid` spent in it."""
 
     script: ClassVar[list[bytes]] = []
     body = b""
-    gap_s = 0.0
-    _called_s = 0.0
+    gap_s = gap_cpu_s = 0.0
+    pid = 0
+    _called_s = _called_cpu_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -88,11 +96,13 @@ class Model(asyncio.Protocol):
             return
         if Model._called_s:
             Model.gap_s = time.perf_counter() - Model._called_s
+            Model.gap_cpu_s = cpu_seconds(Model.pid) - Model._called_cpu_s
         Model.body = bytes(self._buffer[end : end + size])
         self._buffer.clear()
         answer = Model.script.pop(0)
-        self._transport.write(_HEAD % len(answer) + answer)
+        Model._called_cpu_s = cpu_seconds(Model.pid) if Model.script else 0.0
         Model._called_s = time.perf_counter() if Model.script else 0.0
+        self._transport.write(_HEAD % len(answer) + answer)
 
 
 class Client:
@@ -265,13 +275,30 @@ class Bench:
         else:
             made, wanted = call("page_fault", page_id=f"msg_{at + 1:04d}"), conversation.texts[at][:60]
         said.append(message("user", f"Look, {kind}."))
-        await self.client.chat(body(said[-1:]), conversation.headers, made, self.says(said))
+        Model.pid = self.pid
+        seconds = await self.client.chat(body(said[-1:]), conversation.headers, made, self.says(said))
         if wanted.encode() not in Model.body:
             raise RuntimeError(f"{kind} of conversation {number} did not bring {wanted!r}: {Model.body[-3000:]!r}")
-        self.row.took(kind, Model.gap_s)
+        self.row.took(kind, Model.gap_s, Model.gap_cpu_s)
+        if kind == "fault L4":
+            self.row.took("a turn with it", seconds)
+
+    async def archive(self, folder: Path) -> None:
+        """The conversations leave L2, as after `tiers.l2.days`."""
+        self.engine.tiers["l4"] = {"url": str(folder / f"archive-{self.engine.name}")}
+        config = self.engine.config(folder)
+        store = open_store(config, keys)
+        identity, demotion = Identity(store.secret()), Demotion(store, 1.0, None, None)
+        for number in self.numbers:
+            who = caller_of(Conversation(number).headers, (), config.sessions)
+            head = store.get(identity.session(identity.tenant(who.credentials, who.person), str(number))) or b""
+            copied, _ = await demotion.copy(head[: keys.OWNER_BYTES])
+            assert copied
+            await store.engine.commit((), drops=copied)
+        await store.close()
 
 
-async def run(engines: Sequence[Engine], sizes: Sequence[int]) -> list[Row]:
+async def run(engines: Sequence[Engine], sizes: Sequence[int], folder: Path) -> list[Row]:
     """A row for each size, each on an engine of its own. They take turns, so that a noisy machine is one to all of them."""
     model = await asyncio.get_running_loop().create_server(Model, "127.0.0.1", 0)
     port = model.sockets[0].getsockname()[1]
@@ -279,6 +306,9 @@ async def run(engines: Sequence[Engine], sizes: Sequence[int]) -> list[Row]:
     for bench in benches:
         bench.row.page_bytes = bench.engine.disk_bytes() / bench.row.pages
     for kinds in PROCESSES:
+        if "fault L4" in kinds:
+            for bench in benches:
+                await bench.archive(folder)
         async with AsyncExitStack() as running:
             for bench in benches:
                 await running.enter_async_context(bench.served())
@@ -334,7 +364,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         for name in options.engines.split(","):
             with ENGINES[name](folder, sizes) as engines:
-                rows = asyncio.run(run(engines, sizes))
+                rows = asyncio.run(run(engines, sizes, folder))
             shown = [{"pages": row.pages, **row.figures()} for row in rows]
             results[name] = {figure: [values[figure] for values in shown] for figure in shown[0]}
             print(table(name, results[name]), flush=True)

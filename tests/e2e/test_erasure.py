@@ -28,7 +28,6 @@ from typing import Any
 
 import httpx
 import pytest
-import zstandard
 from PIL import Image, PngImagePlugin
 
 from proxy.conversation import keys
@@ -49,13 +48,13 @@ from tests.e2e.script import (
     search,
 )
 from tests.e2e.story import difference
+from tests.leftovers import whole
 from tests.media import samples
 from tests.services import Postgres
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 WRITER = "a-model-that-writes"
-_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def needle(way: str) -> str:
@@ -94,12 +93,7 @@ class Searched:
         self._records(values)
 
     def _add(self, where: str, data: bytes) -> None:
-        self.texts.append((where, data))
-        for found in re.finditer(re.escape(_ZSTD), data):
-            with suppress(zstandard.ZstdError):
-                whole = zstandard.ZstdDecompressor().decompressobj().decompress(data[found.start() :])
-                if whole and _ZSTD not in whole[:4]:
-                    self.texts.append((f"{where}, unpacked", whole))
+        self.texts += [(where if part is data else f"{where}, unpacked", part) for part in whole(data)]
 
     def _records(self, values: dict[Any, bytes]) -> None:
         def get(node_id: bytes) -> Any:

@@ -448,6 +448,9 @@ async def test_a_client_that_leaves_while_a_later_round_waits_cancels_it(
 # ---------------------------------------------------------------- the disk
 
 
+ON_DISK = {"l2": {"url": None}}  # whatever the other tests store in
+
+
 def limit_file_size(server: ServerProcess) -> tuple[int, int]:
     """From now on the server cannot make its files longer, root or not: the disk is full for it."""
     sizes = [f.stat().st_size for f in (server.dir / "data").iterdir() if f.is_file()]
@@ -459,7 +462,7 @@ def limit_file_size(server: ServerProcess) -> tuple[int, int]:
 async def test_a_full_disk_loses_memory_and_no_answer(messages: list[dict[str, Any]]) -> None:
     steps = [message_of("kept"), message_of("given"), message_of("given"), message_of("back")]
     following = [*messages, message_of("kept"), {"role": "user", "content": "go on"}]
-    with ServerProcess(config(PORT)) as server:
+    with ServerProcess(config(PORT, tiers=ON_DISK)) as server:
         async with scripted(*steps, port=PORT) as upstream, raw(server.base_url) as client:
             assert (await client.post(CHAT, json=body(messages))).status_code == 200
             before = limit_file_size(server)
@@ -491,7 +494,7 @@ async def test_a_full_disk_loses_memory_and_no_answer(messages: list[dict[str, A
 
 
 async def test_ready_says_why_when_the_state_directory_is_gone() -> None:
-    with ServerProcess(config(PORT)) as server:
+    with ServerProcess(config(PORT, tiers=ON_DISK)) as server:
         async with raw(server.base_url) as client:
             assert (await client.get("/ready")).json() == {"status": "ready"}
             data = server.dir / "data"
@@ -504,7 +507,7 @@ async def test_ready_says_why_when_the_state_directory_is_gone() -> None:
 
 
 def test_a_state_directory_that_cannot_be_used_is_said_at_start() -> None:
-    server = ServerProcess(config(PORT))
+    server = ServerProcess(config(PORT, tiers=ON_DISK))
     (server.dir / "data").write_text("not a directory")
     with pytest.raises(RuntimeError, match="data is not a directory"):
         server.start()

@@ -91,7 +91,7 @@ async def clients(base_url: str, history: list[dict[str, Any]]) -> AsyncIterator
 
 def stored_in(directory: Path) -> dict[str, Any]:
     settings = config(PORT)
-    return {**settings, "tiers": {**settings["tiers"], "l2": {"path": str(directory)}}}
+    return {**settings, "tiers": {**settings["tiers"], "l2": {"path": str(directory), "url": None}}}
 
 
 @pytest.fixture(scope="module")

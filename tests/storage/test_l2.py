@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -379,5 +380,44 @@ async def test_drops_take_whole_prefixes_and_leave_no_bytes_behind(store: DiskSt
     assert store.scan(b"a") == [(b"a00", b"replaced")] and store.get(b"b") == b"kept"
     left = b"".join(path.read_bytes() for path in (tmp_path / "l2").iterdir())
     assert not any(mark[at : at + 20] in left for mark in marks for at in range(0, 180, 20))
+
+
+async def test_a_scrub_leaves_no_copy_in_the_free_space_of_pages(tmp_path: Path) -> None:
+    """SQLite overwrites what is deleted, and not what it leaves behind where rows move to another page. Other processes
+    write meanwhile, with pages that they remember as they were."""
+    left = [0, 0]
+    for seed in range(3):
+        made, path = random.Random(seed), tmp_path / str(seed)
+        store, other = DiskStore(path, queue_records=100), DiskStore(path, queue_records=100)
+        kept: dict[bytes, bytes] = {}
+        for turn in range(300):
+            whose = made.choice((b"A", b"B", b"C"))
+            text = b"".join(b"<%s%d>" % (whose * 3, made.randrange(10**9)) for _ in range(made.choice((1, 3, 20, 30))))
+            old = [key for key in kept if key[1:2] == whose] if made.random() < 0.4 else []
+            key = made.choice(old) if old else made.choice((b"n", b"t", b"c")) + whose + made.randbytes(16)
+            kept |= {key: text}
+            await (store, other)[turn % 2].commit([(key, text)])
+        await store.commit([], drops=[b"nA", b"tA", b"cA"], erases=True)
+        kept = {key: text for key, text in kept.items() if key[1:2] != b"A"}
+        left[0] += count(b"<AAA", path)
+        writing = asyncio.gather(*(other.commit([(key, text + b"<")]) for key, text in kept.items()))
+        await store.scrub()
+        await writing
+        await store.commit([], drops=[key for key in kept if key.startswith(b"n")])
+        left[1] += count(b"<AAA", path)
+        assert all(other.get(key) == text + b"<" for key, text in kept.items() if not key.startswith(b"n"))
+        assert execute(path, "PRAGMA integrity_check") == [("ok",)]
+        await store.close()
+        await other.close()
+        again = DiskStore(path, queue_records=100)
+        assert (again.losses, again.generation) == (0, 1), "it is no older store, though its newest rows went"
+        await again.close()
+    assert left[0] > 0 == left[1]
+
+
+def count(text: bytes, path: Path) -> int:
+    """In the files of a directory; by another process, as in tests/leftovers.py."""
+    done = subprocess.run(["grep", "-raoF", text.decode(), str(path)], capture_output=True, check=False)
+    return len(done.stdout.splitlines())
 
 

@@ -224,7 +224,7 @@ async def test_scan_goes_through_the_keys_of_a_prefix_in_their_order(store: Stor
     await store.commit([(b"n%d" % n, b"%d" % n) for n in range(10)] + [(b"m9", b""), (b"o", b""), ("n", b"")])
     assert store.scan(b"n", limit=3) == [(b"n0", b"0"), (b"n1", b"1"), (b"n2", b"2")]
     assert [key for key, _ in store.scan(b"n", b"n7")] == [b"n8", b"n9"]
-    assert store.scan(b"x") == [] and len(store.scan(b"")) == 12
+    assert store.scan(b"x") == [] and len(store.scan(b"")) == 12 and store.scan(b"n5", b"n5") == []
     await store.commit([(b"\xff\xff1", b"x"), (b"\xfe", b"y")])
     assert store.scan(b"\xff") == [(b"\xff\xff1", b"x")] and store.scan(b"\xff\xff") == [(b"\xff\xff1", b"x")]
 

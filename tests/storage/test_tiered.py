@@ -51,10 +51,12 @@ def last_use(number: int, at_s: float) -> tuple[bytes, bytes]:
     return keys.CONVERSATION + owner_of(number), bytes(34) + int(at_s).to_bytes(4, "big")
 
 
-def opened(path: Path, l3: str | None = None, l4: str | None = None, options: dict[str, str] | None = None) -> Tiered:
+def opened(
+    path: Path, l3: str | None = None, l4: str | None = None, options: dict[str, str] | None = None, url: str | None = None
+) -> Tiered:
     """Where nobody knows anything for longer than a moment."""
     below = {"options": options or {}, "timeout_s": 5.0}
-    tiers = {"l2": {"path": path / "data"}, "l3": {"url": l3, **below}, "l4": {"url": l4, **below}, "demotion_s": 1e-6}
+    tiers = {"l2": {"path": path / "data", "url": url}, "l3": {"url": l3, **below}, "l4": {"url": l4, **below}, "demotion_s": 1e-6}
     return open_store(Config.model_validate({"tiers": tiers}), keys)
 
 
@@ -81,13 +83,14 @@ def files(path: Path, ending: str) -> list[Path]:
     return sorted(path.rglob(f"*{ending}"))
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", "s3", "file below PostgreSQL"])
 def below(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """Where L3 and L4 are."""
+    """Where L3 and L4 are, and where L2 is."""
     if request.param == "s3":
         s3: S3 = request.getfixturevalue("s3")
         return {"l3": s3.new_bucket(), "l4": s3.new_bucket(), "options": s3.options}
-    return {"l3": str(tmp_path / "l3"), "l4": f"file://{tmp_path}/l4"}
+    url = request.getfixturevalue("postgres_url") if "PostgreSQL" in request.param else None
+    return {"l3": str(tmp_path / "l3"), "l4": f"file://{tmp_path}/l4", "url": url}
 
 
 # -- the way down and up
@@ -144,8 +147,8 @@ async def test_a_large_value_becomes_an_object_and_a_stub(tmp_path: Path, below:
     await store.close()
 
 
-async def test_the_oldest_leave_first_and_only_so_many(tmp_path: Path) -> None:
-    store = opened(tmp_path, l4=str(tmp_path / "l4"))
+async def test_the_oldest_leave_first_and_only_so_many(tmp_path: Path, below: dict[str, Any]) -> None:
+    store = opened(tmp_path, **below)
     for number in range(10):
         value = os.urandom(50_000)
         await store.commit([last_use(number, NOW_S - 1000 * (10 - number))], adds=[(key_of(number, 0), value)])
@@ -180,8 +183,8 @@ async def test_a_turn_between_copy_and_drop_keeps_what_it_stores(tmp_path: Path)
     await store.close()
 
 
-async def test_two_workers_at_once_lose_nothing(tmp_path: Path) -> None:
-    stores = [opened(tmp_path, l4=str(tmp_path / "l4")) for _ in range(2)]
+async def test_two_workers_at_once_lose_nothing(tmp_path: Path, below: dict[str, Any]) -> None:
+    stores = [opened(tmp_path, **below) for _ in range(2)]
     old = conversation(1)
     await stores[0].commit([last_use(1, NOW_S - 2 * DAY_S)], adds=list(old.items())[:-2])
     workers = [demotion(store) for store in stores]
@@ -237,7 +240,7 @@ async def test_a_store_that_is_away_is_never_an_empty_one(tmp_path: Path, s3: S3
     with pytest.raises(StorageError, match="Cannot read"):
         await away.commit((), adds=[(key_of(1, 99), b"perhaps it is there")])
     await away.commit([last_use(2, NOW_S - 2 * DAY_S)], adds=list(new.items()))
-    with pytest.raises(StorageError, match="Cannot write"):
+    with pytest.raises(StorageError, match="Cannot (read|write)"):
         away.l4._again_s = 0.0  # type: ignore[union-attr]
         await demoted(away)
     assert all(away.get(key) == value for key, value in new.items())
@@ -294,8 +297,30 @@ async def test_what_a_pass_began_before_an_erasure_is_not_told(tmp_path: Path) -
     with pytest.raises(StorageError, match="erased meanwhile"):
         await worker.run_once()
     assert store.packs_of(owner_of(1), anew=True) == () and not any(store.get(key) for key in old)
+    assert files(tmp_path, PACK) == []
     await store.close()
     await other.close()
+
+
+async def test_what_a_kill_left_of_an_erased_conversation_is_swept(tmp_path: Path) -> None:
+    store = opened(tmp_path, l3=str(tmp_path / "l3"), l4=str(tmp_path / "l4"))
+    old = conversation(1) | {key_of(1, 70): b"large " * 50_000}
+    await store.commit([last_use(1, NOW_S - 2 * DAY_S)], adds=list(old.items()))
+    commit, puts = store.engine.commit, store.l4.put  # type: ignore[union-attr]
+
+    def killed(*args: Any) -> None:
+        puts(*args)
+        raise KeyboardInterrupt
+
+    store.l4.put = killed  # type: ignore[union-attr, method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        await demotion(store).run_once()
+    store.l4.put = puts  # type: ignore[union-attr, method-assign]
+    assert len(files(tmp_path, PACK)) == 1
+    await commit((), drops=[kind + owner_of(1) for kind in keys.OF_CONVERSATION], erases=True)  # of one that saw no objects
+    await demotion(store).run_once()
+    assert files(tmp_path, PACK) == files(tmp_path, OBJECT) == []
+    await store.close()
 
 
 async def test_a_cold_read_does_not_hold_the_event_loop(tmp_path: Path) -> None:
@@ -327,9 +352,9 @@ async def test_a_cold_read_does_not_hold_the_event_loop(tmp_path: Path) -> None:
 # -- one of all processes
 
 
-async def test_one_of_all_has_the_lease_and_who_dies_is_succeeded(tmp_path: Path) -> None:
+async def test_one_of_all_has_the_lease_and_who_dies_is_succeeded(tmp_path: Path, below: dict[str, Any]) -> None:
     now_s = 1000.0
-    stores = [opened(tmp_path) for _ in range(3)]
+    stores = [opened(tmp_path, url=below.get("url")) for _ in range(3)]
     leases = [Lease(store, keys.LEASE + b"work", 100, lambda: now_s) for store in stores]
     held = [await lease.held() for lease in leases]
     assert held == [True, False, False]
