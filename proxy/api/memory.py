@@ -27,6 +27,7 @@ from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages, forget_lines
+from proxy.conversation.pins import pins_key
 from proxy.conversation.records import (
     LastUse,
     Record,
@@ -168,6 +169,8 @@ class Memory:
             first = next((at for at in range(min(_NEWEST, len(nodes))) if nodes[at].role == "assistant"), answers[0])
             wanted += dict.fromkeys(record_key(nodes[at].id) for at in (*answers, first))
             wanted += [self.identity.pair(tenant, nodes[at - 1].content, nodes[at].content) for at in answers if at]
+        if answers:
+            wanted.append(pins_key(owner_of(nodes[0].id)))
         if names.delta is not None:
             wanted.append(names.delta)
         self.store.ahead(wanted)
