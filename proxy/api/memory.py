@@ -325,18 +325,18 @@ class Memory:
         """Remember the state after a stored turn, so that the next one need not restore it."""
         window, table, derived = state
         assert window is not None
-        self._keep_window(record, window)
+        self.keep_window(record, window)
         table.rest(blocks_of(owner_of(record.id), self.get_block), partial(replayed, record, self.get_record), self._table_entries)
         self.cache.put("table", record.id, (table, derived), table.loaded * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:
         """Remember the state before a stored turn's newest messages: where the client goes on when it
         says these otherwise. The table, which the turn has changed since, is read again."""
-        self._keep_window(record, state.window)
+        self.keep_window(record, state.window)
         size = _DERIVED_BYTES * (1 + len(state.derived.pages))
         self.cache.put("derived", record.id, state.derived, size)
 
-    def _keep_window(self, record: Record, window: Window) -> None:
+    def keep_window(self, record: Record, window: Window) -> None:
         size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
         self.cache.put("window", record.id, window, size)
 

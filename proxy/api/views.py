@@ -63,8 +63,8 @@ _PAGE = 50  # rows of a page, unless asked otherwise
 _MOST = 200
 _MAP_TURNS, _MAP_ROWS = 60, 400
 _POINTS = 120  # of a timeline
-_OUT_PAGES = 100  # that are told of a turn one by one, the newest
-_LIFE_TURNS = 400  # that are looked through for what happened to a page
+_OUT_PAGES = 50  # that are told of a turn one by one, the newest
+_LIFE_TURNS = 200  # that are looked through for what happened to a page
 _HINT_WORDS = 16
 _TIPS = 64
 _UNKNOWN_MODEL = "gpt-4o"
@@ -318,7 +318,12 @@ class Views:
         return {"first": first, "last": last, "turns": turns, "pages": pages, "left_out": left_out}
 
     def _window(self, record: Record) -> Window | None:
-        return restore_window(record, self._memory.get_record, self._memory.get_block)
+        """After a record's turn; kept for the page that is looked at next."""
+        memory = self._memory
+        window: Window | None = memory.cache.get("window", record.id)
+        if window is None and (window := restore_window(record, memory.get_record, memory.get_block)) is not None:
+            memory.keep_window(record, window)
+        return window
 
     # -- a turn
 
@@ -351,7 +356,7 @@ class Views:
         return sent
 
     def _sent(self, record: Record) -> UpstreamRequest | None:
-        return request_of(record, self._memory.get_record, self._memory.get_block)
+        return request_of(record, self._memory.get_record, self._memory.get_block, self._window)
 
     def messages(
         self, record: Record, sent: UpstreamRequest | None, before: UpstreamRequest | None

@@ -7,7 +7,7 @@ in the system message) is stored as its difference to a whole one. Nothing of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import msgspec
@@ -23,7 +23,6 @@ from proxy.conversation.records import (
     load_path,
     other,
     owner_of,
-    restore_window,
 )
 from proxy.conversation.tree import HASH_BYTES, Anchor, Node
 from proxy.conversation.window import Window, render
@@ -138,7 +137,9 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     window: Window | None
 
 
-def request_of(record: Record, get: GetRecord, get_block: GetStoredBlock) -> UpstreamRequest | None:
+def request_of(
+    record: Record, get: GetRecord, get_block: GetStoredBlock, get_window: Callable[[Record], Window | None]
+) -> UpstreamRequest | None:
     """The request that the record's answer was given to: of several rounds the last. None: it is not stored (the answer
     came in a request, or an earlier version stored it, or its client changes all of its history each time). LookupError
     for a damaged store."""
@@ -150,7 +151,7 @@ def request_of(record: Record, get: GetRecord, get_block: GetStoredBlock) -> Ups
         return None
     envelope, window = _decode(data), None
     if envelope.first < 0:
-        window = restore_window(record, get, get_block)
+        window = get_window(record)
         if window is None:
             return None
         messages = envelope.window_messages(window)

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from proxy.conversation.envelope import request_of
 from proxy.conversation.keys import BLOCK
-from proxy.conversation.records import Record, decode_record, record_key
+from proxy.conversation.records import Record, decode_record, record_key, restore_window
 from tests.conversation.player import Message, Played, Player, limits_of, says
 from tests.conversation.scenario import Scenario, play, scenarios
 from tests.examples import examples
@@ -29,7 +29,7 @@ def shown(player: Player, played: Played) -> bytes | None:
         data = player.values.get(record_key(node_id))
         return None if data is None else decode_record(data)
 
-    found = request_of(stored, get, player.get_block)
+    found = request_of(stored, get, player.get_block, lambda record: restore_window(record, get, player.get_block))
     assert found is not None and found.exact
     return found.body
 
