@@ -74,19 +74,20 @@ def _checked(config: Config, path: Path) -> int:
     damage = bool(opened.told)
     for sentence in opened.told:
         print(f"found      {sentence}")
-    found = _file(path)
-    if found.damage:
-        damage = True
-        _tell_damage(found)
-        print(f"repaired   {repair(path).told(path)}")
-        found = _file(path)
-
     def mark(lost: list[bytes]) -> None:
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
             mark_lost(connection, lost)
 
-    store = open_store(config, keys)
+    store = open_store(config, keys)  # refused where it is encrypted with other keys
     try:
+        found = _file(path, store)
+        if found.damage:
+            damage = True
+            _tell_damage(found)
+            asyncio.run(store.close())
+            print(f"repaired   {repair(path).told(path)}")
+            store = open_store(config, keys)
+            found = _file(path, store)
         damage |= _compared(found, store, mark)
     finally:
         asyncio.run(store.close())
@@ -108,7 +109,7 @@ def _checked_tables(config: Config) -> int:
     try:
         if store.trouble is not None:
             raise StorageError(store.trouble)
-        found = _Found(Identity(store.secret()))
+        found = _Found(Identity(store.secret()), tiered)
         found.read(_rows(store))
         damage = _compared(found, tiered, lambda lost: asyncio.run(store.mark_lost((), lost)))
         for key in [key for key in found.wrong if key not in found.there and store.get(key) is not None]:
@@ -146,12 +147,14 @@ def _tell_lost(found: _Found) -> None:
     if found.lost:
         print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
         print("           a session of new messages that needs one is told to send its whole history")
+    if found.dropped:
+        print(f"erased     {_counted(found.dropped)}: they are encrypted with keys that were dropped")
 
 
-def _file(path: Path) -> _Found:
+def _file(path: Path, store: Tiered) -> _Found:
     """What stands in a directory's database."""
     with closing(connect(path, _LOCK_WAIT_S)) as connection:
-        found = _Found(Identity(get_value(connection, SECRET) or b""))
+        found = _Found(Identity(get_value(connection, SECRET) or b""), store)
         try:
             for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
                 if line != "ok":
@@ -166,10 +169,12 @@ def _file(path: Path) -> _Found:
 
 class _Found:
     """What stands in a database: `damage`, in sentences; `sound` and `lost` values, by kind; `damaged`: keys whose
-    values are not what was stored; `wrong`: keys of those that were stored like this or are missing, and why."""
+    values are not what was stored; `wrong`: keys of those that were stored like this or are missing, and why; `dropped`:
+    values that nobody can decrypt any more."""
 
-    def __init__(self, identity: Identity) -> None:
-        self._identity = identity
+    def __init__(self, identity: Identity, store: Tiered) -> None:
+        self._identity, self._opened = identity, store.opened
+        self.dropped: Counter[str] = Counter()
         self.damage: Counter[str] = Counter()
         self.sound: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
@@ -212,10 +217,17 @@ class _Found:
                 if isinstance(key, bytes) and (why := self._verified(key, unpacked(value))):
                     self.wrong[key] = why
 
-    def _verified(self, key: bytes, value: bytes) -> str:
+    def _verified(self, key: bytes, stored: bytes) -> str:
         """Why the value of a key is not one of ours; "" for one that is. What it names is noted."""
-        if is_stub(value):
-            self._stubs[key] = value
+        if is_stub(stored):
+            self._stubs[key] = stored
+            return ""
+        try:
+            value = self._opened(key, stored)
+        except Damaged:
+            return "cannot be decrypted"
+        if value is None:
+            self.dropped[_kind(key)] += 1
             return ""
         if key.startswith(keys.BLOCK):
             return "" if block_key(keys.owner(key), block_ref(value)) == key else "has another name than its bytes say"

@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | forget | api-key | demo`.
+"""The command line: `llm-pager serve | check | forget | api-key | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__, api_key, forget
-from proxy.errors import ConfigError
+from proxy import __version__, api_key, backup, forget, keyring
+from proxy.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return api_key.run(args)
         if args.command == forget.COMMAND:
             return forget.run(args)
+        if args.command == "keys":
+            return keyring.run(args)
+        if args.command == "backup":
+            return backup.run(args)
         from proxy.demo import play
 
         return int(play.main(args))
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"llm-pager: {problem}", file=sys.stderr)
         return 2
-    except StartError as error:
+    except (StartError, StorageError) as error:
         print(f"llm-pager: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -90,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 
     forget.add_parser(commands)
     api_key.add_parser(commands)
+    keyring.add_parser(commands)
+    backup.add_parser(commands)
 
     demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
     demo.add_argument("--fast", action="store_true", help="do not wait between turns")
@@ -123,7 +129,9 @@ def check(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, os.environ, {})
     if args.storage:
-        return _check_storage(config)
+        from proxy.check import check_storage
+
+        return check_storage(config)
     for note in config.notes():
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
@@ -132,16 +140,6 @@ def check(args: argparse.Namespace) -> int:
     if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
-
-
-def _check_storage(config: "Config") -> int:
-    from proxy.check import check_storage
-    from proxy.errors import StorageError
-
-    try:
-        return check_storage(config)
-    except StorageError as error:
-        raise StartError(str(error)) from error
 
 
 # ---------------------------------------------------------------- serve
@@ -189,6 +187,7 @@ def _require_extra(config: "Config") -> None:
         "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
         "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
         "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
+        "storage.encryption.keys": (bool(config.storage.encryption.keys), "encryption", ("cryptography",)),
         "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
     }
     for key, (is_asked, extra, modules) in asked.items():
@@ -217,13 +216,13 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: "Config") -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.errors import StorageError
-    from proxy.storage import open_engine, open_objects
+    from proxy.conversation import keys
+    from proxy.storage import open_objects, open_store
 
     for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
         open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
-        store = open_engine(config, {})
+        store = open_store(config, keys)
         asyncio.run(store.close())
     except StorageError as error:
         raise StartError(str(error)) from error

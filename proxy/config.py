@@ -267,6 +267,7 @@ class L2Config(Section):
         Field(strict=False, description="a directory's path"),
     ] = Path("data")
     queue_records: AtLeast1 = 10_000
+    durability: Literal["process", "power"] = "process"
     url: Annotated[
         Annotated[str, AfterValidator(_database_url)] | None,
         Field(description="null or a URL such as postgresql://user:password@host:5432/database"),
@@ -315,7 +316,20 @@ class TiersConfig(Section):
         return self
 
 
+class EncryptionConfig(Section):
+    keys: Annotated[
+        tuple[str, ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        AfterValidator(_each_like(r"file:.+|[A-Za-z0-9+/]{43}=")),
+        Field(strict=False, description="a list of keys of 32 bytes in base64 (openssl rand -base64 32), or of file:PATH"),
+    ] = ()
+    key_store: OptionalText = None
+    cache_keys: AtLeast1 = 10_000
+    cache_s: Seconds = 60.0
+
+
 class StorageConfig(Section):
+    encryption: EncryptionConfig = EncryptionConfig()
     retention_days: Annotated[
         float | None, Field(gt=0, description="null or a number of days above 0")
     ] = None

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from proxy.errors import ConfigError
 
 MASK = "***"
-_SECRET_KEYS = frozenset({"api_key"})
+_SECRET_KEYS = frozenset({"api_key", "keys"})
 _FREE_NAMES = "options"  # a mapping whose names others have chosen: ...
 _SECRET_OPTION = re.compile(r"(?i)key|secret|token|password|credential|sas|sig|account_json")
 _URL_USERINFO = re.compile(r"(?<=://)[^/?#]*@")
@@ -32,7 +32,7 @@ Key = tuple[str | int, ...]
 def mask(name: str, value: Any) -> Any:
     """`value` of the key `name` as it may be shown: no keys, no credentials inside URLs."""
     if name in _SECRET_KEYS:
-        return value if value is None else MASK
+        return value if value is None or value in ([], ()) else MASK
     if isinstance(value, str):
         return _URL_SECRET.sub(rf"\1{MASK}", _URL_USERINFO.sub(f"{MASK}@", value))
     if isinstance(value, Mapping) and name == _FREE_NAMES:
@@ -256,7 +256,7 @@ class Sentences:
             elif item["type"] == "value_error" and (place.field is None or place.section is not None):
                 said = f"{place.name}: {item['ctx']['error']}."
             else:
-                value = mask(place.name.rpartition(".")[2], item["input"])
+                value = mask(place.name.rpartition(".")[2].partition("[")[0], item["input"])
                 said = f"{place.name}: {value!r} is not allowed; it must be {place.allowed()} ({origin})."
             sentences[said] = None
         self.problems += sentences

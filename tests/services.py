@@ -2,10 +2,10 @@
 
 Promises: each is a process of our own on a free port of 127.0.0.1, in a directory of its own, and ends with the one
 who started it, also by SIGKILL; as root they run as an unprivileged user. What is not installed skips a test with
-the reason (`Missing`), but where LLM_PAGER_SERVICES=required (CI) it fails there.
+the reason (`Missing`), but where TEST_SERVICES=required (CI) it fails there.
 
 Every second `llm-pager serve` that a test in tests/e2e or tests/contract starts without saying what it stores in has a
-database here instead of a directory (`store_url`); LLM_PAGER_TEST_STORE=postgres: each, =directory: none. One that means
+database here instead of a directory (`store_url`); TEST_STORE=postgres: each, =directory: none. One that means
 the directory says `url: None`.
 
 `postgres`, `pgbouncer` and `s3` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
@@ -213,6 +213,13 @@ class Postgres(_Service):
         command = [str(_binary(name)), *arguments]
         return subprocess.run(command, capture_output=True, cwd="/", check=True, **self._as).stdout
 
+    def restore(self, dumped: bytes, url: str) -> None:
+        """What `pg_dump` printed, into a database that has none of it."""
+        file = self.directory / "dump.sql"
+        file.write_bytes(dumped)
+        file.chmod(0o644)
+        self.tool("psql", "--quiet", "--set=ON_ERROR_STOP=1", f"--file={file}", url)
+
     def __enter__(self) -> Postgres:
         return self.start()
 
@@ -419,7 +426,7 @@ class S3(_Service):
 
 
 def required() -> bool:
-    return os.environ.get("LLM_PAGER_SERVICES") == "required"
+    return os.environ.get("TEST_SERVICES") == "required"
 
 
 @contextlib.contextmanager
@@ -450,7 +457,7 @@ def store_url(path: str) -> str | None:
     if path not in _databases:
         test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
         _asked[test] += 1
-        wanted = os.environ.get("LLM_PAGER_TEST_STORE")
+        wanted = os.environ.get("TEST_STORE")
         if wanted is None and test.startswith(("tests/e2e/", "tests/contract/")):
             wanted = ("directory", "postgres")[(zlib.crc32(test.encode()) + _asked[test]) % 2]
         _databases[path] = None

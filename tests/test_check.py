@@ -17,6 +17,7 @@ from proxy.config import load_config
 from proxy.conversation import keys, turn_window
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
+from proxy.storage.sqlite import SEALED, put_row, unpacked
 from tests.api.test_chat import answered, client
 from tests.api.test_damage import L0, Talk
 
@@ -161,6 +162,38 @@ def test_a_store_whose_values_stand_elsewhere_is_not_judged_without_them(
     monkeypatch.delenv("LLM_PAGER_TIERS__L4__URL")
     assert main(["check", "--storage"]) == 1
     assert "stand in L4; set tiers.l4.url" in capsys.readouterr().err and dump(below / "data") == before
+
+
+def test_an_encrypted_storage_is_read_with_its_keys(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_PAGER_STORAGE__ENCRYPTION__KEYS", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=")
+    assert main(["keys", "rewrite"]) == 0 and "rewritten" in capsys.readouterr().out
+    status, told = checked(capsys)
+    assert (status, told.splitlines()[-1]) == (0, "result     sound") and f"{TURNS + 1} x record of a turn" in told
+    put = put_row(*next((key, value[:-1] + b"x") for key, value in sealed_rows(data) if key.startswith(keys.RECORD)))
+    change(data, "UPDATE Cache SET tag = ?, value = ? WHERE key = ?", put[1], put[2], put[0])
+    status, told = checked(capsys)
+    assert status == 3 and "1 x record of a turn cannot be decrypted" in told
+    assert checked(capsys)[0] == 0
+
+    async def drop() -> None:
+        store = open_store(load_config(None, os.environ, {}), keys)
+        for owner in {keys.sealer(key) for key, _ in sealed_rows(data)}:
+            await store.drop_key(owner)
+        await store.close()
+
+    asyncio.run(drop())
+    status, told = checked(capsys)
+    assert status == 0 and f"erased     {TURNS} x record of a turn" in told, told
+    monkeypatch.delenv("LLM_PAGER_STORAGE__ENCRYPTION__KEYS")
+    assert main(["check", "--storage"]) == 1 and "is encrypted" in capsys.readouterr().err
+
+
+def sealed_rows(data: Path) -> list[tuple[bytes, bytes]]:
+    with closing(sqlite3.connect(data / "cache.db")) as database:
+        rows = database.execute("SELECT key, value FROM Cache WHERE typeof(key) = 'blob'").fetchall()
+    return [(key, value) for key, value in ((key, unpacked(value)) for key, value in rows) if value.startswith(SEALED)]
 
 
 def test_what_cannot_be_checked_is_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

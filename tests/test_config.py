@@ -324,6 +324,7 @@ def test_a_variable_that_is_not_yaml() -> None:
 
 SECRETS = """
 upstream: {api_key: SECRET1, base_url: "https://user:SECRET2@host/v1"}
+storage: {encryption: {keys: ["SECRET6SECRET6SECRET6SECRET6SECRET6SECRET61="], key_store: "postgresql://u:SECRET7@h/d"}}
 tiers: {l3: {url: "s3://key:SECRET3@bucket?secret_key=SECRET4&region=eu", options: {secret_access_key: SECRET5, region: eu}}}
 """
 
@@ -331,9 +332,10 @@ tiers: {l3: {url: "s3://key:SECRET3@bucket?secret_key=SECRET4&region=eu", option
 def test_secrets_are_masked_wherever_a_config_is_shown() -> None:
     config = load(SECRETS)
     assert config.upstream.api_key == "SECRET1"
-    for shown in (json.dumps(config.masked()), repr(config), str(config), repr(config.upstream)):
+    sections = (config.upstream, config.storage)
+    for shown in (json.dumps(config.masked()), repr(config), str(config), *map(repr, sections)):
         assert "SECRET" not in shown
-        assert "https://***@host/v1" in shown
+        assert "https://***@host/v1" in shown or "upstream" not in shown
     assert config.masked()["tiers"]["l3"]["options"] == {"secret_access_key": "***", "region": "eu"}
     assert config.masked()["tiers"]["l3"]["url"] == "s3://***@bucket?secret_key=***&region=eu"
     assert Config().masked()["upstream"]["api_key"] is None
@@ -348,6 +350,9 @@ def test_secrets_are_masked_wherever_a_config_is_shown() -> None:
         "upstream: [{api_key: SECRET}]",
         "models: {m: {api_key: SECRET}}",
         "upstream: {base_url: ['http://u:SECRET@h']}",
+        "storage: {encryption: {keys: [SECRET]}}",
+        "storage: {encryption: {keys: {a: SECRET}}}",
+        "storage: {encryption: {keys: [[SECRET]]}}",
     ],
 )
 def test_problems_do_not_show_secrets(text: str) -> None:
@@ -355,6 +360,14 @@ def test_problems_do_not_show_secrets(text: str) -> None:
         assert problems(text)  # a bare word where a section belongs is shown: it is no key's value
     else:
         assert "SECRET" not in "\n".join(problems(text))
+
+
+def test_one_master_key_may_come_from_a_variable() -> None:
+    key = "c" * 43 + "="
+    both = {"LLM_PAGER_STORAGE__ENCRYPTION__KEYS": key, "MASTER": key}
+    assert load(None, both).storage.encryption.keys == (key,)
+    assert load("storage: {encryption: {keys: ['${MASTER}', 'file:/run/key']}}", {"MASTER": key}).storage.encryption.keys == (key, "file:/run/key")
+    assert "the variable NO_SUCH is not set" in problems("storage: {encryption: {keys: ['${NO_SUCH}']}}")[0]
 
 
 # ---------------------------------------------------------------- handing it on

@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"api_key", "check", "config", "demo", "errors", "forget", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"api_key", "backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage"},  # the app is named to uvicorn as a string
+    "backup": {"config", "errors", "storage"},
+    "keyring": {"config", "conversation", "errors", "storage"},
     "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
@@ -61,6 +63,7 @@ IMPORTERS: dict[str, set[str]] = {
     "av": {"media"},
     "brotli": {"api"},  # compressed request bodies
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
+    "cryptography": {"storage"},  # the extra [encryption]
     "diskcache": {"storage"},
     "fastapi": {"api", "ui"},  # our own endpoints
     "greenlet": {"storage"},  # the extra [postgres]
@@ -83,7 +86,7 @@ IMPORTERS: dict[str, set[str]] = {
     "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
-    "zstandard": {"api", "conversation", "storage"},  # bodies; what is stored
+    "zstandard": {"api", "conversation", "search", "storage"},  # bodies; what is stored
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.

@@ -319,8 +319,11 @@ class ChatApi:
                             self._memory.store.ahead([*lessons, record_key(end), conversation_key(owner_of(end))])
                 elif isinstance(effect, Append):
                     reply = None
+                    records = len(effect.records)
                     try:
                         stored, appended = await self._append(effect, context), True
+                        if len(stored) == records:
+                            turn.was_stored()
                     except StorageError:  # the store has said why
                         lost = True
                 elif isinstance(effect, Search):

@@ -13,9 +13,9 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from operator import itemgetter
 
 from proxy.conversation import keys
 from proxy.conversation.erasure import (
@@ -51,9 +51,11 @@ from proxy.errors import StorageError
 from proxy.memory.ids import parse_page_id
 from proxy.storage import Store
 from proxy.storage.lease import Lease
+from proxy.storage.tiered import Tiered
 
 log = logging.getLogger(__name__)
 
+LISTED = 1000  # receipts that are told at once
 _VALUES = 1000  # of one step
 _RECORDS = 16  # that are read at once: each may hold media
 _LOOK_S = 0.5  # between two looks for erasures of other processes
@@ -66,7 +68,7 @@ class Erasures:
     """One per process. `objects_of`: the names of what is stored of an owner outside L2; what is dropped there is dropped
     below, too."""
 
-    def __init__(self, store: Store, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
+    def __init__(self, store: Tiered, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
         self._store = store
         self._objects_of = objects_of
         self._running: set[bytes] = set()
@@ -112,17 +114,16 @@ class Erasures:
         blocks, identity = lambda whose, ref: self._store.get(block_key(whose, ref)), Identity(self._store.secret())
         return load_path(head, self._record, blocks, identity)[place[0]].content
 
-    def conversations(self, owner: bytes) -> list[tuple[bytes, int]]:
-        """Those of a tenant or a credential, and when each was last used (Unix time), that one first. Blocks."""
-        rows = self._rows(keys.CONVERSATION + owner)
-        found = [(keys.owner(key), LastUse.decode(value).used_s) for key, value in rows]
-        return sorted(found, key=itemgetter(1), reverse=True)
+    def conversations(self, owner: bytes) -> Iterator[tuple[bytes, int]]:
+        """Those of a tenant or a credential, and when each was last used (Unix time). Blocks; StorageError."""
+        for key, value in self._rows(keys.CONVERSATION + owner):
+            yield keys.owner(key), LastUse.decode(value).used_s
 
     def receipts(self, tenant: bytes) -> list[Erasure]:
-        """What was erased of a tenant, and what is under way. Blocks; StorageError."""
+        """What was erased of a tenant, the newest `LISTED`, and what is under way. Blocks; StorageError."""
         under_way = map(decode_erasure, (value for _, value in self._rows(keys.ERASING)))
-        done = [decode_erasure(value) for prefix in receipts(tenant) for _, value in self._rows(prefix)]
-        return [*done, *(erasure for erasure in under_way if erasure.concerns(tenant))]
+        done = deque((value for prefix in receipts(tenant)[::-1] for _, value in self._rows(prefix)), LISTED)
+        return [*map(decode_erasure, done), *(erasure for erasure in under_way if erasure.concerns(tenant))]
 
     async def forget_receipts(self, tenant: bytes) -> None:
         await self._store.commit([], drops=receipts(tenant)[:1])
@@ -161,7 +162,9 @@ class Erasures:
         return erasure
 
     async def _end(self, erasure: Erasure) -> None:
-        """Its receipt takes its place."""
+        """Its receipt takes its place, unless another process was first."""
+        if await asyncio.to_thread(self._store.get, erasing_key(erasure)) is None:
+            return
         drops, leaves = list[bytes](), list[tuple[bytes, bytes]]()
         if not erasure.content:  # what turns that were not done by then have left
             drops, leaves = await asyncio.to_thread(self._named, erasure.owners)
@@ -200,6 +203,9 @@ class Erasures:
 
     async def _drop(self, owners: Iterable[bytes]) -> None:
         """All of the owners but their links: a turn that began before it and added one is found by it."""
+        for owner in owners:
+            if len(owner) < keys.OWNER_BYTES:
+                await self._store.drop_key(owner)  # first: who begins anew has another one
         await self._store.commit([], drops=[kind + owner for owner in owners for kind in (keys.ARCHIVE, keys.LARGE)])
         whole = [prefix for owner in owners for prefix in prefixes(owner)]
         for prefix in whole:

@@ -62,6 +62,8 @@ if TYPE_CHECKING:  # an extra
 
 LONG_MESSAGES = 4096  # of a path: with more, a search in it and what is made of its hits leave the event loop, too
 _OFF_LOOP_MESSAGES = 64  # indexing or reading more than this leaves the event loop
+_STORED_AT_ONCE = 256  # records of a long history; the last ones, twice as many, are the turn's, with all states
+_STORED_SOONER = (keys.BLOCK, keys.CONVERSATION)  # with the first of them: they refer to the one, the other lists them
 _KEPT_RECORDS = 64  # of a turn's that are in RAM afterwards, the newest: a first sight's would drive out everybody else's
 _AT_ONCE_BYTES = 65_536  # so does indexing more than this
 _NEWEST, _ANSWERS = 8, 2  # messages among which the newest answers are looked for, and how many
@@ -254,9 +256,10 @@ class Memory:
         due = self.indexes.due(pages.owner)
         if identity not in (None, self.identity):  # something was erased since, perhaps of this
             self.indexes.clear()
-        elif due:
-            with suppress(ErasedMeanwhile):
-                await self.keep(pages.owner, self.identity, [(self._piece_key(key), piece) for key, piece in due])
+            return hits
+        with suppress(StorageError):  # what is not stored is made again when it is asked for
+            for key, piece in due:  # one after the other: others commit meanwhile
+                await self.keep(pages.owner, self.identity, [(self._piece_key(key), piece)])
         return hits
 
     def _piece_key(self, key: bytes) -> bytes:
@@ -275,11 +278,21 @@ class Memory:
 
         What is already stored stays as it is: others may have built on it. `identity`: whose ids it has; StorageError
         when the store that it belongs to is not there any more.
+
+        One commit holds the turn. Of a long history that was not seen before, what stands long before it is stored
+        sooner, some records at a time, so that no other turn waits for a commit of seconds: what is there of it when
+        the process dies is a shorter history, which is whole as well.
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
         puts += self._left_behind(records)
-        known = await self.keep(tenant, identity, [*puts, *more], adds, effect.joins)
+        known: frozenset[bytes] = frozenset()
+        sooner = [put for put in puts if put[0][:1] in _STORED_SOONER]
+        while len(adds) > 2 * _STORED_AT_ONCE:
+            first, adds = adds[:_STORED_AT_ONCE], adds[_STORED_AT_ONCE:]
+            known |= await self.keep(tenant, identity, sooner, first)
+            sooner = []
+        known |= await self.keep(tenant, identity, [*puts, *more], adds, effect.joins)
         for record in records[-_KEPT_RECORDS:]:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES

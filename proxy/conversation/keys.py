@@ -65,6 +65,13 @@ def owner(key: bytes) -> bytes:
     return key[1 : 1 + end] if kind in OF_CONVERSATION | OF_TENANT | OF_SCOPE else b""
 
 
+def sealer(key: bytes) -> bytes:
+    """Whose key seals the value: a tenant's, a credential's, or the installation's (of what outlives its owner)."""
+    return owner(key)[:TENANT_BYTES]
+
+
+IDS_ONLY = frozenset({PAIR, LABEL, CONVERSATION, ARCHIVE, LARGE, LEASE, LINK})  # their values are ids, and a time: hashes, as keys are
+
 # What stands under a letter, for people:
 KINDS = {
     RECORD: "record of a turn", BLOCK: "block of a page table", INDEX: "piece of a search index", VECTOR: "vector of a page", NEAR: "search's result",

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -40,7 +41,7 @@ from proxy.memory.models import (
     StorageTier,
 )
 from proxy.memory.standing import Standing, standing_in
-from proxy.tokens import TokenCounter, get_counter
+from proxy.tokens import PER_MESSAGE, TokenCounter, get_counter
 
 if TYPE_CHECKING:  # a window's pages are made here, and records store windows
     from proxy.conversation.records import GetRecord
@@ -273,7 +274,9 @@ class PathPages:
         other.path = self.path[:end]
         kept = {at: [n for n in notes if n.position < end] for at, notes in self._notes.items()}
         other._notes = {at: notes for at, notes in kept.items() if notes}
-        other._messages = {at: m for at, m in self._messages.items() if at < end - 1}
+        other._messages = self._messages.copy()
+        for at in range(end - 1, len(self.path)):
+            other._messages.pop(at, None)
         return other
 
     def __getitem__(self, position: int) -> MessagePages:
@@ -452,8 +455,12 @@ class PathPages:
         if place is None or place[1] >= MEDIA_PART:
             packed = self.packer.pack([self.page(page_id)])
             return PackedLine(packed.content, packed.tokens_est)
-        here = self[place[0]]
-        return self.packer.line(page_id, here.node.role, self.text(page_id), here.pages[0].modality)
+        here, text = self[place[0]], self.text(page_id)
+        count = None
+        own = text is here.message.get("content") and len(here.message) == 2
+        if own and here.node.role in ("user", "assistant"):  # its tokens are the message's
+            count = partial(self.counter.quoting, text, here.tokens - PER_MESSAGE)
+        return self.packer.line(page_id, here.node.role, text, here.pages[0].modality, count)
 
     def role(self, page_id: str) -> str:
         """Who speaks on the page; "" for a derived one."""

@@ -718,12 +718,16 @@ def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...]
 
 
 def difference(data: bytes, source: bytes) -> bytes:
-    """What `other` makes the data of, again."""
-    return zstandard.ZstdCompressor(3, zstandard.ZstdCompressionDict(source, _AS_IT_IS)).compress(data)
+    """What `other` makes the data of, again, and of no other source."""
+    dictionary = zstandard.ZstdCompressionDict(source, _AS_IT_IS)
+    return zstandard.ZstdCompressor(3, dictionary, write_checksum=True).compress(data)
 
 
 def other(difference: bytes, source: bytes) -> bytes:
-    return zstandard.ZstdDecompressor(zstandard.ZstdCompressionDict(source, _AS_IT_IS)).decompress(difference)
+    try:
+        return zstandard.ZstdDecompressor(zstandard.ZstdCompressionDict(source, _AS_IT_IS)).decompress(difference)
+    except zstandard.ZstdError as error:
+        raise LookupError("what a message was made of is not what is stored") from error
 
 
 def _quoted(entry: Entry, raw_at: RawAt) -> bytes | None:
@@ -815,12 +819,15 @@ def new_records(
     at, base, known_end = 0, parent, max(0, first_new - 1)
 
     def raw_at(position: int) -> bytes | None:
-        if position >= known_end:  # the last answer's, too: its echo is in the first of these records
-            return path[position].raw
+        node = path[position]
+        if position >= known_end or node.stored:  # the last answer's, too: its echo is in the first of these records
+            return node.raw
         try:
-            return stored[position].raw if stored else None
+            raw = stored[position].raw if stored else None
         except LookupError:  # damaged: what it says is said again
             return None
+        node.stored = raw == node.raw
+        return raw
 
     for state in states:
         while records[at].end < state.end:

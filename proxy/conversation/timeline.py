@@ -26,9 +26,16 @@ class Timeline:
         self._pages, self._end, self._context = pages, end, context
         record = context.place.record
         self._stored = 0 if record is None else record.end
+        self._seen_s: dict[int, int] = {}  # what was asked for: a search halves the same path again and again
 
     def seen_s(self, position: int) -> int:
         """Unix seconds; 0 where it was stored by a version that did not say."""
+        found = self._seen_s.get(position)
+        if found is None:
+            found = self._seen_s[position] = self._read_seen_s(position)
+        return found
+
+    def _read_seen_s(self, position: int) -> int:
         if position >= self._stored:
             return self._pages.path[position].seen_s or int(self._context.now_s)
         record = self._record(position)

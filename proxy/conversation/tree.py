@@ -41,6 +41,7 @@ class Node(msgspec.Struct, gc=False):
     counter: str = ""  # the name of the counter that counted them
     cuts: tuple[int, tuple[int, ...]] | None = None  # a text's hash, and where its pages end
     seen_s: int = 0  # when it was first seen, where it was read from a record (Unix time)
+    stored: bool = False  # `raw` is what its path's records have
 
     def counted(self, tokens: int, counter: str) -> None:
         """Keep its count; once in its life: requests in other threads may see the same node."""

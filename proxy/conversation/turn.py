@@ -187,6 +187,12 @@ class Turn:
         written: what a model may write about."""
         return self._paging.shown if self._paging else ()
 
+    def was_stored(self) -> None:
+        """All its records are new in the store: what they have need not be looked up."""
+        known = self._context.place.record
+        for position in range(known.end - 1 if known else 0, len(self.path) - 1):  # the answer may be echoed otherwise
+            self.path[position].stored = True
+
     def talks_of_tools(self) -> bool:
         """The conversation itself speaks of the VM tools by name: its people may want to read one."""
         raws = [*self._context.sent.system, *(node.raw for node in self.path)]

@@ -7,10 +7,10 @@ so losing a cache changes no output (invariant 9); hits and misses are counted a
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
-from cachetools import LRUCache
 from pydantic import BaseModel
 
 from proxy.memory.models import MemoryPage, PageTableEntry
@@ -34,10 +34,11 @@ class CacheStats(BaseModel):
 class _Cache(Generic[_Value]):
     """Values of `size_of` each, at most `max_size` in all; a larger one is not kept."""
 
-    def __init__(self, max_size: int, size_of: Callable[[_Value], float] | None = None) -> None:
+    def __init__(self, max_size: int, size_of: Callable[[_Value], int] = lambda _: 1) -> None:
         if max_size < 1:
             raise ValueError("a cache has room for at least 1")
-        self._values: LRUCache[Hashable, _Value] = LRUCache(max_size, size_of)
+        self._values: OrderedDict[Hashable, _Value] = OrderedDict()  # the most recently used last
+        self._left, self._max_size, self._size_of = max_size, max_size, size_of
         self._hits = self._misses = 0
         self._lock = threading.Lock()  # windows are rebuilt in several threads
 
@@ -49,19 +50,26 @@ class _Cache(Generic[_Value]):
                 self._misses += 1
             else:
                 self._hits += 1
+                self._values.move_to_end(key)
         return value
 
     def keep(self, key: Hashable, value: _Value) -> _Value:
         """Returns the value; the least recently used make room for it."""
-        if self._values.getsizeof(value) <= self._values.maxsize:
+        size = self._size_of(value)
+        if size <= self._max_size:
             with self._lock:
+                before = self._values.pop(key, None)
                 self._values[key] = value
+                self._left += (0 if before is None else self._size_of(before)) - size
+                while self._left < 0:
+                    self._left += self._size_of(self._values.popitem(last=False)[1])
         return value
 
     def clear(self) -> None:
         """Forget the values; the counts go on."""
         with self._lock:
             self._values.clear()
+            self._left = self._max_size
 
     def get_stats(self) -> CacheStats:
         asked = self._hits + self._misses

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -208,14 +208,16 @@ class ContextPacker:
         content = "\n".join(line for line, _ in packed)
         return PackedContext(content=content, tokens_est=sum(n for _, n in packed), parts=parts)
 
-    def line(self, page_id: str, role: str, text: str, modality: Modality) -> PackedLine:
-        """The line of a page of words alone, at level 0."""
+    def line(
+        self, page_id: str, role: str, text: str, modality: Modality, count: Callable[[str], int] | None = None
+    ) -> PackedLine:
+        """The line of a page of words alone, at level 0. `count`: a quicker counter of its tokens."""
         key = (page_id, text_version(text), (role, modality), 0, self._counts)
         known = self._cache.lookup(key)
         if known is not None:
             return known
         line = context_line(page_id, role, text, 0, modality)
-        return self._cache.keep(key, PackedLine(line, self._counts.text(line + "\n")))
+        return self._cache.keep(key, PackedLine(line, (count or self._counts.text)(line + "\n")))
 
     def _packed(self, page: MemoryPage) -> PackedLine:
         # The speaker, or the page's type: a summary, a claim or an index speaks for nobody.

@@ -11,7 +11,7 @@ an earlier one about the same thing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def _spaced(
         rf"{begin}{quantified},?\s+{begin}{verb}",
         rf"{begin}(?:{must})\s+(?:\w+\s+){{0,2}}?{quantified}\b",
         rf"{begin}(?:{please})[\s,]+(?:\w+\s+){{0,2}}?{quantified}\b",
-        rf"(?!.*\?){begin}{verb}(?:(?!\b(?:{subjects})\b)[^.!?])*\b(?:{later})\b",
+        rf"(?!.*\?)(?=.*\b(?:{later})\b){begin}{verb}(?:(?!\b(?:{subjects})\b)[^.!?])*\b(?:{later})\b",
         rf"{begin}(?:{keep})\b",
         rf"{begin}(?:{each})\b[^,.!?]+,\s*{begin}{verb}",
     ]
@@ -327,10 +327,14 @@ def standing_in(role: str, text: str) -> list[Standing]:
         return []
     if len(text) > _READ_CHARS:
         text = f"{text[: _READ_CHARS // 2]}\n{text[-_READ_CHARS // 2 :]}"
-    languages, found = _written_in(text.lower(), LANGUAGES), list[Standing]()
+    heads, found = _heads(whole := text.lower()), list[Standing]()
+    cues, plain = heads & _CUES, text.isascii()
+    languages = _written_in(whole, heads, LANGUAGES) if cues or not plain else []
     for sentence in _sentences(text) if languages else ():
         low = sentence.lower()
-        here = _written_in(low, languages)
+        if plain and not any(cue in low for cue in cues):
+            continue
+        here = _written_in(low, _heads(low), languages)
         if any(_instructs(low, language) for language in here):
             found.append(Standing(sentence, True))
         elif role == "user" and any(language.preference.search(low) for language in here):
@@ -338,12 +342,14 @@ def standing_in(role: str, text: str) -> list[Standing]:
     return found[:MOST_SENTENCES]
 
 
-def _written_in(low: str, languages: Iterable[_Language]) -> list[_Language]:
+def _heads(low: str) -> set[str]:
+    """How its words begin."""
+    return {word[:_HEAD_CHARS] for word in (low.translate(_APART).split() if low.isascii() else _LETTERS.findall(low))}
+
+
+def _written_in(low: str, heads: Set[str], languages: Iterable[_Language]) -> list[_Language]:
     """Those whose cues are in it: told for far less than the patterns cost."""
     wide = not low.isascii()
-    heads = {word[:_HEAD_CHARS] for word in (_LETTERS.findall(low) if wide else low.translate(_APART).split())}
-    if not wide and heads.isdisjoint(_CUES):
-        return []
     return [
         language
         for language in languages

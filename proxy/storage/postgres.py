@@ -169,6 +169,10 @@ WITH store AS MATERIALIZED (
 )
 SELECT secret, erased, may, {_NOW_US} AS now_us, added.tenant, added.path, added.key {{more}}
 FROM store LEFT JOIN added ON true"""
+_LOCK_ROWS = """
+SELECT v.tenant, v.path, v.key, v.sum, v.value FROM llm_pager_values v
+JOIN unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
+    ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key ORDER BY v.tenant, v.path, v.key FOR UPDATE OF v"""
 _PRUNE = f"""
 DELETE FROM llm_pager_members d USING (
     SELECT *, row_number() OVER (PARTITION BY tenant, path, key ORDER BY added DESC, member DESC) AS place
@@ -235,6 +239,23 @@ class _Connection(asyncpg.Connection):
         return ""  # nothing of a session's is ever set: giving a connection back costs no round trip
 
 
+def _renaming(prefix: str) -> type[_Connection]:
+    """Connections to a store of other tables in the same database."""
+
+    class Renaming(_Connection):
+        pass
+
+    def renamed(method: Any) -> Any:
+        def call(self: Any, query: str, *arguments: Any, **more: Any) -> Any:
+            return method(self, query.replace("llm_pager_", prefix), *arguments, **more)
+
+        return call
+
+    for name in ("execute", "fetch", "fetchrow", "fetchval"):
+        setattr(Renaming, name, renamed(getattr(_Connection, name)))
+    return Renaming
+
+
 class _Refused(StorageError):
     """Not by trouble: it is another store than was meant."""
 
@@ -265,7 +286,7 @@ class PostgresStore:
 
     `connections`: of this process, at most; `timeout_s`: of one statement, and of the wait for a connection.
     `prepared`: whether statements are prepared; it is noticed when a pooler does not allow it.
-    `synchronous_commit`: what to ask the server for in each commit (its own name); None: what it does by itself.
+    `tables`: what the names of its tables begin with. `synchronous_commit`: what to ask the server for in each commit (its own name); None: what it does by itself.
     """
 
     suspends = True
@@ -280,8 +301,10 @@ class PostgresStore:
         timeout_s: float = 5.0,
         prepared: bool = True,
         synchronous_commit: str | None = None,
+        tables: str = "llm_pager",
     ) -> None:
         self._url, self._kinds = url, kinds or {}
+        self._connection = _Connection if tables == "llm_pager" else _renaming(f"{tables}_")
         self._connections, self._timeout_s, self._prepared = connections, timeout_s, prepared
         durable = f", set_config('synchronous_commit', '{synchronous_commit}', true)" if synchronous_commit else ""
         self._commit = _COMMIT.replace("{more}", durable)  # of the transaction that the statement is
@@ -578,11 +601,29 @@ class PostgresStore:
             if columns:
                 await self._perform(partial(_mark, [*columns, replace]))
 
+    async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]:
+        """As DiskStore's."""
+        news = {_columns(key): (key, old, new) for key, old, new in rows}
+        columns = [list(part) for part in zip(*news, strict=True)]
+
+        async def swap(connection: Any, again: bool) -> frozenset[bytes]:
+            async with connection.transaction():
+                swapped = []
+                for tenant, path, rest, number, stored in await connection.fetch(_LOCK_ROWS, *columns):
+                    key, old, new = news[tenant, path, rest]
+                    found = self._value(key, number, stored)
+                    if found == old or (again and found == new):
+                        swapped.append(_row(_PUT, key, packed(new)))
+                await connection.fetch(self._commit, None, None, again, *_by_column(swapped))
+                return frozenset(_key(*row.columns) for row in swapped)
+
+        return await self._perform(swap) if rows else frozenset()
+
     async def scrub(self) -> None:
         """The rows that were dropped or replaced before are removed from the tables. On a connection of its own, since
         it takes its time. Raises StorageError."""
         try:
-            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0)
+            connection = await asyncpg.connect(self._url, timeout=_CONNECT_S, statement_cache_size=0, connection_class=self._connection)
             try:
                 await connection.execute("VACUUM llm_pager_values, llm_pager_members")
             finally:
@@ -632,7 +673,7 @@ class PostgresStore:
                 self._turned_away += 1
                 raise StorageError(self._trouble)
             self._retry_s = now_s + RETRY_S  # the others do not wait for this one
-        until_s = now_s + (AGAIN_S if self._trouble is None else 0.0)
+        until_s: float | None = None  # from the first failure on: that may have taken its time
         pause_s, again, tables = _PAUSE_S, False, False
         while True:
             prepared = self._prepared
@@ -644,7 +685,6 @@ class PostgresStore:
             except _NOT_PREPARED as error:
                 if not prepared:
                     raise self._failed(error) from error
-                until_s += AGAIN_S
                 if self._prepared:
                     log.warning(_UNPREPARED, self.where, _said(error))
                     self._reconnect(self._settings)
@@ -659,9 +699,10 @@ class PostgresStore:
                         log.warning(_UNSET, self.where, _said(error))
                         self._reconnect({})
                     continue
-                self._verified, again = False, True
-                if self._trouble is not None or time.monotonic() + pause_s > until_s:
+                again, failed_s = True, time.monotonic()
+                if self._trouble is not None or (until_s is not None and failed_s + pause_s > until_s):
                     raise self._failed(error) from error
+                until_s = until_s or failed_s + AGAIN_S
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
             except asyncpg.PostgresError as error:
@@ -694,7 +735,7 @@ class PostgresStore:
     async def _open_pool(self, loop: asyncio.AbstractEventLoop) -> asyncpg.Pool[Any]:
         return await asyncpg.create_pool(
             self._url, min_size=0, max_size=_BESIDE_CONNECTIONS if loop is self._beside else self._connections,
-            connection_class=_Connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
+            connection_class=self._connection, statement_cache_size=100 if self._prepared else 0, timeout=_CONNECT_S,
             max_cached_statement_lifetime=0, server_settings=self._settings, init=self._verify,
         )  # fmt: skip
 

@@ -57,7 +57,9 @@ _MOST_PAGES = 1 << 25  # of one that is scrubbed: with more, a page that begins 
 _MOST_ROW_BYTES = 1_000_000_000  # SQLite's own limit
 _PACKED_BYTES = 512  # of a value that is compressed: half of the bytes, for some 10 µs in the writer's thread
 _PLAIN, _PACKED = b"\0", b"\1"  # what a stored value begins with
+SEALED = b"\xc1LP\1"  # what a sealed one does (sealing.py), and nothing in MessagePack: it was packed before
 SECRET = "secret:identity"
+MARK = "sealed"  # the row by which a store is known to be sealed (sealing.py), and with whose keys
 REPAIRED = "repaired"
 ERASED = "erased"  # how many erasures there were
 SCRUBBED = "scrubbed"  # another value each time
@@ -121,7 +123,9 @@ _compressors = _Compressors()
 
 def packed(value: bytes) -> bytes:
     """As it stands in a row."""
-    return _PACKED + _compressors.pack(value) if len(value) >= _PACKED_BYTES else _PLAIN + value
+    if len(value) < _PACKED_BYTES or value.startswith(SEALED):
+        return _PLAIN + value
+    return _PACKED + _compressors.pack(value)
 
 
 def unpacked(stored: bytes) -> bytes:
@@ -178,12 +182,13 @@ def is_damage(error: BaseException) -> bool:
 
 class Mark(msgspec.Struct):
     """What was last known of a store: its secret in hexadecimal, its newest row, when that was (Unix time), and
-    which files it stood in."""
+    which files it stood in. `backup`: it is a copy that was made then."""
 
     secret: str
     rowid: int
     written_s: float
     inodes: Inodes
+    backup: bool = False
 
 
 _read_mark = msgspec.json.Decoder(Mark).decode
@@ -200,6 +205,24 @@ def connect(directory: Path, wait_s: float = _READ_WAIT_S, create: bool = False)
     connection.execute("PRAGMA mmap_size = 0")
     connection.execute("PRAGMA secure_delete = ON")  # what is dropped or replaced is overwritten
     return connection
+
+
+def sync_commits(connection: sqlite3.Connection) -> None:
+    """From now on `COMMIT` returns when the disk has it."""
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA fullfsync = ON")  # macOS: its fsync alone leaves it in the disk's cache
+
+
+def sync_directory(directory: Path) -> None:
+    """The names in it, and its own, survive losing power."""
+    if sys.platform == "win32":
+        return
+    for path in (directory, directory.absolute().parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def inodes(directory: Path) -> Inodes:
@@ -263,6 +286,8 @@ def open_database(directory: Path, wait_s: float) -> Opened:
         told.append(
             f"The storage in {directory} is {what}: what was remembered on {_day(mark.written_s)} is gone, or a part of it."
         )
+    elif mark is not None and mark.backup:
+        told.append(f"The storage in {directory} is a backup of {_day(mark.written_s)}: what was remembered since is gone.")
     return Opened(connection, inodes(directory), secret, rowid, told, lost, last_repair(connection))
 
 
@@ -302,10 +327,10 @@ def newest_row(connection: sqlite3.Connection) -> int:
     return found
 
 
-def write_mark(directory: Path, secret: bytes, rowid: int, files: Inodes) -> None:
+def write_mark(directory: Path, secret: bytes, rowid: int, files: Inodes, backup: bool = False) -> None:
     """Raises OSError."""
     beside = directory / f"{_MARK}.{os.getpid()}"
-    beside.write_bytes(msgspec.json.encode(Mark(secret.hex(), rowid, time.time(), files)))
+    beside.write_bytes(msgspec.json.encode(Mark(secret.hex(), rowid, time.time(), files, backup)))
     beside.chmod(0o600)
     os.replace(beside, directory / _MARK)
 
@@ -381,6 +406,35 @@ def _alone(directory: Path) -> Iterator[None]:
                     raise
                 time.sleep(0.01)
         yield
+
+
+# -- copying
+
+
+def back_up(directory: Path, to: Path) -> tuple[int, int]:
+    """Copy the database as it stands at one moment, while others write, to a directory where it replaces an older
+    copy. Returns its rows and bytes. Raises StorageError, OSError, sqlite3.Error."""
+    if not (directory / DATABASE).exists():
+        raise StorageError(f"There is no storage in {directory} that could be copied.")
+    if to.exists() and (any(path.exists() for path in _beside(to)) or to.resolve() == directory.resolve()):
+        raise StorageError(f"{to} is a storage that is in use, and no place for a copy: name another directory.")
+    to.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copy = to / f"{DATABASE}.new"
+    copy.unlink(missing_ok=True)
+    with closing(connect(directory, _LOCK_WAIT_S)) as source:
+        source.execute("VACUUM INTO ?", (str(copy),))  # without what stands in free pages
+    copy.chmod(0o600)
+    with closing(sqlite3.connect(copy)) as made:
+        secret, rowid = _secret(made) or b"", newest_row(made)
+        rows = made.execute("SELECT count(*) FROM Cache").fetchone()[0]
+    with open(copy, "rb") as file:
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    (to / _MARK).unlink(missing_ok=True)  # never of another copy
+    os.replace(copy, to / DATABASE)
+    write_mark(to, secret, rowid, (None, None, None), backup=True)
+    sync_directory(to)
+    return rows, size
 
 
 # -- repairing

@@ -44,7 +44,7 @@ _STUB = b"\xc1\x00L3"  # no value of a kind that moves begins with that byte: ms
 _STUB_BYTES = len(_STUB) + HASH_BYTES
 _KNOWN_ARCHIVES = 65_536
 _FIRST_READ_BYTES = 65_536  # of a pack: its index as a rule, and all of a small one
-_ROWS_AT_ONCE = 1000
+_ROWS_AT_ONCE, _COMMIT_BYTES = 1000, 4 << 20
 _CACHED = "pack"
 OBJECT, PACK = ".value", ".pack"  # how the names of objects end
 
@@ -104,6 +104,10 @@ class Tiered:
     # -- the engine's own
 
     @property
+    def where(self) -> str:
+        return self.engine.where
+
+    @property
     def trouble(self) -> str | None:
         return self.engine.trouble
 
@@ -128,12 +132,20 @@ class Tiered:
         return self.engine.suspends or self.l3 is not None or self.l4 is not None
 
     def ahead(self, keys: Iterable[Key]) -> None:
-        """With what says where those are that L2 does not have."""
+        """With what says where those are that L2 does not have, which is known for a while only: not as long as a
+        request may last."""
         keys = list(keys)
-        if self.l4 is not None and self.engine.suspends:
-            moving = {self._owner(key) for key in keys if isinstance(key, bytes) and key[:1] in self.space.MOVING}
-            keys += [self.space.ARCHIVE + owner for owner in moving]
-        self.engine.ahead(keys)
+        if self.l4 is None or not self.engine.suspends:
+            self.engine.ahead(keys)
+            return
+        from proxy.storage.suspend import scope
+
+        owners = {self._owner(key) for key in keys if isinstance(key, bytes) and key[:1] in self.space.MOVING}
+        self.engine.ahead([*keys, *(self.space.ARCHIVE + owner for owner in owners)])
+        for owner in owners:
+            self.packs_of(owner, anew=True)
+            if (request := scope()) is not None:
+                request.found.pop(self.space.ARCHIVE + owner, None)
 
     def size_bytes(self) -> int:
         return self.engine.size_bytes()
@@ -444,6 +456,34 @@ class Tiered:
                     pass  # it is stored again
         return frozenset(present)
 
+    async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]:
+        """As the engine's, in all tiers: what stands below it comes up, and leaves again with the next demotion."""
+        done = await self.engine.swap(rows)
+        if self.l3 is None and self.l4 is None:
+            return done
+        left = [row for row in rows if row[0] not in done]
+        owners = await asyncio.to_thread(lambda: {self._owner(key) for key, *_ in left if self.engine.get(key) is None})
+        for owner in owners:
+            await self.bring_back(owner, drop=True)
+        for key, old, new in left:
+            stub = await asyncio.to_thread(self.engine.get, key)
+            if stub is not None and is_stub(stub) and await asyncio.to_thread(self._sound, key) == old:
+                if await self.engine.swap([(key, stub, new)]):
+                    done |= {key}
+                    await self.engine.commit(self._notes([(key, new)]))
+                    if self.l3 is not None:
+                        await asyncio.to_thread(self.l3.delete, [object_name(self.space, key, stub)])
+            elif stub == old:
+                done |= await self.engine.swap([(key, old, new)])
+        return done
+
+    def opened(self, key: bytes, value: bytes) -> bytes | None:
+        """A value that was read without `get`: a store of sealed ones opens it here."""
+        return value
+
+    async def drop_key(self, owner: bytes) -> None:
+        """Of a tenant or a credential, before its erasure: a store of sealed values drops it."""
+
     # -- erasing
 
     def objects_of(self, owner: bytes) -> list[str]:
@@ -485,17 +525,26 @@ class Tiered:
         the packs go."""
         erased = self.engine.erased
         count = 0
-        keys = await asyncio.to_thread(lambda: sorted(set(self._packed_keys(owner))))
-        for at in range(0, len(keys), _ROWS_AT_ONCE):
-            some = [rest[:1] + owner + rest[1:] for rest in keys[at : at + _ROWS_AT_ONCE]]
-            values = await asyncio.to_thread(lambda some: list(map(self.packed, some)), some)
-            rows = [(key, value) for key, value in zip(some, values, strict=True) if value is not None]
+        keys = await asyncio.to_thread(lambda: list(set(self._packed_keys(owner))))
+        while keys:
+            rows = await asyncio.to_thread(self._unpacked, owner, keys)
             count += len(rows) - len(await self.engine.commit((), (), rows, erased=erased))
         if drop and self.l4 is not None:
             await self.engine.commit((), drops=[self.space.ARCHIVE + owner])
             await self.l4.drop(owner)
             self.forget()
         return count
+
+    def _unpacked(self, owner: bytes, keys: list[bytes]) -> list[tuple[bytes, bytes]]:
+        """Rows of the last of the keys, which are taken, as many as one commit should have."""
+        rows: list[tuple[bytes, bytes]] = []
+        size = 0
+        while keys and size < _COMMIT_BYTES and len(rows) < _ROWS_AT_ONCE:
+            rest = keys.pop()
+            if (value := self.packed(key := rest[:1] + owner + rest[1:])) is not None:
+                rows.append((key, value))
+                size += len(value)
+        return rows
 
     def packed(self, key: bytes, packs: Sequence[bytes] | None = None) -> bytes | None:
         """What stands in its conversation's packs, None also where they are damaged."""

@@ -50,6 +50,10 @@ _CHUNK_CHARS = 100_000  # longest text handed to the encoder at once; bounds its
 # Encodings whose tokens end behind a line break, unless another one or a slash follows.
 _BROKEN_BY_LINES = ("o200k_base", "cl100k_base")
 
+_MOST_MARKS = 16  # behind a text's last word
+_LAST_WORD = re.compile(r"[0-9A-Za-z](?=[!-/:-@\[-`{-~]{0,8}\Z)")
+_BEGINS_WITH_WORD = re.compile(r"[0-9A-Za-z]").match
+
 _loaded: set[str] = set()  # encodings, in this process
 
 _PER_TOOLS = 12  # the namespace around a tools array ("func_end")
@@ -113,7 +117,10 @@ class TokenCounter:
         self._tool = tool
         self._func_init = 7 if encoding_name == DEFAULT_ENCODING else 10  # gpt-4o, gpt-4
         self.name = "/".join(filter(None, (encoding_name, images.name, tool.name)))
-        self._encode = tiktoken.get_encoding(encoding_name).encode_ordinary
+        encoding = tiktoken.get_encoding(encoding_name)
+        encoding._mergeable_ranks = {}  # 27 MB, which only a copy of it would need
+        self._encode = encoding.encode_ordinary
+        self._closing = lru_cache(256)(self._closing_of)
         _loaded.add(encoding_name)
 
     def __eq__(self, other: object) -> bool:
@@ -134,6 +141,20 @@ class TokenCounter:
         if self.encoding_name not in _BROKEN_BY_LINES or len(text) + chars > _CHUNK_CHARS:
             return False
         return bool(text) and text[0] not in "\r\n/"
+
+    def quoting(self, text: str, tokens: int, line: str) -> int:
+        """Tokens of a line with its line break; `text`, which it mostly ends with in quotes, has so many alone. These
+        encodings begin a token behind such a quotation mark, and where the marks begin behind the last word."""
+        end = _LAST_WORD.search(text, max(0, len(text) - _MOST_MARKS))
+        if end is None or self.encoding_name not in _BROKEN_BY_LINES or not _BEGINS_WITH_WORD(text):
+            return self.text(line)
+        if len(text) > _CHUNK_CHARS or not line.endswith(f' "{text}"\n'):  # something in it is escaped
+            return self.text(line)
+        return self.text(line[: -len(text) - 2]) + tokens + self._closing(text[end.end() :])
+
+    def _closing_of(self, marks: str) -> int:
+        """What a quotation mark and a line break behind these add to their tokens."""
+        return self.text(f'{marks}"\n') - self.text(marks)
 
     def message(self, message: Mapping[str, Any]) -> int:
         """Tokens of one Chat Completions message with its overhead (without the reply primer)."""

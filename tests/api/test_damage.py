@@ -13,6 +13,7 @@ import pytest
 from proxy.conversation import keys, turn_window
 from proxy.conversation.records import Record, State, decode_record
 from proxy.conversation.tree import TenantKey
+from proxy.errors import StorageError
 from proxy.upstream import BytesReply
 from tests.api.test_chat import JSON, Client, answered, client
 
@@ -184,3 +185,33 @@ async def test_invariant_6_an_answer_whose_turn_cannot_be_put_together_is_given(
         monkeypatch.undo()
         await talk.until(DAMAGED + 2)
         assert talk.records()[-1].end == 2 * (DAMAGED + 2)
+
+
+async def test_invariant_06_of_a_long_history_each_beginning_that_is_stored_is_whole(tmp_path: Path) -> None:
+    """It is stored some records at a time; the store fails before the last ones."""
+    said: list[dict[str, Any]] = []
+    for turn in range(700):
+        said += [{"role": "user", "content": f"Say {turn}."}, {"role": "assistant", "content": f"{turn}."}]
+    asked = {"model": "gpt-4o", "messages": [*said, question(701)]}
+    async with client(tmp_path, **{"tiers.l0": L0}) as one:
+        talk = Talk(one)
+        one.upstream.replies = [answered("One."), answered("Two.")]
+        store, sizes = talk.at.memory.store, list[int]()
+        commit = store.commit
+
+        async def commit_twice(*what: Any) -> frozenset[bytes]:
+            sizes.append(len(what[2]) if len(what) > 2 else 0)
+            if len(sizes) > 1:
+                raise StorageError("The disk is full.")
+            return await commit(*what)
+
+        store.commit = commit_twice  # type: ignore[method-assign]
+        status, _ = await talk.at.ask(asked)
+        assert status == 200 and sizes[0] == 256
+        records = sorted(talk.records(), key=lambda record: record.first)
+        assert [record.first for record in records] == list(range(0, 2 * 256, 2))
+        assert [record.parent for record in records[1:]] == [record.id for record in records[:-1]]
+        store.commit = commit  # type: ignore[method-assign]
+        talk.at.memory.forget()
+        status, _ = await talk.at.ask(asked)
+        assert status == 200 and len(talk.records()) == 701

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tests.bench.load import API_KEY
 from tests.e2e.processes import ServerProcess, free_port, wait_for_health
@@ -125,13 +125,14 @@ def start_upstream() -> Process:
     return Process("upstream", port, command, {}).wait("/", 30)
 
 
-def start_ours(upstream_port: int) -> Gateway:
+def start_ours(upstream_port: int, name: str = "ours", l2: Any = None, storage: Any = None) -> Gateway:
     """`llm-pager serve` with paging over a 32,000-token window and durable commits."""
     config = {
         "upstream": {"provider": "openai", "base_url": f"http://127.0.0.1:{upstream_port}/v1"},
-        "tiers": {"l0": {"tokens": WINDOW_TOKENS}},
+        "tiers": {"l0": {"tokens": WINDOW_TOKENS}, "l2": l2 or {}},
+        "storage": storage or {},
     }
-    return Gateway("ours", ServerProcess(config, env={"PYTHONHASHSEED": "0"}).start())
+    return Gateway(name, ServerProcess(config, env={"PYTHONHASHSEED": "0"}).start())
 
 
 def start_passthrough(upstream_port: int) -> Gateway:

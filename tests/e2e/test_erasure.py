@@ -141,11 +141,12 @@ class Database:
     url: str
 
     def files(self) -> list[tuple[str, bytes]]:
-        self.server.execute("VACUUM FULL", url=self.url)
+        for table in ("llm_pager_values", "llm_pager_members"):
+            self.server.execute(f"VACUUM FULL {table}", url=self.url)
         self.server.execute("CHECKPOINT")
         dump = self.server.tool("pg_dump", self.url)
         found = [("dump", dump), *(("dump", bytes.fromhex(part.decode())) for part in re.findall(rb"\\\\x((?:[0-9a-f]{2})+)", dump))]
-        paths = self.server.execute("SELECT pg_relation_filepath(oid) FROM pg_class WHERE relfilenode != 0", url=self.url)
+        paths = self.server.execute("SELECT pg_relation_filepath(oid) FROM pg_class WHERE relfilenode != 0 AND oid >= 16384", url=self.url)
         return [*found, *((path, (self.server.data / path).read_bytes()) for (path,) in paths)]
 
     def stored(self) -> dict[Any, bytes]:
@@ -216,8 +217,8 @@ class Client:
 
     async def say(self, script: Script, name: str, *rounds: Message, parts: list[Message] | None = None) -> Message:
         word = f"{needle(self.way)}{name}"
-        text = f"Note {word}. {filler(word, 50)}"
-        script.plan(f"{self.way}/{self.user}{name}", *rounds, message_of(f"Noted {word}a. {filler(word, 40)}"))
+        text = f"Note {word}. {filler(word, 90)}"
+        script.plan(f"{self.way}/{self.user}{name}", *rounds, message_of(f"Noted {word}a. {filler(word, 70)}"))
         content: Any = [{"type": "text", "text": text}, *parts] if parts else text
         return await self.send({"role": "user", "content": content}, f"{self.way}/{self.user}{name}")
 
@@ -245,7 +246,7 @@ def picture(word: str) -> bytes:
     return file.getvalue()
 
 
-async def tell(script: Script, client: Client, turns: int = 9) -> None:
+async def tell(script: Script, client: Client, turns: int = 5) -> None:
     """Everything that a conversation may have in it; it is paged at its end."""
     word = needle(client.way)
     await client.say(script, "first")
@@ -282,14 +283,12 @@ async def test_nothing_is_left_in_postgresql(postgres: Postgres, postgres_url: s
         tellers = [client for client in clients(server, False) if client.way in ("conversation", "delta", "operator")]
         stays = Client(server, "stays", {})
         for client in (*tellers, stays):
-            await tell(script, client, 4)
+            await tell(script, client, 3)
         before = Searched(server.dir, database)
         assert all({"a path", "dump"} <= before.where(client.way) for client in tellers)
         for client in tellers:
             told = await erase(client, server)
-            assert told["values"]["record of a turn"] >= 8
-            rows = postgres.execute("SELECT sum(n_dead_tup) FROM pg_stat_user_tables", url=postgres_url)
-            assert rows
+            assert told["values"]["record of a turn"] >= 6
         found = Searched(server.dir, database)
         assert not (left := {client.way: found.where(client.way) for client in tellers if found.where(client.way)}), left
         assert {"a path", "dump"} <= found.where("stays")
@@ -361,8 +360,8 @@ class Bystander:
         for turn in range(first, first + turns):
             tag = f"stays/{self.client.way}/{turn}"
             word = f"stays{self.client.way}{turn}"
-            script.plan(tag, *([fault("msg_0001")] if turn == first + 1 and first else []), message_of(f"Noted {word}a. {filler(word, 60)}"))
-            await self.client.send({"role": "user", "content": f"Note {word}. {filler(word, 60)}"}, tag)
+            script.plan(tag, *([fault("msg_0001")] if turn == first + 1 and first else []), message_of(f"Noted {word}a. {filler(word, 120)}"))
+            await self.client.send({"role": "user", "content": f"Note {word}. {filler(word, 120)}"}, tag)
 
 
 async def test_nothing_of_what_is_erased_is_left_and_nobody_else_notices() -> None:
@@ -370,8 +369,8 @@ async def test_nothing_of_what_is_erased_is_left_and_nobody_else_notices() -> No
         ours = [Bystander(client) for client in clients(server, True)]
         theirs = [Bystander(client) for client in clients(quiet, True)]
         for one, other in zip(ours, theirs, strict=True):
-            await one.go_on(script, 0, 11)
-            await other.go_on(quiet_script, 0, 11)
+            await one.go_on(script, 0, 7)
+            await other.go_on(quiet_script, 0, 7)
         tellers = list(clients(server, False))
         for client in tellers:
             await tell(script, client)
@@ -380,18 +379,18 @@ async def test_nothing_of_what_is_erased_is_left_and_nobody_else_notices() -> No
             assert {"a path", "a state"} <= before.where(client.way), f"{client.way}: the search finds nothing"
         for client in tellers:
             told = await erase(client, server)
-            assert told["ended_s"] and told["values"].get("record of a turn", 0) >= 10, (client.way, told)
+            assert told["ended_s"] and told["values"].get("record of a turn", 0) >= 8, (client.way, told)
             raw = json.dumps(client.messages[0]).encode()
             if client.way == "conversation":
                 digests = set(told["messages_sha256"])
                 assert sha256(raw).hexdigest() in digests or len(digests) > 20
-            found = Searched(server.dir)
-            assert not (left := found.where(client.way)), (client.way, left)
             assert needle(client.way) not in json.dumps(await told_of(client))
+        found = Searched(server.dir)
+        assert not (left := {client.way: found.where(client.way) for client in tellers if found.where(client.way)}), left
         found.assert_no_piece_of(before)
         for one, other in zip(ours, theirs, strict=True):
-            await one.go_on(script, 11, 3)
-            await other.go_on(quiet_script, 11, 3)
+            await one.go_on(script, 7, 2)
+            await other.go_on(quiet_script, 7, 2)
         for tag in (tag for tag in quiet_script.calls if tag.startswith("stays/")):
             mine, its = script.bodies(tag), quiet_script.bodies(tag)
             assert len(mine) == len(its)
@@ -432,11 +431,11 @@ async def test_one_message_goes_and_its_conversation_goes_on() -> None:
     async with served(compression={"model": WRITER}) as (script, server):
         client = Client(server, "message", {"x-llm-pager-session": "notes"}, new_only=True)
         word = needle("message")
-        for turn in "abcdefghijklmnop":
+        for turn in "abcdefghijk":
             await client.say(script, f"turn{turn}")
         await client.say(script, "fault", fault("msg_0003", "msg_0004"))
         await client.say(script, "search", search(f"{word}turnb"))
-        for turn in "qrs":
+        for turn in "lm":
             await client.say(script, f"turn{turn}")
         before = Searched(server.dir)
         gone, kept = f"{word}turnb", f"{word}turnc"
@@ -475,7 +474,7 @@ async def test_a_second_process_forgets_and_a_turn_on_its_way_is_not_stored() ->
         with ServerProcess(shared) as other:
             client = Client(server, "session", {"x-llm-pager-session": "notes"}, new_only=True)
             stays = Client(server, "stays", {"x-llm-pager-session": "notes"}, new_only=True)
-            for turn in range(14):
+            for turn in range(10):
                 client.server, stays.server = (server, other)[:: 1 - turn % 2 * 2]
                 await client.say(script, f"turn{turn}")
                 await stays.say(script, f"turn{turn}")
@@ -511,17 +510,16 @@ async def test_a_second_process_forgets_and_a_turn_on_its_way_is_not_stored() ->
                 at = len(script.upstream.calls)
                 await one.say(script, "after")
                 sent = json.dumps(script.upstream.calls[at].json)
-                assert (needle(one.way) + "turn13" in sent, needle(one.way) + "more" in sent) == (one is stays,) * 2
+                assert (needle(one.way) + "turn9" in sent, needle(one.way) + "more" in sent) == (one is stays,) * 2
             script.check()
 
 
 async def test_sigkill_in_the_middle_is_finished_at_the_next_start() -> None:
     moments = random.Random(13)
     async with served() as (script, server):
-        rounds = 4
-        for way in ("alpha", "beta", "gamma", "delta")[:rounds]:
+        for way in ("alpha", "beta", "gamma"):
             client = Client(server, way, {})
-            await tell(script, client, 6)
+            await tell(script, client, 3)
             began_s = asyncio.get_running_loop().time()
             deletion = asyncio.ensure_future(client.delete("tenants/self"))
             await asyncio.sleep(moments.uniform(0.005, 0.25))

@@ -218,7 +218,7 @@ async def test_a_directory_that_is_deleted_or_replaced_under_it(
     before: tuple[Path, list[dict[str, Any]]], become: Callable[[Path], None]
 ) -> None:
     """No answer is lost, none that is remembered is said to be lost, and no session goes on without what it said."""
-    server = ServerProcess(config(PORT))
+    server = ServerProcess(config(PORT, tiers={"l2": {"url": None}}))
     for name in ("data", "older"):
         shutil.copytree(before[0], server.dir / name)
     with server:
@@ -241,7 +241,7 @@ async def test_a_directory_that_is_deleted_or_replaced_under_it(
 
 
 async def test_a_lock_that_another_process_holds(before: tuple[Path, list[dict[str, Any]]]) -> None:
-    server = ServerProcess(config(PORT))
+    server = ServerProcess(config(PORT, tiers={"l2": {"url": None}}))
     shutil.copytree(before[0], server.dir / "data")
     with server, closing(sqlite3.connect(server.dir / "data" / DATABASE, isolation_level=None)) as other:
         async with clients(server.base_url, before[1]) as both:

@@ -70,6 +70,16 @@ def test_invariant_10_the_pages_kept_are_bounded() -> None:
     assert indexes.missing(ids_of(tuple([0] * 20))) == 20
 
 
+def test_index_that_rests_is_packed_and_finds_the_same() -> None:
+    indexes = PathIndexes(500)
+    conversations = [tuple([root] * 20) for root in range(8)]
+    for path in (*conversations, *conversations):
+        assert search(indexes, (*path, 9), "violin") == alone((*path, 9), "violin")
+        kept = [b for branches in indexes._roots.values() for b in branches]
+        assert sum(branch.pages for branch in kept if branch.packed is None) <= 50
+        assert sum(branch.weight for branch in kept) == indexes._pages
+
+
 @examples(30)
 @given(st.lists(st.tuples(paths, st.sampled_from(WORDS)), min_size=1, max_size=8), st.data())
 def test_what_was_stored_of_an_index_gives_the_same(asked: list[tuple[Path, str]], data: st.DataObject) -> None:

@@ -421,3 +421,61 @@ def count(text: bytes, path: Path) -> int:
     return len(done.stdout.splitlines())
 
 
+# ---------------------------------------------------------------- losing power
+
+
+@pytest.fixture(scope="session")
+def power(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that keeps what a process fsynced; see power.c."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler, to see what is fsynced")
+    library = tmp_path_factory.mktemp("power") / "power.so"
+    source = Path(__file__).with_name("power.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+COMMIT_AND_WAIT = """
+    import asyncio, sys, threading
+    from pathlib import Path
+    from proxy.storage.l2 import DiskStore
+    async def main():
+        store = DiskStore(Path(sys.argv[1]), 1000, durability=sys.argv[2])
+        for n in range(int(sys.argv[3])):  # over several rounds of the write-ahead log
+            await asyncio.gather(*[store.commit([(b"%d:%d" % (n, w), b"v" * 3000)]) for w in range(4)])
+        print(store.secret().hex(), flush=True)
+        sys.stdin.read()
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("durability", "rounds"), [("power", 1), ("power", 300), ("process", 20)])
+async def test_invariant_5_what_was_committed_survives_losing_power(
+    tmp_path: Path, power: Path, durability: str, rounds: int
+) -> None:
+    """The disk as it was fsynced when `commit` had returned has everything; without "power" it has not."""
+    disk, bytes_ = tmp_path / "disk", tmp_path / "kept" / "bytes"
+    disk.mkdir()
+    bytes_.mkdir(parents=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(COMMIT_AND_WAIT), tmp_path / "l2", durability, str(rounds)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(power), "POWER_FROM": str(tmp_path / "l2"),
+             "POWER_TO": str(tmp_path / "kept")},
+    )  # fmt: skip
+    assert child.stdout is not None
+    secret = child.stdout.readline().strip()
+    child.kill()
+    child.communicate()
+    for line in (tmp_path / "kept" / "names").read_text().splitlines():
+        name, inode = line.split()
+        if (bytes_ / inode).exists():
+            shutil.copy(bytes_ / inode, disk / name)
+    store = DiskStore(disk, 10)
+    found = [store.get(b"%d:%d" % (n, w)) for n in range(rounds) for w in range(4)]
+    if durability == "power":
+        assert found == [b"v" * 3000] * len(found) and store.secret().hex() == secret
+    else:
+        assert found[-1] is None  # what the other rows prove can fail
+    await store.close()
