@@ -93,7 +93,7 @@ async def test_views_of_a_paged_conversation_agree_with_each_other(tmp_path: Pat
                 assert looked.explain(at, page, turn)["in_window"]
             for out in told_of["pages_out"][:3]:
                 why = looked.explain(at, out["page"], turn)
-                assert not why["in_window"] and "epoch" in why["why"] or "out of the window" in why["why"]
+                assert (not why["in_window"] and "epoch" in why["why"]) or "out of the window" in why["why"]
         assert looked.explain(at, "msg_0060", 5)["why"] == "msg_0060 was said after turn 5, so it could not be in its window."
         for turn in (0, 31):
             with pytest.raises(ApiError):
