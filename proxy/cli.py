@@ -1,8 +1,8 @@
-"""The command line: `llm-pager serve | check | forget | api-key | keys | backup | demo`.
+"""The command line: `llm-pager serve | check | export | import | migrate | forget | api-key | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
-configuration or arguments, 3 where `check --storage` found damage and repaired it. Nothing heavy is imported before a command needs it.
+configuration or arguments, 3 where `check --storage` found damage and repaired it, or something could not be moved. Nothing heavy is imported before a command needs it.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from proxy import __version__, api_key, backup, forget, keyring
 from proxy.errors import ConfigError, StorageError
+from proxy.transfer import commands as transfer
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(args)
         if args.command == api_key.COMMAND:
             return api_key.run(args)
+        if args.command in transfer.COMMANDS:
+            return transfer.run(args, os.environ)
         if args.command == forget.COMMAND:
             return forget.run(args)
         if args.command == "keys":
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     check_.add_argument("--storage", action="store_true",
                         help="read all that is stored instead: find damage, and repair it (status 3)")
 
+    transfer.add_parsers(commands)
     forget.add_parser(commands)
     api_key.add_parser(commands)
     keyring.add_parser(commands)
@@ -185,6 +189,7 @@ def _require_extra(config: "Config") -> None:
     """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
     asked = {
         "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
+        "storage.encryption.key_store": ("://" in (config.storage.encryption.key_store or ""), "postgres", ("asyncpg", "greenlet")),
         "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
         "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
         "storage.encryption.keys": (bool(config.storage.encryption.keys), "encryption", ("cryptography",)),

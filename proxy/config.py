@@ -323,7 +323,10 @@ class EncryptionConfig(Section):
         AfterValidator(_each_like(r"file:.+|[A-Za-z0-9+/]{43}=")),
         Field(strict=False, description="a list of keys of 32 bytes in base64 (openssl rand -base64 32), or of file:PATH"),
     ] = ()
-    key_store: OptionalText = None
+    key_store: Annotated[
+        Annotated[str, AfterValidator(lambda value: _database_url(value) if "://" in value else _path(value))] | None,
+        Field(description="null, a directory, or a URL such as postgresql://user:password@host:5432/database"),
+    ] = None
     cache_keys: AtLeast1 = 10_000
     cache_s: Seconds = 60.0
 

@@ -73,12 +73,10 @@ async def _forget(args: argparse.Namespace, config: Config) -> int:
         owner = _owner(args, config, identity, erasures)
         if args.what == "message" and owner is not None:
             content = erasures.content_of(owner, args.page) or b""
-        known = sum(1 for _ in erasures.conversations(owner)) if owner is not None else 0
-        if not known or (args.what == "message" and not content):
+        if owner is None or not erasures.has(owner) or (args.what == "message" and not content):
             print(f"llm-pager: there is no such {args.what} in the storage.", file=sys.stderr)
             return 1
-        assert owner is not None
-        if not args.yes and not _confirmed(args, known):
+        if not args.yes and not _confirmed(args, sum(1 for _ in erasures.conversations(owner))):
             return 1
         done = await erasures.erase(args.what, "operator", [owner], content)
         told = done.told()

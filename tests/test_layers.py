@@ -25,10 +25,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"api_key", "backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage"},  # the app is named to uvicorn as a string
+    "cli": {"api_key", "backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage", "transfer"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage"},
     "keyring": {"config", "conversation", "errors", "storage"},
     "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
+    "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {"ui", *BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
@@ -71,14 +72,14 @@ IMPORTERS: dict[str, set[str]] = {
     "jinja2": {"ui"},
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
-    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check"},
+    "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check", "transfer"},
     "obstore": {"storage"},  # the extra [objects]
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
     "pydantic": {"api", "config", "config_text", "library", "memory"},  # the doors and the seeds' models
     "pydantic_settings": {"config"},  # the sources of the settings
-    "rich": {"demo"},
+    "rich": {"demo", "transfer"},
     "starlette": {"api"},
     "stop_words": {"search"},
     "tiktoken": {"tokens"},
@@ -86,7 +87,7 @@ IMPORTERS: dict[str, set[str]] = {
     "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
-    "zstandard": {"api", "conversation", "search", "storage"},  # bodies; what is stored
+    "zstandard": {"api", "conversation", "search", "storage", "transfer"},  # bodies; what is stored; exports
     "yaml": {"cli", "config_text"},  # printing and reading the settings
 }
 # Of the standard library, the database.

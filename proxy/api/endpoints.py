@@ -5,7 +5,7 @@ storage, and is false from SIGTERM on, while everything else is served for `serv
 that no load balancer sends a request to a closed port. Neither speaks to the upstream: its failure is the
 client's to see, not ours to hide. `/metrics`, `/vm/stats` and the process's `/vm/bill` hold numbers only; `/vm/context`,
 `/vm/provenance` and a conversation's `/vm/bill` answer for a session of the tenant whose credentials come with the request, and for no
-other (invariant 6); page ids, never texts; what is long to read is read beside the event loop; errors are
+other (invariant 6); page ids, never texts, but for `/vm/conversations/ID/export`, which has all that was said (conversation/exported.py); what is long to read is read beside the event loop; errors are
 in OpenAI's shape.
 """
 
@@ -15,12 +15,13 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from proxy.api.bill import conversation_bill
@@ -30,6 +31,7 @@ from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.exported import exported, header
 from proxy.conversation.keys import TENANT_BYTES
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
@@ -40,7 +42,7 @@ from proxy.conversation.records import (
     owner_of,
     restore_state,
 )
-from proxy.conversation.tree import ID_BYTES, KeyScope, TenantKey
+from proxy.conversation.tree import ID_BYTES, KeyScope, NodeId, TenantKey
 from proxy.errors import ApiError
 from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import MEDIA_PART
@@ -49,6 +51,7 @@ from proxy.tokens import get_counter
 
 _TURN_DIGITS = 9  # more of them is no turn of anyone's
 _PAGE_ID_CHARS = 64
+_PIECE_BYTES = 65_536  # of an export, about: a thread for each
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +91,10 @@ def own_endpoints(
     erasures: Erasures,
 ) -> FastAPI:
     """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/bill, /vm/context?turn=N (default: the last
-    turn), /vm/provenance?page=ID.
+    turn), /vm/provenance?page=ID, /vm/conversations/ID/export.
 
     `/vm/models` says what is held of models, and why, for the credentials that come with the
-    request (`model_table` gives it). The last three are about the session that a session header or
+    request (`model_table` gives it). Bill, context and provenance are about the session that a session header or
     ?session= names, or about the paged conversation that ?conversation= names as the header
     `x-llm-pager-conversation` does, on the path of its last answer; ?user= and ?safety_identifier= are the
     requests', where they have them.
@@ -170,6 +173,11 @@ def own_endpoints(
         head = _head(request, memory, sessions)
         return JSONResponse(await asyncio.to_thread(conversation_bill, head, memory.get_record))
 
+    @app.get("/vm/conversations/{name}/export")
+    async def export(request: Request, name: str) -> Response:
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        return export_of(owner, name, memory)
+
     @app.get("/vm/provenance")
     async def read_provenance(request: Request) -> JSONResponse:
         return JSONResponse(await _provenance(request, _head(request, memory, sessions), memory))
@@ -200,8 +208,10 @@ def own_endpoints(
 
     @app.delete("/vm/tenants/self")
     async def erase_tenant(request: Request) -> JSONResponse:
-        tenant = _tenant(request, memory, sessions)
-        return JSONResponse((await erasures.erase("user", "tenant", [tenant[:TENANT_BYTES]])).told())
+        tenant = _tenant(request, memory, sessions)[:TENANT_BYTES]
+        if not await asyncio.to_thread(erasures.has, tenant):
+            raise ApiError(404, "Nothing is stored for these credentials.", code="tenant_not_found")
+        return JSONResponse((await erasures.erase("user", "tenant", [tenant])).told())
 
     @app.get("/vm/erasures")
     async def read_erasures(request: Request) -> JSONResponse:
@@ -287,6 +297,28 @@ def _no_conversation() -> ApiError:
 def _no_session() -> ApiError:
     message = "There is no such session for these credentials."
     return ApiError(404, message, param="session", code="session_not_found")
+
+
+def export_of(owner: bytes, name: str, memory: Memory) -> Response:
+    """A conversation as a file of that name."""
+    headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}
+    return StreamingResponse(_exported(owner, memory), media_type="application/jsonl", headers=headers)
+
+
+def _exported(owner: bytes, memory: Memory) -> Iterator[bytes]:
+    """A conversation with its branches, in pieces; read in a thread while it is sent."""
+    lost: list[NodeId] = []
+    lines = exported(owner, memory.store.scan, memory.get, memory.identity, lost)
+    piece, size = [header([owner], int(time.time()))], 0
+    for line in lines:
+        piece.append(line)
+        size += len(line)
+        if size > _PIECE_BYTES:
+            yield b"".join(piece)
+            piece, size = [], 0
+    yield b"".join(piece)
+    if lost:
+        log.error("%d answers are missing in an export: llm-pager check --storage says why.", len(lost))
 
 
 def _last(answers: bytes, get: GetRecord) -> Record | None:

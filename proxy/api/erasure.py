@@ -72,6 +72,9 @@ class Erasures:
         self._store = store
         self._objects_of = objects_of
         self._running: set[bytes] = set()
+        self._one = asyncio.Lock()  # at a time: each reads much
+        self._scrubbing = asyncio.Lock()
+        self._next_scrub: asyncio.Future[None] | None = None  # that has not begun
 
     async def erase(self, what: What, by: Actor, owners: Iterable[bytes], content: bytes = b"") -> Erasure:
         """Erase all of the owners (`keys.owner`), or what says `content` in them; the receipt. Raises StorageError: what
@@ -104,6 +107,10 @@ class Erasures:
                 for owners in due.values()
             ])  # fmt: skip
 
+    def has(self, owner: bytes) -> bool:
+        """Something is stored of it. Blocks; StorageError."""
+        return any(self._store.scan(prefix, limit=1) for prefix in prefixes(owner))
+
     def content_of(self, owner: bytes, page: str) -> bytes | None:
         """What the message of a page says, on the path of the conversation's last answer; None: there is no such message.
         Blocks; StorageError."""
@@ -134,17 +141,33 @@ class Erasures:
         self._running.update(one.id for one in erasures)
         try:
             await self._store.commit([(erasing_key(one), encode_erasure(one)) for one in erasures])
-            return await self._finish(erasures)
+            try:
+                return await self._finish(erasures)
+            except StorageError as error:
+                raise StorageError(f"{error} What is to be erased is known, and goes as soon as that is over.") from error
         finally:
             self._running.difference_update(one.id for one in erasures)
 
     async def _finish(self, erasures: list[Erasure]) -> list[Erasure]:
-        done = [await self._delete(erasure) for erasure in erasures]
+        async with self._one:
+            done = [await self._delete(erasure) for erasure in erasures]
         if done:
-            await self._store.scrub()
+            await self._scrub()
         for erasure in done:
             await self._end(erasure)
         return done
+
+    async def _scrub(self) -> None:
+        """One serves all who ask before it begins."""
+
+        async def scrub() -> None:
+            async with self._scrubbing:
+                self._next_scrub = None
+                await self._store.scrub()
+
+        if self._next_scrub is None:
+            self._next_scrub = asyncio.ensure_future(scrub())
+        await asyncio.shield(self._next_scrub)
 
     async def _delete(self, erasure: Erasure) -> Erasure:
         gone: set[bytes] = set()
@@ -173,6 +196,7 @@ class Erasures:
         erasure.ended_s = int(time.time())
         receipt = receipt_key(erasure, self._store.erased), encode_erasure(erasure)
         await self._store.commit([receipt], drops=[*drops, erasing_key(erasure)], leaves=leaves)
+        log.info("Erased: %s, by %s, %d messages, receipt %s.", erasure.what, erasure.by, len(erasure.messages), erasure.id.hex())
 
     def _newest(self, erasure: Erasure) -> Erasure:
         """It, or what another process has read of it meanwhile, before it began to delete."""
@@ -203,14 +227,14 @@ class Erasures:
 
     async def _drop(self, owners: Iterable[bytes]) -> None:
         """All of the owners but their links: a turn that began before it and added one is found by it."""
-        for owner in owners:
-            if len(owner) < keys.OWNER_BYTES:
-                await self._store.drop_key(owner)  # first: who begins anew has another one
         await self._store.commit([], drops=[kind + owner for owner in owners for kind in (keys.ARCHIVE, keys.LARGE)])
         whole = [prefix for owner in owners for prefix in prefixes(owner)]
         for prefix in whole:
             while len(some := await asyncio.to_thread(self._keys, prefix)) == _VALUES:
                 await self._store.commit([], drops=some)
+        for owner in owners:
+            if len(owner) < keys.OWNER_BYTES:
+                await self._store.drop_key(owner)  # what is left, and every copy, is read by nobody any more
         drops, leaves = await asyncio.to_thread(self._named, owners)
         await self._store.commit([], drops=[*whole, *drops], leaves=leaves, erases=True)
 

@@ -348,7 +348,7 @@ class StoredPath(Sequence[Node]):
             found = self._find(oldest.leaf, position) if oldest.leaf else None
             if found is not None:
                 return found
-            newest.append(_need(oldest.parent, self._get))
+            newest.append(needed(oldest.parent, self._get))
         low, high = 0, len(newest) - 1
         while low < high:  # the first, that is the newest one, that begins here or before
             middle = (low + high) // 2
@@ -374,7 +374,7 @@ class StoredPath(Sequence[Node]):
             if leaf is None:
                 return None
             break
-        return _need(_row(leaf.rows, position), self._get)
+        return needed(_row(leaf.rows, position), self._get)
 
 
 def _row(rows: _Rows, position: int) -> bytes:
@@ -408,7 +408,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         if at < 0:
             if not record.parent:
                 break
-            echo, record = record.echo, _need(record.parent, get)
+            echo, record = record.echo, needed(record.parent, get)
             at = len(record.ids) - 1
         if skip:
             skip -= 1
@@ -423,7 +423,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         if shared is not None and at == shared.head:
             until = told + shared.count
             within.append((min(until, within[-1][0]) if within else until, record))
-            skip, record = shared.skip, _need(shared.record, get)
+            skip, record = shared.skip, needed(shared.record, get)
             at = len(record.ids)
         at -= 1
         while within and within[-1][0] == told:
@@ -434,7 +434,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
 def _raw(record: Record, at: int, get: GetRecord) -> bytes:
     for place, other, there in record.elsewhere:
         if place == at:
-            return _need(other, get).raws[there]
+            return needed(other, get).raws[there]
     return record.raws[at]
 
 
@@ -583,7 +583,7 @@ def restore_derived(head: Record, get: GetRecord) -> Derived:
     while at is not None:
         if at.closing:
             closings.append(at.closing)
-        at = _need(at.closed, get) if at.closed else None
+        at = needed(at.closed, get) if at.closed else None
     derived = NO_DERIVED
     for closing in reversed(closings):
         derived = grown(derived, closing)
@@ -617,7 +617,7 @@ def _bases(head: Record, get: GetRecord) -> Iterator[Record]:
     """The record, and those whose windows its own goes on from, backwards."""
     yield head
     while head.base:
-        head = _need(head.base, get)
+        head = needed(head.base, get)
         yield head
 
 
@@ -625,18 +625,20 @@ def _check_bases(head: Record, get: GetRecord) -> None:
     """LookupError when the state that this one goes on from was never stored: another request's was, of
     the same messages, in the moment before the commit."""
     while head.based:
-        base = _need(head.base, get)
-        if _state_digest(base) != head.based:
+        base = needed(head.base, get)
+        if state_digest(base) != head.based:
             raise LookupError("two requests at once stored the same messages, and this is the later one")
         head = base
 
 
-def _state_digest(record: Record) -> bytes:
+def state_digest(record: Record) -> bytes:
+    """Of the state that it stores: what `based` of the next one names."""
     state = (record.base, record.based, record.window, record.mutations, record.closing)
     return blake2b(_encode_state(state), digest_size=HASH_BYTES).digest()
 
 
-def _need(record_id: bytes, get: GetRecord) -> Record:
+def needed(record_id: bytes, get: GetRecord) -> Record:
+    """A record that another one names. LookupError where it is not there."""
     record = get(record_id)
     if record is None:
         raise LookupError("a record that others continue is missing from storage")
@@ -835,7 +837,7 @@ def new_records(
         record = records[at]
         fields = state.fields(before, base, raw_at)
         if base is not parent and base is not None:
-            fields["based"] = _state_digest(base)
+            fields["based"] = state_digest(base)
         base = records[at] = replace(record, **fields)
         before = state.window
     return records
@@ -866,7 +868,7 @@ def _new_leaf(last: Record, get: GetRecord, get_block: GetBlock, blocks: dict[by
     while at is not None:
         rows.append((at.first, at.id))
         before = _leaf(ref := at.leaf, get_block) if at.leaf else None
-        at = _need(at.parent, get) if at.parent and before is None else None
+        at = needed(at.parent, get) if at.parent and before is None else None
     frontier = [list(level) for level in before.frontier] if before is not None else []
     new = (before.rows[0][0], ref) if before is not None else None
     height = 0

@@ -138,11 +138,11 @@ class Identity:
 
     def session(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the head of a session of new messages, inside its tenant."""
-        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.SESSION + tenant[: keys.TENANT_BYTES] + self._hash(b"session", tenant[keys.SCOPE_BYTES :], name.encode("utf-8", "surrogatepass"))
 
     def label(self, tenant: TenantKey, name: str) -> bytes:
         """The storage key of the answers that were given under a session's name."""
-        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant, name.encode("utf-8", "surrogatepass"))
+        return keys.LABEL + tenant[: keys.TENANT_BYTES] + self._hash(b"label", tenant[keys.SCOPE_BYTES :], name.encode("utf-8", "surrogatepass"))
 
     def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
         """What stands in front of a history, as written: another frame is another application."""

@@ -509,6 +509,24 @@ def block_ref(data: bytes) -> ChunkRef:
     return ChunkRef(blake2b(data, digest_size=REF_BYTES).digest())
 
 
+def blocks_under(root: bytes, get: GetBlock) -> dict[bytes, bytes]:
+    """The blocks of a stored table, by their references; those that are there."""
+    found: dict[bytes, bytes] = {}
+
+    def take(ref: ChunkRef) -> bytes | None:
+        data = _intact(ref, get)
+        if data is not None:
+            found[ref] = data
+        return data
+
+    data = take(ChunkRef(root))
+    groups = map(take, _decode_root(data).groups.values()) if data is not None else ()
+    for group in filter(None, groups):
+        for ref in _decode_group(group).values():
+            take(ref)
+    return found
+
+
 def _intact(ref: ChunkRef, get: GetBlock | None) -> bytes | None:
     data = get(ref) if get is not None else None
     return data if data is not None and block_ref(data) == ref else None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MIGRATING = "migrating"  # while a store is being copied into one: not empty; "": it is whole
 
 
 class Store(Protocol):
@@ -83,6 +84,12 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
+class Engine(Store, Protocol):
+    """L2 alone."""
+
+    async def adopt(self, secret: bytes) -> None: ...
+
+
 class KeySpace(Protocol):
     """What a store of several tiers has to know of keys: conversation/keys.py, which says what each is."""
 
@@ -113,6 +120,8 @@ def open_store(config: Config, space: KeySpace) -> Tiered:
     l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
     l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
     engine = open_engine(tiers.l2, space.KINDS)
+    if engine.trouble is None and engine.get(MIGRATING):
+        raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
     if l4 is None:
         with suppress(StorageError):
             if engine.scan(space.ARCHIVE, limit=1):
@@ -135,7 +144,7 @@ def _is_sealed(engine: Store) -> bool:
         return True
 
 
-def open_engine(l2: L2Config, kinds: Mapping[bytes, str], tables: str = "llm_pager") -> Store:
+def open_engine(l2: L2Config, kinds: Mapping[bytes, str], tables: str = "llm_pager") -> Engine:
     """L2 alone. `kinds`: what the values under the first byte of a key are, for people; `tables`: what PostgreSQL's begin
     with. Raises ConfigError and StorageError."""
     if l2.url is None:

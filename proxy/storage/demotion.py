@@ -66,13 +66,17 @@ class Demotion:
         self._clock, self._rest = clock, rest
         self._writing = store.space.LEASE + b"demotion writes"
         self._lease = Lease(store.engine, store.space.LEASE + b"demotion", _LEASE_PASSES * every_s, clock)
+        self._began_s = 0.0
+        self._look_s = self._size_s = self._move_s = 0.0  # when all of L2 is looked through again
+        self._task: asyncio.Task[None] | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """What is not known any more stands in the store."""
         self._copied: list[_Copied] = []
         self._queue: list[_Used] = []
         self._done = _Used(-1, b"")  # all up to it were copied
-        self._began_s = 0.0
-        self._look_s = self._size_s = self._move_s = 0.0  # when all of L2 is looked through again
         self._swept = False
-        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.ensure_future(self._run())
@@ -90,12 +94,14 @@ class Demotion:
                 await self.bring_back()
                 if await self._lease.held():
                     await self.run_once()
-                else:  # another one goes on from what is stored
-                    self._copied, self._queue, self._done, self._swept = [], [], _Used(-1, b""), False
-            except StorageError as error:  # who reads and writes says the same; nothing was dropped
+                else:
+                    self._begin_anew()
+            except StorageError as error:
                 log.warning("What has to leave L2 stays there for now: %s", error)
+                self._begin_anew()
             except Exception:  # a worker that ended would never be replaced
                 log.exception("What has to leave L2 stays there for now.")
+                self._begin_anew()
 
     async def bring_back(self) -> None:
         """What this process read from packs and goes on with. (Each process its own.)"""
@@ -109,8 +115,9 @@ class Demotion:
         if not self._swept:
             await self._sweep()
         if self._store.l3 is not None and (began_s := time.monotonic()) >= self._move_s:
-            await self._move_large()
+            notes = await self._large()
             self._move_s = time.monotonic() + _LOOK_REST * (time.monotonic() - began_s)
+            await self._move(notes)
         if self._store.l4 is not None:
             await self._drop_copied()
             await self._copy_unused()
@@ -132,11 +139,16 @@ class Demotion:
 
     # -- L3
 
-    async def _move_large(self) -> None:
+    async def _large(self) -> list[tuple[bytes, bytes]]:
+        """The notes of some large values."""
+        return await asyncio.to_thread(self._store.engine.scan, self._store.space.LARGE, b"", _LARGE_AT_ONCE)
+
+    async def _move(self, notes: list[tuple[bytes, bytes]]) -> None:
+        """These and all others."""
         engine, space = self._store.engine, self._store.space
         assert self._store.l3 is not None
         moved = moved_bytes = 0
-        while notes := await asyncio.to_thread(engine.scan, space.LARGE, b"", _LARGE_AT_ONCE):
+        while notes:
             erased, puts = engine.erased, list[tuple[bytes, bytes]]()
             await self._writes([note[1 : 1 + space.OWNER_BYTES] for note, _ in notes])
             for note, _ in notes:
@@ -151,6 +163,7 @@ class Demotion:
                 await asyncio.to_thread(self._store.l3.delete, [object_name(space, *put) for put in puts])
                 raise
             moved += len(puts)
+            notes = await self._large()
         if moved:
             log.info("%d large values went to L3: %.1f MB.", moved, moved_bytes / 1e6)
 
@@ -238,6 +251,8 @@ class Demotion:
         """Write what L2 has of a conversation to packs, and tell of them in L2: the keys that may be dropped, and the
         bytes of their values."""
         engine, erased = self._store.engine, self._store.engine.erased
+        if not await asyncio.to_thread(self._is_in_l2, owner):
+            return [], 0
         await self._writes([owner])
         copied, size, written = await asyncio.to_thread(self._written, owner)
         if written:
@@ -250,6 +265,9 @@ class Demotion:
                 raise
             await asyncio.to_thread(self._store.packs_of, owner, True)
         return copied, size
+
+    def _is_in_l2(self, owner: bytes) -> bool:
+        return any(self._store.engine.scan(letter + owner, b"", 1) for letter in self._store.space.MOVING)
 
     def _written(self, owner: bytes) -> tuple[list[bytes], int, list[bytes]]:
         """And the ids of the new packs."""

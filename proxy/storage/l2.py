@@ -237,14 +237,20 @@ class DiskStore:
         database = self._database
         if database is None:
             raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
-        try:
-            rows = database.reader.execute(SCAN, (*_range(prefix), after, limit)).fetchall()
-        except sqlite3.Error as error:
-            raise StorageError(f"Cannot read from {self._path}: {error}.") from error
         found: list[tuple[bytes, bytes]] = []
-        for row in rows:
-            with suppress(Damaged):
-                found.append((row[0], value_of(row)))
+        while not found:  # nothing is found only where there is nothing more
+            try:
+                rows = database.reader.execute(SCAN, (*_range(prefix), after, limit)).fetchall()
+            except sqlite3.Error as error:
+                raise StorageError(f"Cannot read from {self._path}: {error}.") from error
+            for row in rows:
+                try:
+                    found.append((row[0], value_of(row)))
+                except Damaged as error:
+                    self._met_damage(row[0], error)
+            if not rows:
+                break
+            after = rows[-1][0]
         return found
 
     def size_bytes(self) -> int:
@@ -273,6 +279,12 @@ class DiskStore:
         for nobody else and for a while."""
         self._require_open()
         return self._database.secret if self._database is not None else os.urandom(SECRET_BYTES)
+
+    async def adopt(self, secret: bytes) -> None:
+        """Be the store with this secret from now on. It holds nothing yet. Raises StorageError."""
+        await self.commit([(SECRET, secret)])
+        if self._database is not None:
+            self._database.secret = secret
 
     def _met_damage(self, key: Key, error: Exception) -> Damaged:
         """It is said once for each kind: a conversation meets it with every request."""

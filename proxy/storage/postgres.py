@@ -75,6 +75,9 @@ _LAST_ADDS = 16  # that a server which comes back is asked for: it may be an old
 _MEMBERS = 1024  # of a set that are read: it is pruned long before
 _PRUNED = 1 / 16  # of the commits, in which sets are cut to their newest members: readers leave out the others
 _DAMAGED_KEYS = 10_000
+_PATIENT_S = 600.0  # what is done beside the requests, and may go through all tables
+_BYTES_PER_S = 4 << 20  # that a commit is given time for
+_UNHURRIED = f"SET LOCAL statement_timeout = {_PATIENT_S * 1000:.0f}"
 _PROBE = "probe"
 _LOCK = 0x6C6C6D70  # "llmp", of the advisory lock
 
@@ -102,6 +105,7 @@ CREATE INDEX llm_pager_ahead ON llm_pager_values (tenant, path, stored) WHERE st
 _MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of those of this one
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
 _OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
+_ADOPT = "UPDATE llm_pager_store SET secret = $1 WHERE id = 1"
 _SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
@@ -180,7 +184,9 @@ DELETE FROM llm_pager_members d USING (
 ) o WHERE o.place > {JOIN_KEEP} AND d.tenant = $1 AND d.path = $2 AND d.key = $3 AND d.member = o.member"""
 _LEAVE = "DELETE FROM llm_pager_members WHERE tenant = $1 AND path = $2 AND key = $3 AND member >= $4 AND member < $5"
 _ERASE = "UPDATE llm_pager_store SET erased = erased + 1 WHERE id = 1 RETURNING erased"
-_HOLD = "SELECT secret, erased FROM llm_pager_store WHERE id = 1 FOR UPDATE"
+# The table, not its row: who waits for it is next, however many share it by then.
+_HOLD = "LOCK TABLE llm_pager_store IN EXCLUSIVE MODE"
+_HELD = "SELECT erased FROM llm_pager_store WHERE id = 1"
 _LETTERS = " UNION ".join(
     f"SELECT DISTINCT substr(key, 1, 1) AS letter FROM llm_pager_{name} WHERE path <> '{{own}}'" for name in ("values", "members")
 ).replace("{own}", r"\x00")  # fmt: skip
@@ -390,7 +396,7 @@ class PostgresStore:
     async def _rows(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, int | None, bytes]]:
         if not prefix:  # letter by letter: their order is that of the keys within one
             found: list[tuple[bytes, int | None, bytes]] = []
-            letters = await self._perform(lambda connection, again: connection.fetch(_LETTERS))
+            letters = await self._patiently(lambda connection, again: connection.fetch(_LETTERS))
             for letter in sorted(row[0] for row in letters):
                 if len(found) < limit and letter >= after[:1]:
                     found += await self._rows(letter, after, limit - len(found))
@@ -400,7 +406,7 @@ class PostgresStore:
         async def read(connection: Any, again: bool) -> list[list[Any]]:
             return [await connection.fetch(sql % (where, limit), *values) for sql in (_SCAN_VALUES, _SCAN_SETS)]
 
-        rows, sets = await self._perform(read)
+        rows, sets = await self._patiently(read)
         by_key: dict[bytes, tuple[int | None, bytes]] = {}
         for tenant, path, rest, number, stored in rows:
             by_key[_key(tenant, path, rest)] = number, stored
@@ -414,7 +420,7 @@ class PostgresStore:
     def size_bytes(self) -> int:
         """Of all values, as they are stored, with what a row takes beside. From any thread; reads no value."""
         self._require_open()
-        rows = self._now(self._perform(lambda connection, again: connection.fetch(_SIZE)))
+        rows = self._now(self._patiently(lambda connection, again: connection.fetch(_SIZE)))
         return int(rows[0][0])
 
     def look(self) -> None:
@@ -426,6 +432,11 @@ class PostgresStore:
     def secret(self) -> bytes:
         self._require_open()
         return self._secret if self._secret is not None else os.urandom(SECRET_BYTES)
+
+    async def adopt(self, secret: bytes) -> None:
+        """As DiskStore's."""
+        await self._perform(lambda connection, again: connection.execute(_ADOPT, secret))
+        self._secret = secret
 
     async def _fetch(self, keys: Sequence[Key]) -> dict[Key, bytes | Damaged | None]:
         """What stands under the keys, in one round trip; what was read ahead beside it is kept."""
@@ -533,7 +544,8 @@ class PostgresStore:
                 wanted.puts[key] = wanted.adds.pop(key)
         large = sum(len(value) for _, value in (*puts, *adds)) > _HERE_BYTES
         rows = await asyncio.to_thread(wanted.rows) if large else wanted.rows()
-        added = await self._perform(partial(self._store, wanted, rows, [key for key, _ in joins if key in bad]))
+        more_s = _PATIENT_S if drops or erases else sum(len(row.value) for row in rows) / _BYTES_PER_S
+        added = await self._perform(partial(self._store, wanted, rows, [key for key, _ in joins if key in bad]), more_s)
         self._bad.difference_update(bad)
         self._proved_s = time.monotonic()
         if drops or erases:
@@ -552,10 +564,12 @@ class PostgresStore:
         if not (wanted.drops or wanted.leaves or wanted.erases or replaced or both):
             return self._answered(wanted, await connection.fetch(self._commit, wanted.secret, wanted.erased, again, *_by_column(rows)))
         async with connection.transaction():
-            held = await connection.fetchrow(_HOLD)
             erased = wanted.erased
-            if again and wanted.erases and erased is not None and held["erased"] == erased + 1:
-                erased += 1  # it was ours
+            if wanted.drops or wanted.erases:
+                await connection.execute(_UNHURRIED)
+                await connection.execute(_HOLD)
+                if again and wanted.erases and erased is not None and await connection.fetchval(_HELD) == erased + 1:
+                    erased += 1  # it was ours
             for prefix in wanted.drops:
                 for statement in _DROP:
                     where, values = _within(prefix)
@@ -599,7 +613,7 @@ class PostgresStore:
         for keys, replace in ((damaged, True), (missing, False)):
             columns = [list(part) for part in zip(*map(_columns, keys), strict=True)]
             if columns:
-                await self._perform(partial(_mark, [*columns, replace]))
+                await self._patiently(partial(_mark, [*columns, replace]))
 
     async def swap(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> frozenset[bytes]:
         """As DiskStore's."""
@@ -664,9 +678,22 @@ class PostgresStore:
 
     # -- the server
 
-    async def _perform(self, work: Callable[[Any, bool], Awaitable[_T]]) -> _T:
+    async def _patiently(self, work: Callable[[Any, bool], Awaitable[_T]]) -> _T:
+        """The same beside the requests: it may take its time, and what it fails by troubles nobody else."""
+
+        async def unhurried(connection: Any, again: bool) -> _T:
+            async with connection.transaction():
+                await connection.execute(_UNHURRIED)
+                return await work(connection, again)
+
+        try:
+            return await self._performed(unhurried, False, _PATIENT_S)
+        except (*_PASSING, asyncpg.PostgresError) as error:
+            raise StorageError(f"Cannot read from {self.where}: {_said(error)}.") from error
+
+    async def _perform(self, work: Callable[[Any, bool], Awaitable[_T]], more_s: float = 0.0) -> _T:
         """What `work(connection, again)` returns; it is called once more, with True, when nobody knows what became of
-        it: so it may be done twice. Raises StorageError."""
+        it: so it may be done twice. `more_s`: than a statement usually has. Raises StorageError."""
         now_s = time.monotonic()
         if self._trouble is not None:
             if now_s < self._retry_s:
@@ -679,7 +706,7 @@ class PostgresStore:
             prepared = self._prepared
             self._busy.add(work)
             try:
-                done = await self._performed(work, again)
+                done = await self._performed(work, again, more_s)
             except (StorageError, asyncio.CancelledError):
                 raise
             except _NOT_PREPARED as error:
@@ -714,7 +741,7 @@ class PostgresStore:
             finally:
                 self._busy.discard(work)
 
-    async def _performed(self, work: Callable[[Any, bool], Awaitable[_T]], again: bool) -> _T:
+    async def _performed(self, work: Callable[[Any, bool], Awaitable[_T]], again: bool, more_s: float) -> _T:
         loop = asyncio.get_running_loop()
         if loop is not self._beside and (self._home is None or self._home.is_closed()):
             self._home = loop
@@ -725,7 +752,7 @@ class PostgresStore:
         async with asyncio.timeout(self._timeout_s):
             connection = await pool.acquire()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s + more_s):
                 if not self._verified:
                     await self._verify(connection)
                 return await work(connection, again)

@@ -41,6 +41,7 @@ if sys.platform != "win32":
     import fcntl
 
 FORMAT = 5  # of everything that is stored; another one with each change that old records do not fit
+OLDER = 4  # which `llm-pager migrate` converts
 DATABASE = "cache.db"  # diskcache's name for its file
 DAMAGED = f"{DATABASE}.damaged"  # what a repair left behind, the latest
 SECRET_BYTES = 32
@@ -312,6 +313,15 @@ def _opened_as(
     return connection, secret, rowid
 
 
+def format_of(directory: Path) -> int:
+    """The format of the database that stands there. Raises StorageError."""
+    try:
+        with closing(connect(directory, _LOCK_WAIT_S)) as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.Error as error:
+        raise StorageError(f"Cannot read {directory / DATABASE}: {error}.") from error
+
+
 def _drop_log_of_another(directory: Path, mark: Mark, told: list[str]) -> None:
     """A log that is still the one of before, beside another file: SQLite would take it for this one's."""
     found = inodes(directory)
@@ -356,9 +366,11 @@ def _checked(directory: Path, wait_s: float) -> sqlite3.Connection:
         new = not version and names <= {"Settings", "Cache"} and not ("Cache" in names and newest_row(connection))
         if not new and (version != FORMAT or "Cache" not in names):
             of = f"another version (format {version})" if version else "an older version"
+            do = "set tiers.l2.path to another directory, or delete this one to begin anew"
+            if version == OLDER:
+                do = f"`llm-pager migrate {directory} NEW_DIRECTORY` converts it: set tiers.l2.path to the new one then"
             raise StorageError(
-                f"The storage directory {directory} was written by {of} of llm-pager, which this one does not "
-                "read; set tiers.l2.path to another directory, or delete this one to begin anew."
+                f"The storage directory {directory} was written by {of} of llm-pager, which this one does not read; {do}."
             )
         if os.path.expandvars(directory.absolute()) != str(directory.absolute()):  # as diskcache would
             raise StorageError(f"Cannot use {directory} as the storage directory: write its $ out in tiers.l2.path.")

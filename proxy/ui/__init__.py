@@ -18,12 +18,14 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
 from proxy.api.access import COOKIE, SESSION_S
+from proxy.api.endpoints import export_of
 from proxy.api.erasure import Erasures
 from proxy.api.views import Who
 from proxy.api.visit import Stats
 from proxy.api.vm import Vm
 from proxy.config import Config
 from proxy.conversation import keys
+from proxy.conversation.records import conversation_name
 from proxy.conversation.tree import KeyScope
 from proxy.errors import ApiError
 from proxy.ui.charts import branch_bars, map_chart, timeline_chart
@@ -158,6 +160,11 @@ class Dashboard:
                 return Response(status_code=404)
             await vm.pin(who, name, branch, page, action == "pin")
             return RedirectResponse(f"/vm/ui/conversations/{quote(name)}/pages/{quote(page)}?branch={quote(branch)}", 303)
+
+        @app.get("/vm/ui/conversations/{name}/export", include_in_schema=False)
+        async def export(name: str, who: Who = Asker) -> Response:
+            at = await vm.run(who, views.turns, who, name)
+            return export_of(at.owner, conversation_name(at.owner), vm.memory)
 
         @app.post("/vm/ui/conversations/{name}/forget", include_in_schema=False)
         async def forget(name: str, who: Who = Asker) -> Response:

@@ -23,7 +23,8 @@ from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats
 from proxy.api.writer import Writer
 from proxy.config import SessionsConfig, load_config
-from proxy.conversation.records import record_key
+from proxy.conversation import keys
+from proxy.conversation.records import conversation_name, record_key
 from proxy.upstream import make_upstream
 from tests.conversation.player import Message, Player, limits_of, says
 from tests.conversation.test_derived import talk
@@ -143,3 +144,22 @@ async def test_what_is_held_of_models_is_told_to_the_key_that_taught_it(tmp_path
         assert row["model"] == "odd-model" and row["tools"] == {"value": False, "from": "learned"}
         other = await http.get("/vm/models", headers={"authorization": "another"})
         assert other.json() == {"models": []}
+
+
+async def test_a_conversation_is_exported_to_its_own_credentials(tmp_path: Path) -> None:
+    player = Player(limits_of(4000))
+    asked: Message = {"role": "user", "content": "a"}
+    told([asked], player)
+    told([asked, {"role": "assistant", "content": "I see a cat."}, {"role": "user", "content": "c"}], player)
+    (key,) = [key for key in player.values if key.startswith(keys.CONVERSATION)]
+    where = f"/vm/conversations/{conversation_name(keys.owner(key))}/export"
+    async with looking_at(tmp_path, player) as (client, _):
+        reply = await client.get(where)
+        header, heading, *lines = map(json.loads, reply.text.splitlines())
+        assert (reply.status_code, header["format"], header["tenants"]) == (200, "llm-pager", [heading["tenant"]])
+        assert [line["message"]["content"] for line in lines] == ["a", "I see a cat.", "c", "I see a cat."]
+        for refused in (
+            await client.get(where, headers={"authorization": "other"}), await client.get(where, params={"user": "u"}),
+            await client.get("/vm/conversations/0123456789ab/export"), await client.get("/vm/conversations/cat/export"),
+        ):  # fmt: skip
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "conversation_not_found")

@@ -232,7 +232,10 @@ class Bench:
         self.random = random.Random(f"{conversations}")
         self.numbers = self.random.sample(range(conversations), min(SAMPLE, conversations))
         upstream = {"base_url": f"http://127.0.0.1:{model_port}/v1"}
-        self.config = {"tiers": engine.tiers, "upstream": upstream, "log": {"level": "warning"}}
+        self.config = {
+            "tiers": engine.tiers, "upstream": upstream, "log": {"level": "warning"},
+            "memory": {"tools": "always"},  # a model that seldom calls would lose them
+        }  # fmt: skip
         self.histories: dict[int, list[bytes]] = {}  # what was said since
         self.starts_s: list[float] = []
 
@@ -259,6 +262,8 @@ class Bench:
         cpu_s = cpu_seconds(self.pid)
         seconds = await self.client.chat(body(request), headers, self.says(said))
         self.row.took(kind, seconds, cpu_seconds(self.pid) - cpu_s)
+        if b"<VM:RULES>" not in Model.body:
+            raise RuntimeError(f"{kind}: conversation {number} is not known: {Model.body[:2000]!r}")
 
     def says(self, said: list[bytes]) -> bytes:
         text = f"It goes on, {len(said)}."

@@ -90,9 +90,9 @@ def test_a_url_that_nothing_opens_is_one_sentence(url: str, monkeypatch: pytest.
 def test_options_are_the_providers_own_environment_and_ours_over_it(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     url = s3.new_bucket()
     for name, value in s3.options.items():
-        monkeypatch.setenv(f"AWS_{name.upper()}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL" if name == "endpoint" else f"AWS_{name.upper()}", value)
     Objects(url, {}, 10, "tiers.l3").put("a", b"x")
-    monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert Objects(url, {"endpoint": s3.options["endpoint"]}, 10, "tiers.l3").get("a") == b"x"
 
 

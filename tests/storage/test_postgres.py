@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from proxy.storage.postgres import PostgresStore
 from proxy.storage.sqlite import FORMAT, SECRET_BYTES
 from proxy.storage.suspend import scope, suspendable, suspending
 from tests.services import PgBouncer, Postgres, Tap, execute
-from tests.storage.test_l2 import node
+from tests.storage.test_l2 import ROOT, node
 
 OWNER = bytes(range(18))
 
@@ -166,22 +167,27 @@ async def _got(store: PostgresStore) -> bytes | None:
 # -- starting
 
 
-def test_ten_starts_at_once_make_one_store(postgres_url: str) -> None:
-    """(In ten threads: the lock is the database's, whoever asks.)"""
-    gate, secrets = threading.Barrier(10), list[bytes]()
+START = """
+import sys
+from proxy.storage.postgres import PostgresStore
+print("ready", flush=True)
+sys.stdin.readline()
+print(PostgresStore(sys.argv[1]).secret().hex(), flush=True)
+"""
 
-    def started() -> None:
-        gate.wait()
-        store = PostgresStore(postgres_url)
-        secrets.append(store.secret())
-        asyncio.run(store.close())
 
-    threads = [threading.Thread(target=started) for _ in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(secrets) == 10 and len(set(secrets)) == 1 and len(secrets[0]) == SECRET_BYTES
+def test_ten_processes_that_start_at_once_make_one_store(postgres_url: str) -> None:
+    command = [sys.executable, "-c", START, postgres_url]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    children = [subprocess.Popen(command, **pipes) for _ in range(10)]
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    secrets = {child.communicate(timeout=60)[0].strip() for child in children}
+    assert len(secrets) == 1 and len(bytes.fromhex(secrets.pop())) == SECRET_BYTES
     names = execute(postgres_url, "SELECT count(*) AS n FROM pg_class WHERE relname LIKE 'llm_pager_%' AND relkind IN ('r', 'p')")
     assert names[0]["n"] == 3 + 2 * module.PARTITIONS
 

@@ -167,8 +167,10 @@ async def test_all_of_it_works_with_the_keyboard(seat: Seat) -> None:
 
 
 async def test_forgotten_conversation_is_gone(seat: Seat) -> None:
-    """The last one: it takes the conversation away."""
+    """The last one: it takes the conversation away, exported before."""
     page = await seat.page(seat.path)
+    exported = await page.request.get(seat.url + await page.get_by_role("link", name="Export as JSONL").get_attribute("href"))
+    assert "is called Olgamark" in await exported.text()
     await page.get_by_text("Forget …").click()
     await page.get_by_role("button", name="Forget it all").click()
     await page.locator("h1", has_text="Forgotten").wait_for()

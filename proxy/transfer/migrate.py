@@ -1,0 +1,158 @@
+"""`llm-pager migrate FROM TO`: a whole store into another one, key by key, verbatim.
+
+Promises: what reads the one reads the other: secret, ids, windows, sealed values are the same bytes, so the next requests
+upstream are, too. A target that is another store, or that is whole already, is refused. It may be stopped and started again:
+how far it came stands in the target, which no server opens before it is whole: when both were read at the end and compared,
+value by value, and what differed was copied again. An older version's directory is converted (older.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+from proxy.config import load_config
+from proxy.conversation import keys
+from proxy.errors import ConfigError, StorageError
+from proxy.storage import MIGRATING, Engine, Store, open_engine
+from proxy.storage.sqlite import DATABASE, FORMAT, MARK, format_of
+from proxy.transfer.desk import DONE, LEFT_OUT, progress
+
+WHOLE = b""
+_AT_ONCE = 64  # values, which may be large
+_PASSES = 5  # at most
+_OWN = (MARK,)  # of a store's own values, which no scan has, those that belong to the others
+_PATIENT_S = 60.0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError and StorageError."""
+    source = Path(args.source)
+    if not is_url(args.source) and not (source / DATABASE).exists():
+        raise ConfigError(f"There is no storage in {source}.")
+    if not is_url(args.source) and format_of(source) != FORMAT:
+        from proxy.transfer.older import convert
+
+        return convert(args, source)
+    return asyncio.run(_migrate(args))
+
+
+async def _migrate(args: argparse.Namespace) -> int:
+    source = engine_at(args.source)
+    try:
+        target = await opened_target(args.target, source.secret())
+        try:
+            copied = _Copy(source, target)
+            with progress("values copied", not args.json) as advance:
+                await copied.run(advance)
+            await target.commit([(MIGRATING, WHOLE)])
+        finally:
+            await target.close()
+    finally:
+        await source.close()
+    values, damaged = sum(copied.kinds.values()), sum(source.damaged.values())
+    if args.json:
+        print(json.dumps({"values": values, "kinds": copied.kinds, "digest": copied.digest, "damaged": damaged}))
+        return LEFT_OUT if damaged else DONE
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in copied.kinds.most_common())
+    print(f"verified   {values} values are the same on both sides: {kinds or 'none'}; digest {copied.digest}")
+    if damaged:
+        print(f"left out   {damaged} damaged values", file=sys.stderr)
+    print(f"next       set {'tiers.l2.url' if is_url(args.target) else 'tiers.l2.path'} to TO, and start the servers")
+    return LEFT_OUT if damaged else DONE
+
+
+def is_url(where: str) -> bool:
+    """Whether it is PostgreSQL's, and no directory."""
+    return where.startswith(("postgresql://", "postgres://"))
+
+
+def engine_at(where: str) -> Engine:
+    """Raises ConfigError and StorageError."""
+    flags = {"tiers.l2.url": where, "tiers.l2.timeout_s": _PATIENT_S} if is_url(where) else {"tiers.l2.path": where}
+    engine = open_engine(load_config(Path(os.devnull), {}, flags).tiers.l2, keys.KINDS)
+    if engine.trouble is not None:  # its secret is not known
+        raise StorageError(engine.trouble)
+    return engine
+
+
+async def opened_target(where: str, secret: bytes) -> Engine:
+    """An engine with this secret. Raises StorageError for one that has another and is not empty, or that is whole."""
+    target = engine_at(where)
+    try:
+        empty = not await asyncio.to_thread(target.scan, b"", b"", 1)
+        if empty and target.secret() != secret:
+            await target.adopt(secret)
+        if target.secret() != secret:
+            raise StorageError(f"{where} holds another store: name an empty one.")
+        if not empty and not target.get(MIGRATING):
+            raise StorageError(f"{where} is whole, and may have been used since: name an empty one.")
+    except BaseException:
+        await target.close()
+        raise
+    return target
+
+
+def so_far(after: bytes) -> tuple[str, bytes]:
+    """What a target says of itself: all up to this key is there."""
+    return MIGRATING, b"+" + after
+
+
+class _Copy:
+    """`kinds`: the values that were compared last; `digest`: of them."""
+
+    def __init__(self, source: Store, target: Store) -> None:
+        self._source, self._target = source, target
+        self.kinds: Counter[str] = Counter()
+        self.digest = ""
+
+    async def run(self, advance: Callable[[int, int | None], None]) -> None:
+        own = [(key, value) for key in _OWN if (value := self._source.get(key)) is not None]
+        after = (self._target.get(MIGRATING) or WHOLE)[1:]
+        await self._target.commit([*own, so_far(after)])
+        await self._pass(after, True, advance)
+        for _ in range(_PASSES):
+            if not await self._pass(b"", False, advance):
+                return
+        raise StorageError("The source changes while it is copied: stop the servers that use it, and begin again.")
+
+    async def _pass(self, after: bytes, first: bool, advance: Callable[[int, int | None], None]) -> int:
+        """Make all behind a key the same; how many values were not."""
+        changed, values, digest = 0, 0, blake2b(digest_size=16)
+        self.kinds.clear()
+        while True:
+            here = dict(await asyncio.to_thread(self._source.scan, b"", after, _AT_ONCE))
+            end = max(here, default=None)
+            there = await asyncio.to_thread(self._there, after, end)
+            puts = [(key, value) for key, value in here.items() if there.get(key) != value]
+            drops = [key for key in there if key not in here]  # erased meanwhile
+            if first or puts or drops:
+                await self._target.commit([*puts, so_far(end or after)], drops=drops)
+            changed += len(puts) + len(drops)
+            for key, value in here.items():
+                digest.update(len(key).to_bytes(4, "big") + key + len(value).to_bytes(8, "big") + value)
+                self.kinds[keys.KINDS.get(key[:1], "other value")] += 1
+            values += len(here)
+            advance(values, None)
+            if end is None:
+                self.digest = digest.hexdigest()
+                return changed
+            after = end
+
+    def _there(self, after: bytes, end: bytes | None) -> dict[bytes, bytes]:
+        """The target's values behind a key, up to another (None: to the last)."""
+        found: dict[bytes, bytes] = {}
+        while more := self._target.scan(b"", after, _AT_ONCE):
+            for key, value in more:
+                if end is not None and key > end:
+                    return found
+                found[key] = value
+            after = more[-1][0]
+        return found
