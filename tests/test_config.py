@@ -435,6 +435,8 @@ upstream: {provider: demo, base_url: http://h/v1}
     vectors = "search: {embeddings: upstream, embeddings_model: m}\nupstream: {provider: litellm}"
     assert load(vectors).notes() == ["search.embeddings: upstream is used with provider openai only."]
     assert "needs embeddings_model" in problems("search: {embeddings: upstream}")[0]
+    (note,) = load(f"storage: {{encryption: {{keys: ['{'c' * 43}=']}}}}").notes()
+    assert note.startswith("storage.encryption.key_store: the tenants' keys stand beside the data")
 
 
 @pytest.mark.parametrize("text", ["", "tiers: {l0: {tokens: auto}}", "tiers: {l0: {tokens: 3000}}"])

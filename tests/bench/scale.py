@@ -262,6 +262,8 @@ class Bench:
         cpu_s = cpu_seconds(self.pid)
         seconds = await self.client.chat(body(request), headers, self.says(said))
         self.row.took(kind, seconds, cpu_seconds(self.pid) - cpu_s)
+        if b"<VM:RULES>" not in Model.body:
+            raise RuntimeError(f"{kind}: conversation {number} is not known: {Model.body[:2000]!r}")
 
     def says(self, said: list[bytes]) -> bytes:
         text = f"It goes on, {len(said)}."

@@ -135,13 +135,14 @@ class Searched:
 
 @dataclass
 class Database:
-    """PostgreSQL's: its dump, the files of its tables once they were rewritten, and its rows."""
+    """PostgreSQL's: its dump, the files of its tables, perhaps once they were rewritten, and its rows."""
 
     server: Postgres
     url: str
+    rewrites: bool = False
 
     def files(self) -> list[tuple[str, bytes]]:
-        for table in ("llm_pager_values", "llm_pager_members"):
+        for table in ("llm_pager_values", "llm_pager_members") if self.rewrites else ():
             self.server.execute(f"VACUUM FULL {table}", url=self.url)
         self.server.execute("CHECKPOINT")
         dump = self.server.tool("pg_dump", self.url)
@@ -290,6 +291,8 @@ async def test_nothing_is_left_in_postgresql(postgres: Postgres, postgres_url: s
             told = await erase(client, server)
             assert told["values"]["record of a turn"] >= 6
         found = Searched(server.dir, database)
+        assert not [where for client in tellers for where in found.where(client.way) if not where.startswith("base/")]
+        found = Searched(server.dir, Database(postgres, postgres_url, rewrites=True))
         assert not (left := {client.way: found.where(client.way) for client in tellers if found.where(client.way)}), left
         assert {"a path", "dump"} <= found.where("stays")
         await stays.say(script, "again")

@@ -352,9 +352,13 @@ async def test_a_cold_read_does_not_hold_the_event_loop(tmp_path: Path) -> None:
 # -- one of all processes
 
 
-async def test_one_of_all_has_the_lease_and_who_dies_is_succeeded(tmp_path: Path, below: dict[str, Any]) -> None:
+@pytest.mark.parametrize("engine", ["SQLite", "PostgreSQL"])
+async def test_one_of_all_has_the_lease_and_who_dies_is_succeeded(
+    tmp_path: Path, engine: str, request: pytest.FixtureRequest
+) -> None:
     now_s = 1000.0
-    stores = [opened(tmp_path, url=below.get("url")) for _ in range(3)]
+    url = request.getfixturevalue("postgres_url") if engine == "PostgreSQL" else None
+    stores = [opened(tmp_path, url=url) for _ in range(3)]
     leases = [Lease(store, keys.LEASE + b"work", 100, lambda: now_s) for store in stores]
     held = [await lease.held() for lease in leases]
     assert held == [True, False, False]
