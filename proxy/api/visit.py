@@ -29,6 +29,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
@@ -335,6 +336,17 @@ class Stats:
     def bill(self) -> dict[str, Any]:
         """For /vm/bill, when it names no conversation: JSON values, no model's name."""
         return bill_of(self._bills.values(), self._breaks)
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """The counters of /metrics, by name and the value of their labels: of all workers since the start."""
+        out: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(self.text().decode()):
+            for sample in family.samples:
+                name = sample.name.removeprefix("llm_pager_").removesuffix("_total")
+                if family.type == "counter" and sample.value:
+                    row, label = out.setdefault(name, {}), " ".join(sample.labels.values())
+                    row[label] = row.get(label, 0.0) + sample.value
+        return out
 
     def text(self) -> bytes:
         """For /metrics: Prometheus's text format; of all workers, where there are several."""
