@@ -236,6 +236,11 @@ PARTS: dict[str, Callable[[], str]] = {
 }  # fmt: skip
 
 
+def marks(text: str) -> list[str]:
+    """Which made parts a file has."""
+    return [name for _, name, _ in _MARKED.findall(text)]
+
+
 def made(text: str) -> str:
     """A file of docs/ with its made parts as the program makes them now."""
     return _MARKED.sub(lambda found: found[1] + "\n" + PARTS[found[2]]() + "\n" + found[3], text)
