@@ -12,6 +12,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from proxy.api.access import Access
 from proxy.api.chat import ChatApi, Observer
 from proxy.api.endpoints import Draining, own_endpoints
 from proxy.api.erasure import Erasures, watch
@@ -27,7 +28,9 @@ from proxy.api.http import (
 )
 from proxy.api.memory import Memory
 from proxy.api.renditions import Renditions
+from proxy.api.views import Views
 from proxy.api.visit import Stats, Visit, path_kind
+from proxy.api.vm import Vm
 from proxy.api.writer import Writer
 from proxy.config import Config, effective_config
 from proxy.errors import ApiError
@@ -35,6 +38,7 @@ from proxy.process import collect_now_and_then, configure, tune
 from proxy.server import Door
 from proxy.storage.tiered import READS, Reads
 from proxy.tokens import load
+from proxy.ui import Dashboard
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
 if TYPE_CHECKING:  # an extra
@@ -66,9 +70,14 @@ class App:
         own = own_endpoints(
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table, self._erasures
         )
+        self._origins = Origins(config)
+        self._access = Access(config, self.memory)
+        views, streams = Views(config, self.memory), config.server.event_streams
+        vm = Vm(views, self._access, self.memory, streams, lambda: self._draining.begun)
+        vm.mount(own)
+        Dashboard(vm, self._stats, self._chat.model_facts.table, self._erasures, config).mount(own)
         self._own = self.memory.requests(own)
         self._serve = self.memory.requests(self._visited)
-        self._origins = Origins(config)
         self._served = 0  # requests, at this moment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +101,7 @@ class App:
         elif scope["path"].startswith("/vm/") and (refusal := self._origins.refusal(scope)):
             await send_error(send, refusal)
         else:
-            await self._own(scope, receive, send)
+            await self._own(self._access.admitted(scope)[0], receive, send)
 
     async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
         """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
@@ -100,7 +109,8 @@ class App:
         if self._tracing is not None:
             scope = self._tracing.begin(scope, visit)
         try:
-            if (refusal := self._origins.refusal(scope)) is not None:
+            scope, refusal = self._access.admitted(scope)
+            if (refusal := self._origins.refusal(scope) or refusal) is not None:
                 await send_error(visit.send, refusal)
             elif scope["method"] == "POST" and is_chat(visit.path):  # stored ones are upstream's
                 visit.kind = "chat"

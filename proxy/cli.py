@@ -1,4 +1,4 @@
-"""The command line: `llm-pager serve | check | export | import | migrate | forget | keys | backup | demo`.
+"""The command line: `llm-pager serve | check | export | import | migrate | forget | api-key | keys | backup | demo`.
 
 Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
 success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy import __version__, backup, forget, keyring
+from proxy import __version__, api_key, backup, forget, keyring
 from proxy.errors import ConfigError, StorageError
 from proxy.transfer import commands as transfer
 
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(args)
         if args.command == "check":
             return check(args)
+        if args.command == api_key.COMMAND:
+            return api_key.run(args)
         if args.command in transfer.COMMANDS:
             return transfer.run(args, os.environ)
         if args.command == forget.COMMAND:
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     transfer.add_parsers(commands)
     forget.add_parser(commands)
+    api_key.add_parser(commands)
     keyring.add_parser(commands)
     backup.add_parser(commands)
 
@@ -125,7 +128,7 @@ def check(args: argparse.Namespace) -> int:
     yet is not made."""
     import yaml
 
-    from proxy.config import load_config
+    from proxy.config import load_config, require_keys
     from proxy.storage.sqlite import DATABASE
 
     config = load_config(args.config, os.environ, {})
@@ -137,6 +140,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"# note: {note}")
     print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
     _require_extra(config)
+    require_keys(config)
     if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
         _require_a_sound_store(config)
     return 0
@@ -147,7 +151,7 @@ def check(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Runs the server until SIGTERM or SIGINT. Raises ConfigError or StartError before that."""
-    from proxy.config import EFFECTIVE_CONFIG_VARIABLE, load_config
+    from proxy.config import EFFECTIVE_CONFIG_VARIABLE, load_config, require_keys
 
     flags = {
         "server.host": args.host,
@@ -156,6 +160,7 @@ def serve(args: argparse.Namespace) -> int:
     }
     config = load_config(args.config, os.environ, flags)
     _require_extra(config)
+    require_keys(config)
     if config.tiers.l2.url is None or config.tiers.l3.url is None:
         _require_writable(config.tiers.l2.path)
     _require_a_sound_store(config)

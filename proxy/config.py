@@ -63,6 +63,14 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens there, or has that address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
 def _objects_url(url: str | None) -> str | None:
     if url is not None and (not url.strip() or ("://" in url and url.partition("://")[0] not in _OBJECT_STORES)):
         raise ValueError("not a store of objects")
@@ -120,6 +128,10 @@ Share = Annotated[float, Field(gt=0, le=1, description="a number above 0 and up 
 Text = Annotated[str, Field(min_length=1, description="a text that is not empty")]
 OptionalText = Annotated[
     str | None, Field(min_length=1, description="null or a text that is not empty")
+]
+KeyHash = Annotated[
+    str,
+    Field(pattern=r"^sha256:[0-9a-f]{64}$", description="the hash of a key, as `llm-pager api-key` makes it: sha256: and 64 hexadecimal digits"),
 ]
 BaseUrl = Annotated[
     str,
@@ -182,6 +194,13 @@ class ServerConfig(Section):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")
     ] = 1.0
+    keys: Annotated[
+        dict[Text, KeyHash], Field(description="a mapping of names to hashes of keys, as `llm-pager api-key` makes them")
+    ] = Field(default_factory=dict)
+    event_streams: AtLeast0 = 64
+    admin_key: Annotated[
+        KeyHash | None, Field(description="null or the hash of a key, as `llm-pager api-key` makes it: sha256: and 64 hexadecimal digits")
+    ] = None
     drain_answers_s: Annotated[
         int, Field(ge=1, le=86_400, description="a whole number of seconds from 1 to 86400")
     ] = 60
@@ -517,6 +536,15 @@ class Config(Section):
                 yield f"models.{name}.bridge: used with provider openai only."
             if model.api_base is not None and upstream.provider != "litellm":
                 yield f"models.{name}.api_base: used with provider litellm only."
+
+
+def require_keys(config: Config) -> None:
+    """ConfigError for a server that would let any machine that reaches it spend its key."""
+    if config.upstream.api_key and not config.server.keys and not is_loopback(config.server.host):
+        raise ConfigError(
+            f"server.host: {config.server.host} lets other machines spend upstream.api_key; give them keys of this server"
+            " (server.keys, made with `llm-pager api-key`), or listen on 127.0.0.1."
+        )
 
 
 def effective_reserve(l0_tokens: int, reserve_tokens: int) -> int:

@@ -32,7 +32,7 @@ Key = tuple[str | int, ...]
 def mask(name: str, value: Any) -> Any:
     """`value` of the key `name` as it may be shown: no keys, no credentials inside URLs."""
     if name in _SECRET_KEYS:
-        return value if value is None or value in ([], ()) else MASK
+        return value if value is None or value in ([], (), {}) else MASK
     if isinstance(value, str):
         return _URL_SECRET.sub(rf"\1{MASK}", _URL_USERINFO.sub(f"{MASK}@", value))
     if isinstance(value, Mapping) and name == _FREE_NAMES:

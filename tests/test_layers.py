@@ -25,18 +25,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage", "transfer"},  # the app is named to uvicorn as a string
+    "cli": {"api_key", "backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage", "transfer"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage"},
     "keyring": {"config", "conversation", "errors", "storage"},
     "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
     "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
-    "app": {*BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
+    "app": {"ui", *BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
     "process": set(),
     "server": {"config", "errors"},
     "decoder": {"media"},  # a process of its own: media are decoded in it
-    "api": {*BELOW_APP, *BASE, "model_limits"},
+    "api": {*BELOW_APP, *BASE, "api_key", "model_limits"},
+    "ui": {"api", "conversation", "memory", *BASE},  # the dashboard: pages over what the API reads
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
     "memory": {"media"},
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokens": {"media"},
     "config": {"errors", "config_text"},
     "config_text": {"errors"},
+    "api_key": set(),
     "errors": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
 }
@@ -64,9 +66,10 @@ IMPORTERS: dict[str, set[str]] = {
     "cachetools": {"api", "conversation", "memory", "search", "storage"},  # bounded caches: data
     "cryptography": {"storage"},  # the extra [encryption]
     "diskcache": {"storage"},
-    "fastapi": {"api"},  # our own endpoints
+    "fastapi": {"api", "ui"},  # our own endpoints
     "greenlet": {"storage"},  # the extra [postgres]
     "httpx": {"upstream"},  # litellm's client, for its timeouts and errors; ours is aiohttp
+    "jinja2": {"ui"},
     "litellm": {"upstream"},
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check", "transfer"},

@@ -1,31 +1,85 @@
-"""What the READMEs point at is there, and the tree in the README is the tree."""
+"""README and docs: what they point at is there, the tree is the tree, what is made from the program is what it makes now."""
 
 from __future__ import annotations
 
 import re
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests import reference
+from tests.bench import figures
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+TEXTS = ["README.md", "proxy/memory/README.md", "tests/bench/README.md", *DOCS]
 _LINK = re.compile(r"\]\(([^)#:]+)\)")
 _FILE = re.compile(r"\b[a-z_0-9]+(?:\*)?\.py\b")
+_MODULE = re.compile(r"python -m (tests\.[\w.]+)")
+_PATH = re.compile(r"(?<![\w./])(?:tests|deploy|proxy)/[\w./-]*\w")
 
 
-@pytest.mark.parametrize("file", ["README.md", "proxy/memory/README.md"])
+@pytest.mark.parametrize("file", TEXTS)
 def test_links_lead_somewhere(file: str) -> None:
     path = ROOT / file
     links = _LINK.findall(path.read_text(encoding="utf-8"))
-    assert links and [link for link in links if not (path.parent / link).exists()] == []
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert links or file in DOCS
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_commands_and_files_that_a_text_names_are_there(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert [module for module in _MODULE.findall(text) if find_spec(module) is None] == []
+    assert [path for path in _PATH.findall(text) if not (ROOT / path).exists()] == []
+
+
+def test_readme_is_two_screens_at_most_and_leads_to_each_text() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    linked = {link for link in _LINK.findall(text) if link.startswith("docs/")}
+    assert [file for file in DOCS if file not in linked and file != "docs/index.md"] == []
+
+
+def test_every_text_is_in_the_navigation() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(re.findall(r"[a-z-]+\.md", str(nav))) == [file.removeprefix("docs/") for file in DOCS]
+
+
+def test_what_is_made_from_the_program_is_what_it_makes_now() -> None:
+    marks = []
+    for file in DOCS:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        marks += reference.marks(text)
+        assert text == reference.made(text), f"{file} is older than the program: python -m tests.reference"
+    assert sorted(marks) == sorted(reference.PARTS)
+
+
+@pytest.mark.parametrize(("name", "svg"), figures.charts().items())
+def test_charts_are_drawn_from_the_tables(name: str, svg: str) -> None:
+    drawn = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert drawn == svg, f"docs/{name} is older than docs/measured.md: python -m tests.bench.figures"
+
+
+def test_every_client_that_is_called_tested_has_its_tests_and_every_test_is_told() -> None:
+    text = (ROOT / "docs/clients.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"tests/clients/(test_\w+)\.py", text))
+    there = {path.stem for path in (ROOT / "tests/clients").glob("test_*.py")}
+    assert there - told == {"test_openai_python_errors"}  # of the client above it
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(re.findall(r"llm-pager\[(\w+)\]", "".join((ROOT / file).read_text() for file in TEXTS))) <= set(extras)
 
 
 def test_tree_names_every_file_of_the_package_and_no_other() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("tests/  ")[0]
+    text = (ROOT / "docs/tree.md").read_text(encoding="utf-8").partition("# The tree")[2].partition("tests/  ")[0]
     named = {name for pattern in _FILE.findall(text) for name in _matching(pattern)}
     there = {p.name for p in (ROOT / "proxy").rglob("*.py") if not p.name.startswith("__")}
     rooms = {p.name for room in ("tokens", "media", "demo") for p in (ROOT / "proxy" / room).glob("*.py")}
-    assert there - named - rooms == set(), "a file that the README's tree does not name"
-    assert named - there == set(), "a file in the README's tree that is not there"
+    assert there - named - rooms == set(), "a file that docs/tree.md does not name"
+    assert named - there == set(), "a file in docs/tree.md that is not there"
 
 
 def _matching(pattern: str) -> set[str]:

@@ -44,7 +44,9 @@ from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.calling import VM_CALLS, offered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.identify import Place, chain, place
+from proxy.conversation.keys import OWNER_BYTES
 from proxy.conversation.limits import Limits
+from proxy.conversation.pins import decode_pins, pins_key
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.tree import Anchor, Identity, KeyScope, TenantKey
 from proxy.conversation.window import Window
@@ -291,6 +293,7 @@ class Admission:
             calibration=partial(memory.calibration, scope, model, counter.name, exact),
             now_s=time.time(),
             cache_key=hashlib.blake2b(root, digest_size=16).hexdigest().encode(),
+            pins=lambda: decode_pins(memory.get(pins_key(root[:OWNER_BYTES]))),
             observed=self._observed,
         )  # fmt: skip
 

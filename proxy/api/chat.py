@@ -40,7 +40,7 @@ from proxy.conversation.calling import VM_CALLS, Calling, may_speak_first
 from proxy.conversation.channel import wants_json
 from proxy.conversation.context import TurnContext
 from proxy.conversation.effects import Append, Complete, Effect, Load, Offload, Refused, Search
-from proxy.conversation.records import State, record_key
+from proxy.conversation.records import State, conversation_key, owner_of, record_key
 from proxy.conversation.report import TurnReport
 from proxy.conversation.sieve import Sieve
 from proxy.conversation.turn import Answer, Turn
@@ -330,7 +330,7 @@ class ChatApi:
                         reply.ended_s = time.time()
                         if self._memory.store.suspends and (end := turn.ending(reply)) is not None:
                             lessons = lesson_keys(context.scope, model, context.counter.name)
-                            self._memory.store.ahead([*lessons, record_key(end)])
+                            self._memory.store.ahead([*lessons, record_key(end), conversation_key(owner_of(end))])
                 elif isinstance(effect, Append):
                     reply = None
                     records = len(effect.records)

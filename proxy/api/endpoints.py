@@ -17,8 +17,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from heapq import nlargest
-from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -28,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from proxy.api.bill import conversation_bill
 from proxy.api.caller import Caller, caller_of
-from proxy.api.erasure import LISTED, Erasures
+from proxy.api.erasure import Erasures
 from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.config import SessionsConfig
@@ -40,7 +38,6 @@ from proxy.conversation.records import (
     GetRecord,
     Record,
     conversation_key,
-    conversation_name,
     history,
     owner_of,
     restore_state,
@@ -118,9 +115,6 @@ def own_endpoints(
             message                   the page id from which on the client said something else, or null
             lost_tokens               null where upstream does not say what it cached
 
-    GET /vm/conversations: {conversations: [{conversation, used_s}]}, the tenant's, the last used (Unix seconds) first,
-    paged or not; the newest 1000.
-
     DELETE /vm/conversations/ID, /vm/conversations?session=NAME (or its header), /vm/conversations/ID/messages/PAGE,
     /vm/tenants/self: all that is stored of it is erased (docs/erasure.md); the answer is the receipt. GET /vm/erasures:
     {erasures: [the tenant's receipts, and what is under way]}; DELETE /vm/erasures: the tenant's receipts go. A receipt:
@@ -131,7 +125,7 @@ def own_endpoints(
         values {kind: number}, objects [name]    what went, in the database and beside it
         messages_sha256 [hexadecimal]     of the bytes of each message as its client sent it, or was sent it
     """
-    app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url="/vm/openapi.json")
     for failure in (HTTPException, ApiError, StorageError, LookupError):
         app.add_exception_handler(failure, _refused)
 
@@ -183,21 +177,11 @@ def own_endpoints(
     @app.get("/vm/conversations/{name}/export")
     async def export(request: Request, name: str) -> Response:
         owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
-        return StreamingResponse(
-            _exported(owner, memory), media_type="application/jsonl",
-            headers={"content-disposition": f'attachment; filename="{name}.jsonl"'},
-        )  # fmt: skip
+        return export_of(owner, name, memory)
 
     @app.get("/vm/provenance")
     async def read_provenance(request: Request) -> JSONResponse:
         return JSONResponse(await _provenance(request, _head(request, memory, sessions), memory))
-
-    @app.get("/vm/conversations")
-    async def read_conversations(request: Request) -> JSONResponse:
-        found = erasures.conversations(_tenant(request, memory, sessions)[:TENANT_BYTES])
-        newest = await asyncio.to_thread(lambda: nlargest(LISTED, found, itemgetter(1)))
-        told = [{"conversation": conversation_name(owner), "used_s": used_s} for owner, used_s in newest]
-        return JSONResponse({"conversations": told})
 
     @app.delete("/vm/conversations/{name}")
     async def erase_conversation(request: Request, name: str) -> JSONResponse:
@@ -314,6 +298,12 @@ def _no_conversation() -> ApiError:
 def _no_session() -> ApiError:
     message = "There is no such session for these credentials."
     return ApiError(404, message, param="session", code="session_not_found")
+
+
+def export_of(owner: bytes, name: str, memory: Memory) -> Response:
+    """A conversation as a file of that name."""
+    headers = {"content-disposition": f'attachment; filename="{name}.jsonl"'}
+    return StreamingResponse(_exported(owner, memory), media_type="application/jsonl", headers=headers)
 
 
 def _exported(owner: bytes, memory: Memory) -> Iterator[bytes]:

@@ -55,7 +55,7 @@ from proxy.storage.tiered import Tiered
 
 log = logging.getLogger(__name__)
 
-LISTED = 1000  # receipts, or conversations, that are told at once
+LISTED = 1000  # receipts that are told at once
 _VALUES = 1000  # of one step
 _RECORDS = 16  # that are read at once: each may hold media
 _LOOK_S = 0.5  # between two looks for erasures of other processes

@@ -15,17 +15,15 @@ import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import brotli  # type: ignore[import-untyped]
 import zstandard
 
+from proxy.config import Config, is_loopback
 from proxy.errors import ApiError
 from proxy.upstream import CHAT_PATH, Header, Reply, RootPath, Upstream
-
-if TYPE_CHECKING:
-    from proxy.config import Config
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -172,7 +170,7 @@ class Origins:
         self._cors = frozenset(origin.lower() for origin in server.cors_origins)
         self._hosts = frozenset(host.lower() for host in (*server.allowed_hosts, server.host))
         self._listed = bool(server.allowed_hosts)
-        self._loopback = _is_loopback(server.host)
+        self._loopback = is_loopback(server.host)
         self._has_key = upstream.api_key is not None
         self._finds_keys = upstream.provider == "litellm"  # in the environment
         self._asks_upstream = upstream.provider == "openai" and not self._cors
@@ -239,7 +237,7 @@ class Origins:
             return bool(parts.scheme)  # "null" has none
         if host and parts.netloc == host.decode("latin-1").lower():
             return True
-        return self._loopback and _is_loopback(name)
+        return self._loopback and is_loopback(name)
 
     # -- who may read our answers
 
@@ -303,11 +301,10 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _is_loopback(name: str) -> bool:
-    address = _address(name.strip("[]"))
-    if address is not None:
-        return address.is_loopback
-    return name.lower() == "localhost" or name.lower().endswith(".localhost")
+def is_private_name(host: str) -> bool:
+    """A Host header that no public name stands in, so that no foreign page can be behind it (DNS rebinding)."""
+    name = _host_name(host)
+    return "." not in name or name.endswith(_PRIVATE) or _address(name) is not None
 
 
 def _shown(value: bytes) -> str:

@@ -27,6 +27,7 @@ from proxy.conversation.derived import Derived
 from proxy.conversation.effects import Append, Search
 from proxy.conversation.identify import Library
 from proxy.conversation.pages import PathPages, forget_lines
+from proxy.conversation.pins import pins_key
 from proxy.conversation.records import (
     LastUse,
     Record,
@@ -43,8 +44,9 @@ from proxy.conversation.records import (
     replayed,
     restore_state,
     restore_table,
+    tip_key,
 )
-from proxy.conversation.tree import Identity, KeyScope, Node, TenantKey
+from proxy.conversation.tree import Identity, KeyScope, Node, NodeId, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError, ErasedMeanwhile
 from proxy.memory.ids import Hit
@@ -169,6 +171,8 @@ class Memory:
             first = next((at for at in range(min(_NEWEST, len(nodes))) if nodes[at].role == "assistant"), answers[0])
             wanted += dict.fromkeys(record_key(nodes[at].id) for at in (*answers, first))
             wanted += [self.identity.pair(tenant, nodes[at - 1].content, nodes[at].content) for at in answers if at]
+        if answers:
+            wanted.append(pins_key(owner_of(nodes[0].id)))
         if names.delta is not None:
             wanted.append(names.delta)
         self.store.ahead(wanted)
@@ -281,6 +285,7 @@ class Memory:
         """
         records, many = effect.records, len(effect.records) > _OFF_LOOP_MESSAGES
         puts, adds = await self.pool.run(tenant, _parted, effect) if many else _parted(effect)
+        puts += self._left_behind(records)
         known: frozenset[bytes] = frozenset()
         sooner = [put for put in puts if put[0][:1] in _STORED_SOONER]
         while len(adds) > 2 * _STORED_AT_ONCE:
@@ -296,6 +301,21 @@ class Memory:
         if many:
             await self.pool.run(tenant, empty, effect.puts, records, adds)
         return new
+
+    def _left_behind(self, records: Sequence[Record]) -> list[tuple[bytes, bytes]]:
+        """The end of the branch that a conversation leaves with these records, if it does."""
+        if not records:
+            return []
+        owner, parent = owner_of(records[-1].id), records[0].parent
+        known: bytes | None = self.cache.get("head", owner)
+        self.cache.put("head", owner, records[-1].id, _NODE_BYTES)
+        if known == parent and parent:
+            return []
+        stored = self.get(conversation_key(owner))
+        head = LastUse.decode(stored).head if stored is not None else NodeId(parent)
+        if head in (parent, *(record.id for record in records)):
+            return []
+        return [(tip_key(head), LastUse(head, records[-1].seen_s).encode())]
 
     async def keep(
         self, owner: bytes, identity: Identity, puts: Sequence[tuple[bytes, bytes]],
@@ -318,18 +338,18 @@ class Memory:
         """Remember the state after a stored turn, so that the next one need not restore it."""
         window, table, derived = state
         assert window is not None
-        self._keep_window(record, window)
+        self.keep_window(record, window)
         table.rest(blocks_of(owner_of(record.id), self.get_block), partial(replayed, record, self.get_record), self._table_entries)
         self.cache.put("table", record.id, (table, derived), table.loaded * _TABLE_ENTRY_BYTES)
 
     def keep_settled(self, record: Record, state: Stored) -> None:
         """Remember the state before a stored turn's newest messages: where the client goes on when it
         says these otherwise. The table, which the turn has changed since, is read again."""
-        self._keep_window(record, state.window)
+        self.keep_window(record, state.window)
         size = _DERIVED_BYTES * (1 + len(state.derived.pages))
         self.cache.put("derived", record.id, state.derived, size)
 
-    def _keep_window(self, record: Record, window: Window) -> None:
+    def keep_window(self, record: Record, window: Window) -> None:
         size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
         self.cache.put("window", record.id, window, size)
 

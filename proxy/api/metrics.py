@@ -25,11 +25,6 @@ _DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each counter doubles the page and says nothing
 
 
-def shared() -> bool:
-    """Whether there are other workers."""
-    return _DIRECTORY in os.environ
-
-
 class Count:
     """A counter. Call it with a number and the values of its labels."""
 

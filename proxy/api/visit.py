@@ -20,11 +20,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
-from proxy.api.metrics import FLUSH_S, Metrics, shared
+from proxy.api.metrics import FLUSH_S, Metrics
 from proxy.api.writer import Writer
 from proxy.conversation import keys
 from proxy.conversation.bill import Sums
@@ -262,7 +263,7 @@ class Stats:
         )  # fmt: skip
         self._faulted = count("faults", "Page faults of models, by reason (or resident, failed) and tier", "reason", "tier")
         self._refaults = count("refaults", "Page faults for what had left the window only lately")
-        self._epochs = count("epochs", "Windows rebuilt, by cause: first, full, rewritten, round", "cause")
+        self._epochs = count("epochs", "Windows rebuilt, by cause: first, full, rewritten, pinned, round", "cause")
         self._evicted = count("evicted_pages", "Pages that left windows when they were rebuilt")
         self._shown = count("evidence_pages", "Pages shown unasked, in front of a question")
         self._used = count("evidence_used_pages", "Of these pages those that the answer took something from")
@@ -361,8 +362,8 @@ class Stats:
         self.prometheus.flush()
 
     async def keep_flushing(self) -> None:
-        """Where other workers tell what is counted here; else it is flushed when it is told."""
-        while shared():
+        """Other workers tell what is counted here, and threads."""
+        while True:
             self.flush()
             await asyncio.sleep(FLUSH_S)
 
@@ -388,6 +389,17 @@ class Stats:
         """For /vm/bill, when it names no conversation: JSON values, no model's name."""
         return bill_of(self._bills.values(), self._breaks)
 
+    def totals(self) -> dict[str, dict[str, float]]:
+        """The counters of /metrics, by name and the value of their labels: of all workers since the start, as they were half a second
+        ago; a model's is left out. Blocks; from any thread."""
+        out: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(self.prometheus.text().decode()):
+            for sample in family.samples:
+                name = sample.name.removeprefix("llm_pager_").removesuffix("_total")
+                if family.type == "counter" and sample.value:
+                    row, label = out.setdefault(name, {}), " ".join(v for k, v in sample.labels.items() if k != "model")
+                    row[label] = row.get(label, 0.0) + sample.value
+        return out
 
 def path_kind(path: str) -> str:
     """Of a request that is passed on: which API it is for, as far as that API has conversations."""

@@ -29,11 +29,20 @@ def request_body(
     fields: Fields, order: Sequence[str], messages: bytes, changed: Mapping[str, bytes | None]
 ) -> bytes:
     """The client's body with other messages and with `changed` fields (None: left out)."""
+    before, after = around_messages(fields, order, changed)
+    return before + messages + after
+
+
+def around_messages(fields: Fields, order: Sequence[str], changed: Mapping[str, bytes | None]) -> tuple[bytes, bytes]:
+    """Of that body what stands before and behind the messages array."""
     pieces: list[bytes] = []
+    before = b""
     for name in order:
         if name == "messages":
-            value: bytes | None = messages
-        elif name in changed:
+            before = b"".join([piece + b"," for piece in pieces])
+            pieces = []
+            continue
+        if name in changed:
             value = changed[name]
         else:
             value = bytes(fields[name])
@@ -42,7 +51,7 @@ def request_body(
     for name, value in changed.items():
         if name not in fields and value is not None:
             pieces.append(_encode(name) + b":" + value)
-    return b"{" + b",".join(pieces) + b"}"
+    return b"{" + before + b'"messages":', b"".join([b"," + piece for piece in pieces]) + b"}"
 
 
 def answer_limits(decoded: Mapping[str, Any]) -> dict[str, int]:

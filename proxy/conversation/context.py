@@ -15,6 +15,7 @@ from proxy.conversation.calibration import Calibration
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
 from proxy.conversation.model_facts import Capabilities, Seen
+from proxy.conversation.pins import Pin
 from proxy.conversation.records import NO_NAMES, GetRecord, GetStoredBlock, SessionNames, State
 from proxy.conversation.tree import NO_SCOPE, Identity, KeyScope, TenantKey
 from proxy.memory.eviction import EvictionPolicy
@@ -53,6 +54,7 @@ class TurnContext:
     now_s: float = 0.0  # Unix time: of the request, and for what upstream lets expire
     cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
     changes: Sequence[PageMutation] = ()  # a library's caller's pins and importances, for the log
+    pins: Callable[[], Sequence[Pin]] = tuple  # a person's; asked only when the turn pages
     observed: bool = True  # somebody reads the report's page lists
     given_answers: bool = False  # a library's turn: the caller has tools that it does not list, and what
     # it says ends the turn, unless it calls a VM tool

@@ -27,7 +27,7 @@ from proxy.conversation.records import (
 from proxy.conversation.tree import Identity
 
 ERASED = "[erased]"  # in the place of a message's words
-_STATE = frozenset({keys.BLOCK, keys.INDEX, keys.VECTOR, keys.NEAR, keys.RENDITION})  # made of a conversation's messages
+_STATE = frozenset({keys.BLOCK, keys.INDEX, keys.VECTOR, keys.NEAR, keys.RENDITION, keys.TITLE})  # made of a conversation's messages
 _NUMBER_BYTES = 8
 
 Actor = Literal["tenant", "operator", "retention"]
@@ -167,7 +167,7 @@ def struck(record: Record, content: bytes, get: GetRecord) -> Record:
     echoed = parent is not None and parent.contents[-1] != content
     return msgspec.structs.replace(
         record, raws=raws, tokens=tokens, echo=record.echo if echoed else b"", substitute=[], base=b"", based=b"",
-        window=b"", mutations=b"", closing=b"", closed=b"", leaf=b"", unkept=record.unkept or bool(record.window),
+        window=b"", mutations=b"", closing=b"", closed=b"", leaf=b"", request=None, unkept=record.unkept or bool(record.window),
     )  # fmt: skip
 
 

@@ -22,6 +22,11 @@ INDEX = b"i"  # + hash of how pages and words are cut, node id: a piece of the s
 VECTOR = b"e"  # + hash of model, text: the vector of a page with that text
 NEAR = b"q"  # + hash of model, history, query: the pages that a search found by meaning
 
+TITLE = b"h"  # nothing else: when a conversation began (4 bytes, Unix time), and its first words
+PINS = b"P"  # nothing else: the pages that a person pinned or unpinned (pins.py)
+
+TIP = b"T"  # + the last of the id of its last node: the id of an answer that the conversation did not go on from, and when it left
+
 # Sets of node ids, joined:
 PAIR = b"p"  # + hash of message, answer: the delivered answers like this after one like that
 LABEL = b"l"  # + hash of name: the answers given under a session's name
@@ -47,17 +52,22 @@ LINK = b"r"  # + another owner of the tenant: one of the two goes on from the ot
 ERASING = b"y"  # + its id: an erasure that is under way
 RECEIPT = b"x"  # + scope and person, or scope and zeros, its number, its id: an erasure that is done
 
-OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, ARCHIVE, LARGE, LINK})
-MOVING = OF_CONVERSATION - {CONVERSATION, ARCHIVE, LARGE, LINK}  # kinds whose values go to L3 and L4
+OF_CONVERSATION = frozenset({RECORD, BLOCK, INDEX, VECTOR, NEAR, CONVERSATION, RENDITION, ARCHIVE, LARGE, LINK, TITLE, PINS, TIP})
+MOVING = OF_CONVERSATION - {CONVERSATION, ARCHIVE, LARGE, LINK, TITLE, PINS, TIP}  # kinds whose values go to L3 and L4
 OF_TENANT = frozenset({PAIR, LABEL, SESSION, VECTORS})
 OF_SCOPE = frozenset({MODEL, MODELS, CALIBRATION, STATED})  # no user's words
 
 
+_ENDS = {
+    kind: 1 + size
+    for kinds, size in ((OF_CONVERSATION, OWNER_BYTES), (OF_TENANT, TENANT_BYTES), (OF_SCOPE, SCOPE_BYTES))
+    for kind in kinds
+}
+
+
 def owner(key: bytes) -> bytes:
     """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's, none of the installation's."""
-    kind = key[:1]
-    end = OWNER_BYTES if kind in OF_CONVERSATION else TENANT_BYTES if kind in OF_TENANT else SCOPE_BYTES
-    return key[1 : 1 + end] if kind in OF_CONVERSATION | OF_TENANT | OF_SCOPE else b""
+    return key[1 : _ENDS.get(key[:1], 1)]
 
 
 def sealer(key: bytes) -> bytes:
@@ -72,6 +82,7 @@ KINDS = {
     RECORD: "record of a turn", BLOCK: "block of a page table", INDEX: "piece of a search index", VECTOR: "vector of a page", NEAR: "search's result",
     PAIR: "list of like answers", LABEL: "list of a session's answers", CONVERSATION: "last answer of a conversation",
     SESSION: "head of a session", RENDITION: "version of a page", VECTORS: "state of an embeddings endpoint",
+    TITLE: "first words of a conversation", PINS: "list of a person's pins", TIP: "end of a branch",
     ARCHIVE: "list of packs", LARGE: "large value on its way", LEASE: "lease of a work",
     MODEL: "fact of a model", MODELS: "list of models", CALIBRATION: "lesson of bills", STATED: "list of stated windows",
     LINK: "link of two conversations", ERASING: "erasure under way", RECEIPT: "receipt of an erasure",

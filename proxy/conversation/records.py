@@ -51,6 +51,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
+from textwrap import shorten
 from typing import NamedTuple
 
 import msgspec
@@ -64,6 +65,7 @@ from proxy.conversation.effects import Append
 from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, Node, NodeId, Path, TenantKey
 from proxy.conversation.window import Entry, Window
 from proxy.memory.ids import parse_page_id
+from proxy.memory.message_text import message_text
 from proxy.memory.models import MutationType
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
 
@@ -86,6 +88,15 @@ class Shared(msgspec.Struct, array_like=True, frozen=True, gc=False):
     count: int
     skip: int
     head: int
+
+
+class Request(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
+    """The upstream request that was answered (envelope.py): the block with its envelope, the hash of all its bytes, and what
+    makes them of those that the envelope gives, where these are others."""
+
+    envelope: bytes
+    digest: bytes
+    patch: bytes = b""
 
 
 class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
@@ -121,6 +132,7 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     elsewhere: list[tuple[int, bytes, int]] = []  # a message without bytes: the record and the place that has them
     unkept: bool = False  # it paged, and its state is not here: who goes on from it begins anew
     leaf: bytes = b""  # of the path's index: where the records before it are
+    request: Request | None = None  # None: this answer came in a request
 
     @property
     def id(self) -> NodeId:
@@ -170,6 +182,7 @@ _LEAST_ALIKE = 2  # messages that are not stored again
 _LARGE_BYTES = 1024  # a message that is looked for near the end of the path before it
 _NEAR = 4  # records
 _TIME_BYTES = 4
+_TITLE_CHARS, _TITLE_READ_CHARS = 160, 4096
 
 GetRecord = Callable[[bytes], Record | None]
 GetStoredBlock = Callable[[bytes, bytes], bytes | None]  # by its owner and its reference
@@ -202,6 +215,10 @@ def conversation_key(owner: bytes) -> bytes:
     return keys.CONVERSATION + owner
 
 
+def tip_key(node_id: bytes) -> bytes:
+    return keys.TIP + owner_of(node_id) + node_id[keys.OWNER_BYTES :]
+
+
 def owner_of(node_id: bytes) -> bytes:
     """Whose a node is: the first bytes of its id (keys.py)."""
     return node_id[: keys.OWNER_BYTES]
@@ -229,6 +246,26 @@ class LastUse(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> LastUse:
         return cls(NodeId(data[:-_TIME_BYTES]), int.from_bytes(data[-_TIME_BYTES:], "big"))
+
+
+class Title(NamedTuple):
+    """What people recognise a conversation by: when it began (Unix time), and how."""
+
+    began_s: int
+    words: str
+
+    @classmethod
+    def of(cls, first: Node, seen_s: int) -> Title:
+        """Of a conversation's first message."""
+        words = message_text(msgspec.json.decode(first.raw))[:_TITLE_READ_CHARS]
+        return cls(seen_s, shorten(words, _TITLE_CHARS, placeholder=" …"))
+
+    def encode(self) -> bytes:
+        return self.began_s.to_bytes(_TIME_BYTES, "big") + self.words.encode("utf-8", "replace")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Title:
+        return cls(int.from_bytes(data[:_TIME_BYTES], "big"), data[_TIME_BYTES:].decode("utf-8", "replace"))
 
 
 def blocks_of(owner: bytes, get_block: GetStoredBlock) -> GetBlock:
@@ -296,14 +333,15 @@ class StoredPath(Sequence[Node]):
         if node is None:
             if len(self._nodes) >= 2 * _KEPT_NODES:
                 self._nodes = dict(islice(self._nodes.items(), _KEPT_NODES, None))
-            record = self._record(at)
-            after = self._record(record.end) if record.end < self._end else None
+            record = self.record(at)
+            after = self.record(record.end) if record.end < self._end else None
             nodes = nodes_of(record, after, self._get, self._identity)
             self._nodes.update(enumerate(nodes, record.first))
             node = self._nodes[at]
         return node
 
-    def _record(self, position: int) -> Record:
+    def record(self, position: int) -> Record:
+        """The record that has the position."""
         newest = self._newest
         while position < newest[-1].first:
             oldest = newest[-1]
@@ -352,7 +390,7 @@ def nodes_of(record: Record, after: Record | None, get: GetRecord, identity: Ide
     """The record's nodes; `after`: the record behind it on the path."""
     nodes = list(islice(backwards(record, get), record.end - record.first))[::-1]
     if after is not None and after.echo:
-        nodes[-1].raw = _other(after.echo, nodes[-1].raw)
+        nodes[-1].raw = other(after.echo, nodes[-1].raw)
     before: bytes = record.parent
     for node in nodes:
         if not node.id and identity is not None:  # a shared one
@@ -377,7 +415,7 @@ def backwards(head: Record, get: GetRecord) -> Iterator[Node]:
         else:
             yield Node(
                 NodeId(b"") if within else record.ids[at], record.contents[at], record.roles[at],
-                _other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
+                other(echo, record.raws[at]) if echo else _raw(record, at, get), record.tokens[at], record.counter,
                 seen_s=record.answered_s if at == len(record.ids) - 1 else record.seen_s,
             )  # fmt: skip
             told += 1
@@ -453,10 +491,26 @@ def find_alike(
     return Alike(record, at, count, skip) if count >= _LEAST_ALIKE else None
 
 
+def record_at(head: Record, turn: int, get: GetRecord, get_block: GetStoredBlock) -> Record:
+    """The record of a turn (1 to that of `head`) on the way to `head`, in a few steps."""
+    path, low, high = StoredPath(head, get, get_block, None), 0, head.end - 1
+    record = head
+    while record.turn != turn and low <= high:
+        record = path.record(low + (high - low) // 2)
+        low, high = (record.end, high) if record.turn < turn else (low, record.first - 1)
+    return record
+
+
+def epoch_begun(record: Record) -> int | None:
+    """The number of the epoch that began in the record's turn, or whose window was counted anew in it; None: it went on."""
+    snapshot = _decode_change(record.window).snapshot if record.window else None
+    return snapshot.epoch if snapshot is not None else None
+
+
 def restore_state(head: Record, get: GetRecord, get_block: GetStoredBlock) -> State:
     """The state after `head`."""
     table = restore_table(head, get, get_block)
-    return State(restore_window(head, get, get_block), table, _restore_derived(head, get))
+    return State(restore_window(head, get, get_block), table, restore_derived(head, get))
 
 
 def restore_table(head: Record, get: GetRecord, get_block: GetStoredBlock) -> PageTable:
@@ -482,10 +536,11 @@ def replayed(head: Record, get: GetRecord) -> PageTable:
 def restore_window(head: Record, get: GetRecord, get_block: GetStoredBlock) -> Window | None:
     """The window after the record's turn; None for a conversation that was never evicted from."""
     changes: list[_WindowChange] = []
+    path = load_path(head, get, get_block, None)
     for record in _bases(head, get):
         if not record.window:
             break
-        change = _read_change(record, get, get_block)
+        change = _read_change(record, path)
         if change.snapshot is not None:
             window = change.snapshot
             for later in reversed(changes):
@@ -499,11 +554,11 @@ def restore_window(head: Record, get: GetRecord, get_block: GetStoredBlock) -> W
     return None
 
 
-def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _WindowChange:
-    """What the record stored of its window, every entry with its bytes."""
+def _read_change(record: Record, path: Sequence[Node]) -> _WindowChange:
+    """What the record stored of its window, every entry with its bytes; `path`: its own, and perhaps more behind it."""
     change = _decode_change(record.window)
     entries = change.entries if change.snapshot is None else change.snapshot.entries
-    path, evidence, replace = load_path(record, get, get_block, None), iter(change.evidence), msgspec.structs.replace
+    evidence, replace = iter(change.evidence), msgspec.structs.replace
 
     def whole(entry: Entry) -> Entry:
         if entry.raw:
@@ -511,7 +566,7 @@ def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _
         if not entry.shown:
             return replace(entry, raw=path[entry.position].raw)
         quoted = _quoted(entry, lambda at: path[at].raw)
-        return replace(entry, raw=_other(next(evidence), quoted or b""))
+        return replace(entry, raw=other(next(evidence), quoted or b""))
 
     entries = tuple(map(whole, entries))
     if change.snapshot is None:
@@ -521,7 +576,7 @@ def _read_change(record: Record, get: GetRecord, get_block: GetStoredBlock) -> _
     return change
 
 
-def _restore_derived(head: Record, get: GetRecord) -> Derived:
+def restore_derived(head: Record, get: GetRecord) -> Derived:
     """All that the closed segments left, from the first to the last."""
     closings: list[bytes] = []
     at: Record | None = head
@@ -657,20 +712,20 @@ def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...]
         if entry.shown:
             quoted = _quoted(entry, raw_at)
             if quoted is not None:
-                evidence.append(_difference(entry.raw, quoted))
+                evidence.append(difference(entry.raw, quoted))
         if quoted is not None if entry.shown else entry.position >= 0 and raw_at(entry.position) == entry.raw:
             entry = msgspec.structs.replace(entry, raw=b"")
         out.append(entry)
     return tuple(out), evidence
 
 
-def _difference(data: bytes, source: bytes) -> bytes:
-    """What `_other` makes the data of, again, and of no other source."""
+def difference(data: bytes, source: bytes) -> bytes:
+    """What `other` makes the data of, again, and of no other source."""
     dictionary = zstandard.ZstdCompressionDict(source, _AS_IT_IS)
     return zstandard.ZstdCompressor(3, dictionary, write_checksum=True).compress(data)
 
 
-def _other(difference: bytes, source: bytes) -> bytes:
+def other(difference: bytes, source: bytes) -> bytes:
     try:
         return zstandard.ZstdDecompressor(zstandard.ZstdCompressionDict(source, _AS_IT_IS)).decompress(difference)
     except zstandard.ZstdError as error:
@@ -762,7 +817,7 @@ def new_records(
     echo = last.get("echo")
     records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
     if isinstance(echo, bytes) and echo and parent is not None:
-        records[0] = replace(records[0], echo=_difference(echo, parent.raws[-1]))
+        records[0] = replace(records[0], echo=difference(echo, parent.raws[-1]))
     at, base, known_end = 0, parent, max(0, first_new - 1)
 
     def raw_at(position: int) -> bytes | None:
@@ -857,6 +912,8 @@ def append_effect(
         last = heads[0][1][-1]
         owner = owner_of(last.id)
         puts = {block_key(owner, ref): block for ref, block in blocks.items()}
+        if (first := heads[0][1][0]).first == 0:
+            puts[keys.TITLE + owner] = Title.of(heads[0][0][0], first.seen_s).encode()
         puts[conversation_key(owner)] = LastUse(last.id, last.answered_s or last.seen_s).encode()
     joins: list[tuple[bytes, bytes]] = []
     records: list[Record] = []

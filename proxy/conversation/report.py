@@ -43,7 +43,7 @@ class TurnReport:
     turn: int
     epoch: int = 0
     new_epoch: bool = False
-    epoch_cause: str = ""  # first | full | rewritten: the client says something else | round: the VM exchange needed the room
+    epoch_cause: str = ""  # first | full | rewritten: the client says something else | pinned: a page was | round: the VM exchange needed the room
     budget_tokens: int = 0
     used_tokens: int = 0
     native_pages: list[str] = field(default_factory=list)

@@ -53,6 +53,7 @@ from proxy.conversation.calling import Calling
 from proxy.conversation.channel import Channel, choose_channel, tools_array, unlisted
 from proxy.conversation.compose import (
     answer_budget,
+    around_messages,
     as_input,
     is_cut,
     request_body,
@@ -75,6 +76,7 @@ from proxy.conversation.effects import (
     Refused,
     Said,
 )
+from proxy.conversation.envelope import Envelope, enclosed, untouched
 from proxy.conversation.faults import VMCalls, split_calls, understood
 from proxy.conversation.limits import Limits, stretched
 from proxy.conversation.model_facts import Capabilities, Model
@@ -85,11 +87,13 @@ from proxy.conversation.records import (
     Stored,
     answered_by,
     append_effect,
+    difference,
     find_alike,
     indexed,
     large_messages,
     load_path,
     new_records,
+    owner_of,
 )
 from proxy.conversation.refusals import repairable, unchanged_fits
 from proxy.conversation.report import TurnReport, as_it_is, stretched_window
@@ -161,6 +165,7 @@ class Turn:
         self._too_long: Refused | None = None  # the refusal that made the window smaller
         self._unchanged_refused: Refused | None = None  # of the client's own bytes, for their form
         self._sent_unchanged = False
+        self._request_sent: tuple[bytes, Envelope, bytes] | None = None  # the last one, its envelope and its patch
         self._many = int(context.decoded.get("n") or 1) > 1  # choices
         self._refusals = 0
         self.report = TurnReport(str(context.decoded.get("model")), "bypass", turn)
@@ -289,12 +294,14 @@ class Turn:
         self, body: bytes, learned: dict[str, Any] | None
     ) -> Generator[Effect, Any, Answer]:
         said = yield Complete(body, through=True)
-        self._sent_unchanged = True
+        self._sent_unchanged, self._request_sent = True, None
         if isinstance(said, Refused):
             self._refusals += 1
             return Answer(self.report, refused=said)
         self.report.rounds = 1
         if said.messages:
+            place, first = self._context.place, self._first_sent()
+            self._request_sent = body, *untouched(body, self.path, first, place.anchors)
             yield from self._remember(said, said.messages, learned=learned)
         if learned is None:
             learned = dict(self._model.learned)
@@ -404,7 +411,8 @@ class Turn:
         """The upstream body of one round."""
         context, channel, model = self._context, paging.channel, self._model.capabilities
         fields, decoded = context.sent.fields, context.decoded
-        messages = yield from paging.messages(self._model.form)
+        envelope = yield from paging.envelope(self._model.form)
+        messages = written = envelope.window_messages(paging.window)
         if b'"audio"' in messages:
             messages = with_transcripts(
                 messages, self.path, context.get_record, context.now_s, self._model.audio
@@ -422,7 +430,12 @@ class Turn:
             changed["prompt_cache_key"] = _json(context.cache_key.decode())
         if self._responses:
             changed.update(answer_budget(decoded, spent_tokens(self._responses, context.counter.message)))
-        return request_body(fields, context.sent.order, messages, changed)
+        before, after = around_messages(fields, context.sent.order, changed)
+        body, patch = before + messages + after, b""
+        if messages is not written:
+            patch = difference(body, before + written + after)
+        self._request_sent = body, msgspec.structs.replace(envelope, before=before, after=after), patch
+        return body
 
     # -- the end
 
@@ -493,6 +506,11 @@ class Turn:
             else:
                 states = [*settled, self._paging.snapshot(len(self.path) + 1)]
                 blocks.update(states[-1].blocks)
+        if self._request_sent is not None and "unkept" not in last:
+            body, envelope, patch = self._request_sent
+            owner = owner_of(self.path[0].id)
+            last["request"], new = enclosed(body, envelope, patch, owner, record, context.get_block)
+            blocks.update(new)
         before_calls = Calling.of(context.facts)
         calls = self._calling(before_calls)
         last["bill"] = msgspec.structs.replace(bill, calls=calls.offered)
@@ -728,10 +746,14 @@ class Turn:
         alone = self._context.place.start > 0 and self._context.place.floor == 0
         return self._native_body() if alone else self._context.body
 
+    def _first_sent(self) -> int:
+        """Where the unchanged request begins on the path."""
+        place = self._context.place
+        return place.start if place.floor else 0
+
     def _unchanged(self) -> int:
         """Tokens of the unchanged request."""
-        place = self._context.place
-        first = place.start if place.floor else 0
+        place, first = self._context.place, self._first_sent()
         total = self._fixed_tokens + PER_REPLY
         total += sum(anchor_tokens(anchor, self._context.counter) for anchor in place.anchors)
         return total + sum(self.pages.tokens(p) for p in range(first, len(self.path)))

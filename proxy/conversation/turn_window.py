@@ -20,6 +20,7 @@ from proxy.conversation.compose import without_context
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import encode_closing
 from proxy.conversation.effects import OFFLOAD, Effect, Load
+from proxy.conversation.envelope import Envelope
 from proxy.conversation.epoch import Epoch, context_length_exceeded, rules_tokens
 from proxy.conversation.evidence import (
     Shown,
@@ -40,6 +41,7 @@ from proxy.conversation.pages import (
     group_start,
     owner,
 )
+from proxy.conversation.pins import pinned
 from proxy.conversation.records import Stored, brought_since
 from proxy.conversation.report import TurnReport
 from proxy.conversation.tree import Anchor
@@ -51,7 +53,6 @@ from proxy.conversation.window import (
     client_entries,
     differs_at,
     newest_entries,
-    render,
 )
 from proxy.memory.ids import make_page_id
 from proxy.memory.message_text import message_text
@@ -68,7 +69,6 @@ from proxy.memory.models import (
 )
 from proxy.memory.standing import standing_in
 from proxy.memory.table import PageTable, encode_log
-from proxy.memory.vm_tools import without_citations
 from proxy.memory.working_set import watermarks
 from proxy.tokens import PER_REPLY
 
@@ -158,12 +158,15 @@ class TurnWindow:
             yield from self._settle()
         end, at = len(self.pages.path), self._differs_at()
         self._register(self.pages, at)
-        for mutation in self.context.changes:
+        since = self.turn - len(self._answered)
+        pins = list(pinned(self.context.pins(), self.table, self.pages.path, self.turn, since))
+        for mutation in (*self.context.changes, *pins):
             self.apply(mutation)
         grown = self._grown(at, end, end)
-        if grown is None or not self._fits(grown):
-            rewritten = grown is None and self.before is not None
-            yield from self._begin_epoch(self._next_epoch, self.pages, (), cause="rewritten" if rewritten else "full")
+        brought = any(mutation.op is MutationType.MAP for mutation in pins)  # it has no place in a log that only grows
+        if grown is None or brought or not self._fits(grown):
+            cause = "rewritten" if grown is None and self.before is not None else "pinned" if brought else "full"
+            yield from self._begin_epoch(self._next_epoch, self.pages, (), cause=cause)
         else:
             if at is not None:
                 self._take_back(at)
@@ -592,18 +595,16 @@ class TurnWindow:
 
     # -- rounds
 
-    def messages(self, form: Form) -> Generator[Effect, Any, bytes]:
-        """The next request's messages array; begins an epoch first when the log outgrew the room."""
+    def envelope(self, form: Form) -> Generator[Effect, Any, Envelope]:
+        """How the window goes into the next request; begins an epoch first when the log outgrew the room."""
         if self.free_tokens < 0:
             yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail, cause="round")
         self.report.used_tokens = self.limits.budget_tokens - self.free_tokens
         standing, _ = self._standing(self.window.native_from)
         head = [*self.context.sent.system, *(anchor.raw for anchor in standing)]
-        window = self.window
-        if self.limits.mode is VMMode.STRICT and wants_json(self.context.decoded):
-            plain = without_citations(window.developer)  # no citation may get into the JSON
-            window = msgspec.structs.replace(window, developer=plain)
-        return render(head, window, self.limits.developer_role, not self.channel.listed, form)
+        plain = self.limits.mode is VMMode.STRICT and wants_json(self.context.decoded)
+        role, written = self.limits.developer_role, (form.several, form.late, form.system, form.alternate)
+        return Envelope(b"", b"", head, role, not self.channel.listed, plain, written)
 
     def extend(self, exchange: Sequence[Entry]) -> None:
         """Add a round's VM exchange at the end."""

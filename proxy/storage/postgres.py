@@ -3,6 +3,8 @@
 Promises what `DiskStore` does, and:
 - `commit` returns when the server has answered, and asks it once: one statement stores a whole turn or nothing. What
   became of a commit whose connection was cut is found out: it is made once more, which changes nothing that is there.
+  Heads have the time at which their writer last read as a version: what a server performs late, when its sender has
+  long been gone, replaces nothing newer.
 - `get` asks once; of a record it brings what was stored before it in the same conversation, as far as this process
   has not read it, so that a conversation that was never met here is read in a few round trips.
 - A synchronous `get` never holds the event loop: below a `suspendable` it lets it go on (suspend.py), in a thread the
@@ -88,7 +90,7 @@ CREATE TABLE llm_pager_store (
 );
 CREATE TABLE llm_pager_values (
     tenant bytea NOT NULL, path bytea NOT NULL, key bytea NOT NULL, sum bigint NOT NULL, value bytea NOT NULL,
-    stored bigint, PRIMARY KEY (tenant, path, key)
+    stored bigint, version bigint NOT NULL DEFAULT 0, PRIMARY KEY (tenant, path, key)
 ) PARTITION BY HASH (tenant, path);
 CREATE TABLE llm_pager_members (
     tenant bytea NOT NULL, path bytea NOT NULL, key bytea NOT NULL, member bytea NOT NULL, sum bigint NOT NULL,
@@ -111,6 +113,9 @@ _THERE = """
 SELECT count(*) FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
 JOIN llm_pager_values v ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key"""
 
+_NOW_US = "(extract(epoch FROM now()) * 1000000)::bigint"  # of the transaction
+_CLOCK_US = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+
 # Rows: what it is (_VALUE ...), the key, the checksum, the value, when it was stored.
 _VALUE, _MEMBER, _READ_AHEAD, _STORE = range(4)
 # (LATERAL with a limit: an index is asked for each key, whatever is known of the tables' sizes.)
@@ -122,7 +127,7 @@ SELECT {_VALUE} AS what, v.* FROM w CROSS JOIN LATERAL (
 UNION ALL SELECT {_MEMBER}, m.* FROM w CROSS JOIN LATERAL (
     SELECT tenant, path, key, sum, member, added FROM llm_pager_members m
     WHERE m.tenant = w.tenant AND m.path = w.path AND m.key = w.key LIMIT {_MEMBERS}) m
-UNION ALL SELECT {_STORE}, secret, '', '', erased, '', NULL FROM llm_pager_store"""
+UNION ALL SELECT {_STORE}, secret, '', '', erased, '', {_CLOCK_US} FROM llm_pager_store"""
 # `since`: how far the path was read; what was stored later, or all that was, where this record was read before
 _READ_MORE = _READ + f"""
 UNION ALL SELECT {_READ_AHEAD}, a.tenant, a.path, a.key, a.sum, a.value, a.stored
@@ -140,10 +145,10 @@ UNION ALL SELECT {_READ_AHEAD}, a.tenant, a.path, a.key, a.sum, a.value, a.store
         ) s WHERE s.bytes <= {_AHEAD_BYTES}
     ) a"""  # fmt: skip
 
-_NOW_US = "(extract(epoch FROM now()) * 1000000)::bigint"
 _PUT, _ADD, _JOIN = range(3)
 # $1 the secret and $2 the erasures that it is for; $3 whether it is said again: what is there may be our own;
-# then of each row what it is, its key, checksum and value, and whether it is read ahead.
+# then of each row what it is, its key, checksum and value, and whether it is read ahead; $11 when what is put was last
+# read, by the server's clock: a commit whose sender is gone may be performed late, and replaces nothing that is newer.
 _COMMIT = f"""
 WITH store AS MATERIALIZED (
     SELECT secret, erased, ($1::bytea IS NULL OR secret = $1) AND ($2::bigint IS NULL OR erased = $2) AS may
@@ -153,11 +158,12 @@ WITH store AS MATERIALIZED (
     FROM unnest($4::int[], $5::bytea[], $6::bytea[], $7::bytea[], $8::bigint[], $9::bytea[], $10::boolean[])
         WITH ORDINALITY AS r (what, tenant, path, key, sum, value, ahead, number), store WHERE store.may
 ), put AS (
-    INSERT INTO llm_pager_values AS v (tenant, path, key, sum, value, stored)
-    SELECT tenant, path, key, sum, value, CASE WHEN ahead THEN now_us END FROM rows WHERE what = {_PUT}
-    ORDER BY tenant, path, key
-    ON CONFLICT (tenant, path, key) DO UPDATE SET sum = excluded.sum, value = excluded.value
-    WHERE v.sum <> excluded.sum OR v.value <> excluded.value
+    INSERT INTO llm_pager_values AS v (tenant, path, key, sum, value, stored, version)
+    SELECT tenant, path, key, sum, value, CASE WHEN ahead THEN now_us END, coalesce($11::bigint, now_us)
+    FROM rows WHERE what = {_PUT} ORDER BY tenant, path, key
+    ON CONFLICT (tenant, path, key) DO UPDATE SET sum = excluded.sum, value = excluded.value, version = excluded.version
+    WHERE v.version <= excluded.version
+        AND (excluded.stored IS NULL OR v.sum <> excluded.sum OR v.value <> excluded.value)
 ), added AS (
     INSERT INTO llm_pager_values AS v (tenant, path, key, sum, value, stored)
     SELECT tenant, path, key, sum, value, CASE WHEN ahead THEN now_us END FROM rows WHERE what = {_ADD}
@@ -177,6 +183,10 @@ _LOCK_ROWS = """
 SELECT v.tenant, v.path, v.key, v.sum, v.value FROM llm_pager_values v
 JOIN unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS w (tenant, path, key)
     ON v.tenant = w.tenant AND v.path = w.path AND v.key = w.key ORDER BY v.tenant, v.path, v.key FOR UPDATE OF v"""
+_SWAP = """
+UPDATE llm_pager_values v SET sum = w.sum, value = w.value
+FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[], $5::bytea[]) AS w (tenant, path, key, sum, value)
+WHERE v.tenant = w.tenant AND v.path = w.path AND v.key = w.key"""
 _PRUNE = f"""
 DELETE FROM llm_pager_members d USING (
     SELECT *, row_number() OVER (PARTITION BY tenant, path, key ORDER BY added DESC, member DESC) AS place
@@ -459,6 +469,8 @@ class PostgresStore:
         for what, tenant, path, rest, number, value, stored in await self._perform(read):
             if what == _STORE:
                 self.erased, self._looked_s = self._learned(number), time.monotonic()
+                if (scope := suspend.scope()) is not None:
+                    scope.read_us = stored
                 found.update({ERASED: number.to_bytes(8, "big")} if ERASED in found else {})
             elif what == _READ_AHEAD:
                 self._keep(_key(tenant, path, rest), number, value)
@@ -535,7 +547,8 @@ class PostgresStore:
         self._require_open()
         if (scope := suspend.scope()) is not None and scope.failed:
             raise StorageError(f"{self.where} could not be read when this began: it is not stored.")
-        wanted = _Commit(dict(puts), dict.fromkeys(joins), dict(reversed(adds)), secret, erased, drops, leaves, erases)
+        read_us = scope.read_us if scope is not None else None
+        wanted = _Commit(dict(puts), dict.fromkeys(joins), dict(reversed(adds)), secret, erased, drops, leaves, erases, read_us)
         if not wanted:
             return frozenset()
         bad = self._bad.intersection([*wanted.puts, *wanted.adds, *(key for key, _ in joins)]) if self._bad else ()
@@ -562,7 +575,7 @@ class PostgresStore:
         """The keys of adds that are new. Raises StorageError where the store is another, or something was erased."""
         both = wanted.adds.keys() & wanted.puts.keys()
         if not (wanted.drops or wanted.leaves or wanted.erases or replaced or both):
-            return self._answered(wanted, await connection.fetch(self._commit, wanted.secret, wanted.erased, again, *_by_column(rows)))
+            return self._answered(wanted, await connection.fetch(self._commit, wanted.secret, wanted.erased, again, *_by_column(rows), wanted.read_us))
         async with connection.transaction():
             erased = wanted.erased
             if wanted.drops or wanted.erases:
@@ -577,10 +590,11 @@ class PostgresStore:
             for key, part in (*wanted.leaves, *((key, b"") for key in replaced)):
                 await connection.execute(_LEAVE, *_columns(key), part, _after(part))
             first = [row for row in rows if row.what != _PUT or not both]
-            answer = await connection.fetch(self._commit, wanted.secret, erased, again, *_by_column(first))
+            answer = await connection.fetch(self._commit, wanted.secret, erased, again, *_by_column(first), wanted.read_us)
             added = self._answered(wanted, answer)  # rolls back where it may not be
             if both:
-                await connection.fetch(self._commit, None, None, again, *_by_column([r for r in rows if r.what == _PUT]))
+                rest = [row for row in rows if row.what == _PUT]
+                await connection.fetch(self._commit, None, None, again, *_by_column(rest), wanted.read_us)
             if wanted.erases:
                 self.erased = await connection.fetchval(_ERASE)
             return added
@@ -628,7 +642,8 @@ class PostgresStore:
                     found = self._value(key, number, stored)
                     if found == old or (again and found == new):
                         swapped.append(_row(_PUT, key, packed(new)))
-                await connection.fetch(self._commit, None, None, again, *_by_column(swapped))
+                swapped_columns = _by_column(swapped)[1:6]  # a head's version stays: a turn may be on its way with a newer one
+                await connection.execute(_SWAP, *swapped_columns)
                 return frozenset(_key(*row.columns) for row in swapped)
 
         return await self._perform(swap) if rows else frozenset()
@@ -655,7 +670,7 @@ class PostgresStore:
             return
         self._retry_s = 0.0
         row = _Row(_PUT, _columns(_PROBE), 0, os.urandom(8), False)
-        await self._perform(lambda connection, again: connection.fetch(self._commit, None, None, again, *_by_column([row])))
+        await self._perform(lambda connection, again: connection.fetch(self._commit, None, None, again, *_by_column([row]), None))
         self._proved_s = time.monotonic()
 
     @property
@@ -876,6 +891,7 @@ class _Commit(NamedTuple):
     drops: Sequence[bytes]
     leaves: Sequence[tuple[bytes, bytes]]
     erases: bool
+    read_us: int | None
 
     def __bool__(self) -> bool:
         return any((self.puts, self.joins, self.adds, self.drops, self.leaves, self.erases))

@@ -123,6 +123,7 @@ class Keyring:
         self.master = next(iter(self._masters))  # the id of the newest
         self._kept = dict[bytes, tuple[float, dict[bytes, AESGCM]]]()  # owner -> until when, its keys; oldest first
         self._most_kept, self._kept_s = kept, kept_s
+        self._forgotten = 0  # how many times
         self._lock = threading.Lock()
 
     def newest(self, owner: bytes) -> tuple[bytes, AESGCM] | None:
@@ -137,11 +138,11 @@ class Keyring:
         until_s, found = self._kept.get(owner, (0.0, _NO_KEYS))
         now_s = time.monotonic()
         if anew or now_s > until_s:
-            row = self.store.get(_KEY + owner)
+            forgotten, row = self._forgotten, self.store.get(_KEY + owner)
             found = {version.id: AESGCM(self._unwrapped(owner, version)) for version in _decode_row(row or b"\x90")}
             with self._lock:
                 self._kept.pop(owner, None)
-                if found:
+                if found and forgotten == self._forgotten:  # what was read before that may have been dropped since
                     self._kept[owner] = now_s + self._kept_s, found
                 if len(self._kept) > self._most_kept:
                     del self._kept[next(iter(self._kept))]
@@ -167,6 +168,7 @@ class Keyring:
         """Other processes dropped keys, or made new ones."""
         with self._lock:
             self._kept.clear()
+            self._forgotten += 1
 
     # -- rotation
 

@@ -30,12 +30,14 @@ _P = ParamSpec("_P")
 
 
 class Scope:
-    """One request, for the store that it reads: what was asked for ahead, and whether something could not be read."""
+    """One request, for the store that it reads: what was asked for ahead, when it last read (by the store's clock), and
+    whether something could not be read."""
 
-    __slots__ = ("failed", "found")
+    __slots__ = ("failed", "found", "read_us")
 
     def __init__(self) -> None:
         self.found: dict[Any, Any] = {}
+        self.read_us: int | None = None
         self.failed = False
 
 
@@ -57,8 +59,11 @@ def suspending(function: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[
 
     @wraps(function)
     async def made(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        _SCOPE.set(Scope())
-        return await _driven(function(*args, **kwargs))
+        token = _SCOPE.set(Scope())
+        try:
+            return await _driven(function(*args, **kwargs))
+        finally:
+            _SCOPE.reset(token)
 
     return made
 

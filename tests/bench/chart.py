@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-_WIDTH, _HEIGHT, _COLUMNS = 220, 150, 4  # of a panel, with what is around it; panels in a row
+_WIDTH, _HEIGHT, _COLUMNS = 220, 150, 4  # of a panel, with what is around it; panels in a row, which is as wide with fewer
 _LEFT, _RIGHT, _TOP, _BOTTOM = 12, 52, 40, 24  # of a panel: around its plot
 _HEAD = 56  # above the panels
 _STYLE = """
@@ -17,17 +17,20 @@ svg { font: 11px system-ui, sans-serif; background: #fcfcfb; }
 text { fill: #52514e; } .title { font-size: 14px; font-weight: 600; fill: #0b0b0b; } .name { fill: #0b0b0b; font-weight: 600; }
 .grid { stroke: #e1e0d9; } .line { fill: none; stroke-width: 2; stroke-linejoin: round; } .dot { stroke: #fcfcfb; stroke-width: 2; }
 .s0 { stroke: #2a78d6; } .d0 { fill: #2a78d6; } .s1 { stroke: #eb6834; } .d1 { fill: #eb6834; }
+.s2 { stroke: #1b9e77; } .d2 { fill: #1b9e77; }
 @media (prefers-color-scheme: dark) {
 svg { background: #1a1a19; } text { fill: #c3c2b7; } .title, .name { fill: #fff; } .grid { stroke: #2c2c2a; } .dot { stroke: #1a1a19; }
 .s0 { stroke: #3987e5; } .d0 { fill: #3987e5; } .s1 { stroke: #d95926; } .d1 { fill: #d95926; }
+.s2 { stroke: #3cc79a; } .d2 { fill: #3cc79a; }
 }"""
 
 
 def small_multiples(
     title: str, ticks: Sequence[str], series: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> str:
-    """`panels`: by their names, for each of the series a value for each of the ticks. At most two series."""
-    rows = -(-len(panels) // _COLUMNS)
+    """`panels`: by their names, for each of the series a value for each of the ticks. At most three series."""
+    columns = min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns)
     width, height = _COLUMNS * _WIDTH, _HEAD + rows * _HEIGHT
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">',
@@ -35,17 +38,19 @@ def small_multiples(
         f'<text class="title" x="{_LEFT}" y="22">{escape(title)}</text>',
     ]
     for index, name in enumerate(series):
-        x = _LEFT + 120 * index
+        x = _LEFT + 140 * index
         out.append(f'<circle class="d{index}" cx="{x + 5}" cy="38" r="5"/><text x="{x + 15}" y="42">{escape(name)}</text>')
     out.append(f'<text text-anchor="end" x="{width - 12}" y="42">every axis from 0</text>')
     for index, (name, lines) in enumerate(panels.items()):
-        x, y = index % _COLUMNS * _WIDTH, _HEAD + index // _COLUMNS * _HEIGHT
-        out += [f'<g transform="translate({x} {y})">', *_panel(name, ticks, series, lines), "</g>"]
+        x, y = index % columns * (width // columns), _HEAD + index // columns * _HEIGHT
+        out += [f'<g transform="translate({x} {y})">', *_panel(name, ticks, series, lines, width // columns), "</g>"]
     return "\n".join([*out, "</svg>", ""])
 
 
-def _panel(name: str, ticks: Sequence[str], series: Sequence[str], lines: Mapping[str, Sequence[float]]) -> list[str]:
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+def _panel(
+    name: str, ticks: Sequence[str], series: Sequence[str], lines: Mapping[str, Sequence[float]], width: int
+) -> list[str]:
+    right, bottom = width - _RIGHT, _HEIGHT - _BOTTOM
     most = max(value for values in lines.values() for value in values) * 1.1
 
     def at(position: int, value: float) -> tuple[float, float]:

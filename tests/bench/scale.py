@@ -347,7 +347,7 @@ def chart(results: Results) -> str:
     pages = next(iter(results.values()))["pages"]
     ticks = [f"{count / 1e3:,.0f}k" if count < 1e6 else f"{count / 1e6:g}M" for count in pages]
     panels = {name: {engine: figures[figure] for engine, figures in results.items()} for name, figure in CHARTED.items()}
-    return small_multiples("What a store of a million pages costs a request", ticks, list(results), panels)
+    return small_multiples("What a request costs as its store grows (pages)", ticks, list(results), panels)
 
 
 def main() -> None:

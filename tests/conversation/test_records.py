@@ -153,7 +153,7 @@ def test_one_commit_has_the_whole_turn_once(said: list[Any]) -> None:
     assert [r.parent for r in records] == [b"", *(r.id for r in records[:-1])]
     effect = append_effect([(path, records), (path, records)], IDENTITY, TENANT, SessionNames(b"label", b"session"), {})
     puts = dict(effect.puts)
-    assert len(puts) == len(effect.puts) == len(records) + 2 and puts[b"session"] == path[-1].id
+    assert len(puts) == len(effect.puts) == len(records) + 3 and puts[b"session"] == path[-1].id
     assert LastUse.decode(puts[conversation_key(owner_of(path[0].id))]).head == path[-1].id
     assert all(decode_record(puts[record_key(r.id)]) == r for r in records)
     assert [r.sent is not None for r in records] == [False] * (len(records) - 1) + [True]

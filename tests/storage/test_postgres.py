@@ -245,6 +245,34 @@ async def test_a_commit_whose_connection_is_cut_is_found_out(postgres: Postgres,
         await store.close()
 
 
+async def test_a_commit_that_is_performed_late_replaces_nothing_newer(store: PostgresStore) -> None:
+    """Its sender was killed, or has made it again; since then the conversation went on elsewhere."""
+    began, go = asyncio.Event(), asyncio.Event()
+
+    @suspending
+    async def late() -> None:
+        store.ahead([b"head"])
+        began.set()
+        await go.wait()
+        await store.commit([(b"head", b"1"), (b"other", b"1")], [], [(b"record1", b"1")])
+
+    @suspending
+    async def turn(value: bytes) -> None:
+        store.ahead([b"head"])
+        await store.commit([(b"head", value)])
+
+    work = asyncio.ensure_future(late())
+    await began.wait()
+    for value in (b"1", b"2"):
+        await turn(value)
+    go.set()
+    await work
+    read = [await asyncio.to_thread(store.get, key) for key in (b"head", b"other", b"record1")]
+    assert read == [b"2", b"1", b"1"]
+    await turn(b"3")
+    assert await asyncio.to_thread(store.get, b"head") == b"3"
+
+
 async def test_a_server_that_crashes_loses_nothing_that_was_answered(postgres: Postgres, postgres_url: str) -> None:
     store = PostgresStore(postgres_url)
     told: list[int] = []
@@ -355,7 +383,7 @@ async def test_statements_of_two_processes_are_never_taken_for_each_other(
     postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A pooler that lets named statements through to whichever connection is free."""
-    settings = {"ignore_startup_parameters": "plan_cache_mode,statement_timeout", "default_pool_size": "2"}
+    settings = {"ignore_startup_parameters": "plan_cache_mode,statement_timeout"}
     with PgBouncer(postgres, settings=settings) as pooler:
         stores = [PostgresStore(pooler.url(postgres_url)) for _ in range(2)]
 

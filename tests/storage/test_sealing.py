@@ -174,6 +174,23 @@ async def test_a_key_store_that_fails_loses_no_key(store: Sealed) -> None:
     assert store.inner.get(record(A, 3)) is None and store.get(record(B)) == b"short"
 
 
+async def test_a_key_that_was_read_before_it_was_dropped_is_not_kept(store: Sealed) -> None:
+    await store.commit(ROWS)
+    ring, get = store.ring, store.ring.store.get
+
+    def slow(key: bytes) -> bytes | None:
+        row = get(key)
+        ring.forget()  # meanwhile somebody's erasure is learned of
+        return row
+
+    ring.forget()
+    ring.store.get = slow  # type: ignore[method-assign, assignment]
+    assert ring.newest(A) is not None
+    ring.store.get = get  # type: ignore[method-assign]
+    await ring.store.commit((), drops=[b"K" + A])  # another process's
+    assert ring.newest(A) is None
+
+
 @pytest.mark.parametrize("gone", ["data", "keys", "both"])
 async def test_what_is_deleted_under_it_is_noticed_before_anything_is_sealed_for_nobody(
     tmp_path: Path, gone: str
