@@ -5,7 +5,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY proxy ./proxy
 RUN python -m venv /opt/llm-pager \
-    && /opt/llm-pager/bin/pip install --no-cache-dir '.[encryption,objects,postgres]'
+    && /opt/llm-pager/bin/pip install --no-cache-dir '.[encryption,objects,postgres,telemetry]'
 
 FROM python:3.11-slim
 RUN groupadd --gid 10001 pager \

@@ -232,7 +232,7 @@ async def test_a_tenant_whose_calls_all_fail_leaves_the_queue_to_others(tmp_path
     async with room(tmp_path, refusing, embeddings_pages_per_minute=10**9) as here:
         here.submit()
         await here.idle()
-        assert here.embedder._waiting == 0 and waits == [1, 2, 4, 8] and len(here.endpoint.bodies) == 5
+        assert here.embedder.waiting == 0 and waits == [1, 2, 4, 8] and len(here.endpoint.bodies) == 5
         here.submit()  # it rests
         await here.idle()
         assert len(here.endpoint.bodies) == 5
@@ -253,7 +253,7 @@ async def test_a_page_that_is_refused_by_itself_costs_the_others_nothing(
         await here.idle()
         assert [TALK[2]] in here.endpoint.texts and len(here.endpoint.bodies) < 16
         assert (await here.near())[0].position == 4
-        assert here.embedder._waiting == 0
+        assert here.embedder.waiting == 0
 
 
 async def test_invariant_10_calls_pages_and_the_queue_are_bounded(tmp_path: Path, waits: list[float]) -> None:
@@ -265,7 +265,7 @@ async def test_invariant_10_calls_pages_and_the_queue_are_bounded(tmp_path: Path
         async with asyncio.timeout(10):
             while here.endpoint.now < 1 or len(here.embedder._tasks) > 2:
                 await asyncio.wait(set(here.embedder._tasks), timeout=0.01)
-        assert here.embedder._waiting <= 6
+        assert here.embedder.waiting <= 6
         here.endpoint.gate.set()
         await here.idle()
         assert here.endpoint.most <= 2 and sum(map(len, here.endpoint.texts)) == 6

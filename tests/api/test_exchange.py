@@ -483,7 +483,7 @@ async def test_idempotency_key_is_the_first_rounds_only() -> None:
         return await call(body, headers, query)
 
     setup.chat = noting  # type: ignore[method-assign]
-    setup.exchange._headers = [(b"idempotency-key", b"i1"), (b"traceparent", b"t1")]
+    setup.exchange.headers = [(b"idempotency-key", b"i1"), (b"traceparent", b"t1")]
     for _ in range(2):
         await setup.exchange.complete(Complete(b"{}"))
     assert seen == [[(b"idempotency-key", b"i1"), (b"traceparent", b"t1")], [(b"traceparent", b"t1")]]
