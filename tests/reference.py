@@ -228,7 +228,7 @@ def refusals() -> str:
         for argument in call.args:
             for said in _sentences(argument, around):
                 found[said.strip()] = None
-    return "\n".join([f"- {_cell(said)}" for said in sorted(found) if " " in said and not said[0].islower() or "." in said] + [""])
+    return "\n".join([f"- {_cell(said)}" for said in sorted(found) if (" " in said and not said[0].islower()) or "." in said] + [""])
 
 
 PARTS: dict[str, Callable[[], str]] = {
