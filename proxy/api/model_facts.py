@@ -199,13 +199,9 @@ class ModelFacts:
         if fresh and listed:
             work = self._look_up(listed, scope, model)
         else:
-            stored = self._stored_list(scope, now_s)
-            listed = stored or _List(now_s + _AGAIN_AFTER_FAILURE_S)
+            listed = _List(now_s + _AGAIN_AFTER_FAILURE_S)
             _keep(self._lists, scope, listed, _LISTS)
-            if stored:
-                work = self._look_up(listed, scope, model)
-            else:
-                work = self._ask(listed, scope, model, headers, query)
+            work = self._find(listed, scope, model, headers, query)
         task = asyncio.ensure_future(self._memory.beside(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -215,6 +211,16 @@ class ModelFacts:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _find(
+        self, listed: _List, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes
+    ) -> None:
+        """Not in the request: its client may be gone, and the storage may be far."""
+        stored = self._stored_list(scope, time.time())
+        if stored is None:
+            return await self._ask(listed, scope, model, headers, query)
+        listed.until_s, listed.windows = stored.until_s, stored.windows
+        await self._look_up(listed, scope, model)
 
     def _stored_list(self, scope: KeyScope, now_s: float) -> _List | None:
         """What any process on this storage was told; a damaged word is none."""

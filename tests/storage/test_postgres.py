@@ -383,7 +383,7 @@ async def test_statements_of_two_processes_are_never_taken_for_each_other(
     postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A pooler that lets named statements through to whichever connection is free."""
-    settings = {"ignore_startup_parameters": "plan_cache_mode,statement_timeout", "default_pool_size": "2"}
+    settings = {"ignore_startup_parameters": "plan_cache_mode,statement_timeout"}
     with PgBouncer(postgres, settings=settings) as pooler:
         stores = [PostgresStore(pooler.url(postgres_url)) for _ in range(2)]
 
