@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyCompose
 
+from proxy.config import Config, load_config
 from tests import reference
 from tests.bench import figures
 
@@ -75,6 +80,38 @@ def test_every_client_that_is_called_tested_has_its_tests_and_every_test_is_told
     assert set(re.findall(r"llm-pager\[(\w+)\]", "".join((ROOT / file).read_text() for file in TEXTS))) <= set(extras)
 
 
+_CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_code_that_a_text_shows_is_code(file: str, tmp_path: Path) -> None:
+    for language, code in _CODE.findall((ROOT / file).read_text(encoding="utf-8")):
+        if language == "yaml":
+            read = yaml.safe_load(code)
+            if "services" in read:
+                PyCompose.from_yaml(re.sub(r"\$\{\w+:\?\}", "given", code)).validate()
+            elif set(read) <= set(Config.model_fields):
+                assert load_config(_written(code, tmp_path / "config.yaml"), {}, {})
+        elif language == "python":
+            compile(code, file, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_settings_that_a_text_names_are_settings(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    sections = "|".join(Config.model_fields)
+    named = set(re.findall(rf"`((?:{sections})(?:\.[a-z0-9_]+)+)[:`]", text))
+    there = set(_keys(Config().model_dump()))
+    assert {key for key in named if key not in there and not key.startswith("models.")} == set()
+
+
+def _keys(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield above + name
+        if isinstance(value, dict):
+            yield from _keys(value, f"{above}{name}.")
+
+
 def test_tree_names_every_file_of_the_package_and_no_other() -> None:
     text = (ROOT / "docs/tree.md").read_text(encoding="utf-8").partition("# The tree")[2].partition("tests/  ")[0]
     named = {name for pattern in _FILE.findall(text) for name in _matching(pattern)}
@@ -82,6 +119,15 @@ def test_tree_names_every_file_of_the_package_and_no_other() -> None:
     rooms = {p.name for room in ("tokens", "media", "demo") for p in (ROOT / "proxy" / room).glob("*.py")}
     assert there - named - rooms == set(), "a file that docs/tree.md does not name"
     assert named - there == set(), "a file in docs/tree.md that is not there"
+
+
+def _written(code: str, path: Path) -> Path:
+    """The settings as a file, with something of the right shape for each variable and each key that is cut short."""
+    key = "A" * 43 + "="
+    for cut, whole in ((r"\$\{LLM_MASTER_KEY\}", key), (r"\$\{\w+\}", "x"), (r"sha256:[0-9a-f]+\.\.\.", "sha256:" + "0" * 64)):
+        code = re.sub(cut, whole, code)
+    path.write_text(code, encoding="utf-8")
+    return path
 
 
 def _matching(pattern: str) -> set[str]:
