@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from proxy.api.access import Access
 from proxy.api.chat import ChatApi, Observer
@@ -40,6 +41,9 @@ from proxy.tokens import load
 from proxy.ui import Dashboard
 from proxy.upstream import Upstream, UpstreamBroken, make_upstream
 
+if TYPE_CHECKING:  # an extra
+    from proxy.api.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 
@@ -54,12 +58,14 @@ class App:
         self._upstream = upstream or _upstream(config)
         self._renditions = renditions = Renditions(config, self.memory)
         self._writer = Writer(config, self._upstream, renditions)
-        self._stats = Stats(self.memory, self._writer)
+        self._stats = Stats(self.memory, self._writer, lambda model: config.model_class(model) or "other")
+        self._tracing = _tracing(config)
         self._chat = ChatApi(
             config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
         )
         self._draining = Draining(config.server.drain_s)
         self._erasures = Erasures(self.memory.store, self.memory.store.objects_of)
+        self._stats.watch(self._chat.queued, self._erasures.finished)
         self._retention_days = config.storage.retention_days
         own = own_endpoints(
             self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table, self._erasures
@@ -100,6 +106,8 @@ class App:
     async def _visited(self, scope: Scope, receive: Receive, visit: Visit) -> None:
         """A failure of our own becomes a 500 in OpenAI's shape while that is still possible."""
         self._served += 1
+        if self._tracing is not None:
+            scope = self._tracing.begin(scope, visit)
         try:
             scope, refusal = self._access.admitted(scope)
             if (refusal := self._origins.refusal(scope) or refusal) is not None:
@@ -123,6 +131,8 @@ class App:
             self._served -= 1
             visit.ended()
             self._stats.count(visit)
+            if visit.trace is not None:
+                visit.trace.ended(visit)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         collecting: list[asyncio.Future[None]] = []
@@ -134,7 +144,8 @@ class App:
                 self._draining.watch()
                 watching = watch(self._erasures, self.memory.store, self.memory.renew, self._retention_days)
                 collected = collect_now_and_then(lambda: not self._served)
-                collecting = [asyncio.ensure_future(collected), asyncio.ensure_future(self.memory.beside(watching))]
+                flushing = self._stats.keep_flushing()
+                collecting = [asyncio.ensure_future(task) for task in (collected, self.memory.beside(watching), flushing)]
                 await send({"type": "lifespan.startup.complete"})
             else:
                 for task in collecting:
@@ -144,8 +155,25 @@ class App:
                 await self._renditions.close()
                 await self._upstream.close()
                 await self.memory.close()
+                self._stats.flush()
+                if self._tracing is not None:
+                    await self._tracing.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+
+def _tracing(config: Config) -> Tracing | None:
+    """Where OpenTelemetry's own variables name somebody to tell. They may be there for other programs, so a missing extra
+    stops nothing."""
+    asked = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{traces}ENDPOINT") for traces in ("", "TRACES_"))
+    if not asked or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    try:
+        from proxy.api.tracing import Tracing
+    except ImportError:
+        log.warning("OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, which need: pip install 'llm-pager[telemetry]'.")
+        return None
+    return Tracing(config)
 
 
 def _upstream(config: Config) -> Upstream:

@@ -480,12 +480,16 @@ class Config(Section):
     ] = Field(default_factory=dict)
 
     def model_override(self, model: str) -> ModelOverride:
-        """The override for `model`: its exact name, else the longest glob that matches."""
-        exact = self.models.get(model)
-        if exact is not None:
-            return exact
+        """The override for `model`."""
+        name = self.model_class(model)
+        return self.models[name] if name is not None else ModelOverride()
+
+    def model_class(self, model: str) -> str | None:
+        """What `models` calls it: its exact name, else the longest glob that matches, else None."""
+        if model in self.models:
+            return model
         globs = [name for name in self.models if fnmatch.fnmatchcase(model, name)]
-        return self.models[max(globs, key=len)] if globs else ModelOverride()
+        return max(globs, key=len, default=None)
 
     def masked(self) -> dict[str, Any]:
         """Plain data (JSON types) for people to read: secrets are replaced by `***`."""

@@ -74,6 +74,7 @@ IMPORTERS: dict[str, set[str]] = {
     # Splits and encodes JSON: data, not I/O, so wherever bytes are read.
     "msgspec": {"api", "conversation", "library", "memory", "search", "storage", "tokens", "upstream", "check", "transfer"},
     "obstore": {"storage"},  # the extra [objects]
+    "opentelemetry": {"api"},  # the extra [telemetry]
     "numpy": {"search"},  # the extra [semantic]
     "prometheus_client": {"api"},
     "pypdf": {"media"},
@@ -211,6 +212,7 @@ def test_dependencies_are_what_is_imported() -> None:
     optional = {line.partition(">=")[0] for lines in extras.values() for line in lines}
     declared = {line.partition(">=")[0].lower() for line in project["dependencies"]} | optional
     names = {"pyyaml": "yaml", "pillow": "PIL", "prometheus-client": "prometheus_client",
+             "opentelemetry-sdk": "opentelemetry", "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
              "pydantic-settings": "pydantic_settings", "stop-words": "stop_words"}  # fmt: skip
     declared = {names.get(name, name) for name in declared}
     imported = set()

@@ -92,6 +92,13 @@ class ChatApi:
         self._warned: set[str] = set()  # what was logged
         self._forwards_encoded = config.upstream.provider == "openai"
 
+    def queued(self) -> dict[str, float]:
+        """Jobs that wait, by queue."""
+        return {
+            "pool": self._memory.pool.waiting, "writer": self._writer.waiting, "decoders": self._renditions.waiting,
+            "embedder": self._embedder.waiting if self._embedder is not None else 0,
+        }  # fmt: skip
+
     async def close(self) -> None:
         """What is being asked beside the requests is given up."""
         await self.model_facts.close()
@@ -291,7 +298,8 @@ class ChatApi:
         reply: Any = None
         effect: Effect | Answer | None = None
         stored: frozenset[bytes] = frozenset()
-        loaded: dict[str, tuple[StorageTier, float]] = {}
+        loaded: dict[str, tuple[StorageTier, float, float]] = {}  # when it began, and ended
+        trace, took = visit.trace, self._stats.took
         model = context.decoded["model"]
         appended, lost, pool = False, False, self._memory.pool
         long_steps = (Offload, Search, Complete) if len(turn.path) > LONG_MESSAGES else Offload
@@ -301,6 +309,7 @@ class ChatApi:
                     effect = await pool.run(context.tenant, _next, dialogue, reply)
                 else:
                     effect = _next(dialogue, reply)
+                began_s = time.perf_counter()
                 if isinstance(effect, Answer):
                     answer = effect
                     break
@@ -309,7 +318,12 @@ class ChatApi:
                 elif isinstance(effect, Complete):
                     visit.asks(turn.report, turn.window.epoch if turn.window else 0)
                     visit.remembers(self._memory.store.trouble is None and not visit.reads.failed)  # as far as is known
+                    if trace is not None:
+                        exchange.headers = trace.calls(headers, visit)
                     reply = await exchange.complete(effect)
+                    took("upstream", time.perf_counter() - began_s)
+                    if trace is not None:
+                        trace.called(reply)
                     if isinstance(reply, Refused):
                         visit.refused(reply)
                     else:
@@ -326,6 +340,9 @@ class ChatApi:
                             turn.was_stored()
                     except StorageError:  # the store has said why
                         lost = True
+                    took("commit", time.perf_counter() - began_s)
+                    if trace is not None:
+                        trace.did("commit", began_s, {"llm_pager.records": records, "llm_pager.lost": lost})
                 elif isinstance(effect, Search):
                     near: list[Hit] = []
                     if self._embedder is not None:
@@ -334,12 +351,15 @@ class ChatApi:
                                 context.tenant, headers, effect, turn.pages, context.identity
                             )
                     reply = await self._memory.search(context.tenant, effect, turn.pages, near, context.identity)
+                    took("search", time.perf_counter() - began_s)
+                    if trace is not None:
+                        trace.did("search", began_s, {"llm_pager.queries": len(effect.queries), "llm_pager.hits": len(reply)})
                 elif isinstance(effect, Load):
-                    began_s = time.perf_counter()
                     reply = await self._renditions.load(
                         context.tenant, effect, turn.pages, patience, context.identity
                     )
-                    loaded[effect.page_id] = visit.reads.coldest, (time.perf_counter() - began_s) * 1000
+                    loaded[effect.page_id] = visit.reads.coldest, began_s, (ended_s := time.perf_counter())
+                    took("load", ended_s - began_s)
                 else:
                     assert_never(effect)
         finally:
@@ -349,7 +369,10 @@ class ChatApi:
         visit.remembers(not lost and turn.unremembered is None)
         for fault in answer.report.faults:
             parts = [where for page_id, where in loaded.items() if page_id.partition(".")[0] == fault.page_id.partition(".")[0]]
-            fault.tier, fault.ms = max((tier for tier, _ in parts), default=fault.tier), sum(ms for _, ms in parts)
+            fault.tier = max((tier for tier, _, _ in parts), default=fault.tier)
+            fault.ms = sum(ended_s - began_s for _, began_s, ended_s in parts) * 1000
+            if trace is not None:
+                trace.faulted(fault, min((began_s for _, began_s, _ in parts), default=time.perf_counter()))
         ours = [record for record, _ in turn.settled]
         if turn.record is not None and turn.window is not None:
             ours.append(turn.record)

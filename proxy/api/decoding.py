@@ -74,6 +74,10 @@ class Decoders:
         finally:
             self._turns.give()
 
+    @property
+    def waiting(self) -> int:
+        return self._turns.waiting
+
     async def close(self) -> None:
         """End the processes that wait for a job; those with one end with it."""
         if self._retiring is not None:
@@ -167,12 +171,16 @@ class _Turns:
         self._most = waiting
         self._waiting: OrderedDict[TenantKey, deque[asyncio.Future[None]]] = OrderedDict()
 
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
     async def take(self, tenant: TenantKey) -> bool:
         """Wait for a turn; False when too many do."""
         if self._free > 0:
             self._free -= 1
             return True
-        if sum(map(len, self._waiting.values())) >= self._most:
+        if self.waiting >= self._most:
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(turn)

@@ -117,7 +117,7 @@ class Embedder:
         self._callers: LRUCache[TenantKey, _Caller] = LRUCache(_CALLERS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls = asyncio.Semaphore(config.search.embeddings_calls)
-        self._waiting = 0
+        self.waiting = 0
         self._free_s = 0.0  # when the next batch may go
 
     async def close(self) -> None:
@@ -191,7 +191,7 @@ class Embedder:
             caller.identity = self._memory.identity
         if caller.rests_until_s > asyncio.get_running_loop().time():
             return
-        if self._waiting < self._config.embeddings_queue_pages and len(self._tasks) < _CALLERS:
+        if self.waiting < self._config.embeddings_queue_pages and len(self._tasks) < _CALLERS:
             self._start(self._look(caller, pages))
 
     def _caller(self, tenant: TenantKey, headers: Sequence[Header]) -> _Caller:
@@ -219,10 +219,10 @@ class Embedder:
             return
         for key, text in missing.items():
             if key not in caller.waiting:
-                if self._waiting >= self._config.embeddings_queue_pages:
+                if self.waiting >= self._config.embeddings_queue_pages:
                     break
                 caller.waiting[key] = text
-                self._waiting += 1
+                self.waiting += 1
         else:
             caller.places[ids[-1]] = True
         if caller.waiting and (caller.task is None or caller.task.done()):
@@ -266,11 +266,11 @@ class Embedder:
                 with suppress(StorageError):  # refused by itself: it is found by its words
                     await self._keep(caller.tenant, identity, keys, [NO_VECTOR])
             for key in keys:
-                self._waiting -= caller.waiting.pop(key, None) is not None
+                self.waiting -= caller.waiting.pop(key, None) is not None
 
     def _give_up(self, caller: _Caller, wait_s: float) -> None:
         """Leave the queue to others: a turn of its own after so many seconds looks its pages up again."""
-        self._waiting -= len(caller.waiting)
+        self.waiting -= len(caller.waiting)
         caller.waiting.clear()
         caller.places.clear()
         caller.rests_until_s = asyncio.get_running_loop().time() + wait_s

@@ -151,7 +151,8 @@ def own_endpoints(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(await asyncio.to_thread(stats.text), media_type=CONTENT_TYPE)
+        stats.flush()
+        return Response(await asyncio.to_thread(stats.prometheus.text), media_type=CONTENT_TYPE)
 
     @app.get("/vm/stats")
     async def read_stats() -> JSONResponse:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -71,6 +71,7 @@ class Erasures:
     def __init__(self, store: Tiered, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
         self._store = store
         self._objects_of = objects_of
+        self.finished: Counter[str] = Counter()  # by who asked
         self._running: set[bytes] = set()
         self._one = asyncio.Lock()  # at a time: each reads much
         self._scrubbing = asyncio.Lock()
@@ -155,6 +156,7 @@ class Erasures:
             await self._scrub()
         for erasure in done:
             await self._end(erasure)
+            self.finished[erasure.by] += 1
         return done
 
     async def _scrub(self) -> None:

@@ -68,7 +68,7 @@ class Exchange:
     ) -> None:
         self._send = send
         self._upstream = upstream
-        self._headers = headers
+        self.headers = headers  # of the next round
         self._query = query
         self._stream = stream
         self._new_sieve = new_sieve
@@ -113,7 +113,7 @@ class Exchange:
         return said
 
     async def _call(self, effect: Complete) -> Said | Refused:
-        headers = self._headers
+        headers = self.headers
         if self.asked:
             headers = [header for header in headers if header[0] != _FIRST_ROUND_ONLY]
         self.asked = True

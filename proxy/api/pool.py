@@ -56,6 +56,10 @@ class Pool:
         self._closed = False
         self._changed = threading.Condition()
 
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
     async def run(self, whose: bytes, work: Callable[..., _T], *arguments: Any) -> _T:
         """What `work`, with the caller's context variables, returns or raises (StopIteration excepted: it cannot cross).
         ApiError 503 when too many wait."""

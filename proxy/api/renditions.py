@@ -55,6 +55,11 @@ class Renditions:
         models = config.compression
         self._written_by_models = bool(models.model or models.transcription_model)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for a decoder."""
+        return self._decoders.waiting
+
     async def close(self) -> None:
         await self._decoders.close()
 

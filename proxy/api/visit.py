@@ -3,38 +3,31 @@ of them add up to, for Prometheus at GET /metrics.
 
 Promises: every answer says in `x-llm-pager-channel` whether it was paged, streams in their first head;
 one line a request is logged, which holds counts and names, never content, queries or credentials. The
-metrics are numbers, with labels of a fixed few values, so that neither a path nor a model nor a tenant of
-anyone's shows or makes the table grow; right with several workers, whose numbers stand in files of one
-directory (`PROMETHEUS_MULTIPROC_DIR`, which `llm-pager serve` makes); a count costs 0.4 µs, with several
-workers 2 µs.
+metrics are numbers, with labels of a fixed few values (a model's is the name or glob that `models` of the configuration
+has for it), so that neither a path nor a model nor a tenant of anyone's shows or makes the table grow
+(docs/observability.md lists them).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
 import re
 import time
 from collections import Counter as Tally
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
+from proxy.api.metrics import FLUSH_S, Metrics
 from proxy.api.writer import Writer
+from proxy.conversation import keys
 from proxy.conversation.bill import Sums
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused
@@ -45,6 +38,9 @@ from proxy.memory.metrics import UserExperienceMetrics
 from proxy.memory.models import StorageTier
 from proxy.storage.tiered import READS, Reads
 from proxy.upstream import Header
+
+if TYPE_CHECKING:  # an extra
+    from proxy.api.tracing import Trace
 
 log = logging.getLogger("proxy.request")
 
@@ -61,17 +57,17 @@ _BELOW: Final = (StorageTier.L3, StorageTier.L4)
 _OTHER: Final = ""  # all others'
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST  # of the metrics
 _SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_STEP_SECONDS: Final = (0.001, 0.003, *_SECONDS)
+_FILLS: Final = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 _COUNTERS: Final = (  # a visit's field, the counter's name, what it counts
-    ("rounds", "rounds", "Calls of upstream for chat requests"),
-    ("faults", "faults", "Page faults of models"),
+    ("rounds", "rounds", "Calls of upstream for chat requests that were answered"),
     ("searches", "searches", "Searches of models"),
-    ("epochs", "epochs", "Windows rebuilt"),
     ("crowded", "crowded_epochs", "Windows rebuilt that are too small for their traffic: nearly each request rebuilds them"),
     ("memory_lost", "memory_lost", "Answers that could not be remembered, because of the storage"),
     ("refusals", "upstream_refusals", "Answers of upstream to chat requests with a status of 400 or more"),
 )
-
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each counter doubles the page and says nothing
+_SIDES: Final = ("llm_pager", "sliding_window", "full_history")
+_TOKENS: Final = ("prompt", "cached", "completion")
 
 
 class _Line(dict[str, Any]):
@@ -91,6 +87,7 @@ class Visit:
         self.started_s = time.perf_counter()
         self.seconds = 0.0
         self.status = 0  # 0: nothing was sent
+        self.first_s = 0.0  # of a streamed answer: from the head of the request to the first bytes of the body
         self.path = raw_path(scope)
         self.channel = "unpaged"
         self.kind = "other"  # of what is not paged: responses | messages | chat | other
@@ -100,6 +97,7 @@ class Visit:
         self.reads = READS.get() or Reads()
         self.fault_tiers = ""  # each fault's, and its milliseconds
         self.memory_lost = 0  # 1: the answer cannot be remembered
+        self.trace: Trace | None = None  # where there is somebody to tell
         self.used_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     @staticmethod
@@ -115,6 +113,8 @@ class Visit:
             names = {name for name, _ in self._headers}  # another llm-pager upstream has them, too
             given = [header for header in message.get("headers", ()) if header[0] not in names]
             message = {**message, "headers": given + self._headers}
+        elif not self.first_s and message.get("more_body") and message.get("body"):
+            self.first_s = time.perf_counter() - self.started_s
         return self._send(message)
 
     # -- what is learned on the way
@@ -200,6 +200,8 @@ class Visit:
             line["model"] = self.model
         if self.conversation:
             line["conversation"] = self.conversation
+        if self.trace is not None:
+            line["trace_id"] = self.trace.id
         if self.memory_lost:
             line["memory"] = "lost"
         if self.channel != "unpaged" or self.refusals:
@@ -216,7 +218,10 @@ class Stats:
     """What all requests of this process add up to, in numbers only, so that any tenant's may be counted
     (invariant 6): JSON at GET /vm/stats, Prometheus's text at GET /metrics. One per process."""
 
-    def __init__(self, memory: Memory, writer: Writer) -> None:
+    def __init__(
+        self, memory: Memory, writer: Writer, model_class: Callable[[str], str] = lambda model: "other",
+    ) -> None:
+        """`model_class`: a model's, of a bounded number."""
         self._memory = memory
         self._writer = writer
         self.metrics = UserExperienceMetrics()
@@ -224,72 +229,94 @@ class Stats:
         self.unpaged: Tally[str] = Tally()  # by what their paths are of
         self._bills: dict[str, Sums] = {}  # by model
         self._breaks: dict[str, tuple[int, int]] = {}  # of the provider's cache, by reason
-        self._own = own = CollectorRegistry()
-        requests = Counter(
-            "llm_pager_requests", "Requests answered, by channel and class of status",
-            ("channel", "status"), registry=own,
-        )  # fmt: skip
-        unpaged = Counter(
-            "llm_pager_unpaged", "Requests passed on as they came: /v1/responses, /v1/messages, chat"
-            " requests that could not be paged, others", ("path",), registry=own,
-        )  # fmt: skip
-        seconds = Histogram(
-            "llm_pager_chat_seconds", "From the head of a chat request to the end of its answer",
-            ("channel",), buckets=_SECONDS, registry=own,
-        )  # fmt: skip
-        tokens = Counter(
-            "llm_pager_billed_tokens", "Tokens by upstream's usage, all rounds together; cached ones are"
-            " prompt tokens, too", ("kind",), registry=own,
-        )  # fmt: skip
-        broken = Counter(
-            "llm_pager_cache_breaks", "Turns for which upstream read again what it could have had in its cache",
-            ("reason",), registry=own,
-        )  # fmt: skip
-        paged = Counter(
-            "llm_pager_paged_billed_tokens", "Input of paged turns in tokens at the full price: billed, and"
-            " what a sliding window and the whole history would have been", ("what",), registry=own,
-        )  # fmt: skip
-        self._broken = lru_cache(8)(broken.labels)
-        self._sides = [paged.labels(what) for what in ("llm_pager", "sliding_window", "full_history")]
-        read = Counter(
-            "llm_pager_values_read", "Values that requests read from objects: L3 large ones, L4 of unused conversations",
-            ("tier",), registry=own,
-        )  # fmt: skip
-        read_seconds = Counter(
-            "llm_pager_values_read_seconds", "Seconds that these took, summed", ("tier",), registry=own
-        )
-        fault_seconds = Histogram(
-            "llm_pager_fault_seconds", "Time to load a page that the model asked for, by the coldest tier that the"
-            " request had read from", ("tier",), buckets=_SECONDS, registry=own,
-        )  # fmt: skip
-        self._read_seconds = lru_cache(8)(read_seconds.labels)
-        self._read, self._fault_seconds = lru_cache(8)(read.labels), lru_cache(8)(fault_seconds.labels)
         self._faults: dict[str, tuple[int, float]] = {}  # by tier: how many, milliseconds
-        self._requests = lru_cache(64)(requests.labels)
-        self._unpaged = lru_cache(8)(unpaged.labels)
-        self._seconds = lru_cache(8)(seconds.labels)
-        self._counters = [
-            (f"{kind}_tokens", tokens.labels(kind)) for kind in ("prompt", "cached", "completion")
-        ]
-        self._counters += [
-            (field, Counter(f"llm_pager_{name}", text, registry=own)) for field, name, text in _COUNTERS
-        ]
+        self._class = lru_cache(1024)(model_class)
+        self._erased: Mapping[str, int] = {}
+        self.prometheus = made = Metrics()
+        count, spread = made.count, made.spread
+        self._requests = count(
+            "requests", "Requests answered, by channel, model and class of status", "channel", "model", "status"
+        )
+        self._unpaged = count(
+            "unpaged", "Requests passed on as they came: /v1/responses, /v1/messages, chat requests that could not be"
+            " paged, others", "path",
+        )  # fmt: skip
+        self._seconds = spread("chat_seconds", "From the head of a chat request to the end of its answer", _SECONDS, "channel")
+        self._first = spread(
+            "first_token_seconds", "From the head of a chat request to the first bytes of its streamed answer", _SECONDS,
+            "channel",
+        )  # fmt: skip
+        self._steps = spread(
+            "step_seconds", "What requests wait for: upstream (a round, to the end of its answer), commit (of a turn), search,"
+            " load (of a page)", _STEP_SECONDS, "step",
+        )  # fmt: skip
+        self._fill = spread("window_fill", "Of the window's tokens those that a paged turn's last request took", _FILLS)
+        self._tokens = count(
+            "billed_tokens", "Tokens by upstream's usage, all rounds together; cached ones are prompt tokens, too", "kind"
+        )
+        self._broken = count(
+            "cache_breaks", "Turns for which upstream read again what it could have had in its cache", "reason"
+        )
+        self._sides = count(
+            "paged_billed_tokens", "Input of paged turns in tokens at the full price: billed, and what a sliding window"
+            " and the whole history would have been", "what",
+        )  # fmt: skip
+        self._faulted = count("faults", "Page faults of models, by reason (or resident, failed) and tier", "reason", "tier")
+        self._refaults = count("refaults", "Page faults for what had left the window only lately")
+        self._epochs = count("epochs", "Windows rebuilt, by cause: first, full, rewritten, pinned, round", "cause")
+        self._evicted = count("evicted_pages", "Pages that left windows when they were rebuilt")
+        self._shown = count("evidence_pages", "Pages shown unasked, in front of a question")
+        self._used = count("evidence_used_pages", "Of these pages those that the answer took something from")
+        self._read = count(
+            "values_read", "Values that requests read from objects: L3 large ones, L4 of unused conversations", "tier"
+        )
+        self._read_seconds = count("values_read_seconds", "Seconds that these took, summed", "tier")
+        self._fault_seconds = spread(
+            "fault_seconds", "Time to load a page that the model asked for, by the coldest tier that the request had"
+            " read from", _SECONDS, "tier",
+        )  # fmt: skip
+        self._damaged = count("damaged_values", "Damaged values that were met, by kind", "kind")
+        self._losses = count("store_losses", "Times that another store, or an older one, stood where this one was")
+        self._erasures = count("erasures", "Erasures that this process finished, by who asked", "by")
+        self._counters = [(field, count(name, text)) for field, name, text in _COUNTERS]
+        for counter in (self._refaults, self._evicted, self._shown, self._used, self._losses, *(c for _, c in self._counters)):
+            counter(0)
+        for metric, values in ((self._damaged, keys.KINDS.values()), (self._tokens, _TOKENS), (self._sides, _SIDES)):
+            for value in values:
+                metric(0, value)
+        # They are told before their first event: what increases from nothing is not seen.
+
+    def watch(self, queues: Callable[[], Mapping[str, float]], erased: Mapping[str, int]) -> None:
+        """What others count: jobs in `queues`, and erasures by who asked."""
+        self.prometheus.gauge("queue", "Jobs that wait: pool, writer, decoders, embedder (pages)", "queue", queues)
+        self._erased = erased
+
+    def took(self, step: str, seconds: float) -> None:
+        """A step of a request."""
+        self._steps(seconds, step)
 
     def count(self, visit: Visit) -> None:
         """One request whose answer has ended."""
-        self._requests(visit.channel, f"{visit.status // 100}xx" if visit.status else "none").inc()
+        model = self._class(visit.model) if visit.model else "none"
+        self._requests(1, visit.channel, model, f"{visit.status // 100}xx" if visit.status else "none")
         if visit.channel == "unpaged":
-            self._unpaged(visit.kind).inc()
+            self._unpaged(1, visit.kind)
             self.unpaged[visit.kind] += 1
         else:
-            self._seconds(visit.channel).observe(visit.seconds)
+            self._seconds(visit.seconds, visit.channel)
+            if visit.first_s:
+                self._first(visit.first_s, visit.channel)
         for field, counter in self._counters:
             if value := getattr(visit, field):
-                counter.inc(value)
-        for tier in _BELOW:
-            if values := visit.reads.values[tier]:
-                self._read(tier.value).inc(values)
-                self._read_seconds(tier.value).inc(visit.reads.seconds[tier])
+                counter(value)
+        for kind, tokens in zip(_TOKENS, (visit.prompt_tokens, visit.cached_tokens, visit.completion_tokens), strict=True):
+            if tokens:
+                self._tokens(tokens, kind)
+        if visit.reads.values:
+            for tier in _BELOW:
+                if values := visit.reads.values[tier]:
+                    self._read(values, tier.value)
+                    self._read_seconds(visit.reads.seconds[tier], tier.value)
 
     def told(self, report: TurnReport) -> None:
         """Count one answered turn."""
@@ -298,22 +325,47 @@ class Stats:
             model = billed.model if billed.model in self._bills or len(self._bills) < _MODELS else _OTHER
             self._bills[model] = self._bills.get(model, Sums(model)) + billed
             if billed.others is not None:
-                for counter, tokens in zip(self._sides, (billed.ours, *billed.others), strict=True):
-                    counter.inc(tokens.billed(billed.model))
+                for what, tokens in zip(_SIDES, (billed.ours, *billed.others), strict=True):
+                    self._sides(tokens.billed(billed.model), what)
         if (broke := report.broke) is not None:
             turns, lost = self._breaks.get(broke.reason, (0, 0))
             self._breaks[broke.reason] = turns + 1, lost + max(0, broke.lost_tokens)
-            self._broken(broke.reason.value).inc()
+            self._broken(1, broke.reason.value)
         if report.channel == "bypass":
             return
         self.paged_turns += 1
-        self.epochs += report.new_epoch
         self.crowded_epochs += report.crowded
         report.record(self.metrics)
+        if report.budget_tokens:
+            self._fill(report.used_tokens / report.budget_tokens)
+        if report.new_epoch:
+            self.epochs += 1
+            self._epochs(1, report.epoch_cause)
+            self._evicted(len(report.evicted_pages))
+        if report.prefetched_pages:
+            self._shown(len(report.prefetched_pages))
+            self._used(report.prefetched_used)
         for fault in report.faults:
             count, ms = self._faults.get(tier := fault.tier.value, (0, 0.0))
             self._faults[tier] = count + 1, ms + fault.ms
-            self._fault_seconds(tier).observe(fault.ms / 1000)
+            self._fault_seconds(fault.ms / 1000, tier)
+            self._faulted(1, fault.reason, tier)
+            self._refaults(fault.refault)
+
+    def flush(self) -> None:
+        """Hand on what was counted, for `text`."""
+        for kind, times in self._memory.store.damaged.items():
+            self._damaged.reaches(times, kind)
+        for by, times in self._erased.items():
+            self._erasures.reaches(times, by)
+        self._losses.reaches(self._memory.store.losses)
+        self.prometheus.flush()
+
+    async def keep_flushing(self) -> None:
+        """Other workers tell what is counted here, and threads."""
+        while True:
+            self.flush()
+            await asyncio.sleep(FLUSH_S)
 
     def snapshot(self) -> dict[str, Any]:
         """For /vm/stats: JSON values, in a fixed order."""
@@ -338,24 +390,16 @@ class Stats:
         return bill_of(self._bills.values(), self._breaks)
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """The counters of /metrics, by name and the value of their labels: of all workers since the start."""
+        """The counters of /metrics, by name and the value of their labels: of all workers since the start, as they were half a second
+        ago; a model's is left out. Blocks; from any thread."""
         out: dict[str, dict[str, float]] = {}
-        for family in text_string_to_metric_families(self.text().decode()):
+        for family in text_string_to_metric_families(self.prometheus.text().decode()):
             for sample in family.samples:
                 name = sample.name.removeprefix("llm_pager_").removesuffix("_total")
                 if family.type == "counter" and sample.value:
-                    row, label = out.setdefault(name, {}), " ".join(sample.labels.values())
+                    row, label = out.setdefault(name, {}), " ".join(v for k, v in sample.labels.items() if k != "model")
                     row[label] = row.get(label, 0.0) + sample.value
         return out
-
-    def text(self) -> bytes:
-        """For /metrics: Prometheus's text format; of all workers, where there are several."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return generate_latest(self._own)
-        shared = CollectorRegistry()
-        MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
-        return generate_latest(shared)
-
 
 def path_kind(path: str) -> str:
     """Of a request that is passed on: which API it is for, as far as that API has conversations."""

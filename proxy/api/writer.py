@@ -115,6 +115,10 @@ class Writer:
         while len(self._workers) < self._config.max_jobs and not self._queue.empty():
             self._workers.append(asyncio.ensure_future(self._renditions.beside(self._work())))
 
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
     async def close(self) -> None:
         for worker in self._workers:
             worker.cancel()

@@ -268,12 +268,12 @@ class VMCalls:
         reason, asked = self._paging.fault_reason, self._asked_about() if within is room else ()
         result = yield from self._handler.resolve(page_id, level, reason, within, asked)
         if result.resident:
-            self.faults.append(FaultReport(page_id, int(level), 0))
+            self.faults.append(FaultReport(page_id, int(level), 0, reason="resident"))
             return self._says(f"{page_id} is already loaded: you have it above.", room)
         if result.page is None:
             return self._error(page_id, level, result.error or "", room)
         shown = int(result.page.compression_level)
-        self.faults.append(FaultReport(page_id, shown, result.tokens, refault=result.refault))
+        self.faults.append(FaultReport(page_id, shown, result.tokens, refault=result.refault, reason=reason.value))
         return self._handler.build_tool_result(result.page, level).model_dump_json(), result.parts
 
     def _asked_about(self) -> list[str]:

@@ -23,6 +23,7 @@ class FaultReport:
     refault: bool = False  # the page had left the window only lately
     tier: StorageTier = StorageTier.L1  # the coldest that the request had read from by then
     ms: float = 0.0  # it took to load it
+    reason: str = "failed"  # `FaultReason`'s values; resident: it was there; failed: there is no such page, or no room
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class TurnReport:
     turn: int
     epoch: int = 0
     new_epoch: bool = False
+    epoch_cause: str = ""  # first | full | rewritten: the client says something else | pinned: a page was | round: the VM exchange needed the room
     budget_tokens: int = 0
     used_tokens: int = 0
     native_pages: list[str] = field(default_factory=list)

@@ -165,7 +165,8 @@ class TurnWindow:
         grown = self._grown(at, end, end)
         brought = any(mutation.op is MutationType.MAP for mutation in pins)  # it has no place in a log that only grows
         if grown is None or brought or not self._fits(grown):
-            yield from self._begin_epoch(self._next_epoch, self.pages, ())
+            cause = "rewritten" if grown is None and self.before is not None else "pinned" if brought else "full"
+            yield from self._begin_epoch(self._next_epoch, self.pages, (), cause=cause)
         else:
             if at is not None:
                 self._take_back(at)
@@ -407,7 +408,7 @@ class TurnWindow:
         return Stored(end, self.window, mutations, closing, blocks, derived)
 
     def _begin_epoch(
-        self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0
+        self, number: int, pages: PathPages, tail: Sequence[Entry], after: int = 0, cause: str = "full"
     ) -> Generator[Effect, Any, None]:
         """Rebuild the window of `pages`; `tail`: this turn's exchange, or `after` more messages.
         ApiError context_length_exceeded when nothing fits."""
@@ -423,7 +424,7 @@ class TurnWindow:
         self.shown += [Load(page_id, 0) for page_id in pages.derived.unwritten]
         if epoch.folded:
             self._tail, self._folded = list(epoch.tail), True
-        self.report.new_epoch = True
+        self.report.new_epoch, self.report.epoch_cause = True, cause if self.before is not None else "first"
         self.report.evicted_pages += epoch.evicted
         self.made += epoch.made or ()
 
@@ -597,7 +598,7 @@ class TurnWindow:
     def envelope(self, form: Form) -> Generator[Effect, Any, Envelope]:
         """How the window goes into the next request; begins an epoch first when the log outgrew the room."""
         if self.free_tokens < 0:
-            yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail)
+            yield from self._begin_epoch(self.window.epoch + 1, self.pages, self._tail, cause="round")
         self.report.used_tokens = self.limits.budget_tokens - self.free_tokens
         standing, _ = self._standing(self.window.native_from)
         head = [*self.context.sent.system, *(anchor.raw for anchor in standing)]

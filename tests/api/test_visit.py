@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ async def test_every_answer_says_its_channel_and_is_counted(
         stats = json.loads((await call(app, "GET", "/vm/stats"))[2])
         assert stats["unpaged"] == ({kind: 1} if kind else {})
         page = (await call(app, "GET", "/metrics"))[2].decode()
-        assert f'llm_pager_requests_total{{channel="{channel}",status="{status // 100}xx"}} 1.0' in page
+        model = "other" if kind is None else "none"
+        assert f'llm_pager_requests_total{{channel="{channel}",model="{model}",status="{status // 100}xx"}} 1.0' in page
         assert (f'llm_pager_unpaged_total{{path="{kind}"}} 1.0' in page) == (kind is not None)
         assert (f'llm_pager_chat_seconds_count{{channel="{channel}"}} 1.0' in page) == (kind is None)
 
@@ -159,6 +161,14 @@ def post(server: ServerProcess, **fields: Any) -> tuple[int, dict[str, str], byt
     return answer
 
 
+def until(read: Callable[[], dict[str, str]], expected: dict[str, str]) -> None:
+    """What `read` says comes to have what is expected: workers tell each other twice a second."""
+    until_s = time.monotonic() + 10
+    while (found := {name: value for name, value in read().items() if name in expected}) != expected:
+        assert time.monotonic() < until_s, found
+        time.sleep(0.05)
+
+
 def get(server: ServerProcess, path: str) -> str:
     import http.client
 
@@ -170,7 +180,7 @@ def get(server: ServerProcess, path: str) -> str:
 
 
 def test_paged_answer_says_its_window_streamed_or_not_and_the_log_has_a_line_of_each() -> None:
-    with serving(log={"format": "json"}) as (server, _):
+    with serving(log={"format": "json"}, models={"gpt-4*": {}}) as (server, _):
         heads = [post(server, model="gpt-4o", messages=history(20), stream=stream)[1] for stream in (False, True)]
         for head in heads:
             assert head["x-llm-pager-channel"] == "tools"
@@ -192,7 +202,9 @@ def test_paged_answer_says_its_window_streamed_or_not_and_the_log_has_a_line_of_
     assert [entry["event"] for entry in entries if "event" in entry].count("refusal") == 1
     [first, *_] = [entry for entry in entries if entry.get("event") == "first_paging"]
     assert first["conversation"] == heads[0]["x-llm-pager-conversation"]
-    assert 'llm_pager_requests_total{channel="tools",status="2xx"} 2.0' in page
+    assert 'llm_pager_requests_total{channel="tools",model="gpt-4*",status="2xx"} 2.0' in page
+    assert 'llm_pager_requests_total{channel="tools",model="other",status="4xx"} 1.0' in page
+    assert 'llm_pager_first_token_seconds_count{channel="tools"} 1.0' in page, "of the streamed one"
     assert "llm_pager_upstream_refusals_total 1.0" in page
     assert 'llm_pager_billed_tokens_total{kind="cached"}' in page
 
@@ -207,8 +219,13 @@ def test_workers_counts_add_up_and_their_files_go_with_them(
         for _ in range(12):
             post(server, model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
         for _ in range(6):  # whoever answers
-            count = re.search(r'requests_total\{channel="bypass",status="2xx"\} (\S+)', get(server, "/metrics"))
-            assert count is not None and float(count[1]) == 12
+            until(lambda: dict(re.findall(r"^(\S+) (\S+)$", get(server, "/metrics"), re.M)), {
+                'llm_pager_requests_total{channel="bypass",model="other",status="2xx"}': "12.0",
+                'llm_pager_billed_tokens_total{kind="prompt"}': "1200.0",
+                'llm_pager_chat_seconds_count{channel="bypass"}': "12.0",
+                'llm_pager_chat_seconds_bucket{channel="bypass",le="+Inf"}': "12.0",
+                'llm_pager_queue{queue="pool"}': "0.0",
+            })  # fmt: skip
         assert list(tmp_path.glob("llm-pager-metrics-*"))
         server.stop()
     assert not list(tmp_path.glob("llm-pager-metrics-*"))
