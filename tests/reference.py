@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 _MARKED = re.compile(r"(<!-- made by tests/reference.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _KEY = re.compile(r"( *)([a-z0-9_]+):(?: +(?:\[.*?\]|\{.*?\}|[^#]*?))?(?: +# (.*))?$")
+_ERRORS = ("ApiError", "StartError", "StorageError", "ConfigError")
 _NOT_SERVED = ("demo", "library.py")  # errors that no request to a server meets
 
 
@@ -128,17 +130,18 @@ def commands() -> str:
 # ---------------------------------------------------------------- endpoints, metrics
 
 
-def _asked(*paths: str) -> list[httpx.Response]:
-    """What the application answers, with a storage of its own; the upstream is never asked."""
+@cache
+def _asked() -> tuple[httpx.Response, httpx.Response]:
+    """What the application says of itself, with a storage of its own; the upstream is never asked."""
     with tempfile.TemporaryDirectory() as data:
         config = load_config(ROOT / "config.yaml", {}, {"tiers.l2.path": data})
         with TestClient(create_app(config), base_url="http://localhost", client=("127.0.0.1", 1)) as client:
-            return [client.get(path) for path in paths]
+            return client.get("/metrics"), client.get("/vm/openapi.json")
 
 
 def metrics() -> str:
     """Each metric of GET /metrics, by what it says of itself."""
-    (answer,) = _asked("/metrics")
+    answer, _ = _asked()
     kinds = dict(re.findall(r"^# TYPE (llm_pager_\w+) (\w+)$", answer.text, re.MULTILINE))
     said = re.findall(r"^# HELP (llm_pager_\w+) (.+)$", answer.text, re.MULTILINE)
     return "\n".join(["| metric | type | what |", "|---|---|---|", *(f"| `{n}` | {kinds[n]} | {_cell(w)} |" for n, w in sorted(said)), ""])
@@ -146,7 +149,7 @@ def metrics() -> str:
 
 def endpoints() -> str:
     """Each endpoint that /vm/openapi.json describes."""
-    (answer,) = _asked("/vm/openapi.json")
+    _, answer = _asked()
     lines = [
         f"| `{verb.upper()} {path}` | {_cell(told.get('summary', ''))} |"
         for path, verbs in sorted(answer.json()["paths"].items())
@@ -177,19 +180,28 @@ def _said(node: ast.expr) -> str | None:
     return None
 
 
-def _raised(names: set[str]) -> Iterator[tuple[Path, ast.Call, ast.AST]]:
-    """Each place in the program that makes one of these errors, with the function around it."""
+@cache
+def _calls() -> list[tuple[ast.Call, ast.AST]]:
+    """Each place in the program that makes an error of proxy/errors.py or of the command line, with the function around it."""
+    found: list[tuple[ast.Call, ast.AST]] = []
+
+    def look(node: ast.AST, around: ast.AST) -> None:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ERRORS:
+            found.append((node, around))
+        inner = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else around
+        for child in ast.iter_child_nodes(node):
+            look(child, inner)
+
     for path in sorted((ROOT / "proxy").rglob("*.py")):
-        if path.relative_to(ROOT / "proxy").parts[0] in _NOT_SERVED:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        around: dict[ast.AST, ast.AST] = {}
-        for outer in ast.walk(tree):
-            if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
-                around |= dict.fromkeys(ast.walk(outer), outer)  # the innermost comes last
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-                yield path, node, around[node]
+        text = path.read_text(encoding="utf-8")
+        if path.relative_to(ROOT / "proxy").parts[0] not in _NOT_SERVED and any(f"{name}(" in text for name in _ERRORS):
+            tree = ast.parse(text)
+            look(tree, tree)
+    return found
+
+
+def _raised(*names: str) -> list[tuple[ast.Call, ast.AST]]:
+    return [(call, around) for call, around in _calls() if isinstance(call.func, ast.Name) and call.func.id in names]
 
 
 def _sentences(node: ast.expr, around: ast.AST) -> list[str]:
@@ -211,7 +223,7 @@ def _sentences(node: ast.expr, around: ast.AST) -> list[str]:
 def answers() -> str:
     """Each error that a client may get from us: status, code, sentence."""
     found: dict[tuple[str, str, str], None] = {}
-    for _, call, around in _raised({"ApiError"}):
+    for call, around in _raised("ApiError"):
         named = {k.arg: k.value for k in call.keywords}
         status = ast.unparse(call.args[0]) if call.args else "?"
         codes = _sentences(named.get("code", call.args[3] if len(call.args) > 3 else ast.Constant("")), around)
@@ -224,11 +236,11 @@ def answers() -> str:
 def refusals() -> str:
     """Each sentence with which a command or the server does not go on."""
     found: dict[str, None] = {}
-    for _, call, around in _raised({"StartError", "StorageError", "ConfigError"}):
+    for call, around in _raised("StartError", "StorageError", "ConfigError"):
         for argument in call.args:
             for said in _sentences(argument, around):
                 found[said.strip()] = None
-    return "\n".join([f"- {_cell(said)}" for said in sorted(found) if " " in said and not said[0].islower() or "." in said] + [""])
+    return "\n".join([f"- {_cell(said)}" for said in sorted(found) if (" " in said and not said[0].islower()) or "." in said] + [""])
 
 
 PARTS: dict[str, Callable[[], str]] = {

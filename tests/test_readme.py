@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyCompose
 
+from proxy.config import Config, load_config
 from tests import reference
 from tests.bench import figures
 
@@ -18,8 +23,9 @@ DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob
 TEXTS = ["README.md", "proxy/memory/README.md", "tests/bench/README.md", *DOCS]
 _LINK = re.compile(r"\]\(([^)#:]+)\)")
 _FILE = re.compile(r"\b[a-z_0-9]+(?:\*)?\.py\b")
-_MODULE = re.compile(r"python -m (tests\.[\w.]+)")
+_MODULE = re.compile(r"python -m (tests(?:\.\w+)+)")
 _PATH = re.compile(r"(?<![\w./])(?:tests|deploy|proxy)/[\w./-]*\w")
+_MADE_BY_THE_READER = ("deploy/.env",)
 
 
 @pytest.mark.parametrize("file", TEXTS)
@@ -34,7 +40,8 @@ def test_links_lead_somewhere(file: str) -> None:
 def test_commands_and_files_that_a_text_names_are_there(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     assert [module for module in _MODULE.findall(text) if find_spec(module) is None] == []
-    assert [path for path in _PATH.findall(text) if not (ROOT / path).exists()] == []
+    paths = [path for path in _PATH.findall(text) if path not in _MADE_BY_THE_READER]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_readme_is_two_screens_at_most_and_leads_to_each_text() -> None:
@@ -73,6 +80,38 @@ def test_every_client_that_is_called_tested_has_its_tests_and_every_test_is_told
     assert set(re.findall(r"llm-pager\[(\w+)\]", "".join((ROOT / file).read_text() for file in TEXTS))) <= set(extras)
 
 
+_CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_code_that_a_text_shows_is_code(file: str, tmp_path: Path) -> None:
+    for language, code in _CODE.findall((ROOT / file).read_text(encoding="utf-8")):
+        if language == "yaml":
+            read = yaml.safe_load(code)
+            if "services" in read:
+                PyCompose.from_yaml(re.sub(r"\$\{\w+:\?\}", "given", code)).validate()
+            elif set(read) <= set(Config.model_fields):
+                assert load_config(_written(code, tmp_path / "config.yaml"), {}, {})
+        elif language == "python":
+            compile(code, file, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_settings_that_a_text_names_are_settings(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    sections = "|".join(Config.model_fields)
+    named = set(re.findall(rf"`((?:{sections})(?:\.[a-z0-9_]+)+)[:`]", text))
+    there = set(_keys(Config().model_dump()))
+    assert {key for key in named if key not in there and not key.startswith("models.")} == set()
+
+
+def _keys(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield above + name
+        if isinstance(value, dict):
+            yield from _keys(value, f"{above}{name}.")
+
+
 def test_tree_names_every_file_of_the_package_and_no_other() -> None:
     text = (ROOT / "docs/tree.md").read_text(encoding="utf-8").partition("# The tree")[2].partition("tests/  ")[0]
     named = {name for pattern in _FILE.findall(text) for name in _matching(pattern)}
@@ -80,6 +119,15 @@ def test_tree_names_every_file_of_the_package_and_no_other() -> None:
     rooms = {p.name for room in ("tokens", "media", "demo") for p in (ROOT / "proxy" / room).glob("*.py")}
     assert there - named - rooms == set(), "a file that docs/tree.md does not name"
     assert named - there == set(), "a file in docs/tree.md that is not there"
+
+
+def _written(code: str, path: Path) -> Path:
+    """The settings as a file, with something of the right shape for each variable and each key that is cut short."""
+    key = "A" * 43 + "="
+    for cut, whole in ((r"\$\{LLM_MASTER_KEY\}", key), (r"\$\{\w+\}", "x"), (r"sha256:[0-9a-f]+\.\.\.", "sha256:" + "0" * 64)):
+        code = re.sub(cut, whole, code)
+    path.write_text(code, encoding="utf-8")
+    return path
 
 
 def _matching(pattern: str) -> set[str]:

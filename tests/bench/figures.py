@@ -2,20 +2,34 @@
 
     python -m tests.bench.figures            draws docs/recall.svg and docs/bill.svg anew
     python -m tests.bench.figures --bill     plays the demo, and prints the table of its bill turn by turn
+    python -m tests.bench.figures --map      plays 80 turns of it, and draws docs/map.svg: which pages were in the window when
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from proxy.demo.bill import Ledger
+from proxy.ui.charts import map_chart
+from proxy.upstream import RootPath, Upstream
 from tests.bench.chart import small_multiples
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _TURNS_A_ROW = 39  # six rows of the demo's 234 turns
+_MAPPED_TURNS = 80
+_MAP_STYLE = """
+svg { font: 11px system-ui, sans-serif; background: #fcfcfb; } text { fill: #52514e; } .title { font-size: 14px; font-weight: 600; fill: #0b0b0b; }
+.native { fill: #2a78d6; } .evidence { fill: #1b9e77; } .fault { fill: #eb6834; } .kept0 { fill: #7fb0ea; } .kept1 { fill: #a9c9f0; }
+.kept2 { fill: #c9dcf5; } .kept3 { fill: #dfe9f7; } .line { fill: #8a8984; }
+@media (prefers-color-scheme: dark) {
+svg { background: #1a1a19; } text { fill: #c3c2b7; } .title { fill: #fff; } .native { fill: #3987e5; } .evidence { fill: #3cc79a; } .fault { fill: #d95926; }
+.kept0 { fill: #2c5d96; } .kept1 { fill: #26496f; } .kept2 { fill: #22394f; } .kept3 { fill: #202d3a; }
+}"""
 
 
 def rows(heading: str, text: str) -> list[list[str]]:
@@ -82,11 +96,61 @@ def played() -> None:
     print("\n| turn of the demo | llm-pager | full history | sliding window |\n|---|---|---|---|", *table, sep="\n")
 
 
+def mapped() -> str:
+    """The memory map of the dashboard, of the demo's first turns, as a picture for itself."""
+    from proxy.demo import play
+
+    told: dict[str, Any] = {}
+    plays = play.Show.play
+
+    async def first_turns(show: play.Show, client: Upstream) -> None:
+        show.turns = show.turns[:_MAPPED_TURNS]
+        await plays(show, client)
+
+        async def got(path: str) -> Any:
+            reply = await client.forward("GET", RootPath(path), b"", [(b"authorization", b"Bearer demo")], None)
+            return json.loads(await reply.read(1 << 24))
+
+        newest = (await got("/vm/conversations"))["conversations"][0]["conversation"]
+        told.update(await got(f"/vm/conversations/{newest}/map"))
+
+    with patch.object(play.Show, "play", first_turns):
+        play.main(argparse.Namespace(fast=True, window=None))
+    return drawn(map_chart(told))
+
+
+def drawn(chart: dict[str, Any]) -> str:
+    """A map with its legend; colours as the charts have them."""
+    width, height, top = int(chart["used_width"]) + 24, chart["height"] + 44, 40
+    title = f"The memory map: pages (rows) over {len(chart['turns'])} turns of the demo, window 4,000 tokens"
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">',
+        f"<title>{title}</title><style>{_MAP_STYLE}</style>",
+        f'<text class="title" x="12" y="20">{title}</text>',
+    ]
+    x = 12
+    for kind, name in [*chart["places"], ("line", "a new epoch")]:
+        out.append(f'<rect class="{kind}" x="{x}" y="30" width="10" height="10"/><text x="{x + 15}" y="39">{name}</text>')
+        x += 34 + 6 * len(name)
+    out.append(f'<g transform="translate(12 {top - 20})">')
+    for cell in chart["cells"]:
+        out.append(f'<rect class="{cell["kind"]}" x="{cell["x"]}" y="{cell["y"]}" width="{cell["w"]}" height="{cell["h"]}"/>')
+    for line in chart["lines"]:
+        out.append(f'<rect class="line" x="{line["x"]}" y="{chart["top"]}" width="1" height="{chart["height"] - chart["top"] - 18}"/>')
+    for tick in chart["ticks"]:
+        out.append(f'<text text-anchor="middle" x="{tick["x"]}" y="{chart["height"] - 4}">{tick["turn"]}</text>')
+    return "\n".join([*out, "</g></svg>", ""])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bill", action="store_true", help="play the demo and print the table of its bill")
-    if parser.parse_args().bill:
+    parser.add_argument("--map", action="store_true", help="play the demo's first turns and draw docs/map.svg")
+    options = parser.parse_args()
+    if options.bill:
         played()
+    elif options.map:
+        (DOCS / "map.svg").write_text(mapped(), encoding="utf-8")
     else:
         for name, svg in charts().items():
             (DOCS / name).write_text(svg, encoding="utf-8")
