@@ -8,6 +8,7 @@ variables mean what they mean everywhere (sampler, headers, resource, queue); th
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from proxy.conversation.bill import usage_of
 from proxy.conversation.effects import Refused, Said
 from proxy.conversation.report import FaultReport
 from proxy.upstream import CHAT_PATH, Header
+
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # it quotes clients' headers
 
 _CLOSE_S: Final = 2.0  # for the last spans
 _W3C: Final = TraceContextTextMapPropagator()
