@@ -22,8 +22,9 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -32,7 +33,7 @@ from proxy.conversation.body import Body
 from proxy.conversation.channel import choose_channel
 from proxy.conversation.context import TurnContext
 from proxy.conversation.derived import NO_DERIVED, Derived
-from proxy.conversation.effects import Offload
+from proxy.conversation.effects import Effect, Offload
 from proxy.conversation.form import Form
 from proxy.conversation.identify import Place
 from proxy.conversation.limits import Limits
@@ -155,7 +156,7 @@ class Conversation:
         )  # fmt: skip
         channel = choose_channel({}, self._limits)
         paging = TurnWindow(context, pages, self._table, channel, self._limits, None, 0, report)
-        for step in (paging.open(), paging.messages(Form(several=True))):
+        for step in (paging.open(), _messages(paging)):
             for effect in step:
                 if isinstance(effect, Offload):  # of a shell with threads
                     continue
@@ -164,6 +165,11 @@ class Conversation:
         seconds = time.perf_counter() - begun
         self._window, self._derived = paging.window, pages.derived
         return seconds, report.new_epoch
+
+
+def _messages(paging: TurnWindow) -> Generator[Effect, Any, bytes]:
+    envelope = yield from paging.envelope(Form(several=True))
+    return envelope.window_messages(paging.window)
 
 
 def measure(pages: int, turns: int = TURNS) -> Times:
