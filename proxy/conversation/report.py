@@ -43,7 +43,6 @@ class TurnReport:
     turn: int
     epoch: int = 0
     new_epoch: bool = False
-    epoch_cause: str = ""  # first | full | rewritten: the client says something else | pinned: a page was | round: the VM exchange needed the room
     budget_tokens: int = 0
     used_tokens: int = 0
     native_pages: list[str] = field(default_factory=list)
@@ -64,6 +63,7 @@ class TurnReport:
     billed: Sums | None = None  # by upstream's usage; None: the answer could not be remembered
     broke: Break | None = None  # the provider's cache did not have what it could have
     warning: str | None = None  # one ASCII sentence for the operator: what did not fit, which key to change
+    epoch_cause: str = ""  # first | full | rewritten: the client says something else | pinned: a page was | round: the VM exchange needed the room
 
     def record(self, metrics: UserExperienceMetrics) -> None:
         """Add a turn that paged to the counts."""

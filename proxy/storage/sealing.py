@@ -154,7 +154,8 @@ class Keyring:
         missing = [owner for owner in owners if now_s > self._kept.get(owner, (0.0, _NO_KEYS))[0]]
         missing = [owner for owner in missing if not await asyncio.to_thread(self._keys, owner)]
         if missing:
-            await self.store.commit((), adds=[(_KEY + owner, _encode_row([self._made(owner)])) for owner in missing])
+            now_s = int(time.time())
+            await self.store.commit((), adds=[(_KEY + owner, _encode_row([self._made(owner, now_s)])) for owner in missing])
             for owner in missing:
                 await asyncio.to_thread(self._keys, owner, True)
 
@@ -190,7 +191,7 @@ class Keyring:
                 changed = False
                 for page in self.pages():
                     swaps = [
-                        (_KEY + owner, row, _encode_row(self._rotated(owner, versions)))
+                        (_KEY + owner, row, _encode_row(self._rotated(owner, versions, began_s + 1)))
                         for owner, row, versions in page
                         if (owner == _INSTALLATION) is installation and self._is_stale(versions, began_s)
                     ]
@@ -201,16 +202,16 @@ class Keyring:
         return done
 
     def _is_stale(self, versions: list[Version], began_s: int) -> bool:
-        return versions[0].made_s < began_s or any(version.master != self.master for version in versions)
+        return versions[0].made_s <= began_s or any(version.master != self.master for version in versions)
 
-    def _rotated(self, owner: bytes, versions: list[Version]) -> list[Version]:
+    def _rotated(self, owner: bytes, versions: list[Version], made_s: int) -> list[Version]:
         rewrapped = [self._wrapped(owner, v.id, v.made_s, self._unwrapped(owner, v)) for v in versions]
-        return [self._made(owner), *rewrapped]
+        return [self._made(owner, made_s), *rewrapped]
 
     # -- wrapping
 
-    def _made(self, owner: bytes) -> Version:
-        return self._wrapped(owner, _named(os.urandom(4)), int(time.time()), AESGCM.generate_key(256))
+    def _made(self, owner: bytes, made_s: int) -> Version:
+        return self._wrapped(owner, _named(os.urandom(4)), made_s, AESGCM.generate_key(256))
 
     def _wrapped(self, owner: bytes, key_id: bytes, made_s: int, key: bytes) -> Version:
         nonce = os.urandom(_NONCE_BYTES)
