@@ -67,11 +67,11 @@ class App:
         self._erasures = Erasures(self.memory.store, self.memory.store.objects_of)
         self._stats.watch(self._chat.queued, self._erasures.finished)
         self._retention_days = config.storage.retention_days
+        self._access = Access(config, self.memory)
         own = own_endpoints(
-            self._draining, self._stats, self.memory, config.sessions, self._chat.model_facts.table, self._erasures
+            self._draining, self._stats, self.memory, self._access, self._chat.model_facts.table, self._erasures
         )
         self._origins = Origins(config)
-        self._access = Access(config, self.memory)
         views, streams = Views(config, self.memory), config.server.event_streams
         vm = Vm(views, self._access, self.memory, streams, lambda: self._draining.begun)
         vm.mount(own)

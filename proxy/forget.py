@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy.errors import ConfigError, StorageError
+from proxy.whose import caller_asked, options
 
 if TYPE_CHECKING:  # heavy, and not needed for the parser
     from proxy.api.erasure import Erasures
@@ -28,21 +29,17 @@ COMMAND = "forget"
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(COMMAND, help="erase a conversation, a message, a user or a credential for good")
+    whose = options()
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    conversation = what.add_parser("conversation", help="all of it, with its branches")
-    message = what.add_parser("message", help="one message, wherever its conversation says the same")
+    conversation = what.add_parser("conversation", parents=[whose], help="all of it, with its branches")
+    message = what.add_parser("message", parents=[whose], help="one message, wherever its conversation says the same")
     for one in (conversation, message):
         one.add_argument("id", help="as the header x-llm-pager-conversation and the log have it")
     message.add_argument("page", help="as /vm/context and the model have it, such as msg_0042")
-    user = what.add_parser("user", help="all conversations of a user of a credential")
-    key = what.add_parser("key", help="all that is stored of a credential, and of all of its users")
+    user = what.add_parser("user", parents=[whose], help="all conversations of a user of a credential")
+    key = what.add_parser("key", parents=[whose], help="all that is stored of a credential, and of all of its users")
     for one in (conversation, message, user, key):
         one.add_argument("--config", type=Path, metavar="FILE", help="instead of ./config.yaml, which may be absent")
-        one.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
-                         help="a header of the requests that tells who sends them, such as 'authorization: Bearer ...'")  # fmt: skip
-        one.add_argument("--field", action="append", default=[], metavar="NAME=VALUE",
-                         help="likewise a query parameter, or of the body user, safety_identifier, metadata.NAME")  # fmt: skip
-        one.add_argument("--user", help="the same as --field user=...")
         one.add_argument("--yes", action="store_true", help="do not ask")
         one.add_argument("--json", action="store_true", help="print the receipt as JSON")
 
@@ -93,28 +90,22 @@ async def _forget(args: argparse.Namespace, config: Config) -> int:
 
 def _owner(args: argparse.Namespace, config: Config, identity: Identity, erasures: Erasures) -> bytes | None:
     """Whose the keys are of what is to go; None: nobody's. Raises ConfigError."""
-    from proxy.api.caller import caller_of
     from proxy.api.memory import owner_named
     from proxy.conversation import keys
     from proxy.conversation.records import conversation_name
 
-    headers: list[tuple[bytes, bytes]] = []
-    for line in args.header:
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise ConfigError(f"--header {name!r} is no header; write it as 'NAME: VALUE'.")
-        headers.append((name.strip().lower().encode(), value.strip().encode()))
-    fields = [*args.field, *([f"user={args.user}"] if args.user is not None else [])]
-    pairs = [(name, value) for name, _, value in (field.partition("=") for field in fields)]
-    who = caller_of(headers, pairs, config.sessions)
+    who = caller_asked(args, config.sessions, config.server.keys, identity.secret)
+    if who is None:
+        if args.what in ("user", "key"):
+            raise ConfigError("Say whose: --header 'authorization: Bearer ...', as the client sends it, or --key NAME.")
+        named = (owner for owner, _ in erasures.conversations(b"") if conversation_name(owner) == args.id.lower())
+        return next(named, None)
     if args.what == "key":
         return identity.scope(who.credentials)[: keys.SCOPE_BYTES]
     tenant = identity.tenant(who.credentials, who.person)
     if args.what == "user":
         return tenant[: keys.TENANT_BYTES]
-    if headers or pairs:
-        return owner_named(tenant, args.id)
-    return next((owner for owner, _ in erasures.conversations(b"") if conversation_name(owner) == args.id.lower()), None)
+    return owner_named(tenant, args.id)
 
 
 def _confirmed(args: argparse.Namespace, conversations: int) -> bool:

@@ -48,7 +48,7 @@ def test_it_asks_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert forget("conversation", "0" * 12, "--yes") == 1 and "no such conversation" in capsys.readouterr().err
     assert forget("message", name, "msg_0007", "--yes") == forget("user", "--header", "authorization: Bearer x", "--yes") == 1
     assert forget("conversation", name) == 2 and "add --yes" in capsys.readouterr().err
-    assert forget("user", "--header", "authorization") == 2 and "NAME: VALUE" in capsys.readouterr().err
+    assert forget("user", "--header", "authorization") == 2 and "a colon and a value" in capsys.readouterr().err
     assert forget("conversation", name, answer="n\n") == 1 and records() == 1
     assert forget("conversation", name, answer="y\n") == 0 and records() == 0
     told = capsys.readouterr()

@@ -28,8 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"api_key", "backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage", "transfer"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage"},
     "keyring": {"config", "conversation", "errors", "storage"},
-    "forget": {"api", "config", "conversation", "errors", "memory", "storage"},  # erases as the endpoints do
-    "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage"},  # `api`: who asks
+    "forget": {"api", "config", "conversation", "errors", "memory", "storage", "whose"},  # erases as the endpoints do
+    "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage", "whose"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", *BELOW_APP, *BASE},
     "app": {"ui", *BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "config_text"},
     "config_text": {"errors"},
     "api_key": set(),
+    "whose": {"api", "api_key", "config", "errors"},  # `api`: who asks
     "errors": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
 }

@@ -13,16 +13,16 @@ import hmac
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 
 from fastapi import Request
 
-from proxy.api.caller import caller_of
+from proxy.api.caller import Caller, caller_of
 from proxy.api.http import Scope, is_private_name
 from proxy.api.memory import Memory
 from proxy.api.views import Who
-from proxy.api_key import key_hash
+from proxy.api_key import KEY_HEADERS, bearer, key_hash, key_name, with_name
 from proxy.config import Config, is_loopback
 from proxy.conversation.keys import TENANT_BYTES
 from proxy.errors import ApiError
@@ -30,7 +30,6 @@ from proxy.upstream import Header
 
 COOKIE = "llm_pager_vm"
 SESSION_S = 12 * 3600
-_KEY_HEADERS = (b"authorization", b"api-key", b"x-api-key")  # OpenAI's, Azure's, Anthropic's
 _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via", b"x-forwarded-host")
 _OF_USER = ("user", "safety_identifier", "metadata.")  # of a chat request's body, in a query
 _KEY_NAME = "llm_pager.key"  # in a scope: of this server's, that came with the request
@@ -42,7 +41,7 @@ class Access:
 
     def __init__(self, config: Config, memory: Memory) -> None:
         self._server, self._sessions, self._memory = config.server, config.sessions, memory
-        self._names = lru_cache(256)(self._named)
+        self._names = lru_cache(256)(partial(key_name, keys=config.server.keys))
 
     # -- the chat path
 
@@ -51,19 +50,11 @@ class Access:
         if not self._server.keys:
             return scope, None
         headers: list[Header] = scope["headers"]
-        name = next((n for h, value in headers if h in _KEY_HEADERS and (n := self._names(value))), None)
+        name = next((n for header in headers if header[0] in KEY_HEADERS and (n := self._names(header))), None)
         if name is None:
-            return scope, ApiError(401, "Incorrect API key provided: this server takes keys of its own (server.keys).",
-                                   code="invalid_api_key")  # fmt: skip
-        kept = [header for header in headers if header[0] not in _KEY_HEADERS]
-        return {**scope, "headers": [*kept, (b"authorization", b"Bearer llm-pager:" + name.encode())], _KEY_NAME: name}, None
-
-    def _named(self, value: bytes) -> str | None:
-        hashed, found = key_hash(_bearer(value)), None
-        for name, known in self._server.keys.items():
-            if hmac.compare_digest(hashed, known):
-                found = name
-        return found
+            return scope, _no_key()
+        named = with_name(headers, name, self._memory.identity.secret)
+        return {**scope, "headers": named, _KEY_NAME: name}, None
 
     # -- /vm
 
@@ -71,11 +62,11 @@ class Access:
         """Who asks. ApiError 401 where nobody does, 403 for a page of another site's."""
         who = self._who(request)
         if who.by != "key" and not _is_ours(request):
-            raise ApiError(403, "A web page of another site cannot use what you are signed in to here.", code="cross_site_request")
+            raise _other_site()
         return who
 
     def _who(self, request: Request) -> Who:
-        given = next((_bearer(v) for h, v in request.scope["headers"] if h in _KEY_HEADERS), "")
+        given = next((bearer(v) for h, v in request.scope["headers"] if h in KEY_HEADERS), "")
         if given and self.is_admin(given):
             return Who(b"", operator=True)
         if not given and (who := self._of_cookie(request.cookies.get(COOKIE, ""))):
@@ -83,8 +74,7 @@ class Access:
         if not given and self._is_at_home(request):
             return Who(b"", operator=True, by="loopback")
         if not given:
-            raise ApiError(401, "Send the credentials of your chat requests, or the key of server.admin_key, as"
-                           " Authorization: Bearer KEY.", code="missing_credentials")  # fmt: skip
+            raise _nobody()
         return self.tenant(request.scope, request.query_params.multi_items())
 
     def tenant(self, scope: Scope, query: Sequence[tuple[str, str]] = ()) -> Who:
@@ -97,6 +87,23 @@ class Access:
         told = [pair for pair in query if pair[0].startswith(_OF_USER)]  # what else stands there is a question
         who = caller_of(scope["headers"], told, self._sessions)
         return Who(self._memory.identity.tenant(who.credentials, who.person)[:TENANT_BYTES])
+
+    def caller(self, request: Request) -> Caller:
+        """Who asks for, or erases, what stands under the credentials of their chat requests. ApiError 401 for no key of this
+        server's, and for nobody's credentials under a name that may be another site's; 403 for a page of another site's."""
+        if self._server.keys and _KEY_NAME not in request.scope:
+            raise _no_key()
+        who, headers = self.told(request), {name for name, _ in request.scope["headers"]}
+        if headers.isdisjoint(KEY_HEADERS):
+            if not _is_ours(request):
+                raise _other_site()
+            if not who.credentials and not is_private_name(request.headers.get("host", "")):
+                raise _nobody()
+        return who
+
+    def told(self, request: Request) -> Caller:
+        """Who a request says that it is of: for what everybody may see."""
+        return caller_of(request.scope["headers"], request.query_params.multi_items(), self._sessions)
 
     def is_admin(self, key: str) -> bool:
         known = self._server.admin_key
@@ -134,9 +141,18 @@ class Access:
         return blake2b(data, digest_size=_MAC_BYTES, key=self._memory.identity.secret, person=person).digest()
 
 
-def _bearer(value: bytes) -> str:
-    text = value.decode("latin-1").strip()
-    return text[7:].strip() if text[:7].lower() == "bearer " else text
+def _no_key() -> ApiError:
+    message = "Incorrect API key provided: this server takes keys of its own (server.keys)."
+    return ApiError(401, message, code="invalid_api_key")
+
+
+def _other_site() -> ApiError:
+    return ApiError(403, "A web page of another site cannot use what you are signed in to here.", code="cross_site_request")
+
+
+def _nobody() -> ApiError:
+    message = "Send the credentials of your chat requests, or the key of server.admin_key, as Authorization: Bearer KEY."
+    return ApiError(401, message, code="missing_credentials")
 
 
 def _is_ours(request: Request) -> bool:

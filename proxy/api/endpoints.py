@@ -24,12 +24,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from proxy.api.access import Access
 from proxy.api.bill import conversation_bill
-from proxy.api.caller import Caller, caller_of
+from proxy.api.caller import Caller
 from proxy.api.erasure import Erasures
 from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
-from proxy.config import SessionsConfig
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.exported import exported, header
 from proxy.conversation.keys import TENANT_BYTES
@@ -86,7 +86,7 @@ def own_endpoints(
     draining: Draining,
     stats: Stats,
     memory: Memory,
-    sessions: SessionsConfig,
+    access: Access,
     model_table: Callable[[KeyScope], list[dict[str, Any]]],
     erasures: Erasures,
 ) -> FastAPI:
@@ -160,38 +160,38 @@ def own_endpoints(
 
     @app.get("/vm/models")
     async def read_models(request: Request) -> JSONResponse:
-        who = _caller(request, sessions)
+        who = access.caller(request)
         return JSONResponse({"models": model_table(memory.identity.scope(who.credentials))})
 
     @app.get("/vm/context")
     async def read_context(request: Request) -> JSONResponse:
-        return JSONResponse(await _context(request, _head(request, memory, sessions), memory))
+        return JSONResponse(await _context(request, _head(request, memory, access), memory))
 
     @app.get("/vm/bill")
     async def read_bill(request: Request) -> JSONResponse:
-        if not _caller(request, sessions).label and not {"session", "conversation"} & {*request.query_params}:
+        if not access.told(request).label and not {"session", "conversation"} & {*request.query_params}:
             return JSONResponse(stats.bill())
-        head = _head(request, memory, sessions)
+        head = _head(request, memory, access)
         return JSONResponse(await asyncio.to_thread(conversation_bill, head, memory.get_record))
 
     @app.get("/vm/conversations/{name}/export")
     async def export(request: Request, name: str) -> Response:
-        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
         return export_of(owner, name, memory)
 
     @app.get("/vm/provenance")
     async def read_provenance(request: Request) -> JSONResponse:
-        return JSONResponse(await _provenance(request, _head(request, memory, sessions), memory))
+        return JSONResponse(await _provenance(request, _head(request, memory, access), memory))
 
     @app.delete("/vm/conversations/{name}")
     async def erase_conversation(request: Request, name: str) -> JSONResponse:
-        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
         return JSONResponse((await erasures.erase("conversation", "tenant", [owner])).told())
 
     @app.delete("/vm/conversations")
     async def erase_session(request: Request) -> JSONResponse:
-        tenant, identity = _tenant(request, memory, sessions), memory.identity
-        session = _session(request, _caller(request, sessions))
+        tenant, identity = _tenant(request, memory, access), memory.identity
+        session = _session(request, access.caller(request))
         named = [identity.label(tenant, session), identity.session(tenant, session)]
         values = await asyncio.to_thread(lambda: [memory.store.get(key) or b"" for key in named])
         owners = {owner_of(ids[at : at + ID_BYTES]) for ids in values for at in range(0, len(ids), ID_BYTES)}
@@ -201,7 +201,7 @@ def own_endpoints(
 
     @app.delete("/vm/conversations/{name}/messages/{page}")
     async def erase_message(request: Request, name: str, page: str) -> JSONResponse:
-        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, sessions), memory)
+        owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
         content = await asyncio.to_thread(erasures.content_of, owner, page)
         if content is None:
             raise ApiError(404, "There is no such message in this conversation.", param="page", code="page_not_found")
@@ -209,19 +209,19 @@ def own_endpoints(
 
     @app.delete("/vm/tenants/self")
     async def erase_tenant(request: Request) -> JSONResponse:
-        tenant = _tenant(request, memory, sessions)[:TENANT_BYTES]
+        tenant = _tenant(request, memory, access)[:TENANT_BYTES]
         if not await asyncio.to_thread(erasures.has, tenant):
             raise ApiError(404, "Nothing is stored for these credentials.", code="tenant_not_found")
         return JSONResponse((await erasures.erase("user", "tenant", [tenant])).told())
 
     @app.get("/vm/erasures")
     async def read_erasures(request: Request) -> JSONResponse:
-        found = await asyncio.to_thread(erasures.receipts, _tenant(request, memory, sessions))
+        found = await asyncio.to_thread(erasures.receipts, _tenant(request, memory, access))
         return JSONResponse({"erasures": [erasure.told() for erasure in found]})
 
     @app.delete("/vm/erasures")
     async def forget_erasures(request: Request) -> Response:
-        await erasures.forget_receipts(_tenant(request, memory, sessions))
+        await erasures.forget_receipts(_tenant(request, memory, access))
         return Response(status_code=204)
 
     return app
@@ -248,29 +248,25 @@ async def _refused(request: Request, failure: Exception) -> Response:
     return Response(error.body(), error.status, {**headers, **error.headers, "content-type": "application/json"})
 
 
-def _caller(request: Request, sessions: SessionsConfig) -> Caller:
-    return caller_of(request.scope["headers"], request.query_params.multi_items(), sessions)
-
-
-def _head(request: Request, memory: Memory, sessions: SessionsConfig) -> Record:
+def _head(request: Request, memory: Memory, access: Access) -> Record:
     """The last answered turn of the conversation or session that the request names."""
-    tenant = _tenant(request, memory, sessions)
+    tenant = _tenant(request, memory, access)
     conversation = request.query_params.get("conversation")
     if conversation:
         head = memory.conversation(tenant, conversation)
         if head is None:
             raise _no_conversation()
         return head
-    session = _session(request, _caller(request, sessions))
+    session = _session(request, access.caller(request))
     head = _last(memory.store.get(memory.identity.label(tenant, session)) or b"", memory.get_record)
     if head is None:
         raise _no_session()
     return head
 
 
-def _tenant(request: Request, memory: Memory, sessions: SessionsConfig) -> TenantKey:
+def _tenant(request: Request, memory: Memory, access: Access) -> TenantKey:
     memory.renew()
-    who = _caller(request, sessions)
+    who = access.caller(request)
     return memory.identity.tenant(who.credentials, who.person)
 
 

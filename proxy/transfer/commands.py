@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from proxy.whose import options
+
 COMMANDS = ("export", "import", "migrate")
 
 
@@ -14,12 +16,7 @@ def add_parsers(commands: Any) -> None:
     config = argparse.ArgumentParser(add_help=False)
     config.add_argument("--config", type=Path, metavar="FILE", help="instead of ./config.yaml, which may be absent")
     config.add_argument("--json", action="store_true", help="tell the result as JSON, and show no progress")
-    whose = argparse.ArgumentParser(add_help=False)
-    whose.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'",
-                       help="a header that the client sends ('': it sends no key); @FILE: one a line. It is not stored")
-    whose.add_argument("--field", action="append", default=[], metavar="NAME=VALUE",
-                       help="likewise a query parameter, or of the body user, safety_identifier, metadata.NAME")
-    whose.add_argument("--user", metavar="NAME", help="the same as --field user=...")
+    whose = options()
 
     export = commands.add_parser("export", parents=[config, whose], help="write conversations to a file")
     export.add_argument("conversation", nargs="?", help="its id (x-llm-pager-conversation); default: all")

@@ -6,21 +6,20 @@ import argparse
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from proxy.api.caller import caller_of
-from proxy.config import Config, SessionsConfig
+from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.tree import Identity, TenantKey
-from proxy.errors import ConfigError, StorageError
+from proxy.errors import StorageError
 from proxy.storage import Store, open_store
 from proxy.storage.l2 import Damaged
+from proxy.whose import caller_asked
 
 DONE, LEFT_OUT = 0, 3  # exit statuses
 _COMMIT_BYTES = 4 << 20  # about
@@ -69,39 +68,10 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     return asyncio.run(main())
 
 
-def tenant_of(headers: Sequence[tuple[bytes, bytes]], fields: Sequence[tuple[str, str]], identity: Identity) -> TenantKey:
-    """Whose requests have these headers, and these fields that name somebody."""
-    who = caller_of(headers, fields, SessionsConfig())
-    return identity.tenant(who.credentials, who.person)
-
-
-def tenant_asked(args: argparse.Namespace, identity: Identity) -> TenantKey | None:
+def tenant_asked(args: argparse.Namespace, config: Config, identity: Identity) -> TenantKey | None:
     """None: the arguments name nobody. Raises ConfigError."""
-    fields = [(name, value) for name, _, value in (field.partition("=") for field in args.field)]
-    fields += [("user", args.user)] if args.user is not None else []
-    return tenant_of(headers_of(args.header), fields, identity) if args.header or fields else None
-
-
-def headers_of(given: Sequence[str]) -> list[tuple[bytes, bytes]]:
-    """Raises ConfigError."""
-    headers: list[tuple[bytes, bytes]] = []
-    for line in lines_of("--header", given):
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise ConfigError("--header has a name, a colon and a value, such as 'authorization: Bearer sk-...'.")
-        headers.append((name.strip().lower().encode(), value.strip().encode()))
-    return headers
-
-
-def lines_of(option: str, given: Sequence[str]) -> list[str]:
-    """What was given, or stands in the file that was: command lines can be read by others. Raises ConfigError."""
-    lines: list[str] = []
-    for text in given:
-        try:
-            lines += Path(text[1:]).read_text("utf-8").splitlines() if text.startswith("@") else [text]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{option} {text}: the file cannot be read ({error}).") from error
-    return list(filter(str.strip, lines))
+    who = caller_asked(args, config.sessions, config.server.keys, identity.secret)
+    return None if who is None else identity.tenant(who.credentials, who.person)
 
 
 def batches(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:

@@ -28,11 +28,11 @@ def run(args: argparse.Namespace, config: Config) -> int:
     """Raises ConfigError and StorageError."""
     if config.tiers.l2.url is None and not (config.tiers.l2.path / DATABASE).exists():
         raise ConfigError(f"There is no storage in {config.tiers.l2.path}; nothing was written.")
-    return with_store(config, lambda desk: _export(args, desk))
+    return with_store(config, lambda desk: _export(args, config, desk))
 
 
-def _export(args: argparse.Namespace, desk: Desk) -> int:
-    tenant = tenant_asked(args, desk.identity) or (tenant_named(args.tenant) if args.tenant else b"")
+def _export(args: argparse.Namespace, config: Config, desk: Desk) -> int:
+    tenant = tenant_asked(args, config, desk.identity) or (tenant_named(args.tenant) if args.tenant else b"")
     found = list(owners(desk.store.scan, tenant[: keys.TENANT_BYTES]))
     if args.conversation:
         found = [owner for owner in found if conversation_name(owner) == args.conversation]

@@ -72,11 +72,11 @@ Found: TypeAlias = "Conversation | Unreadable"
 
 def run(args: argparse.Namespace, config: Config) -> int:
     """Raises ConfigError and StorageError."""
-    return with_store(config, lambda desk: _import(args, desk))
+    return with_store(config, lambda desk: _import(args, config, desk))
 
 
-def _import(args: argparse.Namespace, desk: Desk) -> int:
-    tenant = tenant_asked(args, desk.identity)
+def _import(args: argparse.Namespace, config: Config, desk: Desk) -> int:
+    tenant = tenant_asked(args, config, desk.identity)
     if tenant is None and not args.to:
         raise ConfigError("Say whose the conversations are to be: --header 'authorization: Bearer ...', as the client sends it.")
     left_out: list[Unreadable] = []

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import msgspec
 
+from proxy.api.caller import caller_of
+from proxy.config import SessionsConfig
 from proxy.conversation import keys
 from proxy.conversation.derived import table_root
 from proxy.conversation.exported import exported, header
@@ -56,9 +58,10 @@ from proxy.storage.sqlite import (
     get_value,
     value_of,
 )
-from proxy.transfer.desk import DONE, LEFT_OUT, batches, headers_of, lines_of, progress, tenant_of
+from proxy.transfer.desk import DONE, LEFT_OUT, batches, progress
 from proxy.transfer.exports import whole_file
 from proxy.transfer.migrate import WHOLE, opened_target, so_far
+from proxy.whose import headers_of, lines_of
 
 UNCLAIMED = "unclaimed.jsonl"  # beside the new database
 _LOCK_WAIT_S = 5.0
@@ -238,7 +241,8 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
     identity = Identity(secret)
     headers, users = headers_of(args.header), lines_of("--user", args.user)
     named = [[], *([("user", user)] for user in users)]
-    given = [tenant_of(headers, fields, identity) for fields in named] if args.header or users else []
+    callers = [caller_of(headers, fields, SessionsConfig()) for fields in named] if args.header or users else []
+    given = [identity.tenant(who.credentials, who.person) for who in callers]
     older = await asyncio.to_thread(Older, connection, identity, given)
     target = await opened_target(args.target, secret)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from proxy.api.access import Access
 from proxy.api.caller import caller
 from proxy.api.endpoints import Draining, own_endpoints
 from proxy.api.erasure import Erasures
@@ -22,7 +23,7 @@ from proxy.api.model_facts import ModelFacts
 from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats
 from proxy.api.writer import Writer
-from proxy.config import SessionsConfig, load_config
+from proxy.config import load_config
 from proxy.conversation import keys
 from proxy.conversation.records import conversation_name, record_key
 from proxy.upstream import make_upstream
@@ -45,7 +46,7 @@ async def looking_at(folder: Path, player: Player) -> AsyncIterator[tuple[httpx.
     writer = Writer(config, upstream, Renditions(config, memory))
     capabilities = ModelFacts(config, memory, upstream).table
     erasures = Erasures(memory.store)
-    app = own_endpoints(Draining(0), Stats(memory, writer), memory, SessionsConfig(), capabilities, erasures)
+    app = own_endpoints(Draining(0), Stats(memory, writer), memory, Access(config, memory), capabilities, erasures)
     transport = httpx.ASGITransport(app=app)
     headers = {"authorization": "key", "x-session-id": "s"}
     try:

@@ -5,12 +5,15 @@ pinned; and nobody sees another's (invariants 5, 6, 7).
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from typing import Any
 
 import httpx
 from openai import AsyncOpenAI
 
 from proxy.api_key import key_hash
+from tests.e2e.data import REPO
 from tests.e2e.harness import ServerProcess
 from tests.e2e.script import (
     LOOKUP,
@@ -152,8 +155,21 @@ async def test_keys_of_the_server_tenants_and_the_operator() -> None:
                         http.get(path, headers={"authorization": f"Bearer {key}"}) for key in ("alice-key", "bob-key", "mallory")
                     ))  # fmt: skip
                     assert [one.status_code for one in got] == [200, 404, 401], path
+                named = {"authorization": "Bearer llm-pager:alice"}  # as whom alice's own requests are known within
+                for method, path in (
+                    ("GET", f"{theirs}/export"), ("GET", f"/vm/context?conversation={theirs[-12:]}"), ("GET", "/vm/models"),
+                    ("GET", "/vm/erasures"), ("DELETE", "/vm/erasures"), ("DELETE", f"{theirs}/messages/msg_0001"),
+                    ("DELETE", "/vm/conversations?session=s"), ("DELETE", theirs), ("DELETE", "/vm/tenants/self"),
+                ):  # fmt: skip
+                    assert (await http.request(method, path, headers=named)).status_code == 401, (method, path)
                 assert (await http.get("/vm/conversations")).status_code == 401, "with an admin key nothing is open"
                 assert (await http.get("/vm/ui", follow_redirects=False)).status_code == 303
+                # The operator's commands name the same callers, by the key or by its name.
+                for whose in ("--key", "alice"), ("--header", "authorization: Bearer bob-key"):
+                    command = [sys.executable, "-m", "proxy", "export", *whose, "--out", "-", "--config", str(server.dir / "config.yaml")]
+                    told = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=REPO)
+                    assert told.returncode == 0 and told.stdout.count('"role":"user"') == 1, told.stderr
+                    assert ("I am A" in told.stdout, "I am B" in told.stdout) == (whose[1] == "alice", whose[1] != "alice")
                 # The browser's way in: a cookie without the key in it.
                 wrong = await http.post("/vm/ui/login", data={"key": "alice"})
                 assert wrong.status_code == 401 and "set-cookie" not in wrong.headers
@@ -178,5 +194,8 @@ async def test_without_an_admin_key_it_is_open_to_this_machine_alone() -> None:
                 for headers in ({"x-forwarded-for": "203.0.113.9"}, {"host": "evil.example"}, {"forwarded": "for=1.2.3.4"}):
                     assert (await http.get("/vm/conversations", headers=headers)).status_code == 401, headers
                 assert (await http.get("/vm/conversations", headers={"sec-fetch-site": "cross-site"})).status_code == 403
+                for path in ("/vm/tenants/self", "/vm/erasures", "/vm/conversations?session=s"):  # of who sends no credentials
+                    assert (await http.delete(path, headers={"host": "evil.example"})).status_code == 401, path
+                    assert (await http.delete(path, headers={"sec-fetch-site": "cross-site"})).status_code == 403, path
                 paths = (await http.get("/vm/openapi.json")).json()["paths"]
                 assert {"/vm/conversations", "/vm/conversations/{name}/turns/{turn}", "/vm/events"} <= paths.keys()
