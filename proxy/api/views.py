@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -66,6 +66,7 @@ _POINTS = 120  # of a timeline
 _OUT_PAGES = 50  # that are told of a turn one by one, the newest
 _LIFE_TURNS = 200  # that are looked through for what happened to a page
 _HINT_WORDS = 16
+_COMPARED = 1000  # messages that two requests differ in
 _TIPS = 64
 _UNKNOWN_MODEL = "gpt-4o"
 
@@ -447,9 +448,10 @@ class Views:
         """What of the messages of turn `other` is not in those of turn `number`, and what is new."""
         one, two = self.request(at, number), self.request(at, other)
         a, b = _raws(one.body), _raws(two.body)
-        matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
         changes: list[dict[str, Any]] = []
-        for tag, i, j, k, m in matcher.get_opcodes():
+        for tag, i, j, k, m in _opcodes(a, b):
+            if tag == "equal" and i == j:
+                continue
             if tag == "equal":
                 changes.append({"op": "same", "messages": j - i, "bytes": sum(map(len, a[i:j]))})
                 continue
@@ -783,6 +785,22 @@ def _spans(message: Mapping[str, Any], window: Window | None) -> list[tuple[str,
         end += len(CONTEXT_CLOSE)
         return [(t, added) for t, added in ((text[:end], True), (text[end:], False)) if t]
     return [(text, False)]
+
+
+def _opcodes(a: Sequence[bytes], b: Sequence[bytes]) -> Iterator[tuple[str, int, int, int, int]]:
+    """As difflib's, whose time grows with the square of what is alike: for what two windows do not begin and end with, and
+    no more than so much of it."""
+    shortest = min(len(a), len(b))
+    head = next((at for at in range(shortest) if a[at] != b[at]), shortest)
+    tail = next((at for at in range(shortest - head) if a[-1 - at] != b[-1 - at]), shortest - head)
+    one, other = a[head : len(a) - tail], b[head : len(b) - tail]
+    yield "equal", 0, head, 0, head
+    if max(len(one), len(other)) <= _COMPARED:
+        for tag, i, j, k, m in difflib.SequenceMatcher(None, one, other).get_opcodes():
+            yield tag, head + i, head + j, head + k, head + m
+    else:
+        yield "replace", head, len(a) - tail, head, len(b) - tail
+    yield "equal", len(a) - tail, len(a), len(b) - tail, len(b)
 
 
 def _shown(raw: bytes) -> dict[str, Any]:
