@@ -50,6 +50,10 @@ class Envelope(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True,
     between: bytes = b","
     notes: list[tuple[int, bytes]] = []
 
+    @property
+    def size_bytes(self) -> int:
+        return len(self.before) + len(self.after) + sum(map(len, self.head)) + sum(len(raw) for _, raw in self.notes)
+
     def window_messages(self, window: Window) -> bytes:
         """The messages array with a window."""
         if self.plain:  # no citation may get into the JSON

@@ -107,6 +107,7 @@ from proxy.memory.table import PageTable
 from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
+_LONG_BYTES = 1 << 19  # of a request, or of what frames its window: to keep it takes milliseconds
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _USUAL_BYTES = 4  # of a request's body, for each of its tokens
 _ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
@@ -301,6 +302,8 @@ class Turn:
         self.report.rounds = 1
         if said.messages:
             place, first = self._context.place, self._first_sent()
+            if len(body) > _LONG_BYTES:
+                yield OFFLOAD
             self._request_sent = body, *untouched(body, self.path, first, place.anchors)
             yield from self._remember(said, said.messages, learned=learned)
         if learned is None:
@@ -447,7 +450,8 @@ class Turn:
         learned: Mapping[str, Any] | None = None,
     ) -> Generator[Effect, Any, None]:
         """An answer is there: whatever became of the storage, its client gets it (invariant 6)."""
-        if self.report.new_epoch:  # and what left with it is stored, too
+        framed = self._request_sent is not None and self._request_sent[1].size_bytes > _LONG_BYTES
+        if framed or self.report.new_epoch:  # and what left with it is stored, too
             yield OFFLOAD
         try:
             effect = self._append(said, answers, substitute, learned)
