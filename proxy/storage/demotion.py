@@ -238,12 +238,13 @@ class Demotion:
         return self._queue[-1] if self._queue else None
 
     def _conversations(self) -> Iterator[_Used]:
-        letter = self._store.space.CONVERSATION
+        """Not those of this moment: one of them that is used again could come before `_done`, and wait for `_AGAIN_S`."""
+        letter, until_s = self._store.space.CONVERSATION, self._clock() - _LEAST_S
         after = b""
         while rows := self._store.engine.scan(letter, after):
             for key, value in rows:
                 used = _Used(int.from_bytes(value[-_TIME_BYTES:], "big"), key[1:])
-                if used > self._done:
+                if self._done < used and used.at_s <= until_s:
                     yield used
             after = rows[-1][0]
 

@@ -183,6 +183,24 @@ async def test_a_turn_between_copy_and_drop_keeps_what_it_stores(tmp_path: Path)
     await store.close()
 
 
+async def test_a_conversation_used_in_the_second_of_a_look_leaves_too(tmp_path: Path) -> None:
+    """The look would have had the other one, of the same second, in its queue: behind that one nothing is looked for."""
+    store, now_s = opened(tmp_path, l4=str(tmp_path / "l4")), NOW_S
+    for number, used_s in ((1, NOW_S - 1), (3, NOW_S)):
+        await store.commit([last_use(number, used_s)], adds=list(conversation(number).items()))
+    worker = Demotion(store, 60, 0, None, lambda: now_s, rest=0)
+    await worker.run_once()
+    await store.commit([last_use(1, NOW_S)])
+    now_s = NOW_S + 2
+    for _ in range(1000):  # a look rests for as long as it took
+        if not any(store.engine.scan(letter) for letter in keys.MOVING):
+            break
+        await worker.run_once()
+    else:
+        pytest.fail("one of them stays")
+    await store.close()
+
+
 async def test_two_workers_at_once_lose_nothing(tmp_path: Path, below: dict[str, Any]) -> None:
     stores = [opened(tmp_path, **below) for _ in range(2)]
     old = conversation(1)
