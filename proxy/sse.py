@@ -42,9 +42,7 @@ class EventParser:
         buffer = self._seam + data if self._seam else data
         events: list[Event] = []
         at = 0
-        for match in _END.finditer(buffer):
-            if match.end() == len(buffer) and buffer.endswith(b"\n\r"):
-                break
+        for match in _END.finditer(buffer, 0, len(buffer) - buffer.endswith(b"\n\r")):
             end = match.end() if match.start(1) < 0 else match.start(1)
             raw = buffer[at:end]
             if self._open:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from proxy.conversation.chunks import MessageBuilder, decode_chunk
 from proxy.conversation.sieve import Round, Sieve
 from proxy.conversation.textcalls import Spoken, Watch, calls_in, unwrapped
 from proxy.sse import EventParser
+from tests.cpu import cpu_within
 from tests.examples import examples
 
 OURS = Channel(TOOLS, True, vm_names())
@@ -163,12 +163,11 @@ def test_call_with_an_imagined_result_is_a_call() -> None:
 def test_reading_is_bounded_whatever_the_text() -> None:
     for text in ("page_fault{" * 180, "[{" * 900 + "page_fault", "search_pages(" * 150, "<page_fault>" * 150,
                  "{'page_fault': " * 130, '"' * 1900 + "page_fault("):  # fmt: skip
-        before = time.process_time()
-        calls_in(text, OURS)
-        watch = Watch()
-        for char in text[:600]:
-            watch.feed(char)
-        assert time.process_time() - before < 0.5
+        with cpu_within(0.5, text[:20]):
+            calls_in(text, OURS)
+            watch = Watch()
+            for char in text[:600]:
+                watch.feed(char)
 
 
 def test_where_people_speak_of_the_tools_an_example_is_an_answer_and_a_mere_call_is_a_call() -> None:
@@ -290,8 +289,8 @@ def test_what_is_held_is_bounded() -> None:
 
 
 def test_invariant_10_a_piece_of_megabytes_is_no_call_and_costs_nothing() -> None:
-    watch, before = Watch(), time.process_time()
-    assert not watch.feed("p" * 20_000_000 + "page_fault(")
-    assert not watch.feed("page_id=")
-    assert watch.feed("x" * 20_000_000 + "</think>page_fault(")
-    assert time.process_time() - before < 0.5  # measured 0.01; read as a call might be, 1.6
+    watch = Watch()
+    with cpu_within(0.5):  # measured 0.01; read as a call might be, 1.6
+        assert not watch.feed("p" * 20_000_000 + "page_fault(")
+        assert not watch.feed("page_id=")
+        assert watch.feed("x" * 20_000_000 + "</think>page_fault(")
