@@ -2,9 +2,10 @@
 
 from hypothesis import settings
 
+from tests.examples import examples
 from tests.services import pgbouncer, postgres, postgres_url, s3
 
 __all__ = ["pgbouncer", "postgres", "postgres_url", "s3"]
 
-settings.register_profile("tests", deadline=None, derandomize=True, database=None)  # on however slow a machine
+settings.register_profile("tests", examples(30))
 settings.load_profile("tests")

@@ -10,7 +10,7 @@ from proxy.sse import EventParser, EventTooLong
 from tests.cpu import cpu_within
 from tests.examples import examples
 
-many = examples(300)
+many = examples(90)
 
 lines = st.lists(
     st.sampled_from(["data: {}", "data:x", ": ping", "event: a", "data: [DONE]", "id: 1", "data: "]),
@@ -56,7 +56,7 @@ def test_event_ends_at_bare_carriage_returns_at_once_and_a_byte_order_mark_is_no
     assert [event.data for event in events] == [b'{"a":1}', b"2", b"3"]
 
 
-@examples(80)
+@examples(25)
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_bytes_of_any_kind_come_back_once(pieces: list[bytes]) -> None:
     parser = EventParser()

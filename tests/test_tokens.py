@@ -34,7 +34,7 @@ Message = dict[str, Any]
 
 COUNTER = get_counter("gpt-4o")
 PUBLISHED = {model: Published(model) for model in ("gpt-4o", "gpt-4")}
-many = examples(100)
+many = examples(30)
 
 texts = st.text(max_size=60) | st.sampled_from(
     ["naïve café", "こんにちは世界", "مرحبا", "🧑‍🚀👩‍👩‍👧", "<|endoftext|>", "a" * 50, "0x1f 3.14159"]

@@ -21,7 +21,7 @@ from tests.examples import examples
 Message = dict[str, Any]
 
 COUNTER = get_counter("gpt-4o")
-many = examples(100)
+many = examples(30)
 
 
 # -- images

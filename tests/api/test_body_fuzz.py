@@ -137,7 +137,7 @@ def small(folder: Path) -> Config:
     return load_config(file, {}, {})
 
 
-@settings(examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(bodies(), min_size=1, max_size=6))
 def test_no_body_makes_us_fail_or_hang(tmp_path: Path, sent: list[bytes]) -> None:
     good = {"model": "gpt-4o", "messages": [*HISTORY, {"role": "user", "content": "and now?"}]}

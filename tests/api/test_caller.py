@@ -137,7 +137,7 @@ def test_callers_are_told_apart_whatever_the_order() -> None:
 values = st.text(st.characters(codec="latin-1", exclude_characters="\r\n"), max_size=12)
 
 
-@examples(80)
+@examples(25)
 @given(st.dictionaries(st.sampled_from(CREDENTIALS + PEOPLE), values, max_size=4),
        st.dictionaries(st.sampled_from(CREDENTIALS + PEOPLE), values, max_size=4), values, values)
 def test_invariant_06_two_callers_are_one_only_with_the_same_names_and_values(

@@ -30,7 +30,7 @@ def read_body(body: bytes, scope: bytes, cache: HistoryCache) -> Body:
     return split_body(body, recognise(body, KeyScope(scope), cache))
 
 
-many = examples(100)
+many = examples(30)
 SCOPE = b"scope"
 Message = dict[str, Any]
 

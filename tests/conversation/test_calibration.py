@@ -23,7 +23,7 @@ from proxy.conversation.calibration import (
 )
 from tests.examples import examples
 
-some = examples(60)
+some = examples(20)
 bills = st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 40_000)), max_size=80)
 
 

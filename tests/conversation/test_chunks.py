@@ -28,7 +28,7 @@ from proxy.sse import EventParser
 from tests.cpu import cpu_within
 from tests.examples import examples
 
-many = examples(100)
+many = examples(30)
 LIMIT = 1 << 20
 
 
@@ -384,7 +384,7 @@ def same(message: dict[str, Any], text: str, made: list[tuple[str, str]]) -> Non
     assert [(c["name"], c["arguments"]) for c in calls] == made
 
 
-@examples(100)
+@examples(30)
 @given(framed(), st.booleans(), st.integers(0, 30))
 def test_stream_says_what_the_model_said_when_it_is_sieved(
     stream: tuple[list[bytes], str, list[tuple[str, str]], str], offer: bool, hold: int
@@ -406,7 +406,7 @@ def test_stream_says_what_the_model_said_when_it_is_sieved(
     assert odd == [b"[DONE]"]
 
 
-@examples(80)
+@examples(25)
 @given(framed())
 def test_invariant_02_tee_passes_the_same_bytes_and_understands_them(
     stream: tuple[list[bytes], str, list[tuple[str, str]], str]
@@ -430,7 +430,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@examples(100)
+@examples(30)
 @given(st.lists(st.dictionaries(st.sampled_from(["choices", "usage", "id", "model", "error"]), values)))
 def test_chunk_of_any_shape_breaks_nothing(chunks: list[dict[str, Any]]) -> None:
     sieve, passing = Sieve(OURS, 4, 500, False, True, len), Tee(False, LIMIT)

@@ -63,7 +63,7 @@ def said(derived: Derived) -> dict[str, str]:
     return {page_id: derived.text(page_id) for page_id in derived.pages}
 
 
-@examples(60)
+@examples(20)
 @given(segments, st.integers(1, 5))
 def test_derived_grows_by_pages_and_never_changes_what_it_was(claims: list[list[Claim]], most: int) -> None:
     steps, before, pages = [NO_DERIVED], [said(NO_DERIVED)], list[MemoryPage]()
@@ -82,7 +82,7 @@ def test_derived_grows_by_pages_and_never_changes_what_it_was(claims: list[list[
     assert set(last.superseded) <= kept
 
 
-@examples(60)
+@examples(20)
 @given(segments)
 def test_derived_pages_rest_on_messages_that_name_them_in_turn(claims: list[list[Claim]]) -> None:
     derived = NO_DERIVED

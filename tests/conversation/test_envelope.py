@@ -34,7 +34,7 @@ def shown(player: Player, played: Played) -> bytes | None:
     return found.body
 
 
-@examples(20)
+@examples(12)
 @given(scenarios())
 def test_request_of_any_turn_comes_back_byte_for_byte(scenario: Scenario) -> None:
     player = Player(scenario.limits())

@@ -37,7 +37,7 @@ from tests.examples import examples
 from tests.memory.doors import register_id
 
 COUNTER = get_counter("gpt-4o")
-many = examples(40)
+many = examples(12)
 
 
 def turn_window(
@@ -219,7 +219,7 @@ def windows(draw: st.DrawFn) -> tuple[int, list[int], int, set[int], set[int]]:
     return count, ends, native_from, resident - cut, cut
 
 
-@examples(80)
+@examples(25)
 @given(windows(), st.integers(600, 2500))
 def test_every_page_outside_is_listed_or_in_one_segments_range(
     window: tuple[int, list[int], int, set[int], set[int]], tokens: int

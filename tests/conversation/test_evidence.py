@@ -73,7 +73,7 @@ def test_evidence_leaves_where_little_stands_behind_it_and_stays_where_much_does
     assert stays(log(10_000, 50, 400), 1, limits)
 
 
-@examples(60)
+@examples(20)
 @given(st.integers(1, 2000), st.integers(0, 20_000), st.integers(0, 20_000))
 def test_evidence_that_stays_would_stay_behind_a_longer_turn_too(shown: int, behind: int, more: int) -> None:
     limits = limits_of(32_000)
@@ -99,7 +99,7 @@ def test_what_is_in_the_window_whole_is_not_brought_again() -> None:
     assert [c.position for c in choose(it, HITS)] == [1, 2]
 
 
-@examples(60)
+@examples(20)
 @given(st.integers(0, 4000), st.integers(-10, 400), st.booleans(), st.integers(0, 300))
 def test_invariant_03_the_block_fits_its_room(room: int, left: int, offer: bool, most: int) -> None:
     it = opened("which door?", offer, room, prefetch_tokens=most, fault_tokens=100)

@@ -82,7 +82,7 @@ steps = st.lists(st.sampled_from(["say", "say", "again", "back", "rewrite", "ane
 
 
 @given(steps=steps, words=st.integers(1, 300))
-@examples(25)
+@examples(12)
 def test_all_that_was_said_comes_out_and_goes_into_another_store(steps: list[str], words: int) -> None:
     player = Player(limits_of(100_000))
     history: list[Message] = []

@@ -203,7 +203,7 @@ def test_results_that_have_no_room_are_counted() -> None:
     assert "vault" in one["hint"]
 
 
-@examples(60)
+@examples(20)
 @given(st.lists(st.tuples(st.sampled_from(["fault", "search"]), st.integers(1, 6), st.integers(0, 3),
                           st.integers(-50, 900)), max_size=12), st.integers(0, 600))
 def test_invariant_10_a_turn_loads_no_more_than_its_tokens(
@@ -252,7 +252,7 @@ DECORATED = st.tuples(
 ).map("".join)
 
 
-@examples(60)
+@examples(20)
 @given(DECORATED)
 def test_a_decorated_name_is_ours_unless_a_clients_tool_is_nearer(name: str) -> None:
     limits = limits_of(1500)

@@ -14,7 +14,7 @@ from proxy.conversation.identify import Place
 from tests.conversation.player import Message, Player, limits_of, says, script
 from tests.examples import examples
 
-many = examples(60)
+many = examples(20)
 U, A = "user", "assistant"
 
 

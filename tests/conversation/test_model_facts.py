@@ -457,7 +457,7 @@ def long_history() -> tuple[Message, ...]:
     st.integers(400, 599), st.lists(WORDLESS, min_size=1, max_size=4), st.integers(600, 9000),
     st.booleans(), st.sampled_from([3000, 6000, 100_000]), st.sampled_from(list(VMMode)),
 )  # fmt: skip
-@examples(60)
+@examples(20)
 def test_too_large_a_request_is_answered_within_two_further_calls_or_ends_with_upstreams_words(
     status: int, texts: list[bytes], limit: int, stream: bool, budget: int, mode: VMMode
 ) -> None:

@@ -138,7 +138,7 @@ def test_invariant_03_a_turn_with_any_media_is_valid_and_within_its_budget(
 
 # -- a text by its ends
 
-many = examples(100)
+many = examples(30)
 
 
 @many

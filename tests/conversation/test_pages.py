@@ -35,7 +35,7 @@ def pages_of(
     return PathPages(path, counter, page_tokens, anchors=anchors)
 
 
-@examples(60)
+@examples(20)
 @given(st.lists(st.text(max_size=40).flatmap(lambda t: st.integers(0, 40).map(lambda n: t * n)),
                 min_size=1, max_size=4), st.integers(8, 100))
 def test_invariant_04_the_parts_of_a_message_are_the_message(texts: list[str], page_tokens: int) -> None:
@@ -75,7 +75,7 @@ def test_invariant_08_a_result_is_shown_with_its_call_and_a_call_with_its_result
     assert packed.content.startswith("T (msg_0002, level 1): ")
 
 
-@examples(100)
+@examples(30)
 @given(st.lists(st.sampled_from(["user", "assistant", "tool", "function"]), max_size=12), st.data())
 def test_invariant_08_groups_tile_the_path_and_never_begin_with_a_result(
     roles: list[str], data: st.DataObject
@@ -230,7 +230,7 @@ def odd_parts(draw: st.DrawFn) -> Any:
     return {"type": kind, str(kind): draw(JSON), **({"source": draw(JSON)} if draw(st.booleans()) else {})}
 
 
-@examples(60)
+@examples(20)
 @given(st.lists(odd_parts(), max_size=5), JSON)
 def test_odd_parts_are_numbered_without_a_gap_or_left_alone(parts: list[Any], audio: Any) -> None:
     message = {"role": "user", "content": parts, "audio": audio}

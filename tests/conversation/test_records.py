@@ -213,7 +213,7 @@ def test_what_is_replayed_does_not_grow_with_the_conversation(monkeypatch: pytes
 
 
 @given(st.data())
-@examples(20)
+@examples(12)
 def test_a_missing_part_is_a_lookup_error_that_says_what_is_missing(data: st.DataObject) -> None:
     player = Player(limits_of(1500))
     played = talk(player, 16)

@@ -210,7 +210,7 @@ def test_refusal_that_may_be_about_size(status: int, text: str) -> None:
 
 
 @given(st.integers(400, 599), st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode)))
-@examples(200)
+@examples(60)
 def test_refusal_of_any_kind_can_be_read(status: int, body: bytes) -> None:
     refused = Refused(status, body)
     for read in (overflow(refused, 9000), by_numbers(refused, 9000)):

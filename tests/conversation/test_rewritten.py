@@ -255,7 +255,7 @@ def test_the_window_begins_with_a_question_when_only_the_last_answer_has_room() 
 kinds = st.sampled_from(("plain", *KINDS))
 
 
-@examples(40)
+@examples(12)
 @given(
     st.lists(st.tuples(kinds, st.sampled_from((5, 60, 300))), min_size=25, max_size=40),
     st.sampled_from((2500, 4000)), st.integers(0, 999),

@@ -15,7 +15,7 @@ from proxy.conversation.sieve import Sieve
 from proxy.sse import EventParser
 from tests.examples import examples
 
-many = examples(100)
+many = examples(30)
 VM = frozenset({"page_fault", "search_pages"})
 OURS = Channel(TOOLS, True, vm_names(), frozenset({"look", "lookup", "page", "page_fault_2"}), True)
 Delta = dict[str, Any]

@@ -13,7 +13,6 @@ The suite plays a few histories. Thousands, drawn anew each time:
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from dataclasses import dataclass, field
@@ -52,6 +51,7 @@ from tests.conversation.player import (
 )
 from tests.conversation.scenario import tools_of
 from tests.conversation.speakers import HABITS, SIZES, Speakers, echo
+from tests.examples import examples
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "gpt-4")
 BUDGETS = (1500, 2500, 4000, 9000)
@@ -470,12 +470,10 @@ def _replica(player: Player, limits: Any = None) -> Player:
     return new
 
 
-EXAMPLES = int(os.environ.get("LLM_PAGER_EXAMPLES", "0"))
 TestHistories = Machine.TestCase
 TestHistories.settings = settings(
-    max_examples=EXAMPLES or 12, stateful_step_count=20, deadline=None, database=None,
-    derandomize=not EXAMPLES, suppress_health_check=list(HealthCheck), print_blob=False,
-)  # fmt: skip
+    examples(8), stateful_step_count=20, suppress_health_check=list(HealthCheck), print_blob=False
+)
 
 
 def test_a_page_that_grows_by_a_system_message_stays_in_the_window() -> None:

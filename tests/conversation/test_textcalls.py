@@ -222,7 +222,7 @@ def stream(text: str, cuts: list[int], hold: int = 8, offer: bool = True) -> tup
 cuts = st.lists(st.integers(0, 400), max_size=60)
 
 
-@examples(200)
+@examples(60)
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(CALLS), st.sampled_from(PREAMBLES), cuts,
        st.integers(0, 30), st.booleans())
 def test_call_as_text_stays_inside_however_its_stream_is_cut(
@@ -240,7 +240,7 @@ def test_call_as_text_stays_inside_however_its_stream_is_cut(
     assert most.startswith(shown)
 
 
-@examples(100)
+@examples(30)
 @given(st.sampled_from(ANSWERS), cuts, st.integers(0, 30), st.booleans())
 def test_answer_leaves_whole_however_its_stream_is_cut(
     text: str, cut: list[int], hold: int, offer: bool
@@ -249,7 +249,7 @@ def test_answer_leaves_whole_however_its_stream_is_cut(
     assert shown == text and not ended.message.get("tool_calls") and not ended.unread
 
 
-@examples(200)
+@examples(60)
 @given(st.text("pagefultsrch_s {}[]<>|`\n\"':(),.aT=/", max_size=60), cuts)
 def test_stream_and_a_whole_answer_give_the_same(text: str, cut: list[int]) -> None:
     ended, shown = stream(text, cut)

@@ -13,7 +13,7 @@ from proxy.conversation.tree import Identity, Node, canonical, overlap
 from tests.conversation.player import SECRET
 from tests.examples import examples
 
-many = examples(100)
+many = examples(30)
 IDENTITY = Identity(SECRET)
 TENANT = IDENTITY.tenant("key", "")
 turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.sampled_from("abc")), max_size=12)
@@ -95,7 +95,7 @@ def a_call(arguments: str, **more: Any) -> dict[str, Any]:
     return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}, **more}
 
 
-@examples(100)
+@examples(30)
 @given(st.dictionaries(keys, anything | st.lists(st.dictionaries(keys, anything), max_size=2)))
 def test_invariant_01_no_message_raises(message: dict[str, Any]) -> None:
     assert canonical(message) == canonical(json.loads(json.dumps(message)))

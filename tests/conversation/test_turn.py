@@ -32,7 +32,7 @@ from tests.conversation.player import (
 from tests.conversation.scenario import Run, Scenario, grown, play, scenarios, text_of, tools_of
 from tests.examples import examples
 
-few = examples(15)
+few = examples(12)
 
 _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][\w]*")
 
@@ -222,7 +222,7 @@ def test_invariant_01_the_clients_own_tools_are_never_forbidden_before_the_last_
 # -- invariant 2
 
 
-@examples(25)
+@examples(12)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -290,7 +290,7 @@ def test_a_window_that_is_too_small_for_its_traffic_is_said_to_be_once(restarts:
 
 COUNT = get_counter("gpt-4o").text
 MARKUP = '"a"\n\\b '  # in JSON half as long again
-many = examples(40)
+many = examples(12)
 
 
 # -- as dialogues

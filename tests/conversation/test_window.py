@@ -36,7 +36,7 @@ entries = st.lists(
 )
 
 
-@examples(200)
+@examples(60)
 @given(st.lists(st.tuples(st.booleans(), entries, st.integers(0, 9)), min_size=1, max_size=8))
 def test_invariant_07_a_window_comes_back_from_its_changes(
     turns: list[tuple[bool, list[Entry], int]],
@@ -142,7 +142,7 @@ anchors = st.lists(
 ).map(lambda found: sorted(found, key=lambda anchor: anchor.position))
 
 
-@examples(300)
+@examples(90)
 @given(anchors, anchors, st.integers(0, 3), st.booleans())
 def test_it_is_cut_where_the_clients_system_messages_first_differ(
     old: list[Anchor], new: list[Anchor], start: int, strict: bool

@@ -163,7 +163,7 @@ async def test_what_leaves_is_told_before_the_request() -> None:
     assert gone and "msg_0001" in gone
 
 
-@examples(20)
+@examples(12)
 @given(st.lists(st.sampled_from(["user", "long", "tool", "answer", "fault", "search", "show"]), max_size=40))
 async def test_invariants_03_and_07_any_history_replays_and_fits(steps: list[str]) -> None:
     async def played() -> tuple[MemoryManager, list[Any]]:

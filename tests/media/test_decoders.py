@@ -5,7 +5,7 @@ import io
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
@@ -19,6 +19,7 @@ from proxy.media.decoders import (
     pdf_text,
     thumbnails,
 )
+from tests.examples import examples
 from tests.media.samples import encoded, jpeg, mp4, pdf, picture, png, wav
 
 
@@ -130,7 +131,7 @@ def test_playlists_broken_containers_and_sounds_have_no_frames(data: bytes) -> N
     assert decode("video", data) == {}
 
 
-@settings(max_examples=40)
+@examples(15)
 @given(st.integers(0, 5000), st.binary(min_size=1, max_size=40))
 def test_damaged_films_never_raise(at: int, noise: bytes) -> None:
     film = mp4(2, 0.5, width=64, height=48)

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import features
 
@@ -17,6 +17,7 @@ from proxy.media.headers import (
     video_info,
 )
 from tests.cpu import cpu_within
+from tests.examples import examples
 from tests.media.samples import encoded, mp4, pdf, picture, png, sound, wav
 
 # ---------------------------------------------------------------- images
@@ -117,7 +118,7 @@ def test_a_sound_is_no_film() -> None:
     assert video_info(wav(0.1)) is None
 
 
-@settings(max_examples=60)
+@examples(20)
 @given(
     st.sampled_from([mp4(2, 0.5, width=64, height=48, codec=c, format=f) for c, f in
                      (("mpeg4", "mp4"), ("libx264", "matroska"), ("mpeg4", "avi"))]),

@@ -50,7 +50,7 @@ def page(content: Any = "body", name: str = "msg_0001") -> MemoryPage:
     return MemoryPage(page_id=name, content=content)
 
 
-@examples(200)
+@examples(60)
 @given(pages)
 def test_invariant_04_a_page_comes_back_as_it_was_stored(stored: MemoryPage) -> None:
     back = decode_page(encode_page(stored))

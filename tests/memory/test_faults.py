@@ -188,7 +188,7 @@ def test_a_fault_fits_as_the_json_that_is_sent(times: int, whole: bool) -> None:
     assert result.page is not None and (result.page.compression_level == 0) == whole
 
 
-@examples(60)
+@examples(20)
 @given(
     st.lists(
         st.tuples(

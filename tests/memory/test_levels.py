@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ from proxy.memory.levels import (
 from proxy.memory.levels_json import SHAPE_TOKENS
 from proxy.memory.models import Counts, MemoryPage, Modality
 from proxy.tokens import get_counter
+from tests.examples import examples
 from tests.media import samples
 from tests.media.samples import AreaCounts, TileCounts
 
@@ -352,7 +353,7 @@ class RoughCounts:
         return 100 if part.get("type") == "image_url" else self.text(repr(part))
 
 
-@settings(max_examples=150)
+@examples(40)
 @given(st.sampled_from(Modality), JSON | PARTS | st.text(max_size=300), METADATA)
 def test_levels_of_every_content_and_modality_go_down(
     modality: Modality, content: Any, metadata: dict[str, Any]
@@ -366,7 +367,7 @@ def test_levels_of_every_content_and_modality_go_down(
         above = tokens(lower, counts)
 
 
-@settings(max_examples=80)
+@examples(40)
 @given(JSON.filter(lambda value: isinstance(value, (dict, list))))
 def test_json_truncated_is_json(value: Any) -> None:
     original = json.dumps(value)

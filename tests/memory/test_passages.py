@@ -39,7 +39,7 @@ def check_place(shown: str, text: str) -> None:
         at = text.index(part, at) + len(part)
 
 
-@examples(150)
+@examples(45)
 @given(TEXTS, QUERIES, st.integers(0, 300))
 def test_every_asked_word_that_fits_is_shown_at_its_place_within_the_tokens(
     text: str, queries: list[str], max_tokens: int
@@ -65,7 +65,7 @@ def test_every_asked_word_that_fits_is_shown_at_its_place_within_the_tokens(
         assert not missing, f"{missing} are not in {found!r}"
 
 
-@examples(100)
+@examples(30)
 @given(st.text(st.characters(codec="utf-8"), max_size=400), st.text(max_size=60), st.integers(0, 80))
 def test_any_text_and_query_give_passages_of_the_text(text: str, query: str, max_tokens: int) -> None:
     shown = passage(text, [query], max_tokens, count)

@@ -23,7 +23,7 @@ from proxy.memory.planner import Budget, Group, Plan, plan, price, worth
 from tests.examples import examples
 from tests.memory.doors import evict, map_in, register_id
 
-many = examples(100)
+many = examples(30)
 POLICY = ImportanceWeightedLRU()
 
 

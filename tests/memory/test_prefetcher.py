@@ -39,7 +39,7 @@ def ids(*proposed: Candidate, pages: int = 9, tokens: int = 9_999, asked: bool =
     return [candidate.page_id for candidate in chosen]
 
 
-@examples(80)
+@examples(25)
 @given(candidates, st.integers(0, 6), st.integers(0, 1500), st.integers(1, 3))
 def test_invariant_07_what_is_chosen_fits_and_does_not_depend_on_the_order(
     proposed: list[Candidate], pages: int, tokens: int, cut: int
@@ -105,7 +105,7 @@ def test_a_page_was_used_when_the_answer_says_what_only_it_says(question: str, a
     assert was_used(PAGE, fresh_terms(question, answer)) is used
 
 
-@examples(300)
+@examples(90)
 @given(st.text("abdé1_ -", max_size=40), st.text("abdé1_ -", max_size=60))
 def test_a_page_was_used_by_the_words_that_both_have(answer: str, page: str) -> None:
     """However the words are looked for: never for a part of another word."""

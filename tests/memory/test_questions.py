@@ -74,7 +74,7 @@ def test_nothing_said_nothing_asked() -> None:
     assert search_queries("") == search_queries(" \n") == search_queries("?!") == search_queries("```\n```") == ()
 
 
-@examples(60)
+@examples(20)
 @given(st.text(max_size=300), st.lists(st.text(max_size=60), max_size=3))
 def test_any_text_has_few_and_bounded_queries(text: str, earlier: list[str]) -> None:
     queries = search_queries(text * 3, earlier)

@@ -58,7 +58,7 @@ def test_scripts_without_spaces_are_searched_by_pairs() -> None:
     assert PageSearchHandler(pages).search("认证").results
 
 
-@examples(100)
+@examples(30)
 @given(st.lists(st.text(alphabet="abcd ", max_size=12), max_size=12), st.text(alphabet="abcd ", max_size=12))
 def test_invariant_07_a_search_is_deterministic_and_only_finds_shared_words(
     hints: list[str], query: str

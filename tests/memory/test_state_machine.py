@@ -2,10 +2,9 @@
 
 A branch is a live table (blocks in a dict), its log and a model: a plain table in RAM that
 is never stored. Whatever is dropped, reopened or forked, the two must agree. LLM_PAGER_EXAMPLES sets
-how many histories are played (default 150).
+how many histories are played.
 """
 
-import os
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -29,10 +28,10 @@ from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import PinKind
 from proxy.memory.table import decode_log, encode_log
 from proxy.memory.working_set import TokenBudget, WorkingSetConfig, WorkingSetManager
+from tests.examples import examples
 from tests.memory.doors import fault_in, map_in
 
 CONFIG = WorkingSetConfig(max_l0_tokens=1200, reserved_tokens=200)
-EXAMPLES = int(os.environ.get("LLM_PAGER_EXAMPLES", "150"))
 MAX_BRANCHES = 3
 PICKS = st.integers(0, 10_000)
 
@@ -264,9 +263,6 @@ class Memory(RuleBasedStateMachine):
 
 
 Memory.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    examples(50), stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 TestInvariants_03_04_06_07_09 = Memory.TestCase

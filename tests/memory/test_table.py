@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory import (
@@ -19,6 +19,7 @@ from proxy.memory.eviction import EVICTION_COOLDOWN_TURNS
 from proxy.memory.ids import make_page_id, media_page_id
 from proxy.memory.models import DEFAULT_IMPORTANCE, PinKind
 from proxy.memory.table import decode_log, encode_log
+from tests.examples import examples
 from tests.memory.doors import evict, fault_in, map_in, register_id
 from tests.memory.strategies import histories
 
@@ -120,7 +121,7 @@ def test_errors_change_nothing() -> None:
     assert log.replay() == table
 
 
-@settings(max_examples=50, deadline=None)
+@examples(15)
 @given(histories())
 def test_invariant_07_the_table_is_a_fold_of_its_log(history: list[PageMutation]) -> None:
     log = MutationLogLite()
@@ -170,7 +171,7 @@ def test_get_context_at_turn_has_media_and_derived_pages_in_the_order_of_the_con
     assert log.get_context_at_turn(3) == ["claim_0002", "summary_seg_01", "msg_0002", "img_0002_1"]
 
 
-@settings(max_examples=50, deadline=None)
+@examples(15)
 @given(histories())
 def test_invariant_09_the_stored_log_alone_gives_table_and_context(
     history: list[PageMutation],
@@ -198,7 +199,7 @@ def test_a_damaged_log_is_an_error(data: bytes) -> None:
 # -- storage
 
 
-@settings(max_examples=50, deadline=None)
+@examples(15)
 @given(histories(), st.lists(st.integers(0, 60), max_size=4))
 def test_invariant_07_the_root_says_what_is_in_the_table_and_not_when_it_was_written(
     history: list[PageMutation], stops: list[int]
@@ -288,7 +289,7 @@ def test_invariant_06_branches_of_one_root_see_nothing_of_each_other() -> None:
     assert PageTable.open(roots["one"], storage.load) == one
 
 
-@settings(max_examples=50, deadline=None)
+@examples(15)
 @given(histories(), st.data())
 def test_invariant_06_what_is_lost_or_damaged_is_made_again_from_the_log(
     history: list[PageMutation], data: st.DataObject

@@ -6,11 +6,12 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory.questions import Query
 from proxy.search.fts import Doc, Hit, PageIndex
+from tests.examples import examples
 
 
 def build(*texts: str, role: str = "user", name: str = "") -> PageIndex:
@@ -147,7 +148,7 @@ PAGE = st.tuples(
 STEP = st.one_of(st.lists(PAGE, max_size=8), st.integers(0, 30))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(30)
 @given(st.lists(PAGE, max_size=20), st.lists(WORDS, min_size=1, max_size=6).map(" ".join), st.floats(0.1, 4.0))
 def test_nothing_is_found_where_no_page_has_the_least_evidence(
     pages: list[tuple[str, str, str, int]], query: str, least: float
@@ -160,7 +161,7 @@ def test_nothing_is_found_where_no_page_has_the_least_evidence(
     assert found == hits or (not found and all(hit.evidence < min(least, hit.words) for hit in hits))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(30)
 @given(st.lists(STEP, max_size=10), st.lists(WORDS, min_size=1, max_size=4).map(" ".join))
 def test_any_history_of_calls_equals_a_fresh_index(
     steps: list[list[tuple[str, str, str, int]] | int], query: str
@@ -187,7 +188,7 @@ def test_any_history_of_calls_equals_a_fresh_index(
     fresh.close()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(30)
 @given(st.text(), st.text())
 def test_any_text_is_a_page_and_a_query(page: str, query: str) -> None:
     index = build(page, query, "kite")

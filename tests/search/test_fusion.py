@@ -36,7 +36,7 @@ hits = st.lists(
 ).map(lambda found: sorted(found, key=lambda hit: -hit.score))
 
 
-@examples(50)
+@examples(15)
 @given(hits, hits, st.floats(0.5, 50))
 def test_invariant_07_neither_list_has_a_unit_and_without_the_second_the_first_stays(
     lexical: list[Hit], near: list[Hit], times: float

@@ -46,7 +46,7 @@ def search(indexes: PathIndexes, path: Path, query: str) -> list[Hit]:
 paths = st.lists(st.integers(0, 2), min_size=1, max_size=24).map(tuple)
 
 
-@examples(40)
+@examples(12)
 @given(st.lists(st.tuples(paths, st.sampled_from(WORDS)), min_size=1, max_size=8), st.integers(1, 60))
 def test_invariant_06_no_branch_finds_or_feels_another(asked: list[tuple[Path, str]], limit: int) -> None:
     indexes = PathIndexes(limit)
@@ -80,7 +80,7 @@ def test_index_that_rests_is_packed_and_finds_the_same() -> None:
         assert sum(branch.weight for branch in kept) == indexes._pages
 
 
-@examples(30)
+@examples(12)
 @given(st.lists(st.tuples(paths, st.sampled_from(WORDS)), min_size=1, max_size=8), st.data())
 def test_what_was_stored_of_an_index_gives_the_same(asked: list[tuple[Path, str]], data: st.DataObject) -> None:
     stored: dict[bytes, bytes] = {}

@@ -25,7 +25,7 @@ def by_sqlite(text: str) -> list[str]:
     return [term.decode("utf-8", "replace") for _, term in sorted(rows)]
 
 
-@examples(150)
+@examples(45)
 @given(SPACED)
 def test_spaced_scripts_have_the_terms_that_sqlite_has(text: str) -> None:
     assert tokenizer().sequence(text) == by_sqlite(text)

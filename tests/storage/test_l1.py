@@ -9,7 +9,7 @@ from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from tests.examples import examples
 
 
-@examples(100)
+@examples(30)
 @given(
     st.lists(st.tuples(st.sampled_from(["put", "get", "take", "clear"]), st.integers(0, 5), st.integers(0, 400)),
              max_size=40),

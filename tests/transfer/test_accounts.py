@@ -182,7 +182,7 @@ anything = st.recursive(
 
 
 @given(st.booleans(), st.lists(st.integers(0, 50), min_size=1, max_size=7), anything)
-@examples(300)
+@examples(90)
 def test_whatever_stands_in_an_export_it_is_read_or_refused(is_chatgpt: bool, at: list[int], other: Any) -> None:
     whole = mapping(
         node("m1", None, "user", {"content_type": "multimodal_text", "parts": ["a", {"asset_pointer": "x://y"}]}),

@@ -15,7 +15,7 @@ def turn(number: int, **more: Any) -> dict[str, Any]:
     return {"turn": number, "epoch_begun": None, "faults": 0, "evidence": 0, "window_tokens": 5, "history_tokens": number, **more}
 
 
-@examples(40)
+@examples(12)
 @given(st.integers(1, 60), st.integers(0, 400), st.integers(1, 10_000))
 def test_map_cells_stand_in_their_turns_and_within_the_frame(count: int, rows: int, first: int) -> None:
     turns = [turn(first + n, epoch_begun=n % 7 == 0 and 1, faults=n % 3, evidence=n % 2) for n in range(count)]
@@ -29,7 +29,7 @@ def test_map_cells_stand_in_their_turns_and_within_the_frame(count: int, rows: i
     assert len(made["lines"]) == len(range(0, count, 7)) and len(made["ticks"]) <= 8
 
 
-@examples(40)
+@examples(12)
 @given(st.lists(st.integers(1, 10**7), max_size=120))
 def test_timeline_has_a_few_round_lines_and_stays_in_its_frame(history: list[int]) -> None:
     made = timeline_chart([turn(n, history_tokens=tokens, window_tokens=None) for n, tokens in enumerate(history, 1)])
