@@ -425,9 +425,9 @@ class PostgresStore:
         if not prefix:  # letter by letter: their order is that of the keys within one
             found: list[tuple[bytes, int | None, bytes]] = []
             letter: bytes | None = after[:_LETTER] or await self._next_letter(b"")
-            while letter is not None and len(found) < limit:
+            while letter is not None:
                 found += await self._rows(letter, after, limit - len(found))
-                letter = await self._next_letter(letter)
+                letter = await self._next_letter(letter) if len(found) < limit else None
             return found
         if after > prefix and not after.startswith(prefix):
             return []  # it comes after all of these
