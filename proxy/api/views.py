@@ -161,11 +161,8 @@ class Views:
                 return Title.decode(stored)
         return None
 
-    def _rows(self, prefix: bytes) -> Iterable[tuple[bytes, bytes]]:
-        after, count = b"", 0
-        while count < _LISTED and (rows := self._memory.store.scan(prefix, after, 1000)):
-            yield from rows
-            after, count = rows[-1][0], count + len(rows)
+    def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        return self._memory.store.scan(prefix, limit=_LISTED)
 
     def version(self, who: Who, owner: bytes | None = None) -> bytes:
         """Another value whenever a turn was answered in the conversation, or in any of the asker's."""
