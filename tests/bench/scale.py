@@ -29,17 +29,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import shutil
+import sqlite3
 import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +53,7 @@ from proxy.conversation import keys
 from proxy.conversation.tree import Identity
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
+from proxy.storage.sqlite import DATABASE
 from tests.bench.chart import small_multiples
 from tests.bench.gateways import cpu_seconds, rss_mb
 from tests.bench.making import MESSAGES, Conversation, body, completion, make, message
@@ -206,14 +211,33 @@ class Engine:
 
 
 def made(folder: Path, size: int) -> Path:
-    """The directory with a store of so many conversations."""
-    path = folder / f"sqlite-{size}"
-    if not path.exists():
-        shutil.rmtree(folder / "making", ignore_errors=True)
-        making = Engine("making", {"l2": {"path": str(folder / "making")}}, int)
-        asyncio.run(make(making.config(folder), range(size)))
-        (folder / "making").rename(path)
-    return path
+    """The directory with a store of so many conversations: each processor makes some of them, with the same secret."""
+    path, parts = folder / f"sqlite-{size}", [folder / f"making-{n}" for n in range(os.cpu_count() or 1)]
+    if path.exists():
+        return path
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+    asyncio.run(open_store(_at(parts[0]), keys).close())
+    for part in parts[1:]:
+        shutil.copytree(parts[0], part)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(_make_part, parts, [range(n, size, len(parts)) for n in range(len(parts))]))
+    with closing(sqlite3.connect(parts[0] / DATABASE, isolation_level=None)) as first:
+        for part in parts[1:]:
+            first.execute("ATTACH ? AS part", (str(part / DATABASE),))
+            rows = "key, raw, mode, tag, value"
+            first.execute(f"INSERT INTO Cache ({rows}) SELECT {rows} FROM part.Cache WHERE typeof(key) = 'blob'")
+            first.execute("DETACH part")
+            shutil.rmtree(part)
+    return parts[0].rename(path)
+
+
+def _make_part(path: Path, numbers: Sequence[int]) -> None:
+    asyncio.run(make(_at(path), numbers))
+
+
+def _at(path: Path) -> Config:
+    return Engine(path.name, {"l2": {"path": str(path)}}, int).config(path.parent)
 
 
 @contextmanager
