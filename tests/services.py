@@ -99,11 +99,12 @@ def _listens(port: int) -> bool:
 
 
 class _Service:
-    """One process on one port, in a directory that the unprivileged user owns."""
+    """One process on one port, in a directory that the unprivileged user owns: this one, or one that goes with it."""
 
-    def __init__(self, prefix: str) -> None:
-        self._made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
-        self.directory = Path(self._made.name)
+    def __init__(self, prefix: str, directory: Path | None = None) -> None:
+        self._made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) if directory is None else None
+        self.directory = directory or Path(self._made.name if self._made else "")
+        self.directory.mkdir(exist_ok=True)
         self._as = _unprivileged()
         if self._as:
             shutil.chown(self.directory, self._as["user"])
@@ -140,6 +141,14 @@ class _Service:
         """SIGKILL."""
         self._end(signal.SIGKILL)
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _leave(self) -> None:
+        if self._made is not None:
+            self._made.cleanup()
+
     def _end(self, number: int) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -149,20 +158,21 @@ class _Service:
 
 
 class Postgres(_Service):
-    """A server with an empty cluster. fsync is off: a crash of the machine is not what is tested. `settings`: lines of
-    postgresql.conf, by name."""
+    """A server with an empty cluster, or with the one that stands in `directory`. fsync is off: a crash of the machine is
+    not what is tested. `settings`: of the server, by name."""
 
-    def __init__(self, settings: dict[str, str] | None = None) -> None:
-        super().__init__("llm-pager-postgres-")
+    def __init__(self, settings: dict[str, str] | None = None, directory: Path | None = None) -> None:
+        super().__init__("llm-pager-postgres-", directory)
         self.data = self.directory / "data"
-        self._settings = {"max_connections": "200", **(settings or {})}
+        self._settings = {"max_connections": "200", "fsync": "off", "shared_buffers": "64MB", **(settings or {})}
         self._numbers = count(1)
-        self._made_data = False
 
     def start(self) -> Postgres:
-        if not self._made_data:
+        if not self.data.exists():
             self._init()
-        self._spawn([str(_binary("postgres")), "-D", str(self.data)])
+        where = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.directory)]
+        settings = [f"--{name}={value}" for name, value in self._settings.items()]
+        self._spawn([str(_binary("postgres")), "-D", str(self.data), *where, *settings])
         self._await(lambda: (self.data / "postmaster.pid").exists() and self._accepts())
         return self
 
@@ -172,13 +182,6 @@ class Postgres(_Service):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd="/", check=False, **self._as)
         if done.returncode:
             raise RuntimeError(f"initdb failed: {done.stderr}")
-        settings = {
-            "port": str(self.port), "listen_addresses": "127.0.0.1", "unix_socket_directories": str(self.directory),
-            "fsync": "off", "shared_buffers": "64MB", **self._settings,
-        }  # fmt: skip
-        with open(self.data / "postgresql.conf", "a") as file:
-            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
-        self._made_data = True
 
     def _accepts(self) -> bool:
         """The server says in its file that it is past recovery."""
@@ -197,9 +200,9 @@ class Postgres(_Service):
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
 
-    def new_database(self) -> str:
+    def new_database(self, name: str = "") -> str:
         """The URL of an empty one."""
-        name = f"test_{os.getpid()}_{next(self._numbers)}"
+        name = name or f"test_{os.getpid()}_{next(self._numbers)}"
         self.execute(f"CREATE DATABASE {name} TEMPLATE template0")
         return self.url(name)
 
@@ -224,8 +227,8 @@ class Postgres(_Service):
         return self.start()
 
     def __exit__(self, *_: object) -> None:
-        self.stop("immediate")
-        self._made.cleanup()
+        self.stop("immediate" if self._made else "fast")
+        self._leave()
 
 
 class PgBouncer(_Service):
@@ -277,7 +280,7 @@ class PgBouncer(_Service):
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._made.cleanup()
+        self._leave()
 
 
 class Tap:
@@ -419,7 +422,7 @@ class S3(_Service):
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._made.cleanup()
+        self._leave()
 
 
 # -- fixtures

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ from proxy.memory.models import (
 from proxy.memory.planner import price, worth
 from proxy.memory.table import PageTable, decode_log
 from proxy.model_limits import POLICIES
+from proxy.storage.l2 import Damaged
 from proxy.tokens import get_counter
 
 _LISTED = 10_000  # conversations of one list or search, in the order of their keys
@@ -130,23 +132,22 @@ class Views:
         self, who: Who, query: str = "", sort: str = "used", cursor: str = "", limit: int = _PAGE
     ) -> dict[str, Any]:
         """Those of the asker, the last used first (or the first begun, or by title)."""
-        store, limit = self._memory.store, max(1, min(limit, _MOST))
-        used = {keys.owner(k): LastUse.decode(v) for k, v in self._rows(keys.CONVERSATION + who.prefix)}
-        titles = {keys.owner(k): Title.decode(v) for k, v in self._rows(keys.TITLE + who.prefix)}
-        words = query.casefold().split()
-        found = [o for o in used if all(w in titles[o].words.casefold() for w in words)] if words else [*used]
-        if words:
-            found = [o for o in found if o in titles]
-        order = {
-            "used": lambda o: (-used[o].used_s, o),
-            "began": lambda o: (-titles[o].began_s if o in titles else 0, o),
-            "title": lambda o: (titles[o].words.casefold() if o in titles else "", o),
-        }.get(sort)
-        if order is None:
+        store, limit, words = self._memory.store, max(1, min(limit, _MOST)), query.casefold().split()
+        used = {keys.owner(k): v for k, v in self._rows(keys.CONVERSATION + who.prefix)}
+        titles: dict[bytes, Title] = {}
+        if words or sort != "used":  # else those that are shown are enough
+            titles = {keys.owner(k): Title.decode(v) for k, v in self._rows(keys.TITLE + who.prefix)}
+        found = [o for o in used if o in titles and all(w in titles[o].words.casefold() for w in words)] if words else [*used]
+        if sort == "used":
+            found.sort(key=lambda o: LastUse.order(used[o]), reverse=True)  # which leaves those of one second as they are
+        elif sort == "began":
+            found.sort(key=lambda o: titles[o].began_s if o in titles else 0, reverse=True)
+        elif sort == "title":
+            found.sort(key=lambda o: titles[o].words.casefold() if o in titles else "")
+        else:
             raise ApiError(400, "sort must be used, began or title.", param="sort", code="invalid_value")
-        found.sort(key=order)
         start = _cursor(cursor)
-        rows = [self._row(who, o, used[o], titles.get(o)) for o in found[start : start + limit]]
+        rows = [self._row(who, o, LastUse.decode(used[o]), titles.get(o) or self._title(o)) for o in found[start : start + limit]]
         more = start + limit < len(found)
         return {
             "conversations": rows, "total": len(found), "truncated": len(used) >= _LISTED,
@@ -154,11 +155,14 @@ class Views:
             "trouble": store.trouble,
         }  # fmt: skip
 
-    def _rows(self, prefix: bytes) -> Iterable[tuple[bytes, bytes]]:
-        after, count = b"", 0
-        while count < _LISTED and (rows := self._memory.store.scan(prefix, after, 1000)):
-            yield from rows
-            after, count = rows[-1][0], count + len(rows)
+    def _title(self, owner: bytes) -> Title | None:
+        with suppress(Damaged):
+            if (stored := self._memory.store.get(keys.TITLE + owner)) is not None:
+                return Title.decode(stored)
+        return None
+
+    def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        return self._memory.store.scan(prefix, limit=_LISTED)
 
     def version(self, who: Who, owner: bytes | None = None) -> bytes:
         """Another value whenever a turn was answered in the conversation, or in any of the asker's."""

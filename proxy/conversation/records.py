@@ -243,6 +243,11 @@ class LastUse(NamedTuple):
     def encode(self) -> bytes:
         return self.head + self.used_s.to_bytes(_TIME_BYTES, "big")
 
+    @staticmethod
+    def order(data: bytes) -> bytes:
+        """Of what is encoded: the later one's is the greater."""
+        return data[-_TIME_BYTES:]
+
     @classmethod
     def decode(cls, data: bytes) -> LastUse:
         return cls(NodeId(data[:-_TIME_BYTES]), int.from_bytes(data[-_TIME_BYTES:], "big"))

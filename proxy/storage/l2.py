@@ -238,9 +238,11 @@ class DiskStore:
         if database is None:
             raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
         found: list[tuple[bytes, bytes]] = []
+        first, end = _range(prefix)
         while not found:  # nothing is found only where there is nothing more
+            first = max(first, after + b"\0")  # one bound: of two SQLite begins at the lower, and walks to the other
             try:
-                rows = database.reader.execute(SCAN, (*_range(prefix), after, limit)).fetchall()
+                rows = database.reader.execute(SCAN, (first, end, limit)).fetchall()
             except sqlite3.Error as error:
                 raise StorageError(f"Cannot read from {self._path}: {error}.") from error
             for row in rows:

@@ -19,8 +19,9 @@ Promises what `DiskStore` does, and:
 
 A key's row is found by `tenant` (bytes 1..12 of the key, keys.py: scope and person), `path` (the next 6: the
 conversation) and `key` (its letter and the rest), which keep the keys' order under each letter; str keys stand under no
-tenant. The tables are partitioned by a hash of tenant and path, so no index grows with all of them and a partition is
-vacuumed, moved or rewritten by itself. The statements are plain SQL as Citus, YugabyteDB and CockroachDB have it, too
+tenant. What a conversation has one or few of is found by its letter, too: who lists conversations reads no turns. The
+tables are partitioned by a hash of tenant and path, so no index grows with all of them and a partition is vacuumed, moved
+or rewritten by itself. The statements are plain SQL as Citus, YugabyteDB and CockroachDB have it, too
 (docs/postgresql.md says what of that was tried).
 """
 
@@ -80,9 +81,17 @@ _DAMAGED_KEYS = 10_000
 _PATIENT_S = 600.0  # what is done beside the requests, and may go through all tables
 _BYTES_PER_S = 4 << 20  # that a commit is given time for
 _UNHURRIED = f"SET LOCAL statement_timeout = {_PATIENT_S * 1000:.0f}"
+_MANY = tuple(b"%c" % letter for letter in b"eilnpqtv")  # kinds (keys.py) of which a conversation has many
 _PROBE = "probe"
 _LOCK = 0x6C6C6D70  # "llmp", of the advisory lock
 
+
+def _literal(letter: bytes) -> str:
+    return f"'\\x{letter.hex()}'"
+
+
+_LETTER_OF = "substr(key, 1, 1)"
+_FEW = f"{_LETTER_OF} NOT IN ({', '.join(map(_literal, _MANY))})"  # is known of a statement that names its letter
 _TABLES = """
 CREATE TABLE llm_pager_store (
     id int PRIMARY KEY CHECK (id = 1), schema int NOT NULL, format int NOT NULL, secret bytea NOT NULL,
@@ -98,15 +107,17 @@ CREATE TABLE llm_pager_members (
 ) PARTITION BY HASH (tenant, path);
 CREATE INDEX llm_pager_ahead ON llm_pager_values (tenant, path, stored) WHERE stored IS NOT NULL;
 """ + "".join(
+    f"CREATE INDEX llm_pager_listed_{name} ON llm_pager_{name} (({_LETTER_OF}), tenant, path, key) WHERE {_FEW};"
+    for name in ("values", "members")
+) + "".join(
     f"CREATE TABLE llm_pager_{name}_{n:02} PARTITION OF llm_pager_{name}"
     f" FOR VALUES WITH (MODULUS {PARTITIONS}, REMAINDER {n});"
     for name in ("values", "members") for n in range(PARTITIONS)
 ) + "".join(  # zstd has been there
     f"ALTER TABLE llm_pager_values_{n:02} ALTER COLUMN value SET STORAGE EXTERNAL;" for n in range(PARTITIONS)
 )  # fmt: skip
-_MIGRATIONS: dict[int, str] = {}  # what makes the tables of the next version of those of this one
 _MAKE = "INSERT INTO llm_pager_store VALUES (1, $1, $2, $3, 0) ON CONFLICT (id) DO NOTHING"
-_OPEN = "SELECT schema, format, secret, erased FROM llm_pager_store WHERE id = 1"
+_OPEN = "SELECT schema, format, secret, erased, to_regclass('llm_pager_listed_values') FROM llm_pager_store WHERE id = 1"
 _ADOPT = "UPDATE llm_pager_store SET secret = $1 WHERE id = 1"
 _SIZE = "SELECT coalesce(sum(pg_column_size(value) + 120), 0) FROM llm_pager_values"  # with its place in the index
 _THERE = """
@@ -197,9 +208,10 @@ _ERASE = "UPDATE llm_pager_store SET erased = erased + 1 WHERE id = 1 RETURNING 
 # The table, not its row: who waits for it is next, however many share it by then.
 _HOLD = "LOCK TABLE llm_pager_store IN EXCLUSIVE MODE"
 _HELD = "SELECT erased FROM llm_pager_store WHERE id = 1"
-_LETTERS = " UNION ".join(
-    f"SELECT DISTINCT substr(key, 1, 1) AS letter FROM llm_pager_{name} WHERE path <> '{{own}}'" for name in ("values", "members")
-).replace("{own}", r"\x00")  # fmt: skip
+_NEXT_LETTER = " UNION ALL ".join(
+    f"(SELECT {_LETTER_OF} FROM llm_pager_{name} WHERE {_FEW} AND {_LETTER_OF} > $1 ORDER BY {_LETTER_OF} LIMIT 1)"
+    for name in ("values", "members")
+)
 _SCAN_VALUES = "SELECT tenant, path, key, sum, value FROM llm_pager_values WHERE %s ORDER BY tenant, path, key LIMIT %d"
 _SCAN_SETS = (
     "SELECT tenant, path, key, array_agg(member ORDER BY added, member) AS members,"
@@ -241,6 +253,12 @@ _UNSET = (
     "A pooler in front of %s refuses settings (%s), so it is not known whether it keeps prepared statements: none is made,"
     " and each statement takes another round trip. Let it ignore plan_cache_mode and statement_timeout"
     " (ignore_startup_parameters), and set both for the role."
+)
+
+
+_UNLISTED = (
+    "The tables in %s were made without the index that lists are read by: the list of conversations reads all turns."
+    " docs/postgresql.md has the two statements that make it."
 )
 
 
@@ -406,11 +424,13 @@ class PostgresStore:
     async def _rows(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, int | None, bytes]]:
         if not prefix:  # letter by letter: their order is that of the keys within one
             found: list[tuple[bytes, int | None, bytes]] = []
-            letters = await self._patiently(lambda connection, again: connection.fetch(_LETTERS))
-            for letter in sorted(row[0] for row in letters):
-                if len(found) < limit and letter >= after[:1]:
-                    found += await self._rows(letter, after, limit - len(found))
+            letter: bytes | None = after[:_LETTER] or await self._next_letter(b"")
+            while letter is not None:
+                found += await self._rows(letter, after, limit - len(found))
+                letter = await self._next_letter(letter) if len(found) < limit else None
             return found
+        if after > prefix and not after.startswith(prefix):
+            return []  # it comes after all of these
         where, values = _within(prefix, after)
 
         async def read(connection: Any, again: bool) -> list[list[Any]]:
@@ -426,6 +446,11 @@ class PostgresStore:
             value = _set(key, list(zip(range(len(members)), members, sums, strict=True)), before)
             by_key[key] = (None, value) if isinstance(value, bytes) else (LOST_SUM, b"")
         return [(key, *by_key[key]) for key in sorted(by_key)[:limit]]
+
+    async def _next_letter(self, letter: bytes) -> bytes | None:
+        """The next one that keys may begin with."""
+        few = await self._patiently(lambda connection, again: connection.fetch(_NEXT_LETTER, letter))
+        return min([*(row[0] for row in few), *(many for many in _MANY if many > letter)], default=None)
 
     def size_bytes(self) -> int:
         """Of all values, as they are stored, with what a row takes beside. From any thread; reads no value."""
@@ -797,13 +822,15 @@ class PostgresStore:
         if row is None:
             await self._make(connection)
             row = await connection.fetchrow(_OPEN)
-        schema, form, secret, erased = row
+        schema, form, secret, erased, listed = row
         if (schema, form) != (SCHEMA, FORMAT):
             raise _Refused(
                 f"The tables in {self.where} were written by another version of llm-pager (format {form}, schema {schema}),"
                 " which this one does not read; set tiers.l2.url to another database."
             )
         before = self._secret
+        if listed is None and before is None:
+            log.warning(_UNLISTED, self.where)
         lost = before is not None and before != secret
         if before == secret and self._last_adds and erased == self.erased:
             asked = set(self._last_adds)
@@ -932,28 +959,28 @@ def _after(prefix: bytes) -> bytes:
 
 
 def _within(prefix: bytes, after: bytes = b"") -> tuple[str, list[bytes]]:
-    """The condition for keys that begin with `prefix` (a letter at least) and come after `after`, and its values."""
-    letter, tenant, path = prefix[:_LETTER], prefix[_LETTER:_TENANT], prefix[_TENANT:_PATH]
-    conditions, values = ["path <> $1"], [_OWN]
+    """The condition for keys that begin with `prefix` (a letter at least) and come after `after`, and its values: an index
+    is read from there on."""
+    letter = prefix[:_LETTER]
+    conditions, values = ["path <> $1", f"{_LETTER_OF} = {_literal(letter)}"], [_OWN]
 
     def add(condition: str, *more: bytes) -> None:
         names = [f"${len(values) + n}" for n in range(1, len(more) + 1)]
         conditions.append(condition % tuple(names))
         values.extend(more)
 
-    rest = letter
-    if len(prefix) < _TENANT:
-        add("tenant >= %s AND tenant < %s", tenant, _after(tenant))
+    names, begun = ("tenant", "path", "key"), _columns(prefix)
+    whole = (len(prefix) >= _TENANT) + (len(prefix) >= _PATH)  # of these, what the prefix says to its end
+    for name, value in zip(names[:whole], begun, strict=False):
+        add(f"{name} = %s", value)
+    add(f"{names[whole]} < %s", _after(begun[whole]))
+    if whole < len(names) - 1:
+        add("key >= %s AND key < %s", letter, _after(letter))
+    if after >= prefix:  # without another lower bound, from which the index would be read instead
+        left = len(names) - whole
+        add(f"({', '.join(names[whole:])}) > ({', '.join(['%s'] * left)})", *_columns(after)[whole:])
     else:
-        add("tenant = %s", tenant)
-        if len(prefix) < _PATH:
-            add("path >= %s AND path < %s", path, _after(path))
-        else:
-            add("path = %s", path)
-            rest += prefix[_PATH:]
-    add("key >= %s AND key < %s", rest, _after(rest))
-    if after >= prefix:
-        add("(tenant, path, key) > (%s, %s, %s)", *_columns(after))
+        add(f"{names[whole]} >= %s", begun[whole])
     return " AND ".join(conditions), values
 
 

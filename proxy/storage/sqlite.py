@@ -82,7 +82,7 @@ PUT = (
 )
 ADD = f"INSERT INTO Cache ({_COLUMNS}) VALUES (?, 1, 1, ?, ?) ON CONFLICT (key, raw) DO NOTHING"
 GET = "SELECT key, tag, value FROM Cache WHERE key = ? AND raw = 1"
-SCAN = "SELECT key, tag, value FROM Cache WHERE key >= ? AND key < ? AND key > ? AND raw = 1 ORDER BY key LIMIT ?"
+SCAN = "SELECT key, tag, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 DROP = "DELETE FROM Cache WHERE key >= ? AND key < ?"
 
 Connection: TypeAlias = sqlite3.Connection

@@ -130,7 +130,7 @@ class _Copy:
         while True:
             here = dict(await asyncio.to_thread(self._source.scan, b"", after, _AT_ONCE))
             end = max(here, default=None)
-            there = await asyncio.to_thread(self._there, after, end)
+            there = {} if first else await asyncio.to_thread(self._there, after, end)  # it is stored with how far it came
             puts = [(key, value) for key, value in here.items() if there.get(key) != value]
             drops = [key for key in there if key not in here]  # erased meanwhile
             if first or puts or drops:

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: what a client has read to its end is there afterwards, and nothing else is.
 
-    python -m tests.chaos.kills --rounds 2000 [--seed N] [--lanes one,two,workers] [--verbose]
+    python -m tests.chaos.kills --rounds 2000 [--seed N] [--lanes one,two,workers] [--store directory|postgres]
 
 Real servers (`llm-pager serve`) are killed and started again while conversations go on: whole histories and
 sessions of new messages, streamed and not, with tool calls, page faults, both at once, answers made again
@@ -9,6 +9,8 @@ and questions edited, billed 0.8 to 2 times what we count. In between the disk i
     one      a process by itself
     two      two processes over one directory, killed in turn or both; conversations hop between them
     workers  `--workers 2`: one worker is killed, or all
+
+`--store postgres` (or TEST_STORE): what they store stands in a database, whose disk it is that is full.
 
 What has to hold, and is counted:
 
@@ -51,6 +53,7 @@ from tests.chaos.model import NO_PAGE, SMALL, TAG, WIDE, Attempt, Message, Model
 from tests.e2e.processes import ServerProcess
 from tests.e2e.script import LOOKUP, SYSTEM, filler
 from tests.e2e.story import difference
+from tests.services import Postgres
 
 LANES = ("one", "two", "workers")
 FACTORS = (0.8, 1.0, 1.13, 1.4, 2.0)
@@ -213,7 +216,7 @@ class Disk:
     def __init__(self) -> None:
         self._made = tempfile.TemporaryDirectory(prefix="llm-pager-kills-", ignore_cleanup_errors=True)
         self.path = Path(self._made.name)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=4g,mode=700", "tmpfs", str(self.path)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4g,mode=711", "tmpfs", str(self.path)]
         self.mounted = _runs(mount)
 
     def fill(self, pids: list[int]) -> None:
@@ -276,6 +279,7 @@ WRONG = ("lost", "half", "divergence", "refused", "died", "foreign")
 class Lane:
     talks_at_once = TALKS_AT_ONCE
     steps = STEPS
+    full_share = FULL_SHARE
     forgets = False  # whether what is stored cannot even be read, while it is away
 
     def __init__(self, kind: str, seed: int, tally: Tally, done: asyncio.Queue[Talk | None]) -> None:
@@ -292,13 +296,16 @@ class Lane:
 
     async def start(self) -> None:
         await self.model.start()
-        config = config_of(self.model, self.disk.path / "data")
+        config = config_of(self.model, await self._l2())
         workers = 2 if self.kind == "workers" else 1
         self.servers = [ServerProcess(config, workers=workers) for _ in range(2 if self.kind == "two" else 1)]
         self.up = [True] * len(self.servers)
         for server in self.servers:
             await asyncio.to_thread(server.start)
         self._up.set()
+
+    async def _l2(self) -> dict[str, Any]:
+        return in_directory(self.disk.path)
 
     async def stop(self) -> None:
         await asyncio.gather(*(asyncio.to_thread(s.__exit__, None, None, None) for s in self.servers))
@@ -334,7 +341,7 @@ class Lane:
 
     async def round(self) -> None:
         """One kill, and everything up again."""
-        if full := self.chance.random() < FULL_SHARE:
+        if full := self.chance.random() < self.full_share:
             await self._fill()
         moment = await self._moment()
         self.tally.counts["kills"] += 1
@@ -342,7 +349,7 @@ class Lane:
         if self.kind == "workers" and self.chance.random() < 0.7:
             await self._kill_worker()
             if full:
-                self._free()
+                await self._free()
             return
         which = range(len(self.servers))
         if self.kind == "two" and self.chance.random() < 0.7:
@@ -358,14 +365,14 @@ class Lane:
         for i in which:
             await asyncio.to_thread(self.servers[i].kill)
         if full and self.chance.random() < 0.5:
-            self._free()
+            await self._free()
         for i in which:
             await asyncio.to_thread(self.servers[i].restart)
             self.up[i] = True
             self._up.set()
         if self.full:
             await asyncio.sleep(FULL_S)
-            self._free()
+            await self._free()
 
     async def _kill_worker(self) -> None:
         server = self.servers[0]
@@ -383,7 +390,7 @@ class Lane:
         self.disk.fill(pids)
         await asyncio.sleep(FULL_S)
 
-    def _free(self) -> None:
+    async def _free(self) -> None:
         self.disk.free(self._limited)
         self.full, self._freed_s = False, time.monotonic()
 
@@ -464,6 +471,34 @@ class Lane:
             await asyncio.sleep(0.02)
 
 
+class OnPostgres(Lane):
+    """The disk that is full is the server's: it stores nothing, and after a while it may end."""
+
+    forgets = True
+
+    async def _l2(self) -> dict[str, Any]:
+        if not self.disk.mounted:
+            self.full_share = 0.0
+        self.postgres = Postgres(directory=self.disk.path / "postgres")
+        await asyncio.to_thread(self.postgres.start)
+        return {"path": str(self.disk.path / "data"), "url": self.postgres.new_database()}
+
+    async def _free(self) -> None:
+        await super()._free()
+        if not self.postgres.runs:
+            self.tally.counts["database ended"] += 1
+            await asyncio.to_thread(self.postgres.start)
+            self._freed_s = time.monotonic()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(asyncio.to_thread(s.__exit__, None, None, None) for s in self.servers))
+        await asyncio.to_thread(self.postgres.__exit__)
+        await super().stop()
+
+
+STORES = {"directory": Lane, "postgres": OnPostgres}
+
+
 def workers_of(pid: int) -> list[int]:
     """The worker processes of a server, without multiprocessing's own helper."""
     found = []
@@ -487,10 +522,15 @@ async def context_of(client: aiohttp.ClientSession, url: str, talk: Talk) -> Mes
         return found if r.status == 200 else {"error": found}
 
 
-def config_of(model: Model, data: Path) -> dict[str, Any]:
+def in_directory(path: Path) -> dict[str, Any]:
+    """`tiers.l2`."""
+    return {"path": str(path / "data"), "url": None}
+
+
+def config_of(model: Model, l2: dict[str, Any]) -> dict[str, Any]:
     return {
         "upstream": {"base_url": model.base_url},
-        "tiers": {"l0": {"reserve_tokens": 256}, "l2": {"path": str(data)}},
+        "tiers": {"l0": {"reserve_tokens": 256}, "l2": l2},
         "memory": {"tools": "always"},
         "faults": {"max_per_turn": 1000, "max_tokens_per_turn": 1_000_000, "max_rounds": 64},
         "manifest": {"max_tokens": 300},
@@ -512,7 +552,7 @@ class Quiet:
     async def run(self, talks: asyncio.Queue[Talk | None]) -> None:
         async with self.model:
             with tempfile.TemporaryDirectory(prefix="llm-pager-quiet-") as folder:
-                server = ServerProcess(config_of(self.model, Path(folder) / "data"))
+                server = ServerProcess(config_of(self.model, in_directory(Path(folder))))
                 await asyncio.to_thread(server.start)
                 try:
                     async with aiohttp.ClientSession() as client:
@@ -667,10 +707,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2000, help="kills in all")
     parser.add_argument("--seed", type=int, default=None, help="of the plans and moments; random and printed")
     parser.add_argument("--lanes", default=",".join(LANES), help="which servers are killed")
+    parser.add_argument("--store", choices=STORES, default=os.environ.get("TEST_STORE", "directory"))
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
-    tally = asyncio.run(run(options.rounds, seed, tuple(options.lanes.split(","))))
+    tally = asyncio.run(run(options.rounds, seed, tuple(options.lanes.split(",")), make=STORES[options.store]))
     report(tally, seed)
     sys.exit(0 if tally.passed else 1)
 

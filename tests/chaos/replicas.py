@@ -83,7 +83,7 @@ class Replicas(Lane):
         self.pooler = await asyncio.to_thread(PgBouncer(self.postgres).start)
         self.tap = Tap(self.postgres.port, self._cut).__enter__()
         url = self.postgres.new_database()
-        self.servers, config = [], config_of(self.model, self.disk.path / "data")
+        self.servers, config = [], config_of(self.model, {})
         for n in range(REPLICAS):
             way = self.pooler.url(url) if n == REPLICAS - 1 else self.tap.url(url)
             l2 = {"path": str(self.disk.path / f"data{n}"), "url": way, "timeout_s": TIMEOUT_S}

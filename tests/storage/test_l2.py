@@ -373,6 +373,23 @@ async def test_a_small_commit_asks_no_thread_and_waits_for_no_lock(store: DiskSt
     assert asked[-1] == 1 and len(asked) > 1
 
 
+async def test_a_scan_goes_on_where_it_was_and_walks_over_nothing(store: DiskStore) -> None:
+    await store.commit([(b"n%05d" % n, b"v") for n in range(5000)])
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    store._database.reader.set_progress_handler(count, 10)
+    taken = []
+    for prefix, after in ((b"n", b""), (b"n", b"n04899"), (b"", b"n04899")):
+        steps = 0
+        assert len(store.scan(prefix, after, 100)) == 100
+        taken.append(steps)
+    assert max(taken) < 1.1 * min(taken), taken
+
+
 async def test_drops_take_whole_prefixes_and_leave_no_bytes_behind(store: DiskStore, tmp_path: Path) -> None:
     marks = [os.urandom(200) for _ in range(50)]
     await store.commit([(b"a%02d" % n, mark) for n, mark in enumerate(marks)] + [(b"b", b"kept")])

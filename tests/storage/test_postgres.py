@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import time
 from itertools import pairwise
 
+import asyncpg
 import pytest
 
 from proxy.conversation import keys
@@ -98,7 +100,26 @@ async def test_a_set_is_pruned_behind_its_readers(
 
 async def test_what_is_read_ahead_is_named_as_the_keys_are() -> None:
     assert module._AHEAD == (keys.RECORD, keys.BLOCK)
+    assert {*module._MANY} == keys.MOVING | {keys.PAIR, keys.LABEL}
     assert (module._TENANT - module._LETTER, module._PATH - module._LETTER) == (keys.TENANT_BYTES, keys.OWNER_BYTES)
+
+
+async def test_a_list_of_conversations_reads_no_turns(store: PostgresStore, postgres_url: str) -> None:
+    owners = [OWNER[:12] + n.to_bytes(6, "big") for n in range(20)]
+    records = [(keys.RECORD + owner + n.to_bytes(16, "big"), b"r") for owner in owners for n in range(200)]
+    lists = [(letter + owner, b"v") for letter in (keys.CONVERSATION, keys.TITLE) for owner in owners]
+    await store.commit(lists, [(keys.PAIR + owner + b"%d" % n, node(n)) for owner in owners for n in range(50)], records)
+    connection = await asyncpg.connect(postgres_url, server_settings={"plan_cache_mode": "force_generic_plan"})
+    for prefix, after in ((b"c", b""), (b"c", b"c" + owners[10]), (b"c" + owners[0][:12], b"c" + owners[10])):
+        where, values = module._within(prefix, after)
+        for scan in (module._SCAN_VALUES, module._SCAN_SETS):
+            await connection.execute(f"PREPARE scan ({', '.join(['bytea'] * len(values))}) AS {scan % (where, 1000)}")
+            given = ", ".join(f"'\\x{value.hex()}'" for value in values)
+            (told,) = await connection.fetchrow(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE scan ({given})")
+            await connection.execute("DEALLOCATE scan")
+            assert json.loads(told)[0]["Plan"]["Actual Rows"] == (scan is module._SCAN_VALUES) * (9 if after else 20)
+            assert "_pkey" not in told and told.count("substr_tenant_path_key_idx") == module.PARTITIONS, told
+    await connection.close()
 
 
 # -- the event loop
@@ -128,8 +149,6 @@ async def test_a_plain_get_below_a_request_lets_the_event_loop_go_on(store: Post
 
 async def _locked(url: str) -> None:
     """Nobody reads for a while."""
-    import asyncpg
-
     connection = await asyncpg.connect(url)
     async with connection.transaction():
         await connection.execute("LOCK llm_pager_values IN ACCESS EXCLUSIVE MODE")

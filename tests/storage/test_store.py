@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import sqlite3
 from contextlib import closing
@@ -227,6 +228,19 @@ async def test_scan_goes_through_the_keys_of_a_prefix_in_their_order(store: Stor
     assert store.scan(b"x") == [] and len(store.scan(b"")) == 12 and store.scan(b"n5", b"n5") == []
     await store.commit([(b"\xff\xff1", b"x"), (b"\xfe", b"y")])
     assert store.scan(b"\xff") == [(b"\xff\xff1", b"x")] and store.scan(b"\xff\xff") == [(b"\xff\xff1", b"x")]
+
+
+async def test_scan_begins_anywhere_in_the_order_of_the_keys(store: Store) -> None:
+    chance = random.Random(1)
+    owners = [chance.choice((bytes(12), b"\xff" * 12, b"tenant------")) + b"%06d" % n for n in range(12)]
+    known = {letter + owner + b"%d" % n: b"%d" % n for letter in (b"c", b"n", b"z") for owner in owners for n in range(4)}
+    await store.commit([*known.items()], [(b"a" + owner, node(1)) for owner in owners])
+    known |= {b"a" + owner: node(1) for owner in owners}
+    for _ in range(150):
+        one, other = (chance.choice([*known]) for _ in range(2))
+        prefix, after = one[: chance.choice((0, 1, 5, 13, 16, 19, 20))], chance.choice((b"", one, other, other[:9]))
+        wanted = sorted((k, v) for k, v in known.items() if k.startswith(prefix) and k > after)[:9]
+        assert store.scan(prefix, after, 9) == wanted, (prefix, after)
 
 
 async def test_leaves_take_a_conversations_ids_out_of_a_set(store: Store) -> None:
