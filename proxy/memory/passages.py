@@ -101,8 +101,8 @@ def _asked(query: str) -> tuple[list[str], dict[str, None]]:
     if len(query) > 2 * _QUERY_CHARS:
         query = f"{query[:_QUERY_CHARS]} {query[-_QUERY_CHARS:]}"
     low = folded(query)
-    runs = list(dict.fromkeys(match.group() for match in RUN.finditer(low)))
-    words = WORD.findall(RUN.sub(" ", low))
+    runs = [] if low.isascii() else list(dict.fromkeys(match.group() for match in RUN.finditer(low)))
+    words = WORD.findall(RUN.sub(" ", low) if runs else low)
     telling = [word for word in words if word not in STOP_WORDS] or ([] if runs else words)
     stems = list(dict.fromkeys(map(stem, telling)))
     if len(stems) > _TERMS:
