@@ -170,7 +170,7 @@ class Admission:
         if memory.store.erased != identity.erased:  # as a read of this request's has told
             return await self.admit(headers, query, body, deployment)
         if known is not None:
-            memory.histories.add(scope, known, split.known)
+            memory.histories.add(scope, known, split.continued)
         if names.delta is not None:
             self._require_no_loss(hash(who), found)
         if found.start and _is_retry(headers):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
 LEAST_BYTES = 2048  # of a body that is looked for; what is smaller is parsed sooner
 _ROLE_FIRST = re.compile(rb'\{[ \t\r\n]*"role"[ \t\r\n]*:[ \t\r\n]*"(?!system"|developer"|[^"]*\\)')
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
+_MOST_AROUND = 2  # times a history, of a body that is kept for it
 _BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
 _OPEN_ARRAY = ord("[")
@@ -55,12 +56,17 @@ RawMessage = tuple[bytes, dict[str, Any]]  # as written, and decoded
 class Known:
     """A history seen before: its bytes, where its messages end in them, and what they mean."""
 
-    history: bytes
+    history: memoryview  # mostly of the request's body that had it: who copies megabytes takes a millisecond
     ends: list[int]  # offset after each message, mid-conversation system messages included
     counts: list[int]  # how many nodes those messages make: counts[i] <= i + 1
     path: Sequence[Node]  # from the root: only whole histories are kept
     anchors: list[Anchor]
     tenant: TenantKey  # whose path it is
+
+    @property
+    def size_bytes(self) -> int:
+        """What is kept with it."""
+        return memoryview(self.history.obj).nbytes
 
 
 class Body(NamedTuple):
@@ -72,7 +78,13 @@ class Body(NamedTuple):
     known: Known | None
     shared: int  # how many of `known`'s history messages this body begins with
     new: list[RawMessage]
-    history: bytes | None  # the bytes from the first non-system message to the last; None: not kept
+    history: memoryview | None  # the bytes from the first non-system message to the last; None: not kept
+    ends: Sequence[int] = ()  # in it, of the new messages
+
+    @property
+    def continued(self) -> Known | None:
+        """The known history that this one has in it as a whole."""
+        return self.known if self.known is not None and self.shared == len(self.known.ends) else None
 
 
 class _Head(NamedTuple):
@@ -205,10 +217,20 @@ def _read_tail(body: bytes, head: _Head, known: Known, shared: int) -> Body | No
     if len(order) != len(set(order)):
         return None  # a doubled key: the last one counts, which only the full parse knows
     system = [body[a:b] for a, b in head.system]
-    for raw in raws:  # to the end of the last one
+    history, ends = _history(body, head, raws, known.ends[shared - 1])
+    return Body({**before, **after}, order, system, known, shared, new, history, ends)
+
+
+def _history(body: bytes, head: _Head, raws: Sequence[bytes], known: int = 0) -> tuple[memoryview, list[int]]:
+    """A body's history, and where these messages end in it, the first of which begin behind the byte `known`."""
+    at, ends = head.history + known, list[int]()
+    for raw in raws:
         at = body.index(raw, at) + len(raw)
-    history = body[head.history : at].rstrip(_SPACE + b",")
-    return Body({**before, **after}, order, system, known, shared, new, history)
+        ends.append(at - head.history)
+    history = memoryview(body)[head.history : at]
+    if _MOST_AROUND * len(history) < len(body):  # the rest would be kept with it
+        history = memoryview(bytes(history))
+    return history, ends
 
 
 def _read_all(body: bytes, head: _Head | None) -> Body:
@@ -238,14 +260,11 @@ def _read_all(body: bytes, head: _Head | None) -> Body:
     count = 0
     while count < len(messages) and is_system(messages[count][1]):
         count += 1
-    system = [raw for raw, _ in messages[:count]]
-    history = None
-    if head is not None and [body[a:b] for a, b in head.system] == system:
-        text = bytes(array)
-        if body.startswith(text, head.array - 1):  # the head was found where the parser found it
-            end = head.array - 1 + len(text.rstrip(_SPACE + b"]"))
-            history = body[head.history : end]
-    return Body(fields, order, system, None, 0, messages[count:], history)
+    system, history, ends = raws[:count], None, list[int]()
+    found = head is not None and [body[a:b] for a, b in head.system] == system
+    if head is not None and found and body.startswith(array, head.array - 1):  # where the parser found it
+        history, ends = _history(body, head, raws[count:])
+    return Body(fields, order, system, None, 0, messages[count:], history, ends)
 
 
 def _not_json(error: Exception) -> ApiError:
@@ -283,12 +302,10 @@ def remembered(
     if split.history is None:
         return None
     known, shared = split.known, split.shared
-    ends = known.ends[:shared] if known else []
+    ends = [*(known.ends[:shared] if known else ()), *split.ends]
     counts = known.counts[:shared] if known else []
-    at, nodes = ends[-1] if ends else 0, counts[-1] if counts else 0
-    for raw, message in split.new:
-        at = split.history.index(raw, at) + len(raw)
-        ends.append(at)
+    nodes = counts[-1] if counts else 0
+    for _, message in split.new:
         nodes += not is_system(message)
         counts.append(nodes)
     return Known(split.history, ends, counts, path, anchors, tenant)
@@ -313,14 +330,19 @@ class HistoryCache:
 
     def find(self, scope: KeyScope, body: bytes, start: int) -> tuple[Known, int] | None:
         """The history that shares most with body[start:], and how many whole messages it shares."""
-        best: tuple[int, Known] | None = None
-        for key in reversed(_keys_of(scope, body, start)):
-            for known in reversed(self._buckets.get(key, ())):
-                common = _common(known.history, body, start)
-                if best is None or common > best[0]:
-                    best = common, known
-            if best is not None:
+        likely: Sequence[Known] = ()
+        for key in _keys_of(scope, memoryview(body)[start:]):
+            bucket = self._buckets.get(key)
+            if bucket is None:
                 break
+            likely = bucket
+            if len(bucket) == 1:  # more of the body needs not be hashed
+                break
+        best: tuple[int, Known] | None = None
+        for known in reversed(likely):
+            common = _common(known.history, body, start)
+            if best is None or common > best[0]:
+                best = common, known
         if best is None:
             return None
         shared = bisect_right(best[1].ends, best[0])
@@ -329,14 +351,13 @@ class HistoryCache:
         self._keys.move_to_end(id(best[1]))
         return best[1], shared
 
-    def add(self, scope: KeyScope, known: Known, replaces: Known | None) -> None:
-        """Keep a history; the one that it continues (`replaces`) is inside it and goes."""
-        if replaces is not None and known.history.startswith(replaces.history):
-            self.forget(replaces)
-        size = len(known.history)
+    def add(self, scope: KeyScope, known: Known, continued: Known | None) -> None:
+        """Keep a history; `continued`, which it has in it as a whole, goes."""
+        hashed = self.forget(continued) if continued is not None else []
+        size = known.size_bytes
         if size > self._limit or size < 1 << _SMALLEST:
             return
-        keys = _keys_of(scope, known.history, 0)
+        keys = list(_keys_of(scope, known.history, hashed))
         for key in keys:
             bucket = self._buckets.setdefault(key, [])
             bucket.append(known)
@@ -347,12 +368,12 @@ class HistoryCache:
         while self._bytes > self._limit:
             self.forget(next(iter(self._keys.values()))[0])
 
-    def forget(self, known: Known) -> None:
-        """Drop one history, if it is kept."""
+    def forget(self, known: Known) -> list[_Key]:
+        """Drop one history, if it is kept; its keys."""
         entry = self._keys.pop(id(known), None)
         if entry is None:
-            return
-        self._bytes -= len(known.history)
+            return []
+        self._bytes -= known.size_bytes
         for key in entry[1]:
             bucket = self._buckets.get(key, [])
             kept = [other for other in bucket if other is not known]
@@ -360,23 +381,20 @@ class HistoryCache:
                 self._buckets[key] = kept
             else:
                 self._buckets.pop(key, None)
+        return entry[1]
 
 
-def _keys_of(scope: KeyScope, data: bytes, start: int) -> list[_Key]:
-    """Keys of the first 64, 128, ... bytes from `start`, in one pass over them."""
-    view = memoryview(data)[start:]
-    hasher = xxhash.xxh3_128()
-    keys: list[_Key] = []
-    level, done = _SMALLEST, 0
-    while 1 << level <= len(view):
+def _keys_of(scope: KeyScope, view: memoryview, known: Sequence[_Key] = ()) -> Iterator[_Key]:
+    """Keys of its first 64, 128, ... bytes, the first of which are `known`. Each byte is read once, when it is needed."""
+    yield from known
+    hasher, done = xxhash.xxh3_128(), 0
+    for level in range(_SMALLEST + len(known), len(view).bit_length()):
         hasher.update(view[done : 1 << level])
         done = 1 << level
-        keys.append((scope, level, hasher.digest()))
-        level += 1
-    return keys
+        yield scope, level, hasher.digest()
 
 
-def _common(history: bytes, body: bytes, start: int) -> int:
+def _common(history: memoryview, body: bytes, start: int) -> int:
     """Length of the longest common beginning of `history` and body[start:], by bisection."""
     if body.startswith(history, start):
         return len(history)

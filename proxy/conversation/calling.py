@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from proxy.conversation.records import Record
 from proxy.conversation.window import Window
-from proxy.memory.prefetcher import fresh_terms
+from proxy.memory.prefetcher import shared_terms
 
 VM_CALLS = "vm_calls"  # of what is learned of a model: its `Calling`
 MANY = 24
@@ -70,10 +70,9 @@ class Calling(NamedTuple):
         return self._replace(missed=self.missed + needed)
 
 
-def holds(page_text: str, question: str) -> bool:
-    """The page has what the question asks for, by its words."""
-    asked = fresh_terms("", question)
-    shared = len(asked & fresh_terms("", page_text))
+def holds(page_text: str, asked: frozenset[str]) -> bool:
+    """The page has what a question of these terms asks for."""
+    shared = len(shared_terms(page_text, asked))
     return shared >= _SHARED and _HALF * shared >= len(asked)
 
 

@@ -19,7 +19,14 @@ from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, con
 from proxy.memory.ids import Hit
 from proxy.memory.models import MEDIA_PART, CompressionLevel
 from proxy.memory.passages import find_passages
-from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
+from proxy.memory.prefetcher import (
+    MIN_EVIDENCE,
+    Candidate,
+    Prefetcher,
+    fresh_terms,
+    told_evidence,
+    was_used,
+)
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
 
@@ -81,8 +88,11 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         shown[candidate.page_id] = line
         return line.tokens
 
-    best, candidates = 0.0, list[Candidate]()  # the best of what is in the window
+    prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
+    best, candidates, proven = 0.0, list[Candidate](), False  # the best of what is in the window
     for hit in hits:
+        if proven and hit.score < prefetcher.fall * candidates[0].score:
+            break  # what is worse is left out, and raises nothing
         page_id = turn.pages.id_of(hit.position, hit.part)
         resident = turn.table.in_window(page_id)
         if resident is not None and not resident.level:  # whole
@@ -91,7 +101,8 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         entry = turn.table.lookup(page_id)
         if entry is not None and hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words are there
             candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
-    Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query)).choose(candidates, price, best)
+            proven = proven or hit.evidence >= MIN_EVIDENCE
+    prefetcher.choose(candidates, price, best)
     return sorted(shown.values())
 
 

@@ -28,7 +28,7 @@ from proxy.conversation.tree import HASH_BYTES, Anchor, Node
 from proxy.media.parts import read_part
 from proxy.memory.caches import CacheStats, PackCache, PackedLine
 from proxy.memory.compressor import compress_text
-from proxy.memory.context import ContextPacker
+from proxy.memory.context import ContextPacker, context_line
 from proxy.memory.ids import MEDIA_KINDS, Doc, make_page_id, media_page_id, parse_page_id
 from proxy.memory.levels import CompressorRegistry
 from proxy.memory.message_text import message_text, modality_of, split_text
@@ -455,12 +455,21 @@ class PathPages:
         if place is None or place[1] >= MEDIA_PART:
             packed = self.packer.pack([self.page(page_id)])
             return PackedLine(packed.content, packed.tokens_est)
-        here, text = self[place[0]], self.text(page_id)
-        count = None
-        own = text is here.message.get("content") and len(here.message) == 2
-        if own and here.node.role in ("user", "assistant"):  # its tokens are the message's
+        position, part = place
+        raw, counted_by = self.path[position].raw, self.counter.name
+        as_written = (page_id, raw, counted_by)  # what a line depends on that shows the message's own words alone
+        alone = not part and position not in self._notes
+        if alone and (known := _lines.lookup(as_written)) is not None:
+            return known
+        here, text, count = self[position], self.text(page_id), self.counter.text
+        role, modality, own = here.node.role, here.pages[0].modality, text is here.message.get("content")
+        key = as_written if alone and own else (page_id, role, modality, text, counted_by)
+        if key is not as_written and (known := _lines.lookup(key)) is not None:
+            return known
+        if own and len(here.message) == 2 and role in ("user", "assistant"):  # its tokens are the message's
             count = partial(self.counter.quoting, text, here.tokens - PER_MESSAGE)
-        return self.packer.line(page_id, here.node.role, text, here.pages[0].modality, count)
+        line = context_line(page_id, role, text, 0, modality)
+        return _lines.keep(key, PackedLine(line, count(f"{line}\n")))
 
     def role(self, page_id: str) -> str:
         """Who speaks on the page; "" for a derived one."""

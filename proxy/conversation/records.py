@@ -51,7 +51,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
-from textwrap import shorten
 from typing import NamedTuple
 
 import msgspec
@@ -262,8 +261,11 @@ class Title(NamedTuple):
     @classmethod
     def of(cls, first: Node, seen_s: int) -> Title:
         """Of a conversation's first message."""
-        words = message_text(msgspec.json.decode(first.raw))[:_TITLE_READ_CHARS]
-        return cls(seen_s, shorten(words, _TITLE_CHARS, placeholder=" …"))
+        text = message_text(msgspec.json.decode(first.raw))[:_TITLE_READ_CHARS]
+        words = " ".join(text.split(None, _TITLE_CHARS // 2 + 1)[: _TITLE_CHARS // 2 + 1])  # of a letter each: too long
+        if len(words) > _TITLE_CHARS:
+            words = words[: _TITLE_CHARS - 1].rpartition(" ")[0] + " …"
+        return cls(seen_s, words.lstrip())
 
     def encode(self) -> bytes:
         return self.began_s.to_bytes(_TIME_BYTES, "big") + self.words.encode("utf-8", "replace")

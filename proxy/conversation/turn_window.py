@@ -67,6 +67,7 @@ from proxy.memory.models import (
     StorageTier,
     VMMode,
 )
+from proxy.memory.prefetcher import fresh_terms
 from proxy.memory.standing import standing_in
 from proxy.memory.table import PageTable, encode_log
 from proxy.memory.working_set import watermarks
@@ -510,8 +511,9 @@ class TurnWindow:
         shown of it (after `settle`)."""
         if not self.brought or self.report.prefetched_used or not asks(self.query):
             return False
+        asked = fresh_terms("", self.query)
         texts = (self.pages.bare(page.page_id) for page in self.brought)
-        return any(holds(text, self.query) for text in texts if not asks(text))
+        return any(holds(text, asked) for text in texts if not asks(text))
 
     @property
     def fault_reason(self) -> FaultReason:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -24,7 +24,6 @@ from proxy.memory.models import (
     MemoryPage,
     Modality,
     estimate_text_tokens,
-    text_version,
 )
 
 CONTEXT_OPEN = "<VM:CONTEXT>"
@@ -207,17 +206,6 @@ class ContextPacker:
             parts.append({"type": "text", "text": "\n".join(lines)})
         content = "\n".join(line for line, _ in packed)
         return PackedContext(content=content, tokens_est=sum(n for _, n in packed), parts=parts)
-
-    def line(
-        self, page_id: str, role: str, text: str, modality: Modality, count: Callable[[str], int] | None = None
-    ) -> PackedLine:
-        """The line of a page of words alone, at level 0. `count`: a quicker counter of its tokens."""
-        key = (page_id, text_version(text), (role, modality), 0, self._counts)
-        known = self._cache.lookup(key)
-        if known is not None:
-            return known
-        line = context_line(page_id, role, text, 0, modality)
-        return self._cache.keep(key, PackedLine(line, (count or self._counts.text)(line + "\n")))
 
     def _packed(self, page: MemoryPage) -> PackedLine:
         # The speaker, or the page's type: a summary, a claim or an index speaks for nobody.

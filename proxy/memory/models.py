@@ -157,11 +157,6 @@ class Counts(Protocol):
         """Tokens of one content part of a message, media included."""
 
 
-def text_version(text: str, kind: bytes = b"s") -> str:
-    """`MemoryPage.version` of a page whose content is that text."""
-    return blake2b(kind + text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
 class MemoryPage(BaseModel):
     """One unit of content with identity; immutable in content, addressed by `page_id` along its
     path.
@@ -194,7 +189,8 @@ class MemoryPage(BaseModel):
     @property
     def version(self) -> str:
         """The content's hash (16 hex digits of BLAKE2b): the same content is the same version."""
-        return text_version(self.text(), b"s" if isinstance(self.content, str) else b"j")
+        kind = b"s" if isinstance(self.content, str) else b"j"
+        return blake2b(kind + self.text().encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
     def estimate_tokens(self) -> int:
         """`size_tokens` when it is known, else an estimate from the content's length."""

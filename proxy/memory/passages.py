@@ -17,7 +17,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -59,9 +59,9 @@ def passage(text: str, queries: Sequence[str], max_tokens: int, count: Count) ->
 
 def find_passages(text: str, queries: Sequence[str], max_tokens: int, count: Count) -> str:
     """The passages of `text` around the words of `queries`; "" where none of them stands in it, or fits."""
-    asked, pattern, runs = _all_asked(tuple(queries))
+    asked, heads, runs = _all_asked(tuple(queries))
     low = folded(text)
-    matches = sorted([*_words_in(low, asked, pattern), *_runs_in(low, runs)])
+    matches = sorted([*_words_in(low, asked, heads), *_runs_in(low, runs)])
     if not matches:
         return ""
     return _Selection(text, matches, asked, max_tokens, count).shown()
@@ -79,8 +79,8 @@ class _Match(NamedTuple):
 @lru_cache(maxsize=16)
 def _all_asked(
     queries: tuple[str, ...],
-) -> tuple[Mapping[str, float], re.Pattern[str] | None, Mapping[str, None]]:
-    """What each stem of the queries counts, what a word begins with that may have one, and their runs of scripts
+) -> tuple[Mapping[str, float], Collection[str], Mapping[str, None]]:
+    """What each stem of the queries counts, what the words begin with that may have them, and their runs of scripts
     without spaces: once for all pages that they are shown of."""
     asked: dict[str, float] = {}
     runs: dict[str, None] = {}
@@ -90,10 +90,7 @@ def _all_asked(
             asked.setdefault(word, _LATER_QUERIES if number else 1.0)
         runs.update(unspaced)
     # A word begins with its stem, but for the stem's last letter (tests/memory/test_stems.py).
-    heads = sorted({re.escape(one[:-1] or one) for one in asked})
-    letter = WORD.pattern.removesuffix("+")
-    pattern = re.compile(rf"(?<![^\W_])(?:{'|'.join(heads)}){letter}*") if heads else None
-    return asked, pattern, runs
+    return asked, {one[:-1] or one for one in asked if one}, runs
 
 
 def _asked(query: str) -> tuple[list[str], dict[str, None]]:
@@ -101,8 +98,8 @@ def _asked(query: str) -> tuple[list[str], dict[str, None]]:
     if len(query) > 2 * _QUERY_CHARS:
         query = f"{query[:_QUERY_CHARS]} {query[-_QUERY_CHARS:]}"
     low = folded(query)
-    runs = list(dict.fromkeys(match.group() for match in RUN.finditer(low)))
-    words = WORD.findall(RUN.sub(" ", low))
+    runs = [] if low.isascii() else list(dict.fromkeys(match.group() for match in RUN.finditer(low)))
+    words = WORD.findall(RUN.sub(" ", low) if runs else low)
     telling = [word for word in words if word not in STOP_WORDS] or ([] if runs else words)
     stems = list(dict.fromkeys(map(stem, telling)))
     if len(stems) > _TERMS:
@@ -110,12 +107,21 @@ def _asked(query: str) -> tuple[list[str], dict[str, None]]:
     return stems, dict.fromkeys(runs[:_TERMS])
 
 
-def _words_in(low: str, asked: Collection[str], pattern: re.Pattern[str] | None) -> Iterator[_Match]:
-    """Where the words of these stems stand in a folded text."""
-    for match in pattern.finditer(low) if pattern is not None else ():
-        term = stem(match.group())
-        if term in asked:
-            yield _Match(match.start(), match.end(), term)
+def _words_in(low: str, asked: Collection[str], heads: Iterable[str]) -> Iterator[_Match]:
+    """Where the words of these stems stand in a folded text. (To compile a pattern takes longer than a short page.)"""
+    starts: set[int] = set()
+    for head in heads:
+        at = low.find(head)
+        while at >= 0:
+            if not low[at - 1 : at].isalnum():
+                starts.add(at)
+            at = low.find(head, at + 1)
+    end = 0
+    for start in sorted(starts):
+        if start >= end and (word := WORD.match(low, start)):
+            end, term = word.end(), stem(word.group())
+            if term in asked:
+                yield _Match(start, end, term)
 
 
 def _runs_in(low: str, runs: Collection[str]) -> list[_Match]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.2  # of the best score, where the user asks: what has less is left out
+_ASKED_FALL = 0.2  # of the best score, where the user asks
 _RESIDENT_FALL = 0.3  # of the best score in the window: where that is what is meant, older pages add less
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
@@ -67,6 +67,11 @@ class Prefetcher(NamedTuple):
     max_tokens: int
     asked: bool = True
 
+    @property
+    def fall(self) -> float:
+        """Of the best score: what has less is left out."""
+        return _ASKED_FALL if self.asked else _TOLD_FALL
+
     def choose(
         self, candidates: Iterable[Candidate], price: Callable[[Candidate, int], int | None], best: float = 0.0
     ) -> list[Candidate]:
@@ -78,8 +83,7 @@ class Prefetcher(NamedTuple):
         offered = list(candidates)
         if all(c.evidence < MIN_EVIDENCE for c in offered):
             return chosen
-        fall = _ASKED_FALL if self.asked else _TOLD_FALL
-        least = max(best * _RESIDENT_FALL, fall * max(c.score for c in offered))
+        least = max(best * _RESIDENT_FALL, self.fall * max(c.score for c in offered))
         ranked = [c for c in offered if c.score >= least and (self.asked or c.is_meant)]
         ranked.sort(key=lambda c: (-_worth(c), c.page_id))
         for candidate in ranked:
@@ -112,12 +116,17 @@ def was_used(page_text: str, fresh: frozenset[str]) -> bool:
 
     A lexical measure: it misses a paraphrase and may be fooled by two common words.
     """
-    low = page_text[:_READ_CHARS].lower()
-    inside = [term for term in fresh if term in low]  # perhaps as a part of a word
-    if all(map(str.isalpha, inside)):
-        return sum(_stands(term, low) for term in inside) >= _USED_TERMS
-    shared = fresh.intersection(_TERM.findall(low))
+    shared = shared_terms(page_text, fresh)
     return len(shared) >= _USED_TERMS or any(any(c.isdigit() for c in term) for term in shared)
+
+
+def shared_terms(page_text: str, terms: frozenset[str]) -> frozenset[str]:
+    """Those of the terms that stand on the page."""
+    low = page_text[:_READ_CHARS].lower()
+    inside = [term for term in terms if term in low]  # perhaps as a part of a word
+    if all(map(str.isalpha, inside)):
+        return frozenset([term for term in inside if _stands(term, low)])
+    return terms.intersection(_TERM.findall(low))
 
 
 def _stands(letters: str, low: str) -> bool:

@@ -310,11 +310,13 @@ LANGUAGES = (
 # -- of a message
 
 _FENCE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)", re.DOTALL)
-_SENTENCE_END = re.compile(rf"{SENTENCE_END}|\n+|\Z")
-_CLAUSE = re.compile(  # what may stand in front of an instruction: a list's mark, a speaker, a condition, an opening
-    r"^[\s*#\d.)(\"'“„«‹「-]+|[:;—–：；]\s*|\s-\s"
-    r"|^(?:when|whenever|if|for|as|since|because|wenn|quand|si|cuando|quando|se|als|wanneer|когда|если)\b[^,]{1,160},\s*"
+_SENTENCE_END = re.compile(SENTENCE_END)
+# What may stand in front of an instruction: a list's mark, a condition, an opening; a speaker, anything before a dash.
+_OPENING = re.compile(
+    r"[\s*#\d.)(\"'“„«‹「-]+"
+    r"|(?:when|whenever|if|for|as|since|because|wenn|quand|si|cuando|quando|se|als|wanneer|когда|если)\b[^,]{1,160},\s*"
 )
+_CLAUSE = re.compile(r"[:;—–：；]\s*|\s-\s")
 _QUOTED = (">", "|")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _APART = {code: chr(code) if chr(code).isalpha() else " " for code in range(128)}  # the same, of plain ASCII
@@ -335,7 +337,8 @@ def standing_in(role: str, text: str) -> list[Standing]:
         if plain and not any(cue in low for cue in cues):
             continue
         here = _written_in(low, _heads(low), languages)
-        if any(_instructs(low, language) for language in here):
+        starts = _clauses(low) if here else ()
+        if any(language.instruction.match(low, start) for language in here for start in starts):
             found.append(Standing(sentence, True))
         elif role == "user" and any(language.preference.search(low) for language in here):
             found.append(Standing(sentence, False))
@@ -361,17 +364,20 @@ def _sentences(text: str) -> Iterator[str]:
     """As they are written, with their marks, but for what is pasted."""
     if "```" in text or "~~~" in text:
         text = _FENCE.sub("\n", text)
-    start = 0
-    for end in _SENTENCE_END.finditer(text):
-        sentence = text[start : end.end()].strip()
-        start = end.end()
-        if 0 < len(sentence) <= SENTENCE_CHARS and not sentence.startswith(_QUOTED):
-            yield sentence
+    for line in text.split("\n"):
+        start = 0
+        for end in (*[match.end() for match in _SENTENCE_END.finditer(line)], len(line)):
+            sentence = line[start:end].strip()
+            start = end
+            if 0 < len(sentence) <= SENTENCE_CHARS and not sentence.startswith(_QUOTED):
+                yield sentence
 
 
-def _instructs(low: str, language: _Language) -> bool:
-    starts = [0, *(match.end() for match in _CLAUSE.finditer(low))]
-    return any(language.instruction.match(low, start) for start in starts)
+def _clauses(low: str) -> list[int]:
+    """Where its clauses begin."""
+    opening = _OPENING.match(low)
+    starts = [0, opening.end()] if opening else [0]
+    return [*starts, *(match.end() for match in _CLAUSE.finditer(low, starts[-1]))]
 
 
 # -- one that takes another's place

@@ -16,5 +16,6 @@ STOP_WORDS = frozenset(
     with would you your
     """.split()
 )
-# A sentence's end with its closing marks and the space behind it, for a regular expression.
-SENTENCE_END = r"[.!?…][\"')\]”’*]*\s+|[。！？]\s*"
+# A sentence's end with its closing marks and the space behind it, for a regular expression. (What begins with one class
+# of characters is looked for several times faster than what begins with one of two.)
+SENTENCE_END = r"[.!?…。！？](?:(?<=[.!?…])[\"')\]”’*]*\s+|(?<=[。！？])\s*)"

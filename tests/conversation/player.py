@@ -207,7 +207,7 @@ class Player:
         if found.start == 0 and found.floor == 0 and session_key is None:
             known = remembered(split, found.path, found.anchors, tenant)
             if known is not None:
-                self.histories.add(scope, known, split.known)
+                self.histories.add(scope, known, split.continued)
         return split, found, tenant, names
 
     def ask(
