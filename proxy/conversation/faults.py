@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -33,9 +34,10 @@ from proxy.conversation.textcalls import (
 from proxy.conversation.timeline import Timeline
 from proxy.conversation.turn_window import TurnWindow
 from proxy.conversation.window import VM, Entry
-from proxy.memory.context import context_parts
+from proxy.memory.context import context_parts, quote_json
 from proxy.memory.faults import PageFaultHandler, Room
 from proxy.memory.ids import Hit
+from proxy.memory.message_text import prefix_of
 from proxy.memory.models import (
     Actor,
     CompressionLevel,
@@ -50,6 +52,7 @@ from proxy.memory.vm_tools import (
     PAGE_FAULT,
     SEARCH_PAGES,
     FaultArgs,
+    FurtherPage,
     SearchArgs,
     SearchResultEntry,
     SearchToolResult,
@@ -63,9 +66,13 @@ _NO_TOOL = "There is no such tool; answer in words."
 _CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
 _NAME_CHARS = 64  # of a function's name, by the API
 _ERROR_TOKENS = 64  # a VM result that says no
-_SEARCH_SHARE = 2 / 3  # of what a page may take: a list of leads stays in the window as long as a page
-_SHOWN_RESULTS, _SHOWN_SHARE = 1, 8  # of the best results, one that is evidence already, in so much of the room
+_RESULT_SIZE = 1.5  # in snippets, of each result that was asked for, with what is shown beside the results
+_LEADS, _LEADS_SHARE = 3, 4  # results come first in 1/4 of that, or so many as a turn may fault; then short pages whole
+_FOUND = 200  # pages that a search looks at
+_SHOWN_SHARE = 8  # the best result, where it is evidence already, has 1/8 of the room
 _DERIVED_RESULTS = 2  # summaries and claims in a search's results, beside the messages asked for
+_LINE_TOKENS = 16  # of a short page's line, beside its text
+_MOST_CHARS_PER_TOKEN = 16
 _LEAST_SNIPPET_TOKENS = 24  # of a result, however little room there is
 _MEDIA_OVERHEAD = 48  # the message around a page's media, and its notice
 _MEDIA_NOTICE = "The media of the pages just loaded, in the order of the calls:"
@@ -289,42 +296,90 @@ class VMCalls:
         timeline = Timeline(self._pages, before, self._paging.context)
         positions, note = timeline.positions(args)
         limit = min(args.limit, self._limits.search_results)
-        evidence = self._paging.evidence
-        wide = (limit if args.modality is None else limit * 4) + len(evidence)
         hits: list[Hit] = yield Search(
-            [args.query], wide, before, lambda p, part: p not in positions or self._loaded_at(p, part), timeline.seen_s
+            [args.query], _FOUND, before, lambda p, part: p not in positions or self._loaded_at(p, part), timeline.seen_s
         )
-        left = self._handler.tokens_left or 0
-        most = min(left, int(room.tokens * _SEARCH_SHARE), room.spare_tokens)
-        entries: dict[str, SearchResultEntry] = {}
-        for hit in hits:
-            page_id = self._pages.id_of(hit.position, hit.part)
-            if len(entries) == limit:
-                break
-            if page_id in entries or self._pages.position(page_id) not in positions:
-                continue  # a medium is found by its message and by the answer to it
-            shown = page_id in evidence
-            if shown and len(entries) >= _SHOWN_RESULTS:
-                continue  # the search is for what is not there yet; but what it names has to be found
-            if args.modality is None or self._pages.modality(page_id) is args.modality:
-                entries[page_id] = self._found(page_id, hit.score, args.query, most // _SHOWN_SHARE if shown else most)
+        pages = self._found(hits, positions, args.modality)
+        asked = int(_RESULT_SIZE * limit * self._limits.snippet_tokens)
+        most = min(self._handler.tokens_left or 0, room.tokens, room.spare_tokens, asked)
         derived = self._pages.derived
-        results = [*entries.values(), *(self._derived(args, most) if len(positions) == before else ())]
-        found = SearchToolResult(results=results, total_available=before + len(derived.pages), note=note)
+        found = SearchToolResult(total_available=before + len(derived.pages), note=note)
+        self._fill(found, pages, args.query, limit, most)
+        if len(positions) == before:
+            found.results += self._derived(args, most)
         timeline.tell(found)
-        result = found.model_dump_json()
-        while found.results and self._counter.text(result) > most:
-            found.results.pop()
-            found.left_out += 1
+        while True:
+            told = [*(entry.page_id for entry in found.results), *(page.page_id for page in found.also)]
+            found.left_out = len(set(islice(pages, limit)).difference(told))
             result = found.model_dump_json()
+            if not told or self._counter.text(result) <= most:
+                break
+            for _ in range(1 + len(found.also) // 8):
+                (found.also or found.results).pop()
         if self._counter.text(result) > most or (found.left_out and not found.results):
             result = NO_ROOM
         self._handler.charge(self._counter.text(result))
-        self.searches.append(SearchReport(args.query, [entry.page_id for entry in found.results]))
-        for entry in found.results:
-            if entry.complete:  # the model has all of it now: the next search looks further
-                self._map(entry.page_id, self._counter.text(entry.hint))
+        self.searches.append(SearchReport(args.query, told))
+        whole = [(entry.page_id, entry.hint) for entry in found.results if entry.complete]
+        for page_id, text in (*whole, *((page.page_id, page.text) for page in found.also)):
+            self._map(page_id, self._counter.text(text))  # the model has all of it now: the next search looks further
         return result
+
+    def _found(self, hits: Sequence[Hit], positions: range, modality: Modality | None) -> dict[str, float]:
+        """Page id -> score of what a search found, best first. Of pages that are shown as evidence at most the very
+        best: the search is for what is not there yet, but what it names has to be found."""
+        pages: dict[str, float] = {}
+        for hit in hits:
+            page_id = self._pages.id_of(hit.position, hit.part)
+            if self._pages.position(page_id) not in positions or page_id in pages:
+                continue  # a medium is found by its message and by the answer to it
+            if pages and page_id in self._paging.evidence:
+                continue
+            if modality is None or self._pages.modality(page_id) is modality:
+                pages[page_id] = hit.score
+        return pages
+
+    def _fill(self, found: SearchToolResult, pages: Mapping[str, float], query: str, limit: int, most: int) -> None:
+        """The result of a search in about `most` tokens: the best pages one by one, then those that are short, whole
+        and in few tokens each, then what else of the first `limit` has room."""
+        count, snippet = self._counter.text, self._limits.snippet_tokens
+        asked = list(islice(pages, limit))
+        found.left_out = len(asked)
+        left = most - count(found.model_dump_json())
+        leads = left - most // _LEADS_SHARE
+        results: dict[str, SearchResultEntry] = {}
+
+        def add(page_id: str, least_left: int) -> bool:
+            nonlocal left
+            shown = page_id in self._paging.evidence
+            entry = self._entry_of(page_id, pages[page_id], query, most // _SHOWN_SHARE if shown else most)
+            tokens = count(entry.model_dump_json()) + 1
+            if left - tokens < least_left:
+                return False
+            results[page_id] = entry
+            left -= tokens
+            return True
+
+        for page_id in asked:
+            if not add(page_id, 0 if len(results) < _LEADS else leads):
+                break
+        for page_id in pages:
+            if left < _LINE_TOKENS:
+                break
+            text = "" if page_id in results else self._pages.text(page_id)
+            if not text or len(text) > snippet * _MOST_CHARS_PER_TOKEN or self._pages.medium(page_id) is not None:
+                continue
+            who = prefix_of(self._pages.role(page_id), self._pages.modality(page_id)).value
+            page = FurtherPage(page_id=page_id, who=who, text=text)
+            tokens = count(quote_json(page.line())) + 1
+            if tokens <= min(left, snippet + _LINE_TOKENS):
+                found.also.append(page)
+                left -= tokens
+        beside = {page.page_id for page in found.also}
+        for page_id in asked:
+            if page_id not in results and page_id not in beside:
+                add(page_id, 0)
+        found.results = [results[page_id] for page_id in asked if page_id in results]
 
     def _derived(self, args: SearchArgs, most: int) -> list[SearchResultEntry]:
         """Summaries and claims about the query that are not in the window."""
@@ -333,7 +388,7 @@ class VMCalls:
             return []
         found = derived.words.ranked(args.query)
         outside = [(i, score) for i, score in found if self._outside(i)]
-        return [self._found(i, score, args.query, most) for i, score in outside[:_DERIVED_RESULTS]]
+        return [self._entry_of(i, score, args.query, most) for i, score in outside[:_DERIVED_RESULTS]]
 
     def _loaded_at(self, position: int, part: int) -> bool:
         page_id = self._pages.id_of(position, part)
@@ -354,7 +409,7 @@ class VMCalls:
                 )
             )  # fmt: skip
 
-    def _found(self, page_id: str, score: float, query: str, most: int) -> SearchResultEntry:
+    def _entry_of(self, page_id: str, score: float, query: str, most: int) -> SearchResultEntry:
         """`hint` is the whole text when it is short (`complete`), else the passages about the query."""
         text, count = self._pages.text(page_id), self._counter.text
         snippet = max(_LEAST_SNIPPET_TOKENS, min(self._limits.snippet_tokens, most - _ERROR_TOKENS))

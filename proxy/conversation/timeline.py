@@ -14,7 +14,7 @@ from proxy.conversation.context import TurnContext
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import Record
 from proxy.memory.seen import read_bound, seen_text, shown_day
-from proxy.memory.vm_tools import SearchArgs, SearchToolResult
+from proxy.memory.vm_tools import FurtherPage, SearchArgs, SearchResultEntry, SearchToolResult
 
 _SHARED = 16  # answers, at most, that are looked at for one that has a record
 
@@ -84,7 +84,8 @@ class Timeline:
 
     def tell(self, found: SearchToolResult) -> None:
         """Enter when each result was seen: once, where that is the same for all."""
-        places = [self._pages.position(entry.page_id) for entry in found.results]
+        entries: list[SearchResultEntry | FurtherPage] = [*found.results, *found.also]
+        places = [self._pages.position(entry.page_id) for entry in entries]
         if not any(map(self._witnessed, places)):
             return
         span_s = self.seen_s(self._end - 1) - self.seen_s(self._first_at(1) % self._end)
@@ -92,5 +93,5 @@ class Timeline:
         if len(set(times)) == 1:
             found.seen = times[0]
             return
-        for entry, place in zip(found.results, places, strict=True):
+        for entry, place in zip(entries, places, strict=True):
             entry.seen = seen_text(self.seen_s(place), span_s) if self._witnessed(place) else ""

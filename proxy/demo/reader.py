@@ -143,6 +143,7 @@ def content_terms(text: str) -> list[Term]:
 _BLOCK: Final = re.compile(r"<VM:(?P<tag>[A-Z_]+)>(?P<body>.*?)</VM:(?P=tag)>", re.DOTALL)
 _LINE: Final = re.compile(r'^\s*(?P<kind>\w+)\s*\((?P<label>[^)]*)\)\s*:\s*(?P<text>".*")\s*$')
 _REDUCED: Final = re.compile(r"(?:\blevel|\blvl|\bl)\W*[1-9]|reduced|abstract|reference", re.IGNORECASE)
+_FURTHER: Final = re.compile(r"(?P<who>[A-Z]) \((?P<page>[^),]*)[^)]*\): (?P<text>.*)", re.DOTALL)  # of a search
 _MEMORY: Final = re.compile(r"^\s*T \(memory\):\s*(?P<json>\{.*\})\s*$")
 _PART: Final = re.compile(r"^(?P<message>msg_\d+)\.(?P<part>\d+)$")
 
@@ -227,6 +228,9 @@ def _result_passages(result: Json) -> Iterator[Passage]:
     for hit in result.get("results") or []:
         text, full = str(hit.get("hint") or ""), hit.get("complete") is True
         yield Passage(str(hit.get("page_id")), text, "user", full)
+    for line in result.get("also") or []:
+        if found := _FURTHER.match(str(line)):
+            yield Passage(found["page"], found["text"], "user" if found["who"] == "U" else "assistant", True)
 
 
 def passages(request: Json) -> list[Passage]:

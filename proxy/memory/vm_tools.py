@@ -315,11 +315,26 @@ class SearchResultEntry(AvailablePageEntry):
     seen: str = ""  # when the page was, where that is not the same for all results
 
 
+class FurtherPage(BaseModel):
+    """A short page that a search found beside its results, whole. `who`: its letter, as in <VM:CONTEXT>."""
+
+    page_id: str
+    who: str
+    text: str
+    seen: str = ""
+
+    def line(self) -> str:
+        when = f", seen {self.seen}" if self.seen else ""
+        return f"{self.who} ({self.page_id}{when}): {self.text}"
+
+
 class SearchToolResult(BaseModel):
-    """The tool result of a search, best first; `total_available`: how many pages were searched; `seen`: when all
-    results were; `left_out`: results that were found and had no room; `note`: a sentence for the model."""
+    """The tool result of a search, best first; `also`: what was found beside the results; `total_available`: how many
+    pages were searched; `seen`: when all of them were; `left_out`: results that had no room; `note`: a sentence for
+    the model."""
 
     results: list[SearchResultEntry] = Field(default_factory=list)
+    also: list[FurtherPage] = Field(default_factory=list)
     total_available: int = 0
     seen: str = ""
     left_out: int = 0
@@ -328,6 +343,8 @@ class SearchToolResult(BaseModel):
     def model_dump_json(self, **_: Any) -> str:
         """Compact, escaped JSON, as the proxy sends it; pydantic's options do not apply."""
         said: dict[str, Any] = {"results": [entry.compact() for entry in self.results]}
+        if self.also:
+            said["also"] = [page.line() for page in self.also]
         if self.seen:
             said["seen"] = self.seen
         said["total_available"] = self.total_available

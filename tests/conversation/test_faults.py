@@ -195,12 +195,26 @@ def test_results_that_have_no_room_are_counted() -> None:
     texts = [f"{FILLER}{VAULT} {number}" for number in range(6)]
     it = Setting([*texts, "?"], page_tokens=2000, snippet_tokens=64)
     it.hits = [Hit(number, 0, 6.0 - number) for number in range(6)]
-    found = it.ask("search_pages", {"query": "vault"}, 450)
+    found = it.ask("search_pages", {"query": "vault"}, 300)
     assert 0 < len(found["results"]) < 5 and found["no_room_for"] == 5 - len(found["results"])
     assert all(VAULT in one["hint"] for one in found["results"])
     assert "no_room_for" not in it.ask("search_pages", {"query": "vault"}, 2000)
-    (one,) = it.ask("search_pages", {"query": "vault"}, 180)["results"]  # shown shorter, rather than not at all
+    (one,) = it.ask("search_pages", {"query": "vault"}, 120)["results"]  # shown shorter, rather than not at all
     assert "vault" in one["hint"]
+
+
+def test_short_pages_stand_whole_beside_the_results_and_come_once() -> None:
+    notes = [f"The vault was opened {number} times." for number in range(30)]
+    it = Setting([*[FILLER + VAULT] * 4, *notes, "?"], page_tokens=2000, snippet_tokens=48)
+    it.hits = [Hit(number, 0, 40.0 - number) for number in range(34)]
+    found = it.ask("search_pages", {"query": "vault", "limit": 8})
+    assert [one["page_id"] for one in found["results"][:3]] == ["msg_0001", "msg_0002", "msg_0003"]
+    assert len(found["results"]) <= 8 and found["also"][0] == f"U (msg_0005): {notes[0]}"
+    assert 8 < len(found["also"]) < 30 and found["also"] == [f"U (msg_{n + 5:04d}): {notes[n]}" for n in range(len(found["also"]))]
+    assert COUNTER.text(json.dumps(found)) <= 1.1 * 8 * 1.5 * 48
+    more = it.ask("search_pages", {"query": "vault", "limit": 8})  # what the model has is not found again
+    assert not {line.split(":")[0] for line in more["also"]} & {line.split(":")[0] for line in found["also"]}
+    assert "also" not in it.ask("search_pages", {"query": "vault", "limit": 1})  # as much as was asked for, and no more
 
 
 @examples(20)

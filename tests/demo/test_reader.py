@@ -90,6 +90,8 @@ def test_a_complete_hit_is_evidence_and_a_cut_hint_is_not() -> None:
     asked["messages"] += [search, result(search, 0, {"results": hits})]
     assert "oxblood" in read(asked)["content"]
     assert "Bernard said that the hull" not in seen_text(asked)
+    asked["messages"][-1] = result(search, 0, {"results": hits[1:], "also": [f"U (msg_0003, seen 2026-05-01): {hits[0]['hint']}"]})
+    assert "oxblood" in read(asked)["content"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": TOOLS[:1]}])
