@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from proxy.demo.play import conversation
 from proxy.errors import StartError
-from proxy.terminal import console, progress, table, tell_json
+from proxy.terminal import progress, tell_json, tell_table
 
 _ROUNDS = 5
 _LONG_MESSAGES, _WINDOW_TOKENS = 1000, 32_000
@@ -48,7 +48,7 @@ def run(requests: int, as_json: bool) -> int:
                 direct = row["direct"][what] or 0.0
                 lines.append([f"{row['what']}, {unit}", f"{direct:.2f}", f"{forwarded:.2f}", f"{paged:.2f}", f"{paged - direct:.2f}",
                               f"{paged / forwarded:.1f} times" if forwarded else "–"])  # fmt: skip
-    console().print(table(["a request", "direct", "forwarded", "llm-pager", "added", "of forwarded"], lines))
+    tell_table(["a request", "direct", "forwarded", "llm-pager", "added", "of forwarded"], lines)
     print("forwarded: by the same server, to a path without memory. Other gateways, recall, bill, scale: python -m tests.bench.*\n"
           "in a checkout; tests/bench/README.md says how.")  # fmt: skip
     return 0

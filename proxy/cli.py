@@ -30,12 +30,14 @@ def _ended(status: int, **options: bool) -> None:
     raise typer.Exit(status)
 
 
-_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": False}  # help with boxes and colours takes half a second more
+_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True}  # help with boxes and colours takes half a second more
 app = typer.Typer(
     name="llm-pager", result_callback=_ended, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-    help="An OpenAI-compatible proxy that gives any chat application virtual memory.", **_PLAIN,
+    help="An OpenAI-compatible proxy that gives any chat application virtual memory.",
+    epilog="Exit status: 0 done; 1 the machine refuses, or nothing was found; 2 wrong arguments or configuration; 3 damage was repaired,"
+    " or something was left out.", **_PLAIN,
 )  # fmt: skip
-_forget = typer.Typer(help="Erase a conversation, a message, a user or a credential for good.", **_PLAIN)
+_forget = typer.Typer(help="Erase a conversation, a message, a user, a credential.", **_PLAIN)
 _keys = typer.Typer(help="The keys of an encrypted storage: count, rotate, rewrite.", **_PLAIN)
 
 ConfigFile = Annotated[Path | None, Option("--config", metavar="FILE", help="Instead of ./config.yaml, which may be absent.")]
@@ -153,7 +155,7 @@ def check(
     storage: Annotated[bool, Option("--storage", help="Read all that is stored instead: find damage, and repair it (status 3).")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Validate and print the effective configuration, secrets masked."""
+    """Validate and print the effective configuration."""
     if storage:
         from proxy.check import check_storage
 
@@ -171,7 +173,7 @@ def top(
     config: ConfigFile = None,
     as_json: Annotated[bool, Option("--json", help="Tell it once, as JSON.")] = False,
 ) -> int:
-    """Watch a running server: traffic, faults, cache hits, bill."""
+    """Watch a running server: traffic, faults, cache, bill."""
     from proxy import top
 
     return top.run(url or top.url_of(_config(config)), every, once, as_json)
@@ -182,7 +184,7 @@ def bench(
     requests: Annotated[int, Option(metavar="N", min=1, help="Of each kind, measured five times.")] = 100,
     as_json: AsJson = False,
 ) -> int:
-    """Measure what a request costs on this machine, beside forwarding alone."""
+    """Measure what a request costs on this machine."""
     from proxy import bench
 
     return bench.run(requests, as_json)
@@ -195,14 +197,14 @@ def bench(
 @_of_somebody
 def sessions(
     whose: Whose,
-    words: Annotated[list[str], Argument(metavar="[WORDS]...", help="That the conversation begins with.", show_default=False)] = [],  # noqa: B006
+    words: Annotated[list[str], Argument(metavar="WORDS", help="That it begins with.", show_default=False)] = [],  # noqa: B006
     sort: Annotated[str, Option(metavar="ORDER", help="used, began or title.")] = "used",
     limit: Annotated[int, Option(metavar="N", min=1, help="Rows, at most 200.")] = 50,
     cursor: Annotated[str, Option(metavar="TEXT", help="Where the rows before ended.")] = "",
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """List conversations, the last used first; of everybody, unless options say whose."""
+    """List conversations, the last used first."""
     from proxy import show
 
     return show.sessions(_config(config), whose, " ".join(words), sort, cursor, limit, as_json)
@@ -221,7 +223,7 @@ def show(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show a conversation, what the model was sent in a turn, and why."""
+    """Show a conversation, what the model saw in a turn, and why."""
     from proxy import show
 
     return show.show(_config(config), whose, conversation, turn, diff, why, branch, limit, as_json)
@@ -232,13 +234,13 @@ def show(
 def search(
     whose: Whose,
     conversation: Conversation,
-    words: Annotated[list[str], Argument(metavar="WORDS...", help="What the pages are to be about.")],
+    words: Annotated[list[str], Argument(metavar="WORDS", help="What the pages are to be about.")],
     branch: Branch = "",
     limit: Annotated[int, Option(metavar="N", min=1, help="Pages, at most 50.")] = 20,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Search the pages of a conversation, as the model's own search does."""
+    """Search the pages of a conversation, as the model does."""
     from proxy import show
 
     return show.search(_config(config), whose, conversation, " ".join(words), branch, limit, as_json)
@@ -251,7 +253,7 @@ def search(
 @_of_somebody
 def export(
     whose: Whose,
-    conversation: Annotated[str, Argument(metavar="[CONVERSATION]", help="Its id. Default: all.", show_default=False)] = "",
+    conversation: Annotated[str, Argument(metavar="CONVERSATION", help="Its id. Default: all.", show_default=False)] = "",
     out: Annotated[str, Option(metavar="FILE", help="JSON Lines; .zst: compressed; -: standard output.")] = ...,  # type: ignore[assignment]
     tenant: Annotated[str, Option(metavar="HEX", help="One tenant's, by the name that an export gives it.")] = "",
     config: ConfigFile = None,
@@ -274,7 +276,7 @@ def import_(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Read an export of ours, of ChatGPT or of Claude, for a client to go on with."""
+    """Read an export of ours, of ChatGPT or of Claude."""
     from proxy.transfer import imports
 
     return imports.run(_config(config), imports.What(file, tenant, session_prefix, to), whose, as_json)
@@ -388,7 +390,9 @@ def _keys_list(
 def _keys_rotate(
     rewrite: Annotated[bool, Option("--rewrite", help="And rewrite.")] = False, config: ConfigFile = None, as_json: AsJson = False
 ) -> int:
-    """Wrap all with the first of storage.encryption.keys, and give each tenant a new one for what is stored from now on."""
+    """Wrap all with the first master key; new keys from now on.
+
+    The first of storage.encryption.keys; each tenant has a new key for what is stored from now on."""
     from proxy import keyring
 
     return keyring.rotate(_config(config), rewrite, as_json)

@@ -20,10 +20,10 @@ from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.records import conversation_name
-from proxy.errors import ConfigError, StorageError
+from proxy.errors import ApiError, ConfigError, StorageError
 from proxy.readable import ago, harmless, share, short, when
 from proxy.storage.sqlite import DATABASE
-from proxy.terminal import console, table, tell_json
+from proxy.terminal import console, tell_json, tell_table
 from proxy.whose import Whose, conversation_asked, tenant_asked
 
 FOUND, NOTHING = 0, 1  # exit statuses
@@ -43,8 +43,9 @@ class _Reader:
     def turns(self, name: str, branch: str) -> Turns:
         """ApiError for a conversation or a branch that is not there."""
         owner = conversation_asked(name, self._whose, self.config, self.memory.identity, self.memory.store.scan)
-        named = "" if owner is None else conversation_name(owner)
-        return self.views.turns(Who((owner or b"")[: keys.TENANT_BYTES]), named, branch)
+        if owner is None:
+            raise ApiError(404, "There is no such conversation in the storage.", param="conversation", code="conversation_not_found")
+        return self.views.turns(Who(owner[: keys.TENANT_BYTES]), conversation_name(owner), branch)
 
 
 def _read(config: Config, whose: Whose, work: Callable[[_Reader], Awaitable[int]]) -> int:
@@ -99,7 +100,7 @@ def _tell_sessions(found: dict[str, Any]) -> None:
         saved = row["full_history_tokens"] - row["billed_tokens"]
         rows.append([name, ago(row["used_s"], now_s), str(row["turns"]), short(row["window_tokens"]), short(row["history_tokens"]),
                      share(saved, row["full_history_tokens"]), row["title"]])  # fmt: skip
-    console().print(table(["conversation", "used", "turns", "window", "of", "saved", "begins with"], rows))
+    tell_table(["conversation", "used", "turns", "window", "of", "saved", "begins with"], rows)
     more = found["total"] - len(rows)
     if found["next_cursor"]:
         print(f"{more} more: --cursor {found['next_cursor']}, or --limit", file=sys.stderr)
@@ -117,7 +118,7 @@ def search(config: Config, whose: Whose, name: str, query: str, branch: str, lim
             tell_json({"results": results})
         elif results:
             rows = [[hit["page"], f"{hit['score']:.2f}", hit["role"] or "derived", hit["hint"]] for hit in results]
-            console().print(table(["page", "score", "role", "around what was asked"], rows))
+            tell_table(["page", "score", "role", "around what was asked"], rows)
         else:
             print("llm-pager: nothing of it is about that.", file=sys.stderr)
         return FOUND if results else NOTHING
@@ -183,7 +184,7 @@ def _tell_conversation(to: Console, told: dict[str, Any]) -> None:
                      f"{row['evidence']} ({row['evidence_used']})", str(row["faults"]), str(row["evicted"]),
                      share(billed.get("cached_tokens"), billed.get("prompt_tokens")), "; ".join(filter(None, notes))])  # fmt: skip
     print()
-    to.print(table(["turn", "answered", "window", "of", "shown (used)", "faults", "out", "cached", ""], rows))
+    tell_table(["turn", "answered", "window", "of", "shown (used)", "faults", "out", "cached", ""], rows)
     if told["next_before"]:
         print(f"{told['next_before'] - 1} older turns: --limit, or --turn N", file=sys.stderr)
 
@@ -221,7 +222,7 @@ def _tell_why(to: Console, told: dict[str, Any]) -> None:
     rows = [[part["page"], part["place"], str(part["level"]), part["tier"], str(part["tokens"]), str(part["value_per_token"] or "–"),
              str(part["faults"]), part["hint"]] for part in told["parts"]]  # fmt: skip
     if rows:
-        to.print(table(["page", "place", "level", "tier", "tokens", "value", "faults", "begins with"], rows))
+        tell_table(["page", "place", "level", "tier", "tokens", "value", "faults", "begins with"], rows)
 
 
 def _mark(to: Console, text: str, mark: str, style: str) -> None:

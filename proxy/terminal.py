@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,6 +22,7 @@ from proxy.readable import harmless
 
 Advance = Callable[[int, int | None], None]  # done so far, of how many
 _WIDE = 1000  # columns of what is no terminal
+_GAP = 2  # between two columns
 
 
 def tell_json(value: Any, to: TextIO | None = None) -> None:
@@ -34,14 +36,25 @@ def console() -> Console:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The first and the last column are text, those between them figures."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    """The first and the last column are text, those between them figures; the last is cut, so that a row is a line."""
+    lines = [[" ".join(harmless(cell).split()) for cell in row] for row in rows]
+    taken = sum(max(cell_len(line[at]) + _GAP for line in [heads, *lines]) for at in range(len(heads) - 1))
+    made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for at, head in enumerate(heads):
-        last = at == len(heads) - 1
-        made.add_column(head, justify="left" if last or not at else "right", no_wrap=True, overflow="ellipsis" if last else "fold")
-    for row in rows:
-        made.add_row(*(Text(" ".join(harmless(cell).split())) for cell in row))
+        made.add_column(head, justify="left" if at in (0, len(heads) - 1) else "right", no_wrap=True)
+    for line in lines:
+        *cells, last = map(Text, line)
+        last.truncate(max(1, console().width - taken), overflow="ellipsis")
+        made.add_row(*cells, last)
     return made
+
+
+def tell_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    to = console()
+    with to.capture() as captured:
+        to.print(table(heads, rows))
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 class Told:

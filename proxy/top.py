@@ -13,16 +13,16 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from rich.live import Live
-from rich.table import Table
 
 from proxy.api.metrics import totals
 from proxy.config import Config
 from proxy.errors import StartError
 from proxy.readable import share, short
-from proxy.terminal import console, table, tell_json
+from proxy.terminal import console, table, tell_json, tell_table
 
 _TIMEOUT_S = 10.0
 _SHOWN = 6  # labels of a row, the most frequent
+_HEADS = "", "in all", "now", "of these"
 
 Totals = dict[str, dict[str, float]]
 
@@ -41,16 +41,16 @@ def run(url: str, every_s: float, once: bool, as_json: bool) -> int:
         tell_json({"url": url, "totals": now, "stats": stats})
         return 0
     if once or not sys.stdout.isatty():
-        console().print(_screen(now, {}, 0, stats))
+        tell_table(_HEADS, _rows(now, {}, 0, stats))
         return 0
     at_s = time.monotonic()
     try:
-        with Live(_screen(now, {}, 0, stats), console=console(), screen=True, auto_refresh=False) as live:
+        with Live(table(_HEADS, _rows(now, {}, 0, stats)), console=console(), screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(every_s)
                 before, before_s = now, at_s
                 (now, stats), at_s = _asked(url), time.monotonic()
-                live.update(_screen(now, before, at_s - before_s, stats), refresh=True)
+                live.update(table(_HEADS, _rows(now, before, at_s - before_s, stats)), refresh=True)
     except KeyboardInterrupt:
         return 0
 
@@ -64,8 +64,8 @@ def _asked(url: str) -> tuple[Totals, dict[str, Any]]:
         raise StartError(f"No llm-pager answers at {url} ({reason}); say where one is with --url.") from error
 
 
-def _screen(now: Totals, before: Totals, seconds: float, stats: dict[str, Any]) -> Table:
-    """A row of each figure: since the start, in a second of the last while, and what it is made of."""
+def _rows(now: Totals, before: Totals, seconds: float, stats: dict[str, Any]) -> list[list[str]]:
+    """Of each figure: since the start, in a second of the last while, and what it is made of."""
 
     def total(name: str, label: str | None = None) -> float:
         return sum(now.get(name, {}).values()) if label is None else now.get(name, {}).get(label, 0.0)
@@ -79,10 +79,10 @@ def _screen(now: Totals, before: Totals, seconds: float, stats: dict[str, Any]) 
         return [title, f"{total(f'{name}_sum') / count:.2f} s" if count else "–", "", "mean since the start"]
 
     prompt, billed = total("billed_tokens", "prompt"), total("paged_billed_tokens", "llm_pager")
-    others = [f"{title} {short(total('paged_billed_tokens', side))} ({total('paged_billed_tokens', side) / billed:.1f} times)"
-              for side, title in (("sliding_window", "sliding window"), ("full_history", "full history")) if billed]  # fmt: skip
+    others = [f"{title} {short(total('paged_billed_tokens', side))} ({total('paged_billed_tokens', side) / billed:.1f}×)"
+              for side, title in (("sliding_window", "sliding window"), ("full_history", "history")) if billed]  # fmt: skip
     l1 = stats["l1"]
-    rows = [
+    return [
         row("requests", "requests"),
         row("upstream calls", "rounds", f"{short(total('upstream_refusals'))} refused"),
         mean("first token", "first_token_seconds"),
@@ -96,10 +96,9 @@ def _screen(now: Totals, before: Totals, seconds: float, stats: dict[str, Any]) 
         ["billed when paged", short(billed), "", ", ".join(others) or "–"],
         row("not paged", "unpaged"),
         ["L1 hits", share(l1["hits"], l1["hits"] + l1["misses"]), "", f"{short(l1['tokens'])} tokens in RAM (of one worker)"],
-        row("waiting jobs", "queue"),
+        ["waiting jobs", short(total("queue")), "", _parts(now.get("queue", {}))],
         row("not remembered", "memory_lost", f"{short(total('damaged_values'))} damaged values met"),
     ]  # fmt: skip
-    return table(["", "since the start", "now", "of these"], rows)
 
 
 def _parts(row: dict[str, float]) -> str:

@@ -11,16 +11,19 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from proxy import __version__
+from proxy.api_key import key_hash
 from proxy.cli import main
 from proxy.storage.l2 import DiskStore
+from tests.reference import command_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +104,66 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert run(ROOT, code=code).stdout == "[]\n"
 
 
+@pytest.mark.parametrize("words", command_names(), ids="-".join)
+def test_help_is_plain_and_fits_a_screen(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"Usage: {' '.join(['llm-pager', *words])} ") and err == ""
+    assert len(out.splitlines()) <= 32 and max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
+    assert "--json" in out or "Commands:" in out
+
+
+def test_command_that_is_not_given_is_asked_for_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2 and "Commands:" in capsys.readouterr().err
+
+
+def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
+    for line, expected in (("llm-pager se", {"serve", "sessions", "search"}), ("llm-pager show --d", {"--diff"})):
+        asked = {"_LLM_PAGER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        assert set(run(tmp_path, **asked).stdout.split()) == expected
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where there is no storage yet."""
+    for name in [name for name in os.environ if name.startswith("LLM_PAGER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_json_is_all_of_the_output(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "config.yaml").write_text("tiers: {l0: {tokens: 4000, reserve_tokens: 4096}}\n")
+
+    def told(*words: str) -> dict[str, Any]:
+        assert main([*words, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+    checked, storage, key = told("check"), told("check", "--storage"), told("api-key")
+    assert checked["config"]["tiers"]["l0"]["tokens"] == 4000 and len(checked["notes"]) == 1
+    assert storage["result"] == "there is none yet" and storage["lines"][0] == {"what": "storage", "told": str(here / "data")}
+    assert key_hash(key["key"]) == key["hash"]
+
+
+@pytest.mark.parametrize("words", [("sessions",), ("show", "0" * 12), ("search", "0" * 12, "word"), ("export", "--out", "-")])
+def test_storage_that_is_not_there_is_a_sentence(words: Sequence[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("llm-pager: There is no storage in data") and err.count("\n") == 1
+    assert not (here / "data").exists()
+
+
+def test_reader_of_the_output_may_have_gone(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-m", "proxy", "api-key"], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_check_prints_the_effective_configuration_masked(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("tiers: {l0: {tokens: 4000, reserve_tokens: 4096}}\n")
     extra = {"LLM_PAGER_UPSTREAM__API_KEY": "sk-SECRET", "LLM_PAGER_SERVER__PORT": "9000"}
@@ -152,7 +215,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(directory: Path, *args: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(directory: Path, *args: str, lines: int = BANNER_LINES, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     (directory / "stand_in.py").write_text(APP)
     process = subprocess.Popen(
         [sys.executable, "-c", WITH_STAND_IN, "serve", *args],
@@ -164,7 +227,7 @@ def serving(directory: Path, *args: str, **extra: str) -> Iterator[tuple[subproc
     )
     try:
         assert process.stdout is not None
-        yield process, "".join(process.stdout.readline() for _ in range(BANNER_LINES))
+        yield process, "".join(process.stdout.readline() for _ in range(lines))
     finally:
         if process.poll() is None:
             process.kill()
@@ -265,9 +328,11 @@ def test_serve_announces_answers_and_stops(
         assert not alive(int(str(answer["pid"])))
 
 
-def test_port_0_listens_where_it_says(tmp_path: Path) -> None:
-    with serving(tmp_path, "--port", "0") as (_, banner):
-        port = re.search(r"OPENAI_BASE_URL=http://127\.0\.0\.1:(\d+)/v1", banner)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_port_0_listens_where_it_says(tmp_path: Path, as_json: bool) -> None:
+    with serving(tmp_path, "--port", "0", *["--json"] * as_json, lines=1 if as_json else BANNER_LINES) as (_, banner):
+        url = json.loads(banner)["base_url"] if as_json else banner
+        port = re.search(r"http://127\.0\.0\.1:(\d+)/v1", url)
         assert port is not None and ask(int(port[1]))[0]["key"] is None
 
 

@@ -29,14 +29,14 @@ _SHOWN_EVENTS = 200
 _SHOWN_ANSWERS = 50
 _SHOWN_RUNS = 8  # of pages in one list
 # What happens, for who sees it for the first time; for a panel of 76 columns, but for the numbers.
-_BEGINS = "The application sends its whole history each turn. It fits: not a byte is touched."
+_BEGINS = "The application sends all of its history. It fits: not a byte is touched."
 _MEANS = {
     "epoch": "At {high:.0%} full the window is built anew; from there it grows at its end.",
     "segment": "Messages that left are closed into a segment: an index line of it stays.",
     "evict": "Pages leave the window, for the store: nothing that was said is lost.",
     "prefetch": "Pages about the new message are put in front of it, before anybody asks.",
-    "search": "The model searched its memory. The proxy answers that; the application sees nothing.",
-    "fault": "The model asked for an old page. The proxy brings it, and asks the model again.",
+    "search": "The model searched: the proxy answers that, the application sees nothing.",
+    "fault": "The model asked for an old page: the proxy brings it, and asks it again.",
     "recall": "A question about something said long ago is answered: from the memory.",
 }
 _YOURS = """Your application, unchanged:
