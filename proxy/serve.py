@@ -23,6 +23,7 @@ from typing import Any
 
 from proxy import __version__
 from proxy.config import EFFECTIVE_CONFIG_VARIABLE, Config, load_config, require_keys
+from proxy.config_text import MASK
 from proxy.errors import StartError, StorageError
 
 APP_FACTORY = "proxy.app:app_from_env"
@@ -49,7 +50,10 @@ def check(config: Config, as_json: bool) -> int:
     else:
         for note in config.notes():
             print(f"# note: {note}")
-        print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
+        text = yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True)
+        if MASK in text:
+            print(f"# note: {MASK} stands for a secret; before this is used as a file, the secrets have to be in it again.")
+        print(text, end="")
     _require_extra(config)
     require_keys(config)
     if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():

@@ -183,6 +183,18 @@ def test_what_check_prints_can_be_used_as_a_file(tmp_path: Path) -> None:
     assert run(tmp_path, "check", "--config", "other.yaml").stdout == printed
 
 
+def test_masked_secret_is_not_taken_for_one(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLM_PAGER_UPSTREAM__API_KEY", "sk-x")
+    monkeypatch.setenv("LLM_PAGER_UPSTREAM__BASE_URL", "http://u:pw@up/v1")
+    assert main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("# note: *** stands for a secret")
+    (here / "config.yaml").write_text(printed)
+    assert main(["check"]) == 2
+    for key, line in zip(("base_url", "api_key"), capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"llm-pager: upstream.{key}: *** stands where `llm-pager check` showed no secret; write what stood there")
+
+
 def test_check_tells_every_problem_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("server: {prot: 1}\nmemory: {mode: lax}\n")
     done = run(tmp_path, "check", "--config", "bad.yaml")

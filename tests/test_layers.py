@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "api_key", "backup", "bench", "check", "config", "demo", "errors", "forget", "keyring", "serve", "show", "terminal", "top",
         "transfer", "whose",
     },
-    "serve": {"config", "conversation", "errors", "storage", "terminal"},  # the app is named to uvicorn as a string
+    "serve": {"config", "config_text", "conversation", "errors", "storage", "terminal"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage", "terminal"},
     "bench": {"demo", "errors", "terminal"},  # the demo's words
     "keyring": {"config", "conversation", "errors", "storage", "terminal"},
