@@ -129,7 +129,8 @@ class _Way:
             answer = await _message(reader)
             self._seconds.append(time.perf_counter() - began_s)
             if not answer[0].startswith(b"HTTP/1.1 200"):
-                raise StartError(f"{self._path} was answered with {answer[0].splitlines()[0].decode()}.")
+                status = answer[0].splitlines()[0].decode()
+                raise StartError(f"A request of the bench was answered with {status}.")
         after_s = _cpu_s(self._pid)
         if self._cpu_s is not None:
             self._cpu_s = None if after_s is None or before_s is None else self._cpu_s + after_s - before_s

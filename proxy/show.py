@@ -20,7 +20,7 @@ from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.records import conversation_name
-from proxy.errors import ApiError, ConfigError, StorageError
+from proxy.errors import ConfigError, StorageError
 from proxy.readable import ago, harmless, share, short, when
 from proxy.storage.sqlite import DATABASE
 from proxy.terminal import console, tell_json, tell_table
@@ -41,10 +41,10 @@ class _Reader:
         return Who(b"", operator=True) if tenant is None else Who(tenant[: keys.TENANT_BYTES])
 
     def turns(self, name: str, branch: str) -> Turns:
-        """ApiError for a conversation or a branch that is not there."""
+        """StorageError or ApiError for a conversation or a branch that is not there."""
         owner = conversation_asked(name, self._whose, self.config, self.memory.identity, self.memory.store.scan)
         if owner is None:
-            raise ApiError(404, "There is no such conversation in the storage.", param="conversation", code="conversation_not_found")
+            raise StorageError("There is no such conversation in the storage.")
         return self.views.turns(Who(owner[: keys.TENANT_BYTES]), conversation_name(owner), branch)
 
 

@@ -100,8 +100,9 @@ def test_wrong_arguments_are_status_2(args: list[str]) -> None:
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
-    code = "import sys, proxy.cli; print(sorted(set(sys.modules) & {'asyncio', 'pydantic', 'rich', 'uvicorn', 'yaml'}))"
-    assert run(ROOT, code=code).stdout == "[]\n"
+    heavy = "print(sorted(set(sys.modules) & {'asyncio', 'pydantic', 'rich', 'uvicorn', 'yaml'}))"
+    code = f"import sys, proxy.cli; proxy.cli.main(['--version']); proxy.cli.main(['show', '--help']); {heavy}"
+    assert run(ROOT, code=code).stdout.endswith("exit.\n[]\n")
 
 
 @pytest.mark.parametrize("words", command_names(), ids="-".join)
@@ -128,6 +129,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where there is no storage yet."""
     for name in [name for name in os.environ if name.startswith("LLM_PAGER_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -154,6 +156,17 @@ def test_storage_that_is_not_there_is_a_sentence(words: Sequence[str], here: Pat
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("llm-pager: There is no storage in data") and err.count("\n") == 1
     assert not (here / "data").exists()
+
+
+def test_bench_tells_what_the_memory_adds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slow: a server starts."""
+    assert main(["bench", "--requests", "5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["requests"]
+    assert [(row["what"], row["requests"]) for row in rows] == [("new chat", 25), ("1,000 messages", 5)]
+    for row in rows:
+        assert 0 < row["direct"]["ms"] < min(row["forwarded"]["ms"], row["llm_pager"]["ms"])
+    assert 600 < rows[0]["bytes"] < 1400 and 300_000 < rows[1]["bytes"] < 600_000
+    assert [*here.iterdir()] == []
 
 
 def test_reader_of_the_output_may_have_gone(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ async def test_shown_turn_is_what_upstream_got(store: str, command: Command, req
             for words, expected, said in (
                 (("show", name, "--turn", str(len(last) + 1)), 2, "a whole number from 1 to"),
                 (("show", name, "--why", "msg_9999"), 1, "no such page"),
-                (("show", "0" * 12), 1, "no such conversation"),
+                (("show", "0" * 12), 1, "no such conversation in the storage"),
                 (("search", name, "zzzzqqqq"), 1, "nothing of it is about that"),
                 (("sessions", "zzzzqqqq"), 1, "no such conversation"),
             ):
