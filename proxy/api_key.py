@@ -1,4 +1,4 @@
-"""This server's own keys: `llm-pager api-key` makes one, with the hash that the configuration has of it; whom one names.
+"""This server's own keys: a new one (`llm-pager api-key`), the hash that the configuration has of it, and whom one names.
 
 Promises: a key is printed once and kept nowhere. Its caller is known by the key's name, so a new key of that name goes on
 where the old one was; no client can write what stands for a name, also where the server has no keys any more.
@@ -6,27 +6,18 @@ where the old one was; no client can write what stands for a name, also where th
 
 from __future__ import annotations
 
-import argparse
 import hmac
 import secrets
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b, sha256
-from typing import Any
 
-COMMAND = "api-key"
 KEY_HEADERS = (b"authorization", b"api-key", b"x-api-key")  # OpenAI's, Azure's, Anthropic's
 _BYTES = 32
 _Header = tuple[bytes, bytes]
 
 
-def add_parser(commands: Any) -> None:
-    commands.add_parser(COMMAND, help="make a key for server.keys or server.admin_key, and its hash")
-
-
-def run(args: argparse.Namespace) -> int:
-    key = f"lp-{secrets.token_urlsafe(_BYTES)}"
-    print(f"key   {key}\nhash  {key_hash(key)}")
-    return 0
+def new_key() -> str:
+    return f"lp-{secrets.token_urlsafe(_BYTES)}"
 
 
 def key_hash(key: str) -> str:

@@ -44,6 +44,7 @@ from proxy.storage.sqlite import (
     unpacked,
 )
 from proxy.storage.tiered import OBJECT, Tiered, is_stub, is_whole, named_pack, object_name
+from proxy.terminal import Advance, Told, progress
 
 if TYPE_CHECKING:  # an extra
     from proxy.storage.objects import Objects
@@ -52,80 +53,83 @@ if TYPE_CHECKING:  # an extra
 SOUND, REPAIRED = 0, 3  # exit statuses: there was no damage; there was, and it is repaired as far as it can be
 _LOCK_WAIT_S = 5.0
 _TOLD = 5  # of SQLite's findings
+_TOLD_EACH = 256  # values: the bar moves
+_REPAIRED = "repaired"
 
 
-def check_storage(config: Config) -> int:
-    """Prints what was found and done. Raises StorageError for a storage that cannot be used at all."""
-    if config.tiers.l2.url is not None:
-        return _checked_tables(config)
+def check_storage(config: Config, as_json: bool) -> int:
+    """Tells what was found and done. Raises StorageError for a storage that cannot be used at all."""
+    tell = Told(as_json)
     try:
-        return _checked(config, config.tiers.l2.path)
+        with progress("values", not as_json) as advance:
+            result = _checked_tables(config, tell, advance) if config.tiers.l2.url is not None else _checked(config, tell, advance)
     except (OSError, Failure) as error:
         raise StorageError(f"The storage in {config.tiers.l2.path} cannot be checked: {error}.") from error
+    tell("result", result)
+    tell.end(result=result)
+    return REPAIRED if result == _REPAIRED else SOUND
 
 
-def _checked(config: Config, path: Path) -> int:
-    print(f"storage    {path.absolute()}")
+def _checked(config: Config, tell: Told, advance: Advance) -> str:
+    path = config.tiers.l2.path
+    tell("storage", f"{path.absolute()}")
     if not (path / DATABASE).exists():
-        print("result     there is none yet")
-        return SOUND
+        return "there is none yet"
     opened = open_database(path, _LOCK_WAIT_S)  # what cannot even be opened is repaired here
     opened.connection.close()
     damage = bool(opened.told)
     for sentence in opened.told:
-        print(f"found      {sentence}")
+        tell("found", sentence)
+
     def mark(lost: list[bytes]) -> None:
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
             mark_lost(connection, lost)
 
     store = open_store(config, keys)  # refused where it is encrypted with other keys
     try:
-        found = _file(path, store)
+        found = _file(path, store, advance)
         if found.damage:
             damage = True
-            _tell_damage(found)
+            _tell_damage(found, tell)
             asyncio.run(store.close())
-            print(f"repaired   {repair(path).told(path)}")
+            tell("repaired", repair(path).told(path))
             store = open_store(config, keys)
-            found = _file(path, store)
-        damage |= _compared(found, store, mark)
+            found = _file(path, store, advance)
+        damage |= _compared(found, store, mark, tell)
     finally:
         asyncio.run(store.close())
     size = (path / DATABASE).stat().st_size
-    print(f"file       {DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
+    tell("file", f"{DATABASE}: {size / 1e6:.1f} MB, {_counted(found.sound) or 'empty'}")
     if found.wrong:
         damage = True
         mark(list(found.wrong))
-    _tell_lost(found)
-    print("result     " + ("repaired" if damage else "sound"))
-    return REPAIRED if damage else SOUND
+    _tell_lost(found, tell)
+    return _REPAIRED if damage else "sound"
 
 
-def _checked_tables(config: Config) -> int:
+def _checked_tables(config: Config, tell: Told, advance: Advance) -> str:
     """As `_checked`, in PostgreSQL; its own checks of its files are not ours (pg_amcheck)."""
     tiered = open_store(config, keys)
     store = cast("PostgresStore", tiered.engine)
-    print(f"storage    {store.where}")
+    tell("storage", store.where)
     try:
         if store.trouble is not None:
             raise StorageError(store.trouble)
         found = _Found(Identity(store.secret()), tiered)
-        found.read(_rows(store))
-        damage = _compared(found, tiered, lambda lost: asyncio.run(store.mark_lost((), lost)))
+        found.read(_rows(store), advance)
+        damage = _compared(found, tiered, lambda lost: asyncio.run(store.mark_lost((), lost)), tell)
         for key in [key for key in found.wrong if key not in found.there and store.get(key) is not None]:
             del found.wrong[key]  # a server may run meanwhile
-        _tell_damage(found)
-        print(f"tables     {_counted(found.sound) or 'empty'}")
+        _tell_damage(found, tell)
+        tell("tables", _counted(found.sound) or "empty")
         if found.damaged or found.wrong:
             asyncio.run(store.mark_lost([*found.damaged, *(key for key in found.wrong if key in found.there)],
                                         [key for key in found.wrong if key not in found.there]))  # fmt: skip
         found.lost.update(map(_kind, found.damaged))
-        _tell_lost(found)
+        _tell_lost(found, tell)
     finally:
         asyncio.run(store.close())
-    damage |= bool(found.damage or found.wrong)
-    print("result     " + ("repaired" if damage else "sound"))
-    return REPAIRED if damage else SOUND
+    return _REPAIRED if damage or found.damage or found.wrong else "sound"
 
 
 def _rows(store: PostgresStore) -> Iterator[tuple[bytes, int | None, bytes]]:
@@ -135,23 +139,23 @@ def _rows(store: PostgresStore) -> Iterator[tuple[bytes, int | None, bytes]]:
         after = rows[-1][0]
 
 
-def _tell_damage(found: _Found) -> None:
+def _tell_damage(found: _Found, tell: Told) -> None:
     for line, count in found.damage.items():
-        print(f"found      {line}" + (f" ({count} times)" if count > 1 else ""))
+        tell("found", line + (f" ({count} times)" if count > 1 else ""))
 
 
-def _tell_lost(found: _Found) -> None:
+def _tell_lost(found: _Found, tell: Told) -> None:
     for (kind, why), count in Counter((_kind(key), why) for key, why in found.wrong.items()).items():
-        print(f"found      {count} x {kind} {why}")
+        tell("found", f"{count} x {kind} {why}")
     found.lost.update(map(_kind, found.wrong))
     if found.lost:
-        print(f"lost       {_counted(found.lost)}: each is stored again when a client sends what it held;")
-        print("           a session of new messages that needs one is told to send its whole history")
+        tell("lost", f"{_counted(found.lost)}: each is stored again when a client sends what it held;")
+        tell("", "a session of new messages that needs one is told to send its whole history")
     if found.dropped:
-        print(f"erased     {_counted(found.dropped)}: they are encrypted with keys that were dropped")
+        tell("erased", f"{_counted(found.dropped)}: they are encrypted with keys that were dropped")
 
 
-def _file(path: Path, store: Tiered) -> _Found:
+def _file(path: Path, store: Tiered, advance: Advance) -> _Found:
     """What stands in a directory's database."""
     with closing(connect(path, _LOCK_WAIT_S)) as connection:
         found = _Found(Identity(get_value(connection, SECRET) or b""), store)
@@ -159,7 +163,8 @@ def _file(path: Path, store: Tiered) -> _Found:
             for (line,) in connection.execute(f"PRAGMA integrity_check({_TOLD})"):
                 if line != "ok":
                     found.damage.update(str(line).splitlines()[:_TOLD])
-            found.read(connection.execute("SELECT key, tag, value FROM Cache"))
+            (total,) = connection.execute("SELECT count(*) FROM Cache").fetchone()
+            found.read(connection.execute("SELECT key, tag, value FROM Cache"), advance, total)
         except Failure as error:
             if not is_damage(error):
                 raise
@@ -198,9 +203,11 @@ class _Found:
         """What is named and not there, and how it is named."""
         return {key: how for key, how in self._named.items() if key not in self.there}
 
-    def read(self, rows: Iterable[tuple[Key, int | None, bytes]]) -> None:
+    def read(self, rows: Iterable[tuple[Key, int | None, bytes]], advance: Advance, total: int | None = None) -> None:
         """(key, checksum, stored value) of all; None: the members of a set, which are sound."""
-        for key, number, value in rows:
+        for at, (key, number, value) in enumerate(rows):
+            if not at % _TOLD_EACH:
+                advance(at, total)
             kind = _kind(key)
             if isinstance(key, bytes):
                 self.there.add(key)
@@ -274,9 +281,9 @@ def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
-def _compared(found: _Found, store: Tiered, mark: Callable[[list[bytes]], None]) -> bool:
+def _compared(found: _Found, store: Tiered, mark: Callable[[list[bytes]], None], tell: Told) -> bool:
     """Whether there was damage in objects; `mark`: keys as lost ones."""
-    below = _Below(store)
+    below = _Below(store, tell)
     if below.lost:
         mark(below.lost)
     found.compare(below)
@@ -287,7 +294,8 @@ class _Below:
     """What stands in objects: `packed`: the keys of all values in packs; `lost`: of those that are lost now. A damaged
     pack's sound values go back to L2, and those that are lost are marked so there; damaged objects are deleted."""
 
-    def __init__(self, store: Tiered) -> None:
+    def __init__(self, store: Tiered, tell: Told) -> None:
+        self._say = tell
         self.damage = False
         self.packed: set[bytes] = set()
         self.lost: list[bytes] = []
@@ -320,7 +328,7 @@ class _Below:
                 else:
                     damaged += 1
                     l3.delete([name])
-        print(f"L3         {len(self._sound)} sound objects in {l3.url}")
+        self._say("L3", f"{len(self._sound)} sound objects in {l3.url}")
         self._tell(damaged, "damaged objects: they are stored again when a client sends what they held")
 
     async def _check_packs(self, store: Tiered, l4: Objects) -> None:
@@ -351,13 +359,13 @@ class _Below:
             await store.engine.commit((), leaves=[(keys.ARCHIVE + owner, owner + pack) for _, pack in told - sound_packs])
         l4.delete([store.pack_name(*named) for named in bad])
         self.lost = [key for key in lost if not _is_there(store, key)]
-        print(f"L4         {len(sound_packs)} sound packs in {l4.url}")
+        self._say("L4", f"{len(sound_packs)} sound packs in {l4.url}")
         self._tell(len(bad), "damaged packs: what could be read of them is in L2 again")
 
     def _tell(self, count: int, what: str) -> None:
         if count:
             self.damage = True
-            print(f"dropped    {count} {what}")
+            self._say("dropped", f"{count} {what}")
 
 
 def _is_there(store: Tiered, key: bytes) -> bool:

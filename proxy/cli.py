@@ -1,66 +1,77 @@
-"""The command line: `llm-pager serve | check | export | import | migrate | forget | api-key | keys | backup | demo`.
+"""The command line: what `llm-pager` and each of its commands take, and how they end.
 
-Promises: what is wrong is said in one sentence on stderr, without a traceback; exit status 0 for
-success, 1 when the machine refuses (a taken port, an unwritable directory), 2 for wrong
-configuration or arguments, 3 where `check --storage` found damage and repaired it, or something could not be moved. Nothing heavy is imported before a command needs it.
+Promises: what is wrong is said in one sentence on standard error, without a traceback; exit status 0 for success, 1 when the
+machine refuses, or nothing was found, 2 for wrong configuration or arguments, 3 where `check --storage` found damage and repaired
+it, or something could not be moved. Nothing heavy is imported before a command needs it.
 """
 
-import argparse
-import asyncio
-import errno
+import gc
 import os
-import signal
-import socket
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from functools import cache
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from proxy import __version__, api_key, backup, forget, keyring
-from proxy.errors import ConfigError, StorageError
-from proxy.transfer import commands as transfer
+import typer.main
+from typer import Argument, Option
+
+from proxy import __version__
+from proxy.errors import ApiError, ConfigError, StartError, StorageError
+from proxy.whose import Whose
 
 if TYPE_CHECKING:
     from proxy.config import Config
-
-APP_FACTORY = "proxy.app:app_from_env"
-BACKLOG_CONNECTIONS = 2048
-# Clients keep idle connections for 5 to 60 s; closing first would race with their next request.
-KEEP_ALIVE_S = 75
-# The kernel takes megabytes for a client that does not read: so much beyond what is on its way to it, and no more.
-UNSENT_BYTES = 32_768
-_TCP_NOTSENT_LOWAT = {"linux": 25, "darwin": 0x201}  # linux/tcp.h, netinet/tcp.h; Python has names from 3.12 on
-_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
+    from proxy.forget import Kind
 
 
-class StartError(Exception):
-    """The machine does not let the server start; the message is one sentence."""
+
+def _ended(status: int, **options: bool) -> None:
+    raise typer.Exit(status)
+
+
+_HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True}  # help with boxes and colours takes half a second more
+app = typer.Typer(
+    name="llm-pager", result_callback=_ended, context_settings=_HELP,
+    help="An OpenAI-compatible proxy that gives any chat application virtual memory.",
+    epilog="Exit status: 0 done; 1 the machine refuses, or nothing was found; 2 wrong arguments or configuration; 3 damage was repaired,"
+    " or something was left out.", **_PLAIN,
+)  # fmt: skip
+_forget = typer.Typer(help="Erase a conversation, a message, a user, a credential.", **_PLAIN)
+_keys = typer.Typer(help="The keys of an encrypted storage: count, rotate, rewrite.", **_PLAIN)
+
+ConfigFile = Annotated[Path | None, Option("--config", metavar="FILE", help="Instead of ./config.yaml, which may be absent.")]
+AsJson = Annotated[bool, Option("--json", help="Tell the result as JSON, and show no progress.")]
+Branch = Annotated[str, Option("--branch", metavar="NAME", help="The branch that is meant, as show names it. Default: the last used.")]
+Conversation = Annotated[str, Argument(metavar="CONVERSATION", help="Its id, as sessions, the log and x-llm-pager-conversation have it.")]
+Header = Annotated[list[str], Option(
+    "--header", metavar="'NAME: VALUE'",
+    help="Whose: a header that the client sends ('': it sends no key); @FILE: one a line. It is not stored.",
+)]  # fmt: skip
+Field = Annotated[list[str], Option(
+    "--field", metavar="NAME=VALUE", help="Likewise a query parameter, or of the body user, safety_identifier, metadata.NAME."
+)]  # fmt: skip
+User = Annotated[str | None, Option("--user", metavar="NAME", help="The same as --field user=...")]
+Key = Annotated[str | None, Option("--key", metavar="NAME", help="In place of a header with it: a key of server.keys, by its name.")]
+Yes = Annotated[bool, Option("--yes", help="Do not ask.")]
+
+
+@cache
+def _command() -> Any:
+    made = typer.main.get_command(app)
+    for option in made.get_params(typer.Context(made, **_HELP)):
+        option.default = False  # where it is None typer loads pydantic to see that nothing was given: 0.2 s before any help
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name. Returns the exit status."""
-    args = _parser().parse_args(argv)
     try:
-        if args.command == "serve":
-            return serve(args)
-        if args.command == "check":
-            return check(args)
-        if args.command == api_key.COMMAND:
-            return api_key.run(args)
-        if args.command in transfer.COMMANDS:
-            return transfer.run(args, os.environ)
-        if args.command == forget.COMMAND:
-            return forget.run(args)
-        if args.command == "keys":
-            return keyring.run(args)
-        if args.command == "backup":
-            return backup.run(args)
-        from proxy.demo import play
-
-        return int(play.main(args))
+        _command()(argv, prog_name="llm-pager")
+    except SystemExit as end:
+        return _flushed(end.code if isinstance(end.code, int) else 1)
     except ConfigError as error:
         for problem in error.problems:
             print(f"llm-pager: {problem}", file=sys.stderr)
@@ -68,264 +79,344 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StartError, StorageError) as error:
         print(f"llm-pager: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `llm-pager check | head`: keep the interpreter's last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llm-pager",
-        description="An OpenAI-compatible proxy that gives any chat application virtual memory.",
-    )
-    parser.add_argument("--version", action="version", version=f"llm-pager {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    serve_ = commands.add_parser("serve", help="start the proxy")
-    _add_config(serve_)
-    serve_.add_argument("--host", help="address to listen on (server.host)")
-    serve_.add_argument("--port", type=int, help="TCP port, 0 for any free one (server.port)")
-    serve_.add_argument("--upstream", metavar="URL", help="where to send (upstream.base_url)")
-    serve_.add_argument("--workers", type=_at_least_1, default=1, metavar="N", help="processes (1)")
-
-    check_ = commands.add_parser("check", help="validate and print the effective configuration")
-    _add_config(check_)
-    check_.add_argument("--storage", action="store_true",
-                        help="read all that is stored instead: find damage, and repair it (status 3)")
-
-    transfer.add_parsers(commands)
-    forget.add_parser(commands)
-    api_key.add_parser(commands)
-    keyring.add_parser(commands)
-    backup.add_parser(commands)
-
-    demo = commands.add_parser("demo", help="watch a long conversation being paged; no key needed")
-    demo.add_argument("--fast", action="store_true", help="do not wait between turns")
-    demo.add_argument("--window", type=_at_least_1, metavar="TOKENS", help="the window's size")
-    return parser
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="instead of ./config.yaml, which may be absent"
-    )
-
-
-def _at_least_1(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-# ---------------------------------------------------------------- check
-
-
-def check(args: argparse.Namespace) -> int:
-    """Prints the effective configuration as YAML, secrets masked, with notes as comments; or, with --storage, what
-    became of all that is stored. Raises StartError for a storage directory that cannot be used; one that is not there
-    yet is not made."""
-    import yaml
-
-    from proxy.config import load_config, require_keys
-    from proxy.storage.sqlite import DATABASE
-
-    config = load_config(args.config, os.environ, {})
-    if args.storage:
-        from proxy.check import check_storage
-
-        return check_storage(config)
-    for note in config.notes():
-        print(f"# note: {note}")
-    print(yaml.safe_dump(config.masked(), sort_keys=False, allow_unicode=True), end="")
-    _require_extra(config)
-    require_keys(config)
-    if config.tiers.l2.url is not None or (config.tiers.l2.path / DATABASE).exists():
-        _require_a_sound_store(config)
+    except ApiError as error:  # of the views, which servers show, too
+        print(f"llm-pager: {error.message}", file=sys.stderr)
+        return 2 if error.status == 400 else 1
     return 0
 
 
-# ---------------------------------------------------------------- serve
-
-
-def serve(args: argparse.Namespace) -> int:
-    """Runs the server until SIGTERM or SIGINT. Raises ConfigError or StartError before that."""
-    from proxy.config import EFFECTIVE_CONFIG_VARIABLE, load_config, require_keys
-
-    flags = {
-        "server.host": args.host,
-        "server.port": args.port,
-        "upstream.base_url": args.upstream,
-    }
-    config = load_config(args.config, os.environ, flags)
-    _require_extra(config)
-    require_keys(config)
-    if config.tiers.l2.url is None or config.tiers.l3.url is None:
-        _require_writable(config.tiers.l2.path)
-    _require_a_sound_store(config)
-    listener = _listen(config.server.host, config.server.port)
-    # The only ways to a spawned worker are its arguments, which everybody can list, and its
-    # environment, which only its owner can read.
-    os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.to_json()
-    _announce(config, listener, args.workers)
-    with listener, _shared_counters(args.workers):
-        return _run(listener, args.workers, config.server.drain_answers_s)
-
-
-@contextmanager
-def _shared_counters(workers: int) -> Iterator[None]:
-    """Where several workers keep their counts, so that any of them can tell all (GET /metrics)."""
-    if workers == 1:
-        os.environ.pop(_METRICS_VARIABLE, None)  # somebody else's
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="llm-pager-metrics-", ignore_cleanup_errors=True) as path:
-        os.environ[_METRICS_VARIABLE] = path
-        yield
-
-
-def _require_extra(config: "Config") -> None:
-    """Looks, and imports nothing: a worker that cannot would die with a traceback and be started again."""
-    asked = {
-        "search.embeddings": (config.search.embeddings != "none", "semantic", ("numpy", "tokenizers", "wordllama")),
-        "storage.encryption.key_store": ("://" in (config.storage.encryption.key_store or ""), "postgres", ("asyncpg", "greenlet")),
-        "tiers.l2.url": (config.tiers.l2.url is not None, "postgres", ("asyncpg", "greenlet")),
-        "tiers.l3.url": (config.tiers.l3.url is not None, "objects", ("obstore", "greenlet")),
-        "storage.encryption.keys": (bool(config.storage.encryption.keys), "encryption", ("cryptography",)),
-        "tiers.l4.url": (config.tiers.l4.url is not None, "objects", ("obstore", "greenlet")),
-    }
-    for key, (is_asked, extra, modules) in asked.items():
-        if is_asked and not all(map(find_spec, modules)):
-            raise StartError(f"{key} needs an extra that is not installed: pip install 'llm-pager[{extra}]'.")
-
-
-def _require_writable(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise StartError(
-            f"{directory.absolute()} is not a directory; set tiers.l2.path to one that can be written."
-        )
+def _flushed(status: int) -> int:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"\0")
-            probe.flush()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            return  # it is served without memory until it can be written: the log says so
-        raise StartError(
-            f"The state directory {directory.absolute()} cannot be written: {error.strerror}; "
-            "set tiers.l2.path to one that can."
-        ) from error
+        sys.stdout.flush()
+    except BrokenPipeError:  # `llm-pager check | head`: the interpreter's own flush at its end would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
-def _require_a_sound_store(config: "Config") -> None:
-    """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.conversation import keys
-    from proxy.storage import open_objects, open_store
+def _config(file: Path | None) -> "Config":
+    from proxy.config import load_config
 
-    for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
-        open_objects(name, tier.url, tier.options, tier.timeout_s)
-    try:
-        store = open_store(config, keys)
-        asyncio.run(store.close())
-    except StorageError as error:
-        raise StartError(str(error)) from error
+    return load_config(file, os.environ, {})
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket: from here on clients wait for the workers instead of being refused."""
-    where = f"{host}:{port}"
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise StartError(f"server.host {host} is no address of this machine: {error}.") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if (lowat := _TCP_NOTSENT_LOWAT.get(sys.platform)) is not None:  # connections have it from the listener
-            listener.setsockopt(socket.IPPROTO_TCP, lowat, UNSENT_BYTES)
-        listener.bind(address)
-        listener.listen(BACKLOG_CONNECTIONS)
-        listener.set_inheritable(True)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            sentence = f"Port {port} on {host} is already in use; choose another with --port."
-        else:
-            sentence = f"Listening on {where} is refused: {error.strerror}."
-        raise StartError(sentence) from error
-    return listener
+def _of_somebody(command: Callable[..., int]) -> Callable[..., int]:
+    """The same with the options that make its first parameter, a `Whose`."""
+
+    def taking(header: Header = [], field: Field = [], user: User = None, key: Key = None, **others: Any) -> int:  # noqa: B006
+        return command(Whose(header, field, user, key), **others)
+
+    own = [p for p in signature(taking).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    theirs = [*signature(command).parameters.values()][1:]
+    made = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*theirs, *own)]
+    taking.__signature__ = Signature(made)  # type: ignore[attr-defined]
+    taking.__annotations__ = {p.name: p.annotation for p in made}
+    taking.__name__, taking.__doc__ = command.__name__, command.__doc__
+    return taking
 
 
-def _announce(config: "Config", listener: socket.socket, workers: int) -> None:
-    """What a person needs who has just started it, key and value a line."""
-    host, port = listener.getsockname()[:2]
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-    shown = config.masked()["upstream"]
-    upstream = shown["base_url"] if config.upstream.provider == "openai" else shown["provider"]
-    listening = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if config.upstream.provider != "demo":
-        upstream += ", with its own key" if config.upstream.api_key else ", with each client's key"
-    tokens = config.tiers.l0.tokens
-    window = "each model's own" if tokens == "auto" else f"{tokens} tokens"
-    processes = "1 worker" if workers == 1 else f"{workers} workers"
-    print(
-        f"llm-pager {__version__}\n"
-        f"  use it     export OPENAI_BASE_URL={url}/v1\n"
-        f"  listening  {listening}, {processes}\n"
-        f"  upstream   {upstream}\n"
-        f"  window     {window} (tiers.l0.tokens), mode {config.memory.mode}\n"
-        f"  data       {config.masked()['tiers']['l2']['url'] or config.tiers.l2.path.absolute()}\n"
-        f"  counters   {url}/metrics, {url}/vm/stats",
-        flush=True,
-    )
-    for note in config.notes():
-        print(f"note: {note}", file=sys.stderr, flush=True)
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"llm-pager {__version__}")
+        raise typer.Exit
 
 
-def _run(listener: socket.socket, workers: int, drain_answers_s: int) -> int:
-    import uvicorn
-    from uvicorn.supervisors import Multiprocess
+@app.callback()
+def _program(version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
+    pass
 
-    settings = uvicorn.Config(
-        APP_FACTORY,
-        factory=True,
-        workers=workers,
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="proxy.server:Protocol",
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        backlog=BACKLOG_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=drain_answers_s,
-    )
-    if workers > 1:
 
-        class Supervisor(Multiprocess):
-            def terminate_all(self) -> None:
-                super().terminate_all()
-                listener.close()  # the last worker's end of it closes the port: nobody waits behind it for the end
+# ---------------------------------------------------------------- run it
 
-        supervisor = Supervisor(settings, sockets=[listener])
-        supervisor.run()
-        failed = any(process.exitcode not in (0, None, -15) for process in supervisor.processes)
-        return 1 if failed else 0
-    # uvicorn stops gracefully, then hands the signal on: to us, and being asked to stop is success.
-    for asked in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(asked, lambda *_: sys.exit(0))
-    server = uvicorn.Server(settings)
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
 
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    host: Annotated[str | None, Option(metavar="HOST", help="Address to listen on (server.host).")] = None,
+    port: Annotated[int | None, Option(metavar="PORT", help="TCP port, 0 for any free one (server.port).")] = None,
+    upstream: Annotated[str | None, Option(metavar="URL", help="Where to send (upstream.base_url).")] = None,
+    workers: Annotated[int, Option(metavar="N", min=1, help="Processes.")] = 1,
+    as_json: Annotated[bool, Option("--json", help="Tell where it listens as JSON.")] = False,
+) -> int:
+    """Start the proxy."""
+    gc.disable()  # until `process.tune`: what is imported and made until then stays
+    from proxy import serve
+
+    flags = {"server.host": host, "server.port": port, "upstream.base_url": upstream}
+    return serve.serve(config, flags, workers, as_json)
+
+
+@app.command()
+def demo(
+    fast: Annotated[bool, Option("--fast", help="Do not wait between turns.")] = False,
+    window: Annotated[int | None, Option(metavar="TOKENS", min=1, help="The window's size.")] = None,
+    ui: Annotated[bool, Option("--ui", help="Open the dashboard in a browser, and serve it until Ctrl-C.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Tell the result as JSON, and show nothing else.")] = False,
+) -> int:
+    """Watch a long conversation being paged; no key needed."""
+    from proxy.demo import play
+
+    return play.main(fast, window, ui, as_json)
+
+
+@app.command()
+def check(
+    config: ConfigFile = None,
+    storage: Annotated[bool, Option("--storage", help="Read all that is stored instead: find damage, and repair it (status 3).")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Validate and print the effective configuration."""
+    if storage:
+        from proxy.check import check_storage
+
+        return check_storage(_config(config), as_json)
+    from proxy import serve
+
+    return serve.check(_config(config), as_json)
+
+
+@app.command()
+def top(
+    url: Annotated[str | None, Option(metavar="URL", help="The server. Default: where the configuration says that it listens.")] = None,
+    once: Annotated[bool, Option("--once", help="Tell it once, and end.")] = False,
+    every: Annotated[float, Option(metavar="SECONDS", min=0.1, help="Between two looks.")] = 2.0,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, Option("--json", help="Tell it once, as JSON.")] = False,
+) -> int:
+    """Watch a running server: traffic, faults, cache, bill."""
+    from proxy import top
+
+    return top.run(url or top.url_of(_config(config)), every, once, as_json)
+
+
+@app.command()
+def bench(
+    requests: Annotated[int, Option(metavar="N", min=1, help="Of each kind, measured five times.")] = 100,
+    as_json: AsJson = False,
+) -> int:
+    """Measure what a request costs on this machine."""
+    from proxy import bench
+
+    return bench.run(requests, as_json)
+
+
+# ---------------------------------------------------------------- look inside
+
+
+@app.command()
+@_of_somebody
+def sessions(
+    whose: Whose,
+    words: Annotated[list[str], Argument(metavar="WORDS", help="That it begins with.", show_default=False)] = [],  # noqa: B006
+    sort: Annotated[str, Option(metavar="ORDER", help="used, began or title.")] = "used",
+    limit: Annotated[int, Option(metavar="N", min=1, help="Rows, at most 200.")] = 50,
+    cursor: Annotated[str, Option(metavar="TEXT", help="Where the rows before ended.")] = "",
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """List conversations, the last used first."""
+    from proxy import show
+
+    return show.sessions(_config(config), whose, " ".join(words), sort, cursor, limit, as_json)
+
+
+@app.command()
+@_of_somebody
+def show(
+    whose: Whose,
+    conversation: Conversation,
+    turn: Annotated[int | None, Option(metavar="N", help="The exact upstream request of this turn; on a terminal, made readable.")] = None,
+    diff: Annotated[int | None, Option(metavar="M", help="What the turn (the last one) was sent that turn M was not.")] = None,
+    why: Annotated[str, Option(metavar="PAGE", help="Why the page was in the window of the turn (the last one), or was not.")] = "",
+    branch: Branch = "",
+    limit: Annotated[int, Option(metavar="N", min=1, help="Turns, the newest, at most 200.")] = 50,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show a conversation, what the model saw in a turn, and why."""
+    from proxy import show
+
+    return show.show(_config(config), whose, conversation, turn, diff, why, branch, limit, as_json)
+
+
+@app.command()
+@_of_somebody
+def search(
+    whose: Whose,
+    conversation: Conversation,
+    words: Annotated[list[str], Argument(metavar="WORDS", help="What the pages are to be about.")],
+    branch: Branch = "",
+    limit: Annotated[int, Option(metavar="N", min=1, help="Pages, at most 50.")] = 20,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Search the pages of a conversation, as the model does."""
+    from proxy import show
+
+    return show.search(_config(config), whose, conversation, " ".join(words), branch, limit, as_json)
+
+
+# ---------------------------------------------------------------- move it
+
+
+@app.command()
+@_of_somebody
+def export(
+    whose: Whose,
+    conversation: Annotated[str, Argument(metavar="CONVERSATION", help="Its id. Default: all.", show_default=False)] = "",
+    out: Annotated[str, Option(metavar="FILE", help="JSON Lines; .zst: compressed; -: standard output.")] = ...,  # type: ignore[assignment]
+    tenant: Annotated[str, Option(metavar="HEX", help="One tenant's, by the name that an export gives it.")] = "",
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write conversations to a file."""
+    from proxy.transfer import exports
+
+    return exports.run(_config(config), whose, conversation, tenant, out, as_json)
+
+
+@app.command("import")
+@_of_somebody
+def import_(
+    whose: Whose,
+    file: Annotated[Path, Argument(metavar="FILE", help="Known by what is in it.")],
+    tenant: Annotated[str, Option(metavar="HEX", help="Of a file with several tenants' conversations, this one's.")] = "",
+    session_prefix: Annotated[str | None, Option(metavar="TEXT", help="Begins the session names by which new messages go on.")] = None,
+    to: Annotated[str, Option(metavar="FILE", help="Write what would be stored to a file, and store nothing.")] = "",
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Read an export of ours, of ChatGPT or of Claude."""
+    from proxy.transfer import imports
+
+    return imports.run(_config(config), imports.What(file, tenant, session_prefix, to), whose, as_json)
+
+
+@app.command()
+def migrate(
+    source: Annotated[str, Argument(metavar="FROM", help="A directory (tiers.l2.path) or postgresql://...")],
+    target: Annotated[str, Argument(metavar="TO", help="An empty one of either, or one that this has begun to fill.")],
+    header: Annotated[list[str], Option(metavar="...", help="Of an older version's store: a client's, as for import.")] = [],  # noqa: B006
+    user: Annotated[list[str], Option(metavar="...", help="Likewise.")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> int:
+    """Move a whole store; no server may run on either."""
+    from proxy.transfer import migrate
+
+    return migrate.run(source, target, header, user, as_json)
+
+
+@app.command()
+def backup(
+    directory: Annotated[Path, Argument(metavar="DIR", help="Where to; an older copy there is replaced.")],
+    keys: Annotated[bool, Option("--keys", help="The key store of an encrypted storage instead.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Copy the storage to a directory, while servers run."""
+    from proxy import backup
+
+    return backup.run(_config(config), directory, keys, as_json)
+
+
+# ---------------------------------------------------------------- lose it
+
+
+def _erased(kind: "Kind", whose: Whose, config: Path | None, yes: bool, as_json: bool, name: str = "", page: str = "") -> int:
+    from proxy import forget
+
+    return forget.run(forget.What(kind, name, page), whose, _config(config), yes, as_json)
+
+
+@_forget.command("conversation")
+@_of_somebody
+def _forget_conversation(whose: Whose, id: Conversation, config: ConfigFile = None, yes: Yes = False, as_json: AsJson = False) -> int:
+    """All of a conversation, with its branches."""
+    return _erased("conversation", whose, config, yes, as_json, id)
+
+
+@_forget.command("message")
+@_of_somebody
+def _forget_message(
+    whose: Whose,
+    id: Conversation,
+    page: Annotated[str, Argument(metavar="PAGE", help="As show, search and the model have it, such as msg_0042.")],
+    config: ConfigFile = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> int:
+    """One message, wherever its conversation says the same."""
+    return _erased("message", whose, config, yes, as_json, id, page)
+
+
+@_forget.command("user")
+@_of_somebody
+def _forget_user(whose: Whose, config: ConfigFile = None, yes: Yes = False, as_json: AsJson = False) -> int:
+    """All conversations of a user of a credential."""
+    return _erased("user", whose, config, yes, as_json)
+
+
+@_forget.command("key")
+@_of_somebody
+def _forget_key(whose: Whose, config: ConfigFile = None, yes: Yes = False, as_json: AsJson = False) -> int:
+    """All that is stored of a credential, and of all of its users."""
+    return _erased("key", whose, config, yes, as_json)
+
+
+app.add_typer(_forget, name="forget")
+
+
+# ---------------------------------------------------------------- keys
+
+
+@app.command("api-key")
+def api_key(as_json: AsJson = False) -> int:
+    """Make a key for server.keys or server.admin_key, and its hash."""
+    from proxy.api_key import key_hash, new_key
+
+    key = new_key()
+    if as_json:
+        from proxy.terminal import tell_json
+
+        tell_json({"key": key, "hash": key_hash(key)})
+    else:
+        print(f"key   {key}\nhash  {key_hash(key)}")
+    return 0
+
+
+@_keys.command("list")
+def _keys_list(
+    values: Annotated[bool, Option("--values", help="Count the stored values, too; reads all of them.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> int:
+    """Count them."""
+    from proxy import keyring
+
+    return keyring.list_(_config(config), values, as_json)
+
+
+@_keys.command("rotate")
+def _keys_rotate(
+    rewrite: Annotated[bool, Option("--rewrite", help="And rewrite.")] = False, config: ConfigFile = None, as_json: AsJson = False
+) -> int:
+    """Wrap all with the first master key; new keys from now on.
+
+    The first of storage.encryption.keys; each tenant has a new key for what is stored from now on."""
+    from proxy import keyring
+
+    return keyring.rotate(_config(config), rewrite, as_json)
+
+
+@_keys.command("rewrite")
+def _keys_rewrite(config: ConfigFile = None, as_json: AsJson = False) -> int:
+    """Encrypt again what is stored under older keys or not at all."""
+    from proxy import keyring
+
+    return keyring.rewrite(_config(config), as_json)
+
+
+app.add_typer(_keys, name="keys")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,6 +24,7 @@ _FREE_NAMES = "options"  # a mapping whose names others have chosen: ...
 _SECRET_OPTION = re.compile(r"(?i)key|secret|token|password|credential|sas|sig|account_json")
 _URL_USERINFO = re.compile(r"(?<=://)[^/?#]*@")
 _URL_SECRET = re.compile(r"(?i)([?&][^=&#]*(?:key|secret|token|password|sig)[^=&#]*=)[^&#]*")
+_MASKED = re.compile(r"\A\*\*\*\Z|://\*\*\*@|=\*\*\*(?:&|\Z)")  # as `mask` leaves it
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 Key = tuple[str | int, ...]
@@ -191,9 +192,11 @@ class Sentences:
             return {k: self.filled(v, environ, (*key, k)) for k, v in value.items()}
         if isinstance(value, list):
             return [self.filled(v, environ, (*key, i)) for i, v in enumerate(value)]
-        if not isinstance(value, str) or "${" not in value:
+        if not isinstance(value, str) or ("${" not in value and not _MASKED.search(value)):
             return value
         broken: list[str] = []
+        if _MASKED.search(value):
+            broken.append(f"{MASK} stands where `llm-pager check` showed no secret; write what stood there, or a ${{VAR}}")
 
         def fill(match: re.Match[str]) -> str:
             if match[0] == "$${":

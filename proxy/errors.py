@@ -15,6 +15,10 @@ class ConfigError(Exception):
         self.problems = problems
 
 
+class StartError(Exception):
+    """The machine does not let a command start; the message is one sentence."""
+
+
 class StorageError(Exception):
     """The storage cannot do what was asked; the message is one sentence for the operator."""
 

@@ -6,87 +6,112 @@ go from the configuration when `list` names it no more; `rewrite` goes on where 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import os
-import time
 from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import Any
 
+from proxy.config import Config
+from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
+from proxy.storage import open_store
+from proxy.storage.sealing import Sealed
+from proxy.terminal import progress, tell_json
 
-if TYPE_CHECKING:
-    from proxy.storage.sealing import Sealed
-
-_TOLD_S = 2.0  # between two lines of progress
-
-
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    keys = commands.add_parser("keys", help="the keys of an encrypted storage: list, rotate, rewrite")
-    keys.add_argument("what", choices=("list", "rotate", "rewrite"),
-                      help="count them | wrap all with the first of storage.encryption.keys, and give each tenant a new "
-                           "one for what is stored from now on | encrypt again what is stored under older ones or not at all")  # fmt: skip
-    keys.add_argument("--config", type=Path, metavar="FILE", help="instead of ./config.yaml, which may be absent")
-    keys.add_argument("--values", action="store_true", help="list: count the stored values, too; reads all of them")
-    keys.add_argument("--rewrite", action="store_true", help="rotate: and rewrite")
+_STATES = {
+    "newest": "under their tenants' newest keys", "older": "under older ones", "unsealed": "not encrypted",
+    "lost": "under keys that were dropped", "ids": "that are ids only",
+}  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Raises ConfigError and StorageError."""
-    from proxy.config import load_config
-    from proxy.conversation import keys
-    from proxy.storage import open_store
-    from proxy.storage.sealing import Sealed
+def list_(config: Config, values: bool, as_json: bool) -> int:
+    """Count the keys and, with `values`, what is stored under them. Raises ConfigError and StorageError."""
 
-    config = load_config(args.config, os.environ, {})
+    async def work(store: Sealed) -> None:
+        told = _counted(store, values, not as_json)
+        if as_json:
+            tell_json(told)
+            return
+        print(f"owners     {told['owners']} (tenants, credentials, the installation), with {told['keys']} keys")
+        for master in told["masters"]:
+            place = "the first" if master["first"] else "not the first: llm-pager keys rotate"
+            print(f"master     {master['master']} wraps {master['keys']} keys; it is {place}")
+        for state, count in told.get("values", {}).items():
+            print(f"values     {count} {_STATES[state]}")
+
+    return _with_keys(config, work)
+
+
+def rotate(config: Config, rewrite: bool, as_json: bool) -> int:
+    """Wrap all with the first master key, give each tenant a new one. Raises ConfigError and StorageError."""
+
+    async def work(store: Sealed) -> None:
+        told: dict[str, Any] = {"rotated": await store.ring.rotate(), "master": store.ring.master.hex()}
+        if not as_json:
+            print(f"rotated    {told['rotated']} owners' keys, with the master key {told['master']}", flush=True)
+        if rewrite:
+            told |= await _rewritten(store, as_json)
+        if as_json:
+            tell_json(told)
+
+    return _with_keys(config, work)
+
+
+def rewrite(config: Config, as_json: bool) -> int:
+    """Encrypt again what is stored under older keys or not at all. Raises ConfigError and StorageError."""
+
+    async def work(store: Sealed) -> None:
+        told = await _rewritten(store, as_json)
+        if as_json:
+            tell_json(told)
+
+    return _with_keys(config, work)
+
+
+def _with_keys(config: Config, work: Callable[[Sealed], Awaitable[None]]) -> int:
     if not config.storage.encryption.keys:
         raise ConfigError("storage.encryption.keys is empty: nothing is encrypted.")
-    store = open_store(config, keys)
-    assert isinstance(store, Sealed)
-    return asyncio.run(_run(args, store))
+
+    async def main() -> int:
+        store = open_store(config, keys)
+        assert isinstance(store, Sealed)
+        try:
+            if store.trouble is not None:
+                raise StorageError(store.trouble)
+            await work(store)
+        finally:
+            await store.close()
+        return 0
+
+    return asyncio.run(main())
 
 
-async def _run(args: argparse.Namespace, store: Sealed) -> int:
-    try:
-        if store.trouble is not None:
-            raise StorageError(store.trouble)
-        if args.what == "rotate":
-            print(f"rotated    {await store.ring.rotate()} owners' keys, with the master key {store.ring.master.hex()}")
-        if args.what == "rewrite" or args.rewrite:
-            await _rewrite(store)
-        if args.what == "list":
-            _list(store, args.values)
-    finally:
-        await store.close()
-    return 0
-
-
-def _list(store: Sealed, values: bool) -> None:
+def _counted(store: Sealed, values: bool, shown: bool) -> dict[str, Any]:
     owners, versions, masters = 0, 0, Counter[bytes]()
     for page in store.ring.pages():
         owners += len(page)
         versions += sum(len(row) for _, _, row in page)
         masters.update(version.master for _, _, row in page for version in row)
-    print(f"owners     {owners} (tenants, credentials, the installation), with {versions} keys")
-    for master, count in masters.items():
-        place = "the first" if master == store.ring.master else "not the first: llm-pager keys rotate"
-        print(f"master     {master.hex()} wraps {count} keys; it is {place}")
+    told: dict[str, Any] = {"owners": owners, "keys": versions, "masters": [
+        {"master": master.hex(), "keys": count, "first": master == store.ring.master} for master, count in masters.items()
+    ]}  # fmt: skip
     if values:
         states, after = Counter[str](), b""
-        while rows := store.inner.scan(b"", after):
-            states.update(store.state(key, value) for key, value in rows)
-            after = rows[-1][0]
-        told = {"newest": "under their tenants' newest keys", "older": "under older ones", "unsealed": "not encrypted",
-                "lost": "under keys that were dropped", "ids": "that are ids only"}  # fmt: skip
-        for state, what in told.items():
-            print(f"values     {states[state]} {what}")
+        with progress("values", shown) as advance:
+            while rows := store.inner.scan(b"", after):
+                states.update(store.state(key, value) for key, value in rows)
+                after = rows[-1][0]
+                advance(states.total(), None)
+        told["values"] = {state: states[state] for state in _STATES}
+    return told
 
 
-async def _rewrite(store: Sealed) -> None:
-    told_s, looked, done = time.monotonic(), 0, 0
-    async for looked, done in store.rewrite():
-        if time.monotonic() - told_s > _TOLD_S:
-            told_s = time.monotonic()
-            print(f"rewriting  {done} of {looked} values so far", flush=True)
-    print(f"rewritten  {done} of {looked} values")
+async def _rewritten(store: Sealed, as_json: bool) -> dict[str, int]:
+    looked = done = 0
+    with progress("values looked at", not as_json) as advance:
+        async for now in store.rewrite():
+            looked, done = now
+            advance(looked, None)
+    if not as_json:
+        print(f"rewritten  {done} of {looked} values")
+    return {"rewritten": done, "looked_at": looked}

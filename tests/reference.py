@@ -7,19 +7,22 @@ Promises: the same program gives the same text, whatever the terminal and the en
 
 from __future__ import annotations
 
-import argparse
 import ast
+import io
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import httpx
 import yaml
 from starlette.testclient import TestClient
+from typer.main import get_command
 
 from proxy.app import create_app
 from proxy.config import Config, ModelOverride, load_config
@@ -114,17 +117,26 @@ def settings() -> str:
 
 def commands() -> str:
     """What `llm-pager COMMAND --help` says, of every command."""
-    from proxy.cli import _parser
+    from proxy.cli import main
 
-    def pages(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
-        yield parser.prog, parser.format_help().rstrip()
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for inner in dict.fromkeys(action.choices.values()):
-                    yield from pages(inner)
+    pages: list[str] = []
+    for words in command_names():
+        with patch.dict(os.environ, {"COLUMNS": "80", "NO_COLOR": "1"}), redirect_stdout(io.StringIO()) as out:
+            main([*words, "--help"])
+        pages.append(f"### {' '.join(['llm-pager', *words])}\n\n```text\n{out.getvalue().rstrip()}\n```\n")
+    return "\n".join(pages)
 
-    with patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}):
-        return "\n".join(f"### {prog}\n\n```text\n{text}\n```\n" for prog, text in pages(_parser()))
+
+def command_names() -> list[Sequence[str]]:
+    """The words of each command; those of the program are none."""
+    from proxy.cli import app
+
+    def under(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        yield words
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from under(inner, (*words, name))
+
+    return list(under(get_command(app), ()))
 
 
 # ---------------------------------------------------------------- endpoints, metrics

@@ -11,16 +11,19 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from proxy import __version__
+from proxy.api_key import key_hash
 from proxy.cli import main
 from proxy.storage.l2 import DiskStore
+from tests.reference import command_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +51,8 @@ def factory():
 
     return app
 """
-BANNER_LINES = 7
-WITH_STAND_IN = "import sys, proxy.cli as c; c.APP_FACTORY = 'stand_in:factory'; sys.exit(c.main())"
+BANNER_LINES = 8
+WITH_STAND_IN = "import sys, proxy.cli as c, proxy.serve as s; s.APP_FACTORY = 'stand_in:factory'; sys.exit(c.main())"
 
 
 def environ(directory: Path, **extra: str) -> dict[str, str]:
@@ -76,7 +79,7 @@ def run(
 
 def test_vectors_without_their_extra_are_a_sentence(tmp_path: Path) -> None:
     lacking = (
-        "import sys, proxy.cli as c; c.find_spec = lambda name: None if name == 'numpy' else c;"
+        "import sys, proxy.cli as c, proxy.serve as s; s.find_spec = lambda name: None if name == 'numpy' else c;"
         "sys.exit(c.main())"
     )
     for command in ("check", "serve"):
@@ -93,14 +96,85 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("args", [[], ["nonsense"], ["serve", "--workers", "0"], ["check", "x"]])
 def test_wrong_arguments_are_status_2(args: list[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(args)
-    assert stopped.value.code == 2
+    assert main(args) == 2
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
-    code = "import sys, proxy.cli; print(sorted(set(sys.modules) & {'pydantic','yaml','uvicorn'}))"
-    assert run(ROOT, code=code).stdout == "[]\n"
+    heavy = "print(sorted(set(sys.modules) & {'asyncio', 'pydantic', 'rich', 'uvicorn', 'yaml'}))"
+    code = f"import sys, proxy.cli; proxy.cli.main(['--version']); proxy.cli.main(['show', '--help']); {heavy}"
+    assert run(ROOT, code=code).stdout.endswith("exit.\n[]\n")
+
+
+@pytest.mark.parametrize("words", command_names(), ids="-".join)
+def test_help_is_plain_and_fits_a_screen(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"Usage: {' '.join(['llm-pager', *words])} ") and err == ""
+    assert len(out.splitlines()) <= 32 and max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
+    assert "--json" in out or "Commands:" in out
+
+
+def test_command_that_is_not_given_is_asked_for_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2 and "Commands:" in capsys.readouterr().err
+
+
+def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
+    for line, expected in (("llm-pager se", {"serve", "sessions", "search"}), ("llm-pager show --d", {"--diff"})):
+        asked = {"_LLM_PAGER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        assert set(run(tmp_path, **asked).stdout.split()) == expected
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where there is no storage yet."""
+    for name in [name for name in os.environ if name.startswith("LLM_PAGER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_json_is_all_of_the_output(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "config.yaml").write_text("tiers: {l0: {tokens: 4000, reserve_tokens: 4096}}\n")
+
+    def told(*words: str) -> dict[str, Any]:
+        assert main([*words, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+    checked, storage, key = told("check"), told("check", "--storage"), told("api-key")
+    assert checked["config"]["tiers"]["l0"]["tokens"] == 4000 and len(checked["notes"]) == 1
+    assert storage["result"] == "there is none yet" and storage["lines"][0] == {"what": "storage", "told": str(here / "data")}
+    assert key_hash(key["key"]) == key["hash"]
+
+
+@pytest.mark.parametrize("words", [("sessions",), ("show", "0" * 12), ("search", "0" * 12, "word"), ("export", "--out", "-")])
+def test_storage_that_is_not_there_is_a_sentence(words: Sequence[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("llm-pager: There is no storage in data") and err.count("\n") == 1
+    assert not (here / "data").exists()
+
+
+def test_bench_tells_what_the_memory_adds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slow: a server starts."""
+    assert main(["bench", "--requests", "5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["requests"]
+    assert [(row["what"], row["requests"]) for row in rows] == [("new chat", 25), ("1,000 messages", 5)]
+    for row in rows:
+        assert 0 < row["direct"]["ms"] < min(row["forwarded"]["ms"], row["llm_pager"]["ms"])
+    assert 600 < rows[0]["bytes"] < 1400 and 300_000 < rows[1]["bytes"] < 600_000
+    assert [*here.iterdir()] == []
+
+
+def test_reader_of_the_output_may_have_gone(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-m", "proxy", "api-key"], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_check_prints_the_effective_configuration_masked(tmp_path: Path) -> None:
@@ -120,6 +194,18 @@ def test_what_check_prints_can_be_used_as_a_file(tmp_path: Path) -> None:
     printed = run(tmp_path, "check").stdout
     (tmp_path / "other.yaml").write_text(printed)
     assert run(tmp_path, "check", "--config", "other.yaml").stdout == printed
+
+
+def test_masked_secret_is_not_taken_for_one(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLM_PAGER_UPSTREAM__API_KEY", "sk-x")
+    monkeypatch.setenv("LLM_PAGER_UPSTREAM__BASE_URL", "http://u:pw@up/v1")
+    assert main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("# note: *** stands for a secret")
+    (here / "config.yaml").write_text(printed)
+    assert main(["check"]) == 2
+    for key, line in zip(("base_url", "api_key"), capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"llm-pager: upstream.{key}: *** stands where `llm-pager check` showed no secret; write what stood there")
 
 
 def test_check_tells_every_problem_on_stderr(tmp_path: Path) -> None:
@@ -154,7 +240,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(directory: Path, *args: str, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(directory: Path, *args: str, lines: int = BANNER_LINES, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     (directory / "stand_in.py").write_text(APP)
     process = subprocess.Popen(
         [sys.executable, "-c", WITH_STAND_IN, "serve", *args],
@@ -166,7 +252,7 @@ def serving(directory: Path, *args: str, **extra: str) -> Iterator[tuple[subproc
     )
     try:
         assert process.stdout is not None
-        yield process, "".join(process.stdout.readline() for _ in range(BANNER_LINES))
+        yield process, "".join(process.stdout.readline() for _ in range(lines))
     finally:
         if process.poll() is None:
             process.kill()
@@ -247,6 +333,7 @@ def test_serve_announces_answers_and_stops(
         assert banner == (
             f"llm-pager {__version__}\n"
             f"  use it     export OPENAI_BASE_URL=http://127.0.0.1:{port}/v1\n"
+            f"  look in    http://127.0.0.1:{port}/vm/ui\n"
             f"  listening  127.0.0.1:{port}, {workers} worker{'s' if workers > 1 else ''}\n"
             "  upstream   http://***@up/v1, with its own key\n"
             "  window     each model's own (tiers.l0.tokens), mode relaxed\n"
@@ -266,9 +353,11 @@ def test_serve_announces_answers_and_stops(
         assert not alive(int(str(answer["pid"])))
 
 
-def test_port_0_listens_where_it_says(tmp_path: Path) -> None:
-    with serving(tmp_path, "--port", "0") as (_, banner):
-        port = re.search(r"OPENAI_BASE_URL=http://127\.0\.0\.1:(\d+)/v1", banner)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_port_0_listens_where_it_says(tmp_path: Path, as_json: bool) -> None:
+    with serving(tmp_path, "--port", "0", *["--json"] * as_json, lines=1 if as_json else BANNER_LINES) as (_, banner):
+        url = json.loads(banner)["base_url"] if as_json else banner
+        port = re.search(r"http://127\.0\.0\.1:(\d+)/v1", url)
         assert port is not None and ask(int(port[1]))[0]["key"] is None
 
 

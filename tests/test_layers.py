@@ -24,20 +24,29 @@ BASE = {"config", "errors", "sse", "tokens"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
-    "check": {"config", "conversation", "errors", "memory", "storage"},  # knows what a sound record is
-    "cli": {"api_key", "backup", "check", "config", "conversation", "demo", "errors", "forget", "keyring", "storage", "transfer"},  # the app is named to uvicorn as a string
-    "backup": {"config", "errors", "storage"},
-    "keyring": {"config", "conversation", "errors", "storage"},
-    "forget": {"api", "config", "conversation", "errors", "memory", "storage", "whose"},  # erases as the endpoints do
-    "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage", "whose"},  # `api`: who asks
+    "check": {"config", "conversation", "errors", "memory", "storage", "terminal"},  # knows what a sound record is
+    "cli": {
+        "api_key", "backup", "bench", "check", "config", "demo", "errors", "forget", "keyring", "serve", "show", "terminal", "top",
+        "transfer", "whose",
+    },
+    "serve": {"config", "config_text", "conversation", "errors", "storage", "terminal"},  # the app is named to uvicorn as a string
+    "backup": {"config", "errors", "storage", "terminal"},
+    "bench": {"demo", "errors", "terminal"},  # the demo's words
+    "keyring": {"config", "conversation", "errors", "storage", "terminal"},
+    "forget": {"api", "config", "conversation", "errors", "storage", "terminal", "whose"},  # erases as the endpoints do
+    "show": {"api", "config", "conversation", "errors", "readable", "storage", "terminal", "whose"},  # what /vm shows
+    "top": {"api", "config", "errors", "readable", "terminal"},
+    "terminal": {"readable"},
+    "readable": set(),
+    "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage", "terminal", "whose"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
-    "demo": {"app", *BELOW_APP, *BASE},
+    "demo": {"app", "terminal", *BELOW_APP, *BASE},
     "app": {"ui", *BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
     "process": set(),
     "server": {"config", "errors"},
     "decoder": {"media"},  # a process of its own: media are decoded in it
     "api": {*BELOW_APP, *BASE, "api_key", "model_limits"},
-    "ui": {"api", "conversation", "memory", *BASE},  # the dashboard: pages over what the API reads
+    "ui": {"api", "conversation", "memory", "readable", *BASE},  # the dashboard: pages over what the API reads
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
     "conversation": {"media", "memory", "tokens", "errors", "sse"},
     "memory": {"media"},
@@ -49,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "config_text"},
     "config_text": {"errors"},
     "api_key": set(),
-    "whose": {"api", "api_key", "config", "errors"},  # `api`: who asks
+    "whose": {"api", "api_key", "config", "conversation", "errors"},  # `api`: who asks
     "errors": set(),
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
 }
@@ -81,16 +90,17 @@ IMPORTERS: dict[str, set[str]] = {
     "pypdf": {"media"},
     "pydantic": {"api", "config", "config_text", "library", "memory"},  # the doors and the seeds' models
     "pydantic_settings": {"config"},  # the sources of the settings
-    "rich": {"demo", "transfer"},
+    "rich": {"demo", "show", "terminal", "top"},
     "starlette": {"api"},
     "stop_words": {"search"},
     "tiktoken": {"tokens"},
+    "typer": {"cli"},
     "tokenizers": {"search"},  # the extra [semantic]
-    "uvicorn": {"cli", "demo", "server"},  # the demo serves itself
+    "uvicorn": {"demo", "serve", "server"},  # the demo serves itself
     "xxhash": {"conversation", "storage"},  # quick hashes, checksums
     "yarl": {"upstream"},  # aiohttp's URLs
     "zstandard": {"api", "conversation", "search", "storage", "transfer"},  # bodies; what is stored; exports
-    "yaml": {"cli", "config_text"},  # printing and reading the settings
+    "yaml": {"config_text", "serve"},  # printing and reading the settings
 }
 # Of the standard library, the database.
 STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"search", "storage"}}
@@ -281,7 +291,7 @@ def test_a_bad_module_is_told(path: str, source: str, expected: str) -> None:
         ("proxy/conversation/a.py", "from proxy.memory import x\nfrom ..tokens import TokenCounter"),
         ("proxy/upstream/a.py", "import aiohttp, asyncio, time\nfrom proxy.errors import ApiError"),
         ("proxy/api/sub/a.py", "from ...storage.l2 import DiskStore"),
-        ("proxy/cli.py", "from proxy import __version__\nimport uvicorn"),
+        ("proxy/serve.py", "from proxy import __version__\nimport uvicorn"),
     ],
 )
 def test_a_good_module_is_left_alone(path: str, source: str) -> None:

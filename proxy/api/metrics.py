@@ -18,6 +18,7 @@ from typing import Final
 
 import prometheus_client as prometheus
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.parser import text_string_to_metric_families
 
 FLUSH_S: Final = 0.5
 _DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
@@ -119,3 +120,16 @@ class Metrics:
         shared = prometheus.CollectorRegistry()
         MultiProcessCollector(shared)  # type: ignore[no-untyped-call]
         return prometheus.generate_latest(shared)
+
+
+def totals(text: str) -> dict[str, dict[str, float]]:
+    """What a page of /metrics says, by name and the values of the labels, a model's left out: counters (without `_total`),
+    gauges, of histograms the sum and the count; zeros are left out."""
+    out: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.name.removeprefix("llm_pager_").removesuffix("_total")
+            if sample.value and not name.endswith("_bucket"):
+                row, label = out.setdefault(name, {}), " ".join(v for k, v in sample.labels.items() if k != "model")
+                row[label] = row.get(label, 0.0) + sample.value
+    return out

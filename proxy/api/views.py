@@ -23,6 +23,7 @@ from proxy.api.memory import Memory, owner_named
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.derived import NO_DERIVED
+from proxy.conversation.effects import Search
 from proxy.conversation.envelope import UpstreamRequest, request_of
 from proxy.conversation.pages import PathPages
 from proxy.conversation.pins import Pin, decode_pins, encode_pins, pins_key, with_pin
@@ -43,7 +44,7 @@ from proxy.conversation.window import KEPT, MIXED, NATIVE, SYSTEM, VM, Window
 from proxy.errors import ApiError
 from proxy.memory.compressor import hint
 from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN
-from proxy.memory.ids import canonical_page_id, make_page_id, parse_page_id
+from proxy.memory.ids import Hit, canonical_page_id, make_page_id, parse_page_id
 from proxy.memory.models import (
     CompressionLevel,
     FaultReason,
@@ -54,6 +55,7 @@ from proxy.memory.models import (
     PinKind,
     StorageTier,
 )
+from proxy.memory.passages import passage
 from proxy.memory.planner import price, worth
 from proxy.memory.table import PageTable, decode_log
 from proxy.model_limits import POLICIES
@@ -70,6 +72,9 @@ _LIFE_TURNS = 200  # that are looked through for what happened to a page
 _HINT_WORDS = 16
 _COMPARED = 1000  # messages that two requests differ in
 _TIPS = 64
+_SNIPPET_TOKENS = 64
+_MOST_HITS = 50
+_QUERY_CHARS = 1000
 _UNKNOWN_MODEL = "gpt-4o"
 
 _decode, _encode = msgspec.json.decode, msgspec.json.encode
@@ -558,9 +563,20 @@ class Views:
     def bill(self, at: Turns) -> dict[str, Any]:
         return conversation_bill(at.head, self._memory.get_record)
 
-    def search_pages(self, at: Turns) -> PathPages:
-        """What a search in the conversation is over."""
-        return self._path_pages(at.head)
+    def search(self, at: Turns, query: str, limit: int) -> tuple[PathPages, Search]:
+        """What `Memory.search` is to be asked for the pages that a query is about; `hits_told` says what it found."""
+        pages = self._path_pages(at.head)
+        return pages, Search([query[:_QUERY_CHARS]], max(1, min(limit, _MOST_HITS)), len(pages.path), lambda position, part: False)
+
+
+def hits_told(hits: Iterable[Hit], pages: PathPages, query: str) -> list[dict[str, Any]]:
+    """Each page once, the best first, with the words around what the query is about."""
+    found: dict[str, dict[str, Any]] = {}
+    for hit in hits:
+        page_id = pages.id_of(hit.position, hit.part)
+        words = passage(pages.text(page_id), [query], _SNIPPET_TOKENS, pages.counter.text)
+        found.setdefault(page_id, {"page": page_id, "role": pages.role(page_id), "score": round(hit.score, 3), "hint": words})
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

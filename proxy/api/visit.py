@@ -20,12 +20,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
-from proxy.api.metrics import FLUSH_S, Metrics
+from proxy.api.metrics import FLUSH_S, Metrics, totals
 from proxy.api.writer import Writer
 from proxy.conversation import keys
 from proxy.conversation.bill import Sums
@@ -390,16 +389,9 @@ class Stats:
         return bill_of(self._bills.values(), self._breaks)
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """The counters of /metrics, by name and the value of their labels: of all workers since the start, as they were half a second
-        ago; a model's is left out. Blocks; from any thread."""
-        out: dict[str, dict[str, float]] = {}
-        for family in text_string_to_metric_families(self.prometheus.text().decode()):
-            for sample in family.samples:
-                name = sample.name.removeprefix("llm_pager_").removesuffix("_total")
-                if family.type == "counter" and sample.value:
-                    row, label = out.setdefault(name, {}), " ".join(v for k, v in sample.labels.items() if k != "model")
-                    row[label] = row.get(label, 0.0) + sample.value
-        return out
+        """`totals` of /metrics: of all workers since the start, as they were half a second ago. Blocks; from any thread."""
+        return totals(self.prometheus.text().decode())
+
 
 def path_kind(path: str) -> str:
     """Of a request that is passed on: which API it is for, as far as that API has conversations."""

@@ -17,17 +17,12 @@ from fastapi.responses import Response, StreamingResponse
 
 from proxy.api.access import Access
 from proxy.api.memory import Memory
-from proxy.api.views import Turns, Views, Who
-from proxy.conversation.effects import Search
+from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.errors import ApiError
-from proxy.memory.passages import passage
 
 _LOOK_S = 0.4  # between two looks for a new turn,
 _LOOK_SHARE = 20  # and at most 1/20 of a processor for them
 _BEAT_S = 15.0  # of silence, then a comment: a connection that is gone is noticed
-_SNIPPET_TOKENS = 64
-_MOST_HITS = 50
-_QUERY_CHARS = 1000
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,21 +71,9 @@ class Vm:
 
     async def search(self, who: Who, name: str, branch: str, query: str, limit: int = 20) -> list[dict[str, Any]]:
         """The pages of a conversation that a query is about, best first."""
-        at, pages = await self.of(who, name, branch, lambda at: (at, self.views.search_pages(at)))
-        if not query.strip():
-            return []
-        asked = Search([query[:_QUERY_CHARS]], max(1, min(limit, _MOST_HITS)), len(pages.path), lambda position, part: False)
-        hits = await self.memory.search(who.tenant, asked, pages)
-
-        def told() -> list[dict[str, Any]]:
-            found: dict[str, dict[str, Any]] = {}
-            for hit in hits:
-                page_id = pages.id_of(hit.position, hit.part)
-                words = passage(pages.text(page_id), [query], _SNIPPET_TOKENS, pages.counter.text)
-                found.setdefault(page_id, {"page": page_id, "role": pages.role(page_id), "score": round(hit.score, 3), "hint": words})
-            return list(found.values())
-
-        return await self.run(Who(at.who.prefix, at.who.operator), told)
+        pages, asked = await self.of(who, name, branch, lambda at: self.views.search(at, query, limit))
+        hits = await self.memory.search(who.tenant, asked, pages) if query.strip() else []
+        return await self.run(who, hits_told, hits, pages, query)
 
     async def pin(self, who: Who, name: str, branch: str, page: str, pinned: bool) -> None:
         """StorageError when it cannot be stored."""

@@ -8,16 +8,18 @@ its output any more), 130 after Ctrl-C, 143 after SIGTERM; the temporary directo
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
+import errno
 import json
 import logging
+import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+import webbrowser
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from rich.live import Live
 from proxy.config import Config, effective_reserve
 from proxy.conversation.report import TurnReport
 from proxy.demo.bill import Ledger
-from proxy.demo.screen import View, layout, print_summary
+from proxy.demo.screen import View, layout, print_summary, result
 from proxy.demo.upstream import MODEL, DemoUpstream
 from proxy.errors import ConfigError
 from proxy.sse import EventParser
+from proxy.terminal import tell_json
 from proxy.tokens import get_counter
 from proxy.upstream import RootPath, Upstream
 from proxy.upstream.openai import OpenAIUpstream
@@ -182,7 +185,15 @@ def _end_on_sigterm() -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
 
 
-async def _run(window_tokens: int, pace: bool, console: Console) -> View:
+def _open(url: str) -> None:
+    """In a browser, where there is one with a window of its own: one in this terminal would take it."""
+    has_windows = sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
+    if has_windows:
+        webbrowser.open(url)
+
+
+async def _run(window_tokens: int, pace: bool, ui: bool, console: Console, tell: Callable[[View], None]) -> View:
+    """`tell` is given the view at the end; with `ui` the server goes on then until it is stopped."""
     _end_on_sigterm()
     from proxy.app import create_app
 
@@ -193,7 +204,7 @@ async def _run(window_tokens: int, pace: bool, console: Console) -> View:
         budget_tokens = window_tokens - effective_reserve(window_tokens, l0.reserve_tokens)
         ledger = Ledger(get_counter(MODEL), budget_tokens)
         view = View(
-            len(turns), window_tokens, l0.eviction_threshold, ledger, plain=not console.is_terminal
+            len(turns), window_tokens, l0.eviction_threshold, ledger, plain=not (console.is_terminal or console.quiet)
         )
         show = Show(turns, view, pace)
         app = create_app(config, show.observe, DemoUpstream(ledger.ours.book))
@@ -202,10 +213,19 @@ async def _run(window_tokens: int, pace: bool, console: Console) -> View:
             async with contextlib.AsyncExitStack() as closing:
                 client = OpenAIUpstream(Config.from_json(json.dumps(settings)))
                 closing.push_async_callback(client.close)
-                if console.is_terminal:
-                    closing.enter_context(_screen(view, console))
-                await show.play(client)
+                if ui:
+                    view.dashboard = base_url.removesuffix("/v1") + "/vm/ui"
+                    await asyncio.to_thread(_open, view.dashboard)
+                view.begin()
+                with _screen(view, console) if console.is_terminal and not console.quiet else contextlib.nullcontext():
+                    await show.play(client)
                 view.stats = await _stats(client)
+                if not view.unread:
+                    tell(view)
+                if ui:
+                    console.print(f"\nThe dashboard is at {view.dashboard} until Ctrl-C.", highlight=False)
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.Event().wait()
     return view
 
 
@@ -216,13 +236,21 @@ def _screen(view: View, console: Console) -> Live:
     return Live(get_renderable=screen, console=console, screen=True, refresh_per_second=12)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the demo. `args.fast`: no pauses; `args.window`: tokens, None for 4,000."""
-    console = Console() if sys.stdout.isatty() else Console(color_system=None, width=120)
-    window_tokens = args.window or DEFAULT_WINDOW_TOKENS
+def main(fast: bool, window: int | None, ui: bool, as_json: bool) -> int:
+    """Runs the demo. `fast`: no pauses; `window`: tokens, None for 4,000; `ui`: with the dashboard, until Ctrl-C."""
+    console = Console(quiet=as_json) if sys.stdout.isatty() else Console(color_system=None, width=120, quiet=as_json)
+    window_tokens = window or DEFAULT_WINDOW_TOKENS
+
+    def tell(view: View) -> None:
+        if as_json:
+            tell_json(result(view))
+        else:
+            print_summary(view, console)
+
     logging.getLogger("proxy.tokens").setLevel(logging.ERROR)  # no table has the demo's model
     try:
-        view = asyncio.run(_run(window_tokens, console.is_terminal and not args.fast, console))
+        pace = console.is_terminal and not (fast or as_json)
+        view = asyncio.run(_run(window_tokens, pace, ui, console, tell))
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -233,6 +261,5 @@ def main(args: argparse.Namespace) -> int:
         print(f"llm-pager: {error}", file=sys.stderr)
         return 1
     if view.unread:
-        raise BrokenPipeError  # the command line knows how to leave quietly
-    print_summary(view, console)
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # the command line knows how to leave quietly
     return 0 if view.found >= REQUIRED_RECALL * len(view.recalls) else 1

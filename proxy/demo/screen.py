@@ -28,6 +28,21 @@ _RULE = f"OpenAI's rule: prefixes from {MIN_PREFIX_TOKENS:,} tokens, in steps of
 _SHOWN_EVENTS = 200
 _SHOWN_ANSWERS = 50
 _SHOWN_RUNS = 8  # of pages in one list
+# What happens, for who sees it for the first time; for a panel of 76 columns, but for the numbers.
+_BEGINS = "The application sends all of its history. It fits: not a byte is touched."
+_MEANS = {
+    "epoch": "At {high:.0%} full the window is built anew; from there it grows at its end.",
+    "segment": "Messages that left are closed into a segment: an index line of it stays.",
+    "evict": "Pages leave the window, for the store: nothing that was said is lost.",
+    "prefetch": "Pages about the new message are put in front of it, before anybody asks.",
+    "search": "The model searched: the proxy answers that, the application sees nothing.",
+    "fault": "The model asked for an old page: the proxy brings it, and asks it again.",
+    "recall": "A question about something said long ago is answered: from the memory.",
+}
+_YOURS = """Your application, unchanged:
+  llm-pager serve
+  export OPENAI_BASE_URL=http://127.0.0.1:8080/v1
+  python your_app.py"""
 _STYLES = {
     "epoch": "bold magenta", "segment": "blue", "evict": "red", "prefetch": "cyan", "search": "yellow",
     "fault": "bold yellow", "error": "bold red",
@@ -67,10 +82,27 @@ class View:
     events: deque[tuple[int, str, str]] = field(default_factory=lambda: deque(maxlen=_SHOWN_EVENTS))
     stats: dict[str, Any] = field(default_factory=dict)  # what GET /vm/stats says at the end
     unread: bool = False  # the reader of our plain output has gone (`| head`): the show may end
+    meaning: str = _BEGINS
+    dashboard: str = ""  # its URL, where it was asked for
+    _meant: set[str] = field(default_factory=set)
 
     def event(self, kind: str, text: str) -> None:
         self.events.append((self.turn, kind, text))
+        self._explain(kind)
         self._say(f"turn {self.turn:3}  {kind:8}  {text}")
+
+    def begin(self) -> None:
+        """The first line of the plain output."""
+        self._say(f"{self.turns} turns through a window of {self.window_tokens:,} tokens. {_BEGINS}")
+        if self.dashboard:
+            self._say(f"dashboard  {self.dashboard}")
+
+    def _explain(self, kind: str) -> None:
+        """On a terminal whenever it happens, elsewhere the first time."""
+        self.meaning = _MEANS.get(kind, self.meaning).format(high=self.high_watermark)
+        if kind in _MEANS and kind not in self._meant:
+            self._meant.add(kind)
+            self._say(f"# {self.meaning}")
 
     def _say(self, line: str) -> None:
         # Called from inside the server's turn, which a closed pipe must not fail: it is remembered.
@@ -118,6 +150,7 @@ class View:
             how = f"after {searches} and {counted(len(paged_in(report)), 'fault')}"
         found = expect in answer
         self.recalls.append(Recall(self.turn, question, answer, expect, found))
+        self._explain("recall")
         self._say(f"turn {self.turn:3}  {'✓' if found else '✗'} recall  {question}")
         self._say(f"                    {answer}  [{how}]")
 
@@ -256,16 +289,17 @@ def bill_table(view: View) -> Table:
 def layout(view: View, height: int) -> Layout:
     """The whole screen for a terminal of `height` lines."""
     root = Layout()
-    rows = max(2, height - 3 - 8 - 7 - 2)  # what the other panels and this one's frame leave
+    rows = max(2, height - 4 - 8 - 7 - 2)  # what the other panels and this one's frame leave
     title = Text.assemble(
         ("llm-pager demo ", "bold"),
         f"turn {view.turn}/{view.turns} · window {view.window_tokens:,} tokens · epoch {view.epochs}   ",
-        (view.said, "italic dim"),
+        (view.dashboard or view.said, "italic dim"),
         no_wrap=True,
         overflow="ellipsis",
     )
+    meaning = Text(view.meaning, "cyan", no_wrap=True, overflow="ellipsis")
     root.split_column(
-        Layout(Panel(title), size=3),
+        Layout(Panel(Group(title, meaning)), size=4),
         Layout(_window_panel(view), size=8),
         Layout(name="body"),
         Layout(Panel(Group(bill_table(view), Text(_RULE, "dim")), title="input bill"), size=7),
@@ -311,3 +345,15 @@ def print_summary(view: View, console: Console) -> None:
         if not r.found:
             console.print(f"✗ turn {r.turn}: {r.question} -> {r.answer}", highlight=False, markup=False)
     console.print(f"recall {view.found}/{len(view.recalls)}", style="bold", highlight=False)
+    console.print(f"\n{_YOURS}", highlight=False)
+
+
+def result(view: View) -> dict[str, Any]:
+    """The summary as JSON values."""
+    return {
+        "turns": view.turn, "window_tokens": view.window_tokens, "epochs": view.epochs, "evicted_pages": view.evicted,
+        "prefetched_pages": view.prefetched, "searches": view.searches, "faults": view.faults, "segments": view.segments,
+        "recall": {"found": view.found, "asked": len(view.recalls)},
+        "bill": {a.name: {"largest_tokens": a.largest_tokens, "prompt_tokens": a.prompt_tokens, "cached_share": round(a.hit_rate, 3),
+                          "billed_tokens": round(a.billed_tokens)} for a in view.ledger.accounts},
+    }  # fmt: skip

@@ -1,29 +1,22 @@
-"""What the commands have in common: a store for a thread, whose the conversations are, a progress bar."""
+"""What the commands have in common: a store for a thread, and how they end."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from proxy.config import Config
 from proxy.conversation import keys
-from proxy.conversation.tree import Identity, TenantKey
+from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
 from proxy.storage import Store, open_store
 from proxy.storage.l2 import Damaged
-from proxy.whose import caller_asked
 
 DONE, LEFT_OUT = 0, 3  # exit statuses
 _COMMIT_BYTES = 4 << 20  # about
-Advance = Callable[[int, int | None], None]  # done so far, of how many
 
 
 class Desk:
@@ -68,12 +61,6 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     return asyncio.run(main())
 
 
-def tenant_asked(args: argparse.Namespace, config: Config, identity: Identity) -> TenantKey | None:
-    """None: the arguments name nobody. Raises ConfigError."""
-    who = caller_asked(args, config.sessions, config.server.keys, identity.secret)
-    return None if who is None else identity.tenant(who.credentials, who.person)
-
-
 def batches(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
     """For one commit each."""
     batch: list[tuple[bytes, bytes]] = []
@@ -86,13 +73,3 @@ def batches(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, b
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@contextmanager
-def progress(what: str, shown: bool) -> Iterator[Advance]:
-    """A bar on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not (shown and sys.stderr.isatty()), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -17,29 +15,37 @@ import zstandard
 from proxy.config import Config
 from proxy.conversation import keys
 from proxy.conversation.exported import exported, header, owners
-from proxy.conversation.records import conversation_name
+from proxy.conversation.records import conversation_key
 from proxy.conversation.tree import NodeId
 from proxy.errors import ConfigError
 from proxy.storage.sqlite import DATABASE
-from proxy.transfer.desk import DONE, LEFT_OUT, Desk, progress, tenant_asked, with_store
+from proxy.terminal import progress, tell_json
+from proxy.transfer.desk import DONE, LEFT_OUT, Desk, with_store
+from proxy.whose import Whose, conversation_asked, tenant_asked
 
 
-def run(args: argparse.Namespace, config: Config) -> int:
-    """Raises ConfigError and StorageError."""
+def run(config: Config, whose: Whose, conversation: str, tenant: str, out: str, as_json: bool) -> int:
+    """One conversation, or all; of `whose`, of the tenant that exports call so, or everybody's. Raises ConfigError and StorageError."""
     if config.tiers.l2.url is None and not (config.tiers.l2.path / DATABASE).exists():
         raise ConfigError(f"There is no storage in {config.tiers.l2.path}; nothing was written.")
-    return with_store(config, lambda desk: _export(args, config, desk))
+    return with_store(config, lambda desk: _export(desk, _asked(desk, config, whose, conversation, tenant), out, as_json))
 
 
-def _export(args: argparse.Namespace, config: Config, desk: Desk) -> int:
-    tenant = tenant_asked(args, config, desk.identity) or (tenant_named(args.tenant) if args.tenant else b"")
-    found = list(owners(desk.store.scan, tenant[: keys.TENANT_BYTES]))
-    if args.conversation:
-        found = [owner for owner in found if conversation_name(owner) == args.conversation]
+def _asked(desk: Desk, config: Config, whose: Whose, conversation: str, tenant: str) -> list[bytes]:
+    named = tenant_named(tenant) if tenant else b""
+    if conversation:
+        owner = conversation_asked(conversation, whose, config, desk.identity, desk.store.scan)
+        there = owner is not None and owner.startswith(named) and desk.store.get(conversation_key(owner)) is not None
+        return [owner] if owner is not None and there else []
+    whole: bytes = tenant_asked(whose, config, desk.identity) or named
+    return list(owners(desk.store.scan, whole[: keys.TENANT_BYTES]))
+
+
+def _export(desk: Desk, found: list[bytes], to: str, as_json: bool) -> int:
     if not found:
         raise ConfigError("There is no such conversation in the store; nothing was written.")
     messages, lost = 0, list[NodeId]()
-    with whole_file(args.out) as out, progress("exported", not args.json) as advance:
+    with whole_file(to) as out, progress("exported", not as_json) as advance:
         out.write(header(found, int(time.time())))
         for number, owner in enumerate(found):
             for line in exported(owner, desk.store.scan, desk.get, desk.identity, lost):
@@ -48,10 +54,10 @@ def _export(args: argparse.Namespace, config: Config, desk: Desk) -> int:
             messages -= 1  # its heading
             advance(number + 1, len(found))
     told = {"conversations": len(found), "messages": messages, "lost": len(lost)}
-    if args.json:
-        print(json.dumps(told), file=sys.stderr if args.out == "-" else sys.stdout)
+    if as_json:
+        tell_json(told, sys.stderr if to == "-" else sys.stdout)
     else:
-        print(f"{len(found)} conversations with {messages} messages are in {args.out}.", file=sys.stderr)
+        print(f"{len(found)} conversations with {messages} messages are in {to}.", file=sys.stderr)
     if lost:
         print(f"llm-pager: {len(lost)} answers cannot be read and are left out; llm-pager check --storage says why.",
               file=sys.stderr)  # fmt: skip

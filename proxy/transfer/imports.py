@@ -7,9 +7,7 @@ and a conversation that has gone on since is not set back.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import re
 import sys
 import time
@@ -44,18 +42,11 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import TenantKey
 from proxy.errors import ConfigError
+from proxy.terminal import Advance, progress, tell_json
 from proxy.transfer.accounts import NOT_AS_TOLD, GetFile, is_account_export, read_conversation
-from proxy.transfer.desk import (
-    DONE,
-    LEFT_OUT,
-    Advance,
-    Desk,
-    batches,
-    progress,
-    tenant_asked,
-    with_store,
-)
+from proxy.transfer.desk import DONE, LEFT_OUT, Desk, batches, with_store
 from proxy.transfer.exports import tenant_named, whole_file
+from proxy.whose import Whose, tenant_asked
 
 _ZSTD, _ZIP = b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 
@@ -70,21 +61,30 @@ class Unreadable(NamedTuple):
 Found: TypeAlias = "Conversation | Unreadable"
 
 
-def run(args: argparse.Namespace, config: Config) -> int:
+class What(NamedTuple):
+    """A file, of which `tenant`'s conversations are meant where it has several; `session_prefix` begins the names by which
+    clients go on; `to` gets what would be stored."""
+
+    file: Path
+    tenant: str = ""
+    session_prefix: str | None = None
+    to: str = ""
+
+
+def run(config: Config, what: What, whose: Whose, as_json: bool) -> int:
     """Raises ConfigError and StorageError."""
-    return with_store(config, lambda desk: _import(args, config, desk))
+    return with_store(config, lambda desk: _import(desk, what, tenant_asked(whose, config, desk.identity), as_json))
 
 
-def _import(args: argparse.Namespace, config: Config, desk: Desk) -> int:
-    tenant = tenant_asked(args, config, desk.identity)
-    if tenant is None and not args.to:
+def _import(desk: Desk, what: What, tenant: TenantKey | None, as_json: bool) -> int:
+    if tenant is None and not what.to:
         raise ConfigError("Say whose the conversations are to be: --header 'authorization: Bearer ...', as the client sends it.")
     left_out: list[Unreadable] = []
     counts = dict.fromkeys(("conversations", "new", "messages", "answers", "unanswered"), 0)
-    with progress("imported", not args.json) as advance:
-        found = read_file(args.file, tenant_named(args.tenant) if args.tenant else b"", advance)
-        if args.to:
-            with whole_file(args.to) as out:
+    with progress("imported", not as_json) as advance:
+        found = read_file(what.file, tenant_named(what.tenant) if what.tenant else b"", advance)
+        if what.to:
+            with whole_file(what.to) as out:
                 out.write(msgspec.json.encode(Header(FORMAT, VERSION, int(time.time()))) + b"\n")
                 for conversation in _readable(found, left_out):
                     counts["conversations"] += 1
@@ -99,19 +99,19 @@ def _import(args: argparse.Namespace, config: Config, desk: Desk) -> int:
                 except NOT_AS_TOLD as error:
                     left_out.append(_unreadable(conversation.title or conversation.name, error))
                     continue
-                answers = _stored(desk, tenant, grown, conversation, args.session_prefix)
+                answers = _stored(desk, tenant, grown, conversation, what.session_prefix)
                 counts["conversations"] += 1
                 counts["new"] += answers > 0
                 counts["answers"] += answers
                 counts["messages"] += len(conversation.lines)
                 counts["unanswered"] += grown.unanswered
-    if args.json:
-        print(json.dumps({**counts, "left_out": [each._asdict() for each in left_out]}))
+    if as_json:
+        tell_json({**counts, "left_out": [each._asdict() for each in left_out]})
     else:
         for each in left_out:
             print(f"llm-pager: left out: {each.title}: {each.why}", file=sys.stderr)
         print(f"{counts['conversations']} conversations with {counts['messages']} messages"
-              + ("" if args.to else f", of which {counts['answers']} answers were not there yet")
+              + ("" if what.to else f", of which {counts['answers']} answers were not there yet")
               + (f"; {counts['unanswered']} messages behind the last answer are left out" if counts["unanswered"] else "")
               + ".")  # fmt: skip
     return LEFT_OUT if left_out else DONE

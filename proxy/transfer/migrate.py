@@ -8,13 +8,11 @@ value by value, and what differed was copied again. An older version's directory
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -23,7 +21,8 @@ from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
 from proxy.storage import MIGRATING, Engine, Store, open_engine
 from proxy.storage.sqlite import DATABASE, FORMAT, MARK, format_of
-from proxy.transfer.desk import DONE, LEFT_OUT, progress
+from proxy.terminal import Advance, progress, tell_json
+from proxy.transfer.desk import DONE, LEFT_OUT
 
 WHOLE = b""
 _AT_ONCE = 64  # values, which may be large
@@ -32,25 +31,25 @@ _OWN = (MARK,)  # of a store's own values, which no scan has, those that belong 
 _PATIENT_S = 60.0
 
 
-def run(args: argparse.Namespace) -> int:
-    """Raises ConfigError and StorageError."""
-    source = Path(args.source)
-    if not is_url(args.source) and not (source / DATABASE).exists():
+def run(source: str, target: str, headers: Sequence[str], users: Sequence[str], as_json: bool) -> int:
+    """`headers` and `users`: whose an older version's conversations may be. Raises ConfigError and StorageError."""
+    directory = Path(source)
+    if not is_url(source) and not (directory / DATABASE).exists():
         raise ConfigError(f"There is no storage in {source}.")
-    if not is_url(args.source) and format_of(source) != FORMAT:
+    if not is_url(source) and format_of(directory) != FORMAT:
         from proxy.transfer.older import convert
 
-        return convert(args, source)
-    return asyncio.run(_migrate(args))
+        return convert(directory, target, headers, users, as_json)
+    return asyncio.run(_migrate(source, target, as_json))
 
 
-async def _migrate(args: argparse.Namespace) -> int:
-    source = engine_at(args.source)
+async def _migrate(where: str, to: str, as_json: bool) -> int:
+    source = engine_at(where)
     try:
-        target = await opened_target(args.target, source.secret())
+        target = await opened_target(to, source.secret())
         try:
             copied = _Copy(source, target)
-            with progress("values copied", not args.json) as advance:
+            with progress("values copied", not as_json) as advance:
                 await copied.run(advance)
             await target.commit([(MIGRATING, WHOLE)])
         finally:
@@ -58,14 +57,14 @@ async def _migrate(args: argparse.Namespace) -> int:
     finally:
         await source.close()
     values, damaged = sum(copied.kinds.values()), sum(source.damaged.values())
-    if args.json:
-        print(json.dumps({"values": values, "kinds": copied.kinds, "digest": copied.digest, "damaged": damaged}))
+    if as_json:
+        tell_json({"values": values, "kinds": copied.kinds, "digest": copied.digest, "damaged": damaged})
         return LEFT_OUT if damaged else DONE
     kinds = ", ".join(f"{count} x {kind}" for kind, count in copied.kinds.most_common())
     print(f"verified   {values} values are the same on both sides: {kinds or 'none'}; digest {copied.digest}")
     if damaged:
         print(f"left out   {damaged} damaged values", file=sys.stderr)
-    print(f"next       set {'tiers.l2.url' if is_url(args.target) else 'tiers.l2.path'} to TO, and start the servers")
+    print(f"next       set {'tiers.l2.url' if is_url(to) else 'tiers.l2.path'} to TO, and start the servers")
     return LEFT_OUT if damaged else DONE
 
 
@@ -113,7 +112,7 @@ class _Copy:
         self.kinds: Counter[str] = Counter()
         self.digest = ""
 
-    async def run(self, advance: Callable[[int, int | None], None]) -> None:
+    async def run(self, advance: Advance) -> None:
         own = [(key, value) for key in _OWN if (value := self._source.get(key)) is not None]
         after = (self._target.get(MIGRATING) or WHOLE)[1:]
         await self._target.commit([*own, so_far(after)])
@@ -123,7 +122,7 @@ class _Copy:
                 return
         raise StorageError("The source changes while it is copied: stop the servers that use it, and begin again.")
 
-    async def _pass(self, after: bytes, first: bool, advance: Callable[[int, int | None], None]) -> int:
+    async def _pass(self, after: bytes, first: bool, advance: Advance) -> int:
         """Make all behind a key the same; how many values were not."""
         changed, values, digest = 0, 0, blake2b(digest_size=16)
         self.kinds.clear()

@@ -12,12 +12,10 @@ credentials': of a tenant with a user it is known only where these are given. Wh
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
@@ -58,7 +56,8 @@ from proxy.storage.sqlite import (
     get_value,
     value_of,
 )
-from proxy.transfer.desk import DONE, LEFT_OUT, batches, progress
+from proxy.terminal import progress, tell_json
+from proxy.transfer.desk import DONE, LEFT_OUT, batches
 from proxy.transfer.exports import whole_file
 from proxy.transfer.migrate import WHOLE, opened_target, so_far
 from proxy.whose import headers_of, lines_of
@@ -224,31 +223,31 @@ def _time_s(record: Record) -> int:
     return record.answered_s or record.seen_s
 
 
-def convert(args: argparse.Namespace, directory: Path) -> int:
+def convert(directory: Path, to: str, headers: Sequence[str], users: Sequence[str], as_json: bool) -> int:
     """Raises ConfigError and StorageError."""
     if (version := format_of(directory)) != OLDER:
         raise StorageError(f"{directory} has format {version}, which no command of this llm-pager converts.")
     try:
         with closing(connect(directory, _LOCK_WAIT_S)) as connection:
-            return asyncio.run(_convert(args, connection))
+            return asyncio.run(_convert(connection, to, headers, users, as_json))
     except (OSError, Failure) as error:
         raise StorageError(f"{directory} cannot be read: {error}.") from error
 
 
-async def _convert(args: argparse.Namespace, connection: Connection) -> int:
+async def _convert(connection: Connection, to: str, of_headers: Sequence[str], of_users: Sequence[str], as_json: bool) -> int:
     if (secret := get_value(connection, SECRET)) is None:
         raise StorageError("The storage has lost its secret: nothing in it can be found any more.")
     identity = Identity(secret)
-    headers, users = headers_of(args.header), lines_of("--user", args.user)
+    headers, users = headers_of(of_headers), lines_of("--user", of_users)
     named = [[], *([("user", user)] for user in users)]
-    callers = [caller_of(headers, fields, SessionsConfig()) for fields in named] if args.header or users else []
+    callers = [caller_of(headers, fields, SessionsConfig()) for fields in named] if of_headers or users else []
     given = [identity.tenant(who.credentials, who.person) for who in callers]
     older = await asyncio.to_thread(Older, connection, identity, given)
-    target = await opened_target(args.target, secret)
+    target = await opened_target(to, secret)
     try:
         conversations, unclaimed = older.conversations(), list[bytes]()
         await target.commit([so_far(b"")])
-        with progress("conversations", not args.json) as advance:
+        with progress("conversations", not as_json) as advance:
             for number, (owner, names) in enumerate(conversations.items()):
                 if is_proved(owner):
                     for batch in batches(older.adds(owner, names)):
@@ -261,7 +260,7 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
         for batch in batches(older.named()):
             await target.commit((), adds=batch)
         if unclaimed:
-            beside = Path(args.target) if Path(args.target).is_dir() else Path()
+            beside = Path(to) if Path(to).is_dir() else Path()
             with whole_file(str(beside / UNCLAIMED)) as out:
                 out.write(header(unclaimed, int(time.time())))
                 for owner in unclaimed:
@@ -270,8 +269,8 @@ async def _convert(args: argparse.Namespace, connection: Connection) -> int:
     finally:
         await target.close()
     carried = len(conversations) - len(unclaimed)
-    if args.json:
-        print(json.dumps({"conversations": carried, "unclaimed": len(unclaimed), "lost": older.lost}))
+    if as_json:
+        tell_json({"conversations": carried, "unclaimed": len(unclaimed), "lost": older.lost})
     else:
         print(f"converted  {carried} conversations, with their windows, sessions and bills")
         if older.lost:

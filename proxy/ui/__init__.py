@@ -28,6 +28,7 @@ from proxy.conversation import keys
 from proxy.conversation.records import conversation_name
 from proxy.conversation.tree import KeyScope
 from proxy.errors import ApiError
+from proxy.readable import ago, number, share, short, when
 from proxy.ui.charts import branch_bars, map_chart, timeline_chart
 
 _HERE = Path(__file__).parent
@@ -54,7 +55,7 @@ class Dashboard:
             loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )  # fmt: skip
-        environment.filters.update(number=_number, short=_short, when=_when, ago=_ago, share=_share)
+        environment.filters.update(number=number, short=short, when=when, ago=ago, share=share)
         self._template = environment.get_template
         self._static = {
             file.name: (file.read_bytes(), _TYPES.get(file.suffix, "text/plain")) for file in (_HERE / "static").iterdir()
@@ -247,40 +248,4 @@ def _size(directory: Path) -> int:
         return sum(entry.stat().st_size for entry in directory.iterdir() if entry.is_file())
     except OSError:
         return 0
-
-
-# -- for people
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}".replace(",", "\u202f")
-
-
-def _short(value: float | None) -> str:
-    """So many tokens or bytes, in three digits."""
-    if value is None:
-        return "–"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.{0 if value >= 100 * size else 1}f} {unit}"
-    return f"{value:.0f}"
-
-
-def _when(at_s: float | None) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at_s)) if at_s else "unknown"
-
-
-def _ago(at_s: float | None, now_s: float) -> str:
-    if not at_s:
-        return "unknown"
-    seconds = max(0, int(now_s - at_s))
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit} ago"
-    return "just now" if seconds < 5 else f"{seconds} s ago"
-
-
-def _share(part: float | None, whole: float | None) -> str:
-    return "–" if not whole or part is None else f"{100 * part / whole:.0f} %"
-
 

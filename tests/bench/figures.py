@@ -92,7 +92,7 @@ def played() -> None:
             table.append(f"| {count} | {billed} |")
 
     with patch.object(Ledger, "turn", noted):
-        play.main(argparse.Namespace(fast=True, window=None))
+        play.main(fast=True, window=None, ui=False, as_json=False)
     print("\n| turn of the demo | llm-pager | full history | sliding window |\n|---|---|---|---|", *table, sep="\n")
 
 
@@ -115,7 +115,7 @@ def mapped() -> str:
         told.update(await got(f"/vm/conversations/{newest}/map"))
 
     with patch.object(play.Show, "play", first_turns):
-        play.main(argparse.Namespace(fast=True, window=None))
+        play.main(fast=True, window=None, ui=False, as_json=False)
     return drawn(map_chart(told))
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,35 @@ def test_sigterm_restores_the_terminal_and_removes_the_state(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_whole_demo_runs_without_a_terminal() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "proxy.cli", "demo", "--fast"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+def test_the_whole_demo_runs_without_a_terminal_and_its_dashboard_stays(tmp_path: Path) -> None:
+    """It opens the dashboard in a browser, and serves it until somebody has seen enough."""
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f"#!/bin/sh\necho \"$1\" > {opened}\n")
+    browser.chmod(0o700)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "proxy.cli", "demo", "--fast", "--ui"], cwd=ROOT, text=True,
+        env={**os.environ, "BROWSER": f"{browser} %s"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    try:
+        assert process.stdout is not None
+        lines: list[str] = []
+        while (line := process.stdout.readline()) and not line.startswith("The dashboard is at "):
+            lines.append(line)
+        url = re.search(r"at (http://\S+/vm/ui) until", line)
+        assert url, "".join(lines[-30:])
+        with urllib.request.urlopen(url[1]) as page:
+            assert page.status == 200 and b"Memory at a glance" in page.read()
+        assert opened.read_text().strip() == url[1]
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.communicate()
+    run = subprocess.CompletedProcess(process.args, process.returncode, "".join(lines), errors)
+    assert (run.returncode, rest, errors) == (0, "", ""), run.stdout[-3000:] + errors
+    assert run.stdout.endswith("  llm-pager serve\n  export OPENAI_BASE_URL=http://127.0.0.1:8080/v1\n  python your_app.py\n\n")
+    said = re.findall(r"^# (.+)$", run.stdout, re.M)
+    assert len(said) == len(set(said)) == 7, "each kind of event is explained once"
     assert "\x1b" not in run.stdout
     found, asked = map(int, re.findall(r"^recall (\d+)/(\d+)", run.stdout, re.M)[-1])
     assert found >= 0.9 * asked

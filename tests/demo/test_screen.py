@@ -5,7 +5,7 @@ from rich.console import Console
 
 from proxy.conversation.report import FaultReport, SearchReport, TurnReport
 from proxy.demo.bill import Ledger
-from proxy.demo.screen import View, counted, experience, layout, print_summary, ranges
+from proxy.demo.screen import _MEANS, View, counted, experience, layout, print_summary, ranges
 from proxy.tokens import get_counter
 
 
@@ -109,7 +109,14 @@ def test_the_newest_events_are_the_ones_on_a_small_screen() -> None:
     for number in range(9):
         view.event("fault", f"number {number}")
     shown = shown_at_80_by_24(view)
-    assert "number 8" in shown and "number 5" in shown and "number 4" not in shown
+    assert "number 8" in shown and "number 6" in shown and "number 5" not in shown
+
+
+@pytest.mark.parametrize("kind", [*_MEANS, ""])
+def test_what_happens_is_explained_in_a_line(kind: str) -> None:
+    view = View(10, 4000, 0.9, Ledger(get_counter("demo"), 3000), plain=False)
+    view.event(kind, "it")
+    assert f"│ {view.meaning} " in shown_at_80_by_24(view) and view.meaning.endswith(".")
 
 
 def test_a_bypassed_turn_says_so() -> None:
