@@ -1,4 +1,4 @@
-"""Some rounds of `python -m tests.chaos.kills`, which says what is counted (invariants 5, 6 and 7)."""
+"""Some rounds of `python -m tests.chaos.kills`, which says what is counted (invariants 5, 6 and 7). `.ci/run` has a hundred more."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.services import Postgres
 SEED = 20_261_128  # of the plans; when a kill falls, the machine decides
 
 
-async def test_invariants_5_and_7_a_hundred_kills_lose_halve_and_change_nothing() -> None:
-    done = await killed(100, kills.LANES, kills.Lane)
+async def test_invariants_5_and_7_kills_lose_halve_and_change_nothing() -> None:
+    done = await killed(20, kills.LANES, kills.Lane)
     assert done["disk full"]
 
 
