@@ -169,8 +169,11 @@ def _tell_conversation(to: Console, told: dict[str, Any]) -> None:
     print(f"model         {harmless(told['model'] or 'unknown')}")
     print(f"window        {short(told['window_tokens'])} tokens of {short(told['history_tokens'])} that were said"
           + (f"; {told['window_pages']} of {told['pages']} pages" if told["pages"] else "; all of it fits"))  # fmt: skip
-    print(f"billed        {short(told['billed_tokens'])} tokens of input at the full price; a sliding window "
-          f"{short(told['sliding_window_tokens'])}, the full history {short(told['full_history_tokens'])}")  # fmt: skip
+    if told["full_history_tokens"]:
+        print(f"billed        {short(told['billed_tokens'])} tokens of input at the full price; a sliding window "
+              f"{short(told['sliding_window_tokens'])}, the full history {short(told['full_history_tokens'])}")  # fmt: skip
+    else:
+        print("billed        unknown: no turn was paged yet, or the upstream tells no usage")
     if told["pinned"]:
         print(f"pinned        {', '.join(told['pinned'])}")
     for branch in told["branches"][1:]:
