@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from proxy.forget import Kind
 
 
-
 def _ended(status: int, **options: bool) -> None:
     raise typer.Exit(status)
 
@@ -194,7 +193,9 @@ def bench(
     requests: Annotated[int, Option(metavar="N", min=1, help="Of each kind, measured five times.")] = 100,
     as_json: AsJson = False,
 ) -> int:
-    """Measure what a request costs on this machine."""
+    """Measure what a request costs on this machine.
+
+    Sent straight to an upstream, through a server without memory, with it. No network; nothing is left behind."""
     from proxy import bench
 
     return bench.run(requests, as_json)
@@ -214,7 +215,9 @@ def sessions(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """List conversations, the last used first."""
+    """List conversations, the last used first.
+
+    Everybody's, unless --header, --key, --user say whose."""
     from proxy import show
 
     return show.sessions(_config(config), whose, " ".join(words), sort, cursor, limit, as_json)
@@ -263,8 +266,8 @@ def search(
 @_of_somebody
 def export(
     whose: Whose,
+    out: Annotated[str, Option(metavar="FILE", help="JSON Lines; .zst: compressed; -: standard output.")],
     conversation: Annotated[str, Argument(metavar="CONVERSATION", help="Its id. Default: all.", show_default=False)] = "",
-    out: Annotated[str, Option(metavar="FILE", help="JSON Lines; .zst: compressed; -: standard output.")] = ...,  # type: ignore[assignment]
     tenant: Annotated[str, Option(metavar="HEX", help="One tenant's, by the name that an export gives it.")] = "",
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -286,7 +289,9 @@ def import_(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Read an export of ours, of ChatGPT or of Claude."""
+    """Read an export of ours, of ChatGPT or of Claude.
+
+    The options --header, --key, --user say whose it becomes: that client goes on with it."""
     from proxy.transfer import imports
 
     return imports.run(_config(config), imports.What(file, tenant, session_prefix, to), whose, as_json)

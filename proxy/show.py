@@ -64,6 +64,8 @@ def _read(config: Config, whose: Whose, work: Callable[[_Reader], Awaitable[int]
             if memory.store.trouble is not None:
                 raise StorageError(memory.store.trouble)
             await memory.beside(told())
+        except LookupError as error:
+            raise StorageError(f"The storage is damaged: {error}; llm-pager check --storage finds all of it.") from error
         finally:
             await memory.close()
         return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
 import time
@@ -17,7 +18,7 @@ from proxy.config import load_config
 from proxy.conversation import keys, turn_window
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
-from proxy.storage.sqlite import SEALED, put_row, unpacked
+from proxy.storage.sqlite import PUT, SEALED, put_row, unpacked
 from tests.api.test_chat import answered, client
 from tests.api.test_damage import L0, Talk
 
@@ -202,3 +203,25 @@ def test_what_cannot_be_checked_is_one_sentence(data: Path, capsys: pytest.Captu
     assert main(["check", "--storage"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "another version (format 9)" in said
+
+
+def test_a_conversation_is_shown_unless_it_is_damaged_or_its_name_is_anothers_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> tuple[int, str, str]:
+        return main(words), *capsys.readouterr()
+
+    (row,) = [row for row in json.loads(told("sessions", "--json")[1])["conversations"] if row["paged"]]
+    whole, name = row["conversation"], row["conversation"][-12:]
+    assert told("show", name)[0] == told("search", name, "turn")[0] == 0
+    with closing(sqlite3.connect(data / "cache.db", isolation_level=None)) as database:
+        owner = bytes.fromhex(whole)
+        key, other = keys.CONVERSATION + owner, keys.CONVERSATION + bytes(keys.TENANT_BYTES) + owner[keys.TENANT_BYTES :]
+        (value,) = database.execute("SELECT value FROM Cache WHERE key = ?", (key,)).fetchone()
+        database.execute(PUT, put_row(other, unpacked(value)))
+    for words in ("show", name), ("search", name, "turn"), ("export", name, "--out", "-"), ("forget", "conversation", name, "--yes"):
+        status, out, err = told(*words)
+        assert (status, out) == (2, "") and "Several tenants have a conversation" in err
+        assert words[0] == "forget" or told(*words[:1], whole, *words[2:])[0] == 0
+    change(data, "DELETE FROM Cache WHERE substr(key, 1, 1) = ?", keys.RECORD)
+    for words in ("show", whole), ("search", whole, "word"):
+        assert told(*words) == (1, "", "llm-pager: The storage is damaged: a conversation's last answer is missing from storage;"
+                                       " llm-pager check --storage finds all of it.\n")  # fmt: skip
