@@ -170,6 +170,11 @@ def test_an_encrypted_storage_is_read_with_its_keys(
 ) -> None:
     monkeypatch.setenv("LLM_PAGER_STORAGE__ENCRYPTION__KEYS", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=")
     assert main(["keys", "rewrite"]) == 0 and "rewritten" in capsys.readouterr().out
+    assert main(["keys", "list", "--values", "--json"]) == main(["keys", "rotate", "--rewrite", "--json"]) == main(["backup", "copy", "--json"]) == 0
+    counted, changed, copied = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [master["first"] for master in counted["masters"]] == [True] and counted["values"]["unsealed"] == 0 < counted["values"]["newest"]
+    assert changed["rotated"] == counted["owners"] and 0 < changed["rewritten"] <= changed["looked_at"]
+    assert copied["rows"] > changed["looked_at"] and copied["bytes"] == Path(copied["file"]).stat().st_size
     status, told = checked(capsys)
     assert (status, told.splitlines()[-1]) == (0, "result     sound") and f"{TURNS + 1} x record of a turn" in told
     put = put_row(*next((key, value[:-1] + b"x") for key, value in sealed_rows(data) if key.startswith(keys.RECORD)))

@@ -39,7 +39,7 @@ def free_port() -> int:
 
 _FORKING = """
 import json, os, signal, sys
-import proxy.app, proxy.cli, proxy.upstream.openai, uvicorn
+import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn
 from proxy.search.terms import languages_of
 from proxy.tokens import load
 load()
