@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count, cycle
 from pathlib import Path
@@ -58,54 +58,68 @@ async def _measured(requests: int, shown: bool) -> list[dict[str, Any]]:
     texts = [turn["user"] for turn in conversation()]
     rows: list[dict[str, Any]] = []
     async with _upstream() as upstream, _served(upstream) as (server, pid):
-        new, grown = _new_chats(texts), _one_chat(texts)
         long_requests = max(1, requests // _LONG_SHARE)
         with progress("requests", shown) as advance:
             done, total = 0, _ROUNDS * 3 * (requests + long_requests)
-            for what, body, of_each in (("new chat", new, requests), (f"{_LONG_MESSAGES:,} messages", grown, long_requests)):
-                ways = [_Way(upstream, _CHAT), _Way(server, _OTHER, pid), _Way(server, _CHAT, pid)]
+            for what, chat, of_each in (("new chat", _NewChats, requests), (f"{_LONG_MESSAGES:,} messages", _LongChat, long_requests)):
+                ways = [_Way(url, path, chat(texts), its) for url, path, its in ((upstream, _CHAT, None), (server, _OTHER, pid), (server, _CHAT, pid))]
                 for way in ways:  # unmeasured: connections, first sights
-                    await way.send(body, 2)
+                    await way.send(2)
                     way.forget()
                 for _ in range(_ROUNDS):
                     for way in ways:
-                        await way.send(body, of_each)
+                        await way.send(of_each)
                         advance(done := done + of_each, total)
                 names = ("direct", "forwarded", "llm_pager")
-                rows.append({"what": what, "bytes": len(body()), "requests": _ROUNDS * of_each,
+                rows.append({"what": what, "bytes": ways[-1].size_bytes, "requests": _ROUNDS * of_each,
                              **{name: way.told() for name, way in zip(names, ways, strict=True)}})  # fmt: skip
                 for way in ways:
                     way.close()
     return rows
 
 
+class _NewChats:
+    """Each request is the first of a conversation."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._words, self._number = cycle(texts), count(1)
+
+    def body(self) -> bytes:
+        return _body([{"role": "user", "content": f"{next(self._number)}. {next(self._words)} {next(self._words)}"}])
+
+    def answered(self, answer: bytes) -> None:
+        pass
+
+
+class _LongChat:
+    """Each request is the next of one conversation, as its client sends it."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._words, self._messages = cycle(texts), list[Message]()
+        for at in range(_LONG_MESSAGES - 1):
+            self._say("assistant" if at % 2 else "user", next(self._words))
+
+    def _say(self, role: str, words: str) -> None:
+        self._messages.append({"role": role, "content": f"{len(self._messages)}. {words}"})
+
+    def body(self) -> bytes:
+        return _body(self._messages)
+
+    def answered(self, answer: bytes) -> None:
+        self._messages.append(json.loads(answer)["choices"][0]["message"])
+        self._say("user", next(self._words))
+
+
 def _body(messages: list[Message]) -> bytes:
     return json.dumps({"model": "gpt-4o", "messages": messages}, separators=(",", ":")).encode()
-
-
-def _new_chats(texts: list[str]) -> Callable[[], bytes]:
-    numbers, words = count(1), cycle(texts)
-    return lambda: _body([{"role": "user", "content": f"{next(numbers)}. {next(words)} {next(words)}"}])
-
-
-def _one_chat(texts: list[str]) -> Callable[[], bytes]:
-    """It grows by an answer and a question each time; which of the ways it is sent is the same for what it costs."""
-    words, number = cycle(texts), count(1)
-    messages = [{"role": "assistant" if at % 2 else "user", "content": f"{at}. {next(words)}"} for at in range(_LONG_MESSAGES - 1)]
-
-    def body() -> bytes:
-        at = next(number)
-        messages.extend([{"role": "assistant", "content": _ANSWER.format(at)}, {"role": "user", "content": f"{at}. {next(words)}"}])
-        return _body(messages)
-
-    return body
 
 
 class _Way:
     """A connection over which requests are sent one after the other to a path; `pid`: of the server, whose CPU is counted."""
 
-    def __init__(self, url: str, path: str, pid: int | None = None) -> None:
-        self._port, self._path, self._pid = urlsplit(url).port, path, pid
+    def __init__(self, url: str, path: str, chat: _NewChats | _LongChat, pid: int | None) -> None:
+        self._port, self._path, self._chat, self._pid = urlsplit(url).port, path, chat, pid
+        self.size_bytes = 0  # of the last one
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.forget()
 
@@ -117,20 +131,22 @@ class _Way:
         if self._streams is not None:
             self._streams[1].close()
 
-    async def send(self, body: Callable[[], bytes], times: int) -> None:
+    async def send(self, times: int) -> None:
         reader, writer = self._streams = self._streams or await asyncio.open_connection("127.0.0.1", self._port)
         before_s = _cpu_s(self._pid)
         for _ in range(times):
-            data = body()
+            data = self._chat.body()
+            self.size_bytes = len(data)
             head = (f"POST {self._path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer bench\r\n"
                     f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n").encode()  # fmt: skip
             began_s = time.perf_counter()
             writer.write(head + data)
-            answer = await _message(reader)
+            told, answer = await _message(reader)
             self._seconds.append(time.perf_counter() - began_s)
-            if not answer[0].startswith(b"HTTP/1.1 200"):
-                status = answer[0].splitlines()[0].decode()
+            if not told.startswith(b"HTTP/1.1 200"):
+                status = told.splitlines()[0].decode()
                 raise StartError(f"A request of the bench was answered with {status}.")
+            self._chat.answered(answer)
         after_s = _cpu_s(self._pid)
         if self._cpu_s is not None:
             self._cpu_s = None if after_s is None or before_s is None else self._cpu_s + after_s - before_s
