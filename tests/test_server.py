@@ -205,6 +205,13 @@ def test_readers_that_stop_cost_little(server: ServerProcess) -> None:
         reader.close()
 
 
+def test_a_whole_answer_comes_with_its_head(server: ServerProcess) -> None:
+    """Both are one write: what is read first has them."""
+    connection = _open(server, POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY)
+    head, _, body = connection.recv(65_536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and json.loads(body)["choices"]
+
+
 def test_a_stream_that_is_read_slowly_is_remembered(server: ServerProcess) -> None:
     """What the client has not read yet is not lost: its next turn finds the answer."""
     events = b"".join(CHUNK % (b"word " * 20, b"null") for _ in range(2000)) + CHUNK % (b"end", b'"stop"') + b"data: [DONE]\n\n"

@@ -115,7 +115,7 @@ class ChatApi:
         except ApiError as error:
             await send_error(send, error)
             return
-        work, gone = asyncio.current_task(), asyncio.ensure_future(_disconnected(receive))
+        work, gone = asyncio.current_task(), asyncio.create_task(_disconnected(receive))
         assert work is not None
 
         def leave(_: asyncio.Task[None]) -> None:

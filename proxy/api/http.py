@@ -335,8 +335,10 @@ class _Broken(Exception):
 
 def encodings(headers: Sequence[Header]) -> list[str]:
     """The body's encodings in the order in which they were applied; [] for a plain body."""
-    named = b",".join(value for name, value in headers if name == _ENCODING)
-    names = (name.strip().lower() for name in named.decode("latin-1").split(","))
+    named = [value for name, value in headers if name == _ENCODING]
+    if not named:
+        return []
+    names = (name.strip().lower() for name in b",".join(named).decode("latin-1").split(","))
     return [name for name in names if name not in ("", "identity")]
 
 

@@ -121,7 +121,7 @@ class Visit:
     def placed(self, model: str, root: bytes) -> None:
         """A chat request found its conversation; `root`: the id of its first node, which is keyed."""
         short = model[:_PATH_CHARS]  # a client's text, on one line of a log
-        self.model = "".join(c if c.isprintable() else "?" for c in short)
+        self.model = short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
         self.conversation = conversation_name(owner_of(root))
 
     def asks(self, report: TurnReport, epoch: int) -> None:
@@ -208,7 +208,7 @@ class Visit:
         if self.fault_tiers:
             line["fault_tiers"] = self.fault_tiers
         for tier in _BELOW:
-            if values := self.reads.values[tier]:
+            if values := self.reads.values.get(tier):
                 line[f"{tier.value}_reads"], line[f"{tier.value}_ms"] = values, round(self.reads.seconds[tier] * 1000, 1)
         log.info("%s", line, extra={"fields": line})
 
@@ -313,7 +313,7 @@ class Stats:
                 self._tokens(tokens, kind)
         if visit.reads.values:
             for tier in _BELOW:
-                if values := visit.reads.values[tier]:
+                if values := visit.reads.values.get(tier):
                     self._read(values, tier.value)
                     self._read_seconds(visit.reads.seconds[tier], tier.value)
 

@@ -116,11 +116,8 @@ class Identity:
         return self._key
 
     def _hash(self, *parts: bytes) -> bytes:
-        h = blake2b(digest_size=HASH_BYTES, key=self._key)
-        for part in parts:
-            h.update(len(part).to_bytes(8, "big"))
-            h.update(part)
-        return h.digest()
+        data = b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "big"), part)])
+        return blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
 
     def tenant(self, credentials: str, person: str) -> TenantKey:
         """The tenant of what a request presents and of whom it names. Neither is kept."""

@@ -54,6 +54,9 @@ _PIN, _UNPIN = MutationType.PIN, MutationType.UNPIN
 GetBlock = Callable[[bytes], bytes | None]  # a block's bytes by its reference; None: not there
 
 
+_NO_PAGES = dict.fromkeys(StorageTier, 0)
+
+
 class Checkpoint(NamedTuple):
     """A table as stored: the root's reference, and the blocks that are new since the last one."""
 
@@ -68,9 +71,7 @@ class _Root(msgspec.Struct, array_like=True, gc=False):
     pages: int = 0
     tokens: int = 0
     l0_tokens: int = 0
-    tiers: dict[StorageTier, int] = msgspec.field(
-        default_factory=lambda: dict.fromkeys(StorageTier, 0)
-    )
+    tiers: dict[StorageTier, int] = msgspec.field(default_factory=_NO_PAGES.copy)
     groups: dict[int, ChunkRef] = msgspec.field(default_factory=dict)  # of the chunks' references
     resident: list[int] = msgspec.field(default_factory=list)  # the chunks with pages in the window
 

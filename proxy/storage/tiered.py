@@ -58,14 +58,14 @@ class Reads:
 
     def __init__(self) -> None:
         self.coldest = StorageTier.L1
-        self.values: Counter[StorageTier] = Counter()
-        self.seconds: Counter[StorageTier] = Counter()
+        self.values: dict[StorageTier, int] = {}
+        self.seconds: dict[StorageTier, float] = {}
         self.failed: str | None = None
 
     def count(self, tier: StorageTier, seconds: float = 0.0) -> None:
         if tier is not StorageTier.L2:
-            self.values[tier] += 1
-            self.seconds[tier] += seconds  # type: ignore[assignment]  # a Counter of floats
+            self.values[tier] = self.values.get(tier, 0) + 1
+            self.seconds[tier] = self.seconds.get(tier, 0.0) + seconds
         if tier > self.coldest:
             self.coldest = tier
 
