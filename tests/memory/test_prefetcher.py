@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.memory.prefetcher import (
+    ASKED_EVIDENCE,
     MIN_EVIDENCE,
     Candidate,
     Prefetcher,
@@ -51,7 +52,7 @@ def test_invariant_07_what_is_chosen_fits_and_does_not_depend_on_the_order(
     chosen = Prefetcher(pages, tokens).choose(proposed, price)
     left = tokens - sum(candidate.tokens // cut for candidate in chosen)
     assert len(chosen) <= pages and left >= 0
-    assert not chosen or any(candidate.evidence >= MIN_EVIDENCE for candidate in proposed)
+    assert not chosen or any(candidate.evidence >= ASKED_EVIDENCE for candidate in proposed)
     assert Prefetcher(pages, tokens).choose(reversed(proposed), price) == chosen
     told = Prefetcher(pages, tokens, asked=False).choose(proposed, price)
     assert all(candidate.evidence >= MIN_EVIDENCE for candidate in told)
@@ -67,6 +68,8 @@ def test_what_is_far_below_the_best_is_left_out() -> None:
 def test_nothing_is_shown_for_words_that_many_pages_have() -> None:
     proposed = of("msg_0001", 10.0, evidence=0.3), of("msg_0002", 9.0, evidence=0.3)
     assert ids(*proposed) == []
+    asked = of("msg_0001", 10.0, evidence=0.6)
+    assert ids(asked) == ["msg_0001"] and ids(asked, asked=False) == []
     assert ids(*proposed, of("msg_0003", 9.5, evidence=1.0)) == ["msg_0001", "msg_0003", "msg_0002"]
 
 
