@@ -19,14 +19,7 @@ from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, con
 from proxy.memory.ids import Hit
 from proxy.memory.models import MEDIA_PART, CompressionLevel
 from proxy.memory.passages import find_passages
-from proxy.memory.prefetcher import (
-    MIN_EVIDENCE,
-    Candidate,
-    Prefetcher,
-    fresh_terms,
-    told_evidence,
-    was_used,
-)
+from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
 
@@ -101,7 +94,7 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         entry = turn.table.lookup(page_id)
         if entry is not None and hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words are there
             candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
-            proven = proven or hit.evidence >= MIN_EVIDENCE
+            proven = proven or hit.evidence >= prefetcher.least_evidence
     prefetcher.choose(candidates, price, best)
     return sorted(shown.values())
 

@@ -69,6 +69,11 @@ class Prefetcher(NamedTuple):
     asked: bool = True
 
     @property
+    def least_evidence(self) -> float:
+        """Of the best page: less is no reason to show any."""
+        return ASKED_EVIDENCE if self.asked else MIN_EVIDENCE
+
+    @property
     def fall(self) -> float:
         """Of the best score: what has less is left out."""
         return _ASKED_FALL if self.asked else _TOLD_FALL
@@ -82,7 +87,7 @@ class Prefetcher(NamedTuple):
         chosen: list[Candidate] = []
         left = self.max_tokens if self.asked else self.max_tokens // _TOLD_SHARE
         offered = list(candidates)
-        if all(c.evidence < (ASKED_EVIDENCE if self.asked else MIN_EVIDENCE) for c in offered):
+        if all(c.evidence < self.least_evidence for c in offered):
             return chosen
         least = max(best * _RESIDENT_FALL, self.fall * max(c.score for c in offered))
         ranked = [c for c in offered if c.score >= least and (self.asked or c.is_meant)]
