@@ -8,7 +8,7 @@ that it rests on, and back; a segment is read in at most `segments.max_messages`
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -59,27 +59,33 @@ class Derived:
     def grown(self, made: Sequence[MemoryPage], end: int, max_claims: int) -> Derived:
         """This and the pages that an epoch made. A claim that says again what is known is only another source
         of it; beyond `max_claims` the oldest superseded ones go first, then the oldest."""
+        return self.grown_by([(made, end, max_claims)])
+
+    def grown_by(self, epochs: Iterable[tuple[Sequence[MemoryPage], int, int]]) -> Derived:
+        """The same of one epoch after the other."""
         pages, superseded = dict(self.pages), dict(self.superseded)
         claims = {i: page for i, page in pages.items() if page.page_type is PageType.CLAIM}
-        segments, claims_made = self.segments, self.claims_made
-        for page in made:
-            segments += page.page_type is PageType.INDEX
-            if page.page_type is not PageType.CLAIM:
-                pages[page.page_id] = page
-                continue
-            claims_made += 1
-            known = _about(page.metadata["subject"], claims, superseded)
-            if known is not None and known.content == page.content:
-                sources = list(dict.fromkeys((*known.provenance, *page.provenance)))[:MAX_SOURCES]
-                page = known.model_copy(update={"provenance": sources})
-            elif known is not None:
-                superseded[known.page_id] = page.page_id
-            pages[page.page_id] = claims[page.page_id] = page
-            if len(claims) > max_claims:
-                old = next((i for i in claims if i in superseded), next(iter(claims)))
-                del pages[old], claims[old]
-                superseded.pop(old, None)
-        return Derived(pages, superseded, segments, claims_made, end)
+        segments, claims_made, last = self.segments, self.claims_made, self.end
+        for made, end, max_claims in epochs:
+            last = end
+            for page in made:
+                segments += page.page_type is PageType.INDEX
+                if page.page_type is not PageType.CLAIM:
+                    pages[page.page_id] = page
+                    continue
+                claims_made += 1
+                known = _about(page.metadata["subject"], claims, superseded)
+                if known is not None and known.content == page.content:
+                    sources = list(dict.fromkeys((*known.provenance, *page.provenance)))[:MAX_SOURCES]
+                    page = known.model_copy(update={"provenance": sources})
+                elif known is not None:
+                    superseded[known.page_id] = page.page_id
+                pages[page.page_id] = claims[page.page_id] = page
+                if len(claims) > max_claims:
+                    old = next((i for i in claims if i in superseded), next(iter(claims)))
+                    del pages[old], claims[old]
+                    superseded.pop(old, None)
+        return Derived(pages, superseded, segments, claims_made, last)
 
     @property
     def holding(self) -> list[MemoryPage]:
@@ -225,8 +231,11 @@ def table_root(closing: bytes) -> bytes:
     return _unpack(closing).root
 
 
-def grown(derived: Derived, closing: bytes) -> Derived:
-    """`derived` and what an encoded closing made."""
-    closed = _unpack(closing)
-    made = [MemoryPage.model_validate(page) for page in closed.pages]
-    return derived.grown(made, closed.end, closed.max_claims)
+def restored(closings: Iterable[bytes]) -> Derived:
+    """What encoded closings made, from a path's first one on."""
+
+    def epochs() -> Iterator[tuple[Sequence[MemoryPage], int, int]]:
+        for closed in map(_unpack, closings):
+            yield [MemoryPage.model_validate(page) for page in closed.pages], closed.end, closed.max_claims
+
+    return NO_DERIVED.grown_by(epochs())

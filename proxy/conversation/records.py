@@ -59,7 +59,7 @@ import zstandard
 from proxy.conversation import keys
 from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
-from proxy.conversation.derived import NO_DERIVED, Derived, grown, table_root
+from proxy.conversation.derived import Derived, restored, table_root
 from proxy.conversation.effects import Append
 from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, Node, NodeId, Path, TenantKey
 from proxy.conversation.window import Entry, Window
@@ -499,12 +499,17 @@ def find_alike(
 
 
 def record_at(head: Record, turn: int, get: GetRecord, get_block: GetStoredBlock) -> Record:
-    """The record of a turn (1 to that of `head`) on the way to `head`, in a few steps."""
+    """The record of a turn (1 to that of `head`) on the way to `head`, in a few steps: turns are about equally long as a
+    rule; every second step halves what is left, where they are not."""
     path, low, high = StoredPath(head, get, get_block, None), 0, head.end - 1
-    record = head
+    record, first, last, halve = head, 1, head.turn, False
     while record.turn != turn and low <= high:
-        record = path.record(low + (high - low) // 2)
-        low, high = (record.end, high) if record.turn < turn else (low, record.first - 1)
+        share = 0.5 if halve else (turn - first) / max(1, last - first)
+        record, halve = path.record(low + round((high - low) * share)), not halve
+        if record.turn < turn:
+            low, first = record.end, record.turn + 1
+        else:
+            high, last = record.first - 1, record.turn - 1
     return record
 
 
@@ -591,10 +596,7 @@ def restore_derived(head: Record, get: GetRecord) -> Derived:
         if at.closing:
             closings.append(at.closing)
         at = needed(at.closed, get) if at.closed else None
-    derived = NO_DERIVED
-    for closing in reversed(closings):
-        derived = grown(derived, closing)
-    return derived
+    return restored(reversed(closings))
 
 
 def history(head: Record, get: GetRecord) -> MutationLogLite:

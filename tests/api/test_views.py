@@ -80,6 +80,7 @@ async def test_views_of_a_paged_conversation_agree_with_each_other(tmp_path: Pat
         whole = looked.conversation(at, limit=100)
         assert [one["turn"] for one in whole["turn_rows"]] == list(range(30, 0, -1)) and row["turns"] == 30
         assert [one["turn"] for one in looked.timeline(at)] == list(range(1, 31))
+        assert [looked._at(at, n).turn for n in range(1, 31)] == list(range(1, 31))
         paged = looked.conversation(at, limit=7)
         rest = looked.conversation(at, before=paged["next_before"], limit=100)
         assert paged["turn_rows"] + rest["turn_rows"] == whole["turn_rows"] and rest["next_before"] is None

@@ -286,6 +286,7 @@ def _table_bytes(server: Postgres, url: str) -> int:
 
 
 ENGINES = {"sqlite": sqlite, "postgres": postgres}
+NAMES = {"sqlite": "SQLite", "postgres": "PostgreSQL"}
 
 
 class Bench:
@@ -424,8 +425,8 @@ def chart(results: Results) -> str:
     """The figures that people ask for first."""
     pages = next(iter(results.values()))["pages"]
     ticks = [f"{count / 1e3:,.0f}k" if count < 1e6 else f"{count / 1e6:g}M" for count in pages]
-    panels = {name: {engine: figures[figure] for engine, figures in results.items()} for name, figure in CHARTED.items()}
-    return small_multiples("What a request costs as its store grows (pages)", ticks, list(results), panels)
+    panels = {name: {NAMES[engine]: figures[figure] for engine, figures in results.items()} for name, figure in CHARTED.items()}
+    return small_multiples("What a request costs as its store grows (pages)", ticks, [NAMES[engine] for engine in results], panels)
 
 
 def main() -> None:
@@ -450,7 +451,7 @@ def main() -> None:
                 rows = asyncio.run(run(engines, sizes, folder))
             shown = [{"pages": row.pages, **row.figures()} for row in rows]
             results[name] = {figure: [values[figure] for values in shown] for figure in shown[0]}
-            print(table(name, results[name]), flush=True)
+            print(table(NAMES[name], results[name]), flush=True)
             if options.results:
                 options.results.write_text(json.dumps(results, indent=1))
 

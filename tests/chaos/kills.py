@@ -367,7 +367,7 @@ class Lane:
         if full and self.chance.random() < 0.5:
             await self._free()
         for i in which:
-            await asyncio.to_thread(self.servers[i].restart)
+            await asyncio.to_thread(self.servers[i].restart, PATIENCE_S)
             self.up[i] = True
             self._up.set()
         if self.full:

@@ -18,7 +18,7 @@ from proxy.conversation.derived import (
     derive,
     encode_closing,
     entered,
-    grown,
+    restored,
     table_root,
     unwritten_page,
 )
@@ -66,15 +66,17 @@ def said(derived: Derived) -> dict[str, str]:
 @examples(20)
 @given(segments, st.integers(1, 5))
 def test_derived_grows_by_pages_and_never_changes_what_it_was(claims: list[list[Claim]], most: int) -> None:
-    steps, before, pages = [NO_DERIVED], [said(NO_DERIVED)], list[MemoryPage]()
+    steps, before, pages, closings = [NO_DERIVED], [said(NO_DERIVED)], list[MemoryPage](), list[bytes]()
     for some in claims:
-        pages += made(steps[-1], some)
+        new = made(steps[-1], some)
+        pages += new
+        closings.append(encode_closing(b"root", new, len(steps), most))
         steps.append(grow(steps[-1], *some, max_claims=most))
         before.append(said(steps[-1]))
     assert [said(step) for step in steps] == before
     last = steps[-1]
     assert last == NO_DERIVED.grown(pages, len(claims), most), "it is the same in one step"
-    assert last == grown(NO_DERIVED, encode_closing(b"root", pages, len(claims), most))
+    assert last == restored(closings)
     kept = {i for i in last.pages if i.startswith("claim_")}
     assert len(kept) <= most and last.claims_made == sum(map(len, claims))
     subjects = [page.metadata["subject"] for page in last.holding if page.metadata["subject"]]
