@@ -42,6 +42,7 @@ from proxy.conversation.records import (
     owner_of,
     record_key,
     replayed,
+    restore_derived,
     restore_state,
     restore_table,
     tip_key,
@@ -346,8 +347,18 @@ class Memory:
         """Remember the state before a stored turn's newest messages: where the client goes on when it
         says these otherwise. The table, which the turn has changed since, is read again."""
         self.keep_window(record, state.window)
-        size = _DERIVED_BYTES * (1 + len(state.derived.pages))
-        self.cache.put("derived", record.id, state.derived, size)
+        self._keep_derived(record, state.derived)
+
+    def derived_after(self, record: Record) -> Derived:
+        """What the segments left that are closed after a turn."""
+        derived: Derived | None = self.cache.get("derived", record.id)
+        if derived is None:
+            derived = restore_derived(record, self.get_record)
+            self._keep_derived(record, derived)
+        return derived
+
+    def _keep_derived(self, record: Record, derived: Derived) -> None:
+        self.cache.put("derived", record.id, derived, _DERIVED_BYTES * (1 + len(derived.pages)))
 
     def keep_window(self, record: Record, window: Window) -> None:
         size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)

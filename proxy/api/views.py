@@ -35,7 +35,6 @@ from proxy.conversation.records import (
     conversation_name,
     epoch_begun,
     record_at,
-    restore_derived,
     restore_table,
     restore_window,
 )
@@ -478,9 +477,7 @@ class Views:
     def _path_pages(self, record: Record) -> PathPages:
         model = record.bill.model if record.bill is not None else _UNKNOWN_MODEL
         counter = get_counter(model, self._config.model_override(model).tokenizer)
-        derived = NO_DERIVED
-        if record.window:
-            derived = restore_derived(record, self._memory.get_record)
+        derived = self._memory.derived_after(record) if record.window else NO_DERIVED
         path = self._memory.load_path(record)
         return PathPages(path, counter, self._config.pages.max_tokens, derived, self._memory.get_record)
 
