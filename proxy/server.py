@@ -173,6 +173,11 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._came = True
         self._body_bytes += len(body)
+        cycle: Any = self.cycle
+        if not cycle.body:
+            cycle.body = b""  # nothing and a piece are that piece: it is not copied twice more
+        elif isinstance(cycle.body, bytes):
+            cycle.body = bytearray(cycle.body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
