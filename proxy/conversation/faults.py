@@ -66,6 +66,7 @@ _NO_TOOL = "There is no such tool; answer in words."
 _CALLS_PER_ROUND = 8  # VM calls answered in one round; a model that makes more repeats itself
 _NAME_CHARS = 64  # of a function's name, by the API
 _ERROR_TOKENS = 64  # a VM result that says no
+_SEARCH_SHARE = 2 / 3  # of what a page may take: so that in a small window another search has room, too
 _RESULT_SIZE = 1.5  # in snippets, of each result that was asked for, with what is shown beside the results
 _LEADS, _LEADS_SHARE = 3, 4  # results come first in 1/4 of that, or so many as a turn may fault; then short pages whole
 _FOUND = 200  # pages that a search looks at
@@ -301,7 +302,7 @@ class VMCalls:
         )
         pages = self._found(hits, positions, args.modality)
         asked = int(_RESULT_SIZE * limit * self._limits.snippet_tokens)
-        most = min(self._handler.tokens_left or 0, room.tokens, room.spare_tokens, asked)
+        most = min(self._handler.tokens_left or 0, int(room.tokens * _SEARCH_SHARE), room.spare_tokens, asked)
         derived = self._pages.derived
         found = SearchToolResult(total_available=before + len(derived.pages), note=note)
         self._fill(found, pages, args.query, limit, most)

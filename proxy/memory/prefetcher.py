@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to show a page to who only tells
-ASKED_EVIDENCE = 0.4  # and to who asks: a word that a tenth of the pages has ("pet" where two people speak of theirs)
+ASKED_EVIDENCE = 0.6  # and to who asks: a word that one page in twenty has ("pet" where two people speak of theirs)
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
-_ASKED_FALL = 0.23  # of the best score, where the user asks
-_RESIDENT_FALL = 0.25  # of the best score in the window: where that is what is meant, older pages add less
+_ASKED_FALL = 0.26  # of the best score, where the user asks
+_RESIDENT_FALL = 0.3  # of the best score in the window: where that is what is meant, older pages add less
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
 _TOLD_EVIDENCE = 4.0  # and what is shown has as much of the message's own rare words,
