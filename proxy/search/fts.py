@@ -57,11 +57,10 @@ QUERIES = 6  # of one search, that are read
 QUERY_TERMS = 24  # the rarest terms of a query that are looked up
 POSTINGS = 1500  # pages with a term that are read for one query, rarest terms first
 CANDIDATES = 128  # the best by those, for which the other terms are read as well
-SPREAD_POSTINGS = 800  # pages that also count for their neighbours,
-FAR_POSTINGS = 200  # and so many, of the rarest terms, for those that are three pages away and more
+SPREAD_POSTINGS = 800  # pages that also count for their neighbours
 
 K1, B = 1.2, 0.75  # BM25
-NEIGHBOUR_SHARE = (0.6, 0.4, 0.3, 0.2, 0.1)  # of a term's weight, one to five pages away
+NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
 ANSWER_SHARE = 1.3  # of that, where the page before ends by asking
 PAIR_SHARE = 0.25  # of two words' rarity, where they stand side by side
 QUESTIONS_POWER = 0.75  # of several questions in one: 1 makes their best pages equal, 0 leaves the scores
@@ -509,9 +508,7 @@ class PageIndex:
     def _score(self, own: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
         """Row -> the sum, over terms, of the best of its own and its neighbours' share of it."""
         keep = 1 - (1 - LONG_REPLY_NEIGHBOURS) * self._long_replies()
-        near, *far = (share * keep for share in NEIGHBOUR_SHARE)
-        steps = list(enumerate(far, 2))
-        second = steps[:1]
+        near, far = (share * keep for share in NEIGHBOUR_SHARE)
         asks = self._asks
         scores: dict[int, float] = {}
         spent = 0
@@ -520,7 +517,7 @@ class PageIndex:
             reached = worth
             if spent <= SPREAD_POSTINGS:
                 reached = dict(worth)
-                get, beyond = reached.get, steps if spent <= FAR_POSTINGS else second
+                get = reached.get
                 for row, value in worth.items():
                     shared = value * near
                     if get(row - 1, 0.0) < shared:
@@ -529,12 +526,11 @@ class PageIndex:
                         shared *= ANSWER_SHARE
                     if get(row + 1, 0.0) < shared:
                         reached[row + 1] = shared
-                    for step, share in beyond:
-                        shared = value * share
-                        if get(row - step, 0.0) < shared:
-                            reached[row - step] = shared
-                        if get(row + step, 0.0) < shared:
-                            reached[row + step] = shared
+                    shared = value * far
+                    if get(row - 2, 0.0) < shared:
+                        reached[row - 2] = shared
+                    if get(row + 2, 0.0) < shared:
+                        reached[row + 2] = shared
             _add(scores, reached)
         rows, reach = len(self._keys), len(NEIGHBOUR_SHARE)
         for row in (*range(-reach, 0), *range(rows, rows + reach)):

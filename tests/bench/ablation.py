@@ -118,7 +118,6 @@ ROWS = (
     Row("taking evidence out (it stays in the log)", {}, {"proxy.conversation.turn_window:stays": returns(True)}),
     Row("carrying evidence on (it never stays)", {}, {"proxy.conversation.turn_window:stays": returns(False)}),
     Row("evidence for who asks with common words", {}, {"proxy.memory.prefetcher:ASKED_EVIDENCE": becomes(0.8)}),
-    Row("neighbours three to five pages away", {}, {"proxy.search.fts:NEIGHBOUR_SHARE": becomes((0.6, 0.4))}),
     Row("short pages beside a search's results", {}, {"proxy.conversation.faults:_LINE_TOKENS": becomes(1 << 30)}),
     Row("the search's second look", {}, {"proxy.search.fts:PageIndex._look_again": returns(None)}),
     Row("rule that unpinned texts are no context lines", {}, {"proxy.memory.planner:_Row.is_line":

@@ -48,14 +48,6 @@ def test_a_neighbours_word_counts_but_never_more_than_the_pages_own() -> None:
     assert next(hit for hit in hits if hit.position == 11).evidence == 0.0
 
 
-def test_what_stands_within_five_pages_of_a_word_is_found_the_nearer_the_better() -> None:
-    index = build(*(f"page{n} word{n}" for n in range(10)), "the guitar", *(f"page{n} word{n}" for n in range(20, 30)))
-    found = positions(index.search("Which guitar?", 20))
-    assert sorted(found) == list(range(5, 16))
-    away = [abs(position - 10) for position in found]
-    assert away == sorted(away)
-
-
 def test_a_speaker_named_in_the_question_is_preferred() -> None:
     index = PageIndex()
     for i in range(30):
