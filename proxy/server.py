@@ -321,7 +321,7 @@ class _HeadFirst:
             self._transport.write(head + data if head else data)
 
     def _flush(self) -> None:
-        if self._head:
+        if self._head and not self.is_closing():  # its client may have left in between
             self.write(b"")
 
     def close(self) -> None:
