@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -209,8 +209,12 @@ class _Selection:
         cover = self._cover()
         whole = [self._pieces[piece] for piece, _ in cover]
         chosen = self._filled(whole) if self._price(whole) <= self._max else self._squeezed(cover)
-        while chosen and self._count(said := self._said(chosen)) > self._max:
-            chosen.pop()  # prices are of each by itself: together they may, rarely, count more
+        said = self._said(chosen)
+        if self._count(said) > self._max:  # prices are of each by itself: together they may, rarely, count more
+            whole = chosen
+            kept = bisect_left(range(len(whole)), True, key=lambda n: self._count(self._said(whole[: n + 1])) > self._max)
+            chosen = whole[:kept]
+            said = self._said(chosen)
         return said if chosen else ""
 
     def _value(self, piece: int) -> float:

@@ -102,6 +102,22 @@ CASES = {
 }  # fmt: skip
 
 
+def test_passages_that_cost_more_together_than_by_themselves_are_few_looks_apart_from_what_fits() -> None:
+    """What has to leave is found in a handful of looks, not one for each line."""
+    looks: list[str] = []
+
+    def dear(text: str) -> int:
+        """A line's end costs as much as its words."""
+        looks.append(text)
+        return len(text.split()) + 9 * text.count("\n")
+
+    text = "".join(f"berth {k} is free\n" for k in range(4_000))
+    shown = find_passages(text, ["berth"], 4_000, dear)
+    assert 3_980 < dear(shown) <= 4_000
+    check_place(shown, text)
+    assert 2 < sum(look.count("\n") > 2 for look in looks) < 20
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_line_or_sentence_is_shown(case: str) -> None:
     text, query, wanted = CASES[case]
