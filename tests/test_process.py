@@ -179,7 +179,7 @@ def test_first_request_loads_nothing() -> None:
         assert rest(send(server.port, "POST /v1/chat/completions HTTP/1.1", body, "connection: close\r\n"))[1] == ANSWER
 
     with peer(lambda connection, head: whole(connection, ANSWER)) as port:
-        with ServerProcess(config(port), env={"LC_ALL": "C"}) as server:  # type: ignore[arg-type]  # not forked
+        with ServerProcess(config(port), env={"LC_ALL": "C"}, forked=False) as server:  # type: ignore[arg-type]
             before = cpu_s()
             ask()
             assert cpu_s() - before <= 0.1  # the tokenizer alone takes 0.3 s
@@ -230,7 +230,7 @@ def test_a_stream_that_runs_at_sigterm_ends_whole_and_is_remembered(workers: int
 
     body = json.dumps({**CHAT, "stream": True}).encode()
     session = "x-session-id: s\r\nauthorization: Bearer k\r\n"
-    with peer(answer) as port, ServerProcess(config(port, drain_s=0.1), workers=workers) as server:  # type: ignore[arg-type]
+    with peer(answer) as port, ServerProcess(config(port, drain_s=0.1), workers=workers, forked=False) as server:  # type: ignore[arg-type]
         stream = send(server.port, "POST /v1/chat/completions HTTP/1.1", body, session)
         got = b""
         while b"first" not in got:

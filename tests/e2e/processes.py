@@ -38,18 +38,22 @@ def free_port() -> int:
 
 
 _FORKING = """
-import json, os, signal, sys
-import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn
+import json, multiprocessing, os, signal, sys, tempfile
+import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn._subprocess
 from proxy.search.terms import languages_of
 from proxy.tokens import load
 load()
 languages_of()
+uvicorn._subprocess.spawn = multiprocessing.get_context("fork")  # workers, too, have everything
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
 for line in sys.stdin:
     if (pid := os.fork()) == 0:
         asked = json.loads(line)
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        tempfile.tempdir = None
         os.chdir(asked["dir"])
         log = os.open(asked["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -61,28 +65,32 @@ for line in sys.stdin:
 
 
 class _Nursery:
-    """Starts servers in a moment: each is a fork of one process that has imported everything."""
+    """Starts servers in a moment: each is a fork of one process that has imported everything. `env`: what an import
+    asks for."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: dict[str, str]) -> None:
+        self._env = env
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def start(self, arguments: list[str], directory: Path, log: Path) -> int:
+    def start(self, arguments: list[str], directory: Path, log: Path, env: dict[str, str]) -> int:
         """The process id of `llm-pager` with these arguments, in a session of its own."""
         with self._lock:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _FORKING], env=_environment(), text=True,
+                    [sys.executable, "-c", _FORKING], env={**_environment(), **self._env}, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 )  # fmt: skip
             assert self._process.stdin and self._process.stdout
-            asked = {"arguments": arguments, "dir": str(directory), "log": str(log)}
+            asked = {"arguments": arguments, "dir": str(directory), "log": str(log), "env": env}
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
             return int(self._process.stdout.readline())
 
 
-_nursery = _Nursery()  # it ends with this process: its standard input does
+# They end with this process: their standard input does. prometheus-client counts in files if it is imported with a folder.
+_single = _Nursery({})
+_several = _Nursery({"PROMETHEUS_MULTIPROC_DIR": os.devnull})
 
 
 def _environment() -> dict[str, str]:
@@ -102,8 +110,8 @@ class ServerProcess:
 
     `config` has the sections of config.yaml; host and port are filled in. Use as a context manager.
     `kill()` is SIGKILL to the server and its workers, `restart()` starts it again on the same port
-    and directories. One worker in our own environment is forked from a process that has imported
-    everything already; any other is started as its users do.
+    and directories. It and its workers are forked from a process that has imported everything already; with `forked`
+    False, or another `python`, it is started as its users do.
     """
 
     def __init__(
@@ -113,6 +121,7 @@ class ServerProcess:
         workers: int = 1,
         env: dict[str, str] | None = None,
         python: str = sys.executable,
+        forked: bool = True,
     ) -> None:
         self._dir = tempfile.TemporaryDirectory(prefix="llm-pager-e2e-")
         self.dir = Path(self._dir.name)
@@ -129,7 +138,7 @@ class ServerProcess:
             self._arguments += ["--workers", str(workers)]
         self._env = {**_environment(), **(env or {})}
         self._python = python
-        self._forked = workers == 1 and not env and python == sys.executable
+        self._nursery = (_single if workers == 1 else _several) if forked and python == sys.executable else None
         self._process: subprocess.Popen[bytes] | None = None
         self._pid = 0
 
@@ -148,8 +157,8 @@ class ServerProcess:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def start(self, timeout_s: float = 60.0) -> ServerProcess:
-        if self._forked:
-            self._pid = _nursery.start(self._arguments, self.dir, self._log)
+        if self._nursery is not None:
+            self._pid = self._nursery.start(self._arguments, self.dir, self._log, self._env)
         else:
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(

@@ -300,7 +300,7 @@ class Workers:
         """Worker processes in the order of their start, without multiprocessing's own helper."""
         pid = self.server.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        return [int(c) for c in children if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()]
 
     @contextlib.asynccontextmanager
     async def client(self, which: int, key: str = "k") -> AsyncIterator[AsyncOpenAI]:
