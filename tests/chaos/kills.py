@@ -376,16 +376,16 @@ class Lane:
 
     async def _kill_worker(self) -> None:
         server = self.servers[0]
-        if workers := workers_of(server.pid):
+        if workers := server.worker_pids:
             os.kill(self.chance.choice(workers), signal.SIGKILL)
         deadline = time.monotonic() + PATIENCE_S
-        while len(workers_of(server.pid)) < 2 and time.monotonic() < deadline:
+        while len(server.worker_pids) < 2 and time.monotonic() < deadline:
             await asyncio.sleep(0.05)  # its supervisor looks now and then; the other worker goes on
 
     async def _fill(self) -> None:
         self.full = True
         self.tally.counts["disk full"] += 1
-        pids = [pid for s in self.servers for pid in (s.pid, *workers_of(s.pid))]
+        pids = [pid for s in self.servers for pid in (s.pid, *s.worker_pids)]
         self._limited = pids
         self.disk.fill(pids)
         await asyncio.sleep(FULL_S)
@@ -497,17 +497,6 @@ class OnPostgres(Lane):
 
 
 STORES = {"directory": Lane, "postgres": OnPostgres}
-
-
-def workers_of(pid: int) -> list[int]:
-    """The worker processes of a server, without multiprocessing's own helper."""
-    found = []
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with contextlib.suppress(OSError):
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(int(child))
-    return found
 
 
 async def context_of(client: aiohttp.ClientSession, url: str, talk: Talk) -> Message | None:

@@ -152,6 +152,15 @@ class ServerProcess:
         return self._pid
 
     @property
+    def worker_pids(self) -> list[int]:
+        """Of the workers that live, in the order of their start, without multiprocessing's own helper."""
+        with contextlib.suppress(OSError):
+            children = map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+            lines = {child: _command_line(child) for child in children}
+            return [child for child, line in lines.items() if line and b"resource_tracker" not in line]
+        return []
+
+    @property
     def log(self) -> str:
         """Everything that the server wrote so far, over restarts."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
@@ -214,6 +223,12 @@ class ServerProcess:
         if kind is not None:
             print(f"--- log of llm-pager serve ---\n{self.log[-6000:]}", file=sys.stderr)
         self._dir.cleanup()
+
+
+def _command_line(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @contextlib.contextmanager

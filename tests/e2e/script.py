@@ -296,17 +296,11 @@ class Workers:
     def __init__(self, server: ServerProcess) -> None:
         self.server = server
 
-    def pids(self) -> list[int]:
-        """Worker processes in the order of their start, without multiprocessing's own helper."""
-        pid = self.server.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(c) for c in children if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()]
-
     @contextlib.asynccontextmanager
     async def client(self, which: int, key: str = "k") -> AsyncIterator[AsyncOpenAI]:
         """A client with one new connection, which the worker `which` has accepted: the others are
         stopped while it is made, and it is kept alive for the request that follows."""
-        others = [pid for i, pid in enumerate(self.pids()) if i != which]
+        others = [pid for i, pid in enumerate(self.server.worker_pids) if i != which]
         only = httpx.Limits(max_connections=1, max_keepalive_connections=1)
         async with httpx.AsyncClient(limits=only, timeout=20, verify=False) as http:
             for pid in others:

@@ -112,7 +112,7 @@ def scraped(text: str) -> dict[str, dict[Labels, float]]:
 
 async def turns(script: Script, server: ServerProcess, receiver: Receiver) -> Seen:
     workers, marks = Workers(server), list[str]()
-    assert len(workers.pids()) == 2
+    assert len(server.worker_pids) == 2
     chat = Chat(None)  # type: ignore[arg-type]
     for half in range(2):
         async with workers.client(half, SECRET) as chat.client:

@@ -44,7 +44,7 @@ async def test_invariant_7_turns_on_changing_workers_send_what_one_worker_sends(
             ServerProcess(paged_config(two.upstream)),
         ) as (server, quiet):
             workers = Workers(server)
-            assert len(workers.pids()) == 2
+            assert len(server.worker_pids) == 2
             async with AsyncOpenAI(api_key="k", base_url=quiet.base_url, max_retries=0) as client:
 
                 def chats(tools: list[Message], **fields: Any) -> tuple[Chat, Chat]:
