@@ -18,6 +18,7 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -122,11 +123,17 @@ def _film_of_jpegs(width: int, height: int, frames: int) -> bytes:
 
 
 _WORDS = b"BT /F1 12 Tf " + b"(a) Tj " * 10_000 + b"ET"
-_ZEROS = zlib.compress(bytes(200 << 20), 9)
+
+
+@cache
+def _zeros() -> bytes:
+    return zlib.compress(bytes(200 << 20), 9)
+
+
 HOSTILE: dict[str, tuple[Codec, Callable[[], bytes]]] = {
     "pages that share a stream": ("pdf", lambda: _pages(_stream(zlib.compress(_WORDS, 9)), 200)),
-    "a stream that inflates a thousandfold": ("pdf", lambda: _pages(_stream(_ZEROS))),
-    "filters upon filters": ("pdf", lambda: _pages(_stream(zlib.compress(zlib.compress(_ZEROS)), b"[" + b"/FlateDecode " * 300 + b"]"))),
+    "a stream that inflates a thousandfold": ("pdf", lambda: _pages(_stream(_zeros()))),
+    "filters upon filters": ("pdf", lambda: _pages(_stream(zlib.compress(zlib.compress(_zeros())), b"[" + b"/FlateDecode " * 300 + b"]"))),
     "a form that shows itself": ("pdf", lambda: _pages(_stream(zlib.compress(b"/X Do " * 9), extra=b"/Subtype/Form/Resources<</XObject<</X 4 0 R>>>>"))),
     "a tree of pages that is a circle": ("pdf", lambda: _pdf(b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[2 0 R 2 0 R]/Count 9>>")),
     "arrays within arrays": ("pdf", lambda: _pages(_stream(zlib.compress(b"[" * 400_000)))),

@@ -279,6 +279,7 @@ WRONG = ("lost", "half", "divergence", "refused", "died", "foreign")
 class Lane:
     talks_at_once = TALKS_AT_ONCE
     steps = STEPS
+    progress = PROGRESS
     full_share = FULL_SHARE
     forgets = False  # whether what is stored cannot even be read, while it is away
 
@@ -319,7 +320,7 @@ class Lane:
             self._awaited[1].set_result(None)
 
     async def _moment(self) -> str:
-        for _ in range(self.chance.randint(0, PROGRESS)):
+        for _ in range(self.chance.randint(0, self.progress)):
             await self._event("read")
         moment = self.chance.choice(MOMENTS)
         if moment == "any":

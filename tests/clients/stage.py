@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
+
 from tests.clients.scenes import (
     BUDGET_TOKENS,
     L0_TOKENS,
@@ -49,6 +51,20 @@ HEADERS = (
 )
 
 Run = Callable[[str, str], Any | Awaitable[Any]]
+
+
+class Library:
+    """A client's library, imported when a test first asks it for something: every process that collects the tests would
+    import it for seconds. The test is skipped where it is not installed."""
+
+    def __init__(self, module: str, package: str) -> None:
+        self._module, self._package = module, package
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest asks every name of a module whether it is a test or a fixture
+            raise AttributeError(name)
+        module = pytest.importorskip(self._module, reason=f"{self._package} is not installed: pip install '.[clients]'")
+        return getattr(module, name)
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.clients.scenes import (
     AGENT_QUESTION,
@@ -20,19 +22,13 @@ from tests.clients.scenes import (
     user,
     user_with_picture,
 )
-from tests.clients.stage import Stage, check_same
+from tests.clients.stage import Library, Stage, check_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # LangChain shares connections by base URL
-langchain_openai = pytest.importorskip(
-    "langchain_openai", reason="langchain-openai is not installed: pip install '.[clients]'"
-)
-import openai  # noqa: E402
-from langchain_core.messages import convert_to_messages  # noqa: E402
-from langchain_core.tools import tool  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
-
+langchain_openai = Library("langchain_openai", "langchain-openai")
+langchain_messages = Library("langchain_core.messages", "langchain-openai")
+langchain_tools = Library("langchain_core.tools", "langchain-openai")
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-TOOLS = [tool(function) for function in FUNCTIONS.values()]
 
 
 class Report(BaseModel):
@@ -73,9 +69,9 @@ def seen_of(message: Any) -> list[Any]:
 @STREAMS
 async def test_talk(stage: Stage, stream: bool) -> None:
     async def run(url: str, key: str) -> Any:
-        model, messages, seen = chat(url, key), convert_to_messages(opening()), []
+        model, messages, seen = chat(url, key), langchain_messages.convert_to_messages(opening()), []
         for question in QUESTIONS:
-            messages += convert_to_messages([user(question)])
+            messages += langchain_messages.convert_to_messages([user(question)])
             messages.append(await ask(model, messages, stream))
             seen.append(seen_of(messages[-1]))
         return seen
@@ -88,8 +84,9 @@ async def test_agent(stage: Stage, stream: bool) -> None:
     """bind_tools, and the loop around it: parallel calls, then one more."""
 
     async def run(url: str, key: str) -> Any:
-        model, by_name = chat(url, key).bind_tools(TOOLS), {t.name: t for t in TOOLS}
-        messages, seen = convert_to_messages([*opening(), user(AGENT_QUESTION)]), []
+        tools = [langchain_tools.tool(function) for function in FUNCTIONS.values()]
+        model, by_name = chat(url, key).bind_tools(tools), {t.name: t for t in tools}
+        messages, seen = langchain_messages.convert_to_messages([*opening(), user(AGENT_QUESTION)]), []
         for _ in SCENES["agent"]:
             messages.append(await ask(model, messages, stream))
             seen.append(seen_of(messages[-1]))
@@ -105,9 +102,9 @@ async def test_agent(stage: Stage, stream: bool) -> None:
 async def test_structured_output_as_json_schema(stage: Stage) -> None:
     async def run(url: str, key: str) -> Any:
         model = chat(url, key).with_structured_output(Report, include_raw=True)
-        messages, seen = convert_to_messages(opening()), []
+        messages, seen = langchain_messages.convert_to_messages(opening()), []
         for _ in SCENES["report"]:
-            messages += convert_to_messages([user(REPORT_QUESTION)])
+            messages += langchain_messages.convert_to_messages([user(REPORT_QUESTION)])
             found = await model.ainvoke(messages)
             messages.append(found["raw"])
             seen.append([found["parsed"].model_dump(), found["parsing_error"]])
@@ -119,9 +116,9 @@ async def test_structured_output_as_json_schema(stage: Stage) -> None:
 async def test_structured_output_streamed(stage: Stage) -> None:
     async def run(url: str, key: str) -> Any:
         model = chat(url, key).with_structured_output(Report)
-        messages, seen = convert_to_messages(opening()), []
+        messages, seen = langchain_messages.convert_to_messages(opening()), []
         for _ in SCENES["report"]:
-            messages += convert_to_messages([user(REPORT_QUESTION)])
+            messages += langchain_messages.convert_to_messages([user(REPORT_QUESTION)])
             seen.append([found.model_dump() async for found in model.astream(messages)][-1])
         return seen
 
@@ -132,7 +129,7 @@ async def test_structured_output_streamed(stage: Stage) -> None:
 async def test_structured_output_as_forced_tool(stage: Stage, stream: bool) -> None:
     async def run(url: str, key: str) -> Any:
         model = chat(url, key).with_structured_output(Report, method="function_calling")
-        messages = convert_to_messages([*opening(), user(REPORT_QUESTION)])
+        messages = langchain_messages.convert_to_messages([*opening(), user(REPORT_QUESTION)])
         return (await ask_parsed(model, messages, stream)).model_dump()
 
     assert await check_same(stage, "forced", run, faults=False) == REPORT
@@ -147,10 +144,10 @@ async def ask_parsed(model: Any, messages: list[Any], stream: bool) -> Any:
 @STREAMS
 async def test_images(stage: Stage, stream: bool) -> None:
     async def run(url: str, key: str) -> Any:
-        model, messages, seen = chat(url, key), convert_to_messages(opening_with_pictures()), []
+        model, messages, seen = chat(url, key), langchain_messages.convert_to_messages(opening_with_pictures()), []
         for blue in (0, 255):
             asked = user_with_picture("What is this?", picture(255 - blue, 0, blue))
-            messages += convert_to_messages([asked])
+            messages += langchain_messages.convert_to_messages([asked])
             messages.append(await ask(model, messages, stream))
             seen.append(seen_of(messages[-1]))
         return seen
@@ -162,7 +159,7 @@ async def test_images(stage: Stage, stream: bool) -> None:
 @pytest.mark.parametrize("scene", ["limited", "limited later", "failed later"])
 async def test_error_is_retried_by_the_client(stage: Stage, stream: bool, scene: str) -> None:
     async def run(url: str, key: str) -> Any:
-        messages = convert_to_messages([*opening(), user(QUESTIONS[0])])
+        messages = langchain_messages.convert_to_messages([*opening(), user(QUESTIONS[0])])
         return seen_of(await ask(chat(url, key, max_retries=3), messages, stream))
 
     await check_same(stage, scene, run)
@@ -175,7 +172,7 @@ async def test_error_is_retried_by_the_client(stage: Stage, stream: bool, scene:
 async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> None:
     async def run(url: str, key: str) -> Any:
         try:
-            messages = convert_to_messages([*opening(), user(QUESTIONS[0])])
+            messages = langchain_messages.convert_to_messages([*opening(), user(QUESTIONS[0])])
             return seen_of(await ask(chat(url, key), messages, stream))
         except openai.APIStatusError as e:
             return [e.status_code, type(e).__name__, str(e), e.body, e.code, e.request_id]
@@ -186,7 +183,7 @@ async def test_errors(stage: Stage, stream: bool, scene: str, status: int) -> No
 @pytest.mark.parametrize("scene", ["broken", "late error"])
 async def test_stream_that_ends_badly(stage: Stage, scene: str) -> None:
     async def run(url: str, key: str) -> Any:
-        model, messages = chat(url, key), convert_to_messages([*opening(), user(QUESTIONS[0])])
+        model, messages = chat(url, key), langchain_messages.convert_to_messages([*opening(), user(QUESTIONS[0])])
         with pytest.raises(Exception) as caught:  # which one it is is compared
             await ask(model, messages, True)
         error = [type(caught.value).__module__, type(caught.value).__name__, str(caught.value)]

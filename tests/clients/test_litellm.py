@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.clients.scenes import (
     AGENT_QUESTION,
@@ -23,18 +25,13 @@ from tests.clients.scenes import (
     user,
     user_with_picture,
 )
-from tests.clients.stage import Stage, check_same, usage_fields
+from tests.clients.stage import Library, Stage, check_same, usage_fields
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),  # litellm keeps its connections between calls
     pytest.mark.filterwarnings("ignore:::litellm"),
 ]
-litellm = pytest.importorskip(
-    "litellm", reason="litellm is not installed: pip install '.[clients]'"
-)
-import openai  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
-
+litellm = Library("litellm", "litellm")
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 

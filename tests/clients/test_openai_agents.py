@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.clients.scenes import (
     AGENT_QUESTION,
@@ -19,15 +21,10 @@ from tests.clients.scenes import (
     picture,
     user,
 )
-from tests.clients.stage import Stage, check_same
+from tests.clients.stage import Library, Stage, check_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the clients close their connections late
-agents = pytest.importorskip(
-    "agents", reason="openai-agents is not installed: pip install '.[clients]'"
-)
-import openai  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
-
+agents = Library("agents", "openai-agents")
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.clients.scenes import (
     AGENT_QUESTION,
@@ -20,22 +22,13 @@ from tests.clients.scenes import (
     opening_with_pictures,
     picture,
 )
-from tests.clients.stage import Stage, check_same
+from tests.clients.stage import Library, Stage, check_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the clients close their connections late
-pydantic_ai = pytest.importorskip(
-    "pydantic_ai", reason="pydantic-ai-slim is not installed: pip install '.[clients]'"
+pydantic_ai, parts, models, providers = (
+    Library(module, "pydantic-ai-slim[openai]")
+    for module in ("pydantic_ai", "pydantic_ai.messages", "pydantic_ai.models.openai", "pydantic_ai.providers.openai")
 )
-pytest.importorskip(
-    "pydantic_ai.models.openai", reason="pydantic-ai-slim has no [openai]: pip install '.[clients]'"
-)
-import openai  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
-from pydantic_ai import ImageUrl, NativeOutput  # noqa: E402
-from pydantic_ai import messages as parts  # noqa: E402
-from pydantic_ai.models.openai import OpenAIChatModel  # noqa: E402
-from pydantic_ai.providers.openai import OpenAIProvider  # noqa: E402
-
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
@@ -47,7 +40,7 @@ class Report(BaseModel):
 
 def agent(url: str, key: str, retries: int = 0, **fields: Any) -> Any:
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=20)
-    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(openai_client=client))
+    model = models.OpenAIChatModel(MODEL, provider=providers.OpenAIProvider(openai_client=client))
     return pydantic_ai.Agent(model, instructions=SYSTEM, **fields)
 
 
@@ -60,7 +53,7 @@ def past(messages: list[Message]) -> list[Any]:
             out.append(parts.ModelResponse(parts=[parts.TextPart(content)]))
         elif message["role"] == "user":
             if isinstance(content, list):
-                content = [content[0]["text"], ImageUrl(content[1]["image_url"]["url"])]
+                content = [content[0]["text"], pydantic_ai.ImageUrl(content[1]["image_url"]["url"])]
             out.append(parts.ModelRequest(parts=[parts.UserPromptPart(content)]))
     return out
 
@@ -129,7 +122,7 @@ async def test_agent(stage: Stage, stream: bool) -> None:
 @STREAMS
 async def test_output_type_as_json_schema(stage: Stage, stream: bool) -> None:
     async def run(url: str, key: str) -> Any:
-        made = agent(url, key, output_type=NativeOutput(Report))
+        made = agent(url, key, output_type=pydantic_ai.NativeOutput(Report))
         history, seen = past(opening()), []
         for _ in SCENES["report"]:
             output, what, result = await play(made, REPORT_QUESTION, history, stream)
@@ -157,7 +150,7 @@ async def test_images(stage: Stage, stream: bool) -> None:
     async def run(url: str, key: str) -> Any:
         made, history, seen = agent(url, key), past(opening_with_pictures()), []
         for blue in (0, 255):
-            prompt = ["What is this?", ImageUrl(picture(255 - blue, 0, blue))]
+            prompt = ["What is this?", pydantic_ai.ImageUrl(picture(255 - blue, 0, blue))]
             output, what, result = await play(made, prompt, history, stream)
             history = result.all_messages()
             seen.append([output, what])

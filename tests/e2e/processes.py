@@ -38,12 +38,15 @@ def free_port() -> int:
 
 
 _FORKING = """
-import json, multiprocessing, os, signal, sys, tempfile
-import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn._subprocess
+import gc, json, multiprocessing, os, signal, sys, tempfile
+import encodings.idna, pydantic.v1  # FastAPI's, with its first route
+import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn._subprocess, uvicorn.lifespan.on, uvicorn.loops.uvloop
 from proxy.search.terms import languages_of
 from proxy.tokens import load
 load()
 languages_of()
+gc.collect()
+gc.freeze()  # nothing of this is looked at again, or copied
 uvicorn._subprocess.spawn = multiprocessing.get_context("fork")  # workers, too, have everything
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
 for line in sys.stdin:

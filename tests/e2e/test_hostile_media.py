@@ -16,10 +16,10 @@ from tests.e2e.script import SYSTEM, Chat, Script, filler
 from tests.media import samples
 
 BOMBS = {  # page and part, each of a tenant of its own
-    "pdf": ("file_0001_1", samples.file_part(HOSTILE["pages that share a stream"][1](), "application/pdf", "x.pdf")),
-    "png": ("img_0001_1", samples.image_part(HOSTILE["a png of 39 megapixels, transparent"][1]())),
-    "jpeg": ("img_0001_1", samples.image_part(HOSTILE["a progressive jpeg of many scans"][1](), "image/jpeg")),
-    "avi": ("vid_0001_1", samples.video_part(HOSTILE["an 8K film"][1](), "video/avi")),
+    "pdf": ("file_0001_1", lambda: samples.file_part(HOSTILE["pages that share a stream"][1](), "application/pdf", "x.pdf")),
+    "png": ("img_0001_1", lambda: samples.image_part(HOSTILE["a png of 39 megapixels, transparent"][1]())),
+    "jpeg": ("img_0001_1", lambda: samples.image_part(HOSTILE["a progressive jpeg of many scans"][1](), "image/jpeg")),
+    "avi": ("vid_0001_1", lambda: samples.video_part(HOSTILE["an 8K film"][1](), "video/avi")),
 }
 
 
@@ -47,7 +47,7 @@ async def test_nobody_pays_for_a_hostile_medium_and_it_is_decoded_once() -> None
 
                 async def told(name: str) -> None:
                     said = {"type": "text", "text": f"Here is the {name}."}
-                    await chats[name].send({"role": "user", "content": [said, BOMBS[name][1]]}, name)
+                    await chats[name].send({"role": "user", "content": [said, BOMBS[name][1]()]}, name)
                     for at in range(7):
                         await chats[name].say(filler(f"{name}/{at}", 500), f"{name}/talk/{at}")
                     await asked(name, "now")
