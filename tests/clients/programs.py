@@ -18,10 +18,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ APPS = Path(os.environ.get("CLIENTS_APPS_DIR") or "~/.cache/llm-pager-apps").exp
 NODE = Path(os.environ.get("CLIENTS_NODE_DIR") or "~/.cache/llm-pager-clients").expanduser()
 DRIVERS = Path(__file__).with_name("apps")
 TIMEOUT_S = 300
+FULL = os.environ.get("LLM_PAGER_E2E_FULL") == "1"
 PAGES_READ = 2  # by the model, in one answer
 UNREACHABLE = "http://127.0.0.1:9"  # nobody listens there: no application gets out of the machine
 TELEMETRY = {
@@ -63,7 +68,7 @@ TELEMETRY = {
 
 def every(ways: list[Any], some: list[Any]) -> list[Any]:
     """The ways in which an application is run: once a night all of them (LLM_PAGER_E2E_FULL=1)."""
-    return ways if os.environ.get("LLM_PAGER_E2E_FULL") == "1" else some
+    return ways if FULL else some
 
 
 def how(stream: bool) -> str:
@@ -89,6 +94,42 @@ def needs_node(package: str) -> pytest.MarkDecorator:
 def python_of(group: str) -> Path:
     """The interpreter of a group's environment; its programs lie beside it."""
     return APPS / group / "bin" / "python"
+
+
+class Nursery:
+    """A Python program that has been imported once: each of its runs is a fork (apps/nursery.py). Once a night
+    (LLM_PAGER_E2E_FULL=1) every run is a start."""
+
+    def __init__(self, python: Path, program: Path) -> None:
+        self._command = [str(python), str(DRIVERS / "nursery.py"), str(program)]
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, home: Path, arguments: Sequence[str], stdin: str, env: dict[str, str]) -> tuple[int, str, str]:
+        """Exit code, standard output and errors."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: f"{folder}/{name}" for name in ("in", "out", "err")}
+            Path(files["in"]).write_text(stdin)
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    self._command, cwd="/", env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+            process = self._process
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps({"dir": str(home), "env": env, "arguments": list(arguments), **files}) + "\n")
+            process.stdin.flush()
+            late = threading.Timer(TIMEOUT_S, os.killpg, (process.pid, signal.SIGKILL))
+            late.start()
+            code = process.stdout.readline()
+            late.cancel()
+            assert code, f"{self._command[-1]} did not end in {TIMEOUT_S} s, or could not be imported"
+            return int(code), Path(files["out"]).read_text(), Path(files["err"]).read_text()
+
+
+@cache
+def nursery(python: Path, program: Path) -> Nursery:
+    """It ends with this process: its standard input does."""
+    return Nursery(python, program)
 
 
 @dataclass(frozen=True)
@@ -117,9 +158,19 @@ class Where:
 
     def drive(self, group: str, driver: str, given: Any = None) -> Any:
         """The JSON that a driver of tests/clients/apps prints as its last line."""
-        code, out = self.run(python_of(group), DRIVERS / driver, stdin=json.dumps(given))
+        code, out = self.run_python(group, DRIVERS / driver, stdin=json.dumps(given))
         assert code == 0, out
         return json.loads(out.splitlines()[-1])
+
+    def run_python(self, group: str, program: Path, *arguments: str, stdin: str = "", **more: str) -> tuple[int, str]:
+        """As `run`, of a Python program in a group's environment."""
+        if FULL:
+            return self.run(python_of(group), program, *arguments, stdin=stdin, **more)
+        made = nursery(python_of(group), program)
+        code, out, said = made.run(self.home, arguments, stdin, {**self.environment(), **more})
+        if code:  # what pytest shows when the comparison fails
+            print(f"--- {program}: exit code {code}\n{said[-4000:]}")
+        return code, out
 
     def environment(self) -> dict[str, str]:
         """Nothing of the machine's own but what a process needs to start."""

@@ -55,8 +55,8 @@ def run(at: Where) -> Any:
     (at.home / FILE).write_text(SOURCE)
     wishes = [f"Raise fee_{n}. {NOTES[n]} {NOTES[n + 2]} {NOTES[n + 4]}" for n in range(EDITS)]
     aider = python_of("app-aider").with_name("aider")
-    code, out = at.run(
-        aider, "--model", f"openai/{MODEL}", "--weak-model", f"openai/{MODEL}", *OPTIONS, FILE,
+    code, out = at.run_python(
+        "app-aider", aider, "--model", f"openai/{MODEL}", "--weak-model", f"openai/{MODEL}", *OPTIONS, FILE,
         stdin="".join(f"{wish}\n" for wish in [*wishes, QUESTION]), LITELLM_LOCAL_MODEL_COST_MAP="True",
     )  # fmt: skip
     said = [line for line in out.splitlines() if not line.startswith("Tokens: ")]

@@ -47,8 +47,8 @@ def run(at: Where) -> Any:
     for depot in range(DEPOTS):
         (at.home / "ledgers" / f"{depot}.txt").write_text(ledger(depot) + "\n")
     gptme = python_of("app-gptme").with_name("gptme")
-    code, _ = at.run(
-        gptme, "--non-interactive", "--model", f"openai/{MODEL}", "--name", "talk", "--no-workspace",
+    code, _ = at.run_python(
+        "app-gptme", gptme, "--non-interactive", "--model", f"openai/{MODEL}", "--name", "talk", "--no-workspace",
         "--system", "short", "--tools", "shell,save,complete", "--tool-format", "markdown",
         f"{AGENT_QUESTION} Write it to seal.txt.",
     )  # fmt: skip
