@@ -53,6 +53,11 @@ TIMEOUT_S = 300
 FULL = os.environ.get("LLM_PAGER_E2E_FULL") == "1"
 PAGES_READ = 2  # by the model, in one answer
 UNREACHABLE = "http://127.0.0.1:9"  # nobody listens there: no application gets out of the machine
+LATER = {  # by group: what is imported with the first call of a model
+    "app-aider": ("litellm",),
+    "app-gptme": ("openai.resources.chat", "anthropic.resources"),
+    "app-libraries": ("openai.resources.chat",),
+}
 TELEMETRY = {
     "ANONYMIZED_TELEMETRY": "False",
     "CREWAI_DISABLE_TELEMETRY": "true",
@@ -98,10 +103,10 @@ def python_of(group: str) -> Path:
 
 class Nursery:
     """A Python program that has been imported once: each of its runs is a fork (apps/nursery.py). Once a night
-    (LLM_PAGER_E2E_FULL=1) every run is a start."""
+    (LLM_PAGER_E2E_FULL=1) every run is a start. `modules`: what it imports later."""
 
-    def __init__(self, python: Path, program: Path) -> None:
-        self._command = [str(python), str(DRIVERS / "nursery.py"), str(program)]
+    def __init__(self, python: Path, program: Path, modules: Sequence[str]) -> None:
+        self._command = [str(python), str(DRIVERS / "nursery.py"), str(program), *modules]
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, home: Path, arguments: Sequence[str], stdin: str, env: dict[str, str]) -> tuple[int, str, str]:
@@ -127,9 +132,9 @@ class Nursery:
 
 
 @cache
-def nursery(python: Path, program: Path) -> Nursery:
+def nursery(python: Path, program: Path, modules: Sequence[str]) -> Nursery:
     """It ends with this process: its standard input does."""
-    return Nursery(python, program)
+    return Nursery(python, program, modules)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class Where:
         """As `run`, of a Python program in a group's environment."""
         if FULL:
             return self.run(python_of(group), program, *arguments, stdin=stdin, **more)
-        made = nursery(python_of(group), program)
+        made = nursery(python_of(group), program, LATER.get(group, ()))
         code, out, said = made.run(self.home, arguments, stdin, {**self.environment(), **more})
         if code:  # what pytest shows when the comparison fails
             print(f"--- {program}: exit code {code}\n{said[-4000:]}")

@@ -38,13 +38,15 @@ def free_port() -> int:
 
 
 _FORKING = """
-import gc, json, multiprocessing, os, signal, sys, tempfile
+import gc, importlib, json, multiprocessing, os, signal, sys, tempfile
 import encodings.idna, pydantic.v1  # FastAPI's, with its first route
 import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn._subprocess, uvicorn.lifespan.on, uvicorn.loops.uvloop
 from proxy.search.terms import languages_of
 from proxy.tokens import load
 load()
 languages_of()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 gc.collect()
 gc.freeze()  # nothing of this is looked at again, or copied
 uvicorn._subprocess.spawn = multiprocessing.get_context("fork")  # workers, too, have everything
@@ -68,11 +70,11 @@ for line in sys.stdin:
 
 
 class _Nursery:
-    """Starts servers in a moment: each is a fork of one process that has imported everything. `env`: what an import
-    asks for."""
+    """Starts servers in a moment: each is a fork of one process that has imported everything, and these `modules`. `env`:
+    what an import asks for."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self._env = env
+    def __init__(self, env: dict[str, str], *modules: str) -> None:
+        self._env, self._modules = env, modules
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
@@ -81,7 +83,7 @@ class _Nursery:
         with self._lock:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _FORKING], env={**_environment(), **self._env}, text=True,
+                    [sys.executable, "-c", _FORKING, *self._modules], env={**_environment(), **self._env}, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 )  # fmt: skip
             assert self._process.stdin and self._process.stdout
@@ -94,6 +96,7 @@ class _Nursery:
 # They end with this process: their standard input does. prometheus-client counts in files if it is imported with a folder.
 _single = _Nursery({})
 _several = _Nursery({"PROMETHEUS_MULTIPROC_DIR": os.devnull})
+_with_litellm = _Nursery({"LITELLM_LOCAL_MODEL_COST_MAP": "True"}, "litellm", "litellm.llms.custom_httpx.http_handler")
 
 
 def _environment() -> dict[str, str]:
@@ -141,7 +144,8 @@ class ServerProcess:
             self._arguments += ["--workers", str(workers)]
         self._env = {**_environment(), **(env or {})}
         self._python = python
-        self._nursery = (_single if workers == 1 else _several) if forked and python == sys.executable else None
+        single = _with_litellm if config.get("upstream", {}).get("provider") == "litellm" else _single
+        self._nursery = (single if workers == 1 else _several) if forked and python == sys.executable else None
         self._process: subprocess.Popen[bytes] | None = None
         self._pid = 0
 

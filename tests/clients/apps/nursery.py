@@ -1,8 +1,8 @@
 """Runs a Python program again and again, each time in a fork of one process that has imported what it imports.
 
-    python nursery.py PROGRAM, then a line of JSON for each run: {"dir", "env", "arguments", "in", "out", "err"}
+    python nursery.py PROGRAM MODULE..., then a line of JSON for each run: {"dir", "env", "arguments", "in", "out", "err"}
 
-The last three are files; what is printed after each run is its exit code.
+The modules are those that it imports later. The last three of a run are files; what is printed after it is its exit code.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ for statement in ast.parse(Path(program).read_text()).body:
     for name in [module] if module else [one.name for one in getattr(statement, "names", ())]:
         if name not in ("common", "__future__"):  # the first reads the run's own input
             importlib.import_module(name)
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 
 
 def run(asked: dict[str, object]) -> int:
