@@ -1,5 +1,6 @@
 """Fixtures of the session that any test may ask for; and what holds for every property."""
 
+import gc
 import os
 import sys
 
@@ -16,3 +17,9 @@ sys.dont_write_bytecode = False
 
 settings.register_profile("tests", examples(30))
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """What the tests are made of stays; no collection has to look at it again."""
+    gc.collect()
+    gc.freeze()
