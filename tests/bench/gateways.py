@@ -132,7 +132,7 @@ def start_ours(upstream_port: int, name: str = "ours", l2: Any = None, storage: 
         "tiers": {"l0": {"tokens": WINDOW_TOKENS}, "l2": l2 or {}},
         "storage": storage or {},
     }
-    return Gateway(name, ServerProcess(config, env={"PYTHONHASHSEED": "0"}).start())
+    return Gateway(name, ServerProcess(config, env={"PYTHONHASHSEED": "0"}, forked=False).start())
 
 
 def start_passthrough(upstream_port: int) -> Gateway:

@@ -310,7 +310,7 @@ class Bench:
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
         """A server that has seen nothing yet, started as its users do."""
-        with ServerProcess(self.config, env={"PYTHONHASHSEED": "0"}) as server:
+        with ServerProcess(self.config, env={"PYTHONHASHSEED": "0"}, forked=False) as server:
             self.pids = [server.pid, *self.engine.pids]
             self.starts_s.append(cpu_seconds(server.pid))
             self.row.start_s = statistics.median(self.starts_s)
