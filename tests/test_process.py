@@ -230,7 +230,7 @@ def test_a_stream_that_runs_at_sigterm_ends_whole_and_is_remembered(workers: int
 
     body = json.dumps({**CHAT, "stream": True}).encode()
     session = "x-session-id: s\r\nauthorization: Bearer k\r\n"
-    with peer(answer) as port, ServerProcess(config(port, drain_s=0.1), workers=workers, forked=False) as server:  # type: ignore[arg-type]
+    with peer(answer) as port, ServerProcess(config(port, drain_s=0.1), workers=workers, forked=workers == 1) as server:  # type: ignore[arg-type]
         stream = send(server.port, "POST /v1/chat/completions HTTP/1.1", body, session)
         got = b""
         while b"first" not in got:
