@@ -193,9 +193,9 @@ class Sizes(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc
     def at(self, end: int, pages: PathPages, anchors: Anchors) -> Sizes:
         """Those of a request with the first `end` messages of the path, before anything slides."""
         if end >= self.covered:
-            more = sum(map(pages.tokens, range(self.covered, end)))
+            more = sum(map(pages.size, range(self.covered, end)))
         else:
-            more = -sum(map(pages.tokens, range(end, self.covered)))
+            more = -sum(map(pages.size, range(end, self.covered)))
         inside = [(position, tokens) for position, tokens in anchors if position < end]
         return Sizes(
             end, self.messages + more, min(self.slid_from, end), max(0, self.slid + more),
@@ -206,7 +206,7 @@ class Sizes(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc
         """The oldest messages leave until the others fit; no result stands without its call."""
         at, slid, last = self.slid_from, self.slid, self.covered - 1
         while at < last and (slid > room_tokens or pages.path[at].role in _RESULTS):
-            slid -= pages.tokens(at)
+            slid -= pages.size(at)
             at += 1
         return self if at == self.slid_from else _replace(self, slid_from=at, slid=slid)
 
