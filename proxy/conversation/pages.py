@@ -394,6 +394,7 @@ class PathPages:
         What stands at a position depends on it and the messages before it only, because branches
         share an index: what an answer says of the media before it is a page beside the answer.
         """
+        seen_media: Sequence[Page] = self[first - 1].media if 0 < first < last else ()
         for position in range(first, last):
             here = self[position]
             name, role = here.message.get("name"), here.node.role
@@ -404,10 +405,11 @@ class PathPages:
             own = self._own_words(position) if here.media else ""
             for page in here.media:
                 yield Doc(position, page.part, role, speaker, f"{_named(page)} {own}")
-            for page in self[position - 1].media if position else ():
+            for page in seen_media:
                 if seen := self._seen_words(position - 1):
                     words = f"{_named(page)} {seen}"
                     yield Doc(position, page.part + MEDIA_PART, role, speaker, words)
+            seen_media = here.media
             self._messages.pop(position, None)
             self._messages.pop(position - 1, None)
 

@@ -334,7 +334,7 @@ class PageIndex:
             self._roles.append(doc.role)
             self._names.append(doc.name or speaker_label(doc.text))
             ends = doc.text[-_ASKING_CHARS:]
-            self._asks.append("?" in ends or any(mark in ends for mark in _ASKING))
+            self._asks.append("?" in ends or (not ends.isascii() and any(mark in ends for mark in _ASKING)))
             self._count(row, 1)
 
     def _count(self, row: int, sign: int) -> None:
