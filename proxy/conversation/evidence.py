@@ -93,8 +93,7 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
             continue
         entry = turn.table.lookup(page_id)
         if entry is not None and hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words are there
-            tokens = turn.pages.page_tokens(entry)
-            candidates.append(Candidate(page_id, hit.score, hit.evidence, tokens, hit.words))
+            candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
             proven = proven or hit.evidence >= prefetcher.least_evidence
     prefetcher.choose(candidates, price, best)
     return sorted(shown.values())

@@ -9,7 +9,7 @@ A message is counted when its size is first asked for, and counting has no other
 exact number whether it was known or not, so no plan depends on what a process has counted before (invariant 7). Of a
 long history that is new, what is far in front of any window is not counted. `size` tells of it by its bytes, at the
 rate of the messages that are near, which all follow from the request; the table keeps that as estimated
-until the page is shown. Windows and what is chosen for them are made of exact numbers alone (invariant 3).
+until the page is shown. Windows are made of exact numbers alone (invariant 3).
 
 A system message in mid-conversation is outside the tree and so no page of its own: it is a part of the
 page of a message beside it (`owner`), with which it leaves the window and comes back.
@@ -43,7 +43,6 @@ from proxy.memory.models import (
     CompressionLevel,
     MemoryPage,
     Modality,
-    PageTableEntry,
     PageType,
     StorageTier,
 )
@@ -333,15 +332,6 @@ class PathPages:
     def size(self, position: int) -> int:
         """Tokens of the native message; before `far` about so many."""
         return self.tokens(position) if position >= self.far else round(self._rate * len(self.path[position].raw))
-
-    def page_tokens(self, entry: PageTableEntry) -> int:
-        """Tokens of a text page at level 0, as the table has them or, where it has about so many, counted."""
-        if not entry.estimated:
-            return entry.size_tokens
-        if not entry.part and entry.position not in self._notes:
-            return self.tokens(entry.position)
-        here = self[entry.position]
-        return here.text_tokens // len(here.parts)
 
     # -- by id
 

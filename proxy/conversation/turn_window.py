@@ -135,7 +135,8 @@ class TurnWindow:
         if mutation.op in (MutationType.MAP, MutationType.FAULT_IN):
             entry = self.table.lookup(mutation.page_id)
             if entry is not None and entry.estimated:
-                tokens = self.pages.page_tokens(entry)
+                here = self.pages[entry.position]
+                tokens = here.text_tokens // len(here.parts)
                 self.apply(PageMutation(MutationType.UPDATE, mutation.page_id, mutation.turn, tokens=tokens))
         self.table.apply(mutation)
         self.mutations.append(mutation)
