@@ -3,7 +3,8 @@
 Promises: every figure of ours is upstream's own `usage`; a turn of which upstream told none is counted and
 adds nothing. Beside it stand two requests that were never made: the client's whole history, and a sliding
 window of the same size over its messages. They follow from sizes that are known already, so a turn costs
-the same in a conversation of ten thousand messages. Sums are carried from record to record along the path
+the same in a conversation of ten thousand messages; of a long history that was new, what was never in a window
+counts by its bytes (`PathPages.size`). Sums are carried from record to record along the path
 (`Account`): a fork goes on with its ancestors' and has nothing of its siblings'.
 
 The rule of the cache, one for the demo, the benches and here: of two requests in a row what they share at
