@@ -361,7 +361,7 @@ class MemoryManager:
             self._unpaged, self._entered = PageTable(), 0
         turn = 1 + sum(node.role == "assistant" for node in self.path[: self._entered])
         for position in range(self._entered, len(self.path)):
-            for mutation in created(self._path_pages(position + 1)[position], 0, turn):
+            for mutation in created(self._path_pages(position + 1), position, 0, turn):
                 self._unpaged.apply(mutation)
             turn += self.path[position].role == "assistant"
         self._entered = len(self.path)

@@ -66,6 +66,7 @@ log = logging.getLogger(__name__)
 # More than this that is new leaves the event loop: to be read, hashed, counted, put into a window.
 _AT_ONCE_BYTES = 65_536
 _AT_ONCE_MESSAGES = 64
+_REACH = 2  # windows of messages are counted before the turn; what is older is counted when somebody asks
 _PROVED_S = 1.0  # a commit of the last so many seconds proves that what a client says can be stored
 _MODEL_CHARS = 512  # what is known of a model is kept by its name, so it is bounded
 _SESSIONS = 65_536  # of new messages, which are told when the storage has lost them
@@ -276,10 +277,11 @@ class Admission:
         if not surely:
             new = found.path[_uncounted(found, counter) :]
             is_large = _is_large([node.raw for node in new])
+            reach = _REACH * max(some.budget_tokens for some in (limits, following) if some is not None)
             if is_large or _is_large([*split.system, *counted_fields(split.fields)]):
-                await memory.pool.run(tenant, _count, found, counter, fixed)
+                await memory.pool.run(tenant, _count, found, counter, reach, fixed)
             elif new:
-                _count(found, counter)
+                _count(found, counter, reach)
         root = found.path[0].id  # keyed, and of this tenant's conversation alone
         return TurnContext(
             body=body, sent=split, decoded=decoded, place=found, state=state,
@@ -401,15 +403,19 @@ def _uncounted(found: Place, counter: TokenCounter) -> int:
     return at
 
 
-def _count(found: Place, counter: TokenCounter, fixed_tokens: Callable[[], int] | None = None) -> None:
-    """Give messages at the end of the path their tokens, once in their life. What other requests see is not changed:
-    a message that was counted for another model is another one here. `fixed_tokens` are counted to be remembered."""
+def _count(found: Place, counter: TokenCounter, most: int, fixed_tokens: Callable[[], int] | None = None) -> None:
+    """Give messages at the end of the path their tokens, once in their life, until there are so many. What other
+    requests see is not changed: a message that was counted for another model is another one here. `fixed_tokens` are
+    counted to be remembered."""
     path = found.path
-    for at in range(_uncounted(found, counter), len(path)):
+    for at in range(len(path) - 1, _uncounted(found, counter) - 1, -1):
+        if most <= 0:
+            break
         node = path[at]
         if node.tokens >= 0 and node.counter not in ("", counter.name) and isinstance(path, list):
             node = path[at] = msgspec.structs.replace(node, tokens=-1)
         if node.tokens < 0:
             node.counted(counter.message(msgspec.json.decode(node.raw)), counter.name)
+        most -= node.tokens
     if fixed_tokens is not None:
         fixed_tokens()

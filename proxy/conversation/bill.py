@@ -3,7 +3,8 @@
 Promises: every figure of ours is upstream's own `usage`; a turn of which upstream told none is counted and
 adds nothing. Beside it stand two requests that were never made: the client's whole history, and a sliding
 window of the same size over its messages. They follow from sizes that are known already, so a turn costs
-the same in a conversation of ten thousand messages. Sums are carried from record to record along the path
+the same in a conversation of ten thousand messages; of a long history that was new, what was never in a window
+counts by its bytes (`PathPages.size`). Sums are carried from record to record along the path
 (`Account`): a fork goes on with its ancestors' and has nothing of its siblings'.
 
 The rule of the cache, one for the demo, the benches and here: of two requests in a row what they share at
@@ -193,9 +194,9 @@ class Sizes(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc
     def at(self, end: int, pages: PathPages, anchors: Anchors) -> Sizes:
         """Those of a request with the first `end` messages of the path, before anything slides."""
         if end >= self.covered:
-            more = sum(map(pages.tokens, range(self.covered, end)))
+            more = sum(map(pages.size, range(self.covered, end)))
         else:
-            more = -sum(map(pages.tokens, range(end, self.covered)))
+            more = -sum(map(pages.size, range(end, self.covered)))
         inside = [(position, tokens) for position, tokens in anchors if position < end]
         return Sizes(
             end, self.messages + more, min(self.slid_from, end), max(0, self.slid + more),
@@ -206,7 +207,7 @@ class Sizes(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc
         """The oldest messages leave until the others fit; no result stands without its call."""
         at, slid, last = self.slid_from, self.slid, self.covered - 1
         while at < last and (slid > room_tokens or pages.path[at].role in _RESULTS):
-            slid -= pages.tokens(at)
+            slid -= pages.size(at)
             at += 1
         return self if at == self.slid_from else _replace(self, slid_from=at, slid=slid)
 

@@ -14,7 +14,7 @@ import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ LEAST_BYTES = 2048  # of a body that is looked for; what is smaller is parsed so
 _ROLE_FIRST = re.compile(rb'\{[ \t\r\n]*"role"[ \t\r\n]*:[ \t\r\n]*"(?!system"|developer"|[^"]*\\)')
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
 _MOST_AROUND = 2  # times a history, of a body that is kept for it
+_AWAKE = 64  # histories whose bytes are at hand
 _BUCKET = 4  # how many histories with the same beginning are tried, newest first
 _REST = "the rest of messages"  # stands for the array's tail, so that a second `messages` is seen
 _OPEN_ARRAY = ord("[")
@@ -56,17 +57,29 @@ RawMessage = tuple[bytes, dict[str, Any]]  # as written, and decoded
 class Known:
     """A history seen before: its bytes, where its messages end in them, and what they mean."""
 
-    history: memoryview  # mostly of the request's body that had it: who copies megabytes takes a millisecond
+    _history: memoryview | None  # mostly of the request's body that had it: who copies megabytes takes a millisecond
     ends: list[int]  # offset after each message, mid-conversation system messages included
     counts: list[int]  # how many nodes those messages make: counts[i] <= i + 1
     path: Sequence[Node]  # from the root: only whole histories are kept
     anchors: list[Anchor]
     tenant: TenantKey  # whose path it is
+    size_bytes: int = field(init=False)  # of what is kept with it
+
+    def __post_init__(self) -> None:
+        assert self._history is not None
+        self.size_bytes = memoryview(self._history.obj).nbytes
 
     @property
-    def size_bytes(self) -> int:
-        """What is kept with it."""
-        return memoryview(self.history.obj).nbytes
+    def history(self) -> memoryview:
+        return self._history if self._history is not None else memoryview(self._joined())
+
+    def rest(self) -> None:
+        """Keep the messages' own bytes alone, where these make it again: most clients write nothing else between two."""
+        if not self.anchors and isinstance(self.path, list) and self._history == memoryview(self._joined()):
+            self._history = None
+
+    def _joined(self) -> bytes:
+        return b",".join([node.raw for node in self.path])
 
 
 class Body(NamedTuple):
@@ -322,10 +335,12 @@ class HistoryCache:
         self._bytes = 0
         self._buckets: dict[_Key, list[Known]] = {}
         self._keys: OrderedDict[int, tuple[Known, list[_Key]]] = OrderedDict()
+        self._awake: OrderedDict[int, Known] = OrderedDict()  # those that were kept last
 
     def clear(self) -> None:
         self._buckets.clear()
         self._keys.clear()
+        self._awake.clear()
         self._bytes = 0
 
     def find(self, scope: KeyScope, body: bytes, start: int) -> tuple[Known, int] | None:
@@ -364,6 +379,9 @@ class HistoryCache:
             if len(bucket) > _BUCKET:
                 del bucket[0]
         self._keys[id(known)] = known, keys
+        self._awake[id(known)] = known
+        if len(self._awake) > _AWAKE:
+            self._awake.popitem(last=False)[1].rest()
         self._bytes += size
         while self._bytes > self._limit:
             self.forget(next(iter(self._keys.values()))[0])
@@ -374,6 +392,7 @@ class HistoryCache:
         if entry is None:
             return []
         self._bytes -= known.size_bytes
+        self._awake.pop(id(known), None)
         for key in entry[1]:
             bucket = self._buckets.get(key, [])
             kept = [other for other in bucket if other is not known]

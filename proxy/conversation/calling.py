@@ -16,6 +16,7 @@ page, or a search found one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from proxy.conversation.records import Record
@@ -72,8 +73,11 @@ class Calling(NamedTuple):
 
 def holds(page_text: str, asked: frozenset[str]) -> bool:
     """The page has what a question of these terms asks for."""
-    shared = len(shared_terms(page_text, asked))
-    return shared >= _SHARED and _HALF * shared >= len(asked)
+    least, low = max(_SHARED, -(-len(asked) // _HALF)), page_text.lower()
+    absent = (term for term in asked if term not in low)
+    if least > len(asked) or any(islice(absent, len(asked) - least, None)):
+        return False
+    return len(shared_terms(page_text, asked)) >= least
 
 
 def may_speak_first(facts: Mapping[str, Any], window: Window | None) -> bool:

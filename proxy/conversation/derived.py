@@ -156,9 +156,8 @@ def derive(
             made.append(claim_page(claims_made, Claim(*said), sources, counter.text))
     first = max(derived.end, last - limits.segment_messages)
     if last > first:
-        positions = range(first, last)
-        ids = [pages[position].ids[0] for position in positions]
-        texts = ["\n".join(pages[position].parts) for position in positions]
+        ids = [pages[position].ids[0] for position in (first, last - 1)]
+        texts = ["\n".join(pages[position].parts) for position in range(first, last)]
         made.append(index_page(derived.segments + 1, ids, texts, counter.text))
     pages.derived = derived.grown(made, max(last, derived.end), limits.max_claims)
     return made

@@ -140,7 +140,7 @@ class Epoch:
         self.evicted: list[str] = []
         self.made: Sequence[MemoryPage] | None = None
         self.shown: dict[tuple[str, int], MemoryPage] = {}
-        floor = max(turn.context.place.floor, turn.far, turn.before.native_from if turn.before else 0)
+        floor = max(turn.context.place.floor, pages.far, turn.before.native_from if turn.before else 0)
         self._known = turn.known_until(settling=after > 0)  # what is behind is fresh
         self._floor = group_start(pages.path, min(floor, len(pages.path) - 1))  # none before it is native again
         self._end = len(pages.path)

@@ -18,7 +18,7 @@ from proxy.conversation.timeline import Timeline
 from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, context_line
 from proxy.memory.ids import Hit
 from proxy.memory.models import MEDIA_PART, CompressionLevel
-from proxy.memory.passages import find_passages
+from proxy.memory.passages import LEAST_TOKENS, find_passages
 from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
@@ -158,7 +158,7 @@ def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: 
         if whole.tokens <= room:
             return Shown(pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens, whole.line)
     most = min(_PASSAGE_TOKENS, room) - _LINE_TOKENS
-    words = find_passages(pages.text(page_id), queries, most, count) if most > 0 else ""
+    words = find_passages(pages.text(page_id), queries, most, count) if most >= LEAST_TOKENS else ""
     if not words:
         return None
     level = CompressionLevel.REDUCED

@@ -5,6 +5,12 @@ Promises: a page's id and content depend only on its message, on the system mess
 original, byte for byte (invariant 4); a tool's result is never shown without its call, nor a call
 without its results (invariant 8); nothing raises on parts that no provider has.
 
+A message is counted when its size is first asked for, and counting has no other effect: who asks `tokens` gets the
+exact number whether it was known or not, so no plan depends on what a process has counted before (invariant 7). Of a
+long history that is new, what is far in front of any window is not counted. `size` tells of it by its bytes, at the
+rate of the messages that are near, which all follow from the request; the table keeps that as estimated
+until the page is shown. Windows are made of exact numbers alone (invariant 3).
+
 A system message in mid-conversation is outside the tree and so no page of its own: it is a part of the
 page of a message beside it (`owner`), with which it leaves the window and comes back.
 """
@@ -101,13 +107,12 @@ class MessagePages:
 
     `tokens` are the native message's, `notes_tokens` those of the notes as messages of their own,
     `text_tokens` both without the media; `media` are the pages of its images, sounds, videos and files.
-    What costs more is made once, when it is first asked for. (It knows nothing of the path, nor a page of
+    What costs more, counting too, is done once, when it is first asked for. (It knows nothing of the path, nor a page of
     it: without circles, what a request held is free when it ends.)
     """
 
     __slots__ = (
-        "_how", "_message", "_pages", "_parts", "is_plain", "media", "node", "notes", "notes_tokens", "position",
-        "text_tokens", "tokens",
+        "_how", "_message", "_pages", "_parts", "_tokens", "is_plain", "media", "node", "notes", "position",
     )  # fmt: skip
 
     def __init__(self, how: _Reading, position: int, node: Node, notes: Sequence[Anchor]) -> None:
@@ -119,15 +124,26 @@ class MessagePages:
         self.node = node
         self.notes = notes
         self.is_plain = b'"type"' not in node.raw and b'"audio"' not in node.raw  # words, told without decoding
-        counter = how.counter
-        self.tokens = node.tokens
-        if node.tokens < 0 or (node.counter and node.counter != counter.name):
-            self.tokens = counter.message(self.message)
-            node.counted(self.tokens, counter.name)
-        self.notes_tokens = sum(anchor_tokens(note, counter) for note in notes) if notes else 0
+        self._tokens = node.tokens if not node.counter or node.counter == how.counter.name else -1
         self.media = () if self.is_plain else self._read_media()
-        words = self.tokens if self.is_plain else max(0, self.tokens - sum(page.tokens for page in self.media))
-        self.text_tokens = words + self.notes_tokens
+
+    @property
+    def tokens(self) -> int:
+        if self._tokens < 0:
+            self._tokens = self._how.counter.message(self.message)
+            self.node.counted(self._tokens, self._how.counter.name)
+        return self._tokens
+
+    @property
+    def notes_tokens(self) -> int:
+        return sum(anchor_tokens(note, self._how.counter) for note in self.notes) if self.notes else 0
+
+    @property
+    def text_tokens(self) -> int:
+        return self._without_media(self.tokens) + self.notes_tokens
+
+    def _without_media(self, tokens: int) -> int:
+        return max(0, tokens - sum(page.tokens for page in self.media)) if self.media else tokens
 
     @property
     def message(self) -> dict[str, Any]:
@@ -216,17 +232,21 @@ class MessagePages:
     def pages(self) -> tuple[Page, ...]:
         """Its text's page, or one for each part of it, then its media's."""
         if self._pages is None:
-            at, is_result = self.position, self.node.role in RESULT_ROLES
-            count = 1 if self._is_small() else len(self.parts)
-            tokens = self.text_tokens // count
-            plain = bool(self.notes) or (self.is_plain and not is_result)
-            modality = Modality.TEXT if plain else modality_of(self.message)
-            long = is_result and self.tokens > _ARTIFACT_TOKENS
-            kind = PageType.ARTIFACT if long else PageType.TRANSCRIPT
-            numbers = (0,) if count == 1 else range(1, count + 1)
-            texts = [Page(make_page_id(at, n), at, n, tokens, modality, kind) for n in numbers]
-            self._pages = (*texts, *self.media)
+            self._pages = self.sized(self.tokens)
         return self._pages
+
+    def sized(self, tokens: int) -> tuple[Page, ...]:
+        """The same pages, of a message of so many tokens."""
+        at, is_result = self.position, self.node.role in RESULT_ROLES
+        count = 1 if self._is_small() else len(self.parts)
+        each = (self._without_media(tokens) + self.notes_tokens) // count
+        plain = bool(self.notes) or (self.is_plain and not is_result)
+        modality = Modality.TEXT if plain else modality_of(self.message)
+        long = is_result and len(self.node.raw) > _ARTIFACT_TOKENS and self.tokens > _ARTIFACT_TOKENS
+        kind = PageType.ARTIFACT if long else PageType.TRANSCRIPT
+        numbers = (0,) if count == 1 else range(1, count + 1)
+        texts = [Page(make_page_id(at, n), at, n, each, modality, kind) for n in numbers]
+        return (*texts, *self.media)
 
     @property
     def texts(self) -> tuple[Page, ...]:
@@ -262,6 +282,8 @@ class PathPages:
         for anchor in anchors:
             self._notes.setdefault(owner(path, anchor.position), []).append(anchor)
         self._messages: dict[int, MessagePages] = {}
+        self.far = 0  # the new messages before it never were in a window: there are too many behind them
+        self._rate = 0.0  # tokens for a byte of those behind it
 
     @property
     def owner(self) -> bytes:
@@ -301,6 +323,15 @@ class PathPages:
         """Tokens of the native message."""
         node = self.path[position]
         return node.tokens if node.tokens >= 0 and node.counter == self.counter.name else self[position].tokens
+
+    def leave_far(self, far: int) -> None:
+        """Do not count what stands before `far` for sums and for the table."""
+        near = range(far, len(self.path))
+        self.far, self._rate = far, sum(map(self.tokens, near)) / sum(len(self.path[at].raw) for at in near)
+
+    def size(self, position: int) -> int:
+        """Tokens of the native message; before `far` about so many."""
+        return self.tokens(position) if position >= self.far else round(self._rate * len(self.path[position].raw))
 
     # -- by id
 
@@ -353,6 +384,7 @@ class PathPages:
         What stands at a position depends on it and the messages before it only, because branches
         share an index: what an answer says of the media before it is a page beside the answer.
         """
+        seen_media: Sequence[Page] = self[first - 1].media if 0 < first < last else ()
         for position in range(first, last):
             here = self[position]
             name, role = here.message.get("name"), here.node.role
@@ -363,10 +395,11 @@ class PathPages:
             own = self._own_words(position) if here.media else ""
             for page in here.media:
                 yield Doc(position, page.part, role, speaker, f"{_named(page)} {own}")
-            for page in self[position - 1].media if position else ():
+            for page in seen_media:
                 if seen := self._seen_words(position - 1):
                     words = f"{_named(page)} {seen}"
                     yield Doc(position, page.part + MEDIA_PART, role, speaker, words)
+            seen_media = here.media
             self._messages.pop(position, None)
             self._messages.pop(position - 1, None)
 

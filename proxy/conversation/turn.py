@@ -108,6 +108,7 @@ from proxy.memory.vm_tools import PAGE_FAULT, SEARCH_PAGES
 from proxy.tokens import PER_REPLY
 
 _LONG_BYTES = 1 << 19  # of a request, or of what frames its window: to keep it takes milliseconds
+_SURELY = 2  # times the budget: some of the table's sizes may be estimates
 _LEAST_ROOM_TOKENS = 256  # for messages: with less, nothing could be paged
 _USUAL_BYTES = 4  # of a request's body, for each of its tokens
 _ASKED_AGAIN = 2  # times that a model that gave no answer is asked once more, without tools
@@ -270,11 +271,11 @@ class Turn:
     def _fits(self) -> bool:
         """All that the client sent fits, also when it did not in an earlier turn (invariant 2)."""
         limits = self._limits
-        if self._context.state is not None and self.table.total_tokens > limits.budget_tokens:
+        if self._context.state is not None and self.table.total_tokens > _SURELY * limits.budget_tokens:
             return False  # what it was paged for, as nearly always
         total = self._fixed_tokens + PER_REPLY
         total += sum(anchor_tokens(anchor, self._context.counter) for anchor in self._context.place.anchors)
-        for position in range(len(self.path)):
+        for position in range(len(self.path) - 1, -1, -1):  # what is near is counted for the window, too
             total += self.pages.tokens(position)
             if total > limits.budget_tokens:
                 return False

@@ -122,7 +122,6 @@ class TurnWindow:
         self._settled_with: list[tuple[list[PageMutation], list[MemoryPage]]] = []
         self._answered = answered
         self._entered = self.before.covered if self.before else 0  # the pages before it are in the table
-        self.far = 0  # the new messages before it never were in a window: there are too many behind them
         self._next_limits = next_limits
         # The budget less what stands in front of the path: system messages, tools, the answer's frame.
         self.tools_tokens = vm_tools_tokens(channel, context.counter)
@@ -132,7 +131,13 @@ class TurnWindow:
         self._stood: dict[int | None, tuple[list[Anchor], int]] = {}
 
     def apply(self, mutation: PageMutation) -> None:
-        """The only way in which a turn changes the table."""
+        """The only way in which a turn changes the table. A page that is about to be shown is counted before."""
+        if mutation.op in (MutationType.MAP, MutationType.FAULT_IN):
+            entry = self.table.lookup(mutation.page_id)
+            if entry is not None and entry.estimated:
+                here = self.pages[entry.position]
+                tokens = here.text_tokens // len(here.parts)
+                self.apply(PageMutation(MutationType.UPDATE, mutation.page_id, mutation.turn, tokens=tokens))
         self.table.apply(mutation)
         self.mutations.append(mutation)
 
@@ -151,7 +156,8 @@ class TurnWindow:
             before = msgspec.structs.replace(before, factor=self.limits.tokens_factor)
         if len(self.pages.path) - self._entered > _AT_ONCE_MESSAGES:
             yield OFFLOAD
-            self.far = self._beyond_reach()
+            if far := self._beyond_reach():
+                self.pages.leave_far(far)
         self.turn -= len(self._answered)  # in the first of them, if the request brought some
         self.before = self._without_evidence(before)
         self.turn = self.report.turn
@@ -339,9 +345,9 @@ class TurnWindow:
             for mutation in self._renewed(pages[position]):
                 self.apply(mutation)
         for position in range(first, len(pages.path)):
-            for mutation in created(pages[position], self.context.place.floor, self.turn, self.far):
+            for mutation in created(pages, position, self.context.place.floor, self.turn):
                 self.apply(mutation)
-            if position < self.far:
+            if position < pages.far:
                 pages.forget(position)
         self._entered = max(first, len(pages.path))
 
@@ -625,18 +631,20 @@ class TurnWindow:
         report.context_pages = [e.page_id for e in resident if e.position not in native]
 
 
-def created(message: MessagePages, floor: int, turn: int, far: int = 0) -> Iterator[PageMutation]:
-    """A new message stands in the window, but for those before the floor, and of those that are `far` from it all but
+def created(pages: PathPages, position: int, floor: int, turn: int) -> Iterator[PageMutation]:
+    """A new message stands in the window, but for those before the floor, and of those that are far from it all but
     what may be a line of it: media, and what says something for all later answers, which is pinned."""
+    message = pages[position]
     standing = message.standing
-    inside = message.position >= floor and (message.position >= far or bool(standing or message.media))
-    tier = StorageTier.L0 if inside else StorageTier.L2
-    for page in message.pages:
+    near = position >= pages.far or bool(standing or message.media)
+    tier = StorageTier.L0 if near and position >= floor else StorageTier.L2
+    for page in message.pages if near else message.sized(pages.size(position)):
         kind = page.page_type
         yield PageMutation(
             MutationType.CREATE, page.id, turn, None, tier, page.tokens,
             modality=page.modality,
             page_type=None if kind is PageType.TRANSCRIPT else kind,
+            estimated=not near,
         )  # fmt: skip
     if standing:
         yield PageMutation(MutationType.PIN, message.pages[0].id, turn)

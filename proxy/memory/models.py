@@ -230,6 +230,7 @@ class PageTableEntry(msgspec.Struct, array_like=True, gc=False):
     pin_kind: PinKind | None = None  # None: not pinned
     pinned_turn: int | None = None
     artifact_id: str | None = None
+    estimated: bool = False  # `size_tokens` is, from the size in bytes
 
     @property
     def pinned(self) -> bool:
@@ -241,7 +242,8 @@ class PageMutation(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     `tokens` is the page's full size for CREATE and UPDATE, and its cost in the window for MAP,
     FAULT_IN and COMPRESS. `importance` is 0..1. `modality` and `page_type` only mean something for
-    CREATE, `pin_kind` for PIN (None: explicit).
+    CREATE, `pin_kind` for PIN (None: explicit), and so does `estimated`: `tokens` are about so many, until an UPDATE
+    has counted them.
     """
 
     op: MutationType
@@ -257,6 +259,7 @@ class PageMutation(msgspec.Struct, array_like=True, frozen=True, gc=False):
     page_type: PageType | None = None
     artifact_id: str | None = None
     pin_kind: PinKind | None = None
+    estimated: bool = False
 
 
 class PageTableStats(BaseModel):

@@ -29,6 +29,7 @@ from proxy.memory.words import SENTENCE_END, STOP_WORDS
 
 MARK = "…"
 _MARK_TOKENS = 3  # of a mark with the white space around it, at most
+LEAST_TOKENS = _MARK_TOKENS + 1  # with fewer, no passage is found
 _TERMS = 24  # of one query, from both of its ends
 _QUERY_CHARS = 2_000  # of one query, at each of its ends
 _LATER_QUERIES = 0.5  # a word of theirs, beside the same word of the first

@@ -46,7 +46,7 @@ def told_evidence(words: float) -> float:
 
 class Candidate(NamedTuple):
     """A page that a search proposes: `score`, `evidence` and `words` as in `proxy.memory.ids.Hit`; `tokens` is
-    the whole page's size."""
+    the whole page's size, or about it."""
 
     page_id: str
     score: float

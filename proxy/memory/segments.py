@@ -43,7 +43,7 @@ def summary_id(number: int) -> str:
 
 def index_page(number: int, ids: Sequence[str], texts: Sequence[str], count: _Count) -> MemoryPage:
     """`seg 03 (msg_0040-msg_0088): Postgres, deadline, migration`, for the manifest. Segments count from 1; `ids`
-    and `texts` are its messages', at least one."""
+    are its first and its last page's, `texts` its messages', at least one."""
     share = max(80, _READ_CHARS // len(texts))
     read = "\n".join(_NUMBER.sub(" ", text[:share]) for text in texts)
     topics = compress_text(read, CompressionLevel.REFERENCE, None, count)

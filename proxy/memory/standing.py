@@ -11,7 +11,7 @@ an earlier one about the same thing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from proxy.memory.words import SENTENCE_END, STOP_WORDS
 SENTENCE_CHARS = 800  # a longer sentence stands for nothing
 MOST_SENTENCES = 4  # of one message, the first ones
 _HEAD_CHARS = 5  # of a word that is a cue
+_KEPT_WORDS = 16_384  # whose beginnings are known
 _READ_CHARS = 8_000  # of a message, half of them from its end
 _HOLDING = 128  # sentences that are compared, the newest
 
@@ -34,11 +35,12 @@ class Standing(NamedTuple):
 
 class _Language(NamedTuple):
     """`cues`: in every sentence that the patterns match one of them is in it: of a language with spaces the beginning
-    of a word, of one without any characters. Both patterns read lower case, `instruction` from where a clause begins,
-    `preference` anywhere in a sentence."""
+    of a word, of one without any characters; and `part` of one of these patterns, anywhere. Both patterns read lower
+    case, `instruction` from where a clause begins, `preference` anywhere in a sentence."""
 
     cues: frozenset[str]
     spaced: bool
+    part: re.Pattern[str]
     instruction: re.Pattern[str]
     preference: re.Pattern[str]
 
@@ -70,11 +72,12 @@ def _spaced(
     if objects:
         forms.append(rf"{begin}{verb}(?:[\s-](?:{objects}))*\s+(?:{always})\b")
     heads = frozenset(cue[:_HEAD_CHARS] for cue in cues.split())
-    return _Language(heads, True, re.compile("|".join(forms)), re.compile(rf"\b(?:{prefers})"))
+    part = re.compile(rf"\b(?:{always}|{later}|{keep}|{each}|{prefers})")
+    return _Language(heads, True, part, re.compile("|".join(forms)), re.compile(rf"\b(?:{prefers})"))
 
 
 def _unspaced(cues: str, instruction: str, preference: str) -> _Language:
-    return _Language(frozenset(cues.split("|")), False, re.compile(instruction), re.compile(preference))
+    return _Language(frozenset(cues.split("|")), False, re.compile(cues), re.compile(instruction), re.compile(preference))
 
 
 _ENGLISH = _spaced(
@@ -329,14 +332,13 @@ def standing_in(role: str, text: str) -> list[Standing]:
         return []
     if len(text) > _READ_CHARS:
         text = f"{text[: _READ_CHARS // 2]}\n{text[-_READ_CHARS // 2 :]}"
-    heads, found = _heads(whole := text.lower()), list[Standing]()
-    cues, plain = heads & _CUES, text.isascii()
-    languages = _written_in(whole, heads, LANGUAGES) if cues or not plain else []
+    cues, found, plain = _cues_in(whole := text.lower()), list[Standing](), text.isascii()
+    languages = _written_in(whole, cues) if cues or not plain else []
     for sentence in _sentences(text) if languages else ():
         low = sentence.lower()
-        if plain and not any(cue in low for cue in cues):
+        if plain and not any(map(low.__contains__, cues)):
             continue
-        here = _written_in(low, _heads(low), languages)
+        here = [language for language in languages if language.part.search(low)]
         starts = _clauses(low) if here else ()
         if any(language.instruction.match(low, start) for language in here for start in starts):
             found.append(Standing(sentence, True))
@@ -345,18 +347,32 @@ def standing_in(role: str, text: str) -> list[Standing]:
     return found[:MOST_SENTENCES]
 
 
-def _heads(low: str) -> set[str]:
-    """How its words begin."""
-    return {word[:_HEAD_CHARS] for word in (low.translate(_APART).split() if low.isascii() else _LETTERS.findall(low))}
+class _Heads(dict[str, str]):
+    """Word -> how it begins, where that is a cue."""
+
+    def __missing__(self, word: str) -> str:
+        if len(self) >= _KEPT_WORDS:
+            self.clear()
+        self[word] = head = word[:_HEAD_CHARS] if word[:_HEAD_CHARS] in _CUES else ""
+        return head
 
 
-def _written_in(low: str, heads: Set[str], languages: Iterable[_Language]) -> list[_Language]:
-    """Those whose cues are in it: told for far less than the patterns cost."""
+_heads = _Heads()
+
+
+def _cues_in(low: str) -> set[str]:
+    """Those of the languages with spaces."""
+    words = low.translate(_APART).split() if low.isascii() else _LETTERS.findall(low)
+    return set(map(_heads.__getitem__, words)) - {""}
+
+
+def _written_in(low: str, cues: Set[str]) -> list[_Language]:
+    """The languages whose cues are in it: told for far less than the patterns cost."""
     wide = not low.isascii()
     return [
         language
-        for language in languages
-        if (not heads.isdisjoint(language.cues) if language.spaced else wide and any(cue in low for cue in language.cues))
+        for language in LANGUAGES
+        if (not cues.isdisjoint(language.cues) if language.spaced else wide and any(cue in low for cue in language.cues))
     ]
 
 

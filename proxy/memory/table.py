@@ -306,6 +306,7 @@ class PageTable:
             importance=DEFAULT_IMPORTANCE if m.importance is None else m.importance,
             modality=m.modality or Modality.TEXT,
             page_type=m.page_type or PageType.TRANSCRIPT,
+            estimated=m.estimated,
         )
         self._entries[m.page_id] = entry
         self._chunks.setdefault(_chunk_of(entry), []).append(entry)
@@ -382,7 +383,7 @@ class PageTable:
             entry.level = m.level
         if m.tokens is not None:
             self._root.tokens += m.tokens - entry.size_tokens
-            entry.size_tokens = m.tokens
+            entry.size_tokens, entry.estimated = m.tokens, False
         if m.importance is not None:
             entry.importance = m.importance
 

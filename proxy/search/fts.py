@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -101,6 +101,9 @@ class _Term(NamedTuple):
         return len(self.rows)
 
 
+_Postings: TypeAlias = "array[int] | int"  # a term's; of most terms, which stand on one page, the one posting alone (0: there is none)
+
+
 class _Rows(msgspec.Struct, array_like=True, gc=False):
     """Some rows of an index as they are stored. Numbers are as `_planes` has them; `new_terms`: after each row, how
     many first stood in these; `counts`: how many postings each of the terms `numbers` has in them."""
@@ -144,16 +147,21 @@ class _Asked(NamedTuple):
 class _Numbers(dict[str, int]):
     """Term -> its number; a new one gets the next."""
 
-    def __init__(self, postings: list[array[int]], texts: list[str]) -> None:
+    def __init__(self, postings: list[_Postings], texts: list[str]) -> None:
         self._postings, self._texts = postings, texts
+        self._languages = languages_of()
         self.stops: dict[str, list[array[int]]] = {}  # language -> the postings of its stop words among them
 
     def __missing__(self, term: str) -> int:
-        number = self[term] = len(self._postings)
-        self._postings.append(array("I"))
+        number = self[term] = len(self._texts)
         self._texts.append(term)
-        for language in languages_of().get(term, ()):
-            self.stops.setdefault(language, []).append(self._postings[number])
+        languages = self._languages.get(term)
+        if languages is None:
+            self._postings.append(0)
+            return number
+        self._postings.append(rows := array("I"))
+        for language in languages:
+            self.stops.setdefault(language, []).append(rows)
         return number
 
 
@@ -162,7 +170,7 @@ class PageIndex:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._postings: list[array[int]] = []  # by number
+        self._postings: list[_Postings] = []  # by number
         self._texts: list[str] = []  # number -> term
         self._ids = _Numbers(self._postings, self._texts)  # and back
         self._keys: list[tuple[int, int]] = []  # row -> (position, part)
@@ -212,7 +220,10 @@ class PageIndex:
             first = bisect_left(self._keys, (position,))
             for row in reversed(range(first, len(self._keys))):
                 for number in set(memoryview(self._words[row]).cast("I")):
-                    self._postings[number].pop()
+                    if isinstance(postings := self._postings[number], int):
+                        self._postings[number] = 0
+                    else:
+                        postings.pop()
                 self._count(row, -1)
             terms = self._terms_at[first - 1] if first else 0
             for text in self._texts[terms:]:
@@ -236,7 +247,7 @@ class PageIndex:
             found = array("I")
             counts = []
             for number in numbers:
-                rows = self._postings[number]
+                rows = self._rows(number)
                 stand = rows[bisect_left(rows, begin << _TF_BITS) : bisect_left(rows, end << _TF_BITS)]
                 found += stand
                 counts.append(len(stand))
@@ -258,7 +269,10 @@ class PageIndex:
                 self._ids[text]  # a new one gets the next number
             found, at, postings = _whole(rows.postings), 0, self._postings
             for number, count in zip(memoryview(_whole(rows.numbers)).cast("I"), rows.counts, strict=True):
-                postings[number].frombytes(found[at : (at := at + count * _ID_BYTES)])
+                of_term = self._rows(number)
+                of_term.frombytes(found[at : (at := at + count * _ID_BYTES)])
+                if isinstance(postings[number], int):
+                    postings[number] = of_term if len(of_term) > 1 else of_term[0]
             words, at = _whole(rows.words), 0
             for length in rows.lengths:
                 self._words.append(words[at : (at := at + length)])
@@ -326,7 +340,11 @@ class PageIndex:
             numbers = list(map(number_of, sequence))
             base = row << _TF_BITS
             for number, often in Counter(numbers).items():
-                postings[number].append(base | (often if often < _TF_MASK else _TF_MASK))
+                posting = base | (often if often < _TF_MASK else _TF_MASK)
+                if not isinstance(rows := postings[number], int):
+                    rows.append(posting)
+                else:
+                    postings[number] = array("I", (rows, posting)) if rows else posting
             self._words.append(array("I", numbers).tobytes())
             self._terms_at.append(len(self._texts))
             self._keys.append((doc.position, doc.part))
@@ -334,8 +352,13 @@ class PageIndex:
             self._roles.append(doc.role)
             self._names.append(doc.name or speaker_label(doc.text))
             ends = doc.text[-_ASKING_CHARS:]
-            self._asks.append("?" in ends or any(mark in ends for mark in _ASKING))
+            self._asks.append("?" in ends or (not ends.isascii() and any(mark in ends for mark in _ASKING)))
             self._count(row, 1)
+
+    def _rows(self, number: int) -> array[int]:
+        """A term's postings."""
+        rows = self._postings[number]
+        return rows if not isinstance(rows, int) else array("I", (rows,) if rows else ())
 
     def _count(self, row: int, sign: int) -> None:
         """Add (1) or take away (-1) a row."""
@@ -484,7 +507,7 @@ class PageIndex:
     def _lookup(self, terms: Sequence[str]) -> list[_Term]:
         """The rarest terms that stand anywhere, ordered by rarity."""
         numbers = ((text, self._ids.get(text)) for text in terms)
-        found = [_Term(text, self._postings[n]) for text, n in numbers if n is not None and self._postings[n]]
+        found = [_Term(text, self._rows(n)) for text, n in numbers if n is not None and self._postings[n]]
         found.sort(key=lambda term: (term.docs, term.text))
         return found[:QUERY_TERMS]
 
@@ -610,13 +633,13 @@ class PageIndex:
         weighed = heapq.nsmallest(SECOND_TERMS, [
             (-value * weigh(pages), text, number)
             for number, value in spoken.items()
-            if 1 < (pages := len(postings[number])) <= most
+            if not isinstance(rows := postings[number], int) and 1 < (pages := len(rows)) <= most
             and (text := texts[number]) not in idle and text not in names
         ])  # fmt: skip
         added: dict[int, float] = {}
         get, chars, spent, weight = added.get, self._chars, 0, 0.0
         for value, _, number in weighed:
-            rows = postings[number]
+            rows = self._rows(number)
             spent += len(rows)
             if spent > SECOND_POSTINGS:
                 break

@@ -84,7 +84,8 @@ class _Branch:
         if not self.lock.acquire(blocking=False):
             return
         if self.packed is None:
-            self.packed = zstandard.ZstdCompressor(1).compress(self.index.store(0, sys.maxsize))
+            packed = zstandard.ZstdCompressor(1).compress(self.index.store(0, sys.maxsize))
+            self.packed = bytes(memoryview(packed))  # a copy: what the compressor gives has room for all that it read
             self.index = PageIndex()
         self.lock.release()
 

@@ -19,7 +19,8 @@ from proxy.conversation.body import (
     remembered,
     split_body,
 )
-from proxy.conversation.tree import KeyScope
+from proxy.conversation.identify import chain
+from proxy.conversation.tree import Identity, KeyScope, TenantKey
 from proxy.errors import ApiError
 from tests.cpu import cpu_within
 from tests.examples import examples
@@ -276,6 +277,24 @@ def test_invariant_10_bytes_kept_are_bounded(steps: list[tuple[list[bytes], bool
         assert sum(kept.values()) <= cache._bytes <= limit
     cache.clear()
     assert cache._bytes == 0 and cache.find(b"s", b"{" + b"a" * 100 + b"}", 0) is None
+
+
+def test_history_that_rests_is_recognised_and_keeps_its_messages_alone() -> None:
+    cache, identity, tenant = HistoryCache(1 << 24), Identity(bytes(32)), TenantKey(b"t" * 32)
+    message = b'{"role":"user","content":"%d %d, and so on: longer than what is kept for nobody"}'
+    bodies = [b'{"messages":[%b]}' % b",".join(message % (n, i) for i in range(3)) for n in range(80)]
+    spaced = bodies[0].replace(b"},{", b"}, {")
+    for body in (spaced, *bodies):
+        split = read_body(body, SCOPE, cache)
+        known = remembered(split, *chain(split, identity, tenant), tenant)
+        assert known is not None
+        cache.add(SCOPE, known, split.continued)
+    kept = {bytes(known.history): known for known, _ in cache._keys.values()}
+    rests = [known._history is None for known in kept.values()]
+    assert rests == [False, *[True] * (len(bodies) - 64), *[False] * 64]  # the first is not what its messages make
+    for body in (spaced, *bodies):
+        seen = recognise(body[:-2] + b',{"role":"user","content":"more"}]}', SCOPE, cache)
+        assert seen.shared == 3
 
 
 def test_continuation_takes_the_place_of_what_it_continues() -> None:

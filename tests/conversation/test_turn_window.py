@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from proxy.conversation.effects import Refused
 from proxy.errors import ApiError
 from proxy.memory import StorageTier, VMMode, WorkingSetConfig
+from proxy.memory.ids import make_page_id
 from proxy.tokens import get_counter
 from tests.bench.token_error import png_part
 from tests.conversation.checks import check_media_messages, goes_on, upstream_tokens
@@ -35,6 +36,8 @@ from tests.conversation.player import (
 )
 from tests.conversation.scenario import WORDS, grown, text_of, tools_of
 from tests.examples import examples
+
+_COUNTER = get_counter("gpt-4o")
 
 
 @pytest.mark.parametrize("tokens", [900, 1000, 1020])
@@ -572,3 +575,55 @@ def test_what_a_user_said_for_all_later_answers_stands_in_every_window_word_for_
     assert tables == ['U (msg_0005, level 1): "I prefer tables over lists."']
     assert user_of(requests[23], "German") == ['U (msg_0025): "From now on answer in German."']
     assert not user_of(requests[23], "French") and "row 7:" not in json.dumps(requests[23])
+
+
+# -- what is far in front of the window
+
+
+def long_history() -> list[Message]:
+    """200 short messages and a question about the third of them."""
+    said = [f"Item {n}: the {'red' if n % 3 else 'green'} crate number {n * 7919 % 1009} stands at quay {n % 17}." for n in range(200)]
+    said[2] = "The password of the lighthouse is zanzibar."
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    return [*messages, {"role": "user", "content": "What was the password of the lighthouse?"}]
+
+
+class _Counted(Player):
+    """One whose process has counted all messages before."""
+
+    def place(self, *given: Any) -> Any:
+        split, found, *rest = super().place(*given)
+        for node in found.path:
+            node.counted(_COUNTER.message(json.loads(node.raw)), _COUNTER.name)
+        return split, found, *rest
+
+
+def test_far_messages_are_estimated_and_counted_when_they_are_shown() -> None:
+    turn = Player(limits_of(1000)).ask(long_history(), script(says("zanzibar"))).turn
+    table, path = turn.table, turn.path
+    exact = [_COUNTER.message(json.loads(node.raw)) for node in path]
+    entries = [table.lookup(make_page_id(position)) for position in range(201)]
+    far = [entry for entry in entries if entry is not None and entry.estimated]
+    assert 80 < len(far) < 160 and not any(entry.l0_tokens for entry in far)
+    assert sum(entry.size_tokens for entry in far) == pytest.approx(sum(exact[entry.position] for entry in far), rel=0.1)
+    assert sum(path[entry.position].tokens < 0 for entry in far) > 60  # the others' lines were counted
+    shown = entries[2]
+    assert shown is not None and shown.l0_tokens and shown.size_tokens == exact[2] and not shown.estimated
+
+
+def test_invariant_07_what_a_process_has_counted_before_changes_nothing() -> None:
+    plain, counted = Player(limits_of(1000)), _Counted(limits_of(1000))
+    messages, upstream = long_history(), list[list[bytes]]()
+    for player in (plain, counted):
+        bodies: list[bytes] = []
+        said = list(messages)
+        for number in range(6):
+            played = player.ask(said, script(says(f"Answer {number}: " + "the crates stand at the quay. " * 8)))
+            bodies += played.bodies
+            assert played.message is not None and played.turn.record is not None
+            bodies.append(played.turn.record.mutations)
+            said += [played.message, {"role": "user", "content": f"And what stands at quay {number}?"}]
+            if number == 2:
+                player.forget()
+        upstream.append(bodies)
+    assert upstream[0] == upstream[1]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.memory.passages import MARK, find_passages, passage
+from proxy.memory.passages import LEAST_TOKENS, MARK, find_passages, passage
 from proxy.memory.words import STOP_WORDS
 from proxy.search.terms import clean, tokenizer
 from proxy.tokens import get_counter
@@ -72,6 +72,12 @@ def test_any_text_and_query_give_passages_of_the_text(text: str, query: str, max
     assert count(shown) <= max_tokens
     if MARK not in text:
         check_place(find_passages(text, [query], max_tokens, count), text)
+
+
+@examples(30)
+@given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(0, LEAST_TOKENS - 1))
+def test_too_few_tokens_show_nothing(text: str, max_tokens: int) -> None:
+    assert find_passages(text, [text], max_tokens, count) == ""
 
 
 _random = random.Random(4)
