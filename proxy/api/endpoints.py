@@ -38,8 +38,8 @@ from proxy.conversation.records import (
     GetRecord,
     Record,
     conversation_key,
-    history,
     owner_of,
+    record_at,
     restore_state,
 )
 from proxy.conversation.tree import ID_BYTES, KeyScope, NodeId, TenantKey
@@ -341,15 +341,14 @@ async def _context(request: Request, head: Record, memory: Memory) -> dict[str, 
 def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     """The window that upstream was sent in a turn. A turn that did not page had everything in front
     of its answer."""
-    record = _record_at(head, turn, memory.get_record)
+    record = record_at(head, turn, memory.get_record, memory.get_block)
     if record.unkept:
         raise ApiError(404, "The window of this turn was not kept: its client changes what stands before it with"
                        " every request.", param="turn", code="window_not_kept")  # fmt: skip
     derived, crowded = NO_DERIVED, False
     if record.window:
-        table = history(record, memory.get_record).replay(turn)
-        pages = [{"page_id": e.page_id, "level": int(e.level)} for e in table.resident()]
         state = restore_state(record, memory.get_record, memory.get_block)
+        pages = [{"page_id": e.page_id, "level": int(e.level)} for e in state.table.resident()]
         derived, crowded = state.derived, bool(state.window and state.window.crowded)
     else:
         pages = [{"page_id": make_page_id(p), "level": 0} for p in range(record.end - 1)]
@@ -364,18 +363,6 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
             for i, p in derived.pages.items()
         ],
     }
-
-
-def _record_at(head: Record, turn: int, get: GetRecord) -> Record:
-    """The record of a turn on the way to `head`. A turn whose answer came in a request may have none, where
-    its client had changed what stands before it: then the one before it, or the first."""
-    record = head
-    while record.turn > turn and record.parent:
-        above = get(record.parent)
-        if above is None:
-            raise LookupError(f"the record before turn {record.turn} is missing")
-        record = above
-    return record
 
 
 def _derived(record: Record, memory: Memory) -> Derived:

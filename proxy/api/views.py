@@ -35,6 +35,7 @@ from proxy.conversation.records import (
     conversation_name,
     epoch_begun,
     record_at,
+    record_key,
     restore_table,
     restore_window,
 )
@@ -151,7 +152,10 @@ class Views:
         else:
             raise ApiError(400, "sort must be used, began or title.", param="sort", code="invalid_value")
         start = _cursor(cursor)
-        rows = [self._row(who, o, LastUse.decode(used[o]), titles.get(o) or self._title(o)) for o in found[start : start + limit]]
+        shown = {o: LastUse.decode(used[o]) for o in found[start : start + limit]}
+        heads = [record_key(last.head) for last in shown.values() if self._memory.cache.get("record", last.head) is None]
+        store.ahead([*heads, *(keys.TITLE + o for o in shown if o not in titles)], alone=True)
+        rows = [self._row(who, o, last, titles.get(o) or self._title(o)) for o, last in shown.items()]
         more = start + limit < len(found)
         return {
             "conversations": rows, "total": len(found), "truncated": len(used) >= _LISTED,

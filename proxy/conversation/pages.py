@@ -367,8 +367,8 @@ class PathPages:
                 if seen := self._seen_words(position - 1):
                     words = f"{_named(page)} {seen}"
                     yield Doc(position, page.part + MEDIA_PART, role, speaker, words)
-            self._messages.pop(position, None)
             self._messages.pop(position - 1, None)
+        self._messages.pop(last - 1, None)
 
     def index_keys(self, before: int) -> Sequence[bytes]:
         """What the search index knows the pages of the first `before` messages by: each key names all
