@@ -1,6 +1,6 @@
 """The charts of README.md and docs/measured.md, drawn from the tables that stand there: one source of each figure.
 
-    python -m tests.bench.figures            draws docs/recall.svg and docs/bill.svg anew
+    python -m tests.bench.figures            draws docs/recall.svg, bill.svg, overhead.svg and engine.svg anew
     python -m tests.bench.figures --bill     plays the demo, and prints the table of its bill turn by turn
     python -m tests.bench.figures --map      plays 80 turns of it, and draws docs/map.svg: which pages were in the window when
 """
@@ -17,7 +17,7 @@ from unittest.mock import patch
 from proxy.demo.bill import Ledger
 from proxy.ui.charts import map_chart
 from proxy.upstream import RootPath, Upstream
-from tests.bench.chart import small_multiples
+from tests.bench.chart import bars, small_multiples
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _TURNS_A_ROW = 39  # six rows of the demo's 234 turns
@@ -61,7 +61,7 @@ def recall(text: str) -> str:
 
 
 def bill(text: str) -> str:
-    """Of the demo, turn by turn; of chats and agents in their window."""
+    """Of the demo, turn by turn."""
     cells = rows("| turn of the demo |", text)
     names = ["llm-pager", "full history", "sliding window"]
     thousands = {name: [number(row[column]) / 1000 for row in cells] for column, name in enumerate(names, 1)}
@@ -70,10 +70,29 @@ def bill(text: str) -> str:
     return small_multiples(title, ticks, names, {"thousands of tokens": thousands})
 
 
+def overhead(text: str) -> str:
+    """Each column of the table as a panel; a gateway that was not run in it has no bar."""
+    heading = "| | new 1 KB chat |"
+    names = [cell.strip() for cell in text[text.index(heading) :].partition("\n")[0].strip("|").split("|")][1:]
+    cells = [row for row in rows(heading, text) if "/" not in row[0]]
+    panels = {
+        f"{name}, ms": {row[0]: number(row[column]) for row in cells if any(map(str.isdigit, row[column]))}
+        for column, name in enumerate(names, 1)
+    }
+    return bars("What a request costs in the gateway: CPU, and the time to the first token", "llm-pager", panels)
+
+
+def engine(text: str) -> str:
+    """Tokens evaluated a turn, by the way in which the window was made."""
+    found = {row[0]: number(row[1]) for row in rows("| window made by |", text)}
+    return bars("Tokens that a real engine evaluated a turn (Qwen2.5-Coder 0.5B, window 4,000)", "llm-pager", {"tokens a turn": found})
+
+
 def charts() -> dict[str, str]:
     """Each chart's file in docs/ and what belongs in it."""
     text = (DOCS / "measured.md").read_text(encoding="utf-8")
-    return {"recall.svg": recall(text), "bill.svg": bill(text)}
+    drawn = {"recall": recall, "bill": bill, "overhead": overhead, "engine": engine}
+    return {f"{name}.svg": draw(text) for name, draw in drawn.items()}
 
 
 def played() -> None:
