@@ -21,7 +21,7 @@ from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.errors import ApiError
 
 _LOOK_S = 0.4  # between two looks for a new turn,
-_LOOK_SHARE = 20  # and at most 1/20 of a processor for them
+_LOOK_SHARE = 20  # and at most 1/20 of a processor for them, and for the page that is loaded anew after each turn
 _BEAT_S = 15.0  # of silence, then a comment: a connection that is gone is noticed
 
 P = ParamSpec("P")
@@ -42,6 +42,7 @@ class Vm:
 
     def __init__(self, views: Views, access: Access, memory: Memory, streams: int, ends: Callable[[], bool]) -> None:
         self.views, self.access, self.memory = views, access, memory
+        self.page_s = {False: 0.0, True: 0.0}  # of CPU, that the last page of a conversation (True), or of all, took
         self._streams, self._ends = asyncio.Semaphore(streams), ends
         self.router = APIRouter(prefix="/vm", tags=["conversations"])
         self._add_routes()
@@ -91,10 +92,13 @@ class Vm:
             began_s = time.monotonic()
             version = await asyncio.to_thread(self.views.version, who, owner)
             took_s = time.monotonic() - began_s
-            if version != known or time.monotonic() - said_s > _BEAT_S:
-                yield b"event: turn\ndata: {}\n\n" if version != known else b": still here\n\n"
+            anew = version != known
+            if anew or time.monotonic() - said_s > _BEAT_S:
+                yield b"event: turn\ndata: {}\n\n" if anew else b": still here\n\n"
                 known, said_s = version, time.monotonic()
-            await asyncio.sleep(max(_LOOK_S, took_s * _LOOK_SHARE))
+            await asyncio.sleep(rest_s := max(_LOOK_S, took_s * _LOOK_SHARE))
+            if anew:  # by now it is known what the page took
+                await asyncio.sleep(max(0.0, self.page_s[owner is not None] * _LOOK_SHARE - rest_s))
 
     def streamed(self, who: Who, name: str) -> Response:
         if self._streams.locked():
@@ -131,7 +135,8 @@ class Vm:
 
         @router.get("/conversations/{name}/map", summary="Which pages were in the window of which turns")
         async def memory_map(who: Asker, name: str, branch: Name = "", first: int = 0, last: int = 0) -> dict[str, Any]:
-            """`runs` of a page: [first turn, last turn, native | evidence | fault | kept0 ... kept3 (a line, by its level)]."""
+            """`runs` of a page: [first turn, last turn, native | evidence | fault | kept0 ... kept3 (a line, by its level)]; from the
+            turn `since` on it was there, and outside the window where it has no run."""
             return await self.of(who, name, branch, lambda at: views.map(at, first, last))
 
         @router.get("/conversations/{name}/timeline", summary="Tokens of the window beside those of the history")

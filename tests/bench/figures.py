@@ -25,10 +25,10 @@ _MAPPED_TURNS = 80
 _MAP_STYLE = """
 svg { font: 11px system-ui, sans-serif; background: #fcfcfb; } text { fill: #52514e; } .title { font-size: 14px; font-weight: 600; fill: #0b0b0b; }
 .native { fill: #2a78d6; } .evidence { fill: #1b9e77; } .fault { fill: #eb6834; } .kept0 { fill: #7fb0ea; } .kept1 { fill: #a9c9f0; }
-.kept2 { fill: #c9dcf5; } .kept3 { fill: #dfe9f7; } .line { fill: #8a8984; }
+.kept2 { fill: #c9dcf5; } .kept3 { fill: #dfe9f7; } .line { fill: #8a8984; } .out { fill: #efeeea; }
 @media (prefers-color-scheme: dark) {
 svg { background: #1a1a19; } text { fill: #c3c2b7; } .title { fill: #fff; } .native { fill: #3987e5; } .evidence { fill: #3cc79a; } .fault { fill: #d95926; }
-.kept0 { fill: #2c5d96; } .kept1 { fill: #26496f; } .kept2 { fill: #22394f; } .kept3 { fill: #202d3a; }
+.out { fill: #252523; } .kept0 { fill: #2c5d96; } .kept1 { fill: #26496f; } .kept2 { fill: #22394f; } .kept3 { fill: #202d3a; }
 }"""
 
 
@@ -152,8 +152,8 @@ def drawn(chart: dict[str, Any]) -> str:
         out.append(f'<rect class="{kind}" x="{x}" y="30" width="10" height="10"/><text x="{x + 15}" y="39">{name}</text>')
         x += 34 + 6 * len(name)
     out.append(f'<g transform="translate(12 {top - 20})">')
-    for cell in chart["cells"]:
-        out.append(f'<rect class="{cell["kind"]}" x="{cell["x"]}" y="{cell["y"]}" width="{cell["w"]}" height="{cell["h"]}"/>')
+    for cell in [*chart["stored"], *chart["cells"]]:
+        out.append(f'<rect class="{cell.get("kind", "out")}" x="{cell["x"]}" y="{cell["y"]}" width="{cell["w"]}" height="{cell["h"]}"/>')
     for line in chart["lines"]:
         out.append(f'<rect class="line" x="{line["x"]}" y="{chart["top"]}" width="1" height="{chart["height"] - chart["top"] - 18}"/>')
     for tick in chart["ticks"]:

@@ -20,10 +20,10 @@ def turn(number: int, **more: Any) -> dict[str, Any]:
 def test_map_cells_stand_in_their_turns_and_within_the_frame(count: int, rows: int, first: int) -> None:
     turns = [turn(first + n, epoch_begun=n % 7 == 0 and 1, faults=n % 3, evidence=n % 2) for n in range(count)]
     runs = [[first, first + count - 1, "native"]], [[first + count // 2, first + count // 2, "evidence"]]
-    pages = [{"page": f"msg_{n:04d}", "role": "user", "pinned": False, "runs": runs[n % 2]} for n in range(rows)]
+    pages = [{"page": f"msg_{n:04d}", "role": "user", "pinned": False, "since": first, "runs": runs[n % 2]} for n in range(rows)]
     made = map_chart({"first": first, "last": first + count - 1, "turns": turns, "pages": pages, "left_out": 0})
-    assert len(made["cells"]) == rows
-    for cell in made["cells"]:
+    assert len(made["cells"]) == len(made["stored"]) == rows
+    for cell in [*made["cells"], *made["stored"]]:
         assert cell["x"] >= 0 and cell["x"] + cell["w"] <= made["width"] + 1 and cell["w"] > 0
         assert made["top"] <= cell["y"] and cell["y"] + cell["h"] <= made["height"]
     assert len(made["lines"]) == len(range(0, count, 7)) and len(made["ticks"]) <= 8
