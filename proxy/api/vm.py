@@ -21,7 +21,8 @@ from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.errors import ApiError
 
 _LOOK_S = 0.4  # between two looks for a new turn,
-_LOOK_SHARE = 20  # and at most 1/20 of a processor for them, and for the page that is loaded anew after each turn
+_LOOK_SHARE = 20  # and at most 1/20 of a processor for them, and, once this much was used up,
+_CREDIT_S = 0.25  # for the page that is loaded anew after each turn
 _BEAT_S = 15.0  # of silence, then a comment: a connection that is gone is noticed
 
 P = ParamSpec("P")
@@ -86,7 +87,7 @@ class Vm:
         """`turn` whenever one was answered, by any process: in the conversation, or in any of the asker's."""
         owner = who.owner(name) if name else None
         known = await self.run(who, self.views.version, who, owner)
-        said_s = time.monotonic()
+        said_s, credit_s = time.monotonic(), _CREDIT_S
         yield b": open\n\n"
         while not self._ends():
             began_s = time.monotonic()
@@ -97,8 +98,10 @@ class Vm:
                 yield b"event: turn\ndata: {}\n\n" if anew else b": still here\n\n"
                 known, said_s = version, time.monotonic()
             await asyncio.sleep(rest_s := max(_LOOK_S, took_s * _LOOK_SHARE))
-            if anew:  # by now it is known what the page took
-                await asyncio.sleep(max(0.0, self.page_s[owner is not None] * _LOOK_SHARE - rest_s))
+            credit_s = min(_CREDIT_S, credit_s + rest_s / _LOOK_SHARE - anew * self.page_s[owner is not None])
+            if credit_s < 0:
+                await asyncio.sleep(-credit_s * _LOOK_SHARE)
+                credit_s = 0.0
 
     def streamed(self, who: Who, name: str) -> Response:
         if self._streams.locked():

@@ -15,7 +15,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
 
@@ -74,6 +74,12 @@ class Watched(Bench):
         super().__init__(scale)
         self.times: dict[tuple[str, str], list[float]] = {}
         self.pages, self.pages_ms = 0, 0.0
+        self._browser: Browser | None = None
+
+    async def row(self, row: str, gateways: list[Gateway]) -> None:
+        async with AsyncExitStack() as self._opened:
+            await super().row(row, gateways)
+        self._browser = None
 
     async def measure(self, row: str, gateway: Gateway, count: int, work: Callable[[], Awaitable[object]]) -> float:
         async def timed() -> None:
@@ -83,10 +89,12 @@ class Watched(Bench):
 
         if gateway.name != WATCHED or (row, ALONE) not in self.costs:  # or warming up
             return await super().measure(row, gateway, count, timed)
-        async with watching(gateway.port) as browser:
-            spent = await super().measure(row, gateway, count, timed)
-            self.pages += browser.loaded
-            self.pages_ms += (spent - self.costs[row, ALONE].rounds[-1]) * count
+        if self._browser is None:  # open from the first round on
+            self._browser = await self._opened.enter_async_context(watching(gateway.port))
+        loaded = self._browser.loaded
+        spent = await super().measure(row, gateway, count, timed)
+        self.pages += self._browser.loaded - loaded
+        self.pages_ms += (spent - self.costs[row, ALONE].rounds[-1]) * count
         return spent
 
     async def warm_up(self, row: str, gateway: Gateway) -> None:
