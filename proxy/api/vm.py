@@ -22,7 +22,7 @@ from proxy.errors import ApiError
 
 _LOOK_S = 0.4  # between two looks for a new turn,
 _LOOK_SHARE = 20  # and at most 1/20 of a processor for them, and, once this much was used up,
-_CREDIT_S = 0.25  # for the page that is loaded anew after each turn
+_CREDIT_S = 0.1  # for the page that is loaded anew after each turn
 _BEAT_S = 15.0  # of silence, then a comment: a connection that is gone is noticed
 
 P = ParamSpec("P")
