@@ -1,7 +1,7 @@
 """The dashboard in a real browser, over a real server and a conversation that is paged while somebody looks at it.
 
 Promises: what a person sees is what the log says; no page has an error in its console, a violation that axe-core knows, or
-something that a phone has to scroll sideways for; screenshots of all pages are kept in $LLM_PAGER_SCREENSHOTS, where that is set.
+something that a phone has to scroll sideways for; screenshots of all pages are kept in $TEST_SCREENSHOTS, where that is set.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ async def test_pages_are_sound_in_light_in_dark_and_on_a_phone(seat: Seat, look:
         "home": "/vm/ui", "conversations": "/vm/ui/conversations", "conversation": seat.path, "turn": f"{seat.path}/turns/16",
         "page": f"{seat.path}/pages/msg_0001", "login": "/vm/ui/login",
     }  # fmt: skip
-    folder = os.environ.get("LLM_PAGER_SCREENSHOTS")
+    folder = os.environ.get("TEST_SCREENSHOTS")
     for name, path in paths.items():
         scheme = "dark" if look == "dark" else "light"
         page = await seat.page(path, viewport=size, color_scheme=scheme, bypass_csp=True)
