@@ -20,7 +20,8 @@ from proxy.api.memory import Memory
 from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.errors import ApiError
 
-_LOOK_S = 0.4  # between two looks for a new turn,
+_LOOK_S = 0.4  # between two looks for a new turn, and
+_REST_S = 0.7  # after one was told: the next is still seen within a second,
 _LOOK_SHARE = 20  # and at most 1/20 of a processor for them, and, once this much was used up,
 _CREDIT_S = 0.1  # for the page that is loaded anew after each turn
 _BEAT_S = 15.0  # of silence, then a comment: a connection that is gone is noticed
@@ -97,7 +98,7 @@ class Vm:
             if anew or time.monotonic() - said_s > _BEAT_S:
                 yield b"event: turn\ndata: {}\n\n" if anew else b": still here\n\n"
                 known, said_s = version, time.monotonic()
-            await asyncio.sleep(rest_s := max(_LOOK_S, took_s * _LOOK_SHARE))
+            await asyncio.sleep(rest_s := max(_REST_S if anew else _LOOK_S, took_s * _LOOK_SHARE))
             credit_s = min(_CREDIT_S, credit_s + rest_s / _LOOK_SHARE - anew * self.page_s[owner is not None])
             if credit_s < 0:
                 await asyncio.sleep(-credit_s * _LOOK_SHARE)
