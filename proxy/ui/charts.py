@@ -76,11 +76,11 @@ def timeline_chart(points: list[dict[str, Any]]) -> dict[str, Any]:
         return round(_CHART_HEIGHT - tokens * (_CHART_HEIGHT - 8) / most, 1)
 
     def area(name: str) -> str:
-        places = [(x(p["turn"]), y(p[name] or 0)) for p in told]
+        places = [(x(p["turn"]), y(p[name])) for p in told if p[name]]
         if not places:
             return ""
         line = " L".join(f"{a} {b}" for a, b in places)
-        return f"M{places[0][0]} {_CHART_HEIGHT} L{line} L{places[-1][0]} {_CHART_HEIGHT} Z"
+        return f"M{places[0][0]} {_CHART_HEIGHT} L{line} L{places[-1][0]} {_CHART_HEIGHT} Z"  # what is not known is passed over
 
     grid = [{"y": y(value), "tokens": value} for value in _nice(most)]
     return {

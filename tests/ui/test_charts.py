@@ -40,3 +40,8 @@ def test_timeline_has_a_few_round_lines_and_stays_in_its_frame(history: list[int
 def test_branches_are_as_long_as_their_messages() -> None:
     made = branch_bars([{"messages": 10, "shared_messages": 10}, {"messages": 8, "shared_messages": 4}])
     assert [(bar["shared_w"], bar["own_w"]) for bar in made] == [(600.0, 0.0), (240.0, 240.0)]
+
+
+def test_timeline_passes_over_windows_that_are_not_known() -> None:
+    made = timeline_chart([turn(1, window_tokens=10, history_tokens=10), turn(2, window_tokens=None, history_tokens=20), turn(3, window_tokens=10, history_tokens=30)])
+    assert made["window"].count("L") == 3 and made["history"].count("L") == 4
