@@ -232,14 +232,15 @@ def show(
     diff: Annotated[int | None, Option(metavar="M", help="What the turn (the last one) was sent that turn M was not.")] = None,
     why: Annotated[str, Option(metavar="PAGE", help="Why the page was in the window of the turn (the last one), or was not.")] = "",
     branch: Branch = "",
-    limit: Annotated[int, Option(metavar="N", min=1, help="Turns, the newest, at most 200.")] = 50,
+    before: Annotated[int, Option(metavar="N", min=0, help="List the turns before this one; 0: the newest.")] = 0,
+    limit: Annotated[int, Option(metavar="N", min=1, help="Turns of the list, at most 200.")] = 50,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
     """Show a conversation, what the model saw in a turn, and why."""
     from proxy import show
 
-    return show.show(_config(config), whose, conversation, turn, diff, why, branch, limit, as_json)
+    return show.show(_config(config), whose, conversation, turn, diff, why, branch, before, limit, as_json)
 
 
 @app.command()

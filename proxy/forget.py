@@ -19,7 +19,7 @@ from proxy.conversation.exported import Scan
 from proxy.conversation.tree import Identity
 from proxy.errors import ConfigError
 from proxy.storage import open_store
-from proxy.terminal import tell_json
+from proxy.terminal import progress, tell_json
 from proxy.whose import Whose, caller_asked, conversation_asked
 
 Kind = Literal["conversation", "message", "user", "key"]
@@ -52,7 +52,9 @@ async def _forget(what: What, whose: Whose, config: Config, yes: bool, as_json: 
             return 1
         if not yes and not _confirmed(what, sum(1 for _ in erasures.conversations(owner))):
             return 1
-        told = (await erasures.erase(what.kind, "operator", [owner], content)).told()
+        with progress("values", not as_json) as advance:
+            erasures = Erasures(store, store.objects_of, lambda count: advance(count, None))
+            told = (await erasures.erase(what.kind, "operator", [owner], content)).told()
         if as_json:
             tell_json(told)
         else:

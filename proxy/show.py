@@ -132,7 +132,8 @@ def search(config: Config, whose: Whose, name: str, query: str, branch: str, lim
 
 
 def show(
-    config: Config, whose: Whose, name: str, turn: int | None, other: int | None, page: str, branch: str, limit: int, as_json: bool
+    config: Config, whose: Whose, name: str, turn: int | None, other: int | None, page: str, branch: str, before: int, limit: int,
+    as_json: bool,
 ) -> int:
     """A conversation; the upstream request of a turn, or its difference to another's; why a page was in a turn's window."""
 
@@ -143,7 +144,7 @@ def show(
         if other is not None:
             return _tell(views.diff(at, other, turn or at.head.turn), _tell_difference, as_json)
         if turn is None:
-            return _tell(views.conversation(at, limit=limit), _tell_conversation, as_json)
+            return _tell(views.conversation(at, before, limit), _tell_conversation, as_json)
         if as_json or sys.stdout.isatty():
             return _tell(views.turn(at, turn), _tell_turn, as_json)
         sent = views.request(at, turn)
@@ -182,16 +183,17 @@ def _tell_conversation(to: Console, told: dict[str, Any]) -> None:
         print(f"branch        {branch['branch']}: {branch['turns']} turns, {branch['shared_messages']} messages are the same")
     rows = []
     for row in told["turn_rows"]:
-        notes = [f"epoch {row['epoch_begun']} began" if row["epoch_begun"] is not None else "",
-                 f"cache: {row['cache_break']}" if row["cache_break"] else "", "" if row["delivered"] else "came in a request"]  # fmt: skip
+        began, broke = row["epoch_begun"] is not None, row["cache_break"]
+        notes = [f"epoch {row['epoch_begun']} began" if began else "", f"cache: {broke}" if broke and not (began and broke == "epoch") else "",
+                 "" if row["delivered"] else "came in a request"]  # fmt: skip
         billed = row["billed"] or {}
         rows.append([str(row["turn"]), ago(row["answered_s"], now_s), short(row["window_tokens"]), short(row["history_tokens"]),
                      f"{row['evidence']} ({row['evidence_used']})", str(row["faults"]), str(row["evicted"]),
                      share(billed.get("cached_tokens"), billed.get("prompt_tokens")), "; ".join(filter(None, notes))])  # fmt: skip
     print()
-    tell_table(["turn", "answered", "window", "of", "shown (used)", "faults", "out", "cached", ""], rows)
+    tell_table(["turn", "answered", "window", "of", "shown", "faults", "out", "cached", ""], rows)
     if told["next_before"]:
-        print(f"{told['next_before'] - 1} older turns: --limit, or --turn N", file=sys.stderr)
+        print(f"{told['next_before'] - 1} older turns: --before {told['next_before']}; one of them: --turn N", file=sys.stderr)
 
 
 def _tell_turn(to: Console, told: dict[str, Any]) -> None:

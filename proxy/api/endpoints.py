@@ -38,8 +38,8 @@ from proxy.conversation.records import (
     GetRecord,
     Record,
     conversation_key,
-    history,
     owner_of,
+    record_at,
     restore_state,
 )
 from proxy.conversation.tree import ID_BYTES, KeyScope, NodeId, TenantKey
@@ -129,11 +129,11 @@ def own_endpoints(
     for failure in (HTTPException, ApiError, StorageError, LookupError):
         app.add_exception_handler(failure, _refused)
 
-    @app.get("/health")
+    @app.get("/health", summary="Whether the process is well; touches nothing")
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", summary="Whether it is to be sent requests: asks the storage; false from SIGTERM on")
     async def ready() -> JSONResponse:
         if draining.begun:
             return JSONResponse({"status": "draining"}, status_code=503)
@@ -149,46 +149,46 @@ def own_endpoints(
             said["repaired"] = {"at_s": int(repaired.at_s), "kept": repaired.kept, "lost": repaired.lost}
         return JSONResponse(said)
 
-    @app.get("/metrics")
+    @app.get("/metrics", summary="Numbers, in Prometheus's text format")
     async def metrics() -> Response:
         stats.flush()
         return Response(await asyncio.to_thread(stats.prometheus.text), media_type=CONTENT_TYPE)
 
-    @app.get("/vm/stats")
+    @app.get("/vm/stats", summary="What this process has done since its start")
     async def read_stats() -> JSONResponse:
         return JSONResponse(stats.snapshot())
 
-    @app.get("/vm/models")
+    @app.get("/vm/models", summary="What is held of models for these credentials, and why")
     async def read_models(request: Request) -> JSONResponse:
         who = access.caller(request)
         return JSONResponse({"models": model_table(memory.identity.scope(who.credentials))})
 
-    @app.get("/vm/context")
+    @app.get("/vm/context", summary="The pages that were in the window of a session's turn (?turn=)")
     async def read_context(request: Request) -> JSONResponse:
         return JSONResponse(await _context(request, _head(request, memory, access), memory))
 
-    @app.get("/vm/bill")
+    @app.get("/vm/bill", summary="What was billed, and would have been: of the process, or of a session or conversation")
     async def read_bill(request: Request) -> JSONResponse:
         if not access.told(request).label and not {"session", "conversation"} & {*request.query_params}:
             return JSONResponse(stats.bill())
         head = _head(request, memory, access)
         return JSONResponse(await asyncio.to_thread(conversation_bill, head, memory.get_record))
 
-    @app.get("/vm/conversations/{name}/export")
+    @app.get("/vm/conversations/{name}/export", summary="All of a conversation, with its branches, as JSON Lines")
     async def export(request: Request, name: str) -> Response:
         owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
         return export_of(owner, name, memory)
 
-    @app.get("/vm/provenance")
+    @app.get("/vm/provenance", summary="What a page rests on, and what rests on it (?page=)")
     async def read_provenance(request: Request) -> JSONResponse:
         return JSONResponse(await _provenance(request, _head(request, memory, access), memory))
 
-    @app.delete("/vm/conversations/{name}")
+    @app.delete("/vm/conversations/{name}", summary="Erase a conversation; the answer is the receipt")
     async def erase_conversation(request: Request, name: str) -> JSONResponse:
         owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
         return JSONResponse((await erasures.erase("conversation", "tenant", [owner])).told())
 
-    @app.delete("/vm/conversations")
+    @app.delete("/vm/conversations", summary="Erase the conversations of a session (its header, or ?session=)")
     async def erase_session(request: Request) -> JSONResponse:
         tenant, identity = _tenant(request, memory, access), memory.identity
         session = _session(request, access.caller(request))
@@ -199,7 +199,7 @@ def own_endpoints(
             raise _no_session()
         return JSONResponse((await erasures.erase("conversation", "tenant", owners)).told())
 
-    @app.delete("/vm/conversations/{name}/messages/{page}")
+    @app.delete("/vm/conversations/{name}/messages/{page}", summary="Erase a message, wherever its conversation says the same")
     async def erase_message(request: Request, name: str, page: str) -> JSONResponse:
         owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
         content = await asyncio.to_thread(erasures.content_of, owner, page)
@@ -207,19 +207,19 @@ def own_endpoints(
             raise ApiError(404, "There is no such message in this conversation.", param="page", code="page_not_found")
         return JSONResponse((await erasures.erase("message", "tenant", [owner], content)).told())
 
-    @app.delete("/vm/tenants/self")
+    @app.delete("/vm/tenants/self", summary="Erase all that is stored for these credentials")
     async def erase_tenant(request: Request) -> JSONResponse:
         tenant = _tenant(request, memory, access)[:TENANT_BYTES]
         if not await asyncio.to_thread(erasures.has, tenant):
             raise ApiError(404, "Nothing is stored for these credentials.", code="tenant_not_found")
         return JSONResponse((await erasures.erase("user", "tenant", [tenant])).told())
 
-    @app.get("/vm/erasures")
+    @app.get("/vm/erasures", summary="Receipts of erasures, and what is under way")
     async def read_erasures(request: Request) -> JSONResponse:
         found = await asyncio.to_thread(erasures.receipts, _tenant(request, memory, access))
         return JSONResponse({"erasures": [erasure.told() for erasure in found]})
 
-    @app.delete("/vm/erasures")
+    @app.delete("/vm/erasures", summary="Forget the receipts")
     async def forget_erasures(request: Request) -> Response:
         await erasures.forget_receipts(_tenant(request, memory, access))
         return Response(status_code=204)
@@ -341,15 +341,14 @@ async def _context(request: Request, head: Record, memory: Memory) -> dict[str, 
 def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     """The window that upstream was sent in a turn. A turn that did not page had everything in front
     of its answer."""
-    record = _record_at(head, turn, memory.get_record)
+    record = record_at(head, turn, memory.get_record, memory.get_block)
     if record.unkept:
         raise ApiError(404, "The window of this turn was not kept: its client changes what stands before it with"
                        " every request.", param="turn", code="window_not_kept")  # fmt: skip
     derived, crowded = NO_DERIVED, False
     if record.window:
-        table = history(record, memory.get_record).replay(turn)
-        pages = [{"page_id": e.page_id, "level": int(e.level)} for e in table.resident()]
         state = restore_state(record, memory.get_record, memory.get_block)
+        pages = [{"page_id": e.page_id, "level": int(e.level)} for e in state.table.resident()]
         derived, crowded = state.derived, bool(state.window and state.window.crowded)
     else:
         pages = [{"page_id": make_page_id(p), "level": 0} for p in range(record.end - 1)]
@@ -364,18 +363,6 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
             for i, p in derived.pages.items()
         ],
     }
-
-
-def _record_at(head: Record, turn: int, get: GetRecord) -> Record:
-    """The record of a turn on the way to `head`. A turn whose answer came in a request may have none, where
-    its client had changed what stands before it: then the one before it, or the first."""
-    record = head
-    while record.turn > turn and record.parent:
-        above = get(record.parent)
-        if above is None:
-            raise LookupError(f"the record before turn {record.turn} is missing")
-        record = above
-    return record
 
 
 def _derived(record: Record, memory: Memory) -> Derived:

@@ -66,11 +66,14 @@ _DAY_S = 86_400
 
 class Erasures:
     """One per process. `objects_of`: the names of what is stored of an owner outside L2; what is dropped there is dropped
-    below, too."""
+    below, too. `reads`: is told, from a thread, how many values of an erasure were read so far, which takes the longest."""
 
-    def __init__(self, store: Tiered, objects_of: Callable[[bytes], list[str]] = lambda _: []) -> None:
+    def __init__(
+        self, store: Tiered, objects_of: Callable[[bytes], list[str]] = lambda _: [], reads: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._store = store
         self._objects_of = objects_of
+        self._reads = reads
         self.finished: Counter[str] = Counter()  # by who asked
         self._running: set[bytes] = set()
         self._one = asyncio.Lock()  # at a time: each reads much
@@ -215,7 +218,9 @@ class Erasures:
             for prefix in kept:
                 kind = keys.KINDS[prefix[:1]]
                 for row in rows_of(self._store, prefix, _RECORDS if prefix.startswith(keys.RECORD) else _VALUES):
-                    erasure.counts[kind] = erasure.counts.get(kind, 0) + 1
+                    erasure.counts[kind] = count = erasure.counts.get(kind, 0) + 1
+                    if not count % _RECORDS:
+                        self._reads(sum(erasure.counts.values()))
                     for record in read_records([row]) if prefix.startswith(keys.RECORD) else ():
                         messages.update(dict.fromkeys(digests(record, erasure.content)))
                         if len(owner) == keys.OWNER_BYTES and not erasure.content:
@@ -223,6 +228,7 @@ class Erasures:
                             pairs.update({(pair, owner): None} if pair is not None else {})
             if not erasure.content:
                 erasure.objects += self._objects_of(owner)
+            self._reads(sum(erasure.counts.values()))
         erasure.messages = list(messages)
         erasure.read = [*erasure.read, *owners]
         return list(pairs)

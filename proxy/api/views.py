@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from proxy.conversation.records import (
     conversation_name,
     epoch_begun,
     record_at,
+    record_key,
     restore_table,
     restore_window,
 )
@@ -151,7 +153,10 @@ class Views:
         else:
             raise ApiError(400, "sort must be used, began or title.", param="sort", code="invalid_value")
         start = _cursor(cursor)
-        rows = [self._row(who, o, LastUse.decode(used[o]), titles.get(o) or self._title(o)) for o in found[start : start + limit]]
+        shown = {o: LastUse.decode(used[o]) for o in found[start : start + limit]}
+        heads = [record_key(last.head) for last in shown.values() if self._memory.cache.get("record", last.head) is None]
+        store.ahead([*heads, *(keys.TITLE + o for o in shown if o not in titles)], alone=True)
+        rows = [self._row(who, o, last, titles.get(o) or self._title(o)) for o, last in shown.items()]
         more = start + limit < len(found)
         return {
             "conversations": rows, "total": len(found), "truncated": len(used) >= _LISTED,
@@ -290,41 +295,43 @@ class Views:
         first = max(1, first or last - _MAP_TURNS + 1, last - _MAP_TURNS + 1)
         records = self._back(self._at(at, last), last - first + 1)
         before = self._memory.get_record(records[0].parent) if records[0].parent else None
-        table = self._table(before) if before is not None else PageTable()
-        how: dict[str, str] = {}  # of the pages in the window
-        if before is not None and before.window:
-            how = _places(before, table, self._window(before))
-        rows: dict[str, list[list[Any]]] = {}
-        turns: list[dict[str, Any]] = []
-        came: Record | None = before if before is not None and before.window else None
+        came = before if before is not None and before.window else None  # the newest that paged
+        how, pinned = self._standing(came) if came is not None else ({}, set())
+        rows, turns, whole = _Rows(), list[dict[str, Any]](), dict[str, str]()
         for record in records:
-            mutations: list[PageMutation] = []
-            if record.window:
-                if record.base and (came is None or record.base != came.id):
-                    table = self._table(record)
-                    how = _places(record, table, self._window(record))
-                else:
-                    table = table if record.base else PageTable()
-                    how = how if record.base else {}
-                    mutations = decode_log(record.mutations) if record.mutations else []
-                    for mutation in mutations:
-                        _follow(how, table.apply(mutation), mutation)
+            mutations = decode_log(record.mutations) if record.mutations else []
+            if not record.window:
+                new = {make_page_id(position): "native" for position in range(len(whole), record.end - 1)}
+                whole |= new
+                rows.turn(record.turn, whole, new if rows.last is whole else None)
+            elif record.base and (came is None or record.base != came.id):
+                how, pinned = self._standing(record)
+                rows.turn(record.turn, how)
                 came = record
-                for page_id, place in how.items():
-                    _extend(rows, page_id, record.turn, place)
             else:
-                for position in range(record.end - 1):
-                    _extend(rows, make_page_id(position), record.turn, "native")
+                how, pinned = (how, pinned) if record.base else ({}, set())
+                for mutation in mutations:
+                    _follow(how, pinned, mutation)
+                rows.turn(record.turn, how, {m.page_id for m in mutations} if record.base and rows.last is how else None)
+                came = record
             turns.append({"turn": record.turn, "epoch_begun": epoch_begun(record), **_tokens(record), **_counts(mutations)})
-        shown = sorted(rows, key=lambda i: (parse_page_id(i) or (1 << 40, 0), i))
+        runs = rows.closed()
+        shown = sorted(runs, key=lambda i: (parse_page_id(i) or (1 << 40, 0), i))
         left_out, shown = max(0, len(shown) - _MAP_ROWS), shown[-_MAP_ROWS:]
-        path, pinned = self._memory.load_path(at.head), {e.page_id for e in table.resident() if e.pinned}
-        pages = []
+        path, ends, pages = self._memory.load_path(at.head), [record.end - 1 for record in records], []
         for page_id in shown:
-            position = (parse_page_id(page_id) or (-1, 0))[0]
+            position, since = (parse_page_id(page_id) or (-1, 0))[0], runs[page_id][0][0]
             role = path[position].role if 0 <= position < len(path) else "derived"
-            pages.append({"page": page_id, "role": role, "pinned": page_id in pinned, "runs": rows[page_id]})
+            if 0 <= position < ends[-1]:
+                since = min(since, records[bisect_right(ends, position)].turn)
+            pages.append({"page": page_id, "role": role, "pinned": page_id in pinned and page_id in how, "since": since,
+                          "runs": runs[page_id]})  # fmt: skip
         return {"first": first, "last": last, "turns": turns, "pages": pages, "left_out": left_out}
+
+    def _standing(self, record: Record) -> tuple[dict[str, str], set[str]]:
+        """How each page of the window stands in it after a record, and those that are pinned."""
+        table = self._table(record)
+        return _places(record, table, self._window(record)), {entry.page_id for entry in table.resident() if entry.pinned}
 
     def _window(self, record: Record) -> Window | None:
         """After a record's turn; kept for the page that is looked at next."""
@@ -675,27 +682,62 @@ def _place(entry: PageTableEntry, native: set[int], shown: set[str]) -> str:
     return f"kept{int(entry.level)}"
 
 
-def _follow(how: dict[str, str], entry: PageTableEntry, m: PageMutation) -> None:
-    """Where a page is after a mutation."""
-    if entry.tier is not _L0:
+def _follow(how: dict[str, str], pinned: set[str], m: PageMutation) -> None:
+    """Where a page is after a mutation, as the page table has it."""
+    was = how.get(m.page_id)
+    if m.op is MutationType.EVICT:
         how.pop(m.page_id, None)
     elif m.op is MutationType.CREATE:
-        how[m.page_id] = "native" if entry.position >= 0 else "kept0"
+        if m.tier is _L0:
+            how[m.page_id] = "native" if parse_page_id(m.page_id) is not None else "kept0"
     elif m.op is MutationType.FAULT_IN or (m.op is MutationType.MAP and m.reason not in (None, FaultReason.SPECULATIVE)):
         how[m.page_id] = "fault"
     elif m.op is MutationType.MAP:
-        how[m.page_id] = "evidence" if m.reason is FaultReason.SPECULATIVE else f"kept{int(entry.level)}"
-    elif m.op is MutationType.COMPRESS:
-        how[m.page_id] = f"kept{int(entry.level)}" if entry.level else "native"
+        kept = f"kept{int(m.level)}" if m.level is not None else was if was is not None and was.startswith("kept") else "kept0"
+        how[m.page_id] = "evidence" if m.reason is FaultReason.SPECULATIVE else kept
+    elif m.op is MutationType.COMPRESS and was is not None:
+        how[m.page_id] = f"kept{int(m.level)}" if m.level else "native"
+    elif m.op is MutationType.PIN:
+        pinned.add(m.page_id)
+    elif m.op is MutationType.UNPIN:
+        pinned.discard(m.page_id)
 
 
-def _extend(rows: dict[str, list[list[Any]]], page_id: str, turn: int, place: str) -> None:
-    """Runs of turns in which a page was in the window in one way: [first, last, place]."""
-    runs = rows.setdefault(page_id, [])
-    if runs and runs[-1][2] == place and runs[-1][1] >= turn - 1:
-        runs[-1][1] = turn
-    else:
-        runs.append([turn, turn, place])
+class _Rows:
+    """Of each page the runs of turns in which it was in the window in one way: [first, last, place]. What does not change in
+    a turn costs it nothing."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, list[list[Any]]] = {}
+        self._open: dict[str, list[Any]] = {}
+        self._turn = 0
+        self.last: Mapping[str, str] | None = None  # what stood in the turn before
+
+    def turn(self, turn: int, how: Mapping[str, str], changed: Iterable[str] | None = None) -> None:
+        """The turn's window; `changed`: the pages that may stand otherwise than in the turn before (None: all)."""
+        if turn > self._turn + 1:  # turns without a record are between
+            self._close()
+        for page_id in [*how, *self._open] if changed is None or self.last is None else changed:
+            run, place = self._open.get(page_id), how.get(page_id)
+            if run is not None and run[2] != place:
+                run[1] = self._turn
+                del self._open[page_id]
+                run = None
+            if run is None and place is not None:
+                self._open[page_id] = run = [turn, turn, place]
+                self._runs.setdefault(page_id, []).append(run)
+        self._turn, self.last = turn, how
+
+    def _close(self) -> None:
+        for run in self._open.values():
+            run[1] = self._turn
+        self._open.clear()
+        self.last = None
+
+    def closed(self) -> dict[str, list[list[Any]]]:
+        """All of them, up to the last turn."""
+        self._close()
+        return self._runs
 
 
 def _why(entry: PageTableEntry, facts: _Facts, place: str) -> str:
@@ -730,7 +772,7 @@ def _why(entry: PageTableEntry, facts: _Facts, place: str) -> str:
 def _event(m: PageMutation) -> str:
     level = f" at level {int(m.level)}" if m.level else ""
     if m.op is MutationType.CREATE:
-        return "said, and in the window" if m.tier is _L0 else "said, outside the window"
+        return "a page from here on, in the window" if m.tier is _L0 else "a page from here on, outside the window"
     if m.op is MutationType.MAP:
         return f"shown as evidence{level}" if m.reason is FaultReason.SPECULATIVE else (
             f"brought by a search{level}" if m.reason is not None else f"kept in the window{level}")  # fmt: skip

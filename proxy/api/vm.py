@@ -20,8 +20,10 @@ from proxy.api.memory import Memory
 from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.errors import ApiError
 
-_LOOK_S = 0.4  # between two looks for a new turn,
-_LOOK_SHARE = 20  # and at most 1/20 of a processor for them
+_LOOK_S = 0.4  # between two looks for a new turn, and
+_REST_S = 0.7  # after one was told: the next is still seen within a second,
+_LOOK_SHARE = 20  # and at most 1/20 of a processor for them, and, once this much was used up,
+_CREDIT_S = 0.1  # for the page that is loaded anew after each turn
 _BEAT_S = 15.0  # of silence, then a comment: a connection that is gone is noticed
 
 P = ParamSpec("P")
@@ -42,6 +44,7 @@ class Vm:
 
     def __init__(self, views: Views, access: Access, memory: Memory, streams: int, ends: Callable[[], bool]) -> None:
         self.views, self.access, self.memory = views, access, memory
+        self.page_s = {False: 0.0, True: 0.0}  # of CPU, that the last page of a conversation (True), or of all, took
         self._streams, self._ends = asyncio.Semaphore(streams), ends
         self.router = APIRouter(prefix="/vm", tags=["conversations"])
         self._add_routes()
@@ -85,16 +88,21 @@ class Vm:
         """`turn` whenever one was answered, by any process: in the conversation, or in any of the asker's."""
         owner = who.owner(name) if name else None
         known = await self.run(who, self.views.version, who, owner)
-        said_s = time.monotonic()
+        said_s, credit_s = time.monotonic(), _CREDIT_S
         yield b": open\n\n"
         while not self._ends():
             began_s = time.monotonic()
             version = await asyncio.to_thread(self.views.version, who, owner)
             took_s = time.monotonic() - began_s
-            if version != known or time.monotonic() - said_s > _BEAT_S:
-                yield b"event: turn\ndata: {}\n\n" if version != known else b": still here\n\n"
+            anew = version != known
+            if anew or time.monotonic() - said_s > _BEAT_S:
+                yield b"event: turn\ndata: {}\n\n" if anew else b": still here\n\n"
                 known, said_s = version, time.monotonic()
-            await asyncio.sleep(max(_LOOK_S, took_s * _LOOK_SHARE))
+            await asyncio.sleep(rest_s := max(_REST_S if anew else _LOOK_S, took_s * _LOOK_SHARE))
+            credit_s = min(_CREDIT_S, credit_s + rest_s / _LOOK_SHARE - anew * self.page_s[owner is not None])
+            if credit_s < 0:
+                await asyncio.sleep(-credit_s * _LOOK_SHARE)
+                credit_s = 0.0
 
     def streamed(self, who: Who, name: str) -> Response:
         if self._streams.locked():
@@ -131,7 +139,8 @@ class Vm:
 
         @router.get("/conversations/{name}/map", summary="Which pages were in the window of which turns")
         async def memory_map(who: Asker, name: str, branch: Name = "", first: int = 0, last: int = 0) -> dict[str, Any]:
-            """`runs` of a page: [first turn, last turn, native | evidence | fault | kept0 ... kept3 (a line, by its level)]."""
+            """`runs` of a page: [first turn, last turn, native | evidence | fault | kept0 ... kept3 (a line, by its level)]; from the
+            turn `since` on it was there, and outside the window where it has no run."""
             return await self.of(who, name, branch, lambda at: views.map(at, first, last))
 
         @router.get("/conversations/{name}/timeline", summary="Tokens of the window beside those of the history")

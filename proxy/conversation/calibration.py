@@ -87,7 +87,7 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         if billed > MAX_RATIO * max(counted, MIN_TOKENS):
             return self  # not a bill at all
         same_model = bool(earlier) and earlier[0].model == bill.model
-        before = earlier[0] if same_model else Bill(bill.model)
+        before = earlier[0] if same_model and earlier[0].billed else Bill(bill.model)
         low = not guessed and self.truncated(counted, billed)
         repeated = before.counted < counted and self.truncated(before.counted, before.billed)
         added = (counted - before.counted) * before.billed / max(1, before.counted)  # as billed before

@@ -173,6 +173,7 @@ class _WindowChange(msgspec.Struct, array_like=True, omit_defaults=True):
 
 _LEAF_BITS = 6  # positions
 _CHILDREN = 32  # of a node
+_KEPT_LEAVES = 8
 _KEPT_NODES = 4096  # of a path in RAM, at least: what is read is kept up to twice as many
 
 _Rows = list[tuple[int, bytes]]  # where the messages begin, and what has them: a record, a leaf or a node
@@ -331,6 +332,7 @@ class StoredPath(Sequence[Node]):
         self._get, self._get_block, self._identity = get, blocks_of(owner_of(head.id), get_block), identity
         self._newest = [head]  # the newest records, back to the last with a leaf or further
         self._nodes: dict[int, Node] = {}
+        self._leaves: dict[bytes, _Leaf] = {}  # that were decoded, the last few
 
     def __len__(self) -> int:
         return self._end
@@ -364,7 +366,7 @@ class StoredPath(Sequence[Node]):
 
     def _find(self, ref: bytes, position: int) -> Record | None:
         """The record before a leaf's that has the position; None where the index is damaged."""
-        leaf = _leaf(ref, self._get_block)
+        leaf = self._leaf(ref)
         if leaf is None:
             return None
         for height, rows in enumerate(leaf.frontier):
@@ -377,11 +379,19 @@ class StoredPath(Sequence[Node]):
                 if data is None:
                     return None
                 rows = _decode_rows(data)
-            leaf = _leaf(_row(rows, position), self._get_block)
+            leaf = self._leaf(_row(rows, position))
             if leaf is None:
                 return None
             break
         return needed(_row(leaf.rows, position), self._get)
+
+    def _leaf(self, ref: bytes) -> _Leaf | None:
+        leaf = self._leaves.get(ref)
+        if leaf is None and (leaf := _leaf(ref, self._get_block)) is not None:
+            if len(self._leaves) >= _KEPT_LEAVES:
+                del self._leaves[next(iter(self._leaves))]
+            self._leaves[ref] = leaf
+        return leaf
 
 
 def _row(rows: _Rows, position: int) -> bytes:
@@ -500,7 +510,8 @@ def find_alike(
 
 def record_at(head: Record, turn: int, get: GetRecord, get_block: GetStoredBlock) -> Record:
     """The record of a turn (1 to that of `head`) on the way to `head`, in a few steps: turns are about equally long as a
-    rule; every second step halves what is left, where they are not."""
+    rule; every second step halves what is left, where they are not. A turn whose answer came in a request may have none,
+    where its client had changed what stands before it: then the one before it, or the first."""
     path, low, high = StoredPath(head, get, get_block, None), 0, head.end - 1
     record, first, last, halve = head, 1, head.turn, False
     while record.turn != turn and low <= high:
@@ -510,7 +521,7 @@ def record_at(head: Record, turn: int, get: GetRecord, get_block: GetStoredBlock
             low, first = record.end, record.turn + 1
         else:
             high, last = record.first - 1, record.turn - 1
-    return record
+    return needed(record.parent, get) if record.turn > turn and record.parent else record
 
 
 def epoch_begun(record: Record) -> int | None:

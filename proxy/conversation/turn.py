@@ -599,7 +599,7 @@ class Turn:
         guess = size // _USUAL_BYTES
         billed = usage.prompt if usage is not None else 0
         if context.calibration is None or not billed:
-            return Bill(model, factor), None
+            return Bill(model, factor, counted), None
         if not counted and billed < LEAST_WINDOW_TOKENS:
             return Bill(model, factor, guess, billed), None  # no window is that small
         if not counted and _MOST_BYTES * billed < size <= _COUNTED_BYTES:

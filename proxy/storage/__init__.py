@@ -52,8 +52,9 @@ class Store(Protocol):
 
     def get(self, key: Key) -> bytes | None: ...
 
-    def ahead(self, keys: Iterable[Key]) -> None:
-        """Where it `suspends`: a request is going to `get` these keys; they are asked for at once, and anew."""
+    def ahead(self, keys: Iterable[Key], alone: bool = False) -> None:
+        """Where it `suspends`: a request is going to `get` these keys; they are asked for at once, and anew. `alone`: and not
+        what a turn would read next."""
 
     def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]: ...
 

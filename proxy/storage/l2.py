@@ -273,7 +273,7 @@ class DiskStore:
 
     suspends = False
 
-    def ahead(self, keys: Iterable[Key]) -> None:
+    def ahead(self, keys: Iterable[Key], alone: bool = False) -> None:
         """Nothing is gained."""
 
     def secret(self) -> bytes:

@@ -396,13 +396,14 @@ class PostgresStore:
         value: bytes | None = found
         return value
 
-    def ahead(self, keys: Iterable[Key]) -> None:
-        """This request is going to `get` these, which are asked for now, at once. What cannot be is noted."""
+    def ahead(self, keys: Iterable[Key], alone: bool = False) -> None:
+        """This request is going to `get` these, which are asked for now, at once. What cannot be is noted. `alone`: without
+        what stands before a record, which a turn reads and a list does not."""
         scope = suspend.scope()
         if scope is None:
             return
         try:
-            scope.found.update(self._now(self._fetch([key for key in keys if key not in self._kept])))
+            scope.found.update(self._now(self._fetch([key for key in keys if key not in self._kept], alone)))
         except StorageError:
             scope.failed = True
 
@@ -473,11 +474,11 @@ class PostgresStore:
         await self._perform(lambda connection, again: connection.execute(_ADOPT, secret))
         self._secret = secret
 
-    async def _fetch(self, keys: Sequence[Key]) -> dict[Key, bytes | Damaged | None]:
-        """What stands under the keys, in one round trip; what was read ahead beside it is kept."""
+    async def _fetch(self, keys: Sequence[Key], alone: bool = False) -> dict[Key, bytes | Damaged | None]:
+        """What stands under the keys, in one round trip; what was read ahead beside it, unless `alone`, is kept."""
         columns = [_columns(key) for key in keys]
         arguments: list[Any] = [list(part) for part in zip(*columns, strict=True)] or [[], [], []]
-        more = [c for key, c in zip(keys, columns, strict=True) if key[:1] in _AHEAD]
+        more = [] if alone else [c for key, c in zip(keys, columns, strict=True) if key[:1] in _AHEAD]
         statement = _READ
         if more:
             statement = _READ_MORE
@@ -504,7 +505,7 @@ class PostgresStore:
             else:
                 key = by_columns[tenant, path, rest]
                 found[key] = self._value(key, number, value)
-                if stored is not None and key[:1] in _AHEAD:
+                if more and stored is not None and key[:1] in _AHEAD:
                     with self._lock:
                         self._read[tenant, path] = max(stored, self._read.get((tenant, path), -1))
         for key, rows in members.items():

@@ -131,17 +131,17 @@ class Tiered:
     def suspends(self) -> bool:
         return self.engine.suspends or self.l3 is not None or self.l4 is not None
 
-    def ahead(self, keys: Iterable[Key]) -> None:
+    def ahead(self, keys: Iterable[Key], alone: bool = False) -> None:
         """With what says where those are that L2 does not have, which is known for a while only: not as long as a
         request may last."""
         keys = list(keys)
         if self.l4 is None or not self.engine.suspends:
-            self.engine.ahead(keys)
+            self.engine.ahead(keys, alone)
             return
         from proxy.storage.suspend import scope
 
         owners = {self._owner(key) for key in keys if isinstance(key, bytes) and key[:1] in self.space.MOVING}
-        self.engine.ahead([*keys, *(self.space.ARCHIVE + owner for owner in owners)])
+        self.engine.ahead([*keys, *(self.space.ARCHIVE + owner for owner in owners)], alone)
         for owner in owners:
             self.packs_of(owner, anew=True)
             if (request := scope()) is not None:

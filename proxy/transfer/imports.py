@@ -204,6 +204,7 @@ def _header(line: bytes) -> Header | None:
     return head
 
 
+_NAMED = 4  # of the tenants of a file, where one has to be chosen
 _BEGINS = re.compile(rb'\s*\{\s*"conversation"')  # a conversation's heading has its name first
 _line = msgspec.json.Decoder(Line).decode
 _heading = msgspec.json.Decoder(Heading).decode
@@ -211,9 +212,10 @@ _heading = msgspec.json.Decoder(Heading).decode
 
 def _ours(stream: BinaryIO, head: Header, tenant: bytes, advance: Any) -> Iterator[Found]:
     if len(head.tenants) > 1 and not tenant:
+        some = ", ".join(head.tenants[:_NAMED]) + ", ..." * (len(head.tenants) > _NAMED)
         raise ConfigError(
-            "The file has conversations of several tenants, who must not see each other's: name one with --tenant: "
-            f"{', '.join(head.tenants)}."
+            f"The file has conversations of {len(head.tenants)} tenants, who must not see each other's: name one of its first line"
+            f" with --tenant ({some})."
         )
     heading: Heading | None = None
     lines: list[Line] = []

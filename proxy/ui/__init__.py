@@ -42,6 +42,7 @@ _HEADERS = {
     "cache-control": "no-store",
 }
 _HOME_ROWS = 50
+_LIVE = {"home.html": False, "conversations.html": False, "conversation.html": True}  # pages with a stream; of one conversation?
 
 
 class Dashboard:
@@ -67,8 +68,16 @@ class Dashboard:
 
     async def _made(self, who: Who, template: str, values: Callable[[], dict[str, Any]]) -> Response:
         """A page, in a thread of the pool; what is wrong, as a page."""
+
+        def page() -> Response:
+            began_s = time.thread_time()
+            made = self._page(template, who, **values())
+            if template in _LIVE:
+                self._vm.page_s[_LIVE[template]] = time.thread_time() - began_s
+            return made
+
         try:
-            return await self._vm.run(who, lambda: self._page(template, who, **values()))
+            return await self._vm.run(who, page)
         except (ApiError, LookupError) as error:
             status = error.status if isinstance(error, ApiError) else 500
             message = error.message if isinstance(error, ApiError) else f"{error}. The storage is damaged."

@@ -14,14 +14,21 @@ _TICKS = 8
 
 
 def map_chart(told: dict[str, Any]) -> dict[str, Any]:
-    """Pages over turns: `cells` of (x, y, width, height, class, title), `lines` where epochs begin, `marks` above the turns."""
+    """Pages over turns: `cells` of (x, y, width, height, class, title), before `stored`: each page as long as it is there, in the
+    window or not; `lines` where epochs begin, `marks` above the turns."""
     turns, pages = told["turns"], told["pages"]
     first, count = told["first"], len(turns)
     step = min(48.0, _MAP_WIDTH / max(1, count))
     row = max(_LEAST_ROW, min(_MOST_ROW, _MAP_HEIGHT // max(1, len(pages))))
     gap = 1 if row > 4 else 0
     cells: list[dict[str, Any]] = []
+    stored: list[dict[str, Any]] = []
     for index, page in enumerate(pages):
+        since = max(page["since"], first)
+        stored.append({
+            "x": round((since - first) * step, 1), "y": _TURN_HEIGHT + index * row, "w": round((first + count - since) * step - gap, 1),
+            "h": row - gap, "page": page["page"], "title": f"{page['page']} ({page['role']}): outside the window",
+        })  # fmt: skip
         for start, end, place in page["runs"]:
             x = (start - first) * step
             cells.append({
@@ -42,16 +49,17 @@ def map_chart(told: dict[str, Any]) -> dict[str, Any]:
     every = max(1, -(-count // _TICKS))
     ticks = [{"x": round(i * step + step / 2, 1), "turn": t["turn"]} for i, t in enumerate(turns) if i % every == 0]
     return {
-        **told, "cells": cells, "lines": lines, "marks": marks, "ticks": ticks, "row": row,
+        **told, "cells": cells, "stored": stored, "lines": lines, "marks": marks, "ticks": ticks, "row": row,
         "width": _MAP_WIDTH, "height": _TURN_HEIGHT + max(1, len(pages)) * row + 18, "top": _TURN_HEIGHT,
         "used_width": round(count * step, 1),
-        "places": [(kind, name) for kind, name in _PLACES.items() if any(cell["kind"] == kind for cell in cells)],
+        "places": [(kind, name) for kind, name in _PLACES.items() if kind == "out" or any(cell["kind"] == kind for cell in cells)],
     }  # fmt: skip
 
 
 _PLACES = {
     "native": "as it was said", "evidence": "shown as evidence", "fault": "asked for by the model",
     "kept0": "kept word for word", "kept1": "kept, reduced", "kept2": "kept as key points", "kept3": "kept as tags",
+    "out": "stored, outside the window",
 }  # fmt: skip
 
 
@@ -68,11 +76,11 @@ def timeline_chart(points: list[dict[str, Any]]) -> dict[str, Any]:
         return round(_CHART_HEIGHT - tokens * (_CHART_HEIGHT - 8) / most, 1)
 
     def area(name: str) -> str:
-        places = [(x(p["turn"]), y(p[name] or 0)) for p in told]
+        places = [(x(p["turn"]), y(p[name])) for p in told if p[name]]
         if not places:
             return ""
         line = " L".join(f"{a} {b}" for a, b in places)
-        return f"M{places[0][0]} {_CHART_HEIGHT} L{line} L{places[-1][0]} {_CHART_HEIGHT} Z"
+        return f"M{places[0][0]} {_CHART_HEIGHT} L{line} L{places[-1][0]} {_CHART_HEIGHT} Z"  # what is not known is passed over
 
     grid = [{"y": y(value), "tokens": value} for value in _nice(most)]
     return {

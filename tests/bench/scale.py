@@ -1,6 +1,7 @@
 """What a store of a million pages costs a request, beside one of ten thousand.
 
     python -m tests.bench.scale [--conversations 100,1000,10000] [--engines sqlite,postgres] [--folder KEPT] [--results FILE]
+    ... --only list,home,conversation      a part of the rows, beside the others of the results
     python -m tests.bench.scale --draw docs/scale.svg --results FILE
 
 Promises: the store is what the proxy makes (tests/bench/making.py), conversations of 100 pages, each larger than its
@@ -383,18 +384,18 @@ class Bench:
         await store.close()
 
 
-async def run(engines: Sequence[Engine], sizes: Sequence[int], folder: Path) -> list[Row]:
+async def run(engines: Sequence[Engine], sizes: Sequence[int], folder: Path, only: Sequence[str] = ()) -> list[Row]:
     """A row for each size, each on an engine of its own. They take turns, so that a noisy machine is one to all of them."""
     model = await asyncio.get_running_loop().create_server(Model, "127.0.0.1", 0)
     port = model.sockets[0].getsockname()[1]
     benches = [Bench(engine, size, port) for engine, size in zip(engines, sizes, strict=True)]
     for bench in benches:
         bench.row.page_bytes = bench.engine.disk_bytes() / bench.row.pages
-    for kinds in PROCESSES:
+    for kinds in (tuple(kind for kind in kinds if not only or kind in only) for kinds in PROCESSES):
         if "fault L4" in kinds:
             for bench in benches:
                 await bench.archive(folder)
-        for _ in range(LIVES):
+        for _ in range(LIVES if kinds else 0):
             async with AsyncExitStack() as running:
                 for bench in benches:
                     await running.enter_async_context(bench.served())
@@ -436,21 +437,23 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--folder", type=Path, help="where the stores are made and kept (default: a temporary one)")
     parser.add_argument("--results", type=Path, help="a file that keeps the figures, beside those of other runs")
+    parser.add_argument("--only", default="", help="a part of the rows, such as list,home,conversation; the others of the results stay")
     parser.add_argument("--draw", type=Path, help="the chart of the results, instead of measuring")
     options = parser.parse_args()
     results: Results = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
     if options.draw:
         options.draw.write_text(chart(results), encoding="utf-8")
         return
-    sizes = [int(size) for size in options.conversations.split(",")]
+    sizes, only = [int(size) for size in options.conversations.split(",")], [kind for kind in options.only.split(",") if kind]
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as temporary:
         folder: Path = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         for name in options.engines.split(","):
             with ENGINES[name](folder, sizes) as engines:
-                rows = asyncio.run(run(engines, sizes, folder))
+                rows = asyncio.run(run(engines, sizes, folder, only))
             shown = [{"pages": row.pages, **row.figures()} for row in rows]
-            results[name] = {figure: [values[figure] for values in shown] for figure in shown[0]}
+            measured = {figure: [values[figure] for values in shown] for figure in shown[0] if not only or figure.partition(",")[0] in only}
+            results[name] = {**results.get(name, {}), "pages": [row.pages for row in rows], **measured}
             print(table(NAMES[name], results[name]), flush=True)
             if options.results:
                 options.results.write_text(json.dumps(results, indent=1))

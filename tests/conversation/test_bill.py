@@ -30,7 +30,7 @@ from proxy.conversation.bill import (
     usage_of,
 )
 from proxy.tokens import PER_REPLY, get_counter
-from tests.conversation.player import Message, Played, Player, call, calls, limits_of, says
+from tests.conversation.player import Message, Played, Player, call, calls, limits_of, says, script
 from tests.examples import examples
 
 COUNTER = get_counter("gpt-4o")
@@ -353,3 +353,17 @@ def test_invariant_10_the_models_of_a_conversation_whose_sums_are_kept_are_few()
     assert account is not None and sum(one.turns for one in account.sums) == 14
     turns = {one.model: one.turns for one in account.sums}
     assert len(turns) == 9 and (turns["model-3"], turns[""]) == (2, 5)
+
+
+def test_a_turn_whose_upstream_tells_no_usage_still_keeps_what_its_window_was() -> None:
+    player, texts = Player(limits_of(BUDGET)), ["Words of the harbour, the boats and the tide. " * 40] * 8
+    player.bills = lambda request: None
+    history: list[Message] = []
+    for number, text in enumerate(texts):
+        history.append({"role": "user", "content": f"{number} {text}"})
+        played = player.ask(history, script(says("Noted.")))
+        history.append(says("Noted."))
+        record = played.turn.record
+        assert record is not None and record.bill is not None
+        assert (record.bill.counted, record.bill.billed) == (played.turn.report.used_tokens, 0)
+    assert record.window and 0 < record.bill.counted <= BUDGET

@@ -65,6 +65,8 @@ async def test_shown_turn_is_what_upstream_got(store: str, command: Command, req
             assert json.loads(out)["request"]["text"].encode() == last[faults - 1]
             status, out, _ = await command("show", name, *at)
             assert status == 0 and name in out.decode() and f"\n{faults}  " in out.decode()
+            status, out, err = await command("show", name, "--before", "4", "--limit", "2", *at)
+            assert [line.split()[0] for line in out.decode().splitlines()[-2:]] == ["3", "2"] and "1 older turns: --before 2" in err
             status, out, _ = await command("search", name, "resultmark", *at)
             assert status == 0 and "resultmark" in out.decode()
 

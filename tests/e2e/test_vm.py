@@ -54,11 +54,12 @@ async def test_requests_of_all_turns_are_what_upstream_got_with_two_workers_and_
                 path = f"/vm/conversations/{row['conversation']}"
                 last = [recorded[-1].body for recorded in script.calls.values()]
                 assert len(last) == row["turns"]
+                told_turns = [await read(http, f"{path}/turns/{turn}") for turn in range(1, row["turns"] + 1)]
                 for turn, body in enumerate(last, 1):
                     answer = await http.get(f"{path}/turns/{turn}/request", headers=MINE)
                     assert answer.content == body and answer.headers["x-llm-pager-exact"] == "true", turn
                 faults = 1 + next(i for i, tag in enumerate(script.calls) if tag == "faults")
-                told = await read(http, f"{path}/turns/{faults}")
+                told = told_turns[faults - 1]
                 assert told["request"]["text"].encode() == last[faults - 1] and told["request"]["exact"]
                 assert told["faults"] and {p["place"] for p in told["pages_in"]} >= {"native", "fault"}
                 shown = [span["text"] for m in told["messages"] for span in m["spans"] if span["added"]]
@@ -71,6 +72,11 @@ async def test_requests_of_all_turns_are_what_upstream_got_with_two_workers_and_
                 assert {change["op"] for change in diff["changes"]} >= {"same", "added"}
                 memory = await read(http, f"{path}/map?first=1")
                 assert memory["last"] == row["turns"] and any(turn["epoch_begun"] for turn in memory["turns"])
+                for turn in (one for one in told_turns if one["paged"]):  # the map follows the log, a turn's pages are the table's
+                    at, seen = turn["turn"], {page["page"]: page["since"] for page in memory["pages"]}
+                    shown = {p["page"] for p in memory["pages"] for first, last, _ in p["runs"] if first <= at <= last}
+                    assert shown == {page["page"] for page in turn["pages_in"]}, at
+                    assert {p["page"] for p in turn["pages_out"] if p["page"] in seen} <= {p for p in seen if seen[p] <= at}, at
                 hits = (await read(http, f"{path}/search?q=resultmark"))["results"]
                 assert hits and "resultmark" in hits[0]["hint"]
 

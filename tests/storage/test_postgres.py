@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
 import asyncpg
@@ -96,6 +97,31 @@ async def test_a_set_is_pruned_behind_its_readers(
         await asyncio.gather(*store._tasks)
     assert execute(postgres_url, "SELECT count(*) AS n FROM llm_pager_members")[0]["n"] == 32
     assert await asyncio.to_thread(store.get, b"set") == b"".join(map(node, range(8, 40)))
+
+
+async def test_many_records_asked_for_alone_are_one_round_trip_and_bring_nothing_else(
+    postgres: Postgres, postgres_url: str
+) -> None:
+    """As a list of conversations reads them; a turn that comes next finds what it goes on from as if nobody had."""
+    writer = PostgresStore(postgres_url)
+    await commits(writer, 40)
+    with Tap(postgres.port) as tap:
+        store = PostgresStore(tap.url(postgres_url), connections=1)
+
+        @suspending
+        async def asked(numbers: Sequence[int], ahead: Sequence[int], alone: bool) -> int:
+            before = tap.trips
+            store.ahead([record(n) for n in ahead], alone)
+            assert all(store.get(record(n)) for n in numbers)
+            return tap.trips - before
+
+        await asked((), (99,), True)  # prepared
+        assert await asked(range(0, 40, 4), range(0, 40, 4), True) == 1
+        assert len(store._kept) == 0
+        await asked((), (99,), False)
+        assert await asked(range(40), (39,), False) == 1
+        await store.close()
+    await writer.close()
 
 
 async def test_what_is_read_ahead_is_named_as_the_keys_are() -> None:

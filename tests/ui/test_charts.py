@@ -20,10 +20,10 @@ def turn(number: int, **more: Any) -> dict[str, Any]:
 def test_map_cells_stand_in_their_turns_and_within_the_frame(count: int, rows: int, first: int) -> None:
     turns = [turn(first + n, epoch_begun=n % 7 == 0 and 1, faults=n % 3, evidence=n % 2) for n in range(count)]
     runs = [[first, first + count - 1, "native"]], [[first + count // 2, first + count // 2, "evidence"]]
-    pages = [{"page": f"msg_{n:04d}", "role": "user", "pinned": False, "runs": runs[n % 2]} for n in range(rows)]
+    pages = [{"page": f"msg_{n:04d}", "role": "user", "pinned": False, "since": first, "runs": runs[n % 2]} for n in range(rows)]
     made = map_chart({"first": first, "last": first + count - 1, "turns": turns, "pages": pages, "left_out": 0})
-    assert len(made["cells"]) == rows
-    for cell in made["cells"]:
+    assert len(made["cells"]) == len(made["stored"]) == rows
+    for cell in [*made["cells"], *made["stored"]]:
         assert cell["x"] >= 0 and cell["x"] + cell["w"] <= made["width"] + 1 and cell["w"] > 0
         assert made["top"] <= cell["y"] and cell["y"] + cell["h"] <= made["height"]
     assert len(made["lines"]) == len(range(0, count, 7)) and len(made["ticks"]) <= 8
@@ -40,3 +40,8 @@ def test_timeline_has_a_few_round_lines_and_stays_in_its_frame(history: list[int
 def test_branches_are_as_long_as_their_messages() -> None:
     made = branch_bars([{"messages": 10, "shared_messages": 10}, {"messages": 8, "shared_messages": 4}])
     assert [(bar["shared_w"], bar["own_w"]) for bar in made] == [(600.0, 0.0), (240.0, 240.0)]
+
+
+def test_timeline_passes_over_windows_that_are_not_known() -> None:
+    made = timeline_chart([turn(1, window_tokens=10, history_tokens=10), turn(2, window_tokens=None, history_tokens=20), turn(3, window_tokens=10, history_tokens=30)])
+    assert made["window"].count("L") == 3 and made["history"].count("L") == 4

@@ -1,7 +1,7 @@
 """The dashboard in a real browser, over a real server and a conversation that is paged while somebody looks at it.
 
 Promises: what a person sees is what the log says; no page has an error in its console, a violation that axe-core knows, or
-something that a phone has to scroll sideways for; screenshots of all pages are kept in $LLM_PAGER_SCREENSHOTS, where that is set.
+something that a phone has to scroll sideways for; screenshots of all pages are kept in $TEST_SCREENSHOTS, where that is set.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ async def test_pages_are_sound_in_light_in_dark_and_on_a_phone(seat: Seat, look:
     rules = {
         "light": {}, "dark": {"runOnly": ["color-contrast"]}, "phone": {"rules": {"color-contrast": {"enabled": False}}},
     }[look]  # fmt: skip
-    folder = os.environ.get("LLM_PAGER_SCREENSHOTS")
+    folder = os.environ.get("TEST_SCREENSHOTS")
     scheme = "dark" if look == "dark" else "light"
     page = await seat.page("/vm/ui", viewport=size, color_scheme=scheme, bypass_csp=True)
     for name, path in paths.items():
