@@ -47,6 +47,7 @@ _SERVICE_LINK = re.compile(r"LLM_PAGER_(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp)://")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OBJECT_STORES = ("file", "s3", "gs", "az")
+_RESERVE_TOKENS = 4096  # of a window, for the answer
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "api-key"})
 
 
@@ -241,7 +242,7 @@ class L0Config(Section):
         AfterValidator(_window),
         Field(description="auto or a whole number of tokens of at least 512"),
     ] = "auto"
-    reserve_tokens: AtLeast1 = 4096
+    reserve_tokens: AtLeast1 | Literal["auto"] = "auto"
     eviction_threshold: Share = 0.90
     target_utilization: Share = 0.50
 
@@ -512,7 +513,7 @@ class Config(Section):
         l0, upstream = self.tiers.l0, self.upstream
         if isinstance(l0.tokens, int):
             reserve = effective_reserve(l0.tokens, l0.reserve_tokens)
-            if "reserve_tokens" in l0.model_fields_set and reserve < l0.reserve_tokens:
+            if l0.reserve_tokens != "auto" and reserve < l0.reserve_tokens:
                 yield (
                     f"tiers.l0.reserve_tokens: {l0.reserve_tokens} is more than a quarter of the "
                     f"{l0.tokens}-token window, so {reserve} tokens are reserved for the answer."
@@ -547,12 +548,13 @@ def require_keys(config: Config) -> None:
         )
 
 
-def effective_reserve(l0_tokens: int, reserve_tokens: int) -> int:
-    """Tokens of an `l0_tokens` window that are kept free for the answer, whatever the client asks for.
+def effective_reserve(l0_tokens: int, reserve_tokens: int | Literal["auto"], factor: float = 1.0) -> int:
+    """Tokens of an `l0_tokens` window that are kept free for the answer, whatever the client asks for, where the
+    model has no room for it beside that window; `factor`: what upstream bills for a token.
 
     Never more than a quarter of the window, so that the default leaves room for memory in a small one.
     """
-    return min(reserve_tokens, l0_tokens // 4)
+    return min(int((_RESERVE_TOKENS if reserve_tokens == "auto" else reserve_tokens) / factor), l0_tokens // 4)
 
 
 # ---------------------------------------------------------------- the sources

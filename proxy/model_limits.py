@@ -40,7 +40,7 @@ def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: f
     return Limits(
         working_set=WorkingSetConfig(
             max_l0_tokens=tokens,
-            reserved_tokens=effective_reserve(tokens, int(l0.reserve_tokens / factor)),
+            reserved_tokens=effective_reserve(tokens, l0.reserve_tokens, factor),
             eviction_threshold=l0.eviction_threshold,
             target_utilization=l0.target_utilization,
         ),
@@ -66,4 +66,5 @@ def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: f
         parameters_b=parameters_b(model),
         cached_price=card.cached_price,
         tokens_factor=factor,
+        answer_beside=l0.reserve_tokens == "auto",
     )

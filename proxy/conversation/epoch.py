@@ -534,7 +534,7 @@ def context_length_exceeded(limits: Limits, tokens: int) -> ApiError:
     return ApiError(
         400,
         f"This model's maximum context length is {limits.working_set.max_l0_tokens} tokens, of which"
-        f" {limits.working_set.reserved_tokens} are kept for the answer. However, the messages and"
+        f" {limits.reserve_tokens} are kept for the answer. However, the messages and"
         f" tools that must stay in it come to {tokens} tokens. Please shorten the system messages or"
         " the tools.",
         param="messages",

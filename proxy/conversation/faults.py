@@ -327,14 +327,14 @@ class VMCalls:
         return result
 
     def _found(self, hits: Sequence[Hit], positions: range, modality: Modality | None) -> dict[str, float]:
-        """Page id -> score of what a search found, best first. Of pages that are shown as evidence at most the very
-        best: the search is for what is not there yet, but what it names has to be found."""
+        """Page id -> score of what a search found, best first. Of pages that are shown whole as evidence at most the
+        very best: the search is for what is not there yet, but what it names has to be found."""
         pages: dict[str, float] = {}
         for hit in hits:
             page_id = self._pages.id_of(hit.position, hit.part)
             if self._pages.position(page_id) not in positions or page_id in pages:
                 continue  # a medium is found by its message and by the answer to it
-            if pages and page_id in self._paging.evidence:
+            if pages and self._is_evidence(page_id):
                 continue
             if modality is None or self._pages.modality(page_id) is modality:
                 pages[page_id] = hit.score
@@ -352,8 +352,8 @@ class VMCalls:
 
         def add(page_id: str, least_left: int) -> bool:
             nonlocal left
-            shown = page_id in self._paging.evidence
-            entry = self._entry_of(page_id, pages[page_id], query, most // _SHOWN_SHARE if shown else most)
+            share = _SHOWN_SHARE if self._is_evidence(page_id) else 1
+            entry = self._entry_of(page_id, pages[page_id], query, most // share)
             tokens = count(entry.model_dump_json()) + 1
             if left - tokens < least_left:
                 return False
@@ -393,9 +393,16 @@ class VMCalls:
 
     def _loaded_at(self, position: int, part: int) -> bool:
         page_id = self._pages.id_of(position, part)
-        entry = self._table.lookup(page_id)
-        whole = entry and entry.tier is StorageTier.L0 and entry.level is CompressionLevel.FULL
-        return bool(whole) and page_id not in self._paging.evidence
+        return self._is_whole(page_id) and page_id not in self._paging.evidence
+
+    def _is_evidence(self, page_id: str) -> bool:
+        """It stands in the window as evidence, all of it: of a long page only passages do, and a search for other
+        words shows others."""
+        return page_id in self._paging.evidence and self._is_whole(page_id)
+
+    def _is_whole(self, page_id: str) -> bool:
+        entry = self._table.in_window(page_id)
+        return entry is not None and entry.level is CompressionLevel.FULL
 
     def _outside(self, page_id: str) -> bool:
         entry = self._table.lookup(page_id)

@@ -42,11 +42,23 @@ class Limits:
     parameters_b: float | None = None  # the model's billions of parameters, where its name says them
     cached_price: float = 0.1  # of a token that upstream has cached, where a new one is 1.0
     tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
+    answer_beside: bool = False  # the answer takes what the model's window has beyond L0, as far as that is known
+
+    @property
+    def beside_tokens(self) -> int:
+        """What the answer has beside L0."""
+        known = self.answer_beside and self.window_known
+        return max(0, self.window_tokens - self.working_set.max_l0_tokens) if known else 0
+
+    @property
+    def reserve_tokens(self) -> int:
+        """What L0 keeps for the answer: all of its reserve that has no room beside L0."""
+        return max(0, self.working_set.reserved_tokens - self.beside_tokens)
 
     @property
     def budget_tokens(self) -> int:
         """What a whole upstream request may count: L0 less the reserve for the answer."""
-        return self.working_set.max_l0_tokens - self.working_set.reserved_tokens
+        return self.working_set.max_l0_tokens - self.reserve_tokens
 
     @property
     def evidence_tokens(self) -> int:
@@ -70,19 +82,20 @@ def stretched(limits: Limits, fixed_tokens: int, answer_tokens: int | None) -> L
     """The limits of one request: `fixed_tokens` of it (system messages, tools, schemas) cannot be
     paged, and its client lets the answer have `answer_tokens`.
 
-    The answer gets what it may have, up to half of the window, as far as the least room for messages
-    is left. Where even the configured reserve leaves less, L0 grows by what is missing, within the
+    The answer gets what it may have: what it has beside L0, and up to half of L0, as far as the least room for
+    messages is left. Where even the configured reserve leaves less, L0 grows by what is missing, within the
     model's window where that is known; there the reserve gives way, down to half of what is left.
     """
-    l0, reserve = limits.working_set.max_l0_tokens, limits.working_set.reserved_tokens
+    l0, reserved, beside = limits.working_set.max_l0_tokens, limits.working_set.reserved_tokens, limits.beside_tokens
     least = least_room(l0)
-    asked = min(answer_tokens or 0, l0 // 2, l0 - fixed_tokens - least)
-    total, kept = l0, max(reserve, asked)
-    if fixed_tokens and l0 - fixed_tokens - reserve < least:
-        total = fixed_tokens + reserve + least
-        if limits.window_known and total > (most := max(l0, limits.window_tokens)):
-            total, kept = most, min(reserve, max(0, most - fixed_tokens) // 2)
-    if (total, kept) == (l0, reserve):
+    asked = min(answer_tokens or 0, beside + min(l0 // 2, l0 - fixed_tokens - least))
+    total, kept = l0, max(reserved, asked)
+    if fixed_tokens and l0 - fixed_tokens - limits.reserve_tokens < least:
+        total, kept = max(l0, fixed_tokens + least + (0 if beside else reserved)), reserved
+        most = max(l0, limits.window_tokens)
+        if limits.window_known and fixed_tokens + least + reserved > most:
+            total, kept = most, min(reserved, max(0, most - fixed_tokens) // 2)
+    if (total, kept) == (l0, reserved):
         return limits
     room = {"max_l0_tokens": total, "reserved_tokens": kept}
     return replace(limits, working_set=limits.working_set.model_copy(update=room))

@@ -1,7 +1,7 @@
 """Which pages are shown unasked before the model is called, and whether one was worth it.
 
 Promises: what is chosen stays within its budget in tokens and pages, which is a limit and no aim: the best for its
-tokens comes first, and what is far below it is left out; deterministic. Whether a page was worth it is measured by
+tokens comes first, and what is far below it for its own is left out; deterministic. Whether a page was worth it is measured by
 what the answer took from it (`was_used`).
 """
 
@@ -15,6 +15,7 @@ MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to 
 ASKED_EVIDENCE = 0.6  # and to who asks: a word that one page in twenty has ("pet" where two people speak of theirs)
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
 _ASKED_FALL = 0.26  # of the best score, where the user asks
+_LINE_TOKENS, _MOST_TIMES = 64, 3  # a page that is longer has to be better by as much, or by so much, but for the best one
 _RESIDENT_FALL = 0.3  # of the best score in the window: where that is what is meant, older pages add less
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
@@ -89,8 +90,12 @@ class Prefetcher(NamedTuple):
         offered = list(candidates)
         if all(c.evidence < self.least_evidence for c in offered):
             return chosen
-        least = max(best * _RESIDENT_FALL, self.fall * max(c.score for c in offered))
-        ranked = [c for c in offered if c.score >= least and (self.asked or c.is_meant)]
+        top = max(c.score for c in offered)
+        least = max(best * _RESIDENT_FALL, self.fall * top)
+        ranked = [
+            c for c in offered
+            if c.score >= least * (1 if c.score == top else _times(c.tokens)) and (self.asked or c.is_meant)
+        ]
         ranked.sort(key=lambda c: (-_worth(c), c.page_id))
         for candidate in ranked:
             if len(chosen) == self.max_pages:
@@ -100,6 +105,10 @@ class Prefetcher(NamedTuple):
                 left -= tokens
                 chosen.append(candidate)
         return chosen
+
+
+def _times(tokens: int) -> float:
+    return min(_MOST_TIMES, max(1.0, tokens / _LINE_TOKENS))
 
 
 def _worth(candidate: Candidate) -> float:

@@ -326,11 +326,15 @@ async def test_a_known_model_has_its_own_window(tmp_path: Path) -> None:
         assert unknown == 32_000 - 4096
 
 
-async def test_max_tokens_raises_the_reserve_up_to_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "budgets"),
+    [("local-unknown", [20_000 - 4096, 14_000, 13_000, 10_000]), ("gpt-4o", [20_000, 20_000, 20_000, 10_000])],
+)  # gpt-4o has 108,000 tokens more for the answer
+async def test_max_tokens_raises_the_reserve_up_to_half(tmp_path: Path, model: str, budgets: list[int]) -> None:
     async with client(tmp_path, *(answered() for _ in range(4)), tiers={"l0.tokens": 20_000}) as one:
         for name, value in (("n", 1), ("max_tokens", 6000), ("max_completion_tokens", 7000), ("max_tokens", 10**9)):
-            await one.ask({**body(), name: value})
-        assert [r.budget_tokens for r in one.reports] == [20_000 - 4096, 14_000, 13_000, 10_000]
+            await one.ask({**body(model=model), name: value})
+        assert [r.budget_tokens for r in one.reports] == budgets
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "{1}", "x" * 2000, "naïve", "<script>", "日本", "\x00"])

@@ -34,7 +34,7 @@ from typing import Any
 import httpx
 
 import proxy.app
-from proxy.config import Config, effective_reserve
+from proxy.config import Config
 from proxy.conversation.bill import CACHED_PRICE, cached_prefix
 from proxy.conversation.report import TurnReport
 from proxy.tokens import get_counter
@@ -42,7 +42,6 @@ from tests.bench.ablation import HEADERS, Row, Upstream, returns, show, switch_o
 from tests.bench.calls import running
 from tests.e2e.data import Conversation, data_dir, load_beam, load_trajectories, tools_of
 
-RESERVE_TOKENS = 4096  # tiers.l0.reserve_tokens
 Message = dict[str, Any]
 VARIANTS = (Row("ours"), Row("kept", {}, {"proxy.conversation.turn_window:stays": returns(True)}))
 
@@ -200,7 +199,6 @@ async def replay(conversations: Sequence[Conversation], window_tokens: int, conf
     """All of them, one after another."""
     cost, upstream = Cost(), Upstream()
     setattr(proxy.app, "make_upstream", lambda config: upstream)  # noqa: B010
-    budget = window_tokens - effective_reserve(window_tokens, RESERVE_TOKENS)
     with tempfile.TemporaryDirectory(prefix="cost-") as folder:
         base = {**config, "tiers": {"l0": {"tokens": window_tokens}, "l2": {"path": folder}}}
         app = proxy.app.create_app(Config.from_json(json.dumps(base)), cost.observe)
@@ -209,9 +207,9 @@ async def replay(conversations: Sequence[Conversation], window_tokens: int, conf
             for conversation in conversations:
                 messages = conversation.messages
                 tools = _tools(conversation)
-                full, sliding = otherwise(messages, tools, budget)
+                full, sliding = otherwise(messages, tools, window_tokens)
                 tokens = get_counter("gpt-4o").tools(tools) + sum(map(get_counter("gpt-4o").message, messages))
-                if tokens <= budget:
+                if tokens <= window_tokens:
                     continue
                 upstream.begin()
                 head = json.dumps({"model": "gpt-4o", **({"tools": tools} if tools else {})}).encode()

@@ -16,7 +16,13 @@ from proxy.conversation.faults import NO_ROOM, VMCalls, split_calls
 from proxy.conversation.pages import PathPages
 from proxy.memory.faults import Room
 from proxy.memory.ids import Hit
-from proxy.memory.models import CompressionLevel, FaultReason, StorageTier
+from proxy.memory.models import (
+    CompressionLevel,
+    FaultReason,
+    MutationType,
+    PageMutation,
+    StorageTier,
+)
 from proxy.memory.table import PageTable
 from proxy.tokens import get_counter
 from tests.conversation.player import (
@@ -56,7 +62,7 @@ class Setting:
             apply=self.table.apply, fault_reason=FaultReason.RESOLVE_REFERENCE, evidence=frozenset(),
             channel=choose_channel({}, limits),
         )  # fmt: skip
-        self.calls = VMCalls(window)
+        self.calls, self.window = VMCalls(window), window
         self.hits: list[Hit] = []
 
     def ask(
@@ -167,6 +173,16 @@ def test_a_result_shows_the_words_that_were_searched() -> None:
     assert VAULT in found["hint"] and "complete" not in found and COUNTER.text(found["hint"]) <= 48
     (other,) = it.ask("search_pages", {"query": "Ada's ledger"})["results"]
     assert LEDGER in other["hint"] and VAULT not in other["hint"]
+
+
+def test_evidence_that_is_shown_in_part_is_found_by_other_words_and_what_is_shown_whole_is_left_out() -> None:
+    it = Setting([LONG, "short", "A lead.", "?"], page_tokens=2000, snippet_tokens=48)
+    for page_id, level in (("msg_0001", CompressionLevel.REDUCED), ("msg_0002", CompressionLevel.FULL)):
+        it.table.apply(PageMutation(MutationType.MAP, page_id, 2, level, StorageTier.L0, 40))
+    it.window.evidence = frozenset({"msg_0001", "msg_0002"})
+    it.hits = [Hit(2, 0, 3.0), Hit(0, 0, 2.0), Hit(1, 0, 1.0)]
+    results = it.ask("search_pages", {"query": "Ada's ledger"})["results"]
+    assert [result["page_id"] for result in results] == ["msg_0003", "msg_0001"] and LEDGER in results[1]["hint"]
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])

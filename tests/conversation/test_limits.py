@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.conversation.limits import Limits, least_room, stretched
+from proxy.conversation.model_facts import within
 from proxy.memory import WorkingSetConfig
 from tests.conversation.player import limits_of
 
 
-def limits(l0: int, reserve: int, window: int, known: bool) -> Limits:
+def limits(l0: int, reserve: int, window: int, known: bool, beside: bool = False) -> Limits:
     working_set = WorkingSetConfig(max_l0_tokens=l0, reserved_tokens=reserve)
-    return limits_of(0, working_set=working_set, window_tokens=window, window_known=known)
+    return limits_of(0, working_set=working_set, window_tokens=window, window_known=known, answer_beside=beside)
 
 
 def room(of: Limits, fixed: int) -> int:
@@ -35,19 +36,31 @@ def test_the_answer_is_given_what_is_left_beside_the_least_room() -> None:
     assert stretched(small, 0, None) is small and stretched(small, 0, -5) is small
 
 
+def test_the_answer_has_its_room_beside_l0_where_the_model_has_more() -> None:
+    assert limits(8000, 2000, 128_000, True, beside=True).budget_tokens == 8000
+    assert limits(8000, 2000, 9000, True, beside=True).budget_tokens == 7000
+    assert limits(8000, 2000, 8000, True, beside=True).budget_tokens == 6000
+    assert limits(8000, 2000, 128_000, False, beside=True).budget_tokens == 6000  # nobody said so
+    assert stretched(limits(8000, 2000, 10_000, True, beside=True), 0, 5000).budget_tokens == 5000
+    assert stretched(limits(8000, 2000, 128_000, True, beside=True), 7000, 5000).budget_tokens == 9000
+    smaller = within(limits(8000, 2000, 128_000, True, beside=True), 4000)  # as it was learned
+    assert smaller.budget_tokens == 3000
+
+
 @given(
-    st.integers(1000, 200_000), st.integers(1, 50_000), st.integers(1000, 400_000), st.booleans(),
+    st.integers(1000, 200_000), st.integers(1, 50_000), st.integers(1000, 400_000), st.booleans(), st.booleans(),
     st.integers(0, 500_000), st.one_of(st.none(), st.integers(-10, 10**9)),
 )  # fmt: skip
 def test_it_stretches_only_by_what_is_missing_and_never_past_a_known_window(
-    l0: int, reserve: int, window: int, known: bool, fixed: int, asked: int | None
+    l0: int, reserve: int, window: int, known: bool, beside: bool, fixed: int, asked: int | None
 ) -> None:
-    given = limits(l0, min(reserve, l0 // 4), window, known)
+    given = limits(l0, min(reserve, l0 // 4), window, known, beside)
     found = stretched(given, fixed, asked)
     total = found.working_set.max_l0_tokens
     assert total >= l0 and found.working_set.reserved_tokens >= 0
     if known:
         assert total <= max(l0, window)
+        assert found.budget_tokens + found.working_set.reserved_tokens <= max(l0, window)  # the answer has its room
     if not known or fixed + 2 * l0 <= window:  # nothing stands in its way
         assert room(found, fixed) >= least_room(l0) or not fixed
     if total > l0:

@@ -30,7 +30,7 @@ candidates = st.lists(
 )
 
 
-def of(page_id: str, score: float = 5.0, evidence: float = 2.0, tokens: int = 100) -> Candidate:
+def of(page_id: str, score: float = 5.0, evidence: float = 2.0, tokens: int = 60) -> Candidate:
     return Candidate(page_id, score, evidence, tokens)
 
 
@@ -65,6 +65,12 @@ def test_what_is_far_below_the_best_is_left_out() -> None:
     assert ids(*told, asked=False) == ["msg_0001"]
 
 
+def test_a_long_page_has_to_be_nearer_to_the_best_and_the_best_is_shown_however_long_it_is() -> None:
+    best = of("msg_0001", 10.0, tokens=900)
+    assert ids(best, of("msg_0002", 4.0, tokens=60), of("msg_0003", 4.0, tokens=120)) == ["msg_0001", "msg_0002"]
+    assert ids(best, of("msg_0002", 9.0, tokens=900), of("msg_0003", 6.0, tokens=900)) == ["msg_0001", "msg_0002"]
+
+
 def test_nothing_is_shown_for_words_that_many_pages_have() -> None:
     proposed = of("msg_0001", 10.0, evidence=0.3), of("msg_0002", 9.0, evidence=0.3)
     assert ids(*proposed) == []
@@ -79,7 +85,7 @@ def test_evidence_grows_with_the_window_and_is_bounded_by_a_small_model() -> Non
 
 
 def test_of_two_pages_that_say_as_much_the_shorter_is_first() -> None:
-    proposed = of("msg_0001", tokens=900), of("msg_0002", tokens=60), of("msg_0003", score=10.0, tokens=900)
+    proposed = of("msg_0001", 9.0, tokens=900), of("msg_0002", 9.0), of("msg_0003", 10.0, tokens=90)
     assert ids(*proposed) == ["msg_0003", "msg_0002", "msg_0001"]
     assert ids(*proposed, pages=2) == ["msg_0003", "msg_0002"]
 
