@@ -3,9 +3,9 @@
 from hypothesis import settings
 
 from tests.examples import examples
-from tests.services import pgbouncer, postgres, postgres_url, s3
+from tests.services import az, gs, pgbouncer, postgres, postgres_url, s3
 
-__all__ = ["pgbouncer", "postgres", "postgres_url", "s3"]
+__all__ = ["az", "gs", "pgbouncer", "postgres", "postgres_url", "s3"]
 
 settings.register_profile("tests", examples(30))
 settings.load_profile("tests")

@@ -27,7 +27,6 @@ from tests.examples import examples
 from tests.memory.doors import evict, fault_in, map_in, register_id
 from tests.memory.strategies import histories
 
-
 FIRST_OF_TWO = """
 import sys, threading
 from proxy.memory import MutationType, PageMutation
