@@ -81,6 +81,10 @@ class Dict:
     def look(self) -> None: ...
     async def scrub(self) -> None: ...
     async def drop_key(self, owner: bytes) -> None: ...
+    def large_at(self, keys: Sequence[bytes]) -> list[str]:
+        return []
+
+    async def delete_large(self, names: Sequence[str]) -> None: ...
 
     def secret(self) -> bytes:
         return SECRET
@@ -478,6 +482,39 @@ async def test_each_way_on_each_engine_killed_in_its_middle_leaves_no_byte(
         assert all(store.get(key) == value for key, value in values.items() if key[1:19] == owners["stays"])
         await store.close()
         assert marks_in(await everything(config, postgres)) == {"stays"}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+async def test_a_message_whose_object_s_deletion_is_killed_takes_nothing_else_along(
+    behind: bool, everybody: tuple[Values, dict[str, bytes], bytes], tmp_path: Path
+) -> None:
+    values, owners, content = everybody
+    owner = owners["message"]
+    tiers = {"l2": {"path": tmp_path / "data"}, "l3": {"url": str(tmp_path / "l3"), "min_bytes": 3000}, "l4": {"url": str(tmp_path / "l4")}}
+    config = Config.model_validate({"tiers": {**tiers, "demotion_s": 1e-6}})
+    store = open_store(config, keys)
+    await store.commit([(key, value) for key, value in values.items() if owner in key])
+    await demoted(store)
+    assert store.l3 is not None and list(store.l3.names())
+    delete = store.l3.delete
+
+    def killed(names: Sequence[str]) -> None:
+        if behind:
+            delete(names)
+        if names:
+            raise Died
+
+    store.l3.delete = killed  # type: ignore[method-assign]
+    with pytest.raises(Died):
+        await Erasures(store).erase("message", "tenant", [owner], content)
+    await store.close()
+    store = open_store(config, keys)
+    await Erasures(store).finish_open()
+    assert Erasures(store).content_of(owner, "msg_0012") is not None, "its path is whole"
+    (receipt,) = Erasures(store).receipts(owner)
+    assert receipt.objects
+    await store.close()
+    assert "message" not in marks_in(await everything(config, None))
 
 
 def objects_of(store: Tiered) -> dict[str, bytes]:
