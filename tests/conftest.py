@@ -7,9 +7,9 @@ import sys
 from hypothesis import settings
 
 from tests.examples import examples
-from tests.services import pgbouncer, postgres, postgres_url, s3
+from tests.services import az, gs, pgbouncer, postgres, postgres_url, s3
 
-__all__ = ["pgbouncer", "postgres", "postgres_url", "s3"]
+__all__ = ["az", "gs", "pgbouncer", "postgres", "postgres_url", "s3"]
 
 # Without bytecode every process that a test starts compiles all that it imports: ours for a second of CPU, litellm for five.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

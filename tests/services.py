@@ -1,4 +1,4 @@
-"""Real services for tests, benches and chaos scripts: PostgreSQL, and PgBouncer in front of it; an S3 store.
+"""Real services for tests, benches and chaos scripts: PostgreSQL, and PgBouncer in front of it; stores of objects.
 
 Promises: each is a process of our own on a free port of 127.0.0.1, in a directory of its own, and ends with the one
 who started it, also by SIGKILL; as root they run as an unprivileged user. What is not installed skips a test with
@@ -8,7 +8,7 @@ Every second `llm-pager serve` that a test in tests/e2e or tests/contract starts
 database here instead of a directory (`store_url`); TEST_STORE=postgres: each, =directory: none. One that means
 the directory says `url: None`.
 
-`postgres`, `pgbouncer` and `s3` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
+`postgres`, `pgbouncer`, `s3`, `gs` and `az` are fixtures of the session (tests/conftest.py); `postgres_url` is the URL of a database
 that nobody else has and that is empty. A test that restarts the server or cuts its connections disturbs nobody but
 tests that run at that moment: within one process of pytest there are none.
 
@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import base64
 import contextlib
 import ctypes
+import hmac
 import importlib.util
 import os
 import pwd
@@ -38,6 +40,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -390,7 +393,7 @@ def execute(url: str, statement: str, *arguments: object) -> list[Any]:
 
 
 class S3(_Service):
-    """Moto's server: an S3 store whose buckets are empty. `stop` and `start`: it forgets all."""
+    """Moto's server (object_server.py): an S3 store whose buckets are empty. `stop` and `start`: it forgets all."""
 
     def __init__(self) -> None:
         super().__init__("llm-pager-s3-")
@@ -400,7 +403,7 @@ class S3(_Service):
     def start(self) -> S3:
         if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
             raise Missing("no S3 server: pip install 'moto[server]'")
-        self._spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)])
+        self._spawn([sys.executable, str(Path(__file__).with_name("object_server.py")), str(self.port)])
         self._await(lambda: _listens(self.port))
         return self
 
@@ -412,12 +415,65 @@ class S3(_Service):
 
     def new_bucket(self) -> str:
         """The URL of a folder in an empty one."""
-        name = f"test-{os.getpid()}-{next(self._numbers)}"
+        return f"s3://{self.made()}/pager"
+
+    def made(self) -> str:
+        name = f"test{os.getpid()}n{next(self._numbers)}"
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
         urllib.request.urlopen(request, timeout=START_S).close()
-        return f"s3://{name}/pager"
+        return name
 
     def __enter__(self) -> S3:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._leave()
+
+
+class GoogleStorage:
+    """The same server, as Google's."""
+
+    def __init__(self, server: S3) -> None:
+        self._server = server
+        self.options = {"base_url": server.options["endpoint"], "bearer_token": PASSWORD}
+
+    def new_bucket(self) -> str:
+        return f"gs://{self._server.made()}/pager"
+
+
+class Azurite(_Service):
+    """Microsoft's own emulator of Azure's blobs, whose containers are empty."""
+
+    def __init__(self) -> None:
+        super().__init__("llm-pager-azurite-")
+        self._as = {}  # npm's folder is our own
+        self._numbers = count(1)
+        self._key = base64.b64encode(PASSWORD.encode() * 8).decode()
+        self.options = {"endpoint": f"http://127.0.0.1:{self.port}/{USER}", "account_name": USER, "account_key": self._key}
+
+    def start(self) -> Azurite:
+        folder = Path(os.environ.get("CLIENTS_NODE_DIR") or "~/.cache/llm-pager-clients").expanduser()
+        program = folder / "node_modules/azurite/dist/src/blob/main.js"
+        if not program.exists():
+            raise Missing(f"no Azurite in {folder}: see .ci/run, CLIENTS_NODE_DIR")
+        where = ["--blobHost", "127.0.0.1", "--blobPort", str(self.port), "--inMemoryPersistence"]
+        self._spawn(["env", f"AZURITE_ACCOUNTS={USER}:{self._key}", "node", str(program), *where, "--skipApiVersionCheck",
+                     "--disableTelemetry", "--silent"])  # fmt: skip
+        self._await(lambda: _listens(self.port))
+        return self
+
+    def new_bucket(self) -> str:
+        name = f"test{os.getpid()}n{next(self._numbers)}"
+        now, version = formatdate(usegmt=True), "2021-08-06"
+        signed = "PUT" + "\n" * 12 + f"x-ms-date:{now}\nx-ms-version:{version}\n/{USER}/{USER}/{name}\nrestype:container"
+        signature = base64.b64encode(hmac.digest(base64.b64decode(self._key), signed.encode(), "sha256")).decode()
+        headers = {"x-ms-date": now, "x-ms-version": version, "authorization": f"SharedKey {USER}:{signature}"}
+        request = urllib.request.Request(f"{self.options['endpoint']}/{name}?restype=container", method="PUT", headers=headers)
+        urllib.request.urlopen(request, timeout=START_S).close()
+        return f"az://{name}/pager"
+
+    def __enter__(self) -> Azurite:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
@@ -496,3 +552,27 @@ def s3() -> Iterator[S3]:
             pytest.importorskip("obstore")
             server = stack.enter_context(S3())
         yield server
+
+
+@pytest.fixture(scope="session")
+def gs(s3: S3) -> GoogleStorage:
+    return GoogleStorage(s3)
+
+
+@pytest.fixture(scope="session")
+def az() -> Iterator[Azurite]:
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(Azurite())
+        except Missing as error:  # also in CI: npm may not be there
+            pytest.skip(str(error))
+        yield server
+
+
+def buckets(request: pytest.FixtureRequest, path: Path, *names: str) -> list[dict[str, Any]]:
+    """Empty stores, as `tiers.l3` and `tiers.l4` say them: by the names of the fixtures above, or "file"."""
+    found = []
+    for n, name in enumerate(names):
+        store = None if name == "file" else request.getfixturevalue(name)
+        found.append({"url": store.new_bucket(), "options": store.options} if store else {"url": f"file://{path}/objects{n}"})
+    return found

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 
 from proxy.conversation import keys
@@ -51,6 +52,7 @@ from proxy.errors import StorageError
 from proxy.memory.ids import parse_page_id
 from proxy.storage import Store
 from proxy.storage.lease import Lease
+from proxy.storage.sqlite import Damaged
 from proxy.storage.tiered import Tiered
 
 log = logging.getLogger(__name__)
@@ -184,7 +186,7 @@ class Erasures:
                     await self._store.commit([], leaves=pairs[at : at + _VALUES])
                 erasure = await asyncio.to_thread(self._newest, erasure)
                 await self._store.commit([(erasing_key(erasure), encode_erasure(erasure))])
-            await (self._strike(erasure.content, left) if erasure.content else self._drop(left))
+            await (self._strike(erasure, left) if erasure.content else self._drop(left))
             gone |= left
         erasure.owners = sorted(gone)
         return erasure
@@ -246,9 +248,10 @@ class Erasures:
         drops, leaves = await asyncio.to_thread(self._named, owners)
         await self._store.commit([], drops=[*whole, *drops], leaves=leaves, erases=True)
 
-    async def _strike(self, content: bytes, owners: Iterable[bytes]) -> None:
+    async def _strike(self, erasure: Erasure, owners: Iterable[bytes]) -> None:
         """A message, and all that was made with it, until no turn that began before has left some of it."""
-        states = [prefix for owner in owners for prefix in state_prefixes(owner)]
+        content, states = erasure.content, [prefix for owner in owners for prefix in state_prefixes(owner)]
+        await self._store.delete_large(erasure.objects)  # a process that died had left them
         clean = False
         while not clean:
             clean = True
@@ -258,9 +261,18 @@ class Erasures:
                     after = rows[-1][0]
                     found = [(record, struck(record, content, self._record)) for record in read_records(rows)]
                     if puts := [(record_key(new.id), encode_record(new)) for old, new in found if new != old]:
-                        clean = False
-                        await self._store.commit(puts, drops=[key for key, _ in puts])  # wherever it stands
+                        clean, struck_keys = False, [key for key, _ in puts]
+                        await self._will_delete(erasure, await asyncio.to_thread(self._store.large_at, struck_keys))
+                        await self._store.commit(puts, drops=struck_keys)  # wherever it stands
             await self._store.commit([], drops=states, erases=True)
+
+    async def _will_delete(self, erasure: Erasure, objects: list[str]) -> None:
+        """Tell of objects before nothing names them: who goes on after a kill deletes them."""
+        if objects:
+            stored = await asyncio.to_thread(self._store.get, erasing_key(erasure))
+            known = decode_erasure(stored).objects if stored is not None else []
+            erasure.objects = [*dict.fromkeys([*known, *erasure.objects, *objects])]
+            await self._store.commit([(erasing_key(erasure), encode_erasure(erasure))])
 
     # -- reading, in a thread
 
@@ -271,8 +283,10 @@ class Erasures:
         return [key for key, _ in islice(rows_of(self._store, prefix, _RECORDS), _VALUES)]
 
     def _record(self, node_id: bytes) -> Record | None:
-        data = self._store.get(record_key(node_id))
-        return decode_record(data) if data is not None else None
+        with suppress(Damaged, ValueError, LookupError):  # what cannot be read is as if it were not there
+            data = self._store.get(record_key(node_id))
+            return decode_record(data) if data is not None else None
+        return None
 
     def _used_s(self, owner: bytes) -> int:
         data = self._store.get(conversation_key(owner))

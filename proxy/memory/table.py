@@ -454,6 +454,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_root = msgspec.msgpack.Decoder(_Root).decode
 _decode_group = msgspec.msgpack.Decoder(dict[int, ChunkRef]).decode
 _decode_columns = msgspec.msgpack.Decoder(tuple[int, list[Any]]).decode
+for _kind in (PageTableEntry, PageMutation):  # msgspec looks up a struct's types at its first use: two threads that are the first at once end the process
+    msgspec.convert([], list[_kind])  # type: ignore[valid-type]
 
 
 def encode_log(mutations: Iterable[PageMutation]) -> bytes:

@@ -121,7 +121,7 @@ def open_store(config: Config, space: KeySpace) -> Tiered:
     l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
     l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
     engine = open_engine(tiers.l2, space.KINDS)
-    if engine.trouble is None and engine.get(MIGRATING):
+    if _there(engine, MIGRATING):
         raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
     if l4 is None:
         with suppress(StorageError):
@@ -133,16 +133,21 @@ def open_store(config: Config, space: KeySpace) -> Tiered:
         from proxy.storage.sealing import sealed
 
         return cast(Tiered, sealed(tiered, config, space))
-    if engine.trouble is None and _is_sealed(engine):
+    if _there(engine, MARK):
         raise StorageError(f"The storage in {engine.where} is encrypted: set storage.encryption.keys to its master key.")
     return tiered
 
 
-def _is_sealed(engine: Store) -> bool:
+def _there(engine: Engine, key: Key) -> bool:
+    """Whether something stands under it, as far as can be known now: a store that is away for a moment ends no start."""
     try:
-        return engine.get(MARK) is not None
+        return engine.trouble is None and bool(engine.get(key))
     except Damaged:
         return True
+    except StorageError:
+        if engine.trouble is None:
+            raise
+        return False
 
 
 def open_engine(l2: L2Config, kinds: Mapping[bytes, str], tables: str = "llm_pager") -> Engine:

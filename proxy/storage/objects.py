@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -97,9 +96,17 @@ class Objects:
 
     def delete(self, names: Sequence[str]) -> None:
         """Those that are not there are deleted already."""
-        for some in (names,) if self._directory is None else [(name,) for name in names]:
-            if some:  # in a directory one that is not there ends the others' deletion
-                self._asked("delete objects", partial(obstore.delete, self._opened(), list(some)))
+
+        def work() -> None:
+            try:
+                obstore.delete(self._opened(), list(names))
+            except FileNotFoundError:  # but on S3 and Azure it ends the others' deletion
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._opened(), name)
+
+        if names:
+            self._asked("delete objects", work)
 
     async def drop(self, owner: bytes) -> list[str]:
         """Delete all objects of a conversation, a tenant or a credential (`keys.owner`), and what a kill left of

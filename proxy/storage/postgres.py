@@ -797,6 +797,9 @@ class PostgresStore:
                 if not self._verified:
                     await self._verify(connection)
                 return await work(connection, again)
+        except pg.ReadOnlySQLTransactionError:  # a standby by now: the next connection may find the server that is none
+            await pool.expire_connections()
+            raise
         finally:
             await pool.release(connection, timeout=_RELEASE_S)
 

@@ -265,8 +265,12 @@ class Sealed:
         self._checked_s = -inf
         self._dropped = False  # keys, that may still stand in free pages of the key store
         self._damaged: Counter[str] = Counter()
-        if inner.trouble is None and ring.store.trouble is None:  # else before the first commit
-            self._verify()
+        try:
+            if self.trouble is None:  # else before the first commit
+                self._verify()
+        except StorageError:
+            if self.trouble is None:
+                raise
 
     def _verify(self) -> None:
         """Raises StorageError where the values are not sealed with keys of this key store."""

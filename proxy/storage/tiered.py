@@ -21,7 +21,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from contextvars import ContextVar
 from hashlib import blake2b
 from heapq import merge
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cachetools import TTLCache
 
-from proxy.errors import StorageError
+from proxy.errors import ErasedMeanwhile, StorageError
 from proxy.memory.models import StorageTier
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.packs import HASH_BYTES, Frame, Index, Pack, index_end, read_frame, read_index
@@ -418,11 +419,14 @@ class Tiered:
         if self.l4 is not None and (owners := {self._owner(key) for key, _ in adds if key[:1] in self.space.MOVING}):
             present = await self._present([key for key, _ in adds], owners)
             adds = [(key, value) for key, value in adds if key not in present]
+        replaced = {key for key, _ in puts if isinstance(key, bytes)}.intersection(drops)
+        large = await asyncio.to_thread(self.large_at, replaced) if replaced else []
         if drops and (self.l3 is not None or self.l4 is not None):
-            await self._drop_below(drops)
+            await self._drop_below(drops, replaced)
         if self.l3 is not None:
             puts = [*puts, *self._notes((*puts, *adds))]
         stored = await self.engine.commit(puts, joins, adds, secret, erased, drops, leaves, erases)
+        await self.delete_large(large)  # not before: a stub without its object is damage
         if self.l4 is not None:
             self.used_again.update(self._cold.intersection(owners))
             self._cold.difference_update(owners)
@@ -493,9 +497,26 @@ class Tiered:
         below = [store for store in (self.l3, self.l4) if store is not None]
         return [name for store in below for name, _ in store.names(owner_path(owner))]
 
-    async def _drop_below(self, prefixes: Sequence[bytes]) -> None:
-        """What these begin, in objects. A conversation that loses a part is copied back first, and then its packs go:
-        nothing of it can stay in them."""
+    def large_at(self, keys: Iterable[bytes]) -> list[str]:
+        """The names of the objects in which the values of these keys stand. For a thread."""
+        found = []
+        for key in keys if self.l3 is not None else ():
+            with suppress(Damaged):
+                stub = self.engine.get(key)
+                if stub is None and self.l4 is not None:
+                    stub = self.packed(key)
+                if stub is not None and is_stub(stub):
+                    found.append(object_name(self.space, key, stub))
+        return found
+
+    async def delete_large(self, names: Sequence[str]) -> None:
+        """What `large_at` named, and nothing names any more."""
+        if self.l3 is not None and names:
+            await asyncio.to_thread(self.l3.delete, names)
+
+    async def _drop_below(self, prefixes: Sequence[bytes], replaced: Set[bytes]) -> None:
+        """What these begin, in objects, but for the large values that are replaced. A conversation that loses a part is
+        copied back first, and then its packs go: nothing of it can stay in them."""
         space = self.space
         folders = {kind: [p[1:] for p in prefixes if p[:1] == kind] for kind in (space.LARGE, space.ARCHIVE)}
         for kind, store in ((space.LARGE, self.l3), (space.ARCHIVE, self.l4)):
@@ -511,24 +532,31 @@ class Tiered:
                     await self.bring_back(found, drop=True)
                 await self.l4.drop(owner)  # what was written and never told
             if not any(map(owner.startswith, folders[space.LARGE])):
-                await asyncio.to_thread(self._drop_objects, prefix)
+                await asyncio.to_thread(self._drop_objects, prefix, replaced)
         self.forget()
 
-    def _drop_objects(self, prefix: bytes) -> None:
+    def _drop_objects(self, prefix: bytes, replaced: Set[bytes]) -> None:
         after = b""
         while self.l3 is not None and (rows := self.engine.scan(prefix, after, _ROWS_AT_ONCE)):
-            self.l3.delete([object_name(self.space, key, value) for key, value in rows if is_stub(value)])
+            self.l3.delete([object_name(self.space, key, value) for key, value in rows if is_stub(value) and key not in replaced])
             after = rows[-1][0]
 
     async def bring_back(self, owner: bytes, drop: bool = False) -> int:
         """Copy what stands in a conversation's packs to L2, but for what is there; how many values. `drop`: and then
         the packs go."""
-        erased = self.engine.erased
         count = 0
-        keys = await asyncio.to_thread(lambda: list(set(self._packed_keys(owner))))
-        while keys:
+        keys: list[bytes] | None = None
+        while keys is None or keys:
+            erased = self.engine.erased
+            if keys is None:
+                keys = await asyncio.to_thread(lambda: list(set(self._packed_keys(owner))))
             rows = await asyncio.to_thread(self._unpacked, owner, keys)
-            count += len(rows) - len(await self.engine.commit((), (), rows, erased=erased))
+            try:
+                count += len(rows) - len(await self.engine.commit((), (), rows, erased=erased))
+            except ErasedMeanwhile:  # perhaps of this
+                await asyncio.to_thread(self.engine.look)
+                self.forget()
+                keys = None
         if drop and self.l4 is not None:
             await self.engine.commit((), drops=[self.space.ARCHIVE + owner])
             await self.l4.drop(owner)

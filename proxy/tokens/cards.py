@@ -106,6 +106,9 @@ class _Row(msgspec.Struct):
         return min(1.0, max(0.0, _usd(cached) / new)) if new and cached is not None else USUAL_CACHED_PRICE
 
 
+_decode_row = msgspec.json.Decoder(_Row).decode
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, msgspec.Raw]:
     data = (LITELLM_DIR / "model_prices_and_context_window_backup.json").read_bytes()
@@ -131,7 +134,7 @@ def _rows(names: list[str]) -> Iterator[tuple[str, _Row]]:
     """Those that state a window."""
     for name in names:
         raw = _table().get(name)
-        row = None if raw is None else msgspec.json.decode(raw, type=_Row)
+        row = None if raw is None else _decode_row(raw)
         if row is not None and row.window_tokens:
             yield name, row
 

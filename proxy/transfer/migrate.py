@@ -90,9 +90,9 @@ async def opened_target(where: str, secret: bytes) -> Engine:
         if empty and target.secret() != secret:
             await target.adopt(secret)
         if target.secret() != secret:
-            raise StorageError(f"{where} holds another store: name an empty one.")
+            raise StorageError(f"{target.where} holds another store: name an empty one.")
         if not empty and not target.get(MIGRATING):
-            raise StorageError(f"{where} is whole, and may have been used since: name an empty one.")
+            raise StorageError(f"{target.where} is whole, and may have been used since: name an empty one.")
     except BaseException:
         await target.close()
         raise

@@ -6,16 +6,20 @@ Promises: the store is a dict, so every point can be tried; tests/e2e/test_erasu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 from proxy.api.erasure import Erasures, erased_since
+from proxy.config import Config
 from proxy.conversation import keys
-from proxy.conversation.erasure import ERASED, Erasure, is_tombstone, prefixes
+from proxy.conversation.erasure import ERASED, Erasure, What, is_tombstone, prefixes
 from proxy.conversation.records import (
     LastUse,
     Record,
@@ -26,6 +30,8 @@ from proxy.conversation.records import (
     record_key,
 )
 from proxy.conversation.tree import ID_BYTES
+from proxy.storage import open_store
+from proxy.storage.tiered import Tiered
 from tests.conversation.player import (
     SECRET,
     Message,
@@ -36,8 +42,10 @@ from tests.conversation.player import (
     says,
     script,
 )
-from tests.leftovers import files_with
-from tests.storage.test_tiered import OBJECT, PACK, demoted, files, opened
+from tests.examples import ASKED
+from tests.leftovers import files_with, whole
+from tests.services import Postgres, buckets
+from tests.storage.test_tiered import NOW_S, OBJECT, PACK, demoted, files, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DAY_S = 86_400
@@ -73,6 +81,10 @@ class Dict:
     def look(self) -> None: ...
     async def scrub(self) -> None: ...
     async def drop_key(self, owner: bytes) -> None: ...
+    def large_at(self, keys: Sequence[bytes]) -> list[str]:
+        return []
+
+    async def delete_large(self, names: Sequence[str]) -> None: ...
 
     def secret(self) -> bytes:
         return SECRET
@@ -369,6 +381,164 @@ async def test_what_stands_in_objects_goes_from_there(house: House, tmp_path: Pa
     assert len(receipt.objects) == 1 and receipt.objects[0].endswith(PACK) and len(receipt.messages) == 3
     assert not files_with(tmp_path, b"redmark") and files(tmp_path, PACK) == files(tmp_path, OBJECT) == []
     await store.close()
+
+
+WAYS: dict[What | Literal["retention"], str] = {"message": "sk-1", "conversation": "sk-1", "user": "sk-1", "key": "sk-2", "retention": "sk-1"}
+AGES_AGO_S = 1
+
+
+@pytest.fixture(scope="module")
+def everybody() -> tuple[Values, dict[str, bytes], bytes]:
+    """What is stored of a conversation for each way, and of one that stays; their owners; what the one message says."""
+    player, owners, content = Player(limits_of(700)), {}, b""
+    for name, key in {**WAYS, "stays": "sk-1"}.items():
+        said: list[Message] = []
+        for turn in range(6):
+            many = long(*(f"{name}{turn}w{n}" for n in range(40 if turn == 1 else 3)))
+            said.append({"role": "user", "content": f"{name}mark {many}" if turn == 1 or name != "message" else many})
+            rounds = [fault("msg_0001"), says(f"noted {many}")] if turn == 5 else [says("noted" if turn == 1 else f"noted {many}")]
+            played = player.ask(said, script(*rounds), key=key, user=name, session=name)
+            assert played.message is not None
+            said.append(played.message)
+        owners[name] = owner_of(played.turn.path[0].id)
+        content = played.turn.path[2].content if name == "message" else content
+        last = conversation_key(owners[name])
+        used_s = AGES_AGO_S if name == "retention" else int(NOW_S) - 2 * DAY_S
+        player.values[last] = LastUse(LastUse.decode(player.values[last]).head, used_s).encode()
+    return dict(player.values), owners, content
+
+
+class Mortal:
+    """The parts of a store that write: its process dies at the `at`-th step, before or behind it."""
+
+    def __init__(self, store: Tiered, at: int, before: bool) -> None:
+        self.steps, self._at, self._before = 0, at, before
+        for part, name in ((store.engine, "commit"), (store.engine, "scrub"), (store.l3, "drop"), (store.l4, "drop")):
+            if part is not None:
+                setattr(part, name, self._dying(getattr(part, name)))
+
+    def _dying(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        async def step(*arguments: Any, **more: Any) -> Any:
+            self.steps += 1
+            dies = self.steps - 1 == self._at
+            if dies and self._before:
+                raise Died
+            done = await work(*arguments, **more)
+            if dies:
+                raise Died
+            return done
+
+        return step
+
+
+@pytest.mark.parametrize("engine", ["directory", "PostgreSQL", "directory, file", "PostgreSQL, s3"])
+async def test_each_way_on_each_engine_killed_in_its_middle_leaves_no_byte(
+    engine: str, everybody: tuple[Values, dict[str, bytes], bytes], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each is killed once, and once again who finishes them. LLM_PAGER_EXAMPLES=N: at N moments."""
+    values, owners, content = everybody
+    engine, _, objects = engine.partition(", ")
+    url = request.getfixturevalue("postgres_url") if engine == "PostgreSQL" else None
+    postgres: Postgres | None = request.getfixturevalue("postgres") if url else None
+    below = dict(zip(("l3", "l4"), buckets(request, tmp_path, objects, objects), strict=True)) if objects else {}
+    tiers = {"l2": {"path": str(tmp_path / "data"), "url": url}, **below, "demotion_s": 1e-6}
+    if objects:
+        tiers["l3"]["min_bytes"] = 3000
+    config = Config.model_validate({"tiers": tiers})
+
+    async def at_once(work: Callable[[Erasures, Tiered], Awaitable[object]], at: int = -1, before: bool = True) -> int:
+        """By a process of its own, which may die; the steps that it came to."""
+        store = open_store(config, keys)
+        mortal = Mortal(store, at, before)
+        with suppress(Died):
+            await work(Erasures(store, store.objects_of), store)
+        await store.close()
+        return mortal.steps
+
+    async def stored(erasures: Erasures, store: Tiered) -> None:
+        await store.commit(list(values.items()))
+        if objects:
+            await demoted(store)
+            endings = {name.rpartition(".")[2] for name in objects_of(store)}
+            assert endings == {OBJECT[1:], PACK[1:]} and not store.engine.scan(keys.RECORD)
+
+    begun: list[Callable[[Erasures, Tiered], Awaitable[object]]] = [
+        lambda e, _: e.erase("message", "tenant", [owners["message"]], content),
+        lambda e, _: e.erase("conversation", "tenant", [owners["conversation"]]),
+        lambda e, _: e.erase("user", "operator", [owners["user"][:12]]),
+        lambda e, _: e.erase("key", "operator", [owners["key"][:6]]),
+        lambda e, _: e.expire(AGES_AGO_S + 1),
+    ]
+    for n in range(ASKED or 1):
+        await at_once(stored)
+        assert marks_in(await everything(config, postgres)) == owners.keys()
+        for number, begin in enumerate(begun):  # from its first commit on it is told of
+            step, behind = divmod(1 + (number + 2 * n + len(engine)) % (8 + n), 2)
+            await at_once(begin, step, not behind)
+        await at_once(lambda e, _: e.finish_open(), 3 + n)
+        await at_once(lambda e, _: e.finish_open())
+        store = open_store(config, keys)
+        assert not store.scan(keys.ERASING) and len(store.scan(keys.RECEIPT)) >= len(begun)
+        assert all(store.get(key) == value for key, value in values.items() if key[1:19] == owners["stays"])
+        await store.close()
+        assert marks_in(await everything(config, postgres)) == {"stays"}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+async def test_a_message_whose_object_s_deletion_is_killed_takes_nothing_else_along(
+    behind: bool, everybody: tuple[Values, dict[str, bytes], bytes], tmp_path: Path
+) -> None:
+    values, owners, content = everybody
+    owner = owners["message"]
+    tiers = {"l2": {"path": tmp_path / "data"}, "l3": {"url": str(tmp_path / "l3"), "min_bytes": 3000}, "l4": {"url": str(tmp_path / "l4")}}
+    config = Config.model_validate({"tiers": {**tiers, "demotion_s": 1e-6}})
+    store = open_store(config, keys)
+    await store.commit([(key, value) for key, value in values.items() if owner in key])
+    await demoted(store)
+    assert store.l3 is not None and list(store.l3.names())
+    delete = store.l3.delete
+
+    def killed(names: Sequence[str]) -> None:
+        if behind:
+            delete(names)
+        if names:
+            raise Died
+
+    store.l3.delete = killed  # type: ignore[method-assign]
+    with pytest.raises(Died):
+        await Erasures(store).erase("message", "tenant", [owner], content)
+    await store.close()
+    store = open_store(config, keys)
+    await Erasures(store).finish_open()
+    assert Erasures(store).content_of(owner, "msg_0012") is not None, "its path is whole"
+    (receipt,) = Erasures(store).receipts(owner)
+    assert receipt.objects
+    await store.close()
+    assert "message" not in marks_in(await everything(config, None))
+
+
+def objects_of(store: Tiered) -> dict[str, bytes]:
+    """All objects, by name."""
+    tiers = [tier for tier in (store.l3, store.l4) if tier is not None]
+    return {name: tier.get(name) or b"" for tier in tiers for name, _ in tier.names()}
+
+
+async def everything(config: Config, postgres: Postgres | None) -> list[bytes]:
+    """All that is stored, as it stands in rows, dumps, files and objects, and what is compressed in it."""
+    store = open_store(config, keys)
+    found = [value for prefix in keys.KINDS for _, value in store.engine.scan(prefix, limit=100_000)]
+    found += objects_of(store).values()
+    await store.close()
+    if postgres is not None:
+        dump = postgres.tool("pg_dump", config.tiers.l2.url or "")
+        found += [bytes.fromhex(value.decode()) for value in re.findall(rb"\\\\x((?:[0-9a-f]{2})+)", dump)]
+    elif config.tiers.l2.path.exists():
+        found += [path.read_bytes() for path in config.tiers.l2.path.rglob("*") if path.is_file()]
+    return [part for data in found for part in whole(data)]
+
+
+def marks_in(texts: list[bytes]) -> set[str]:
+    return {name for name in (*WAYS, "stays") if any(f"{name}mark".encode() in text for text in texts)}
 
 
 def test_every_kind_of_key_goes_with_its_owner() -> None:

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: what a client has read to its end is there afterwards, and nothing else is.
 
-    python -m tests.chaos.kills --rounds 2000 [--seed N] [--lanes one,two,workers] [--store directory|postgres]
+    python -m tests.chaos.kills --rounds 2000 [--seed N] [--lanes one,two,workers,database] [--store directory|postgres]
 
 Real servers (`llm-pager serve`) are killed and started again while conversations go on: whole histories and
 sessions of new messages, streamed and not, with tool calls, page faults, both at once, answers made again
@@ -9,8 +9,9 @@ and questions edited, billed 0.8 to 2 times what we count. In between the disk i
     one      a process by itself
     two      two processes over one directory, killed in turn or both; conversations hop between them
     workers  `--workers 2`: one worker is killed, or all
+    database two processes over PostgreSQL, whose disk it is that is full
 
-`--store postgres` (or TEST_STORE): what they store stands in a database, whose disk it is that is full.
+`--store postgres` (or TEST_STORE): all lanes store there.
 
 What has to hold, and is counted:
 
@@ -55,9 +56,9 @@ from tests.e2e.script import LOOKUP, SYSTEM, filler
 from tests.e2e.story import difference
 from tests.services import Postgres
 
-LANES = ("one", "two", "workers")
+LANES = ("one", "two", "workers", "database")
 FACTORS = (0.8, 1.0, 1.13, 1.4, 2.0)
-TALKS_AT_ONCE = 6  # per lane, by default
+TALKS_AT_ONCE = 4  # per lane, by default
 STEPS = 24
 WINDOW_TOKENS, WIDE_TOKENS = 2_000, 1_000_000
 MOMENTS = ("any", "asked", "answering", "answered", "read")
@@ -285,6 +286,7 @@ class Lane:
 
     def __init__(self, kind: str, seed: int, tally: Tally, done: asyncio.Queue[Talk | None]) -> None:
         self.kind, self.tally, self.done = kind, tally, done
+        self.two = kind in ("two", "database")
         self.chance = random.Random(f"{seed}/{kind}")
         self.seed = seed
         self.model = Model(self._on)
@@ -299,7 +301,7 @@ class Lane:
         await self.model.start()
         config = config_of(self.model, await self._l2())
         workers = 2 if self.kind == "workers" else 1
-        self.servers = [ServerProcess(config, workers=workers) for _ in range(2 if self.kind == "two" else 1)]
+        self.servers = [ServerProcess(config, workers=workers) for _ in range(2 if self.two else 1)]
         self.up = [True] * len(self.servers)
         for server in self.servers:
             await asyncio.to_thread(server.start)
@@ -353,7 +355,7 @@ class Lane:
                 await self._free()
             return
         which = range(len(self.servers))
-        if self.kind == "two" and self.chance.random() < 0.7:
+        if self.two and self.chance.random() < 0.7:
             which = range(i := self.chance.randrange(2), i + 1)
         for i in which:
             self.up[i] = False
@@ -633,12 +635,15 @@ class Quiet:
 
 
 async def run(
-    rounds: int, seed: int, lanes: tuple[str, ...] = LANES, say: bool = True, make: type[Lane] = Lane
+    rounds: int, seed: int, lanes: tuple[str, ...] = LANES, say: bool = True, make: type[Lane] = Lane, share: float = 1
 ) -> Tally:
-    """`rounds` kills over the lanes, which go on side by side."""
+    """`rounds` kills over the lanes, which go on side by side; `share` of a lane's conversations, and of the answers
+    between two kills."""
     tally, started = Tally(), time.monotonic()
     talks: asyncio.Queue[Talk | None] = asyncio.Queue(4 * make.talks_at_once)
-    made = [make(kind, seed, tally, talks) for kind in lanes]
+    made = [(OnPostgres if kind == "database" else make)(kind, seed, tally, talks) for kind in lanes]
+    for some in made:
+        some.talks_at_once, some.progress = int(some.talks_at_once * share), int(some.progress * share)
     quiet = asyncio.ensure_future(Quiet(tally, say).run(talks))
     left = iter(range(rounds))
 

@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 _FORKING = """
-import gc, importlib, json, multiprocessing, os, signal, sys, tempfile
+import contextlib, faulthandler, gc, importlib, json, multiprocessing, os, signal, sys, tempfile
 import encodings.idna, pydantic.v1  # FastAPI's, with its first route
 import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn._subprocess, uvicorn.lifespan.on, uvicorn.loops.uvloop
 from proxy.search.terms import languages_of
@@ -50,7 +50,20 @@ for name in sys.argv[1:]:
 gc.collect()
 gc.freeze()  # nothing of this is looked at again, or copied
 uvicorn._subprocess.spawn = multiprocessing.get_context("fork")  # workers, too, have everything
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that were killed leave no zombies
+logs = {}
+
+def ended(*_):
+    # Children leave no zombies, but a line in the log of one that nobody killed.
+    with contextlib.suppress(ChildProcessError):
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            path = logs.pop(child[0], None)
+            if path and child[1] != signal.SIGKILL:
+                how = os.waitstatus_to_exitcode(child[1])
+                log = os.open(path, os.O_WRONLY | os.O_APPEND)
+                os.write(log, f"[ended with status {how}]\\n".encode())
+                os.close(log)
+
+signal.signal(signal.SIGCHLD, ended)
 for line in sys.stdin:
     if (pid := os.fork()) == 0:
         asked = json.loads(line)
@@ -64,7 +77,9 @@ for line in sys.stdin:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for fd, at in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(fd, at)
+        faulthandler.enable()
         os._exit(proxy.cli.main(asked["arguments"]))
+    logs[pid] = json.loads(line)["log"]
     print(pid, flush=True)
 """
 

@@ -33,7 +33,7 @@ from tests.e2e.script import (
     talk,
 )
 from tests.e2e.story import assert_same
-from tests.services import S3
+from tests.services import S3, buckets
 
 SESSION = {"x-llm-pager-session": "notes"}
 TURNS = 14
@@ -74,12 +74,11 @@ async def talk_of(chat: Chat, script: Script, marks: list[str]) -> None:
     await talk(chat, script, "second", 3, marks)
 
 
-@pytest.mark.parametrize("store", ["file", "s3"])
+@pytest.mark.parametrize(("l3", "l4"), [("file", "s3"), ("s3", "gs"), ("az", "az")])
 async def test_invariants_4_and_7_what_comes_back_from_objects_goes_upstream_as_if_it_had_never_left(
-    tmp_path: Path, store: str, request: pytest.FixtureRequest
+    tmp_path: Path, l3: str, l4: str, request: pytest.FixtureRequest
 ) -> None:
-    s3: S3 | None = request.getfixturevalue("s3") if store == "s3" else None
-    where = [{"url": s3.new_bucket(), "options": s3.options} if s3 else {"url": str(tmp_path / n)} for n in ("l3", "l4")]
+    where = buckets(request, tmp_path, l3, l4)
     one, two = Script(), Script()
     async with one.upstream, two.upstream:
         config = tiers(one, tmp_path, {**where[0], "min_bytes": 2048}, where[1])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +26,24 @@ from proxy.memory.table import decode_log, encode_log
 from tests.examples import examples
 from tests.memory.doors import evict, fault_in, map_in, register_id
 from tests.memory.strategies import histories
+
+FIRST_OF_TWO = """
+import sys, threading
+from proxy.memory import MutationType, PageMutation
+from proxy.memory.table import decode_log, encode_log
+
+data = encode_log([PageMutation(MutationType.CREATE, "msg_0001", 1)])
+
+def called(frame, event, argument):
+    if event == "call" and frame.f_code.co_filename.endswith("enum.py"):  # of a field's type
+        sys.setprofile(None)
+        other = threading.Thread(target=decode_log, args=(data,))
+        other.start()
+        other.join()
+
+sys.setprofile(called)
+decode_log(data)
+"""
 
 
 class Storage(dict[bytes, bytes]):
@@ -256,6 +278,11 @@ def test_what_is_stored_leaves_ram_and_comes_back() -> None:
     assert table.loaded <= 131 * 64 and storage.reads == 0
     assert table.in_window(make_page_id(64)) is table.lookup(make_page_id(64)) is not None
     assert table == same and table.checkpoint().root == same.checkpoint().root
+
+
+def test_two_threads_that_are_the_first_to_read_a_table_do_not_end_the_process() -> None:
+    """msgspec looks up a struct's types at its first use, and lets go of the interpreter's lock meanwhile."""
+    subprocess.run([sys.executable, "-c", FIRST_OF_TWO], check=True, cwd=Path(__file__).resolve().parents[2])
 
 
 def test_pages_without_a_position_are_found_again() -> None:

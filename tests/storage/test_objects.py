@@ -1,4 +1,4 @@
-"""Objects in a directory and in S3: whole or not at all, under their owner's prefix, and a sentence for each failure."""
+"""Objects in a directory, in S3, GCS and Azure: whole or not at all, under their owner's prefix, and a sentence for each failure."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import pytest
 
 from proxy.errors import ConfigError, StorageError
 from proxy.storage.objects import Objects, owner_path
-from tests.services import S3
+from tests.services import S3, buckets
 
 OWNER = bytes(range(18))
 
 
-@pytest.fixture(params=["directory", "file", "s3"])
+@pytest.fixture(params=["directory", "file", "s3", "gs", "az"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
-    if request.param == "s3":
-        s3: S3 = request.getfixturevalue("s3")
-        return Objects(s3.new_bucket(), s3.options, 10, "tiers.l3")
-    url = f"{tmp_path}/a b" if request.param == "directory" else f"file://{tmp_path}/a%20b"
-    return Objects(url, {}, 10, "tiers.l3")
+    if request.param == "directory":
+        return Objects(f"{tmp_path}/a b", {}, 10, "tiers.l3")
+    (bucket,) = buckets(request, tmp_path / "a%20b", request.param)
+    return Objects(bucket["url"], bucket.get("options", {}), 10, "tiers.l3")
 
 
 def test_what_is_put_is_found_in_whole_and_in_part_and_deleted(store: Objects) -> None:
@@ -34,8 +33,10 @@ def test_what_is_put_is_found_in_whole_and_in_part_and_deleted(store: Objects) -
     assert store.get("a/b") == b"\x00two"
     assert (store.get("a/b", 1, 3), store.get("a/b", 2, 99)) == (b"tw", b"wo")
     assert list(store.names()) == list(store.names("a")) == [("a/b", 4)] and list(store.names("b")) == []
-    store.delete(["a/none", "a/b"])
-    assert store.get("a/b") is None and store.trouble is None
+    store.put("large", large := os.urandom(6 << 20))  # in several parts
+    assert store.get("large") == large
+    store.delete(["a/none", "a/b", "none", "large"])
+    assert list(store.names()) == [] and store.get("a/b") is None and store.trouble is None
 
 
 @pytest.mark.parametrize("size", [6, 12, 18])
@@ -87,13 +88,26 @@ def test_a_url_that_nothing_opens_is_one_sentence(url: str, monkeypatch: pytest.
     assert told.startswith("tiers.l4.url: ") and told.endswith(".") and "\n" not in told and "SECRET" not in told
 
 
-def test_options_are_the_providers_own_environment_and_ours_over_it(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = s3.new_bucket()
-    for name, value in s3.options.items():
-        monkeypatch.setenv("AWS_ENDPOINT_URL" if name == "endpoint" else f"AWS_{name.upper()}", value)
-    Objects(url, {}, 10, "tiers.l3").put("a", b"x")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert Objects(url, {"endpoint": s3.options["endpoint"]}, 10, "tiers.l3").get("a") == b"x"
+VARIABLES = {
+    "s3": {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_REGION", "access_key_id": "AWS_ACCESS_KEY_ID",
+           "secret_access_key": "AWS_SECRET_ACCESS_KEY"},
+    "gs": {"base_url": "GOOGLE_BASE_URL", "bearer_token": "GOOGLE_BEARER_TOKEN"},
+    "az": {"endpoint": "AZURE_STORAGE_ENDPOINT", "account_name": "AZURE_STORAGE_ACCOUNT_NAME",
+           "account_key": "AZURE_STORAGE_ACCOUNT_KEY"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_options_are_the_providers_own_environment_and_ours_over_it(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bucket,) = buckets(request, tmp_path, name)
+    for option, value in bucket["options"].items():
+        monkeypatch.setenv(VARIABLES[name][option], value)
+    Objects(bucket["url"], {}, 10, "tiers.l3").put("a", b"x")
+    endpoint = next(iter(bucket["options"]))
+    monkeypatch.setenv(VARIABLES[name][endpoint], "http://127.0.0.1:1")
+    assert Objects(bucket["url"], {endpoint: bucket["options"][endpoint]}, 10, "tiers.l3").get("a") == b"x"
 
 
 def test_a_store_that_is_away_is_said_once_and_asked_again_after_a_while(

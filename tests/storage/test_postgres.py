@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import subprocess
@@ -10,16 +11,20 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
+from proxy.config import Config
 from proxy.conversation import keys
+from proxy.storage import open_store
 from proxy.storage import postgres as module
 from proxy.storage.l2 import StorageError
 from proxy.storage.postgres import PostgresStore
 from proxy.storage.sqlite import FORMAT, SECRET_BYTES
 from proxy.storage.suspend import scope, suspendable, suspending
+from proxy.storage.tiered import Tiered
 from tests.services import PgBouncer, Postgres, Tap, execute
 from tests.storage.test_l2 import ROOT, node
 
@@ -268,6 +273,38 @@ async def test_a_server_that_is_not_there_yet_is_waited_for_by_those_who_ask(pos
     await store.check()
     assert store.trouble is None and store.secret() != early and store.generation == generation + 1 and store.losses == 0
     await store.close()
+
+
+@pytest.mark.parametrize("key", [None, base64.b64encode(bytes(32)).decode()], ids=["plain", "sealed"])
+async def test_a_server_that_goes_away_in_the_middle_of_a_start_ends_none(
+    postgres: Postgres, postgres_url: str, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.0)
+    encryption = {"keys": [key], "key_store": postgres_url.replace(urlsplit(postgres_url).path, "/postgres")} if key else {}
+
+    def opened(url: str) -> Tiered:
+        return open_store(Config.model_validate({"tiers": {"l2": {"url": url}}, "storage": {"encryption": encryption}}), keys)
+
+    await opened(postgres_url).close()
+    with Tap(postgres.port) as tap:
+        await opened(tap.url(postgres_url)).close()
+        for last in range(0, tap.trips, 2):  # a statement is two: it is prepared, then it runs
+            left = iter(range(last))
+            tap.on = lambda commit, left=left: "" if next(left, None) is not None else "before"
+            store = opened(tap.url(postgres_url))
+            assert store.trouble is not None, "the server was away"
+            tap.on = lambda commit: ""
+            await store.check()
+            assert store.trouble is None
+            await store.close()
+
+
+async def test_a_server_that_became_a_standby_is_left_for_another(store: PostgresStore, postgres_url: str) -> None:
+    await commits(store, 1)
+    async with (await store._pools[asyncio.get_running_loop()]).acquire() as connection:
+        await connection.execute("SET default_transaction_read_only = on")
+    await commits(store, 1, 1)
+    assert store.trouble is None
 
 
 # -- what breaks

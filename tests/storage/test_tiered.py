@@ -30,7 +30,7 @@ from proxy.storage.lease import Lease
 from proxy.storage.packs import values_of
 from proxy.storage.suspend import suspending
 from proxy.storage.tiered import OBJECT, PACK, READS, Reads, Tiered, named_pack
-from tests.services import S3
+from tests.services import S3, buckets
 
 DAY_S = 86_400
 NOW_S = 1_700_000_000.0
@@ -83,14 +83,13 @@ def files(path: Path, ending: str) -> list[Path]:
     return sorted(path.rglob(f"*{ending}"))
 
 
-@pytest.fixture(params=["file", "s3", "file below PostgreSQL"])
+@pytest.fixture(params=["file", "s3", "gs", "az", "file below PostgreSQL"])
 def below(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Where L3 and L4 are, and where L2 is."""
-    if request.param == "s3":
-        s3: S3 = request.getfixturevalue("s3")
-        return {"l3": s3.new_bucket(), "l4": s3.new_bucket(), "options": s3.options}
-    url = request.getfixturevalue("postgres_url") if "PostgreSQL" in request.param else None
-    return {"l3": str(tmp_path / "l3"), "l4": f"file://{tmp_path}/l4", "url": url}
+    store, _, engine = request.param.partition(" below ")
+    url = request.getfixturevalue("postgres_url") if engine else None
+    l3, l4 = buckets(request, tmp_path, store, store)
+    return {"l3": l3["url"], "l4": l4["url"], "options": l3.get("options", {}), "url": url}
 
 
 # -- the way down and up
