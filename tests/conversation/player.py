@@ -231,6 +231,9 @@ class Player:
         except LookupError:  # as admission
             found.record, state = None, None
         counter = get_counter(decoded["model"])
+        for at, node in enumerate(found.path if isinstance(found.path, list) else ()):  # as admission
+            if node.tokens >= 0 and node.counter not in ("", counter.name):  # for another model
+                found.path[at] = msgspec.structs.replace(node, tokens=-1, counter="")
         fixed = sum(counter.message(json.loads(raw)) for raw in split.system)
         fixed += counter.tools(decoded.get("tools") or ())
         known = capabilities({}, self.learned or {}, {})
