@@ -242,7 +242,9 @@ class L0Config(Section):
         AfterValidator(_window),
         Field(description="auto or a whole number of tokens of at least 512"),
     ] = "auto"
-    reserve_tokens: AtLeast1 | Literal["auto"] = "auto"
+    reserve_tokens: Annotated[
+        AtLeast1 | Literal["auto"], Field(description="auto or a whole number of tokens of at least 1")
+    ] = "auto"
     eviction_threshold: Share = 0.90
     target_utilization: Share = 0.50
 
