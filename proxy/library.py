@@ -114,7 +114,8 @@ class MemoryManager:
         limits, override = limits_of(settings, model, {}), settings.model_override(model)
         self.session_id = session_id
         self.limits = replace(
-            limits, mode=mode, working_set=config or limits.working_set, written_by_models=False
+            limits, mode=mode, working_set=config or limits.working_set, written_by_models=False,
+            answer_beside=limits.answer_beside and config is None,
         )
         self.config = self.limits.working_set
         self.storage = ArtifactsBridge()

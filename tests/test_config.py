@@ -419,7 +419,7 @@ def test_model_overrides_exact_name_first_then_the_longest_glob() -> None:
 @pytest.mark.parametrize(
     ("l0", "configured", "reserve"), [(128_000, 4096, 4096), (4000, 4096, 1000), (4000, 500, 500), (128_000, "auto", 4096), (4000, "auto", 1000)]
 )
-def test_effective_reserve(l0: int, configured: int, reserve: int) -> None:
+def test_effective_reserve(l0: int, configured: int | str, reserve: int) -> None:
     assert effective_reserve(l0, configured) == reserve
 
 

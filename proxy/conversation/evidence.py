@@ -81,7 +81,7 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         shown[candidate.page_id] = line
         return line.tokens
 
-    prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query))
+    prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query), alone=not turn.channel.listed)
     best, candidates, proven = 0.0, list[Candidate](), False  # the best of what is in the window
     for hit in hits:
         if proven and hit.score < prefetcher.fall * candidates[0].score:

@@ -15,7 +15,7 @@ MIN_EVIDENCE = 0.8  # of one word that only this page has: less is no reason to 
 ASKED_EVIDENCE = 0.6  # and to who asks: a word that one page in twenty has ("pet" where two people speak of theirs)
 LENGTH_POWER = 0.2  # of a page's tokens, in what it is worth; this and the falls: on LoCoMo and BEAM (tests/bench/recall.py)
 _ASKED_FALL = 0.26  # of the best score, where the user asks
-_LINE_TOKENS, _MOST_TIMES = 64, 2.5  # a page that is longer has to be better by as much, or by so much, but for the best one
+_LINE_TOKENS, _MOST_TIMES = 64, 2.5  # a page that is longer has to be better by as much, or by so much, but for the best one: the rest can be searched
 _RESIDENT_FALL = 0.3  # of the best score in the window: where that is what is meant, older pages add less
 _TOLD_FALL = 0.6  # and where the user tells, for whom there is less room:
 _TOLD_SHARE = 4  # of the tokens
@@ -63,11 +63,12 @@ class Candidate(NamedTuple):
 
 class Prefetcher(NamedTuple):
     """One decision's budget. `asked`: the user asks for something; to what is only told, a page has to say
-    something itself."""
+    something itself. `alone`: the model cannot search for what is not shown."""
 
     max_pages: int
     max_tokens: int
     asked: bool = True
+    alone: bool = False
 
     @property
     def least_evidence(self) -> float:
@@ -94,7 +95,7 @@ class Prefetcher(NamedTuple):
         least = max(best * _RESIDENT_FALL, self.fall * top)
         ranked = [
             c for c in offered
-            if c.score >= least * (1 if c.score == top else _times(c.tokens)) and (self.asked or c.is_meant)
+            if c.score >= least * (1 if self.alone or c.score == top else _times(c.tokens)) and (self.asked or c.is_meant)
         ]
         ranked.sort(key=lambda c: (-_worth(c), c.page_id))
         for candidate in ranked:

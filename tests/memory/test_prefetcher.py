@@ -34,8 +34,8 @@ def of(page_id: str, score: float = 5.0, evidence: float = 2.0, tokens: int = 60
     return Candidate(page_id, score, evidence, tokens)
 
 
-def ids(*proposed: Candidate, pages: int = 9, tokens: int = 9_999, asked: bool = True) -> list[str]:
-    prefetcher = Prefetcher(pages, tokens, asked)
+def ids(*proposed: Candidate, pages: int = 9, tokens: int = 9_999, asked: bool = True, alone: bool = False) -> list[str]:
+    prefetcher = Prefetcher(pages, tokens, asked, alone)
     chosen = prefetcher.choose(proposed, lambda c, left: c.tokens if c.tokens <= left else None)
     return [candidate.page_id for candidate in chosen]
 
@@ -68,7 +68,9 @@ def test_what_is_far_below_the_best_is_left_out() -> None:
 def test_a_long_page_has_to_be_nearer_to_the_best_and_the_best_is_shown_however_long_it_is() -> None:
     best = of("msg_0001", 10.0, tokens=900)
     assert ids(best, of("msg_0002", 4.0, tokens=60), of("msg_0003", 4.0, tokens=120)) == ["msg_0001", "msg_0002"]
-    assert ids(best, of("msg_0002", 9.0, tokens=900), of("msg_0003", 6.0, tokens=900)) == ["msg_0001", "msg_0002"]
+    long = of("msg_0002", 9.0, tokens=900), of("msg_0003", 6.0, tokens=900)
+    assert ids(best, *long) == ["msg_0001", "msg_0002"]
+    assert ids(best, *long, alone=True) == ["msg_0001", "msg_0002", "msg_0003"]  # nobody can search for the rest
 
 
 def test_nothing_is_shown_for_words_that_many_pages_have() -> None:
