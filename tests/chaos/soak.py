@@ -385,7 +385,8 @@ async def _under_load(load: Load, seconds: float, with_kills: bool, rss: list[tu
         try:
             while time.monotonic() < end:
                 await asyncio.sleep(0.5)
-                rss.append((time.monotonic(), rss_mb(load.server.pid)))
+                if load.up.is_set():  # between a kill and the restart there is no process to measure
+                    rss.append((time.monotonic(), rss_mb(load.server.pid)))
                 for task in tasks:
                     if task.done() and not task.cancelled() and (failure := task.exception()) is not None:
                         raise failure
