@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.derived import table_root
 from proxy.conversation.erasure import is_tombstone
 from proxy.conversation.records import LastUse, Record, block_key, decode_record, record_key
@@ -85,7 +85,7 @@ def _checked(config: Config, tell: Told, advance: Advance) -> str:
         with closing(connect(path, _LOCK_WAIT_S)) as connection:
             mark_lost(connection, lost)
 
-    store = open_store(config, keys)  # refused where it is encrypted with other keys
+    store = open_store(config)  # refused where it is encrypted with other keys
     try:
         found = _file(path, store, advance)
         if found.damage:
@@ -93,7 +93,7 @@ def _checked(config: Config, tell: Told, advance: Advance) -> str:
             _tell_damage(found, tell)
             asyncio.run(store.close())
             tell("repaired", repair(path).told(path))
-            store = open_store(config, keys)
+            store = open_store(config)
             found = _file(path, store, advance)
         damage |= _compared(found, store, mark, tell)
     finally:
@@ -109,7 +109,7 @@ def _checked(config: Config, tell: Told, advance: Advance) -> str:
 
 def _checked_tables(config: Config, tell: Told, advance: Advance) -> str:
     """As `_checked`, in PostgreSQL; its own checks of its files are not ours (pg_amcheck)."""
-    tiered = open_store(config, keys)
+    tiered = open_store(config)
     store = cast("PostgresStore", tiered.engine)
     tell("storage", store.where)
     try:
@@ -307,7 +307,7 @@ class _Below:
         """A large value; None where it is lost. Raises StorageError."""
         if self._l3 is None:
             raise StorageError("Large values stand in L3; set tiers.l3.url to where they are.")
-        name = object_name(keys, key, stub)
+        name = object_name(key, stub)
         data = self._l3.get(name) if name in self._sound else None
         return None if data is None else unpacked(data)
 
@@ -345,7 +345,7 @@ class _Below:
             at = {rest: rest[:1] + owner + rest[1:] for rest in (*sound, *damaged)}
             self.packed.update(at.values())
             if self._l3 is not None:
-                names = {at[rest]: object_name(keys, at[rest], value) for rest, value in sound.items() if is_stub(value)}
+                names = {at[rest]: object_name(at[rest], value) for rest, value in sound.items() if is_stub(value)}
                 lost += [key for key, its in names.items() if its not in self._sound]
             if damaged:
                 bad.add(named)

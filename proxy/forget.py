@@ -12,9 +12,9 @@ import asyncio
 import sys
 from typing import Literal, NamedTuple
 
+from proxy import keys
 from proxy.api.erasure import Erasures
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.exported import Scan
 from proxy.conversation.tree import Identity
 from proxy.errors import ConfigError
@@ -39,7 +39,7 @@ def run(what: What, whose: Whose, config: Config, yes: bool, as_json: bool) -> i
 
 
 async def _forget(what: What, whose: Whose, config: Config, yes: bool, as_json: bool) -> int:
-    store = open_store(config, keys)
+    store = open_store(config)
     try:
         store.look()
         identity = Identity(store.secret(), store.erased)

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
 from proxy.storage import open_store
 from proxy.storage.sealing import Sealed
@@ -73,7 +72,7 @@ def _with_keys(config: Config, work: Callable[[Sealed], Awaitable[None]]) -> int
         raise ConfigError("storage.encryption.keys is empty: nothing is encrypted.")
 
     async def main() -> int:
-        store = open_store(config, keys)
+        store = open_store(config)
         assert isinstance(store, Sealed)
         try:
             if store.trouble is not None:

@@ -126,13 +126,12 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: Config) -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.conversation import keys
     from proxy.storage import open_objects, open_store
 
     for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
         open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
-        store = open_store(config, keys)
+        store = open_store(config)
         asyncio.run(store.close())
     except StorageError as error:
         raise StartError(str(error)) from error

@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from proxy import keys
 from proxy.api.memory import Memory
 from proxy.api.views import Turns, Views, Who, hits_told
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.records import conversation_name
 from proxy.errors import ConfigError, StorageError
 from proxy.readable import ago, harmless, share, short, when

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.records import decode_record
 from proxy.storage import open_store
 from tests.bench import scale
@@ -118,7 +118,7 @@ def stored(config: Config) -> dict[bytes, object]:
     """All that a store has of conversations, but for when it was."""
 
     async def read() -> dict[bytes, object]:
-        store = open_store(config, keys)
+        store = open_store(config)
         rows = {key: value for kind in set(keys.KINDS) - TIMED for key, value in store.scan(kind, limit=10_000)}
         await store.close()
         return {key: timeless(key, value) for key, value in rows.items()}
@@ -137,7 +137,7 @@ def stored(config: Config) -> dict[bytes, object]:
 def test_a_made_conversation_is_the_one_that_the_server_stores(tmp_path: Path) -> None:
     conversation = Conversation(7)
     made, served = (scale.Engine(name, {"l2": {"path": str(tmp_path / name)}}, int) for name in ("made", "served"))
-    asyncio.run(open_store(made.config(tmp_path), keys).close())
+    asyncio.run(open_store(made.config(tmp_path)).close())
     shutil.copytree(tmp_path / "made", tmp_path / "served")  # one secret
     asyncio.run(make(made.config(tmp_path), [conversation.number]))
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from proxy import keys
 from proxy.cli import main
 from proxy.config import load_config
-from proxy.conversation import keys, turn_window
+from proxy.conversation import turn_window
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
 from proxy.storage.sqlite import PUT, SEALED, put_row, unpacked
@@ -117,7 +118,7 @@ def below(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLM_PAGER_TIERS__L3__MIN_BYTES", "1024")
 
     async def demoted() -> None:
-        store = open_store(load_config(None, os.environ, {}), keys)
+        store = open_store(load_config(None, os.environ, {}))
         large = [row for row in store.scan(keys.RECORD) if len(row[1]) >= 1024]
         await store.commit(large)
         worker = Demotion(store, 60, 0, None, lambda: time.time() + 9, rest=0)
@@ -184,7 +185,7 @@ def test_an_encrypted_storage_is_read_with_its_keys(
     assert checked(capsys)[0] == 0
 
     async def drop() -> None:
-        store = open_store(load_config(None, os.environ, {}), keys)
+        store = open_store(load_config(None, os.environ, {}))
         for owner in {keys.sealer(key) for key, _ in sealed_rows(data)}:
             await store.drop_key(owner)
         await store.close()

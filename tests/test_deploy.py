@@ -26,8 +26,8 @@ import yaml
 from compose_spec import PyCompose
 from dockerfile_parse import DockerfileParser
 
+from proxy import keys
 from proxy.config import Config, load_config
-from proxy.conversation import keys
 from proxy.storage.l2 import DiskStore
 from tests.e2e.processes import ServerProcess, free_port, together, wait_for_health
 from tests.media import samples

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from proxy import keys
 from proxy.cli import main
-from proxy.conversation import keys
 from proxy.conversation.records import conversation_name, owner_of
 from proxy.storage.l2 import DiskStore
 from tests.conversation.player import Player, limits_of, says, script

@@ -18,27 +18,27 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BELOW_APP = {"api", "conversation", "media", "memory", "storage", "search", "upstream"}
-BASE = {"config", "errors", "sse", "tokens"}
+BASE = {"config", "errors", "keys", "sse", "tokens"}
 
 # Unit (a package or module directly under proxy/) -> the units that it may import, besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"library"},  # `from proxy import SessionManager`, when it is asked for
     "__main__": {"cli"},
-    "check": {"config", "conversation", "errors", "memory", "storage", "terminal"},  # knows what a sound record is
+    "check": {"config", "conversation", "errors", "keys", "memory", "storage", "terminal"},  # knows what a sound record is
     "cli": {
         "api_key", "backup", "bench", "check", "config", "demo", "errors", "forget", "keyring", "serve", "show", "terminal", "top",
         "transfer", "whose",
     },
-    "serve": {"config", "config_text", "conversation", "errors", "storage", "terminal"},  # the app is named to uvicorn as a string
+    "serve": {"config", "config_text", "errors", "storage", "terminal"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage", "terminal"},
     "bench": {"demo", "errors", "terminal"},  # the demo's words
-    "keyring": {"config", "conversation", "errors", "storage", "terminal"},
-    "forget": {"api", "config", "conversation", "errors", "storage", "terminal", "whose"},  # erases as the endpoints do
-    "show": {"api", "config", "conversation", "errors", "readable", "storage", "terminal", "whose"},  # what /vm shows
+    "keyring": {"config", "errors", "keys", "storage", "terminal"},
+    "forget": {"api", "config", "conversation", "errors", "keys", "storage", "terminal", "whose"},  # erases as the endpoints do
+    "show": {"api", "config", "conversation", "errors", "keys", "readable", "storage", "terminal", "whose"},  # what /vm shows
     "top": {"api", "config", "errors", "readable", "terminal"},
     "terminal": {"readable"},
     "readable": set(),
-    "transfer": {"api", "config", "conversation", "errors", "media", "memory", "storage", "terminal", "whose"},  # `api`: who asks
+    "transfer": {"api", "config", "conversation", "errors", "keys", "media", "memory", "storage", "terminal", "whose"},  # `api`: who asks
     "model_limits": {"config", "conversation", "memory", "tokens"},  # a turn's bounds, for admission and the library
     "demo": {"app", "terminal", *BELOW_APP, *BASE},
     "app": {"ui", *BELOW_APP, *BASE, "demo", "process", "server"},  # its upstream is one to choose
@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {*BELOW_APP, *BASE, "api_key", "model_limits"},
     "ui": {"api", "conversation", "memory", "readable", *BASE},  # the dashboard: pages over what the API reads
     "library": {"conversation", "model_limits", "memory", "search", *BASE},  # for callers without a server
-    "conversation": {"media", "memory", "tokens", "errors", "sse"},
+    "conversation": {"errors", "keys", "media", "memory", "sse", "tokens"},
     "memory": {"media"},
     "media": set(),
     "storage": {"memory", *BASE},
@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api_key": set(),
     "whose": {"api", "api_key", "config", "conversation", "errors"},  # `api`: who asks
     "errors": set(),
+    "keys": set(),  # the key space of the store: what is stored is named and moved by it
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams
 }
 
@@ -105,7 +106,7 @@ IMPORTERS: dict[str, set[str]] = {
 # Of the standard library, the database.
 STDLIB_IMPORTERS: dict[str, set[str]] = {"sqlite3": {"search", "storage"}}
 
-PURE = {"media", "memory", "conversation", "sse"}
+PURE = {"conversation", "keys", "media", "memory", "sse"}
 PURE_STDLIB = {
     "__future__", "abc", "array", "ast", "base64", "binascii", "bisect", "collections", "contextlib",
     "copy", "dataclasses", "datetime", "decimal", "difflib", "enum", "fnmatch", "fractions",
@@ -117,6 +118,7 @@ PURE_STDLIB = {
 PURE_STDLIB_MORE = {"media": {"io", "wave", "warnings"}}  # buffers over bytes that it was given
 PURE_THIRD_PARTY = {
     "media": {"PIL", "av", "pypdf"},  # codecs: bytes in, bytes out
+    "keys": set(),
     "sse": set(),
     "memory": {"cachetools", "msgspec", "pydantic"},
     "conversation": {"cachetools", "msgspec", "xxhash", "zstandard"},

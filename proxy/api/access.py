@@ -24,8 +24,8 @@ from proxy.api.memory import Memory
 from proxy.api.views import Who
 from proxy.api_key import KEY_HEADERS, bearer, key_hash, key_name, with_name
 from proxy.config import Config, is_loopback
-from proxy.conversation.keys import TENANT_BYTES
 from proxy.errors import ApiError
+from proxy.keys import TENANT_BYTES
 from proxy.upstream import Header
 
 COOKIE = "llm_pager_vm"

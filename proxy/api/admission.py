@@ -21,12 +21,12 @@ from typing import Any, cast
 import msgspec
 from cachetools import LRUCache
 
+from proxy import keys
 from proxy.api.caller import Caller, caller, encoded, parameters, with_body
 from proxy.api.memory import Memory
 from proxy.api.model_facts import ModelFacts
 from proxy.api.pool import empty
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.body import (
     LEAST_BYTES,
     NOT_SEEN,
@@ -44,13 +44,13 @@ from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.calling import VM_CALLS, offered
 from proxy.conversation.context import TurnContext
 from proxy.conversation.identify import Place, chain, place
-from proxy.conversation.keys import OWNER_BYTES
 from proxy.conversation.limits import Limits
 from proxy.conversation.pins import decode_pins, pins_key
 from proxy.conversation.records import NO_NAMES, Record, SessionNames
 from proxy.conversation.tree import Anchor, Identity, KeyScope, TenantKey
 from proxy.conversation.window import Window
 from proxy.errors import ApiError, StorageError
+from proxy.keys import OWNER_BYTES
 from proxy.model_limits import POLICIES, limits_of
 from proxy.tokens import (
     TokenCounter,

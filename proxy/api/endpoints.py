@@ -32,7 +32,6 @@ from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
 from proxy.conversation.derived import NO_DERIVED, Derived
 from proxy.conversation.exported import exported, header
-from proxy.conversation.keys import TENANT_BYTES
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
     GetRecord,
@@ -44,6 +43,7 @@ from proxy.conversation.records import (
 )
 from proxy.conversation.tree import ID_BYTES, KeyScope, NodeId, TenantKey
 from proxy.errors import ApiError
+from proxy.keys import TENANT_BYTES
 from proxy.memory.ids import make_page_id, parse_page_id
 from proxy.memory.models import MEDIA_PART
 from proxy.storage.l2 import StorageError

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.erasure import (
     Actor,
     Erasure,

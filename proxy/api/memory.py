@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
 
+from proxy import keys
 from proxy.api.erasure import erased_since
 from proxy.api.pool import Pool, empty
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.body import HistoryCache
 from proxy.conversation.calibration import Calibration
 from proxy.conversation.derived import Derived
@@ -98,7 +98,7 @@ class Memory:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._demotion: Demotion | None = None
-        self.store = open_store(config, keys)
+        self.store = open_store(config)
         self.store.look()
         self._looked_s = 0.0
         self._generation = self.store.generation

@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from proxy import keys
 from proxy.api.memory import Memory
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.calibration import TOKENS_FACTOR
 from proxy.conversation.calling import VM_CALLS, Calling
 from proxy.conversation.model_facts import (

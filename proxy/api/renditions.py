@@ -18,10 +18,10 @@ from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
+from proxy import keys
 from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.derived import unwritten_page
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from proxy import keys
 from proxy.api.bill import conversation_bill
 from proxy.api.memory import Memory, owner_named
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.effects import Search
 from proxy.conversation.envelope import UpstreamRequest, request_of

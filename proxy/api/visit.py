@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from proxy import keys
 from proxy.api.bill import bill_of
 from proxy.api.http import Message, Scope, Send, raw_path
 from proxy.api.memory import Memory
 from proxy.api.metrics import FLUSH_S, Metrics, totals
 from proxy.api.writer import Writer
-from proxy.conversation import keys
 from proxy.conversation.bill import Sums
 from proxy.conversation.chunks import decode_chunk
 from proxy.conversation.effects import Refused

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.records import (
     GetRecord,
     Record,

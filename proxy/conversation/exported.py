@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.records import (
     GetRecord,
     GetStoredBlock,

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import msgspec
 
 from proxy.conversation.derived import NO_DERIVED, Derived
-from proxy.conversation.keys import OWNER_BYTES
 from proxy.conversation.tree import HASH_BYTES, Anchor, Node
+from proxy.keys import OWNER_BYTES
 from proxy.media.parts import read_part
 from proxy.memory.caches import CacheStats, PackCache, PackedLine
 from proxy.memory.compressor import compress_text

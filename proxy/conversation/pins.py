@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.tree import Node, NodeId
 from proxy.memory.models import (
     Actor,

@@ -56,7 +56,7 @@ from typing import NamedTuple
 import msgspec
 import zstandard
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.bill import Account
 from proxy.conversation.calibration import Bill
 from proxy.conversation.derived import Derived, restored, table_root

@@ -16,7 +16,7 @@ from typing import Any, NewType, overload
 
 import msgspec
 
-from proxy.conversation import keys
+from proxy import keys
 
 NodeId = NewType("NodeId", bytes)  # names a whole history: its owner (keys.py), and its last message and all before it
 ContentId = NewType("ContentId", bytes)  # names a message by itself

@@ -1,4 +1,4 @@
-"""The tiers below the window. A `Store` is L2 and what lies under it: values by key (conversation/keys.py has the key space).
+"""The tiers below the window. A `Store` is L2 and what lies under it: values by key (keys.py has the key space).
 
 Promises: there is one interface, whatever is behind it; `open_store` is the one place that chooses.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from proxy.errors import ConfigError, StorageError
+from proxy.keys import ARCHIVE
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import MARK, Damaged, Key, Repaired
 from proxy.storage.tiered import Tiered
@@ -91,48 +92,25 @@ class Engine(Store, Protocol):
     async def adopt(self, secret: bytes) -> None: ...
 
 
-class KeySpace(Protocol):
-    """What a store of several tiers has to know of keys: conversation/keys.py, which says what each is."""
-
-    @property
-    def KINDS(self) -> Mapping[bytes, str]: ...
-    @property
-    def OWNER_BYTES(self) -> int: ...
-    @property
-    def MOVING(self) -> Set[bytes]: ...
-    @property
-    def CONVERSATION(self) -> bytes: ...
-    @property
-    def ARCHIVE(self) -> bytes: ...
-    @property
-    def LARGE(self) -> bytes: ...
-    @property
-    def LEASE(self) -> bytes: ...
-    @property
-    def IDS_ONLY(self) -> Set[bytes]: ...
-    @property
-    def sealer(self) -> Callable[[bytes], bytes]: ...
-
-
-def open_store(config: Config, space: KeySpace) -> Tiered:
+def open_store(config: Config) -> Tiered:
     """What `tiers` and `storage.encryption` say; a `Sealed` is what is around it, too. Raises ConfigError and
     StorageError."""
     tiers = config.tiers
     l3 = open_objects("tiers.l3", tiers.l3.url, tiers.l3.options, tiers.l3.timeout_s)
     l4 = open_objects("tiers.l4", tiers.l4.url, tiers.l4.options, tiers.l4.timeout_s)
-    engine = open_engine(tiers.l2, space.KINDS)
+    engine = open_engine(tiers.l2)
     if _there(engine, MIGRATING):
         raise StorageError("A migration into this storage has not come to its end: give `llm-pager migrate` once more.")
     if l4 is None:
         with suppress(StorageError):
-            if engine.scan(space.ARCHIVE, limit=1):
+            if engine.scan(ARCHIVE, limit=1):
                 log.error("Conversations stand in L4, and tiers.l4.url is not set: what was said in them is not remembered.")
-    tiered = Tiered(engine, space, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
+    tiered = Tiered(engine, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
                     known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
     if config.storage.encryption.keys:
         from proxy.storage.sealing import sealed
 
-        return cast(Tiered, sealed(tiered, config, space))
+        return cast(Tiered, sealed(tiered, config))
     if _there(engine, MARK):
         raise StorageError(f"The storage in {engine.where} is encrypted: set storage.encryption.keys to its master key.")
     return tiered
@@ -150,16 +128,15 @@ def _there(engine: Engine, key: Key) -> bool:
         return False
 
 
-def open_engine(l2: L2Config, kinds: Mapping[bytes, str], tables: str = "llm_pager") -> Engine:
-    """L2 alone. `kinds`: what the values under the first byte of a key are, for people; `tables`: what PostgreSQL's begin
-    with. Raises ConfigError and StorageError."""
+def open_engine(l2: L2Config, tables: str = "llm_pager") -> Engine:
+    """L2 alone. `tables`: what PostgreSQL's begin with. Raises ConfigError and StorageError."""
     if l2.url is None:
-        return DiskStore(l2.path, l2.queue_records, kinds, l2.durability)
+        return DiskStore(l2.path, l2.queue_records, l2.durability)
     try:
         from proxy.storage.postgres import PostgresStore
     except ImportError as error:
         raise ConfigError(f"tiers.l2.url needs an extra that is not installed ({error}): pip install 'llm-pager[postgres]'.") from None
-    return PostgresStore(l2.url, kinds, connections=l2.connections, timeout_s=l2.timeout_s, tables=tables,
+    return PostgresStore(l2.url, connections=l2.connections, timeout_s=l2.timeout_s, tables=tables,
                          synchronous_commit="on" if l2.durability == "power" else None)  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from heapq import nsmallest
 from typing import NamedTuple
 
 from proxy.errors import StorageError
+from proxy.keys import ARCHIVE, CONVERSATION, LARGE, LEASE, MOVING, OWNER_BYTES
 from proxy.storage.l1 import BYTES_PER_TOKEN
 from proxy.storage.lease import Lease
 from proxy.storage.packs import EMPTY, build
@@ -64,8 +65,8 @@ class Demotion:
     ) -> None:  # fmt: skip
         self._store, self._every_s, self._days, self._tokens = store, every_s, days, tokens
         self._clock, self._rest = clock, rest
-        self._writing = store.space.LEASE + b"demotion writes"
-        self._lease = Lease(store.engine, store.space.LEASE + b"demotion", _LEASE_PASSES * every_s, clock)
+        self._writing = LEASE + b"demotion writes"
+        self._lease = Lease(store.engine, LEASE + b"demotion", _LEASE_PASSES * every_s, clock)
         self._began_s = 0.0
         self._look_s = self._size_s = self._move_s = 0.0  # when all of L2 is looked through again
         self._task: asyncio.Task[None] | None = None
@@ -130,8 +131,7 @@ class Demotion:
         """Delete what a holder of the lease that died has left of conversations that were erased since. (One that still
         lives is refused: it began before.)"""
         left = await asyncio.to_thread(self._store.engine.get, self._writing) or b""
-        size = self._store.space.OWNER_BYTES
-        for owner in {left[at : at + size] for at in range(0, len(left), size)}:
+        for owner in {left[at : at + OWNER_BYTES] for at in range(0, len(left), OWNER_BYTES)}:
             if await asyncio.to_thread(self._last_use, owner) is None:
                 for objects in filter(None, (self._store.l3, self._store.l4)):
                     await objects.drop(owner)
@@ -141,18 +141,18 @@ class Demotion:
 
     async def _large(self) -> list[tuple[bytes, bytes]]:
         """The notes of some large values."""
-        return await asyncio.to_thread(self._store.engine.scan, self._store.space.LARGE, b"", _LARGE_AT_ONCE)
+        return await asyncio.to_thread(self._store.engine.scan, LARGE, b"", _LARGE_AT_ONCE)
 
     async def _move(self, notes: list[tuple[bytes, bytes]]) -> None:
         """These and all others."""
-        engine, space = self._store.engine, self._store.space
+        engine = self._store.engine
         assert self._store.l3 is not None
         moved = moved_bytes = 0
         while notes:
             erased, puts = engine.erased, list[tuple[bytes, bytes]]()
-            await self._writes([note[1 : 1 + space.OWNER_BYTES] for note, _ in notes])
+            await self._writes([note[1 : 1 + OWNER_BYTES] for note, _ in notes])
             for note, _ in notes:
-                end = 1 + space.OWNER_BYTES
+                end = 1 + OWNER_BYTES
                 key = note[end : end + 1] + note[1:end] + note[end + 1 :]
                 if (stub := await asyncio.to_thread(self._moved, key)) is not None:
                     puts.append((key, stub[0]))
@@ -160,7 +160,7 @@ class Demotion:
             try:
                 await engine.commit(puts, erased=erased, drops=[note for note, _ in notes])
             except StorageError:  # something was erased meanwhile
-                await asyncio.to_thread(self._store.l3.delete, [object_name(space, *put) for put in puts])
+                await asyncio.to_thread(self._store.l3.delete, [object_name(*put) for put in puts])
                 raise
             moved += len(puts)
             notes = await self._large()
@@ -177,7 +177,7 @@ class Demotion:
         if value is None or is_stub(value):
             return None
         stub, data = object_of(value)
-        self._store.l3.put(object_name(self._store.space, key, stub), data)
+        self._store.l3.put(object_name(key, stub), data)
         return stub, len(value)
 
     # -- L4
@@ -224,7 +224,7 @@ class Demotion:
         return max(0, held - int(limit * _LOW)) if held > limit else 0
 
     def _last_use(self, owner: bytes) -> int | None:
-        value = self._store.engine.get(self._store.space.CONVERSATION + owner)
+        value = self._store.engine.get(CONVERSATION + owner)
         return int.from_bytes(value[-_TIME_BYTES:], "big") if value else None
 
     async def _next(self) -> _Used | None:
@@ -239,7 +239,7 @@ class Demotion:
 
     def _conversations(self) -> Iterator[_Used]:
         """Not those of this moment: one of them that is used again could come before `_done`, and wait for `_AGAIN_S`."""
-        letter, until_s = self._store.space.CONVERSATION, self._clock() - _LEAST_S
+        letter, until_s = CONVERSATION, self._clock() - _LEAST_S
         after = b""
         while rows := self._store.engine.scan(letter, after):
             for key, value in rows:
@@ -258,7 +258,7 @@ class Demotion:
         copied, size, written = await asyncio.to_thread(self._written, owner)
         if written:
             try:
-                await engine.commit((), joins=[(self._store.space.ARCHIVE + owner, owner + written[-1])], erased=erased)
+                await engine.commit((), joins=[(ARCHIVE + owner, owner + written[-1])], erased=erased)
             except StorageError:  # something was erased meanwhile
                 assert self._store.l4 is not None
                 names = [self._store.pack_name(owner, pack) for pack in written]
@@ -268,7 +268,7 @@ class Demotion:
         return copied, size
 
     def _is_in_l2(self, owner: bytes) -> bool:
-        return any(self._store.engine.scan(letter + owner, b"", 1) for letter in self._store.space.MOVING)
+        return any(self._store.engine.scan(letter + owner, b"", 1) for letter in MOVING)
 
     def _written(self, owner: bytes) -> tuple[list[bytes], int, list[bytes]]:
         """And the ids of the new packs."""
@@ -281,7 +281,7 @@ class Demotion:
 
         def rows() -> Iterator[tuple[bytes, bytes]]:
             nonlocal size
-            for letter in sorted(store.space.MOVING):
+            for letter in sorted(MOVING):
                 after = b""
                 while found := store.engine.scan(letter + owner, after, _ROWS_AT_ONCE):
                     for key, value in found:

@@ -31,13 +31,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from proxy.errors import ErasedMeanwhile
 from proxy.errors import StorageError as StorageError
+from proxy.keys import KINDS
 from proxy.storage.sqlite import (
     ADD,
     DROP,
@@ -173,7 +174,7 @@ class DiskStore:
     """`get` from any thread; `commit`, `check` and `close` from any event loop.
 
     `queue_records` bounds one transaction: it ends with the commit that reaches so many records, and
-    the commits behind it wait their turn. `kinds`: what the values under the first byte of a key are, for people.
+    the commits behind it wait their turn.
 
     `damaged`: how often damaged values were met, by kind; `repaired`: what the file's last repair brought; `generation`: another number
     whenever the directory holds another file than before: what is known from it is to be forgotten; `losses`: how many
@@ -181,14 +182,11 @@ class DiskStore:
     `durability`: what a commit survives, "process" or "power".
     """
 
-    def __init__(
-        self, path: Path, queue_records: int, kinds: Mapping[bytes, str] | None = None, durability: str = "process"
-    ) -> None:
+    def __init__(self, path: Path, queue_records: int, durability: str = "process") -> None:
         self._path = Path(path)
         self.where = str(self._path)
         self._power = durability == "power"
         self._queue_records = queue_records
-        self._kinds = kinds or {}
         self.damaged: Counter[str] = Counter()
         self.generation = self.losses = self.erased = 0
         self.repaired: Repaired | None = None
@@ -290,7 +288,7 @@ class DiskStore:
 
     def _met_damage(self, key: Key, error: Exception) -> Damaged:
         """It is said once for each kind: a conversation meets it with every request."""
-        kind = self._kinds.get(key[:1], "value") if isinstance(key, bytes) else key
+        kind = KINDS.get(key[:1], "value") if isinstance(key, bytes) else key
         self.damaged[kind] += 1
         told = Damaged(f"A {kind} in {self._path} is damaged: {error}; llm-pager check --storage finds all damage.")
         if self.damaged[kind] == 1:

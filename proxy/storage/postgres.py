@@ -35,7 +35,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -46,6 +46,7 @@ from asyncpg import exceptions as pg
 from cachetools import LRUCache
 
 from proxy.errors import ErasedMeanwhile, StorageError
+from proxy.keys import KINDS
 from proxy.storage import suspend
 from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, RETRY_S
 from proxy.storage.sqlite import (
@@ -329,7 +330,6 @@ class PostgresStore:
     def __init__(
         self,
         url: str,
-        kinds: Mapping[bytes, str] | None = None,
         *,
         connections: int = 10,
         timeout_s: float = 5.0,
@@ -337,7 +337,7 @@ class PostgresStore:
         synchronous_commit: str | None = None,
         tables: str = "llm_pager",
     ) -> None:
-        self._url, self._kinds = url, kinds or {}
+        self._url = url
         self._connection = _Connection if tables == "llm_pager" else _renaming(f"{tables}_")
         self._connections, self._timeout_s, self._prepared = connections, timeout_s, prepared
         durable = f", set_config('synchronous_commit', '{synchronous_commit}', true)" if synchronous_commit else ""
@@ -521,7 +521,7 @@ class PostgresStore:
             return error
 
     def _met_damage(self, key: Key, error: Damaged) -> Damaged:
-        kind = self._kinds.get(key[:1], "value") if isinstance(key, bytes) else key
+        kind = KINDS.get(key[:1], "value") if isinstance(key, bytes) else key
         self.damaged[kind] += 1
         if len(self._bad) < _DAMAGED_KEYS:
             self._bad.add(key)

@@ -14,7 +14,7 @@ Promises:
   are never made anew over those that there are.
 - What stands unsealed was stored before the store was sealed, and is read until all of it has been sealed.
 
-Not sealed: what a row is named by and the sets and heads of ids that engines join and read (`plain`: keyed hashes), and
+Not sealed: what a row is named by and the sets and heads of ids that engines join and read (`keys.IDS_ONLY`: keyed hashes), and
 the engine's own rows (str keys: its secret, its counters).
 """
 
@@ -30,7 +30,6 @@ import time
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
-    Callable,
     Collection,
     Iterable,
     Iterator,
@@ -49,11 +48,12 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from proxy.errors import ConfigError, StorageError
+from proxy.keys import IDS_ONLY, sealer
 from proxy.storage.sqlite import MARK, SEALED, Damaged, Key, packed, unpacked
 
 if TYPE_CHECKING:
     from proxy.config import Config
-    from proxy.storage import KeySpace, Store
+    from proxy.storage import Store
     from proxy.storage.tiered import Tiered
 
 MASTER_BYTES = 32
@@ -232,11 +232,11 @@ class Keyring:
             raise Damaged("A tenant's key is not what was stored in the key store.") from None
 
 
-def sealed(inner: Tiered, config: Config, space: KeySpace) -> Sealed:
+def sealed(inner: Tiered, config: Config) -> Sealed:
     """As `storage.encryption` says. Raises ConfigError and StorageError."""
     encryption = config.storage.encryption
     ring = Keyring(key_store(config), read_masters(encryption.keys), encryption.cache_keys, encryption.cache_s)
-    return Sealed(inner, ring, space.sealer, space.IDS_ONLY)
+    return Sealed(inner, ring)
 
 
 def key_store(config: Config) -> Store:
@@ -245,20 +245,17 @@ def key_store(config: Config) -> Store:
 
     named, l2 = config.storage.encryption.key_store, config.tiers.l2
     if named is None and l2.url is not None:
-        return open_engine(config.tiers.l2, {}, KEY_TABLES)
+        return open_engine(config.tiers.l2, KEY_TABLES)
     is_url = named is not None and "://" in named
     there = {"url": named} if is_url else {"url": None, "path": Path(named or l2.path / "keys").expanduser()}
-    return open_engine(l2.model_copy(update={**there, "durability": "power"}), {})
+    return open_engine(l2.model_copy(update={**there, "durability": "power"}))
 
 
 class Sealed:
-    """The store `inner`, sealed. `tenant`: whose key seals the value of a row;
-    `plain`: first bytes of the keys whose values are not sealed."""
+    """The store `inner`, sealed."""
 
-    def __init__(
-        self, inner: Tiered, ring: Keyring, tenant: Callable[[bytes], bytes], plain: Collection[bytes]
-    ) -> None:
-        self.inner, self.ring, self._tenant, self._plain = inner, ring, tenant, plain
+    def __init__(self, inner: Tiered, ring: Keyring) -> None:
+        self.inner, self.ring = inner, ring
         self._unsealed = True  # of the values some may be
         self._marked: tuple[int, int] | None = None  # the generations that are known to belong together
         self._known_erased = inner.erased
@@ -317,7 +314,7 @@ class Sealed:
 
     def opened(self, key: bytes, value: bytes) -> bytes | None:
         """A value as the inner store has it; as `unseal`."""
-        return value if key[:1] in self._plain else self.unseal(self._tenant(key), key, value)
+        return value if key[:1] in IDS_ONLY else self.unseal(sealer(key), key, value)
 
     def unseal(self, tenant: bytes, name: bytes, value: bytes) -> bytes | None:
         """What was sealed under a name; None where its key was dropped. Raises Damaged; StorageError where the
@@ -368,8 +365,8 @@ class Sealed:
         self._look()
         tenants, size = set[bytes](), 0
         for key, value in (*puts, *adds):
-            if isinstance(key, bytes) and key[:1] not in self._plain:
-                tenants.add(self._tenant(key))
+            if isinstance(key, bytes) and key[:1] not in IDS_ONLY:
+                tenants.add(sealer(key))
                 size += len(value)
         if not tenants:
             return await self.inner.commit(puts, joins, adds, secret, erased, drops, leaves, erases)
@@ -423,8 +420,8 @@ class Sealed:
         newest = dict[bytes, tuple[bytes, AESGCM]]()
         made = []
         for key, value in rows:
-            if isinstance(key, bytes) and key[:1] not in self._plain:
-                tenant = self._tenant(key)
+            if isinstance(key, bytes) and key[:1] not in IDS_ONLY:
+                tenant = sealer(key)
                 value = self._seal(newest.get(tenant) or newest.setdefault(tenant, self._newest(tenant)), key, value)
             made.append((key, value))
         return made
@@ -457,14 +454,14 @@ class Sealed:
 
     def state(self, key: bytes, value: bytes) -> str:
         """Of a value as the inner store has it."""
-        if key[:1] in self._plain:
+        if key[:1] in IDS_ONLY:
             return "ids"
         if not value.startswith(SEALED):
             return "unsealed"
-        key_id, newest = value[len(SEALED) : _HEAD_BYTES], self.ring.newest(self._tenant(key))
+        key_id, newest = value[len(SEALED) : _HEAD_BYTES], self.ring.newest(sealer(key))
         if newest is not None and newest[0] == key_id:
             return "newest"
-        return "older" if self.ring.find(self._tenant(key), key_id) is not None else "lost"
+        return "older" if self.ring.find(sealer(key), key_id) is not None else "lost"
 
     async def rewrite(self) -> AsyncIterator[tuple[int, int]]:
         """Seal with its tenant's newest key what is not yet; yields how many values were looked at and sealed. Goes on
@@ -475,14 +472,14 @@ class Sealed:
         after, looked, done = self.ring.store.get(_REWRITTEN) or b"", 0, 0
         while rows := self.inner.scan(b"", after, _AT_ONCE):
             states = [(key, value, self.state(key, value)) for key, value in rows]
-            await self.ring.make({self._tenant(key) for key, _, state in states if state == "unsealed"})
+            await self.ring.make({sealer(key) for key, _, state in states if state == "unsealed"})
             swaps = []
             for key, value, state in states:
                 if state in ("unsealed", "older"):
                     with suppress(Damaged):
-                        opened = self.unseal(self._tenant(key), key, value)
+                        opened = self.unseal(sealer(key), key, value)
                         if opened is not None:
-                            swaps.append((key, value, self._seal(self._newest(self._tenant(key)), key, opened)))
+                            swaps.append((key, value, self._seal(self._newest(sealer(key)), key, opened)))
             if swaps:
                 done += len(await self.inner.swap(swaps))
             looked, after = looked + len(rows), rows[-1][0]

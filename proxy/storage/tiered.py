@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from cachetools import TTLCache
 
 from proxy.errors import ErasedMeanwhile, StorageError
+from proxy.keys import ARCHIVE, LARGE, MOVING, OWNER_BYTES
 from proxy.memory.models import StorageTier
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.packs import HASH_BYTES, Frame, Index, Pack, index_end, read_frame, read_index
 from proxy.storage.sqlite import Damaged, Key, Repaired, packed, unpacked
 
 if TYPE_CHECKING:
-    from proxy.storage import KeySpace, Store
+    from proxy.storage import Store
     from proxy.storage.objects import Objects
 
 _STUB = b"\xc1\x00L3"  # no value of a kind that moves begins with that byte: msgpack never does, nor does JSON
@@ -89,10 +90,10 @@ class Tiered:
     `cache_bytes`: of packs' parts in RAM. `waits`: how the event loop waits."""
 
     def __init__(
-        self, engine: Store, space: KeySpace, l3: Objects | None = None, l4: Objects | None = None, *,
+        self, engine: Store, l3: Objects | None = None, l4: Objects | None = None, *,
         large_bytes: int = 65_536, cache_bytes: int = 67_108_864, known_s: float = 30.0, waits: Waits | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self.space, self.l3, self.l4 = engine, space, l3, l4
+        self.engine, self.l3, self.l4 = engine, l3, l4
         self._large_bytes = large_bytes
         self._cache = Cache(cache_bytes // BYTES_PER_TOKEN)
         self._known: TTLCache[bytes, tuple[bytes, ...]] = TTLCache(_KNOWN_ARCHIVES, known_s)
@@ -141,12 +142,12 @@ class Tiered:
             return
         from proxy.storage.suspend import scope
 
-        owners = {self._owner(key) for key in keys if isinstance(key, bytes) and key[:1] in self.space.MOVING}
-        self.engine.ahead([*keys, *(self.space.ARCHIVE + owner for owner in owners)], alone)
+        owners = {self._owner(key) for key in keys if isinstance(key, bytes) and key[:1] in MOVING}
+        self.engine.ahead([*keys, *(ARCHIVE + owner for owner in owners)], alone)
         for owner in owners:
             self.packs_of(owner, anew=True)
             if (request := scope()) is not None:
-                request.found.pop(self.space.ARCHIVE + owner, None)
+                request.found.pop(ARCHIVE + owner, None)
 
     def size_bytes(self) -> int:
         return self.engine.size_bytes()
@@ -182,7 +183,7 @@ class Tiered:
         """As the engine's, from whichever tier has it; it may wait for objects."""
         value = self.engine.get(key)
         if value is None:
-            if self.l4 is None or not isinstance(key, bytes) or key[:1] not in self.space.MOVING:
+            if self.l4 is None or not isinstance(key, bytes) or key[:1] not in MOVING:
                 return None
             if (value := self._timed(StorageTier.L4, self._from_pack, key)) is None:
                 return None
@@ -222,7 +223,7 @@ class Tiered:
     def _from_object(self, key: bytes, stub: bytes) -> bytes:
         if self.l3 is None:
             raise self._failed(StorageError("A large value stands in L3, and tiers.l3.url is not set."))
-        l3, name = self.l3, object_name(self.space, key, stub)
+        l3, name = self.l3, object_name(key, stub)
         try:
             data = self._waits(lambda: l3.get(name))
         except StorageError as error:
@@ -265,7 +266,7 @@ class Tiered:
         with self._lock:
             found = None if anew else self._known.get(owner)
         if found is None:
-            joined = self.engine.get(self.space.ARCHIVE + owner) or b""
+            joined = self.engine.get(ARCHIVE + owner) or b""
             size = len(owner) + HASH_BYTES
             found = tuple(joined[at + len(owner) : at + size] for at in range(0, len(joined), size))[::-1]
             with self._lock:
@@ -360,7 +361,7 @@ class Tiered:
         self._cold.add(owner)
 
     def _owner(self, key: bytes) -> bytes:
-        return key[1 : 1 + self.space.OWNER_BYTES]
+        return key[1 : 1 + OWNER_BYTES]
 
     def _failed(self, error: StorageError) -> StorageError:
         if (reads := READS.get()) is not None:
@@ -378,10 +379,10 @@ class Tiered:
     # -- all that is archived, in the order of keys
 
     def _archived_keys(self, prefix: bytes, after: bytes) -> Iterator[bytes]:
-        for letter in sorted(self.space.MOVING) if not prefix else [prefix[:1]]:
-            if letter in self.space.MOVING and letter >= after[:1]:
-                start = after[1 : 1 + self.space.OWNER_BYTES] if after[:1] == letter else b""
-                for owner in self.archived(prefix[1 : 1 + self.space.OWNER_BYTES], start):
+        for letter in sorted(MOVING) if not prefix else [prefix[:1]]:
+            if letter in MOVING and letter >= after[:1]:
+                start = after[1 : 1 + OWNER_BYTES] if after[:1] == letter else b""
+                for owner in self.archived(prefix[1 : 1 + OWNER_BYTES], start):
                     keys = {letter + owner + rest[1:] for rest in self._packed_keys(owner) if rest[:1] == letter}
                     yield from sorted(key for key in keys if key > after and key.startswith(prefix))
 
@@ -391,10 +392,10 @@ class Tiered:
 
     def archived(self, prefix: bytes, start: bytes = b"") -> Iterator[bytes]:
         """The owners that have packs, from `start` on, in order. For a thread."""
-        after = self.space.ARCHIVE + start
+        after = ARCHIVE + start
         if start.startswith(prefix) and self.engine.get(after) is not None:
             yield start
-        while rows := self.engine.scan(self.space.ARCHIVE + prefix, after, _ROWS_AT_ONCE):
+        while rows := self.engine.scan(ARCHIVE + prefix, after, _ROWS_AT_ONCE):
             yield from (key[1:] for key, _ in rows)
             after = rows[-1][0]
 
@@ -416,7 +417,7 @@ class Tiered:
         present: frozenset[bytes] = frozenset()
         if adds and (reads := READS.get()) is not None and reads.failed is not None:
             raise StorageError(reads.failed)
-        if self.l4 is not None and (owners := {self._owner(key) for key, _ in adds if key[:1] in self.space.MOVING}):
+        if self.l4 is not None and (owners := {self._owner(key) for key, _ in adds if key[:1] in MOVING}):
             present = await self._present([key for key, _ in adds], owners)
             adds = [(key, value) for key, value in adds if key not in present]
         replaced = {key for key, _ in puts if isinstance(key, bytes)}.intersection(drops)
@@ -434,11 +435,11 @@ class Tiered:
 
     def _notes(self, values: Iterable[tuple[Key, bytes]]) -> list[tuple[bytes, bytes]]:
         """By which the large ones are found, to be moved."""
-        end = 1 + self.space.OWNER_BYTES
+        end = 1 + OWNER_BYTES
         return [
-            (self.space.LARGE + key[1:end] + key[:1] + key[end:], b"")
+            (LARGE + key[1:end] + key[:1] + key[end:], b"")
             for key, value in values
-            if len(value) >= self._large_bytes and isinstance(key, bytes) and key[:1] in self.space.MOVING
+            if len(value) >= self._large_bytes and isinstance(key, bytes) and key[:1] in MOVING
         ]
 
     async def _present(self, keys: Sequence[bytes], owners: set[bytes]) -> frozenset[bytes]:
@@ -452,7 +453,7 @@ class Tiered:
         """Those that stand in a pack, undamaged."""
         present: set[bytes] = set()
         for key in keys:
-            if key[:1] in self.space.MOVING and (packs := self.packs_of(owner := self._owner(key))):
+            if key[:1] in MOVING and (packs := self.packs_of(owner := self._owner(key))):
                 try:
                     if self.read_packed(owner, packs, key) is not None:
                         present.add(key)
@@ -476,7 +477,7 @@ class Tiered:
                     done |= {key}
                     await self.engine.commit(self._notes([(key, new)]))
                     if self.l3 is not None:
-                        await asyncio.to_thread(self.l3.delete, [object_name(self.space, key, stub)])
+                        await asyncio.to_thread(self.l3.delete, [object_name(key, stub)])
             elif stub == old:
                 done |= await self.engine.swap([(key, old, new)])
         return done
@@ -506,7 +507,7 @@ class Tiered:
                 if stub is None and self.l4 is not None:
                     stub = self.packed(key)
                 if stub is not None and is_stub(stub):
-                    found.append(object_name(self.space, key, stub))
+                    found.append(object_name(key, stub))
         return found
 
     async def delete_large(self, names: Sequence[str]) -> None:
@@ -517,28 +518,27 @@ class Tiered:
     async def _drop_below(self, prefixes: Sequence[bytes], replaced: Set[bytes]) -> None:
         """What these begin, in objects, but for the large values that are replaced. A conversation that loses a part is
         copied back first, and then its packs go: nothing of it can stay in them."""
-        space = self.space
-        folders = {kind: [p[1:] for p in prefixes if p[:1] == kind] for kind in (space.LARGE, space.ARCHIVE)}
-        for kind, store in ((space.LARGE, self.l3), (space.ARCHIVE, self.l4)):
+        folders = {kind: [p[1:] for p in prefixes if p[:1] == kind] for kind in (LARGE, ARCHIVE)}
+        for kind, store in ((LARGE, self.l3), (ARCHIVE, self.l4)):
             for owner in folders[kind]:
                 if store is not None:
                     await store.drop(owner)
         for prefix in prefixes:
-            owner = prefix[1 : 1 + space.OWNER_BYTES]
-            if prefix[:1] not in space.MOVING:
+            owner = prefix[1 : 1 + OWNER_BYTES]
+            if prefix[:1] not in MOVING:
                 continue
-            if self.l4 is not None and not any(map(owner.startswith, folders[space.ARCHIVE])):
+            if self.l4 is not None and not any(map(owner.startswith, folders[ARCHIVE])):
                 for found in await asyncio.to_thread(list, self.archived(owner)):
                     await self.bring_back(found, drop=True)
                 await self.l4.drop(owner)  # what was written and never told
-            if not any(map(owner.startswith, folders[space.LARGE])):
+            if not any(map(owner.startswith, folders[LARGE])):
                 await asyncio.to_thread(self._drop_objects, prefix, replaced)
         self.forget()
 
     def _drop_objects(self, prefix: bytes, replaced: Set[bytes]) -> None:
         after = b""
         while self.l3 is not None and (rows := self.engine.scan(prefix, after, _ROWS_AT_ONCE)):
-            self.l3.delete([object_name(self.space, key, value) for key, value in rows if is_stub(value) and key not in replaced])
+            self.l3.delete([object_name(key, value) for key, value in rows if is_stub(value) and key not in replaced])
             after = rows[-1][0]
 
     async def bring_back(self, owner: bytes, drop: bool = False) -> int:
@@ -558,7 +558,7 @@ class Tiered:
                 self.forget()
                 keys = None
         if drop and self.l4 is not None:
-            await self.engine.commit((), drops=[self.space.ARCHIVE + owner])
+            await self.engine.commit((), drops=[ARCHIVE + owner])
             await self.l4.drop(owner)
             self.forget()
         return count
@@ -596,12 +596,12 @@ def object_of(value: bytes) -> tuple[bytes, bytes]:
     return _STUB + _hash(value), packed(value)
 
 
-def object_name(space: KeySpace, key: bytes, stub: bytes) -> str:
+def object_name(key: bytes, stub: bytes) -> str:
     """Where the object of a key's stub stands: each key's has its own, so that it can be deleted."""
     from proxy.storage.objects import owner_path
 
     name = blake2b(key, digest_size=8).hexdigest()
-    return f"{owner_path(key[1 : 1 + space.OWNER_BYTES])}/{stub[len(_STUB) :].hex()}.{name}{OBJECT}"
+    return f"{owner_path(key[1 : 1 + OWNER_BYTES])}/{stub[len(_STUB) :].hex()}.{name}{OBJECT}"
 
 
 def named_pack(name: str) -> tuple[bytes, bytes] | None:

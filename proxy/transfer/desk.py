@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.tree import Identity
 from proxy.errors import StorageError
 from proxy.storage import Store, open_store
@@ -45,7 +44,7 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     """Run it, in a thread beside the store's event loop."""
 
     async def main() -> int:
-        store = open_store(config, keys)
+        store = open_store(config)
         try:
             if store.trouble is not None:  # its secret is not known
                 raise StorageError(store.trouble)

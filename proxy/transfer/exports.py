@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 import zstandard
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.exported import exported, header, owners
 from proxy.conversation.records import conversation_key
 from proxy.conversation.tree import NodeId

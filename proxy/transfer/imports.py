@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 import msgspec
 import zstandard
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.exported import (
     FORMAT,
     VERSION,

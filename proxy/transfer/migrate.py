@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from proxy import keys
 from proxy.config import load_config
-from proxy.conversation import keys
 from proxy.errors import ConfigError, StorageError
 from proxy.storage import MIGRATING, Engine, Store, open_engine
 from proxy.storage.sqlite import DATABASE, FORMAT, MARK, format_of
@@ -76,7 +76,7 @@ def is_url(where: str) -> bool:
 def engine_at(where: str) -> Engine:
     """Raises ConfigError and StorageError."""
     flags = {"tiers.l2.url": where, "tiers.l2.timeout_s": _PATIENT_S} if is_url(where) else {"tiers.l2.path": where}
-    engine = open_engine(load_config(Path(os.devnull), {}, flags).tiers.l2, keys.KINDS)
+    engine = open_engine(load_config(Path(os.devnull), {}, flags).tiers.l2)
     if engine.trouble is not None:  # its secret is not known
         raise StorageError(engine.trouble)
     return engine

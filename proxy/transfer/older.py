@@ -22,9 +22,9 @@ from pathlib import Path
 
 import msgspec
 
+from proxy import keys
 from proxy.api.caller import caller_of
 from proxy.config import SessionsConfig
-from proxy.conversation import keys
 from proxy.conversation.derived import table_root
 from proxy.conversation.exported import exported, header
 from proxy.conversation.records import (

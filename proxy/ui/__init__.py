@@ -17,6 +17,7 @@ import jinja2
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
+from proxy import keys
 from proxy.api.access import COOKIE, SESSION_S
 from proxy.api.endpoints import export_of
 from proxy.api.erasure import Erasures
@@ -24,7 +25,6 @@ from proxy.api.views import Who
 from proxy.api.visit import Stats
 from proxy.api.vm import Vm
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.records import conversation_name
 from proxy.conversation.tree import KeyScope
 from proxy.errors import ApiError

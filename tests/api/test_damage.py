@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from proxy.conversation import keys, turn_window
+from proxy import keys
+from proxy.conversation import turn_window
 from proxy.conversation.records import Record, State, decode_record
 from proxy.conversation.tree import TenantKey
 from proxy.errors import StorageError

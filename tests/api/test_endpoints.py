@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from proxy import keys
 from proxy.api.access import Access
 from proxy.api.caller import caller
 from proxy.api.endpoints import Draining, own_endpoints
@@ -24,7 +25,6 @@ from proxy.api.renditions import Renditions
 from proxy.api.visit import Stats
 from proxy.api.writer import Writer
 from proxy.config import load_config
-from proxy.conversation import keys
 from proxy.conversation.records import conversation_name, record_key
 from proxy.upstream import make_upstream
 from tests.conversation.player import Message, Player, limits_of, says

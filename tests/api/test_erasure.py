@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import pytest
 
+from proxy import keys
 from proxy.api.erasure import Erasures, erased_since
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.conversation.erasure import ERASED, Erasure, What, is_tombstone, prefixes
 from proxy.conversation.records import (
     LastUse,
@@ -448,7 +448,7 @@ async def test_each_way_on_each_engine_killed_in_its_middle_leaves_no_byte(
 
     async def at_once(work: Callable[[Erasures, Tiered], Awaitable[object]], at: int = -1, before: bool = True) -> int:
         """By a process of its own, which may die; the steps that it came to."""
-        store = open_store(config, keys)
+        store = open_store(config)
         mortal = Mortal(store, at, before)
         with suppress(Died):
             await work(Erasures(store, store.objects_of), store)
@@ -477,7 +477,7 @@ async def test_each_way_on_each_engine_killed_in_its_middle_leaves_no_byte(
             await at_once(begin, step, not behind)
         await at_once(lambda e, _: e.finish_open(), 3 + n)
         await at_once(lambda e, _: e.finish_open())
-        store = open_store(config, keys)
+        store = open_store(config)
         assert not store.scan(keys.ERASING) and len(store.scan(keys.RECEIPT)) >= len(begun)
         assert all(store.get(key) == value for key, value in values.items() if key[1:19] == owners["stays"])
         await store.close()
@@ -492,7 +492,7 @@ async def test_a_message_whose_object_s_deletion_is_killed_takes_nothing_else_al
     owner = owners["message"]
     tiers = {"l2": {"path": tmp_path / "data"}, "l3": {"url": str(tmp_path / "l3"), "min_bytes": 3000}, "l4": {"url": str(tmp_path / "l4")}}
     config = Config.model_validate({"tiers": {**tiers, "demotion_s": 1e-6}})
-    store = open_store(config, keys)
+    store = open_store(config)
     await store.commit([(key, value) for key, value in values.items() if owner in key])
     await demoted(store)
     assert store.l3 is not None and list(store.l3.names())
@@ -508,7 +508,7 @@ async def test_a_message_whose_object_s_deletion_is_killed_takes_nothing_else_al
     with pytest.raises(Died):
         await Erasures(store).erase("message", "tenant", [owner], content)
     await store.close()
-    store = open_store(config, keys)
+    store = open_store(config)
     await Erasures(store).finish_open()
     assert Erasures(store).content_of(owner, "msg_0012") is not None, "its path is whole"
     (receipt,) = Erasures(store).receipts(owner)
@@ -525,7 +525,7 @@ def objects_of(store: Tiered) -> dict[str, bytes]:
 
 async def everything(config: Config, postgres: Postgres | None) -> list[bytes]:
     """All that is stored, as it stands in rows, dumps, files and objects, and what is compressed in it."""
-    store = open_store(config, keys)
+    store = open_store(config)
     found = [value for prefix in keys.KINDS for _, value in store.engine.scan(prefix, limit=100_000)]
     found += objects_of(store).values()
     await store.close()

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from proxy import keys
 from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.api.memory import Memory
 from proxy.api.renditions import WRITTEN, Renditions
 from proxy.config import Config, load_config
-from proxy.conversation import keys
 from proxy.conversation.effects import Load
 from proxy.conversation.pages import PathPages
 from proxy.conversation.tree import Identity, TenantKey

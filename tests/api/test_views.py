@@ -13,8 +13,8 @@ from proxy.api.caller import caller
 from proxy.api.memory import Memory
 from proxy.api.views import Views, Who
 from proxy.config import Config
-from proxy.conversation.keys import TENANT_BYTES
 from proxy.errors import ApiError
+from proxy.keys import TENANT_BYTES
 from tests.conversation.player import Message, Player, limits_of, says
 
 WORDS = "lantern violin harbour comet walnut meadow " * 6

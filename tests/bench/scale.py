@@ -48,9 +48,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
+from proxy import keys
 from proxy.api.caller import caller_of
 from proxy.config import Config, load_config
-from proxy.conversation import keys
 from proxy.conversation.tree import Identity
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
@@ -218,7 +218,7 @@ def made(folder: Path, size: int) -> Path:
         return path
     for part in parts:
         shutil.rmtree(part, ignore_errors=True)
-    asyncio.run(open_store(_at(parts[0]), keys).close())
+    asyncio.run(open_store(_at(parts[0])).close())
     for part in parts[1:]:
         shutil.copytree(parts[0], part)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
@@ -373,7 +373,7 @@ class Bench:
         shutil.rmtree(archive, ignore_errors=True)
         self.engine.tiers["l4"] = {"url": str(archive)}
         config = self.engine.config(folder)
-        store = open_store(config, keys)
+        store = open_store(config)
         identity, demotion = Identity(store.secret()), Demotion(store, 1.0, None, None)
         for number in self.numbers:
             who = caller_of(_known(number).headers, (), config.sessions)

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 
 from proxy.conversation.envelope import request_of
-from proxy.conversation.keys import BLOCK
 from proxy.conversation.records import Record, decode_record, record_key, restore_window
+from proxy.keys import BLOCK
 from tests.conversation.player import Message, Played, Player, limits_of, says
 from tests.conversation.scenario import Scenario, play, scenarios
 from tests.examples import examples

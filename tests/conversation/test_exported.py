@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.exported import Grown, Line, Tree, exported, owners
 from proxy.conversation.records import (
     Record,

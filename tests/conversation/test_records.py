@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.conversation import keys, turn_window
+from proxy import keys
+from proxy.conversation import turn_window
 from proxy.conversation.records import (
     LastUse,
     Record,

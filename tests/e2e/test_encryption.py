@@ -15,10 +15,10 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from proxy import keys
 from proxy.api.erasure import Erasures
 from proxy.cli import main
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.storage import open_store
 from proxy.storage.sealing import Sealed
 from proxy.storage.tiered import Tiered
@@ -109,7 +109,7 @@ def directory(before: Path, tmp_path: Path) -> Path:
 
 
 def opened(directory: Path) -> Sealed:
-    store = open_store(Config.model_validate(settings(directory)), keys)
+    store = open_store(Config.model_validate(settings(directory)))
     assert isinstance(store, Sealed)
     return store
 

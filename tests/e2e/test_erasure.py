@@ -30,7 +30,7 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 
-from proxy.conversation import keys
+from proxy import keys
 from proxy.conversation.records import backwards, decode_record, record_key, restore_state
 from proxy.storage.postgres import _key
 from proxy.storage.sqlite import unpacked

@@ -19,7 +19,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from proxy.conversation import keys
+from proxy import keys
 from tests.e2e.harness import ServerProcess, in_process_server, message_of, together
 from tests.e2e.script import (
     SYSTEM,

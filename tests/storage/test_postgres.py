@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.storage import open_store
 from proxy.storage import postgres as module
 from proxy.storage.l2 import StorageError
@@ -283,7 +283,7 @@ async def test_a_server_that_goes_away_in_the_middle_of_a_start_ends_none(
     encryption = {"keys": [key], "key_store": postgres_url.replace(urlsplit(postgres_url).path, "/postgres")} if key else {}
 
     def opened(url: str) -> Tiered:
-        return open_store(Config.model_validate({"tiers": {"l2": {"url": url}}, "storage": {"encryption": encryption}}), keys)
+        return open_store(Config.model_validate({"tiers": {"l2": {"url": url}}, "storage": {"encryption": encryption}}))
 
     await opened(postgres_url).close()
     with Tap(postgres.port) as tap:

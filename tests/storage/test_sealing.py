@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.errors import ConfigError
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
@@ -45,7 +45,7 @@ def config(directory: Path, *masters: str) -> Config:
 
 
 def opened(directory: Path, *masters: str) -> Sealed:
-    store = open_store(config(directory, *(masters or (OLD,))), keys)
+    store = open_store(config(directory, *(masters or (OLD,))))
     assert isinstance(store, Sealed)
     return store
 
@@ -134,7 +134,7 @@ async def test_wrong_and_missing_keys_are_refused(store: Sealed, tmp_path: Path)
     await store.commit(ROWS)
     await store.close()
     with pytest.raises(StorageError, match="is encrypted: set storage.encryption.keys"):
-        open_store(Config.model_validate({"tiers": {"l2": {"path": str(tmp_path / "data")}}}), keys)
+        open_store(Config.model_validate({"tiers": {"l2": {"path": str(tmp_path / "data")}}}))
     with pytest.raises(StorageError, match="wrapped with the master key .*, which is not in storage.encryption.keys"):
         opened(tmp_path, NEW)
     os.rename(tmp_path / "keys", tmp_path / "kept")
@@ -151,7 +151,7 @@ async def test_wrong_and_missing_keys_are_refused(store: Sealed, tmp_path: Path)
     mark_lost(connect(tmp_path / "data"), ["sealed"])  # by which it is known to be encrypted
     await again.close()
     with pytest.raises(StorageError, match="is encrypted: set storage.encryption.keys"):
-        open_store(Config.model_validate({"tiers": {"l2": {"path": str(tmp_path / "data")}}}), keys)
+        open_store(Config.model_validate({"tiers": {"l2": {"path": str(tmp_path / "data")}}}))
     again = opened(tmp_path)
     assert again.get(record(A)) == WORDS
     await again.commit([(record(A, 1), b"new")])
@@ -284,7 +284,7 @@ async def test_in_postgresql_the_keys_have_tables_of_their_own_that_a_dump_leave
 ) -> None:
     def opened(*masters: str) -> Sealed:
         settings = {"tiers": {"l2": {"url": postgres_url}}, "storage": {"encryption": {"keys": list(masters)}}}
-        store = open_store(Config.model_validate(settings), keys)
+        store = open_store(Config.model_validate(settings))
         assert isinstance(store, Sealed)
         return store
 
@@ -309,7 +309,7 @@ async def test_in_postgresql_the_keys_have_tables_of_their_own_that_a_dump_leave
     with pytest.raises(StorageError, match="wrapped with the master key"):
         opened(OLD)
     with pytest.raises(StorageError, match="is encrypted: set storage.encryption.keys"):
-        open_store(Config.model_validate({"tiers": {"l2": {"url": postgres_url}}}), keys)
+        open_store(Config.model_validate({"tiers": {"l2": {"url": postgres_url}}}))
 
 
 async def test_what_had_moved_to_objects_is_sealed_as_well(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ async def test_what_had_moved_to_objects_is_sealed_as_well(tmp_path: Path) -> No
     def tiered(*masters: str) -> Tiered:
         tiers = {"l2": {"path": str(tmp_path / "data")}, "l3": {"url": str(tmp_path / "l3"), "min_bytes": 4096},
                  "l4": {"url": str(tmp_path / "l4")}}  # fmt: skip
-        return open_store(Config.model_validate({"tiers": tiers, "storage": {"encryption": {"keys": list(masters)}}}), keys)
+        return open_store(Config.model_validate({"tiers": tiers, "storage": {"encryption": {"keys": list(masters)}}}))
 
     async def demoted(store: Tiered, owner: bytes) -> None:
         await store.commit([(keys.CONVERSATION + owner, owner + bytes(16) + (1).to_bytes(4, "big"))])

@@ -200,10 +200,10 @@ async def test_three_processes_write_together(where: str) -> None:
 async def test_a_damaged_value_is_told_once_and_stored_again_by_who_has_it(
     store: Store, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await store.commit([(b"put", b"1")], [(b"join", node(1))], [(b"add", b"1")])
+    await store.commit([(b"_put", b"1")], [(b"_join", node(1))], [(b"_add", b"1")])
     damage(where)
     for _ in range(3):
-        for key in (b"put", b"join", b"add"):
+        for key in (b"_put", b"_join", b"_add"):
             with pytest.raises(Damaged, match="check --storage"):
                 store.get(key)
     assert store.damaged == {"value": 9} and len(caplog.records) == 1

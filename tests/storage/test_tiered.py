@@ -20,8 +20,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from proxy import keys
 from proxy.config import Config
-from proxy.conversation import keys
 from proxy.errors import StorageError
 from proxy.storage import open_store
 from proxy.storage.demotion import Demotion
@@ -57,7 +57,7 @@ def opened(
     """Where nobody knows anything for longer than a moment."""
     below = {"options": options or {}, "timeout_s": 5.0}
     tiers = {"l2": {"path": path / "data", "url": url}, "l3": {"url": l3, **below}, "l4": {"url": l4, **below}, "demotion_s": 1e-6}
-    return open_store(Config.model_validate({"tiers": tiers}), keys)
+    return open_store(Config.model_validate({"tiers": tiers}))
 
 
 def demotion(store: Tiered, days: float | None = 1, tokens: int | None = None, now_s: float = NOW_S) -> Demotion:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from proxy import keys
 from proxy.cli import main
-from proxy.conversation import keys
 from proxy.storage.l2 import DiskStore
 from proxy.storage.sqlite import MARK
 from proxy.transfer import migrate
