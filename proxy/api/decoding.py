@@ -15,10 +15,10 @@ import os
 import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import OrderedDict, deque
 from contextlib import suppress
 from typing import Any
 
+from proxy.api.pool import Turns
 from proxy.config import Config
 from proxy.conversation.tree import TenantKey
 from proxy.media.decoders import Codec
@@ -58,7 +58,7 @@ class Decoders:
 
     def __init__(self, config: Config) -> None:
         self._config = config.decoders
-        self._turns = _Turns(self._config.processes, self._config.queue_jobs)
+        self._turns = Turns(self._config.processes, self._config.queue_jobs)
         self._idle: list[Process] = []
         self._retiring: asyncio.TimerHandle | None = None
 
@@ -72,7 +72,7 @@ class Decoders:
         try:
             return await self._run(codec, data)
         finally:
-            self._turns.give()
+            self._turns.give(tenant)
 
     @property
     def waiting(self) -> int:
@@ -161,45 +161,3 @@ async def _answer(process: Process, codec: Codec, data: bytes) -> dict[str, Any]
         raise ValueError("no result of ours")
     result: dict[str, Any] = json.loads(await process.stdout.readexactly(size))
     return result
-
-
-class _Turns:
-    """`running` at once, each tenant's in their order, tenants in turn; `waiting` at most."""
-
-    def __init__(self, running: int, waiting: int) -> None:
-        self._free = running
-        self._most = waiting
-        self._waiting: OrderedDict[TenantKey, deque[asyncio.Future[None]]] = OrderedDict()
-
-    @property
-    def waiting(self) -> int:
-        return sum(map(len, self._waiting.values()))
-
-    async def take(self, tenant: TenantKey) -> bool:
-        """Wait for a turn; False when too many do."""
-        if self._free > 0:
-            self._free -= 1
-            return True
-        if self.waiting >= self._most:
-            return False
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was given, and goes to the next
-                self.give()
-            raise
-        return True
-
-    def give(self) -> None:
-        """Pass a turn on."""
-        while self._waiting:
-            tenant, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[tenant] = turns  # behind all others
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1

@@ -18,144 +18,128 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from proxy.errors import ApiError
 
 _T = TypeVar("_T")
+_Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 _SHARE = 2  # one tenant has at most 1/2 of the threads, and of the queue
 _RETRY_S = 1
 _FREED_AT_ONCE = 4096
 
 
-class _Job:
-    """One call on its way; `answer` belongs to the event loop that waits for it."""
+class Turns:
+    """`running` at once and `waiting` more, each tenant's in their order, tenants in turn; 1/`share` of either at most is one
+    tenant's. Of one event loop."""
 
-    __slots__ = ("answer", "begun", "loop", "whose", "work")
+    def __init__(self, running: int, waiting: int, share: int = 1) -> None:
+        self._free, self._most_waiting = running, waiting
+        self._own_running, self._own_waiting = max(1, running // share), max(1, waiting // share)
+        self._running: Counter[bytes] = Counter()
+        self._waiting: OrderedDict[bytes, deque[asyncio.Future[None]]] = OrderedDict()  # next tenant first
 
-    def __init__(self, whose: bytes, work: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> None:
-        self.whose = whose
-        self.work = work
-        self.loop = loop
-        self.begun = False
-        self.answer: asyncio.Future[Any] = loop.create_future()
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    async def take(self, whose: bytes) -> bool:
+        """Wait for a turn; False when too many do."""
+        if self._free and self._running[whose] < self._own_running:
+            self._free -= 1
+            self._running[whose] += 1
+            return True
+        if self.waiting >= self._most_waiting or len(self._waiting.get(whose, ())) >= self._own_waiting:
+            return False
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(whose, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._leave(whose, turn)
+            else:  # it was given, and goes to the next
+                self.give(whose)
+            raise
+        return True
+
+    def give(self, whose: bytes) -> None:
+        """Pass a turn on, to the tenant whose turn it is and who may have one more."""
+        self._running -= Counter((whose,))
+        for tenant, turns in self._waiting.items():
+            turn = next((turn for turn in turns if not turn.done()), None)  # else it was given up just now
+            if turn is not None and self._running[tenant] < self._own_running:
+                self._running[tenant] += 1
+                turn.set_result(None)
+                self._waiting.move_to_end(tenant)
+                self._leave(tenant, turn)
+                return
+        self._free += 1
+
+    def _leave(self, tenant: bytes, turn: asyncio.Future[None]) -> None:
+        self._waiting[tenant].remove(turn)
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+
+    def close(self) -> None:
+        """Who waits is given up."""
+        for turn in [turn for turns in self._waiting.values() for turn in turns]:
+            turn.cancel()
 
 
 class Pool:
     """One per process. Its threads start when there is work for them, and end with `close`."""
 
     def __init__(self, threads: int, queue_jobs: int) -> None:
-        self._threads = threads
-        self._most_running = max(1, threads // _SHARE)
-        self._queue_jobs = queue_jobs
-        self._turns: OrderedDict[bytes, deque[_Job]] = OrderedDict()  # tenants with waiting jobs, next one first
-        self._waiting = 0
-        self._running: Counter[bytes] = Counter()
-        self._started = 0
-        self._idle = 0
-        self._closed = False
-        self._changed = threading.Condition()
+        self._turns = Turns(threads, queue_jobs, _SHARE)
+        self._threads, self._started = threads, 0
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None: a thread ends
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return self._turns.waiting
 
     async def run(self, whose: bytes, work: Callable[..., _T], *arguments: Any) -> _T:
         """What `work`, with the caller's context variables, returns or raises (StopIteration excepted: it cannot cross).
         ApiError 503 when too many wait."""
-        job = _Job(whose, partial(copy_context().run, work, *arguments), asyncio.get_running_loop())
-        self._add(job)
+        turns = self._turns
+        if not await turns.take(whose):
+            raise _too_many()
         try:
-            found: _T = await asyncio.shield(job.answer)
-        except asyncio.CancelledError:
-            if not self._withdrawn(job):
-                await _ended(job.answer)
-            raise
-        return found
+            if self._started < self._threads:
+                self._started += 1
+                threading.Thread(target=self._work, name=f"pool-{self._started}", daemon=True).start()
+            answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+            self._jobs.put((partial(copy_context().run, work, *arguments), answer))
+            try:
+                return await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                await _ended(answer)
+                raise
+        finally:
+            turns.give(whose)
 
     def close(self) -> None:
         """What waits is given up. Returns at once: a thread ends with what it is doing."""
-        with self._changed:
-            self._closed = True
-            for job in (job for mine in self._turns.values() for job in mine):
-                job.answer.cancel()
-            self._turns.clear()
-            self._changed.notify_all()
-
-    # -- the queue
-
-    def _add(self, job: _Job) -> None:
-        with self._changed:
-            mine = self._turns.get(job.whose)
-            here = len(mine) if mine is not None else 0
-            if self._closed or self._waiting >= self._queue_jobs or here >= max(1, self._queue_jobs // _SHARE):
-                raise _too_many()
-            if mine is None:
-                mine = self._turns[job.whose] = deque()
-            mine.append(job)
-            self._waiting += 1
-            if not self._idle and self._started < self._threads:
-                self._started += 1
-                number = self._started
-                threading.Thread(target=self._work, name=f"pool-{number}", daemon=True).start()
-            self._changed.notify()
-
-    def _withdrawn(self, job: _Job) -> bool:
-        """Whether it had not begun: now it never will."""
-        with self._changed:
-            if job.begun:
-                return False
-            if (mine := self._turns.get(job.whose)) is not None:  # else the pool was closed
-                mine.remove(job)
-                self._waiting -= 1
-                if not mine:
-                    del self._turns[job.whose]
-            return True
-
-    def _next(self) -> _Job | None:
-        """The first job of the tenant whose turn it is and who has a thread left."""
-        for whose, mine in self._turns.items():
-            if self._running[whose] >= self._most_running:
-                continue
-            job = mine.popleft()
-            job.begun = True
-            self._waiting -= 1
-            if mine:
-                self._turns.move_to_end(whose)
-            else:
-                del self._turns[whose]
-            self._running[whose] += 1
-            return job
-        return None
-
-    # -- a thread
+        self._turns.close()
+        self._turns = Turns(0, 0)
+        for _ in range(self._started):
+            self._jobs.put(None)
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while (job := self._next()) is None:
-                    if self._closed:
-                        return
-                    self._idle += 1
-                    self._changed.wait()
-                    self._idle -= 1
-            result, failure = None, None
+        while (job := self._jobs.get()) is not None:
+            (call, answer), result, failure = job, None, None
             try:
-                result = job.work()
+                result = call()
             except BaseException as error:  # noqa: BLE001 - whoever waits gets it
                 failure = error
-            with self._changed:
-                self._running[job.whose] -= 1
-                if not self._running[job.whose]:
-                    del self._running[job.whose]
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                job.loop.call_soon_threadsafe(_tell, job.answer, result, failure)
-            del job, result, failure
+                answer.get_loop().call_soon_threadsafe(_tell, answer, result, failure)
+            del job, call, answer, result, failure
 
 
 def _tell(answer: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
-    if answer.done():
-        return
     if failure is not None:
         answer.set_exception(failure)
     else:

@@ -25,7 +25,7 @@ import av
 import pytest
 from PIL import Image
 
-from proxy.api.decoding import Decoders, Killed, Patience, _Turns
+from proxy.api.decoding import Decoders, Killed, Patience
 from proxy.config import Config, load_config
 from proxy.media.decoders import Codec
 from tests.media import samples
@@ -272,24 +272,3 @@ async def test_a_failure_of_ours_is_no_result(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert await here.decode(TENANT, "pdf", samples.pdf(["Words."])) is None
     assert "can be started" in caplog.text
-
-
-async def test_tenants_take_turns_and_too_many_are_not_waited_for() -> None:
-    turns, order = _Turns(1, 5), []
-
-    async def work(tenant: bytes, number: int) -> None:
-        if await turns.take(tenant):
-            order.append((tenant, number))
-            await asyncio.sleep(0)
-            turns.give()
-
-    many = [asyncio.ensure_future(work(b"many", n)) for n in range(4)]
-    one = asyncio.ensure_future(work(b"one", 0))
-    gone = asyncio.ensure_future(work(b"one", 1))
-    late = asyncio.ensure_future(work(b"late", 0))
-    await asyncio.sleep(0)
-    gone.cancel()
-    await asyncio.gather(*many, one, late)
-    assert order == [(b"many", 0), (b"many", 1), (b"one", 0), (b"many", 2), (b"many", 3)]
-    await work(b"late", 1)
-    assert order[-1] == (b"late", 1), "a turn was lost"

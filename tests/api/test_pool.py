@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.api.pool import Pool, empty
+from proxy.api.pool import Pool, Turns, empty
 from proxy.errors import ApiError
+from proxy.tokens import load
 from tests.api.test_chat import answered, body, client
 from tests.bench.texts import Texts
 
@@ -116,6 +117,27 @@ async def test_pool_an_error_reaches_who_waits_and_no_one_else() -> None:
     pool.close()
 
 
+async def test_turns_tenants_take_turns_and_too_many_are_not_waited_for() -> None:
+    turns, order = Turns(1, 5), list[tuple[bytes, int]]()
+
+    async def work(tenant: bytes, number: int) -> None:
+        if await turns.take(tenant):
+            order.append((tenant, number))
+            await asyncio.sleep(0)
+            turns.give(tenant)
+
+    many = [asyncio.ensure_future(work(b"many", n)) for n in range(4)]
+    one = asyncio.ensure_future(work(b"one", 0))
+    gone = asyncio.ensure_future(work(b"one", 1))
+    late = asyncio.ensure_future(work(b"late", 0))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.gather(*many, one, late)
+    assert order == [(b"many", 0), (b"many", 1), (b"one", 0), (b"many", 2), (b"many", 3)]
+    await work(b"late", 1)
+    assert order[-1] == (b"late", 1), "a turn was lost"
+
+
 def test_what_is_freed_in_slices_is_all_of_it() -> None:
     many, few = list(range(10_000)), [1]
     empty(many, few)
@@ -131,6 +153,7 @@ def history(count: int, seed: str) -> list[dict[str, str]]:
 
 
 async def test_a_first_sight_waits_for_a_thread_and_a_small_request_for_nobody(tmp_path: Path) -> None:
+    load()  # what a process reads at its start: else the small one waits for that
     async with client(tmp_path, answered(), answered(), tiers={"l0.tokens": 2000}, pool={"threads": 1}) as one:
         gate = Gate()
         blocked = asyncio.ensure_future(one.memory.pool.run(A, gate))
