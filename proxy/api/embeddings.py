@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from itertools import islice
@@ -31,7 +31,7 @@ from proxy.errors import ApiError
 from proxy.memory.ids import Hit
 from proxy.search.vectors import NO_VECTOR, Vector, page_text, vector_of, whole
 from proxy.storage.l2 import StorageError
-from proxy.upstream import Header, Upstream, UpstreamBroken
+from proxy.upstream import Header, Upstream, UpstreamBroken, once, read_whole
 
 log = logging.getLogger(__name__)
 
@@ -297,13 +297,9 @@ class Embedder:
         plain = [text.encode("utf-8", "replace").decode() for text in texts]  # it may carry lone surrogates
         body = msgspec.json.encode({"model": self._model, "input": plain})
         sent = [*headers, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        reply = await self._upstream.forward("POST", _PATH, b"", sent, _once(body))
-        try:
-            data = await reply.read(_ANSWER_LIMIT_BYTES)
-        finally:
-            await reply.close()
-        if reply.status >= 400:
-            raise _Refused(reply.status)
+        status, data = await read_whole(self._upstream.forward("POST", _PATH, b"", sent, once(body)), _ANSWER_LIMIT_BYTES)
+        if status >= 400:
+            raise _Refused(status)
         return await asyncio.to_thread(_vectors, data, len(texts))
 
 
@@ -312,7 +308,3 @@ def _vectors(data: bytes, count: int) -> list[Vector]:
     if [one.index for one in found] != list(range(count)):
         raise ValueError("the answer has not one vector for each text")
     return [whole(one.embedding) for one in found]
-
-
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+from cachetools import LRUCache
 
 from proxy import keys
 from proxy.api.memory import Memory
@@ -42,7 +43,7 @@ from proxy.errors import ApiError
 from proxy.model_limits import UPSTREAM_WINDOW
 from proxy.storage.l2 import StorageError
 from proxy.tokens import model_card
-from proxy.upstream import Header, Upstream, UpstreamBroken
+from proxy.upstream import Header, Upstream, UpstreamBroken, read_whole
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +87,11 @@ class ModelFacts:
         self._memory = memory
         self._upstream = upstream
         self._lists_count = config.upstream.provider == "openai" and config.tiers.l0.tokens == "auto"
-        self._lists: dict[bytes, _List] = {}
+        self._lists: LRUCache[bytes, _List] = LRUCache(_LISTS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._capabilities = lru_cache(_MODELS)(self._known)
-        self._seen: dict[bytes, Seen] = {}
-        self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
+        self._seen: LRUCache[bytes, Seen] = LRUCache(_SEEN_MODELS)
+        self._doubted: LRUCache[bytes, int] = LRUCache(_SEEN_MODELS)  # windows that one refusal of the moment made probable
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
 
@@ -106,9 +107,7 @@ class ModelFacts:
         """Keep what a refusal taught, beside any turn. Raises StorageError."""
         await self._memory.store.commit(self.lessons(scope, model, facts))
 
-    def lessons(
-        self, scope: KeyScope, model: str, facts: Mapping[str, Any]
-    ) -> list[tuple[bytes, bytes]]:
+    def lessons(self, scope: KeyScope, model: str, facts: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
         """What is stored when a model's refusal or bill taught these facts (None: one is no more)."""
         listed = [name for name in self._listed(scope) if name != model]
         names = [*listed, model][-_LISTED_MODELS:]
@@ -125,18 +124,17 @@ class ModelFacts:
         a refusal of the moment, in a window of `doubted_tokens`."""
         key = scope + model.encode()
         if tokens >= LARGE_TOKENS and tokens > self._seen.get(key, _NOTHING_SEEN).passed_tokens:
-            _keep(self._seen, key, Seen(tokens), _SEEN_MODELS)
+            self._seen[key] = Seen(tokens)
         if tokens > self._doubted.get(key, 0):
             self._doubted.pop(key, None)
         if doubted_tokens:
-            _keep(self._doubted, key, doubted_tokens, _SEEN_MODELS)
+            self._doubted[key] = doubted_tokens
 
     def failed(self, scope: KeyScope, model: str) -> None:
         """A turn ended with a refusal that nobody can explain."""
         passed, failures, _ = self.seen(scope, model)
         proof_lapses = passed > 0 and failures + 1 >= _FAILURES
-        now = Seen() if proof_lapses else Seen(passed, failures + 1)
-        _keep(self._seen, scope + model.encode(), now, _SEEN_MODELS)
+        self._seen[scope + model.encode()] = Seen() if proof_lapses else Seen(passed, failures + 1)
 
     def table(self, scope: KeyScope) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.
@@ -199,8 +197,7 @@ class ModelFacts:
         if fresh and listed:
             work = self._look_up(listed, scope, model)
         else:
-            listed = _List(now_s + _AGAIN_AFTER_FAILURE_S)
-            _keep(self._lists, scope, listed, _LISTS)
+            listed = self._lists[scope] = _List(now_s + _AGAIN_AFTER_FAILURE_S)
             work = self._find(listed, scope, model, headers, query)
         task = asyncio.ensure_future(self._memory.beside(work))
         self._tasks.add(task)
@@ -212,37 +209,23 @@ class ModelFacts:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _find(
-        self, listed: _List, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes
-    ) -> None:
+    async def _find(self, listed: _List, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes) -> None:
         """Not in the request: its client may be gone, and the storage may be far."""
-        stored = self._stored_list(scope, time.time())
-        if stored is None:
+        data = self._memory.get(keys.STATED + scope)  # what any process on this storage was told; a damaged word is none
+        until_s, windows = msgspec.msgpack.decode(data, type=tuple[float, dict[str, int]]) if data is not None else (0.0, {})
+        if until_s <= time.time():
             return await self._ask(listed, scope, model, headers, query)
-        listed.until_s, listed.windows = stored.until_s, stored.windows
+        listed.until_s, listed.windows = until_s, windows
         await self._look_up(listed, scope, model)
 
-    def _stored_list(self, scope: KeyScope, now_s: float) -> _List | None:
-        """What any process on this storage was told; a damaged word is none."""
-        data = self._memory.get(keys.STATED + scope)
-        if data is None:
-            return None
-        until_s, windows = msgspec.msgpack.decode(data, type=tuple[float, dict[str, int]])
-        return _List(until_s, windows) if until_s > now_s else None
-
-    async def _ask(
-        self, listed: _List, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes
-    ) -> None:
+    async def _ask(self, listed: _List, scope: KeyScope, model: str, headers: Sequence[Header], query: bytes) -> None:
         body = b""
         sent = [header for header in headers if not header[0].startswith(_OF_THE_BODY)]
         sent += [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
         try:
             async with asyncio.timeout(_LIST_TIMEOUT_S):
-                reply = await self._upstream.forward("GET", "/models", query, sent, None)
-                try:
-                    body = await reply.read(_LIST_BYTES) if reply.status == 200 else b""
-                finally:
-                    await reply.close()
+                status, body = await read_whole(self._upstream.forward("GET", "/models", query, sent, None), _LIST_BYTES)
+            body = body if status == 200 else b""
             listed.windows = await asyncio.to_thread(stated_windows, body) if body else {}
         except (ApiError, UpstreamBroken, TimeoutError) as error:
             log.info("the upstream's list of models did not come: %s", error)
@@ -266,11 +249,3 @@ class ModelFacts:
             await self.learn(scope, model, {UPSTREAM_WINDOW: window})
         except StorageError as error:  # the next list says the same
             log.warning("a stated window was not kept: %s", error)
-
-
-def _keep(table: dict[bytes, Any], key: bytes, value: Any, most: int) -> None:
-    """Enter it as the latest of a bounded table."""
-    table.pop(key, None)
-    table[key] = value
-    if len(table) > most:
-        del table[next(iter(table))]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -30,7 +30,7 @@ from proxy.memory.models import CompressionLevel, MemoryPage, Modality, PageType
 from proxy.memory.segments import CLAIMS_PER_SEGMENT, Claim, read_claims
 from proxy.storage.l2 import StorageError
 from proxy.tokens import TokenCounter
-from proxy.upstream import Header, Upstream, UpstreamBroken
+from proxy.upstream import Header, Upstream, UpstreamBroken, once, read_whole
 
 log = logging.getLogger(__name__)
 
@@ -87,18 +87,10 @@ class Writer:
         self._queue: asyncio.Queue[Job] = asyncio.Queue(config.compression.queue_jobs)
         self._workers: list[asyncio.Task[None]] = []
         self._waiting: set[tuple[bytes, str, int]] = set()
-        self.written = 0
-        self.failed = 0
-        self.dropped = 0
+        self.written = self.failed = self.dropped = 0
         self.active = self._config.model is not None or self._config.transcription_model is not None
 
-    def submit(
-        self,
-        headers: Sequence[Header],
-        pages: PathPages,
-        counter: TokenCounter,
-        shown: Sequence[Load],
-    ) -> None:
+    def submit(self, headers: Sequence[Header], pages: PathPages, counter: TokenCounter, shown: Sequence[Load]) -> None:
         """Have a model write about pages that were `shown` in our own words, and about closed segments."""
         if not self.active:
             return
@@ -133,9 +125,7 @@ class Writer:
                 page = pages.page(load.page_id)
                 yield from self._of_page(pages, page, CompressionLevel(load.level))
 
-    def _of_page(
-        self, pages: PathPages, page: MemoryPage, level: CompressionLevel
-    ) -> Iterator[Wanted]:
+    def _of_page(self, pages: PathPages, page: MemoryPage, level: CompressionLevel) -> Iterator[Wanted]:
         """What is to be written of a page that is shown at `level`, if anything."""
         tokens, model = page.size_tokens or ABSTRACT_TOKENS, self._config.model
         if page.modality is Modality.AUDIO:
@@ -148,8 +138,7 @@ class Writer:
             return
         elif tokens > ABSTRACT_TOKENS:  # else it says no more than what would be written
             third = tokens // 3 if level is CompressionLevel.REDUCED else 0
-            limit = max(ABSTRACT_TOKENS, third)
-            text = pages.text(page.page_id)[:_SOURCE_CHARS]
+            limit, text = max(ABSTRACT_TOKENS, third), pages.text(page.page_id)[:_SOURCE_CHARS]
             yield page, level, limit, f"{_POINTS.format(words=_words(limit))}\n\n{text}"
 
     def _of_segment(self, pages: PathPages, segment: MemoryPage) -> Iterator[Wanted]:
@@ -170,10 +159,7 @@ class Writer:
             known = ", ".join(map(quote, subjects[-_KNOWN_SUBJECTS:])) or "(none yet)"
             rules.append(_CLAIMS.format(most=CLAIMS_PER_SEGMENT, known=known))
         share = max(_LEAST_CHARS, _SOURCE_CHARS // len(segment.provenance))
-        said = (
-            f"{i} {pages.path[pages.position(i)].role}: {quote(pages.bare(i)[:share])}"
-            for i in segment.provenance
-        )
+        said = (f"{i} {pages.path[pages.position(i)].role}: {quote(pages.bare(i)[:share])}" for i in segment.provenance)
         return "\n\n".join((*rules, "\n".join(said)[:_SOURCE_CHARS]))
 
     async def _work(self) -> None:
@@ -202,14 +188,10 @@ class Writer:
         text = clip(text.strip(), max(1, job.limit_tokens), job.counter.text)
         if not text:
             raise ValueError("the model said nothing")
-        made = job.page.model_copy(
-            update={
-                "content": text,
-                "compression_level": job.level,
-                "size_tokens": job.counter.text(text),
-                "metadata": {**job.page.metadata, "claims": [list(claim) for claim in claims]},
-            }
-        )
+        made = job.page.model_copy(update={
+            "content": text, "compression_level": job.level, "size_tokens": job.counter.text(text),
+            "metadata": {**job.page.metadata, "claims": [list(claim) for claim in claims]},
+        })  # fmt: skip
         await self._renditions.keep(job.owner, job.page, made, WRITTEN, job.identity)
         self.written += 1
 
@@ -219,18 +201,11 @@ class Writer:
         content: object = job.prompt
         if content is None:
             content = [{"type": "text", "text": _CAPTION}, *page_parts(job.page)]
-        body = {
-            "model": self._config.model,
-            "messages": [{"role": "user", "content": content}],
-        }
+        body = msgspec.json.encode({"model": self._config.model, "messages": [{"role": "user", "content": content}]})
         headers = [*job.headers, (b"content-type", b"application/json")]
-        reply = await self._upstream.chat(msgspec.json.encode(body), headers)
-        try:
-            data = await reply.read(_ANSWER_LIMIT_BYTES)
-        finally:
-            await reply.close()
-        if reply.status >= 400:
-            raise ValueError(f"{self._config.model} answered {reply.status}")
+        status, data = await read_whole(self._upstream.chat(body, headers), _ANSWER_LIMIT_BYTES)
+        if status >= 400:
+            raise ValueError(f"{self._config.model} answered {status}")
         try:
             said = msgspec.json.decode(data)["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
@@ -245,21 +220,13 @@ class Writer:
         if medium is None or medium.data is None:
             raise ValueError("its sound is not in the request")
         boundary = secrets.token_hex(16).encode()
-        body = _form(
-            boundary, self._config.transcription_model or "", medium.data, medium.format or "wav"
-        )
-        content_type = (b"content-type", b"multipart/form-data; boundary=" + boundary)
-        length = (b"content-length", b"%d" % len(body))
-        headers = [*job.headers, content_type, length]
-        reply = await self._upstream.forward(
-            "POST", "/audio/transcriptions", b"", headers, _once(body)
-        )
-        try:
-            data = await reply.read(_ANSWER_LIMIT_BYTES)
-        finally:
-            await reply.close()
-        if reply.status >= 400:
-            raise ValueError(f"{self._config.transcription_model} answered {reply.status}")
+        body = _form(boundary, self._config.transcription_model or "", medium.data, medium.format or "wav")
+        kind, length = b"multipart/form-data; boundary=" + boundary, b"%d" % len(body)
+        headers = [*job.headers, (b"content-type", kind), (b"content-length", length)]
+        call = self._upstream.forward("POST", "/audio/transcriptions", b"", headers, once(body))
+        status, data = await read_whole(call, _ANSWER_LIMIT_BYTES)
+        if status >= 400:
+            raise ValueError(f"{self._config.transcription_model} answered {status}")
         said = msgspec.json.decode(data)
         if not isinstance(said, dict) or not isinstance(said.get("text"), str):
             raise ValueError("the answer is no transcription")
@@ -283,7 +250,3 @@ def _form(boundary: bytes, model: str, sound: bytes, sound_format: str) -> bytes
             b"content-type: application/octet-stream\r\n\r\n", sound, b"\r\n--", boundary, b"--\r\n",
         ]
     )  # fmt: skip
-
-
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body

@@ -10,7 +10,7 @@ Promises to its callers:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -110,6 +110,19 @@ class BytesReply(Reply):
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         if self._body:
             yield self._body
+
+
+async def read_whole(call: Awaitable[Reply], limit_bytes: int) -> tuple[int, bytes]:
+    """The status and the body of a call that is made beside the requests. Raises what the call does, and `UpstreamBroken`."""
+    reply = await call
+    try:
+        return reply.status, await reply.read(limit_bytes)
+    finally:
+        await reply.close()
+
+
+async def once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
 
 
 def make_upstream(config: Config) -> Upstream:
