@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import difflib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ from proxy.memory.models import (
 )
 from proxy.memory.passages import passage
 from proxy.memory.planner import price, worth
-from proxy.memory.table import PageTable, decode_log
+from proxy.memory.table import PageTable
 from proxy.model_limits import POLICIES
 from proxy.storage.l2 import Damaged
 from proxy.tokens import get_counter
@@ -134,9 +134,7 @@ class Views:
 
     # -- the list
 
-    def conversations(
-        self, who: Who, query: str = "", sort: str = "used", cursor: str = "", limit: int = _PAGE
-    ) -> dict[str, Any]:
+    def conversations(self, who: Who, query: str = "", sort: str = "used", cursor: str = "", limit: int = _PAGE) -> dict[str, Any]:
         """Those of the asker, the last used first (or the first begun, or by title)."""
         store, limit, words = self._memory.store, max(1, min(limit, _MOST)), query.casefold().split()
         used = {keys.owner(k): v for k, v in self._rows(keys.CONVERSATION + who.prefix)}
@@ -259,22 +257,17 @@ class Views:
             if record is None or (record.end <= at.head.end and path[record.end - 1].id == record.id):
                 continue  # it went on after all
             other = self._memory.load_path(record)
-            low, high = 0, min(record.end, at.head.end)
-            while low < high:  # the first `low` messages are shared
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if other[middle - 1].id == path[middle - 1].id else (low, middle - 1)
-            out.append(_branch(record, tip.used_s, low, False))
+            shared = bisect_left(range(min(record.end, at.head.end)), True, key=lambda i: other[i].id != path[i].id)
+            out.append(_branch(record, tip.used_s, shared, False))
         return out
 
     def _turn_row(self, record: Record) -> dict[str, Any]:
         above = self._memory.get_record(record.parent) if record.parent else None
-        mutations = decode_log(record.mutations) if record.mutations else []
         ours, before = record.account, above.account if above is not None else None
-        counts = _counts(mutations)
         return {
             "turn": record.turn, "message": make_page_id(record.end - 1), "answered_s": record.answered_s or record.seen_s or None,
             "paged": bool(record.window), "delivered": record.sent is not None, "epoch_begun": epoch_begun(record),
-            **_tokens(record), "billed": _billed(ours, before), **counts,
+            **_tokens(record), "billed": _billed(ours, before), **_counts(record.log),
             "cache_break": ours.broke.reason.value if ours is not None and ours.broke is not None else None,
         }  # fmt: skip
 
@@ -299,7 +292,7 @@ class Views:
         how, pinned = self._standing(came) if came is not None else ({}, set())
         rows, turns, whole = _Rows(), list[dict[str, Any]](), dict[str, str]()
         for record in records:
-            mutations = decode_log(record.mutations) if record.mutations else []
+            mutations = record.log
             if not record.window:
                 new = {make_page_id(position): "native" for position in range(len(whole), record.end - 1)}
                 whole |= new
@@ -331,7 +324,7 @@ class Views:
     def _standing(self, record: Record) -> tuple[dict[str, str], set[str]]:
         """How each page of the window stands in it after a record, and those that are pinned."""
         table = self._table(record)
-        return _places(record, table, self._window(record)), {entry.page_id for entry in table.resident() if entry.pinned}
+        return _places(table, self._window(record)), {entry.page_id for entry in table.resident() if entry.pinned}
 
     def _window(self, record: Record) -> Window | None:
         """After a record's turn; kept for the page that is looked at next."""
@@ -348,7 +341,7 @@ class Views:
         record = self._at(at, number)
         above = self._memory.get_record(record.parent) if record.parent else None
         sent, before = self._sent(record), self._sent(above) if above is not None else None
-        messages = self.messages(record, sent, before)
+        messages = self.messages(sent, before)
         shared = _shared(before.body, sent.body) if before is not None and sent is not None else 0
         return {
             "conversation": at.who.name(at.owner), "last_turn": at.head.turn, **self._turn_row(record),
@@ -359,7 +352,7 @@ class Views:
             },
             "messages": messages,
             **self._pages(record, sent),
-            "answer": _content(self._memory.load_path(record)[record.end - 1].raw),
+            "answer": _text(_decode(self._memory.load_path(record)[record.end - 1].raw)),
         }  # fmt: skip
 
     def request(self, at: Turns, number: int) -> UpstreamRequest:
@@ -374,9 +367,7 @@ class Views:
     def _sent(self, record: Record) -> UpstreamRequest | None:
         return request_of(record, self._memory.get_record, self._memory.get_block, self._window)
 
-    def messages(
-        self, record: Record, sent: UpstreamRequest | None, before: UpstreamRequest | None
-    ) -> list[dict[str, Any]]:
+    def messages(self, sent: UpstreamRequest | None, before: UpstreamRequest | None) -> list[dict[str, Any]]:
         """The request's messages, in order: which of it is the client's, and which was added and as what."""
         if sent is None:
             return []
@@ -439,7 +430,8 @@ class Views:
 
     def _facts(self, record: Record, table: PageTable, window: Window | None = None) -> _Facts:
         window = window or self._window(record)
-        return _Facts(record.turn, window, _places(record, table, window), {m.page_id for m in _used(record)})
+        used = {m.page_id for m in record.log if m.op is MutationType.ACCESS}
+        return _Facts(record.turn, window, _places(table, window), used)
 
     def _told(self, entry: PageTableEntry, facts: _Facts, pages: PathPages) -> dict[str, Any]:
         score = self._policy.score(entry, facts.turn)
@@ -541,7 +533,7 @@ class Views:
         for _ in range(_LIFE_TURNS):
             if record is None:
                 break
-            for m in reversed(decode_log(record.mutations) if record.mutations else []):
+            for m in reversed(record.log):
                 if m.page_id in ids:
                     events.append({"turn": m.turn, "page": m.page_id, "actor": m.actor.value, "event": _event(m)})
             record = self._memory.get_record(record.base) if record.base else None
@@ -630,11 +622,6 @@ def _counts(mutations: Iterable[PageMutation]) -> dict[str, int]:
     return out
 
 
-def _used(record: Record) -> list[PageMutation]:
-    log = decode_log(record.mutations) if record.mutations else []
-    return [m for m in log if m.op is MutationType.ACCESS]
-
-
 def _billed(account: Any, before: Any) -> dict[str, int] | None:
     """A turn's own prompt, by the difference to the turn before."""
     if account is None:
@@ -664,7 +651,7 @@ def _branch(record: Record, left_s: int, shared: int, current: bool) -> dict[str
 # -- why
 
 
-def _places(record: Record, table: PageTable, window: Window | None) -> dict[str, str]:
+def _places(table: PageTable, window: Window | None) -> dict[str, str]:
     """How each page of a window is in it."""
     entries = window.entries if window is not None else ()
     shown = {i for entry in entries for i in entry.shown}
@@ -791,13 +778,10 @@ def _raws(body: bytes) -> list[bytes]:
     return [bytes(raw) for raw in _raw_messages(_raw_fields(body)["messages"])]
 
 
-def _same(before: Sequence[bytes], now: Sequence[bytes]) -> int:
-    count = 0
-    for a, b in zip(before, now, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def _same(a: Sequence[bytes], b: Sequence[bytes]) -> int:
+    """How many they begin with."""
+    shortest = min(len(a), len(b))
+    return next((at for at in range(shortest) if a[at] != b[at]), shortest)
 
 
 def _shared(a: bytes, b: bytes) -> int:
@@ -808,10 +792,6 @@ def _shared(a: bytes, b: bytes) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a.startswith(b[low:middle], low) else (low, middle - 1)
     return low
-
-
-def _content(raw: bytes) -> str:
-    return _text(_decode(raw))
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -849,9 +829,8 @@ def _spans(message: Mapping[str, Any], window: Window | None) -> list[tuple[str,
 def _opcodes(a: Sequence[bytes], b: Sequence[bytes]) -> Iterator[tuple[str, int, int, int, int]]:
     """As difflib's, whose time grows with the square of what is alike: for what two windows do not begin and end with, and
     no more than so much of it."""
-    shortest = min(len(a), len(b))
-    head = next((at for at in range(shortest) if a[at] != b[at]), shortest)
-    tail = next((at for at in range(shortest - head) if a[-1 - at] != b[-1 - at]), shortest - head)
+    head = _same(a, b)
+    tail = _same(a[head:][::-1], b[head:][::-1])
     one, other = a[head : len(a) - tail], b[head : len(b) - tail]
     yield "equal", 0, head, 0, head
     if max(len(one), len(other)) <= _COMPARED:

@@ -46,7 +46,7 @@ The letters of the keys are in keys.py; what a record keeps in bytes:
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -55,6 +55,7 @@ from typing import NamedTuple
 
 import msgspec
 import zstandard
+from cachetools import LRUCache
 
 from proxy import keys
 from proxy.conversation.bill import Account
@@ -65,7 +66,7 @@ from proxy.conversation.tree import HASH_BYTES, ContentId, Identity, Node, NodeI
 from proxy.conversation.window import Entry, Window
 from proxy.memory.ids import parse_page_id
 from proxy.memory.message_text import message_text
-from proxy.memory.models import MutationType
+from proxy.memory.models import MutationType, PageMutation
 from proxy.memory.table import GetBlock, MutationLogLite, PageTable, decode_log
 
 
@@ -143,6 +144,11 @@ class Record(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         return self.first + len(self.ids) + (self.shared.count if self.shared else 0)
 
     @property
+    def log(self) -> list[PageMutation]:
+        """Its mutations."""
+        return decode_log(self.mutations) if self.mutations else []
+
+    @property
     def others(self) -> list[bytes]:
         """Records whose messages it reads or goes on from, perhaps on another conversation's path."""
         found = [other for _, other, _ in self.elsewhere]
@@ -188,19 +194,14 @@ GetRecord = Callable[[bytes], Record | None]
 GetStoredBlock = Callable[[bytes, bytes], bytes | None]  # by its owner and its reference
 RawAt = Callable[[int], bytes | None]  # a message's bytes, as they are stored; None: they are not
 
-encode_record = msgspec.msgpack.Encoder().encode
-_decode_record = msgspec.msgpack.Decoder(Record).decode
-_encode_change = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
+encode_record = _encode
+decode_record = msgspec.msgpack.Decoder(Record).decode
 _decode_change = msgspec.msgpack.Decoder(_WindowChange).decode
-NO_LARGE: Mapping[bytes, tuple[bytes, int]] = {}
-_encode_state = msgspec.msgpack.Encoder().encode
-_encode_block = msgspec.msgpack.Encoder().encode
 _decode_leaf = msgspec.msgpack.Decoder(_Leaf).decode
 _decode_rows = msgspec.msgpack.Decoder(_Rows).decode
-
-
-def decode_record(data: bytes) -> Record:
-    return _decode_record(data)
+_replace = msgspec.structs.replace
+NO_LARGE: Mapping[bytes, tuple[bytes, int]] = {}
 
 
 def record_key(node_id: bytes) -> bytes:
@@ -305,17 +306,10 @@ def deepest_record(path: Sequence[Node], get: GetRecord) -> Record | None:
     found = get(path[last].id)
     if found is not None:
         return found
-    answers = [i for i, node in enumerate(path) if node.role == "assistant"]
-    if get(path[answers[0]].id) is None:
+    answers = [i for i in range(last) if path[i].role == "assistant"]
+    if not answers or get(path[answers[0]].id) is None:
         return None
-    low, high = 0, len(answers) - 1  # answers[low] is stored, answers[high] is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if get(path[answers[middle]].id) is None:
-            high = middle
-        else:
-            low = middle
-    return get(path[answers[low]].id)
+    return get(path[answers[bisect_left(answers, True, 1, key=lambda i: get(path[i].id) is None) - 1]].id)
 
 
 def load_path(head: Record, get: GetRecord, get_block: GetStoredBlock, identity: Identity | None) -> Path:
@@ -332,7 +326,7 @@ class StoredPath(Sequence[Node]):
         self._get, self._get_block, self._identity = get, blocks_of(owner_of(head.id), get_block), identity
         self._newest = [head]  # the newest records, back to the last with a leaf or further
         self._nodes: dict[int, Node] = {}
-        self._leaves: dict[bytes, _Leaf] = {}  # that were decoded, the last few
+        self._leaves: LRUCache[bytes, _Leaf] = LRUCache(_KEPT_LEAVES)  # that were decoded
 
     def __len__(self) -> int:
         return self._end
@@ -358,11 +352,7 @@ class StoredPath(Sequence[Node]):
             if found is not None:
                 return found
             newest.append(needed(oldest.parent, self._get))
-        low, high = 0, len(newest) - 1
-        while low < high:  # the first, that is the newest one, that begins here or before
-            middle = (low + high) // 2
-            low, high = (low, middle) if newest[middle].first <= position else (middle + 1, high)
-        return newest[low]
+        return newest[bisect_left(newest, True, key=lambda record: record.first <= position)]
 
     def _find(self, ref: bytes, position: int) -> Record | None:
         """The record before a leaf's that has the position; None where the index is damaged."""
@@ -388,8 +378,6 @@ class StoredPath(Sequence[Node]):
     def _leaf(self, ref: bytes) -> _Leaf | None:
         leaf = self._leaves.get(ref)
         if leaf is None and (leaf := _leaf(ref, self._get_block)) is not None:
-            if len(self._leaves) >= _KEPT_LEAVES:
-                del self._leaves[next(iter(self._leaves))]
             self._leaves[ref] = leaf
         return leaf
 
@@ -487,9 +475,7 @@ class Alike(NamedTuple):
         return self.record.shared is not None
 
 
-def find_alike(
-    path: Sequence[Node], first: int, end: int, record: Record, get: GetRecord
-) -> Alike | None:
+def find_alike(path: Sequence[Node], first: int, end: int, record: Record, get: GetRecord) -> Alike | None:
     """How much of positions first..end-1, but for the first of them, `record`'s path ends with, by its bytes
     (an answer at its very end may be echoed in other ones). None: too little to be worth it."""
     at, skip = end, 0
@@ -581,21 +567,21 @@ def _read_change(record: Record, path: Sequence[Node]) -> _WindowChange:
     """What the record stored of its window, every entry with its bytes; `path`: its own, and perhaps more behind it."""
     change = _decode_change(record.window)
     entries = change.entries if change.snapshot is None else change.snapshot.entries
-    evidence, replace = iter(change.evidence), msgspec.structs.replace
+    evidence = iter(change.evidence)
 
     def whole(entry: Entry) -> Entry:
         if entry.raw:
             return entry
         if not entry.shown:
-            return replace(entry, raw=path[entry.position].raw)
+            return _replace(entry, raw=path[entry.position].raw)
         quoted = _quoted(entry, lambda at: path[at].raw)
-        return replace(entry, raw=other(next(evidence), quoted or b""))
+        return _replace(entry, raw=other(next(evidence), quoted or b""))
 
     entries = tuple(map(whole, entries))
     if change.snapshot is None:
         change.entries = entries
     else:
-        change.snapshot = replace(change.snapshot, entries=entries)
+        change.snapshot = _replace(change.snapshot, entries=entries)
     return change
 
 
@@ -613,9 +599,8 @@ def restore_derived(head: Record, get: GetRecord) -> Derived:
 def history(head: Record, get: GetRecord) -> MutationLogLite:
     """The whole mutation log of a path, from its first page to `head`."""
     log = MutationLogLite()
-    for encoded in reversed([record.mutations for record in _bases(head, get)]):
-        if encoded:
-            log.extend(decode_log(encoded))
+    for encoded in reversed([record.mutations for record in _bases(head, get) if record.mutations]):
+        log.extend(decode_log(encoded))
     return log
 
 
@@ -626,9 +611,8 @@ def brought_since(head: Record, position: int, get: GetRecord) -> list[str]:
     for record in _bases(head, get):
         if record.end <= position:
             break
-        for m in decode_log(record.mutations) if record.mutations else ():
-            mapped = m.op is MutationType.MAP and m.reason is not None
-            if mapped or m.op is MutationType.FAULT_IN:
+        for m in record.log:
+            if m.op is MutationType.FAULT_IN or (m.op is MutationType.MAP and m.reason is not None):
                 found[m.page_id] = None
     return list(found)
 
@@ -654,7 +638,7 @@ def _check_bases(head: Record, get: GetRecord) -> None:
 def state_digest(record: Record) -> bytes:
     """Of the state that it stores: what `based` of the next one names."""
     state = (record.base, record.based, record.window, record.mutations, record.closing)
-    return blake2b(_encode_state(state), digest_size=HASH_BYTES).digest()
+    return _ref(_encode(state))
 
 
 def needed(record_id: bytes, get: GetRecord) -> Record:
@@ -680,9 +664,7 @@ class Stored(NamedTuple):
     blocks: Mapping[bytes, bytes]
     derived: Derived
 
-    def fields(
-        self, before: Window | None, record: Record | None, raw_at: RawAt
-    ) -> dict[str, object]:
+    def fields(self, before: Window | None, record: Record | None, raw_at: RawAt) -> dict[str, object]:
         """A record's fields; `before` is the window after `record`, which it was continued from; `raw_at`: see
         `encode_change`."""
         fields: dict[str, object] = {
@@ -713,16 +695,13 @@ def encode_change(before: Window | None, after: Window, raw_at: RawAt = lambda _
     and not said again."""
     if before is None or _measure(before) != _measure(after):
         entries, evidence = _without(raw_at, after.entries)
-        snapshot = msgspec.structs.replace(after, entries=entries)
-        return _encode_change(_WindowChange(after.covered, snapshot=snapshot, evidence=evidence))
+        snapshot = _replace(after, entries=entries)
+        return _encode(_WindowChange(after.covered, snapshot=snapshot, evidence=evidence))
     old, new = before.entries, after.entries
     pairs = enumerate(zip(old, new, strict=False))
     kept = next((i for i, (a, b) in pairs if a is not b and a != b), min(len(old), len(new)))
-    all_of_them = kept == len(old)
     added, evidence = _without(raw_at, new[kept:])
-    return _encode_change(
-        _WindowChange(after.covered, added, kept=-1 if all_of_them else kept, evidence=evidence)
-    )
+    return _encode(_WindowChange(after.covered, added, kept=-1 if kept == len(old) else kept, evidence=evidence))
 
 
 def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], list[bytes]]:
@@ -734,7 +713,7 @@ def _without(raw_at: RawAt, entries: Sequence[Entry]) -> tuple[tuple[Entry, ...]
             if quoted is not None:
                 evidence.append(difference(entry.raw, quoted))
         if quoted is not None if entry.shown else entry.position >= 0 and raw_at(entry.position) == entry.raw:
-            entry = msgspec.structs.replace(entry, raw=b"")
+            entry = _replace(entry, raw=b"")
         out.append(entry)
     return tuple(out), evidence
 
@@ -811,33 +790,22 @@ def new_records(
             run = [*path[first : alike.first], *path[alike.first + alike.messages :]]
         # (Its last message is read by itself.)
         refs = {at: large[node.raw] for at, node in enumerate(run[:-1]) if node.raw in large} if large else {}
-        records.append(
-            Record(
-                above,
-                first,
-                [node.id for node in run],
-                [node.content for node in run],
-                [node.role for node in run],
-                [b"" if at in refs else node.raw for at, node in enumerate(run)],
-                [node.tokens if node.counter == counter else -1 for node in run],
-                turn,
-                counter=counter,
-                bill=known,
-                account=account(position + 1),
-                shared=shared,
-                elsewhere=[(at, *ref) for at, ref in refs.items()],
-                seen_s=run[0].seen_s or seen_s,
-                answered_s=run[-1].seen_s or ((run[0].seen_s or seen_s) if parent else 0),
-            )
-        )
+        records.append(Record(
+            above, first, [node.id for node in run], [node.content for node in run], [node.role for node in run],
+            [b"" if at in refs else node.raw for at, node in enumerate(run)],
+            [node.tokens if node.counter == counter else -1 for node in run],
+            turn, counter=counter, bill=known, account=account(position + 1), shared=shared,
+            elsewhere=[(at, *ref) for at, ref in refs.items()],
+            seen_s=run[0].seen_s or seen_s,
+            answered_s=run[-1].seen_s or ((run[0].seen_s or seen_s) if parent else 0),
+        ))  # fmt: skip
         first, above = position + 1, run[-1].id
     if not records:
         return []
-    replace = msgspec.structs.replace
     echo = last.get("echo")
-    records[-1] = replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
+    records[-1] = _replace(records[-1], **{k: v for k, v in last.items() if k != "echo"})
     if isinstance(echo, bytes) and echo and parent is not None:
-        records[0] = replace(records[0], echo=difference(echo, parent.raws[-1]))
+        records[0] = _replace(records[0], echo=difference(echo, parent.raws[-1]))
     at, base, known_end = 0, parent, max(0, first_new - 1)
 
     def raw_at(position: int) -> bytes | None:
@@ -858,7 +826,7 @@ def new_records(
         fields = state.fields(before, base, raw_at)
         if base is not parent and base is not None:
             fields["based"] = state_digest(base)
-        base = records[at] = replace(record, **fields)
+        base = records[at] = _replace(record, **fields)
         before = state.window
     return records
 
@@ -874,7 +842,7 @@ def indexed(
     for record in records:
         if parent is not None and record.first >> _LEAF_BITS != parent.first >> _LEAF_BITS:
             leaf = _new_leaf(parent, lambda i: fresh.get(i) or get(i), lambda r: blocks.get(r) or stored(r), blocks)
-            record = msgspec.structs.replace(record, leaf=_add(blocks, leaf))
+            record = _replace(record, leaf=_add(blocks, leaf))
         fresh[record.id] = parent = record
         out.append(record)
     return out, blocks
@@ -906,7 +874,7 @@ def _new_leaf(last: Record, get: GetRecord, get_block: GetBlock, blocks: dict[by
 
 
 def _add(blocks: dict[bytes, bytes], value: object) -> bytes:
-    data = _encode_block(value)
+    data = _encode(value)
     blocks[ref := _ref(data)] = data
     return ref
 
@@ -942,8 +910,7 @@ def append_effect(
             puts[record_key(record.id)] = encode_record(record)
             at = record.end - 1
             if at > 0 and record.sent is not None:
-                key = identity.pair(tenant, path[at - 1].content, path[at].content)
-                joins.append((key, record.id))
+                joins.append((identity.pair(tenant, path[at - 1].content, path[at].content), record.id))
             own = owner_of(record.id)
             for other in {owner_of(other) for other in record.others} - {own}:
                 puts[link_key(own, other)] = puts[link_key(other, own)] = b""
