@@ -30,7 +30,7 @@ from proxy.api.caller import Caller
 from proxy.api.erasure import Erasures
 from proxy.api.memory import Memory, as_api_error, owner_named
 from proxy.api.visit import CONTENT_TYPE, Stats
-from proxy.conversation.derived import NO_DERIVED, Derived
+from proxy.conversation.derived import NO_DERIVED
 from proxy.conversation.exported import exported, header
 from proxy.conversation.pages import PathPages
 from proxy.conversation.records import (
@@ -114,16 +114,6 @@ def own_endpoints(
         latest_breaks [{turn, reason, message, lost_tokens}]    the newest 50      (of a conversation)
             message                   the page id from which on the client said something else, or null
             lost_tokens               null where upstream does not say what it cached
-
-    DELETE /vm/conversations/ID, /vm/conversations?session=NAME (or its header), /vm/conversations/ID/messages/PAGE,
-    /vm/tenants/self: all that is stored of it is erased (docs/erasure.md); the answer is the receipt. GET /vm/erasures:
-    {erasures: [the tenant's receipts, and what is under way]}; DELETE /vm/erasures: the tenant's receipts go. A receipt:
-
-        id, what, by, began_s, ended_s    conversation | message | user | key; tenant | operator | retention; Unix seconds
-        under_way                         true, in place of ended_s, until it is done
-        conversations [ID]                those that went, or that the message was in; of a user or key all did
-        values {kind: number}, objects [name]    what went, in the database and beside it
-        messages_sha256 [hexadecimal]     of the bytes of each message as its client sent it, or was sent it
     """
     app = FastAPI(title="llm-pager", docs_url=None, redoc_url=None, openapi_url="/vm/openapi.json")
     for failure in (HTTPException, ApiError, StorageError, LookupError):
@@ -183,6 +173,22 @@ def own_endpoints(
     async def read_provenance(request: Request) -> JSONResponse:
         return JSONResponse(await _provenance(request, _head(request, memory, access), memory))
 
+    _add_erasing(app, memory, access, erasures)
+    return app
+
+
+def _add_erasing(app: FastAPI, memory: Memory, access: Access, erasures: Erasures) -> None:
+    """DELETE /vm/conversations/ID, /vm/conversations?session=NAME (or its header), /vm/conversations/ID/messages/PAGE,
+    /vm/tenants/self: all that is stored of it is erased (docs/erasure.md); the answer is the receipt. GET /vm/erasures:
+    {erasures: [the tenant's receipts, and what is under way]}; DELETE /vm/erasures: the tenant's receipts go. A receipt:
+
+        id, what, by, began_s, ended_s    conversation | message | user | key; tenant | operator | retention; Unix seconds
+        under_way                         true, in place of ended_s, until it is done
+        conversations [ID]                those that went, or that the message was in; of a user or key all did
+        values {kind: number}, objects [name]    what went, in the database and beside it
+        messages_sha256 [hexadecimal]     of the bytes of each message as its client sent it, or was sent it
+    """
+
     @app.delete("/vm/conversations/{name}", summary="Erase a conversation; the answer is the receipt")
     async def erase_conversation(request: Request, name: str) -> JSONResponse:
         owner = await asyncio.to_thread(_conversation, name, _tenant(request, memory, access), memory)
@@ -223,8 +229,6 @@ def own_endpoints(
     async def forget_erasures(request: Request) -> Response:
         await erasures.forget_receipts(_tenant(request, memory, access))
         return Response(status_code=204)
-
-    return app
 
 
 async def _refused(request: Request, failure: Exception) -> Response:
@@ -321,8 +325,8 @@ def _exported(owner: bytes, memory: Memory) -> Iterator[bytes]:
 def _last(answers: bytes, get: GetRecord) -> Record | None:
     """The last of a session's answers. A first turn may be an application's side request under the
     same name, such as one for a title: it counts where there is nothing longer."""
-    ids = [answers[at : at + ID_BYTES] for at in range(0, len(answers), ID_BYTES)]
-    records = [record for node_id in reversed(ids) if (record := get(node_id)) is not None]
+    ids = (answers[at : at + ID_BYTES] for at in range(0, len(answers), ID_BYTES))
+    records = [record for node_id in ids if (record := get(node_id)) is not None][::-1]
     return next((r for r in records if r.turn > 1), records[0] if records else None)
 
 
@@ -331,8 +335,7 @@ def _last(answers: bytes, get: GetRecord) -> Record | None:
 
 async def _context(request: Request, head: Record, memory: Memory) -> dict[str, Any]:
     asked = request.query_params.get("turn", str(head.turn))
-    digits = asked.isascii() and asked.isdigit() and len(asked) <= _TURN_DIGITS
-    if not digits or not 1 <= int(asked) <= head.turn:
+    if not (asked.isascii() and asked.isdigit() and len(asked) <= _TURN_DIGITS) or not 1 <= int(asked) <= head.turn:
         raise ApiError(400, f"turn must be a whole number from 1 to {head.turn}.", param="turn",
                        code="invalid_turn")  # fmt: skip
     return await asyncio.to_thread(_context_at, head, int(asked), memory)
@@ -365,10 +368,6 @@ def _context_at(head: Record, turn: int, memory: Memory) -> dict[str, Any]:
     }
 
 
-def _derived(record: Record, memory: Memory) -> Derived:
-    return restore_state(record, memory.get_record, memory.get_block).derived
-
-
 # -- what rests on what
 
 
@@ -386,7 +385,7 @@ async def _provenance(request: Request, head: Record, memory: Memory) -> dict[st
 
 def _provenance_of(wanted: str, head: Record, memory: Memory) -> dict[str, Any] | None:
     """Both ways from a page, one step and to the ground; None for a page that is not there."""
-    derived = _derived(head, memory) if head.window else NO_DERIVED
+    derived = memory.derived_after(head) if head.window else NO_DERIVED
     graph = derived.provenance
     sources, ground = graph.derives_from(wanted), graph.justifies(wanted)
     made = graph.derived(wanted)

@@ -187,9 +187,7 @@ class Dashboard:
         async def login_form(next: str = "") -> Response:
             return self._page("login.html", None, next=next, wrong=False)
 
-        @app.post("/vm/ui/login", include_in_schema=False)
-        async def login(request: Request) -> Response:
-            return await self._login(request)
+        app.post("/vm/ui/login", include_in_schema=False)(self._login)
 
         @app.post("/vm/ui/logout", include_in_schema=False)
         async def logout() -> Response:
