@@ -68,19 +68,12 @@ def demo_config(window_tokens: int, state: Path) -> Config:
         raise ConfigError(
             f"--window {window_tokens} is too small to show anything; give at least {MIN_WINDOW_TOKENS}."
         )
-    return Config.from_json(
-        json.dumps(
-            {
-                "upstream": {"provider": "demo"},
-                "tiers": {
-                    "l0": {"tokens": window_tokens, "reserve_tokens": window_tokens // 10},
-                    "l2": {"path": str(state)},
-                },
-                "manifest": {"max_tokens": window_tokens // 8},
-                "models": {MODEL: {"window_tokens": window_tokens, "tools": True}},
-            }
-        )
-    )
+    return Config.model_validate({
+        "upstream": {"provider": "demo"},
+        "tiers": {"l0": {"tokens": window_tokens, "reserve_tokens": window_tokens // 10}, "l2": {"path": state}},
+        "manifest": {"max_tokens": window_tokens // 8},
+        "models": {MODEL: {"window_tokens": window_tokens, "tools": True}},
+    })  # fmt: skip
 
 
 class _Server(uvicorn.Server):
@@ -209,15 +202,15 @@ async def _run(window_tokens: int, pace: bool, ui: bool, console: Console, tell:
         show = Show(turns, view, pace)
         app = create_app(config, show.observe, DemoUpstream(ledger.ours.book))
         async with _serving(app) as base_url:
-            settings = {"upstream": {"base_url": base_url}}
             async with contextlib.AsyncExitStack() as closing:
-                client = OpenAIUpstream(Config.from_json(json.dumps(settings)))
+                client = OpenAIUpstream(Config.model_validate({"upstream": {"base_url": base_url}}))
                 closing.push_async_callback(client.close)
                 if ui:
                     view.dashboard = base_url.removesuffix("/v1") + "/vm/ui"
                     await asyncio.to_thread(_open, view.dashboard)
                 view.begin()
-                with _screen(view, console) if console.is_terminal and not console.quiet else contextlib.nullcontext():
+                screen = Live(get_renderable=lambda: layout(view, console.size.height), console=console, screen=True, refresh_per_second=12)
+                with screen if console.is_terminal and not console.quiet else contextlib.nullcontext():
                     await show.play(client)
                 view.stats = await _stats(client)
                 if not view.unread:
@@ -227,13 +220,6 @@ async def _run(window_tokens: int, pace: bool, ui: bool, console: Console, tell:
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.Event().wait()
     return view
-
-
-def _screen(view: View, console: Console) -> Live:
-    def screen() -> Any:
-        return layout(view, console.size.height)
-
-    return Live(get_renderable=screen, console=console, screen=True, refresh_per_second=12)
 
 
 def main(fast: bool, window: int | None, ui: bool, as_json: bool) -> int:

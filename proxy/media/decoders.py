@@ -188,18 +188,12 @@ def _with_container(data: bytes, use: Callable[[InputContainer], None]) -> None:
         import av
 
         options = {"protocol_whitelist": "", "format_whitelist": name}
-        with av.open(
-            io.BytesIO(data), "r", format=name, container_options=options, io_open=_refuse
-        ) as container:
+        with av.open(io.BytesIO(data), "r", format=name, container_options=options, io_open=_refuse) as container:
             use(container)
 
 
 def _refuse(url: str, flags: int, options: Any) -> NoReturn:
     raise PermissionError("media may not open anything else")
-
-
-def _seconds_stated(container: InputContainer) -> float:
-    return float(container.duration or 0) / 1_000_000
 
 
 def _sampled(container: InputContainer) -> Iterator[VideoFrame]:
@@ -213,7 +207,7 @@ def _sampled(container: InputContainer) -> Iterator[VideoFrame]:
     if pixels > MAX_FRAME_PIXELS:
         return
     most = min(MAX_DECODED_FRAMES, max(MAX_SAMPLES, MAX_DECODED_PIXELS // max(1, pixels)))
-    seconds = _seconds_stated(container)
+    seconds = float(container.duration or 0) / 1_000_000
     expected = stream.frames or int(seconds * float(stream.average_rate or 25))
     if expected > most:
         yield from _after_jumps(container, stream, seconds)
@@ -226,9 +220,7 @@ def _sampled(container: InputContainer) -> Iterator[VideoFrame]:
             yield frame
 
 
-def _after_jumps(
-    container: InputContainer, stream: VideoStream, seconds: float
-) -> Iterator[VideoFrame]:
+def _after_jumps(container: InputContainer, stream: VideoStream, seconds: float) -> Iterator[VideoFrame]:
     seen: set[float] = set()
     for index in range(MAX_SAMPLES):
         container.seek(int(index * seconds / MAX_SAMPLES * 1_000_000))
@@ -241,8 +233,7 @@ def _after_jumps(
 def _small_image(frame: VideoFrame, side: int) -> Image:
     if frame.width * frame.height > MAX_FRAME_PIXELS:  # it may change within the stream
         raise ValueError("frame too large")
-    scale = min(1.0, side / max(frame.width, frame.height))
-    width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+    width, height = _within((frame.width, frame.height), side)
     image: Image = frame.to_image(width=width, height=height)  # type: ignore[no-untyped-call]
     return image
 
