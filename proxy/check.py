@@ -115,8 +115,8 @@ def _checked_tables(config: Config, tell: Told, advance: Advance) -> str:
     try:
         if store.trouble is not None:
             raise StorageError(store.trouble)
-        found = _Found(Identity(store.secret()), tiered)
-        found.read(_rows(store), advance)
+        found, rows = _Found(Identity(store.secret()), tiered), keys.rows_of(store.rows, b"")
+        found.read(rows, advance)
         damage = _compared(found, tiered, lambda lost: asyncio.run(store.mark_lost((), lost)), tell)
         for key in [key for key in found.wrong if key not in found.there and store.get(key) is not None]:
             del found.wrong[key]  # a server may run meanwhile
@@ -130,13 +130,6 @@ def _checked_tables(config: Config, tell: Told, advance: Advance) -> str:
     finally:
         asyncio.run(store.close())
     return _REPAIRED if damage or found.damage or found.wrong else "sound"
-
-
-def _rows(store: PostgresStore) -> Iterator[tuple[bytes, int | None, bytes]]:
-    after = b""
-    while rows := store.rows(b"", after):
-        yield from rows
-        after = rows[-1][0]
 
 
 def _tell_damage(found: _Found, tell: Told) -> None:

@@ -184,8 +184,12 @@ def top(
 ) -> int:
     """Watch a running server: traffic, faults, cache, bill."""
     from proxy import top
+    from proxy.readable import url_of
 
-    return top.run(url or top.url_of(_config(config)), every, once, as_json)
+    if url is None:
+        server = _config(config).server
+        url = url_of(server.host, server.port)
+    return top.run(url, every, once, as_json)
 
 
 @app.command()

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 from proxy import keys
 from proxy.api.erasure import Erasures
 from proxy.config import Config
-from proxy.conversation.exported import Scan
 from proxy.conversation.tree import Identity
 from proxy.errors import ConfigError
-from proxy.storage import open_store
+from proxy.keys import Scan
+from proxy.storage import opened_store
 from proxy.terminal import progress, tell_json
 from proxy.whose import Whose, caller_asked, conversation_asked
 
@@ -39,9 +39,7 @@ def run(what: What, whose: Whose, config: Config, yes: bool, as_json: bool) -> i
 
 
 async def _forget(what: What, whose: Whose, config: Config, yes: bool, as_json: bool) -> int:
-    store = open_store(config)
-    try:
-        store.look()
+    async with opened_store(config) as store:
         identity = Identity(store.secret(), store.erased)
         erasures, content = Erasures(store, store.objects_of), b""
         owner = _owner(what, whose, config, identity, store.scan)
@@ -62,11 +60,9 @@ async def _forget(what: What, whose: Whose, config: Config, yes: bool, as_json: 
             print(f"erased     {what.kind}: {len(told['messages_sha256'])} messages")
             print(f"values     {counted or 'none'}\nreceipt    {told['id']} (GET /vm/erasures)")
         return 0
-    finally:
-        await store.close()
 
 
-def _owner(what: What, whose: Whose, config: Config, identity: Identity, scan: Scan) -> bytes | None:
+def _owner(what: What, whose: Whose, config: Config, identity: Identity, scan: Scan[tuple[bytes, bytes]]) -> bytes | None:
     """Whose the keys are of what is to go; None: nobody's. Raises ConfigError."""
     if what.name:
         return conversation_asked(what.name, whose, config, identity, scan)

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from proxy.config import Config
-from proxy.errors import ConfigError, StorageError
-from proxy.storage import open_store
+from proxy.errors import ConfigError
+from proxy.storage import opened_store
 from proxy.storage.sealing import Sealed
 from proxy.terminal import progress, tell_json
 
@@ -72,14 +72,9 @@ def _with_keys(config: Config, work: Callable[[Sealed], Awaitable[None]]) -> int
         raise ConfigError("storage.encryption.keys is empty: nothing is encrypted.")
 
     async def main() -> int:
-        store = open_store(config)
-        assert isinstance(store, Sealed)
-        try:
-            if store.trouble is not None:
-                raise StorageError(store.trouble)
+        async with opened_store(config) as store:
+            assert isinstance(store, Sealed)
             await work(store)
-        finally:
-            await store.close()
         return 0
 
     return asyncio.run(main())

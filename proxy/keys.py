@@ -9,6 +9,9 @@ str: its secrets, its format.)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
 SCOPE_BYTES = 6
 TENANT_BYTES = 12  # scope, person
 OWNER_BYTES = 18  # scope, person, path
@@ -68,6 +71,17 @@ _ENDS = {
 def owner(key: bytes) -> bytes:
     """Whose value a key names: 18 bytes, 12 of a tenant's, 6 of a credential's, none of the installation's."""
     return key[1 : _ENDS.get(key[:1], 1)]
+
+
+_Row = TypeVar("_Row", bound=tuple[Any, ...])  # its key is the first of it
+Scan = Callable[[bytes, bytes, int], list[_Row]]  # by a key's beginning, after which key, how many
+
+
+def rows_of(scan: Scan[_Row], prefix: bytes, at_once: int = 1000, after: bytes = b"") -> Iterator[_Row]:
+    """All whose keys begin with `prefix` and come after `after`, so many read at once. Blocks; StorageError."""
+    while rows := scan(prefix, after, at_once):
+        yield from rows
+        after = rows[-1][0]
 
 
 def sealer(key: bytes) -> bytes:

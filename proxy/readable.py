@@ -40,6 +40,12 @@ def share(part: float | None, whole: float | None) -> str:
     return "–" if not whole or part is None else f"{100 * part / whole:.0f} %"
 
 
+def url_of(host: str, port: int) -> str:
+    """Where a server that listens there is reached from its own machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def harmless(text: str) -> str:
     """The same for a terminal: what others wrote cannot command it. JSON stays what it is."""
     return text.translate(_CONTROLS)

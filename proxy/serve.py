@@ -25,6 +25,7 @@ from proxy import __version__
 from proxy.config import EFFECTIVE_CONFIG_VARIABLE, Config, load_config, require_keys
 from proxy.config_text import MASK
 from proxy.errors import StartError, StorageError
+from proxy.readable import url_of
 
 APP_FACTORY = "proxy.app:app_from_env"
 BACKLOG_CONNECTIONS = 2048
@@ -126,13 +127,10 @@ def _require_writable(directory: Path) -> None:
 
 def _require_a_sound_store(config: Config) -> None:
     """Opens L2 once, here: a worker that cannot would die with a traceback and be started again."""
-    from proxy.storage import open_objects, open_store
+    from proxy.storage import open_store
 
-    for name, tier in (("tiers.l3", config.tiers.l3), ("tiers.l4", config.tiers.l4)):
-        open_objects(name, tier.url, tier.options, tier.timeout_s)
     try:
-        store = open_store(config)
-        asyncio.run(store.close())
+        asyncio.run(open_store(config).close())
     except StorageError as error:
         raise StartError(str(error)) from error
 
@@ -167,8 +165,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _announce(config: Config, listener: socket.socket, workers: int, as_json: bool) -> None:
     """What a person needs who has just started it, key and value a line; or a program, as one line of JSON."""
     host, port = listener.getsockname()[:2]
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    url = url_of(host, port)
     shown = config.masked()["upstream"]
     upstream = shown["base_url"] if config.upstream.provider == "openai" else shown["provider"]
     listening = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

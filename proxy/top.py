@@ -15,7 +15,6 @@ from urllib.request import urlopen
 from rich.live import Live
 
 from proxy.api.metrics import totals
-from proxy.config import Config
 from proxy.errors import StartError
 from proxy.readable import share, short
 from proxy.terminal import console, table, tell_json, tell_table
@@ -25,12 +24,6 @@ _SHOWN = 6  # labels of a row, the most frequent
 _HEADS = "", "in all", "now", "of these"
 
 Totals = dict[str, dict[str, float]]
-
-
-def url_of(config: Config) -> str:
-    """Where a server with this configuration is reached from its own machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)
-    return f"http://[{host}]:{config.server.port}" if ":" in host else f"http://{host}:{config.server.port}"
 
 
 def run(url: str, every_s: float, once: bool, as_json: bool) -> int:

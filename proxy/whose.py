@@ -15,8 +15,8 @@ from proxy.errors import ConfigError
 if TYPE_CHECKING:
     from proxy.api.caller import Caller
     from proxy.config import Config
-    from proxy.conversation.exported import Scan
     from proxy.conversation.tree import Identity, TenantKey
+    from proxy.keys import Scan
 
 
 class Whose(NamedTuple):
@@ -53,7 +53,7 @@ def tenant_asked(whose: Whose, config: Config, identity: Identity) -> TenantKey 
     return None if who is None else identity.tenant(who.credentials, who.person)
 
 
-def conversation_asked(name: str, whose: Whose, config: Config, identity: Identity, scan: Scan) -> bytes | None:
+def conversation_asked(name: str, whose: Whose, config: Config, identity: Identity, scan: Scan[tuple[bytes, bytes]]) -> bytes | None:
     """The owner of a conversation: of that tenant's, or of anybody's. It is named as in the header x-llm-pager-conversation, or
     whole, as an operator's /vm has it. None: there is none; a tenant's may not be there. Raises ConfigError."""
     from proxy.api.memory import owner_named

@@ -26,16 +26,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "check": {"config", "conversation", "errors", "keys", "memory", "storage", "terminal"},  # knows what a sound record is
     "cli": {
-        "api_key", "backup", "bench", "check", "config", "demo", "errors", "forget", "keyring", "serve", "show", "terminal", "top",
+        "api_key", "backup", "bench", "check", "config", "demo", "errors", "forget", "keyring", "readable", "serve", "show", "terminal", "top",
         "transfer", "whose",
     },
-    "serve": {"config", "config_text", "errors", "storage", "terminal"},  # the app is named to uvicorn as a string
+    "serve": {"config", "config_text", "errors", "readable", "storage", "terminal"},  # the app is named to uvicorn as a string
     "backup": {"config", "errors", "storage", "terminal"},
     "bench": {"demo", "errors", "terminal"},  # the demo's words
     "keyring": {"config", "errors", "keys", "storage", "terminal"},
     "forget": {"api", "config", "conversation", "errors", "keys", "storage", "terminal", "whose"},  # erases as the endpoints do
     "show": {"api", "config", "conversation", "errors", "keys", "readable", "storage", "terminal", "whose"},  # what /vm shows
-    "top": {"api", "config", "errors", "readable", "terminal"},
+    "top": {"api", "errors", "readable", "terminal"},
     "terminal": {"readable"},
     "readable": set(),
     "transfer": {"api", "config", "conversation", "errors", "keys", "media", "memory", "storage", "terminal", "whose"},  # `api`: who asks
@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "config_text"},
     "config_text": {"errors"},
     "api_key": set(),
-    "whose": {"api", "api_key", "config", "conversation", "errors"},  # `api`: who asks
+    "whose": {"api", "api_key", "config", "conversation", "errors", "keys"},  # `api`: who asks
     "errors": set(),
     "keys": set(),  # the key space of the store: what is stored is named and moved by it
     "sse": set(),  # read on both sides of the conversation: by it, and by upstreams

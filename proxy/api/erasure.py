@@ -219,7 +219,7 @@ class Erasures:
             kept = [keys.RECORD + owner, *state_prefixes(owner)] if erasure.content else prefixes(owner)
             for prefix in kept:
                 kind = keys.KINDS[prefix[:1]]
-                for row in rows_of(self._store, prefix, _RECORDS if prefix.startswith(keys.RECORD) else _VALUES):
+                for row in keys.rows_of(self._store.scan, prefix, _RECORDS if prefix.startswith(keys.RECORD) else _VALUES):
                     erasure.counts[kind] = count = erasure.counts.get(kind, 0) + 1
                     if not count % _RECORDS:
                         self._reads(sum(erasure.counts.values()))
@@ -277,10 +277,10 @@ class Erasures:
     # -- reading, in a thread
 
     def _rows(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        return rows_of(self._store, prefix)
+        return keys.rows_of(self._store.scan, prefix)
 
     def _keys(self, prefix: bytes) -> list[bytes]:
-        return [key for key, _ in islice(rows_of(self._store, prefix, _RECORDS), _VALUES)]
+        return [key for key, _ in islice(keys.rows_of(self._store.scan, prefix, _RECORDS), _VALUES)]
 
     def _record(self, node_id: bytes) -> Record | None:
         with suppress(Damaged, ValueError, LookupError):  # what cannot be read is as if it were not there
@@ -314,14 +314,6 @@ class Erasures:
                 named = {owner_of(value[at : at + ID_BYTES]) for at in range(0, len(value), ID_BYTES)}
                 labels += [(key, owner) for owner in named & known]
         return heads, labels
-
-
-def rows_of(store: Store, prefix: bytes, at_once: int = _VALUES) -> Iterator[tuple[bytes, bytes]]:
-    """All values whose keys begin so. Blocks; StorageError."""
-    after = b""
-    while rows := store.scan(prefix, after, at_once):
-        yield from rows
-        after = rows[-1][0]
 
 
 def erased_since(store: Store, tenant: bytes, number: int) -> bool:

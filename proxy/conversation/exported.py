@@ -38,10 +38,12 @@ from proxy.conversation.records import (
     record_key,
 )
 from proxy.conversation.tree import Identity, Node, NodeId, TenantKey
+from proxy.keys import Scan
 
 FORMAT, VERSION = "llm-pager", 1
 
-Scan = Callable[[bytes, bytes, int], list[tuple[bytes, bytes]]]  # by a key's beginning, after which key, how many
+Row = tuple[bytes, bytes]  # of the store: a key and its value
+
 _AT_ONCE = 64  # records, which may be large
 _KEPT_BYTES = 32 << 20  # of a conversation's, which are not read again
 _json = msgspec.json.encode
@@ -121,16 +123,13 @@ def written(conversation: Conversation) -> Iterator[bytes]:
 # -- from the store
 
 
-def owners(scan: Scan, prefix: bytes = b"") -> Iterator[bytes]:
+def owners(scan: Scan[Row], prefix: bytes = b"") -> Iterator[bytes]:
     """Of all conversations, those whose owner begins with `prefix`."""
-    after = b""
-    while found := scan(keys.CONVERSATION + prefix, after, _AT_ONCE):
-        yield from (keys.owner(key) for key, _ in found)
-        after = found[-1][0]
+    return (keys.owner(key) for key, _ in keys.rows_of(scan, keys.CONVERSATION + prefix, _AT_ONCE))
 
 
 def exported(
-    owner: bytes, scan: Scan, get: Callable[[bytes], bytes | None], identity: Identity, lost: list[NodeId]
+    owner: bytes, scan: Scan[Row], get: Callable[[bytes], bytes | None], identity: Identity, lost: list[NodeId]
 ) -> Iterator[bytes]:
     """A conversation's lines. `lost` gets the answers that cannot be read, because a record is missing or damaged."""
 
@@ -144,15 +143,12 @@ def exported(
 
     order: list[tuple[int, NodeId]] = []
     continued: dict[bytes, NodeId] = {}
-    after = b""
-    while found := scan(keys.RECORD + owner, after, _AT_ONCE):
-        after = found[-1][0]
-        for key, value in found:
-            record = decode_record(value)
-            order.append((record.first, record.id))
-            continued.setdefault(record.parent, record.id)
-            if (kept_bytes := kept_bytes + len(value)) <= _KEPT_BYTES:
-                kept[key] = value
+    for key, value in keys.rows_of(scan, keys.RECORD + owner, _AT_ONCE):
+        record = decode_record(value)
+        order.append((record.first, record.id))
+        continued.setdefault(record.parent, record.id)
+        if (kept_bytes := kept_bytes + len(value)) <= _KEPT_BYTES:
+            kept[key] = value
     order.sort()  # a parent comes before its child
     last = get(conversation_key(owner))
     head, used_s = LastUse.decode(last) if last is not None else (b"", 0)
@@ -180,20 +176,6 @@ def exported(
 
 
 # -- to the store
-
-
-class Branch(NamedTuple):
-    """Records that are new, in their order, with the blocks that they name, by reference."""
-
-    records: list[Record]
-    blocks: Mapping[bytes, bytes]
-
-    def adds(self) -> Iterator[tuple[bytes, bytes]]:
-        owner = owner_of(self.records[0].id)
-        for ref, block in self.blocks.items():
-            yield block_key(owner, ref), block
-        for record in self.records:
-            yield record_key(record.id), encode_record(record)
 
 
 class Grown:
@@ -244,14 +226,17 @@ class Grown:
             yield n
             n = self._parents[n]
 
-    def branches(self, get: GetRecord, get_block: GetStoredBlock) -> Iterator[Branch]:
-        """What is not stored yet. Each is to be stored before the next is asked for."""
+    def branches(self, get: GetRecord, get_block: GetStoredBlock) -> Iterator[list[Row]]:
+        """Of each branch the records that are not stored yet, in their order, behind the blocks that they name. Each is to
+        be stored before the next is asked for."""
         for end in self._ends:
             path = [self._nodes[n] for n in self._up(end)][::-1]
             parent = deepest_record(path, get)
             if parent is None or parent.end < len(path):
-                records = new_records(path, parent, {})
-                yield Branch(*indexed(records, parent, get, get_block))
+                records, blocks = indexed(new_records(path, parent, {}), parent, get, get_block)
+                owner = owner_of(path[0].id)
+                yield [*((block_key(owner, ref), block) for ref, block in blocks.items()),
+                       *((record_key(record.id), encode_record(record)) for record in records)]  # fmt: skip
 
     def has(self, node_id: bytes) -> bool:
         """Whether a stored head is one of these messages: what follows it here is newer."""

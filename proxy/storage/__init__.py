@@ -5,11 +5,10 @@ Promises: there is one interface, whatever is behind it; `open_store` is the one
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Protocol, cast
 
 from proxy.errors import ConfigError, StorageError
 from proxy.keys import ARCHIVE
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from proxy.storage.objects import Objects
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 MIGRATING = "migrating"  # while a store is being copied into one: not empty; "": it is whole
 
 
@@ -105,8 +103,7 @@ def open_store(config: Config) -> Tiered:
         with suppress(StorageError):
             if engine.scan(ARCHIVE, limit=1):
                 log.error("Conversations stand in L4, and tiers.l4.url is not set: what was said in them is not remembered.")
-    tiered = Tiered(engine, l3, l4, large_bytes=tiers.l3.min_bytes, cache_bytes=tiers.l4.cache_bytes,
-                    known_s=tiers.demotion_s / 2, waits=_suspended if l3 or l4 else None)  # fmt: skip
+    tiered = Tiered(engine, l3, l4, tiers)
     if config.storage.encryption.keys:
         from proxy.storage.sealing import sealed
 
@@ -114,6 +111,19 @@ def open_store(config: Config) -> Tiered:
     if _there(engine, MARK):
         raise StorageError(f"The storage in {engine.where} is encrypted: set storage.encryption.keys to its master key.")
     return tiered
+
+
+@asynccontextmanager
+async def opened_store(config: Config) -> AsyncIterator[Tiered]:
+    """The same for a command, which ends with it. Raises StorageError, too, where it cannot be used now."""
+    store = open_store(config)
+    try:
+        if store.trouble is not None:  # its secret is not known
+            raise StorageError(store.trouble)
+        store.look()
+        yield store
+    finally:
+        await store.close()
 
 
 def _there(engine: Engine, key: Key) -> bool:
@@ -158,10 +168,3 @@ def start_demotion(store: Tiered, config: Config) -> Demotion | None:
     demotion = Demotion(store, config.tiers.demotion_s, config.tiers.l2.days, config.tiers.l2.tokens)
     demotion.start()
     return demotion
-
-
-def _suspended(work: Callable[[], T]) -> T:
-    """What `work` returns; an event loop that it is asked on goes on meanwhile."""
-    from proxy.storage.suspend import can_wait, wait
-
-    return wait(asyncio.to_thread(work)) if can_wait() else work()

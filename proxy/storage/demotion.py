@@ -20,7 +20,7 @@ from heapq import nsmallest
 from typing import NamedTuple
 
 from proxy.errors import StorageError
-from proxy.keys import ARCHIVE, CONVERSATION, LARGE, LEASE, MOVING, OWNER_BYTES
+from proxy.keys import ARCHIVE, CONVERSATION, LARGE, LEASE, MOVING, OWNER_BYTES, rows_of
 from proxy.storage.l1 import BYTES_PER_TOKEN
 from proxy.storage.lease import Lease
 from proxy.storage.packs import EMPTY, build
@@ -215,9 +215,7 @@ class Demotion:
 
     def _excess_bytes(self) -> int:
         """What has to go because L2 holds too much."""
-        if self._tokens is None:
-            return 0
-        if (began_s := time.monotonic()) < self._size_s:
+        if self._tokens is None or (began_s := time.monotonic()) < self._size_s:
             return 0
         held, limit = self._store.engine.size_bytes(), self._tokens * BYTES_PER_TOKEN
         self._size_s = time.monotonic() + _LOOK_REST * (time.monotonic() - began_s)
@@ -239,20 +237,17 @@ class Demotion:
 
     def _conversations(self) -> Iterator[_Used]:
         """Not those of this moment: one of them that is used again could come before `_done`, and wait for `_AGAIN_S`."""
-        letter, until_s = CONVERSATION, self._clock() - _LEAST_S
-        after = b""
-        while rows := self._store.engine.scan(letter, after):
-            for key, value in rows:
-                used = _Used(int.from_bytes(value[-_TIME_BYTES:], "big"), key[1:])
-                if self._done < used and used.at_s <= until_s:
-                    yield used
-            after = rows[-1][0]
+        until_s = self._clock() - _LEAST_S
+        for key, value in rows_of(self._store.engine.scan, CONVERSATION):
+            used = _Used(int.from_bytes(value[-_TIME_BYTES:], "big"), key[1:])
+            if self._done < used and used.at_s <= until_s:
+                yield used
 
     async def copy(self, owner: bytes) -> tuple[list[bytes], int]:
         """Write what L2 has of a conversation to packs, and tell of them in L2: the keys that may be dropped, and the
         bytes of their values."""
         engine, erased = self._store.engine, self._store.engine.erased
-        if not await asyncio.to_thread(self._is_in_l2, owner):
+        if not await asyncio.to_thread(lambda: any(engine.scan(letter + owner, b"", 1) for letter in MOVING)):
             return [], 0
         await self._writes([owner])
         copied, size, written = await asyncio.to_thread(self._written, owner)
@@ -267,9 +262,6 @@ class Demotion:
             await asyncio.to_thread(self._store.packs_of, owner, True)
         return copied, size
 
-    def _is_in_l2(self, owner: bytes) -> bool:
-        return any(self._store.engine.scan(letter + owner, b"", 1) for letter in MOVING)
-
     def _written(self, owner: bytes) -> tuple[list[bytes], int, list[bytes]]:
         """And the ids of the new packs."""
         store = self._store
@@ -282,14 +274,11 @@ class Demotion:
         def rows() -> Iterator[tuple[bytes, bytes]]:
             nonlocal size
             for letter in sorted(MOVING):
-                after = b""
-                while found := store.engine.scan(letter + owner, after, _ROWS_AT_ONCE):
-                    for key, value in found:
-                        keys.append(key)
-                        size += len(value)
-                        if store.packed(key, packs) != value:
-                            yield key[:1] + key[1 + len(owner) :], value
-                    after = found[-1][0]
+                for key, value in rows_of(store.engine.scan, letter + owner, _ROWS_AT_ONCE):
+                    keys.append(key)
+                    size += len(value)
+                    if store.packed(key, packs) != value:
+                        yield key[:1] + key[1 + len(owner) :], value
 
         written: list[bytes] = []
         for pack, data in build(rows(), index, own):

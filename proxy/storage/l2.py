@@ -30,7 +30,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +47,7 @@ from proxy.storage.sqlite import (
     SCAN,
     SECRET,
     SECRET_BYTES,
+    Damages,
     Inodes,
     Key,
     Opened,
@@ -59,6 +59,7 @@ from proxy.storage.sqlite import (
     newest_row,
     open_database,
     put_row,
+    sound_value,
     sync_commits,
     sync_directory,
     used_bytes,
@@ -187,7 +188,7 @@ class DiskStore:
         self.where = str(self._path)
         self._power = durability == "power"
         self._queue_records = queue_records
-        self.damaged: Counter[str] = Counter()
+        self.damaged = Damages()
         self.generation = self.losses = self.erased = 0
         self.repaired: Repaired | None = None
         self._database: _Database | None = None
@@ -214,12 +215,8 @@ class DiskStore:
     def get(self, key: Key) -> bytes | None:
         """The value last committed under `key`, by any process; None when there is none. Raises Damaged for one
         that cannot be read, StorageError when the store cannot be."""
-        self._require_open()
-        database = self._database
-        if database is None:
-            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
         try:
-            return get_value(database.reader, key)
+            return get_value(self._opened_database().reader, key)
         except Damaged as error:
             raise self._met_damage(key, error) from None
         except sqlite3.Error as error:
@@ -231,12 +228,9 @@ class DiskStore:
     def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]:
         """The first values whose keys begin with `prefix` and come after `after`, in the order of their keys; what
         cannot be read is left out. From any thread; blocks. Raises StorageError."""
-        self._require_open()
-        database = self._database
-        if database is None:
-            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
+        database = self._opened_database()
         found: list[tuple[bytes, bytes]] = []
-        first, end = _range(prefix)
+        first, end = prefix, after_all(prefix)
         while not found:  # nothing is found only where there is nothing more
             first = max(first, after + b"\0")  # one bound: of two SQLite begins at the lower, and walks to the other
             try:
@@ -255,14 +249,16 @@ class DiskStore:
 
     def size_bytes(self) -> int:
         """What is held takes so much of the disk. From any thread. Raises StorageError."""
-        self._require_open()
-        database = self._database
-        if database is None:
-            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
         try:
-            return used_bytes(database.reader)
+            return used_bytes(self._opened_database().reader)
         except sqlite3.Error as error:
             raise StorageError(f"Cannot read from {self._path}: {error}.") from error
+
+    def _opened_database(self) -> _Database:
+        self._require_open()
+        if self._database is None:
+            raise StorageError(self._trouble or f"The storage in {self._path} is not open.")
+        return self._database
 
     def look(self) -> None:
         """Learn of other processes' erasures: they change `erased`."""
@@ -287,13 +283,8 @@ class DiskStore:
             self._database.secret = secret
 
     def _met_damage(self, key: Key, error: Exception) -> Damaged:
-        """It is said once for each kind: a conversation meets it with every request."""
         kind = KINDS.get(key[:1], "value") if isinstance(key, bytes) else key
-        self.damaged[kind] += 1
-        told = Damaged(f"A {kind} in {self._path} is damaged: {error}; llm-pager check --storage finds all damage.")
-        if self.damaged[kind] == 1:
-            log.error("%s It is taken as missing, and stored again where a request has it.", told)
-        return told
+        return self.damaged.met(kind, f"A {kind} in {self._path} is damaged: {error}; llm-pager check --storage finds all damage.")
 
     def _ask_for_repair(self) -> None:
         if not self._repair_asked and time.monotonic() - self._repaired_s > _REPAIRS_S:
@@ -493,7 +484,7 @@ class DiskStore:
     ) -> list[frozenset[bytes] | StorageError]:
         """In the transaction that it is in, which ends with them."""
         outcomes: list[frozenset[bytes] | StorageError] = []
-        self.erased = int.from_bytes(_sound(writer, ERASED) or b"", "big")
+        self.erased = int.from_bytes(sound_value(writer, ERASED) or b"", "big")
         for job in jobs:
             if job.secret not in (None, database.secret):
                 outcomes.append(StorageError(f"The storage in {self._path} was replaced meanwhile."))
@@ -523,9 +514,9 @@ class DiskStore:
     def _store(self, writer: sqlite3.Connection, job: _Job) -> frozenset[bytes]:
         newest = newest_row(writer) if job.drops else 0
         for prefix in job.drops:
-            writer.execute(DROP, _range(prefix))
+            writer.execute(DROP, (prefix, after_all(prefix)))
         for key, part in job.leaves:
-            old, step = _sound(writer, key) or b"", JOIN_VALUE_BYTES
+            old, step = sound_value(writer, key) or b"", JOIN_VALUE_BYTES
             values = (old[at : at + step] for at in range(0, len(old), step))
             left = b"".join(value for value in values if not value.startswith(part))
             writer.execute(*((PUT, put_row(key, left)) if left else (DROP, (key, key + b"\0"))))
@@ -538,11 +529,11 @@ class DiskStore:
         if job.puts:
             writer.executemany(PUT, [put_row(key, value) for key, value in job.puts])
         for key, old, new in job.swaps:
-            if _sound(writer, key) == old:
+            if sound_value(writer, key) == old:
                 writer.execute(PUT, put_row(key, new))
                 present.append(key)
         for key, value in job.joins:
-            old = _sound(writer, key) or b""
+            old = sound_value(writer, key) or b""
             step = JOIN_VALUE_BYTES
             if not any(old[at : at + step] == value for at in range(0, len(old), step)):
                 writer.execute(PUT, put_row(key, (old + value)[-JOIN_KEEP * step :]))
@@ -554,7 +545,7 @@ class DiskStore:
         row = put_row(key, value)
         if writer.execute(ADD, row).rowcount:
             return True
-        if _sound(writer, key) is not None:
+        if sound_value(writer, key) is not None:
             return False
         writer.execute(PUT, row)
         return True
@@ -678,16 +669,10 @@ def _in_process(path: Path, done_to_it: str, *what: str) -> str:
     return done.stdout.strip()
 
 
-def _range(prefix: bytes) -> tuple[bytes, bytes]:
-    """The keys that begin with it: from the first of these on, before the second."""
+def after_all(prefix: bytes) -> bytes:
+    """What comes after all keys that begin with it."""
     last = prefix.rstrip(b"\xff")
-    return prefix, last[:-1] + bytes([last[-1] + 1]) if last else b"\xff" * 64
-
-
-def _sound(writer: sqlite3.Connection, key: Key) -> bytes | None:
-    with suppress(Damaged):
-        return get_value(writer, key)
-    return None
+    return last[:-1] + bytes([last[-1] + 1]) if last else b"\xff" * 64
 
 
 def _tell(answers: Sequence[_Answer], outcomes: Sequence[frozenset[bytes] | StorageError]) -> None:

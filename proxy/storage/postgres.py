@@ -34,7 +34,7 @@ import random
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -48,13 +48,14 @@ from cachetools import LRUCache
 from proxy.errors import ErasedMeanwhile, StorageError
 from proxy.keys import KINDS
 from proxy.storage import suspend
-from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, RETRY_S
+from proxy.storage.l2 import JOIN_KEEP, JOIN_VALUE_BYTES, RETRY_S, after_all
 from proxy.storage.sqlite import (
     ERASED,
     FORMAT,
     LOST_SUM,
     SECRET_BYTES,
     Damaged,
+    Damages,
     Key,
     Repaired,
     checksum,
@@ -343,7 +344,7 @@ class PostgresStore:
         durable = f", set_config('synchronous_commit', '{synchronous_commit}', true)" if synchronous_commit else ""
         self._commit = _COMMIT.replace("{more}", durable)  # of the transaction that the statement is
         self.where = _without_password(url)
-        self.damaged: Counter[str] = Counter()
+        self.damaged = Damages()
         self.generation = self.losses = self.erased = self.blocked = 0
         self._secret: bytes | None = None
         self._trouble: str | None = None
@@ -522,13 +523,9 @@ class PostgresStore:
 
     def _met_damage(self, key: Key, error: Damaged) -> Damaged:
         kind = KINDS.get(key[:1], "value") if isinstance(key, bytes) else key
-        self.damaged[kind] += 1
         if len(self._bad) < _DAMAGED_KEYS:
             self._bad.add(key)
-        told = Damaged(f"A {kind} in {self.where} is damaged: {error}; llm-pager check --storage finds all damage.")
-        if self.damaged[kind] == 1:
-            log.error("%s It is taken as missing, and stored again where a request has it.", told)
-        return told
+        return self.damaged.met(kind, f"A {kind} in {self.where} is damaged: {error}; llm-pager check --storage finds all damage.")
 
     def _keep(self, key: bytes, number: int, stored: bytes) -> None:
         with self._lock, suppress(ValueError):  # larger than all that is kept
@@ -614,7 +611,7 @@ class PostgresStore:
                     where, values = _within(prefix)
                     await connection.execute(statement % where, *values)
             for key, part in (*wanted.leaves, *((key, b"") for key in replaced)):
-                await connection.execute(_LEAVE, *_columns(key), part, _after(part))
+                await connection.execute(_LEAVE, *_columns(key), part, after_all(part))
             first = [row for row in rows if row.what != _PUT or not both]
             answer = await connection.fetch(self._commit, wanted.secret, erased, again, *_by_column(first), wanted.read_us)
             added = self._answered(wanted, answer)  # rolls back where it may not be
@@ -956,12 +953,6 @@ def _key(tenant: bytes, path: bytes, rest: bytes) -> bytes:
     return rest[:_LETTER] + tenant + path + rest[_LETTER:]
 
 
-def _after(prefix: bytes) -> bytes:
-    """What comes after all that begins with it."""
-    last = prefix.rstrip(b"\xff")
-    return last[:-1] + bytes([last[-1] + 1]) if last else b"\xff" * 64
-
-
 def _within(prefix: bytes, after: bytes = b"") -> tuple[str, list[bytes]]:
     """The condition for keys that begin with `prefix` (a letter at least) and come after `after`, and its values: an index
     is read from there on."""
@@ -977,9 +968,9 @@ def _within(prefix: bytes, after: bytes = b"") -> tuple[str, list[bytes]]:
     whole = (len(prefix) >= _TENANT) + (len(prefix) >= _PATH)  # of these, what the prefix says to its end
     for name, value in zip(names[:whole], begun, strict=False):
         add(f"{name} = %s", value)
-    add(f"{names[whole]} < %s", _after(begun[whole]))
+    add(f"{names[whole]} < %s", after_all(begun[whole]))
     if whole < len(names) - 1:
-        add("key >= %s AND key < %s", letter, _after(letter))
+        add("key >= %s AND key < %s", letter, after_all(letter))
     if after >= prefix:  # without another lower bound, from which the index would be read instead
         left = len(names) - whole
         add(f"({', '.join(names[whole:])}) > ({', '.join(['%s'] * left)})", *_columns(after)[whole:])

@@ -23,11 +23,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import logging
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Collection,
@@ -49,7 +47,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from proxy.errors import ConfigError, StorageError
 from proxy.keys import IDS_ONLY, sealer
-from proxy.storage.sqlite import MARK, SEALED, Damaged, Key, packed, unpacked
+from proxy.storage.sqlite import MARK, SEALED, Damaged, Damages, Key, packed, unpacked
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -68,8 +66,6 @@ _AT_ONCE_BYTES = 65_536  # more is sealed in a thread: 0.4 ms
 _CHECK_S = 1.0  # between two looks whether the key store is still there
 _JUST_S = 0.001  # a commit of then proves that a store can be written
 _AT_ONCE = 500  # owners or values of one commit of a rotation
-
-log = logging.getLogger(__name__)
 
 
 class Version(NamedTuple):
@@ -190,23 +186,17 @@ class Keyring:
             while changed:
                 changed = False
                 for page in self.pages():
-                    swaps = [
-                        (_KEY + owner, row, _encode_row(self._rotated(owner, versions, began_s + 1)))
-                        for owner, row, versions in page
-                        if (owner == _INSTALLATION) is installation and self._is_stale(versions, began_s)
-                    ]
+                    swaps = []
+                    for owner, row, versions in page:
+                        stale = versions[0].made_s <= began_s or any(version.master != self.master for version in versions)
+                        if (owner == _INSTALLATION) is installation and stale:
+                            again = [self._wrapped(owner, v.id, v.made_s, self._unwrapped(owner, v)) for v in versions]
+                            swaps.append((_KEY + owner, row, _encode_row([self._made(owner, began_s + 1), *again])))
                     if swaps:
                         changed = True
                         done += len(await self.store.swap(swaps))
         self.forget()
         return done
-
-    def _is_stale(self, versions: list[Version], began_s: int) -> bool:
-        return versions[0].made_s <= began_s or any(version.master != self.master for version in versions)
-
-    def _rotated(self, owner: bytes, versions: list[Version], made_s: int) -> list[Version]:
-        rewrapped = [self._wrapped(owner, v.id, v.made_s, self._unwrapped(owner, v)) for v in versions]
-        return [self._made(owner, made_s), *rewrapped]
 
     # -- wrapping
 
@@ -261,7 +251,7 @@ class Sealed:
         self._known_erased = inner.erased
         self._checked_s = -inf
         self._dropped = False  # keys, that may still stand in free pages of the key store
-        self._damaged: Counter[str] = Counter()
+        self._damaged = Damages()
         try:
             if self.trouble is None:  # else before the first commit
                 self._verify()
@@ -342,11 +332,7 @@ class Sealed:
             self.ring.forget()
 
     def _met_damage(self, why: str) -> Damaged:
-        self._damaged["sealed value"] += 1
-        told = Damaged(f"A value in {self.inner.where} is damaged: {why}.")
-        if self._damaged["sealed value"] == 1:
-            log.error("%s It is taken as missing, and stored again where a request has it.", told)
-        return told
+        return self._damaged.met("sealed value", f"A value in {self.inner.where} is damaged: {why}.")
 
     # -- writing
 

@@ -18,12 +18,14 @@ replaced meanwhile.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sqlite3
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
@@ -85,6 +87,8 @@ GET = "SELECT key, tag, value FROM Cache WHERE key = ? AND raw = 1"
 SCAN = "SELECT key, tag, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 DROP = "DELETE FROM Cache WHERE key >= ? AND key < ?"
 
+log = logging.getLogger(__name__)
+
 Connection: TypeAlias = sqlite3.Connection
 Failure: TypeAlias = sqlite3.Error
 Key: TypeAlias = bytes | str  # str keys are our own; SQLite keeps the two apart
@@ -96,6 +100,16 @@ LOST_SUM = -1  # of a value that is lost: no checksum is that
 
 class Damaged(StorageError):
     """A value is there and cannot be read."""
+
+
+class Damages(Counter[str]):
+    """How often damaged values were met, by kind. Each kind is told once: a conversation meets it with every request."""
+
+    def met(self, kind: str, sentence: str) -> Damaged:
+        self[kind] += 1
+        if self[kind] == 1:
+            log.error("%s It is taken as missing, and stored again where a request has it.", sentence)
+        return Damaged(sentence)
 
 
 class Row(NamedTuple):
@@ -156,6 +170,13 @@ def get_value(connection: sqlite3.Connection, key: Key) -> bytes | None:
     """The value, or None. Raises Damaged, and sqlite3.Error."""
     row = connection.execute(GET, (key,)).fetchone()
     return None if row is None else value_of(row)
+
+
+def sound_value(connection: sqlite3.Connection, key: Key) -> bytes | None:
+    """None also for a damaged one. Raises sqlite3.Error."""
+    with suppress(Damaged):
+        return get_value(connection, key)
+    return None
 
 
 def value_of(row: tuple[Key, int, bytes]) -> bytes:
@@ -292,13 +313,11 @@ def open_database(directory: Path, wait_s: float) -> Opened:
     return Opened(connection, inodes(directory), secret, rowid, told, lost, last_repair(connection))
 
 
-def _opened_as(
-    directory: Path, mark: Mark | None, wait_s: float, told: list[str]
-) -> tuple[sqlite3.Connection, bytes, int]:
+def _opened_as(directory: Path, mark: Mark | None, wait_s: float, told: list[str]) -> tuple[sqlite3.Connection, bytes, int]:
     """A connection, the store's secret, and its newest row."""
     connection = _checked(directory, wait_s)
     try:
-        secret, rowid = _secret(connection), newest_row(connection)
+        secret, rowid = sound_value(connection, SECRET), newest_row(connection)
         if secret is None:
             known = bytes.fromhex(mark.secret) if mark is not None and rowid else b""
             secret = known if len(known) == SECRET_BYTES else os.urandom(SECRET_BYTES)
@@ -348,12 +367,6 @@ def write_mark(directory: Path, secret: bytes, rowid: int, files: Inodes, backup
 def _mark(directory: Path) -> Mark | None:
     with suppress(OSError, ValueError):
         return _read_mark((directory / _MARK).read_bytes())
-    return None
-
-
-def _secret(connection: sqlite3.Connection) -> bytes | None:
-    with suppress(Damaged):
-        return get_value(connection, SECRET)
     return None
 
 
@@ -437,7 +450,7 @@ def back_up(directory: Path, to: Path) -> tuple[int, int]:
         source.execute("VACUUM INTO ?", (str(copy),))  # without what stands in free pages
     copy.chmod(0o600)
     with closing(sqlite3.connect(copy)) as made:
-        secret, rowid = _secret(made) or b"", newest_row(made)
+        secret, rowid = sound_value(made, SECRET) or b"", newest_row(made)
         rows = made.execute("SELECT count(*) FROM Cache").fetchone()[0]
     with open(copy, "rb") as file:
         os.fsync(file.fileno())
@@ -477,9 +490,8 @@ _read_repaired = msgspec.json.Decoder(Repaired).decode
 
 
 def last_repair(connection: sqlite3.Connection) -> Repaired | None:
-    with suppress(Damaged, ValueError):
-        value = get_value(connection, REPAIRED)
-        return None if value is None else _read_repaired(value)
+    with suppress(ValueError):
+        return _read_repaired(sound_value(connection, REPAIRED) or b"")
     return None
 
 
@@ -521,10 +533,8 @@ def _rebuilt(directory: Path) -> Repaired:
         last = max(last, mark.rowid if mark is not None else 0)  # rows are numbered one by one
         kept = new.execute("SELECT count(*) FROM Cache WHERE tag != ?", (LOST_SUM,)).fetchone()[0]
         done = Repaired(kept, last - kept, time.time())
-        with suppress(Damaged):
-            if (before := get_value(new, REPAIRED)) is not None:
-                key, number, value = put_row(f"{REPAIRED}:{last}", before)
-                new.execute("UPDATE Cache SET key = ?, tag = ?, value = ? WHERE key = ?", (key, number, value, REPAIRED))
+        if (before := sound_value(new, REPAIRED)) is not None:
+            new.execute("UPDATE Cache SET key = ?, tag = ?, value = ? WHERE key = ?", (*put_row(f"{REPAIRED}:{last}", before), REPAIRED))
         # Behind all that was: the store is not an older one.
         new.execute(insert, (last + 1, *put_row(REPAIRED, msgspec.json.encode(done))))
         new.execute("COMMIT")

@@ -17,7 +17,6 @@ after its packs were told: who does not know of them still finds the rows. Until
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import Counter
@@ -27,18 +26,19 @@ from contextvars import ContextVar
 from hashlib import blake2b
 from heapq import merge
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cachetools import TTLCache
 
 from proxy.errors import ErasedMeanwhile, StorageError
-from proxy.keys import ARCHIVE, LARGE, MOVING, OWNER_BYTES
+from proxy.keys import ARCHIVE, LARGE, MOVING, OWNER_BYTES, rows_of
 from proxy.memory.models import StorageTier
 from proxy.storage.l1 import BYTES_PER_TOKEN, Cache
 from proxy.storage.packs import HASH_BYTES, Frame, Index, Pack, index_end, read_frame, read_index
-from proxy.storage.sqlite import Damaged, Key, Repaired, packed, unpacked
+from proxy.storage.sqlite import Damaged, Damages, Key, Repaired, packed, unpacked
 
 if TYPE_CHECKING:
+    from proxy.config import TiersConfig
     from proxy.storage import Store
     from proxy.storage.objects import Objects
 
@@ -50,7 +50,6 @@ _ROWS_AT_ONCE, _COMMIT_BYTES = 1000, 4 << 20
 _CACHED = "pack"
 OBJECT, PACK = ".value", ".pack"  # how the names of objects end
 
-log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -79,29 +78,18 @@ class _Gone(Exception):
     """A pack that was named is not there."""
 
 
-class Waits(Protocol):
-    """How a call that takes its time is made from where the event loop would stand still."""
-
-    def __call__(self, work: Callable[[], _T]) -> _T: ...
-
-
 class Tiered:
-    """Around an engine. `l3`, `l4`: None where there is none; `large_bytes`: of a value that is moved to L3;
-    `cache_bytes`: of packs' parts in RAM. `waits`: how the event loop waits."""
+    """Around an engine. `l3`, `l4`: None where there is none."""
 
-    def __init__(
-        self, engine: Store, l3: Objects | None = None, l4: Objects | None = None, *,
-        large_bytes: int = 65_536, cache_bytes: int = 67_108_864, known_s: float = 30.0, waits: Waits | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, engine: Store, l3: Objects | None, l4: Objects | None, tiers: TiersConfig) -> None:
         self.engine, self.l3, self.l4 = engine, l3, l4
-        self._large_bytes = large_bytes
-        self._cache = Cache(cache_bytes // BYTES_PER_TOKEN)
-        self._known: TTLCache[bytes, tuple[bytes, ...]] = TTLCache(_KNOWN_ARCHIVES, known_s)
+        self._large_bytes = tiers.l3.min_bytes
+        self._cache = Cache(tiers.l4.cache_bytes // BYTES_PER_TOKEN)  # of packs' parts
+        self._known: TTLCache[bytes, tuple[bytes, ...]] = TTLCache(_KNOWN_ARCHIVES, tiers.demotion_s / 2)
         self._lock = threading.Lock()
-        self._waits: Waits = waits or (lambda work: work())
         self._cold: set[bytes] = set()  # owners that were read from packs
         self.used_again: set[bytes] = set()  # of them those with a new turn: to be copied back
-        self._damaged: Counter[str] = Counter()
+        self._damaged = Damages()
 
     # -- the engine's own
 
@@ -225,7 +213,7 @@ class Tiered:
             raise self._failed(StorageError("A large value stands in L3, and tiers.l3.url is not set."))
         l3, name = self.l3, object_name(key, stub)
         try:
-            data = self._waits(lambda: l3.get(name))
+            data = _waited_for(lambda: l3.get(name))
         except StorageError as error:
             raise self._failed(error) from error
         if data is None:
@@ -244,9 +232,9 @@ class Tiered:
         if not packs:
             return None
         try:
-            return self._waits(lambda: self.read_packed(owner, packs, key))
+            return _waited_for(lambda: self.read_packed(owner, packs, key))
         except _Gone:  # dropped meanwhile, or lost
-            return self._waits(lambda: self._read_again(key))
+            return _waited_for(lambda: self._read_again(key))
         except Damaged:
             raise
         except StorageError as error:
@@ -285,7 +273,9 @@ class Tiered:
                 except (Damaged, _Gone) as error:
                     lost.append(error)
                     continue
-                self._met_cold(owner)
+                if len(self._cold) >= _KNOWN_ARCHIVES:
+                    self._cold.clear()
+                self._cold.add(owner)
                 return values[at : at + size]
         if lost:
             raise lost[0]
@@ -355,11 +345,6 @@ class Tiered:
 
         return f"{owner_path(owner)}/{pack.hex()}{PACK}"
 
-    def _met_cold(self, owner: bytes) -> None:
-        if len(self._cold) >= _KNOWN_ARCHIVES:
-            self._cold.clear()
-        self._cold.add(owner)
-
     def _owner(self, key: bytes) -> bytes:
         return key[1 : 1 + OWNER_BYTES]
 
@@ -369,12 +354,7 @@ class Tiered:
         return error
 
     def _met_damage(self, kind: str, what: str) -> Damaged:
-        """It is said once for each: a conversation meets it with every request."""
-        told = Damaged(f"A {kind} is damaged: {what}; llm-pager check --storage finds all damage.")
-        self._damaged[kind] += 1
-        if self._damaged[kind] == 1:
-            log.error("%s It is taken as missing, and stored again where a request has it.", told)
-        return told
+        return self._damaged.met(kind, f"A {kind} is damaged: {what}; llm-pager check --storage finds all damage.")
 
     # -- all that is archived, in the order of keys
 
@@ -395,9 +375,7 @@ class Tiered:
         after = ARCHIVE + start
         if start.startswith(prefix) and self.engine.get(after) is not None:
             yield start
-        while rows := self.engine.scan(ARCHIVE + prefix, after, _ROWS_AT_ONCE):
-            yield from (key[1:] for key, _ in rows)
-            after = rows[-1][0]
+        yield from (key[1:] for key, _ in rows_of(self.engine.scan, ARCHIVE + prefix, _ROWS_AT_ONCE, after))
 
     # -- writing
 
@@ -581,6 +559,13 @@ class Tiered:
             return self.read_packed(owner, self.packs_of(owner) if packs is None else packs, key)
         except (Damaged, _Gone):
             return None
+
+
+def _waited_for(work: Callable[[], _T]) -> _T:
+    """What `work` returns; an event loop that it is asked on goes on meanwhile."""
+    from proxy.storage.suspend import can_wait, wait
+
+    return wait(asyncio.to_thread(work)) if can_wait() else work()
 
 
 class _Unread(StorageError):

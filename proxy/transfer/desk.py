@@ -10,8 +10,7 @@ from typing import Any
 
 from proxy.config import Config
 from proxy.conversation.tree import Identity
-from proxy.errors import StorageError
-from proxy.storage import Store, open_store
+from proxy.storage import Store, opened_store
 from proxy.storage.l2 import Damaged
 
 DONE, LEFT_OUT = 0, 3  # exit statuses
@@ -44,18 +43,12 @@ def with_store(config: Config, work: Callable[[Desk], int]) -> int:
     """Run it, in a thread beside the store's event loop."""
 
     async def main() -> int:
-        store = open_store(config)
-        try:
-            if store.trouble is not None:  # its secret is not known
-                raise StorageError(store.trouble)
-            store.look()
+        async with opened_store(config) as store:
             desk = Desk(store, Identity(store.secret(), store.erased), asyncio.get_running_loop())
             try:
                 return await asyncio.to_thread(work, desk)
             finally:
                 desk.stopped.set()
-        finally:
-            await store.close()
 
     return asyncio.run(main())
 

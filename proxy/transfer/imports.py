@@ -141,8 +141,8 @@ def _stored(desk: Desk, tenant: TenantKey, grown: Grown, conversation: Conversat
     def get_block(owner: bytes, ref: bytes) -> bytes | None:
         return desk.get(block_key(owner, ref))
 
-    for branch in grown.branches(get_record, get_block):
-        for adds in batches(branch.adds()):
+    for rows in grown.branches(get_record, get_block):
+        for adds in batches(rows):
             known = desk.commit(puts=(), adds=adds, secret=secret, erased=erased)
             new += sum(1 for key, _ in adds if key.startswith(keys.RECORD) and key not in known)
     puts: list[tuple[bytes, bytes]] = []

@@ -148,10 +148,8 @@ class _Copy:
     def _there(self, after: bytes, end: bytes | None) -> dict[bytes, bytes]:
         """The target's values behind a key, up to another (None: to the last)."""
         found: dict[bytes, bytes] = {}
-        while more := self._target.scan(b"", after, _AT_ONCE):
-            for key, value in more:
-                if end is not None and key > end:
-                    return found
-                found[key] = value
-            after = more[-1][0]
+        for key, value in keys.rows_of(self._target.scan, b"", _AT_ONCE, after):
+            if end is not None and key > end:
+                break
+            found[key] = value
         return found

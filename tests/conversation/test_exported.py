@@ -73,7 +73,7 @@ class Store:
         """And how many values were new."""
         grown, before = Grown(lines, self.identity, self.tenant), len(self.values)
         for branch in grown.branches(self.get_record, self.get_block):
-            for key, value in branch.adds():
+            for key, value in branch:
                 self.values.setdefault(key, value)
         return grown, len(self.values) - before
 
