@@ -50,9 +50,7 @@ log = logging.getLogger(__name__)
 class App:
     """Routes by path. FastAPI is behind it, because a route of its costs more than our whole turn."""
 
-    def __init__(
-        self, config: Config, observer: Observer | None = None, upstream: Upstream | None = None
-    ) -> None:
+    def __init__(self, config: Config, observer: Observer | None = None, upstream: Upstream | None = None) -> None:
         self.door = Door(config.server)  # the server's, where it is ours
         self.memory = Memory(config)
         self._upstream = upstream or _upstream(config)
@@ -60,9 +58,7 @@ class App:
         self._writer = Writer(config, self._upstream, renditions)
         self._stats = Stats(self.memory, self._writer, lambda model: config.model_class(model) or "other")
         self._tracing = _tracing(config)
-        self._chat = ChatApi(
-            config, self._upstream, self.memory, renditions, self._writer, self._stats, observer
-        )
+        self._chat = ChatApi(config, self._upstream, self.memory, renditions, self._writer, self._stats, observer)
         self._draining = Draining(config.server.drain_s)
         self._erasures = Erasures(self.memory.store, self.memory.store.objects_of)
         self._stats.watch(self._chat.queued, self._erasures.finished)
@@ -184,9 +180,7 @@ def _upstream(config: Config) -> Upstream:
     return make_upstream(config)
 
 
-def create_app(
-    config: Config, observer: Observer | None = None, upstream: Upstream | None = None
-) -> App:
+def create_app(config: Config, observer: Observer | None = None, upstream: Upstream | None = None) -> App:
     """The application for a configuration; `observer` is told of every answered turn; `upstream`
     stands for the configured one."""
     return App(config, observer, upstream)

@@ -122,14 +122,10 @@ def _networks(items: tuple[str, ...]) -> tuple[str, ...]:
 
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
-Seconds = Annotated[
-    float, Field(gt=0, le=86_400, description="a number of seconds above 0 and up to 86400")
-]
+Seconds = Annotated[float, Field(gt=0, le=86_400, description="a number of seconds above 0 and up to 86400")]
 Share = Annotated[float, Field(gt=0, le=1, description="a number above 0 and up to 1")]
 Text = Annotated[str, Field(min_length=1, description="a text that is not empty")]
-OptionalText = Annotated[
-    str | None, Field(min_length=1, description="null or a text that is not empty")
-]
+OptionalText = Annotated[str | None, Field(min_length=1, description="null or a text that is not empty")]
 KeyHash = Annotated[
     str,
     Field(pattern=r"^sha256:[0-9a-f]{64}$", description="the hash of a key, as `llm-pager api-key` makes it: sha256: and 64 hexadecimal digits"),
@@ -152,9 +148,7 @@ HeaderNames = Annotated[
 class Section(BaseModel):
     """A part of the configuration: strict types, no unknown keys, immutable, masked repr."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         for name in type(self).model_fields:
@@ -163,9 +157,7 @@ class Section(BaseModel):
 
 class ServerConfig(Section):
     host: Text = "127.0.0.1"
-    port: Annotated[
-        int, Field(ge=0, le=65_535, description="a port from 0 (any free one) to 65535")
-    ] = 8080
+    port: Annotated[int, Field(ge=0, le=65_535, description="a port from 0 (any free one) to 65535")] = 8080
     body_limit_bytes: Annotated[int, Field(ge=1024)] = 67_108_864
     bodies_limit_bytes: Annotated[int, Field(ge=1024)] = 100_663_296
     body_ratio: AtLeast1 = 200
@@ -192,9 +184,7 @@ class ServerConfig(Section):
         AfterValidator(_each_like(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")),
         Field(strict=False, description="a list of host names without ports"),
     ] = ()
-    drain_s: Annotated[
-        float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")
-    ] = 1.0
+    drain_s: Annotated[float, Field(ge=0, le=600, description="a number of seconds from 0 to 600")] = 1.0
     keys: Annotated[
         dict[Text, KeyHash], Field(description="a mapping of names to hashes of keys, as `llm-pager api-key` makes them")
     ] = Field(default_factory=dict)
@@ -215,9 +205,7 @@ class UpstreamConfig(Section):
     connect_timeout_s: Seconds = 10.0
     max_connections: AtLeast1 = 1000
     retries: AtLeast0 = 2
-    retry_wait_s: Annotated[
-        float, Field(ge=0, le=3600, description="a number of seconds from 0 to 3600")
-    ] = 10.0
+    retry_wait_s: Annotated[float, Field(ge=0, le=3600, description="a number of seconds from 0 to 3600")] = 10.0
     drop_params: bool = False
 
     @model_validator(mode="after")
@@ -264,11 +252,9 @@ class L1Config(Section):
 
 class L2Config(Section):
     path: Annotated[
-        Path,
-        BeforeValidator(_path),
-        AfterValidator(Path.expanduser),
+        Path, BeforeValidator(_path), AfterValidator(Path.expanduser),
         Field(strict=False, description="a directory's path"),
-    ] = Path("data")
+    ] = Path("data")  # fmt: skip
     queue_records: AtLeast1 = 10_000
     durability: Literal["process", "power"] = "process"
     url: Annotated[
@@ -277,9 +263,7 @@ class L2Config(Section):
     ] = None
     connections: AtLeast1 = 10
     timeout_s: Seconds = 5.0
-    days: Annotated[
-        float | None, Field(ge=0, le=36_500, description="null or a number of days from 0 to 36500")
-    ] = None
+    days: Annotated[float | None, Field(ge=0, le=36_500, description="null or a number of days from 0 to 36500")] = None
     tokens: Annotated[int | None, Field(ge=1, description="null or a whole number of at least 1")] = None
 
 
@@ -336,9 +320,7 @@ class EncryptionConfig(Section):
 
 class StorageConfig(Section):
     encryption: EncryptionConfig = EncryptionConfig()
-    retention_days: Annotated[
-        float | None, Field(gt=0, description="null or a number of days above 0")
-    ] = None
+    retention_days: Annotated[float | None, Field(gt=0, description="null or a number of days above 0")] = None
 
 
 class PagesConfig(Section):
@@ -417,12 +399,8 @@ class PoolConfig(Section):
 
 class StreamConfig(Section):
     hold_tokens: AtLeast0 = 24
-    hold_ms: Annotated[
-        int, Field(ge=0, le=60_000, description="a whole number of milliseconds from 0 to 60000")
-    ] = 500
-    keepalive_s: Annotated[
-        float, Field(ge=0, le=3600, description="a number of seconds from 0 (off) to 3600")
-    ] = 15.0
+    hold_ms: Annotated[int, Field(ge=0, le=60_000, description="a whole number of milliseconds from 0 to 60000")] = 500
+    keepalive_s: Annotated[float, Field(ge=0, le=3600, description="a number of seconds from 0 (off) to 3600")] = 15.0
     event_limit_bytes: AtLeast1 = 64 << 20
 
 
@@ -440,15 +418,11 @@ class SessionsConfig(Section):
 class ModelOverride(Section):
     """What is known better than litellm's table about one model; None: the table's word."""
 
-    window_tokens: Annotated[
-        int | None, Field(ge=512, description="a whole number of tokens of at least 512")
-    ] = None
+    window_tokens: Annotated[int | None, Field(ge=512, description="a whole number of tokens of at least 512")] = None
     tools: bool | None = None
     tools_with_json: bool | None = None
     developer_role: Literal["developer", "system"] | None = None
-    tokenizer: Annotated[
-        str | None, Field(min_length=1, description="a tiktoken encoding such as o200k_base")
-    ] = None
+    tokenizer: Annotated[str | None, Field(min_length=1, description="a tiktoken encoding such as o200k_base")] = None
     mid_system: bool | None = None
     system_role: bool | None = None
     alternate: bool | None = None
@@ -589,9 +563,7 @@ def _merged(given: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]
     return Merged().model_extra or {}
 
 
-def load_config(
-    path: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]
-) -> Config:
+def load_config(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> Config:
     """The effective configuration.
 
     `path` is the file given with `--config` and must exist; None: `config.yaml` in the working

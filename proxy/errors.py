@@ -34,14 +34,9 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
+        self, status: int, message: str, type: str = "invalid_request_error", code: str | None = None,
+        param: str | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.message = message
@@ -53,9 +48,6 @@ class ApiError(Exception):
     def body(self) -> bytes:
         """The response body: `{"error": {"message", "type", "param", "code"}}` as JSON bytes."""
         error = {
-            "message": self.message,
-            "type": self.type,
-            "param": self.param,
-            "code": self.code,
-        }
+            "message": self.message, "type": self.type, "param": self.param, "code": self.code,
+        }  # fmt: skip
         return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")

@@ -99,17 +99,10 @@ class MemoryManager:
     """
 
     def __init__(
-        self,
-        session_id: str = "",
-        config: WorkingSetConfig | None = None,
-        policy: EvictionPolicy | None = None,
-        registry: CompressorRegistry | None = None,
-        *,
-        mode: VMMode = VMMode.STRICT,
-        model: str = DEFAULT_MODEL,
-        system_prompt: str | None = None,
-        settings: Config | None = None,
-    ) -> None:
+        self, session_id: str = "", config: WorkingSetConfig | None = None, policy: EvictionPolicy | None = None,
+        registry: CompressorRegistry | None = None, *, mode: VMMode = VMMode.STRICT, model: str = DEFAULT_MODEL,
+        system_prompt: str | None = None, settings: Config | None = None,
+    ) -> None:  # fmt: skip
         settings = settings or Config()
         limits, override = limits_of(settings, model, {}), settings.model_override(model)
         self.session_id = session_id
@@ -431,22 +424,12 @@ class MemoryManager:
         return TurnContext(
             body=b'{"model":' + bytes(model) + b',"messages":[' + raws + b"]}",
             sent=Body({"model": model}, ["model", "messages"], self._system, None, 0, [], None),
-            decoded={"model": self._model},
-            place=Place(self.path, 0, 0, [], self._record),
-            state=self._state,
-            limits=self.limits,
-            counter=self._counter,
-            policy=self._policy,
-            identity=self._identity,
-            tenant=self._tenant,
-            fixed_tokens=lambda: self._fixed_tokens,
-            substitutes=self._substitutes,
-            get_record=self._get, get_block=self._block,
-            capabilities=lambda: self._capabilities,
-            now_s=time.time(),
-            changes=self._changes,
-            given_answers=True,
-        )
+            decoded={"model": self._model}, place=Place(self.path, 0, 0, [], self._record), state=self._state,
+            limits=self.limits, counter=self._counter, policy=self._policy, identity=self._identity,
+            tenant=self._tenant, fixed_tokens=lambda: self._fixed_tokens, substitutes=self._substitutes,
+            get_record=self._get, get_block=self._block, capabilities=lambda: self._capabilities, now_s=time.time(),
+            changes=self._changes, given_answers=True,
+        )  # fmt: skip
 
     # -- the store
 
@@ -480,16 +463,11 @@ class SessionManager:
     """
 
     def __init__(
-        self,
-        session_id: str | None = None,
-        system_prompt: str | None = None,
-        enable_vm: bool = False,
-        vm_mode: VMMode = VMMode.PASSIVE,
-        vm_config: WorkingSetConfig | None = None,
-        vm_eviction_policy: EvictionPolicy | None = None,
-        vm_compressor_registry: CompressorRegistry | None = None,
+        self, session_id: str | None = None, system_prompt: str | None = None, enable_vm: bool = False,
+        vm_mode: VMMode = VMMode.PASSIVE, vm_config: WorkingSetConfig | None = None,
+        vm_eviction_policy: EvictionPolicy | None = None, vm_compressor_registry: CompressorRegistry | None = None,
         model: str = DEFAULT_MODEL,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if session_id is not None and not 0 < len(session_id) <= MAX_SESSION_ID_CHARS:
             raise ValueError(f"a session id has 1 to {MAX_SESSION_ID_CHARS} characters")
         self.session_id = session_id if session_id is not None else uuid4().hex
@@ -516,11 +494,7 @@ class SessionManager:
         return self._say({"role": "assistant", "content": text})
 
     async def tool_used(
-        self,
-        tool_name: str,
-        arguments: dict[str, Any] | None = None,
-        result: Any = None,
-        error: str | None = None,
+        self, tool_name: str, arguments: dict[str, Any] | None = None, result: Any = None, error: str | None = None
     ) -> str:
         """A tool of the program's was called, with this result or error (JSON, when it is no text). Returns
         the session's id."""

@@ -39,10 +39,8 @@ def limits_of(config: Config, model: str, facts: Mapping[str, object], factor: f
     role = override.developer_role or facts.get("developer_role") or card.developer_role
     return Limits(
         working_set=WorkingSetConfig(
-            max_l0_tokens=tokens,
-            reserved_tokens=effective_reserve(tokens, l0.reserve_tokens, factor),
-            eviction_threshold=l0.eviction_threshold,
-            target_utilization=l0.target_utilization,
+            max_l0_tokens=tokens, reserved_tokens=effective_reserve(tokens, l0.reserve_tokens, factor),
+            eviction_threshold=l0.eviction_threshold, target_utilization=l0.target_utilization,
         ),
         window_tokens=int(window / factor),
         window_known=card.known or override.window_tokens is not None or stated is not None,

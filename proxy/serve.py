@@ -108,9 +108,7 @@ def _require_extra(config: Config) -> None:
 
 def _require_writable(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
-        raise StartError(
-            f"{directory.absolute()} is not a directory; set tiers.l2.path to one that can be written."
-        )
+        raise StartError(f"{directory.absolute()} is not a directory; set tiers.l2.path to one that can be written.")
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
@@ -199,22 +197,11 @@ def _run(listener: socket.socket, workers: int, drain_answers_s: int) -> int:
     from uvicorn.supervisors import Multiprocess
 
     settings = uvicorn.Config(
-        APP_FACTORY,
-        factory=True,
-        workers=workers,
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="proxy.server:Protocol",
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        backlog=BACKLOG_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=drain_answers_s,
-    )
+        APP_FACTORY, factory=True, workers=workers, loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http="proxy.server:Protocol", ws="none", lifespan="on", log_level="warning", access_log=False,
+        proxy_headers=False, server_header=False, date_header=False, backlog=BACKLOG_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=drain_answers_s,
+    )  # fmt: skip
     if workers > 1:
         gc.enable()
 

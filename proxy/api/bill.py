@@ -84,11 +84,10 @@ def _model(sums: Sums) -> dict[str, Any]:
 
 def _broke(one: Break) -> dict[str, Any]:
     return {
-        "turn": one.turn,
-        "reason": one.reason.value,
+        "turn": one.turn, "reason": one.reason.value,
         "message": make_page_id(one.message) if one.message >= 0 else None,
         "lost_tokens": one.lost_tokens if one.lost_tokens >= 0 else None,
-    }
+    }  # fmt: skip
 
 
 def _latest(head: Record, get: GetRecord) -> Iterable[Break]:

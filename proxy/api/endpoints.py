@@ -83,13 +83,9 @@ class Draining:
 
 
 def own_endpoints(
-    draining: Draining,
-    stats: Stats,
-    memory: Memory,
-    access: Access,
-    model_table: Callable[[KeyScope], list[dict[str, Any]]],
-    erasures: Erasures,
-) -> FastAPI:
+    draining: Draining, stats: Stats, memory: Memory, access: Access,
+    model_table: Callable[[KeyScope], list[dict[str, Any]]], erasures: Erasures,
+) -> FastAPI:  # fmt: skip
     """GET /health, /ready, /metrics, /vm/stats, /vm/models, /vm/bill, /vm/context?turn=N (default: the last
     turn), /vm/provenance?page=ID, /vm/conversations/ID/export.
 
@@ -407,10 +403,7 @@ def _provenance_of(wanted: str, head: Record, memory: Memory) -> dict[str, Any] 
             names = [wanted] if part else [wanted, make_page_id(position, 1)]
             made = [i for name in names for i in graph.derived(name)] + ([] if part else media)
     return {
-        "page_id": wanted,
-        "derives_from": sources,
-        "derived": made,
-        "justified_by": ground,
+        "page_id": wanted, "derives_from": sources, "derived": made, "justified_by": ground,
         "superseded_by": derived.superseded.get(wanted),
-    }
+    }  # fmt: skip
 

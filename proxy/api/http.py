@@ -120,9 +120,7 @@ def refuse_dot_segments(raw: str) -> None:
             return
         path = decoded
     raise ApiError(
-        400,
-        "The path has dot segments or is encoded several times; send the path that you mean.",
-        code="invalid_path",
+        400, "The path has dot segments or is encoded several times; send the path that you mean.", code="invalid_path"
     )
 
 
@@ -131,9 +129,7 @@ def _climbs(path: bytes) -> bool:
         path = path.replace(overlong, plain)
     text = unicodedata.normalize("NFKC", path.decode("utf-8", "replace"))
     # Some servers drop ;parameters, and what a file name cannot have at its end.
-    return any(
-        segment.partition(";")[0].strip("\0\t\n\r ") == ".." for segment in _SEPARATORS.split(text)
-    )
+    return any(segment.partition(";")[0].strip("\0\t\n\r ") == ".." for segment in _SEPARATORS.split(text))
 
 
 def _segments(raw: str) -> list[str]:
@@ -433,12 +429,9 @@ def _unzstandarded(body: bytes) -> Iterator[bytes]:
 
 
 _DECODERS: Final[dict[str, Decoder]] = {
-    "gzip": partial(_inflated, wbits=zlib.MAX_WBITS | 16),
-    "x-gzip": partial(_inflated, wbits=zlib.MAX_WBITS | 16),
-    "deflate": _deflated,
-    "br": _unbrotlied,
-    "zstd": _unzstandarded,
-}
+    "gzip": partial(_inflated, wbits=zlib.MAX_WBITS | 16), "x-gzip": partial(_inflated, wbits=zlib.MAX_WBITS | 16),
+    "deflate": _deflated, "br": _unbrotlied, "zstd": _unzstandarded,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- passing on
@@ -492,9 +485,7 @@ async def _body(pieces: asyncio.Queue[bytes | None]) -> AsyncIterator[bytes]:
         yield piece
 
 
-async def _answer(
-    scope: Scope, send: Send, upstream: Upstream, pieces: asyncio.Queue[bytes | None] | None
-) -> None:
+async def _answer(scope: Scope, send: Send, upstream: Upstream, pieces: asyncio.Queue[bytes | None] | None) -> None:
     body = None if pieces is None else _body(pieces)
     method: str = scope["method"]
     try:

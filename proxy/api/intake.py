@@ -116,7 +116,5 @@ def _no_room() -> ApiError:
     return ApiError(
         503,
         "Too many large request bodies are being received (server.bodies_limit_bytes), and others came faster. Try again.",
-        "api_error",
-        "too_many_bodies",
-        headers={"retry-after": "1"},
-    )
+        "api_error", "too_many_bodies", headers={"retry-after": "1"},
+    )  # fmt: skip

@@ -148,9 +148,7 @@ class Renditions:
             return page
         return page.model_copy(update={"metadata": {**page.metadata, key: written.content}})
 
-    async def find(
-        self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str
-    ) -> MemoryPage | None:
+    async def find(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> MemoryPage | None:
         """A kept rendition, as a version of `page`."""
         found = await self._found(self._key(owner, page, level, kind))
         if found is None:

@@ -751,18 +751,11 @@ def answered_by(path: Sequence[Node], record: Record | None) -> list[int]:
 
 
 def new_records(
-    path: Sequence[Node],
-    parent: Record | None,
-    last: dict[str, object],
-    states: Sequence[Stored] = (),
-    before: Window | None = None,
-    known: Bill | None = None,
-    alike: Alike | None = None,
-    large: Mapping[bytes, tuple[bytes, int]] = NO_LARGE,
-    seen_s: int = 0,
-    account: Callable[[int], Account | None] = lambda _: None,
-    stored: Sequence[Node] = (),
-) -> list[Record]:
+    path: Sequence[Node], parent: Record | None, last: dict[str, object], states: Sequence[Stored] = (),
+    before: Window | None = None, known: Bill | None = None, alike: Alike | None = None,
+    large: Mapping[bytes, tuple[bytes, int]] = NO_LARGE, seen_s: int = 0,
+    account: Callable[[int], Account | None] = lambda _: None, stored: Sequence[Node] = (),
+) -> list[Record]:  # fmt: skip
     """Records for the positions after `parent`; one for each run that ends with an answer, but from what is
     `alike` on one for all. `large`: see `large_messages`.
 
@@ -884,12 +877,9 @@ def _ref(data: bytes) -> bytes:
 
 
 def append_effect(
-    heads: Sequence[tuple[Sequence[Node], list[Record]]],
-    identity: Identity,
-    tenant: TenantKey,
-    names: SessionNames,
+    heads: Sequence[tuple[Sequence[Node], list[Record]]], identity: Identity, tenant: TenantKey, names: SessionNames,
     blocks: Mapping[bytes, bytes],
-) -> Append:
+) -> Append:  # fmt: skip
     """The effect that stores (path, records) of each choice; the first is the session's head.
 
     `blocks` are the page table's new ones, by their reference. Only delivered answers are found by

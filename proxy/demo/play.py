@@ -65,9 +65,7 @@ def conversation() -> list[dict[str, str]]:
 def demo_config(window_tokens: int, state: Path) -> Config:
     """The server's settings: defaults, but for a window that is small enough to watch."""
     if window_tokens < MIN_WINDOW_TOKENS:
-        raise ConfigError(
-            f"--window {window_tokens} is too small to show anything; give at least {MIN_WINDOW_TOKENS}."
-        )
+        raise ConfigError(f"--window {window_tokens} is too small to show anything; give at least {MIN_WINDOW_TOKENS}.")
     return Config.model_validate({
         "upstream": {"provider": "demo"},
         "tiers": {"l0": {"tokens": window_tokens, "reserve_tokens": window_tokens // 10}, "l2": {"path": state}},

@@ -275,14 +275,9 @@ def bill_table(view: View) -> Table:
     for a in ledger.accounts:
         recalled = view.found if a is ledger.ours else a.recalled
         table.add_row(
-            a.name,
-            f"{a.largest_tokens:,}",
-            f"{a.prompt_tokens:,}",
-            f"{a.hit_rate:.0%}",
-            f"{a.billed_tokens:,.0f}",
-            f"{recalled}/{len(view.recalls)}",
-            style="bold green" if a is ledger.ours else "",
-        )
+            a.name, f"{a.largest_tokens:,}", f"{a.prompt_tokens:,}", f"{a.hit_rate:.0%}", f"{a.billed_tokens:,.0f}",
+            f"{recalled}/{len(view.recalls)}", style="bold green" if a is ledger.ours else "",
+        )  # fmt: skip
     return table
 
 
@@ -293,10 +288,8 @@ def layout(view: View, height: int) -> Layout:
     title = Text.assemble(
         ("llm-pager demo ", "bold"),
         f"turn {view.turn}/{view.turns} · window {view.window_tokens:,} tokens · epoch {view.epochs}   ",
-        (view.dashboard or view.said, "italic dim"),
-        no_wrap=True,
-        overflow="ellipsis",
-    )
+        (view.dashboard or view.said, "italic dim"), no_wrap=True, overflow="ellipsis",
+    )  # fmt: skip
     meaning = Text(view.meaning, "cyan", no_wrap=True, overflow="ellipsis")
     root.split_column(
         Layout(Panel(Group(title, meaning)), size=4),

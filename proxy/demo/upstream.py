@@ -51,13 +51,7 @@ class DemoUpstream(Upstream):
         self._counter = get_counter(MODEL)
         self._cache = PromptCache(self._counter)
 
-    async def chat(
-        self,
-        body: bytes,
-        headers: Sequence[Header],
-        query: bytes = b"",
-        path: str = CHAT_PATH,
-    ) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = CHAT_PATH) -> Reply:
         """Answers one chat completion. A body that is no chat request gets OpenAI's 400."""
         try:
             request = _checked(body)
@@ -69,11 +63,9 @@ class DemoUpstream(Upstream):
         prompt, cached = self._cache.tokens(request)
         completion = self._counter.message(message) * choices
         usage = {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
+            "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        }  # fmt: skip
         head = {
             "id": f"chatcmpl-{request_hash(request)[:24]}",
             "created": _CREATED,
@@ -92,12 +84,7 @@ class DemoUpstream(Upstream):
         return BytesReply(200, _JSON, _dumps(answer))
 
     async def forward(
-        self,
-        method: str,
-        path: str,
-        query: bytes,
-        headers: Sequence[Header],
-        body: AsyncIterator[bytes] | None,
+        self, method: str, path: str, query: bytes, headers: Sequence[Header], body: AsyncIterator[bytes] | None
     ) -> Reply:
         """`GET /models` lists the one model; everything else is a 404 in OpenAI's shape."""
         model = {"id": MODEL, "object": "model", "created": _CREATED, "owned_by": "llm-pager"}

@@ -24,40 +24,17 @@ MAX_ESCAPED_CHARS = 1_000_000  # of data that is not in base64, which costs a hu
 
 # What a part is sent as, by its type. The one home of this: text, pages and counts ask `kind_of`.
 _KINDS: dict[str, Kind] = {
-    "image_url": "image",
-    "image": "image",
-    "input_image": "image",
-    "input_audio": "audio",
-    "audio_url": "audio",
-    "audio": "audio",
-    "output_audio": "audio",
-    "video_url": "video",
-    "video": "video",
-    "input_video": "video",
-    "file": "file",
-    "input_file": "file",
-    "document": "file",
-}
+    "image_url": "image", "image": "image", "input_image": "image", "input_audio": "audio", "audio_url": "audio",
+    "audio": "audio", "output_audio": "audio", "video_url": "video", "video": "video", "input_video": "video",
+    "file": "file", "input_file": "file", "document": "file",
+}  # fmt: skip
 _UNKNOWN_MIME = "application/octet-stream"
 _MIME_OF_ENDING = {
-    "pdf": "application/pdf",
-    "json": "application/json",
-    "txt": "text/plain",
-    "md": "text/markdown",
-    "csv": "text/csv",
-    "html": "text/html",
-    "htm": "text/html",
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "png": "image/png",
-    "gif": "image/gif",
-    "webp": "image/webp",
-    "mp3": "audio/mpeg",
-    "wav": "audio/wav",
-    "mp4": "video/mp4",
-    "mov": "video/quicktime",
-    "webm": "video/webm",
-}
+    "pdf": "application/pdf", "json": "application/json", "txt": "text/plain", "md": "text/markdown", "csv": "text/csv",
+    "html": "text/html", "htm": "text/html", "jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png",
+    "gif": "image/gif", "webp": "image/webp", "mp3": "audio/mpeg", "wav": "audio/wav", "mp4": "video/mp4",
+    "mov": "video/quicktime", "webm": "video/webm",
+}  # fmt: skip
 _BODY_KEYS = ("image_url", "input_audio", "video_url", "audio_url", "file", "audio")
 # Where a part keeps its payload, in the order of trust.
 _PAYLOAD_KEYS = ("file_data", "data", "url", "image_url", "video_url", "audio_url", "file_url")
@@ -115,20 +92,12 @@ def read_part(part: Mapping[str, Any]) -> Medium | None:
     if not mime:
         mime = _mime_of(kind, (name or _last_of(url)).rpartition(".")[2])
     if kind == "audio" and not format and "/" in mime:
-        format = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(
-            mime.partition("/")[2], mime.partition("/")[2]
-        )
+        format = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(mime.partition("/")[2], mime.partition("/")[2])
     return Medium(
-        kind=kind,
-        mime=mime.lower(),
-        url=url,
-        detail=_text(body, "detail") or _text(part, "detail"),
-        name=name or _text(body, "file_id", "id"),
-        format=format,
-        transcript=_text(body, "transcript"),
-        encoded=encoded,
+        kind=kind, mime=mime.lower(), url=url, detail=_text(body, "detail") or _text(part, "detail"),
+        name=name or _text(body, "file_id", "id"), format=format, transcript=_text(body, "transcript"), encoded=encoded,
         is_base64=is_base64,
-    )
+    )  # fmt: skip
 
 
 def kind_of(part: Mapping[str, Any]) -> Kind | None:

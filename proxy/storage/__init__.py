@@ -62,16 +62,10 @@ class Store(Protocol):
     def secret(self) -> bytes: ...
 
     async def commit(
-        self,
-        puts: Sequence[tuple[Key, bytes]],
-        joins: Sequence[tuple[bytes, bytes]] = (),
-        adds: Sequence[tuple[bytes, bytes]] = (),
-        secret: bytes | None = None,
-        erased: int | None = None,
-        drops: Sequence[bytes] = (),
-        leaves: Sequence[tuple[bytes, bytes]] = (),
-        erases: bool = False,
-    ) -> frozenset[bytes]: ...
+        self, puts: Sequence[tuple[Key, bytes]], joins: Sequence[tuple[bytes, bytes]] = (),
+        adds: Sequence[tuple[bytes, bytes]] = (), secret: bytes | None = None, erased: int | None = None,
+        drops: Sequence[bytes] = (), leaves: Sequence[tuple[bytes, bytes]] = (), erases: bool = False,
+    ) -> frozenset[bytes]: ...  # fmt: skip
 
     async def scrub(self) -> None: ...
 

@@ -329,15 +329,9 @@ class PostgresStore:
     repaired: Repaired | None = None
 
     def __init__(
-        self,
-        url: str,
-        *,
-        connections: int = 10,
-        timeout_s: float = 5.0,
-        prepared: bool = True,
-        synchronous_commit: str | None = None,
-        tables: str = "llm_pager",
-    ) -> None:
+        self, url: str, *, connections: int = 10, timeout_s: float = 5.0, prepared: bool = True,
+        synchronous_commit: str | None = None, tables: str = "llm_pager",
+    ) -> None:  # fmt: skip
         self._url = url
         self._connection = _Connection if tables == "llm_pager" else _renaming(f"{tables}_")
         self._connections, self._timeout_s, self._prepared = connections, timeout_s, prepared
@@ -550,16 +544,10 @@ class PostgresStore:
     # -- writing
 
     async def commit(
-        self,
-        puts: Sequence[tuple[Key, bytes]],
-        joins: Sequence[tuple[bytes, bytes]] = (),
-        adds: Sequence[tuple[bytes, bytes]] = (),
-        secret: bytes | None = None,
-        erased: int | None = None,
-        drops: Sequence[bytes] = (),
-        leaves: Sequence[tuple[bytes, bytes]] = (),
-        erases: bool = False,
-    ) -> frozenset[bytes]:
+        self, puts: Sequence[tuple[Key, bytes]], joins: Sequence[tuple[bytes, bytes]] = (),
+        adds: Sequence[tuple[bytes, bytes]] = (), secret: bytes | None = None, erased: int | None = None,
+        drops: Sequence[bytes] = (), leaves: Sequence[tuple[bytes, bytes]] = (), erases: bool = False,
+    ) -> frozenset[bytes]:  # fmt: skip
         """As DiskStore's. One round trip, but with drops, leaves, or what stands twice in it."""
         for _, value in joins:
             if len(value) != JOIN_VALUE_BYTES:

@@ -26,14 +26,7 @@ import binascii
 import os
 import threading
 import time
-from collections.abc import (
-    AsyncIterator,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -337,16 +330,10 @@ class Sealed:
     # -- writing
 
     async def commit(
-        self,
-        puts: Sequence[tuple[Key, bytes]],
-        joins: Sequence[tuple[bytes, bytes]] = (),
-        adds: Sequence[tuple[bytes, bytes]] = (),
-        secret: bytes | None = None,
-        erased: int | None = None,
-        drops: Sequence[bytes] = (),
-        leaves: Sequence[tuple[bytes, bytes]] = (),
-        erases: bool = False,
-    ) -> frozenset[bytes]:
+        self, puts: Sequence[tuple[Key, bytes]], joins: Sequence[tuple[bytes, bytes]] = (),
+        adds: Sequence[tuple[bytes, bytes]] = (), secret: bytes | None = None, erased: int | None = None,
+        drops: Sequence[bytes] = (), leaves: Sequence[tuple[bytes, bytes]] = (), erases: bool = False,
+    ) -> frozenset[bytes]:  # fmt: skip
         """As the inner store's."""
         self._look()
         tenants, size = set[bytes](), 0

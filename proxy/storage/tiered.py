@@ -380,16 +380,10 @@ class Tiered:
     # -- writing
 
     async def commit(
-        self,
-        puts: Sequence[tuple[Key, bytes]],
-        joins: Sequence[tuple[bytes, bytes]] = (),
-        adds: Sequence[tuple[bytes, bytes]] = (),
-        secret: bytes | None = None,
-        erased: int | None = None,
-        drops: Sequence[bytes] = (),
-        leaves: Sequence[tuple[bytes, bytes]] = (),
-        erases: bool = False,
-    ) -> frozenset[bytes]:
+        self, puts: Sequence[tuple[Key, bytes]], joins: Sequence[tuple[bytes, bytes]] = (),
+        adds: Sequence[tuple[bytes, bytes]] = (), secret: bytes | None = None, erased: int | None = None,
+        drops: Sequence[bytes] = (), leaves: Sequence[tuple[bytes, bytes]] = (), erases: bool = False,
+    ) -> frozenset[bytes]:  # fmt: skip
         """As the engine's. What is added and stands in a pack is there already. StorageError, too, where it is not
         known whether it does, and for a request that could not read something: it goes on from what it did not see."""
         present: frozenset[bytes] = frozenset()

@@ -28,22 +28,7 @@ from proxy.tokens.counter import (
 )
 
 __all__ = [
-    "DEFAULT_ENCODING",
-    "PER_MESSAGE",
-    "PER_REPLY",
-    "UNKNOWN_WINDOW_TOKENS",
-    "USUAL_CACHED_PRICE",
-    "ModelCard",
-    "Prices",
-    "Role",
-    "TokenCounter",
-    "encoding_is_known",
-    "encoding_is_loaded",
-    "get_counter",
-    "load",
-    "model_card",
-    "normal_name",
-    "parameters_b",
-    "prices",
-    "tokens_upper_bound",
-]
+    "DEFAULT_ENCODING", "PER_MESSAGE", "PER_REPLY", "UNKNOWN_WINDOW_TOKENS", "USUAL_CACHED_PRICE", "ModelCard",
+    "Prices", "Role", "TokenCounter", "encoding_is_known", "encoding_is_loaded", "get_counter", "load", "model_card",
+    "normal_name", "parameters_b", "prices", "tokens_upper_bound",
+]  # fmt: skip

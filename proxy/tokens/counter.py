@@ -194,11 +194,7 @@ class TokenCounter:
         if not isinstance(body, Mapping):
             return self.text(compact(call))
         words = (_unsigned(call.get("id")), body.get("name"), body.get("arguments"), body.get("input"))
-        return sum(
-            self.text(word if isinstance(word, str) else compact(word))
-            for word in words
-            if word is not None
-        )
+        return sum(self.text(word if isinstance(word, str) else compact(word)) for word in words if word is not None)
 
     def part(self, part: Any) -> int:
         """Tokens of one content part, by the family's rule for its kind."""

@@ -61,13 +61,9 @@ def _tiles(base: int, tile: int) -> ImageRule:
 
 
 def _patches(
-    family: str,
-    multiplier: float,
-    patch_px: int = 32,
-    max_patches: int = 1536,
-    max_side_px: int = 0,
+    family: str, multiplier: float, patch_px: int = 32, max_patches: int = 1536, max_side_px: int = 0,
     original_patches: int = 0,
-) -> ImageRule:
+) -> ImageRule:  # fmt: skip
     """Patches of `patch_px` square, at most `max_patches` (the image is shrunk to that), times
     `multiplier`. `max_side_px` bounds the longer side first (0: no bound).
 

@@ -72,23 +72,12 @@ class Upstream(Protocol):
         """Before the first request: what takes seconds is done. Raises ImportError."""
         return
 
-    async def chat(
-        self,
-        body: bytes,
-        headers: Sequence[Header],
-        query: bytes = b"",
-        path: str = CHAT_PATH,
-    ) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = CHAT_PATH) -> Reply:
         """POST `body` to {base_url}{path}; `headers` and `query` are the client's own."""
         ...
 
     async def forward(
-        self,
-        method: str,
-        path: str,
-        query: bytes,
-        headers: Sequence[Header],
-        body: AsyncIterator[bytes] | None,
+        self, method: str, path: str, query: bytes, headers: Sequence[Header], body: AsyncIterator[bytes] | None
     ) -> Reply:
         """Any other call. `path` is what follows base_url as on the wire (percent-encoded), or a
         `RootPath`."""

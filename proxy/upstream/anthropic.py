@@ -18,15 +18,9 @@ Json = dict[str, Any]
 HOSTS: Final = ("anthropic", "azure_ai", "bedrock", "bedrock_converse", "openrouter", "vertex_ai")
 # OpenAI's own defaults: to send them is to say nothing, and litellm refuses the fields.
 DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "verbosity": ("medium",),
-}
+    "n": (1,), "logprobs": (False,), "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "store": (False,), "service_tier": ("auto", "default"), "verbosity": ("medium",),
+}  # fmt: skip
 _ASKING: Final = ("user", "tool", "function")
 _BEGIN: Final[Json] = {"role": "user", "content": "(begin)"}
 _MARKER: Final[Json] = {"type": "ephemeral"}

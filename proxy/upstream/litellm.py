@@ -121,13 +121,7 @@ class LitellmUpstream(Upstream):
         self._models = [name for name in config.models if not set(name) & set("*?[")]
         self._loading: asyncio.Future[_Library] | None = None
 
-    async def chat(
-        self,
-        body: bytes,
-        headers: Sequence[Header],
-        query: bytes = b"",
-        path: str = CHAT_PATH,
-    ) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = CHAT_PATH) -> Reply:
         library = await self._library()
         fields = _decode(body)
         for field in fields:
@@ -176,12 +170,7 @@ class LitellmUpstream(Upstream):
         return BytesReply(200, [*_JSON_HEADERS, *back], _json_bytes(answer))
 
     async def forward(
-        self,
-        method: str,
-        path: str,
-        query: bytes,
-        headers: Sequence[Header],
-        body: AsyncIterator[bytes] | None,
+        self, method: str, path: str, query: bytes, headers: Sequence[Header], body: AsyncIterator[bytes] | None
     ) -> Reply:
         if method == "GET" and path.rstrip("/") == "/models":
             data = [
@@ -233,9 +222,7 @@ class StreamReply(Reply):
     """A running litellm stream as server-sent events. `with_usage`: the client asked for usage.
     litellm keeps the provider's pings to itself, so a comment of ours stands for them."""
 
-    def __init__(
-        self, stream: Any, headers: Sequence[Header], with_usage: bool, keepalive_s: float
-    ) -> None:
+    def __init__(self, stream: Any, headers: Sequence[Header], with_usage: bool, keepalive_s: float) -> None:
         self.status = 200
         self.headers: list[Header] = [*_SSE_HEADERS, *headers]
         self._stream = stream

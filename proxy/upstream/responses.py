@@ -47,13 +47,7 @@ class ResponsesBridge(OpenAIUpstream):
         self._event_limit_bytes = config.stream.event_limit_bytes  # the last event repeats the whole answer
         self._plain: set[str] = set()
 
-    async def chat(
-        self,
-        body: bytes,
-        headers: Sequence[Header],
-        query: bytes = b"",
-        path: str = CHAT_PATH,
-    ) -> Reply:
+    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = CHAT_PATH) -> Reply:
         bridged = self._bridged(body)
         if bridged is None:
             return await super().chat(body, headers, query, path)

@@ -31,36 +31,17 @@ _LEAST_OUTPUT_TOKENS: Final = 16  # the API's own minimum
 _NO_PARAMETERS: Final[Json] = {"type": "object", "properties": {}}
 # Said in other words below, or only about the form of the answer.
 _TRANSLATED: Final = frozenset(
-    (
-        "messages",
-        "tools",
-        "tool_choice",
-        "max_tokens",
-        "max_completion_tokens",
-        "reasoning_effort",
-        "response_format",
-        "verbosity",
-        "stream_options",
-        "store",
-        "seed",
-    )
+    """
+    messages tools tool_choice max_tokens max_completion_tokens reasoning_effort response_format verbosity stream_options
+    store seed
+    """.split()
 )
 # Settings that Responses does not have, with the values that mean nothing.
 _WITHOUT: Final[Mapping[str, tuple[Any, ...]]] = {
-    "n": (1,),
-    "stop": ([],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "prediction": (),
-    "functions": ([],),
-    "function_call": (),
-    "web_search_options": (),
-    "audio": (),
-    "modalities": (["text"],),
-}
+    "n": (1,), "stop": ([],), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "prediction": (), "functions": ([],), "function_call": (), "web_search_options": (),
+    "audio": (), "modalities": (["text"],),
+}  # fmt: skip
 
 
 class _Untranslatable(Exception):
@@ -110,11 +91,9 @@ def _tool(tool: Json) -> Json:
         said = tool["function"]
         # Chat Completions means "not strict" where Responses means "strict".
         return {
-            "type": "function",
-            **said,
-            "parameters": said.get("parameters") or _NO_PARAMETERS,
+            "type": "function", **said, "parameters": said.get("parameters") or _NO_PARAMETERS,
             "strict": bool(said.get("strict")),
-        }
+        }  # fmt: skip
     if tool["type"] == "custom":
         said = tool["custom"]
         form = said.get("format")

@@ -26,17 +26,7 @@ from proxy.upstream import CHAT_PATH, Header, RootPath
 
 # Of one connection and not of the message: RFC 9110, 7.6.1, and its forerunners.
 HOP_BY_HOP: Final = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    )
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
 )
 
 
