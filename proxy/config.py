@@ -472,15 +472,6 @@ class Config(Section):
         """Plain data (JSON types) for people to read: secrets are replaced by `***`."""
         return {name: mask(name, value) for name, value in self.model_dump(mode="json").items()}
 
-    def to_json(self) -> str:
-        """Everything, secrets included, for a worker process; `from_json` reads it back."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str) -> "Config":
-        """The inverse of `to_json`. Raises pydantic's ValidationError (a ValueError)."""
-        return cls.model_validate_json(text)
-
     def notes(self) -> list[str]:
         """What a valid configuration does that its author may not expect; one sentence each."""
         return list(self._notes())
@@ -605,7 +596,7 @@ def effective_config(environ: Mapping[str, str]) -> Config:
     if handed is None:
         return load_config(None, environ, {})
     try:
-        return Config.from_json(handed)
+        return Config.model_validate_json(handed)
     except ValueError as error:
         raise ConfigError(
             f"{EFFECTIVE_CONFIG_VARIABLE} is set by llm-pager for its own worker processes and "

@@ -73,7 +73,7 @@ def serve(file: Path | None, flags: Mapping[str, Any], workers: int, as_json: bo
     listener = _listen(config.server.host, config.server.port)
     # The only ways to a spawned worker are its arguments, which everybody can list, and its
     # environment, which only its owner can read.
-    os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.to_json()
+    os.environ[EFFECTIVE_CONFIG_VARIABLE] = config.model_dump_json()
     _announce(config, listener, workers, as_json)
     with listener, _shared_counters(workers):
         return _run(listener, workers, config.server.drain_answers_s)

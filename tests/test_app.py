@@ -215,7 +215,7 @@ async def test_a_worker_takes_its_parents_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.app.configure", lambda *_: None)  # the log is the test run's
-    monkeypatch.setenv(EFFECTIVE_CONFIG_VARIABLE, config_in(tmp_path).to_json())
+    monkeypatch.setenv(EFFECTIVE_CONFIG_VARIABLE, config_in(tmp_path).model_dump_json())
     app = app_from_env()
     assert (tmp_path / "data").is_dir()
     await app.memory.close()

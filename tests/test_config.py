@@ -375,7 +375,7 @@ def test_one_master_key_may_come_from_a_variable() -> None:
 
 def test_the_effective_config_survives_the_way_to_a_worker() -> None:
     config = load(SECRETS + "\nmodels: {'gpt-*': {tools: false}}\nsessions: {headers: [a, b]}")
-    assert effective_config({"LLM_PAGER_EFFECTIVE_CONFIG": config.to_json()}) == config
+    assert effective_config({"LLM_PAGER_EFFECTIVE_CONFIG": config.model_dump_json()}) == config
 
 
 def test_a_worker_without_a_handed_config_loads_its_own() -> None:

@@ -14,6 +14,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
@@ -210,13 +211,8 @@ class Origins:
     def _is_our_name(self, value: bytes) -> bool:
         if not value or not (self._loopback or self._listed):
             return True  # behind a load balancer any name may be ours
-        name = _host_name(value.decode("latin-1"))
-        return (
-            "." not in name  # no name in the public DNS: a container's, a machine's
-            or name in self._hosts
-            or name.endswith(_PRIVATE)
-            or _address(name) is not None
-        )
+        name = value.decode("latin-1")
+        return is_private_name(name) or _host_name(name) in self._hosts
 
     def _is_trusted(self, origin: bytes, host: bytes = b"") -> bool:
         """Whether pages of `origin` may use the server: listed, its own, of this machine, or none of
@@ -290,17 +286,14 @@ def _host_name(value: str) -> str:
     return name.partition(":")[0].rstrip(".")
 
 
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
-
-
 def is_private_name(host: str) -> bool:
     """A Host header that no public name stands in, so that no foreign page can be behind it (DNS rebinding)."""
     name = _host_name(host)
-    return "." not in name or name.endswith(_PRIVATE) or _address(name) is not None
+    if "." not in name or name.endswith(_PRIVATE):  # a container's, a machine's
+        return True
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
 
 
 def _shown(value: bytes) -> str:

@@ -158,7 +158,7 @@ class Views:
         more = start + limit < len(found)
         return {
             "conversations": rows, "total": len(found), "truncated": len(used) >= _LISTED,
-            "next_cursor": _encoded_cursor(start + limit) if more else None,
+            "next_cursor": base64.urlsafe_b64encode((start + limit).to_bytes(4, "big")).decode().rstrip("=") if more else None,
             "trouble": store.trouble,
         }  # fmt: skip
 
@@ -844,13 +844,6 @@ def _opcodes(a: Sequence[bytes], b: Sequence[bytes]) -> Iterator[tuple[str, int,
 def _shown(raw: bytes) -> dict[str, Any]:
     message = _decode(raw)
     return {"role": message.get("role"), "text": _text(message), "bytes": len(raw)}
-
-
-# -- cursors
-
-
-def _encoded_cursor(at: int) -> str:
-    return base64.urlsafe_b64encode(at.to_bytes(4, "big")).decode().rstrip("=")
 
 
 def _cursor(text: str) -> int:

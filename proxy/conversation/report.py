@@ -55,7 +55,6 @@ class TurnReport:
     searches: list[SearchReport] = field(default_factory=list)
     rounds: int = 0
     segments: int = 0  # closed so far
-    claims: int = 0  # made so far
     reachable_tokens: int = 0  # of all pages of the conversation, in the window or not
     asked_back: bool = False  # the user asks, and older pages say something of it
     crowded: bool = False  # the epoch's window is full again with the next request, or nearly

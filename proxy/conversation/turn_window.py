@@ -624,7 +624,7 @@ class TurnWindow:
         report = self.report
         report.epoch = self.window.epoch
         derived = self.pages.derived
-        report.segments, report.claims = derived.segments, derived.claims_made
+        report.segments = derived.segments
         native = {e.position for e in self.window.entries if e.kind == NATIVE}
         report.native_pages = [i for p in sorted(native) for i in self.pages[p].ids]
         resident = self.table.resident()

@@ -68,11 +68,6 @@ def normal_name(model: str) -> str:
     return _MARKS.sub("-", _VENDOR.sub("", name)).strip("-")
 
 
-def _is_bare(name: str) -> bool:
-    """Neither a provider's prefix nor a vendor's."""
-    return "/" not in name and not _VENDOR.match(name)
-
-
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """What is known of a model: its input window in tokens, what its API accepts, and what a cached input token
@@ -152,7 +147,8 @@ def _row(model: str) -> _Row | None:
     for _, row in _rows(_names(model)):
         return row
     alike = [pair for pair in _rows(_alike().get(normal_name(model), [])) if pair[1].mode in _CHATS]
-    own = [row for name, row in alike if _is_bare(name)] or [row for _, row in alike]
+    bare = [row for name, row in alike if "/" not in name and not _VENDOR.match(name)]
+    own = bare or [row for _, row in alike]
     if not own:
         return None
     often = Counter(row.window_tokens or 0 for row in own)

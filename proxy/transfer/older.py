@@ -141,10 +141,6 @@ class Older:
                 self.lost += 1
         return found
 
-    def new_id(self, name: bytes, owner: bytes) -> NodeId:
-        """A record's id as it is now; `owner`: of the one that names it."""
-        return NodeId((self.owner(name) or owner) + name)
-
     def get(self, letter: bytes, name: bytes) -> bytes | None:
         try:
             return get_value(self._connection, letter + name)
@@ -161,7 +157,7 @@ class Older:
         record = decode_record(data)
 
         def new(old: bytes) -> bytes:
-            return self.new_id(old, owner) if old else b""
+            return (self.owner(old) or owner) + old if old else b""
 
         sent, shared = record.sent, record.shared
         record = _replace(

@@ -296,14 +296,10 @@ def _decode(body: bytes) -> dict[str, Any]:
     messages = fields["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ApiError(400, "'messages' must be an array of messages.", param="messages")
-    if b"\\ud" in body or b"\\uD" in body:
-        fields = json.loads(_whole_characters(json.dumps(fields, ensure_ascii=False)))
+    if b"\\ud" in body or b"\\uD" in body:  # half a surrogate pair is no character that UTF-8 could carry: U+FFFD stands for it
+        text = json.dumps(fields, ensure_ascii=False).encode("utf-16-le", "surrogatepass")
+        fields = json.loads(text.decode("utf-16-le", "replace"))
     return cast("dict[str, Any]", fields)
-
-
-def _whole_characters(text: str) -> str:
-    """Half a surrogate pair is no character that UTF-8 could carry: U+FFFD stands for it."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _bearer(headers: Sequence[Header]) -> str | None:

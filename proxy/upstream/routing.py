@@ -125,7 +125,7 @@ def _is_excepted(target: SplitResult, no_proxy: str) -> bool:
         if _has(name, host):
             return True
         name = name.removeprefix("*").strip(".")
-        if name and (host == name or host.endswith("." + name)) and not _is_address(host):
+        if name and (host == name or host.endswith("." + name)) and not _has(host, host):
             return True
     return False
 
@@ -136,7 +136,3 @@ def _has(name: str, host: str) -> bool:
         return ipaddress.ip_address(host) in ipaddress.ip_network(name.strip("[]"), strict=False)
     except ValueError:
         return False
-
-
-def _is_address(host: str) -> bool:
-    return _has(host, host)

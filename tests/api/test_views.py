@@ -33,7 +33,7 @@ def told(player: Player, key: str, first: str, turns: int) -> None:
 
 @asynccontextmanager
 async def views(folder: Path, player: Player) -> AsyncIterator[tuple[Views, Who]]:
-    config = Config.from_json(json.dumps({"tiers": {"l2": {"path": str(folder / "data")}}}))
+    config = Config.model_validate_json(json.dumps({"tiers": {"l2": {"path": str(folder / "data")}}}))
     memory = Memory(config)
     memory.identity = player.identity
     await memory.store.commit(list(player.values.items()))

@@ -261,7 +261,7 @@ class Run:
             base["upstream"] = {}
         for section, keys in config.items():
             base[section] = {**base.get(section, {}), **keys}
-        app = proxy.app.create_app(Config.from_json(json.dumps(base)), self.result.observe)
+        app = proxy.app.create_app(Config.model_validate_json(json.dumps(base)), self.result.observe)
         conversations, began_s = self._data.conversations(self._full), time.process_time()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bench")
         async with running(app), self._client:

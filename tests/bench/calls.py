@@ -134,7 +134,7 @@ async def measured(messages: list[Message], window_tokens: int) -> list[Crossed]
             "upstream": {"base_url": upstream.base_url},
             "tiers": {"l0": {"tokens": window_tokens}, "l2": {"path": folder}},
         }
-        app = create_app(Config.from_json(json.dumps(settings)))
+        app = create_app(Config.model_validate_json(json.dumps(settings)))
         profile = Profile()
         async with running(app):
             for turn, at in enumerate(range(1, len(messages), 2)):

@@ -201,7 +201,7 @@ async def replay(conversations: Sequence[Conversation], window_tokens: int, conf
     setattr(proxy.app, "make_upstream", lambda config: upstream)  # noqa: B010
     with tempfile.TemporaryDirectory(prefix="cost-") as folder:
         base = {**config, "tiers": {"l0": {"tokens": window_tokens}, "l2": {"path": folder}}}
-        app = proxy.app.create_app(Config.from_json(json.dumps(base)), cost.observe)
+        app = proxy.app.create_app(Config.model_validate_json(json.dumps(base)), cost.observe)
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bench")
         async with running(app), client:
             for conversation in conversations:
