@@ -307,9 +307,7 @@ def fixed_tokens(system: Sequence[bytes], counted: Sequence[bytes], counter: Tok
 # -- histories seen before
 
 
-def remembered(
-    split: Body, path: Sequence[Node], anchors: list[Anchor], tenant: TenantKey
-) -> Known | None:
+def remembered(split: Body, path: Sequence[Node], anchors: list[Anchor], tenant: TenantKey) -> Known | None:
     """The history of a body that was found on this path, so that the next one is recognised by its
     bytes; None: it is not kept."""
     if split.history is None:

@@ -73,9 +73,7 @@ class Calibration(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tr
         """The estimate behind the factor: the mean of the middle half of the bills' ratios."""
         return _middle_mean(self.bins) if self.bins else 1.0
 
-    def learn(
-        self, bill: Bill, earlier: Sequence[Bill], known_window: bool, guessed: bool = False
-    ) -> Calibration:
+    def learn(self, bill: Bill, earlier: Sequence[Bill], known_window: bool, guessed: bool = False) -> Calibration:
         """With a turn's bill, and whether it shows a cut. `earlier`: those of the turns before it, the
         newest first; `known_window`: the model's window is not a guess of ours; `guessed`: the count is.
 

@@ -47,9 +47,7 @@ def says_error(body: dict[str, Any]) -> bool:
     if body.get("error") or "error" in (body.get("object"), body.get("type")):
         return True
     detail = body.get("detail") or body.get("message")
-    return "choices" not in body and bool(
-        body.get("errors") or (detail and isinstance(detail, (str, list)))
-    )
+    return "choices" not in body and bool(body.get("errors") or (detail and isinstance(detail, (str, list))))
 
 
 def error_in(event: Event) -> bytes | None:

@@ -25,9 +25,7 @@ LEAST_ANSWER_TOKENS = 64  # a later round may say so much, or all that the clien
 
 
 
-def request_body(
-    fields: Fields, order: Sequence[str], messages: bytes, changed: Mapping[str, bytes | None]
-) -> bytes:
+def request_body(fields: Fields, order: Sequence[str], messages: bytes, changed: Mapping[str, bytes | None]) -> bytes:
     """The client's body with other messages and with `changed` fields (None: left out)."""
     before, after = around_messages(fields, order, changed)
     return before + messages + after
@@ -72,9 +70,7 @@ def answer_budget(decoded: Mapping[str, Any], spent_tokens: int) -> dict[str, by
     }
 
 
-def spent_tokens(
-    responses: Iterable[Said], count: Callable[[dict[str, Any]], int]
-) -> int:
+def spent_tokens(responses: Iterable[Said], count: Callable[[dict[str, Any]], int]) -> int:
     """Tokens that the model has made in these rounds: upstream's count, else ours."""
     total = 0
     for said in responses:
@@ -174,13 +170,10 @@ def total_usage(
         last["completion_tokens"] = completion = sum(int(u.get("completion_tokens") or 0) for u in known)
         last["total_tokens"] = int(last.get("prompt_tokens") or 0) + completion
     last["vm"] = {
-        "rounds": len(usages),
-        "faults": faults,
-        "prompt_tokens": sum(one.prompt for one in told),
-        "cached_tokens": sum(one.cached or 0 for one in told),
-        "written_tokens": sum(one.written for one in told),
+        "rounds": len(usages), "faults": faults, "prompt_tokens": sum(one.prompt for one in told),
+        "cached_tokens": sum(one.cached or 0 for one in told), "written_tokens": sum(one.written for one in told),
         "completion_tokens": sum(one.completion for one in told),
-    }
+    }  # fmt: skip
     if account is not None:
         names = ("conversation", "sliding_window", "full_history")
         last["vm"] |= {f"{n}_billed_tokens": t for n, t in zip(names, account.billed, strict=True)}
@@ -207,9 +200,7 @@ def response_body(
 # -- spoken answers
 
 
-def with_transcripts(
-    messages: bytes, path: Sequence[Node], get: GetRecord | None, now_s: float, usable: bool
-) -> bytes:
+def with_transcripts(messages: bytes, path: Sequence[Node], get: GetRecord | None, now_s: float, usable: bool) -> bytes:
     """The messages array with words in place of audio that is gone.
 
     `usable` False: upstream refused an id, so all of them are replaced. `now_s` is compared with each
@@ -240,9 +231,7 @@ def with_transcripts(
     return _encode(decoded) if changed else messages
 
 
-def _answers(
-    path: Sequence[Node], get: GetRecord, wanted: set[str | None]
-) -> dict[str | None, dict[str, Any]]:
+def _answers(path: Sequence[Node], get: GetRecord, wanted: set[str | None]) -> dict[str | None, dict[str, Any]]:
     """The audio of the answers on the path, as upstream gave it, by id."""
     found: dict[str | None, dict[str, Any]] = {}
     for node in reversed(path):

@@ -18,13 +18,7 @@ import msgspec
 from proxy.conversation.effects import Effect, Load
 from proxy.conversation.limits import Limits
 from proxy.memory.manifest import AvailablePageEntry
-from proxy.memory.models import (
-    MemoryPage,
-    MutationType,
-    PageMutation,
-    PageType,
-    StorageTier,
-)
+from proxy.memory.models import MemoryPage, MutationType, PageMutation, PageType, StorageTier
 from proxy.memory.search_handler import PageSearchHandler
 from proxy.memory.segments import (
     MAX_SOURCES,
@@ -127,9 +121,7 @@ class Derived:
 NO_DERIVED = Derived()
 
 
-def _about(
-    subject: str, claims: Mapping[str, MemoryPage], superseded: Mapping[str, str]
-) -> MemoryPage | None:
+def _about(subject: str, claims: Mapping[str, MemoryPage], superseded: Mapping[str, str]) -> MemoryPage | None:
     """The claim that holds about a subject; nothing is known of what has no subject."""
     holding = (page for i, page in claims.items() if i not in superseded)
     return next((page for page in holding if subject and page.metadata["subject"] == subject), None)
@@ -179,9 +171,7 @@ def _number(page_id: str) -> int:
     return int(page_id.rpartition("_")[2])
 
 
-def entered(
-    made: Sequence[MemoryPage], before: Derived, derived: Derived, turn: int
-) -> list[PageMutation]:
+def entered(made: Sequence[MemoryPage], before: Derived, derived: Derived, turn: int) -> list[PageMutation]:
     """The table's change from `before`: the new pages stand in the window until the plan says otherwise (an
     index serves the manifest); claims that others took the place of leave it, and so do those that are not kept
     any more."""
@@ -219,9 +209,7 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(Closing).decode
 
 
-def encode_closing(
-    root: bytes, made: Sequence[MemoryPage], end: int, max_claims: int
-) -> bytes:
+def encode_closing(root: bytes, made: Sequence[MemoryPage], end: int, max_claims: int) -> bytes:
     return _pack(Closing(root, [page.model_dump(mode="json") for page in made], end, max_claims))
 
 

@@ -41,9 +41,7 @@ class Piece:
     ours: bool = False
 
 
-def formed(
-    head: Sequence[bytes], text: str, role: str, pieces: Sequence[Piece], form: Form
-) -> list[bytes]:
+def formed(head: Sequence[bytes], text: str, role: str, pieces: Sequence[Piece], form: Form) -> list[bytes]:
     """The messages: the client's system messages (`head`) and the memory's `text`, which is a message
     of `role` where it stands alone, then `pieces`."""
     if form.several:

@@ -80,14 +80,9 @@ def chain(body: Body, identity: Identity, tenant: TenantKey) -> tuple[Sequence[N
 
 
 def place(
-    nodes: Sequence[Node],
-    anchors: list[Anchor],
-    tenant: TenantKey,
-    library: Library,
-    frame: bytes,
-    session_key: bytes | None,
-    reattach: bool,
-) -> Place:
+    nodes: Sequence[Node], anchors: list[Anchor], tenant: TenantKey, library: Library, frame: bytes,
+    session_key: bytes | None, reattach: bool,
+) -> Place:  # fmt: skip
     """Place the client's `nodes` (a path from the root, not empty) on the path they belong to.
 
     `frame` is `Identity.frame` of the request; `session_key` that of a session of new messages. LookupError and
@@ -171,9 +166,7 @@ def _agreement(path: Sequence[Node], nodes: Sequence[Node]) -> tuple[int, int]:
     return newest if newest[1] or not begins else (0, 1)
 
 
-def _join(
-    path: Sequence[Node], start: int, length: int, whole: Place, library: Library, sent: Sent
-) -> Place:
+def _join(path: Sequence[Node], start: int, length: int, whole: Place, library: Library, sent: Sent) -> Place:
     """The request's messages agree with path[start : start + length]; the rest of them follows there."""
     nodes = whole.path
     shared = [
@@ -213,9 +206,7 @@ def _trimmed(whole: Place, tenant: TenantKey, library: Library, frame: bytes) ->
     return _join(path, start, last + 1, whole, library, Sent(frame, start, moves))
 
 
-def _ending(
-    nodes: Sequence[Node], tenant: TenantKey, library: Library, frame: bytes
-) -> Record | None:
+def _ending(nodes: Sequence[Node], tenant: TenantKey, library: Library, frame: bytes) -> Record | None:
     """The delivered answer of this frame that `nodes` end with and whose path they are the end of,
     with something before them; None also when there are two."""
     ids = library.get(library.identity.pair(tenant, nodes[-2].content, nodes[-1].content)) or b""

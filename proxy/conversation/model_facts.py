@@ -77,9 +77,7 @@ class Capabilities:
         return min(int((self.window_tokens or 0) * _GROWTH), self.refused_tokens - 1)
 
 
-def capabilities(
-    override: Mapping[str, Any], learned: Mapping[str, Any], assumed: Mapping[str, Any]
-) -> Capabilities:
+def capabilities(override: Mapping[str, Any], learned: Mapping[str, Any], assumed: Mapping[str, Any]) -> Capabilities:
     """The mappings are of field names; None in an override means that it says nothing."""
     known = {**assumed, **learned, **{k: v for k, v in override.items() if v is not None}}
     facts = {one.name: known[one.name] for one in fields(Capabilities) if known.get(one.name) is not None}
@@ -105,9 +103,7 @@ class Model:
     """What this turn knows of its model, changed by refusals; for a request with the top-level fields
     `decoded`. `learned` are the new facts."""
 
-    def __init__(
-        self, capabilities: Capabilities, limits: Limits, decoded: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, capabilities: Capabilities, limits: Limits, decoded: Mapping[str, Any]) -> None:
         self.capabilities = capabilities
         self.limits = limits
         self.max_tokens = next(iter(answer_limits(decoded).values()), None)
@@ -137,8 +133,7 @@ class Model:
             several = self.limits.developer_role == "developer"
         alone = known.alternate or not known.system_role
         return Form(
-            several and not alone, known.mid_system is not False and known.system_role,
-            known.system_role, alone,
+            several and not alone, known.mid_system is not False and known.system_role, known.system_role, alone
         )  # fmt: skip
 
     def shrink(self, refused: Refused, counted_tokens: int, seen: Seen) -> bool:

@@ -87,16 +87,10 @@ class Sieve:
     text's tokens; `talked`: see `calls_in`."""
 
     def __init__(
-        self,
-        channel: Channel | None,
-        hold_tokens: int,
-        hold_ms: float,
-        hold_text: bool,
-        include_usage: bool,
-        count: Callable[[str], int],
-        talked: Callable[[], bool] = lambda: False,
+        self, channel: Channel | None, hold_tokens: int, hold_ms: float, hold_text: bool, include_usage: bool,
+        count: Callable[[str], int], talked: Callable[[], bool] = lambda: False,
         event_limit_bytes: int = EVENT_LIMIT_BYTES,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._channel = channel
         self._talked = talked
         self._hold_tokens = hold_tokens
@@ -383,9 +377,7 @@ class Sieve:
         else:
             self._vm_called = True
 
-    def _send_call(
-        self, event: Event | None, chunk: Chunk, call: _Call, delta: Chunk, out: list[bytes]
-    ) -> None:
+    def _send_call(self, event: Event | None, chunk: Chunk, call: _Call, delta: Chunk, out: list[bytes]) -> None:
         if delta.get("index") != call.out or bool(_delta(chunk).get("role")) is self._role_sent:
             event = None  # it needs another number, or the one role that a stream has
         calls = [{**delta, "index": call.out}]

@@ -76,9 +76,7 @@ class _Found(NamedTuple):
     calls: list[Spoken]
 
 
-def calls_in(
-    text: str, channel: Channel, talked: Callable[[], bool] = lambda: False
-) -> list[Spoken] | None:
+def calls_in(text: str, channel: Channel, talked: Callable[[], bool] = lambda: False) -> list[Spoken] | None:
     """The VM calls that a round's whole text is; [] when it is a call that cannot be read; None for an
     answer. `talked`: the conversation itself speaks of the tools by name, asked only where that matters.
     """

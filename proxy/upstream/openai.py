@@ -60,7 +60,10 @@ class _Connector(aiohttp.TCPConnector):
     """A pool that tells the task that asked whether its connection has served before."""
 
     async def connect(
-        self, req: aiohttp.ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[aiohttp.tracing.Trace],
+        timeout: aiohttp.ClientTimeout,
     ) -> Connection:
         connection = await super().connect(req, traces, timeout)
         state = vars(connection.protocol)
@@ -69,7 +72,9 @@ class _Connector(aiohttp.TCPConnector):
         return connection
 
 
-    async def _wrap_create_connection(self, *args: Any, **kwargs: Any) -> tuple[asyncio.Transport, ResponseHandler]:
+    async def _wrap_create_connection(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
         factory, *more = args
         made: Any = await super()._wrap_create_connection(lambda: _Sips(factory()), *more, **kwargs)
         return made[0], made[1].handler
@@ -103,7 +108,9 @@ class _Body(BytesPayload):
         self._value = value
         self._size = len(value)
 
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+    async def write_with_length(
+        self, writer: AbstractStreamWriter, content_length: int | None
+    ) -> None:
         # aiohttp joins the request head with the first write: not with a copy of megabytes.
         value = self._value
         if len(value) <= _UNBUFFERED_BYTES:
@@ -117,7 +124,9 @@ class _Body(BytesPayload):
 class HttpReply(Reply):
     """A `Reply` over one connection; reading its end gives the connection back to the pool."""
 
-    def __init__(self, response: aiohttp.ClientResponse, drops: frozenset[bytes], turns: asyncio.Lock) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, drops: frozenset[bytes], turns: asyncio.Lock
+    ) -> None:
         self.status = response.status
         self._turns = turns
         self._response = response
@@ -159,7 +168,13 @@ class OpenAIUpstream(Upstream):
         self._turns = asyncio.Lock()  # of all replies
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
 
-    async def chat(self, body: bytes, headers: Sequence[Header], query: bytes = b"", path: str = CHAT_PATH) -> Reply:
+    async def chat(
+        self,
+        body: bytes,
+        headers: Sequence[Header],
+        query: bytes = b"",
+        path: str = CHAT_PATH,
+    ) -> Reply:
         pairs = self._headers(headers, _CHAT_DROPS)
         pairs.append(("Accept-Encoding", "identity"))
         url = chat_url(self._base_url, path)
@@ -174,7 +189,12 @@ class OpenAIUpstream(Upstream):
         return HttpReply(response, _CHAT_REPLY_DROPS, self._turns)
 
     async def forward(
-        self, method: str, path: str, query: bytes, headers: Sequence[Header], body: AsyncIterator[bytes] | None
+        self,
+        method: str,
+        path: str,
+        query: bytes,
+        headers: Sequence[Header],
+        body: AsyncIterator[bytes] | None,
     ) -> Reply:
         url = forward_url(self._base_url, path).replace("#", "%23")
         if query:
@@ -192,9 +212,14 @@ class OpenAIUpstream(Upstream):
         self._sessions.clear()
 
     async def _request(
-        self, method: str, url: str, pairs: list[tuple[str, str]], body: _Body | AsyncIterator[bytes] | None, *,
+        self,
+        method: str,
+        url: str,
+        pairs: list[tuple[str, str]],
+        body: _Body | AsyncIterator[bytes] | None,
+        *,
         decode: bool,
-    ) -> aiohttp.ClientResponse:  # fmt: skip
+    ) -> aiohttp.ClientResponse:
         target = URL(url, encoded=True)
         proxy, proxy_headers = None, None
         if self._proxy is not None:
@@ -205,9 +230,16 @@ class OpenAIUpstream(Upstream):
                 else:
                     pairs.append(("Proxy-Authorization", authorization))
         send = partial(
-            aiohttp.ClientSession.request, method=method, url=target, headers=pairs, data=body, allow_redirects=False,
-            auto_decompress=decode, proxy=proxy, proxy_headers=proxy_headers,
-        )  # fmt: skip
+            aiohttp.ClientSession.request,
+            method=method,
+            url=target,
+            headers=pairs,
+            data=body,
+            allow_redirects=False,
+            auto_decompress=decode,
+            proxy=proxy,
+            proxy_headers=proxy_headers,
+        )
         _reused.set(False)
         try:
             return await send(self._session(keep=True))
@@ -221,7 +253,9 @@ class OpenAIUpstream(Upstream):
             return self._sessions[keep]
         session = self._sessions[keep] = aiohttp.ClientSession(
             connector=_Connector(
-                limit=self._max_connections, force_close=not keep, keepalive_timeout=_KEEPALIVE_S if keep else None
+                limit=self._max_connections,
+                force_close=not keep,
+                keepalive_timeout=_KEEPALIVE_S if keep else None,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),  # one client's cookies are not another's
             auto_decompress=False,
