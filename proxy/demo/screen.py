@@ -196,8 +196,9 @@ def gauge_text(report: TurnReport) -> str:
     return f"{report.used_tokens:,} of {report.budget_tokens:,} tokens"
 
 
-def _gauge(used: int, budget: int, high: float | None, width: int = 44) -> Text:
+def _gauge(used: int, budget: int, high: float | None) -> Text:
     """A bar with a mark at the share `high`; None: nothing happens at any mark."""
+    width = 44
     filled = min(width, round(width * used / budget)) if budget else 0
     mark = width if high is None else min(width - 1, round(width * high))
     bar = Text()

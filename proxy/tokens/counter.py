@@ -217,15 +217,13 @@ def _unsigned(call_id: Any) -> Any:
     return call_id.partition(_SIGNED)[0] if isinstance(call_id, str) else call_id
 
 
-def tokens_upper_bound(body: bytes, counter: TokenCounter | None = None) -> int:
+def tokens_upper_bound(body: bytes, counter: TokenCounter) -> int:
     """A count that a request body can never exceed, without parsing it.
 
     Every token of text has at least one byte, and so has all overhead of a message with a role; a
     medium costs at most `largest_medium` more, `tools` and `functions` the provider's own words.
-    Without a counter, of the most expensive family.
     """
-    rule = counter.images if counter else image_rule("gpt-4o-mini")
-    other = largest_medium(rule)
+    other = largest_medium(counter.images)
     words = _MEDIUM_WORD.findall(body)
     images = words.count(b"image")
     others = len(words) - images
@@ -233,8 +231,7 @@ def tokens_upper_bound(body: bytes, counter: TokenCounter | None = None) -> int:
         others += len(_ESCAPED_LETTER.findall(body))
     # The words of an answer's sound count three times: as text, and as two tokens a character.
     spoken = 3 if others and (b'"transcript"' in body or b"\\u00" in body) else 1
-    overhead = 2 * (counter.tools_overhead if counter else _tool_rule("claude").overhead)
-    return len(body) * spoken + images * rule.max_tokens + others * other + overhead
+    return len(body) * spoken + images * counter.images.max_tokens + others * other + 2 * counter.tools_overhead
 
 
 @lru_cache(maxsize=64)
