@@ -55,7 +55,6 @@ from typing import NamedTuple
 
 import msgspec
 import zstandard
-from cachetools import LRUCache
 
 from proxy import keys
 from proxy.conversation.bill import Account
@@ -326,7 +325,7 @@ class StoredPath(Sequence[Node]):
         self._get, self._get_block, self._identity = get, blocks_of(owner_of(head.id), get_block), identity
         self._newest = [head]  # the newest records, back to the last with a leaf or further
         self._nodes: dict[int, Node] = {}
-        self._leaves: LRUCache[bytes, _Leaf] = LRUCache(_KEPT_LEAVES)  # that were decoded
+        self._leaves: dict[bytes, _Leaf] = {}  # that were decoded, the last few
 
     def __len__(self) -> int:
         return self._end
@@ -378,6 +377,8 @@ class StoredPath(Sequence[Node]):
     def _leaf(self, ref: bytes) -> _Leaf | None:
         leaf = self._leaves.get(ref)
         if leaf is None and (leaf := _leaf(ref, self._get_block)) is not None:
+            if len(self._leaves) >= _KEPT_LEAVES:
+                del self._leaves[next(iter(self._leaves))]
             self._leaves[ref] = leaf
         return leaf
 

@@ -84,23 +84,7 @@ class Dashboard:
             return self._page("error.html", who, status, title="Not found" if status == 404 else "Not shown", message=message)
 
     def mount(self, app: FastAPI) -> None:
-        views, vm = self._vm.views, self._vm
-
-        def asker(request: Request) -> Who:
-            try:
-                return vm.who(request)
-            except ApiError as error:
-                if error.status != 401:
-                    raise
-                raise _NotSignedIn(request.url.path) from None
-
-        @app.exception_handler(_NotSignedIn)
-        async def sign_in(request: Request, error: Exception) -> Response:
-            if request.headers.get("hx-request"):
-                return Response(status_code=401, headers={"hx-redirect": "/vm/ui/login"})
-            return RedirectResponse(f"/vm/ui/login?next={quote(str(error))}", 303)
-
-        Asker = Depends(asker)
+        views, vm, Asker = self._vm.views, self._vm, Depends(self._add_sign_in(app))
 
         @app.get("/vm/ui/static/{name}", include_in_schema=False)
         async def static(name: str) -> Response:
@@ -183,6 +167,23 @@ class Dashboard:
             vm.memory.renew()
             return self._page("forgotten.html", who, receipt=done.told())
 
+    def _add_sign_in(self, app: FastAPI) -> Callable[[Request], Who]:
+        """Who asks for a page; who is not known is shown where to sign in."""
+
+        def asker(request: Request) -> Who:
+            try:
+                return self._vm.who(request)
+            except ApiError as error:
+                if error.status != 401:
+                    raise
+                raise _NotSignedIn(request.url.path) from None
+
+        @app.exception_handler(_NotSignedIn)
+        async def sign_in(request: Request, error: Exception) -> Response:
+            if request.headers.get("hx-request"):
+                return Response(status_code=401, headers={"hx-redirect": "/vm/ui/login"})
+            return RedirectResponse(f"/vm/ui/login?next={quote(str(error))}", 303)
+
         @app.get("/vm/ui/login", include_in_schema=False)
         async def login_form(next: str = "") -> Response:
             return self._page("login.html", None, next=next, wrong=False)
@@ -194,6 +195,8 @@ class Dashboard:
             answer = RedirectResponse("/vm/ui/login", 303)
             answer.delete_cookie(COOKIE, path="/vm")
             return answer
+
+        return asker
 
     async def _login(self, request: Request) -> Response:
         body = b""
