@@ -22,7 +22,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from cachetools import LRUCache
 
 from proxy import keys
 from proxy.api.memory import Memory
@@ -87,11 +86,11 @@ class ModelFacts:
         self._memory = memory
         self._upstream = upstream
         self._lists_count = config.upstream.provider == "openai" and config.tiers.l0.tokens == "auto"
-        self._lists: LRUCache[bytes, _List] = LRUCache(_LISTS)
+        self._lists: dict[bytes, _List] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._capabilities = lru_cache(_MODELS)(self._known)
-        self._seen: LRUCache[bytes, Seen] = LRUCache(_SEEN_MODELS)
-        self._doubted: LRUCache[bytes, int] = LRUCache(_SEEN_MODELS)  # windows that one refusal of the moment made probable
+        self._seen: dict[bytes, Seen] = {}
+        self._doubted: dict[bytes, int] = {}  # windows that one refusal of the moment made probable
         host = urlsplit(config.upstream.base_url).hostname or ""
         self._cache_key = config.upstream.provider == "openai" and host in _KNOWN_HOSTS
 
@@ -124,17 +123,17 @@ class ModelFacts:
         a refusal of the moment, in a window of `doubted_tokens`."""
         key = scope + model.encode()
         if tokens >= LARGE_TOKENS and tokens > self._seen.get(key, _NOTHING_SEEN).passed_tokens:
-            self._seen[key] = Seen(tokens)
+            _keep(self._seen, key, Seen(tokens), _SEEN_MODELS)
         if tokens > self._doubted.get(key, 0):
             self._doubted.pop(key, None)
         if doubted_tokens:
-            self._doubted[key] = doubted_tokens
+            _keep(self._doubted, key, doubted_tokens, _SEEN_MODELS)
 
     def failed(self, scope: KeyScope, model: str) -> None:
         """A turn ended with a refusal that nobody can explain."""
         passed, failures, _ = self.seen(scope, model)
         proof_lapses = passed > 0 and failures + 1 >= _FAILURES
-        self._seen[scope + model.encode()] = Seen() if proof_lapses else Seen(passed, failures + 1)
+        _keep(self._seen, scope + model.encode(), Seen() if proof_lapses else Seen(passed, failures + 1), _SEEN_MODELS)
 
     def table(self, scope: KeyScope) -> list[dict[str, Any]]:
         """A row for each model with an override or a lesson of this key, sorted by name.
@@ -197,7 +196,8 @@ class ModelFacts:
         if fresh and listed:
             work = self._look_up(listed, scope, model)
         else:
-            listed = self._lists[scope] = _List(now_s + _AGAIN_AFTER_FAILURE_S)
+            listed = _List(now_s + _AGAIN_AFTER_FAILURE_S)
+            _keep(self._lists, scope, listed, _LISTS)
             work = self._find(listed, scope, model, headers, query)
         task = asyncio.ensure_future(self._memory.beside(work))
         self._tasks.add(task)
@@ -249,3 +249,11 @@ class ModelFacts:
             await self.learn(scope, model, {UPSTREAM_WINDOW: window})
         except StorageError as error:  # the next list says the same
             log.warning("a stated window was not kept: %s", error)
+
+
+def _keep(table: dict[bytes, Any], key: bytes, value: Any, most: int) -> None:
+    """Enter it as the latest of a bounded table, which threads may read."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > most:
+        del table[next(iter(table))]
