@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
@@ -47,7 +46,7 @@ class Renditions:
     """One per process; `memory` keeps them, as the bytes of artifacts."""
 
     def __init__(self, config: Config, memory: Memory, decoders: Decoders | None = None) -> None:
-        self._memory = memory
+        self.memory = memory
         self._decoders = Decoders(config) if decoders is None else decoders
         self._wait_s = config.decoders.wait_s
         self._killed: LRUCache[bytes, bool] = LRUCache(_KILLED)
@@ -67,11 +66,6 @@ class Renditions:
         """A new request's."""
         return Patience(self._wait_s)
 
-    @property
-    def identity(self) -> Identity:
-        """Another one whenever something was erased."""
-        return self._memory.identity
-
     async def load(
         self, tenant: TenantKey, effect: Load, pages: PathPages, patience: Patience | None = None,
         identity: Identity | None = None,
@@ -86,7 +80,7 @@ class Renditions:
             return page
         if pages.medium(effect.page_id) is not None:
             told, patience = await self._told(pages.owner, page), patience or self.patience()
-            return await self._medium(tenant, told, level, pages, patience, identity or self.identity)
+            return await self._medium(tenant, told, level, pages, patience, identity or self.memory.identity)
         in_words = self._written_by_models and page.page_type is PageType.TRANSCRIPT
         for source in range(level, -1, -1) if in_words else ():
             written = await self.find(pages.owner, page, CompressionLevel(source), WRITTEN)
@@ -101,7 +95,7 @@ class Renditions:
         codec, version, data = await asyncio.to_thread(_coded, page, level)
         kind = f"shown/{pages.counter.name}"  # smaller by one model's rule, not by another's
         key = identity.rendition(pages.owner, version, int(level), kind)
-        made: MemoryPage | None = self._memory.cache.get("rendition", key)
+        made: MemoryPage | None = self.memory.cache.get("rendition", key)
         if made is None:
             decoded: dict[str, Any] | None = {}
             if codec is not None:
@@ -110,7 +104,7 @@ class Renditions:
             about = {**page.metadata, DECODED: decoded or {}}
             made = await asyncio.to_thread(pages.shown, page.model_copy(update={"metadata": about}), level)
             if decoded is not None:
-                self._memory.cache.put("rendition", key, made, len(json_text(made.content)))
+                self.memory.cache.put("rendition", key, made, len(json_text(made.content)))
         return made.model_copy(update={"page_id": page.page_id, "provenance": page.provenance})
 
     async def _decoded(
@@ -131,7 +125,7 @@ class Renditions:
                     if decoded is None:
                         return None
                     page = MemoryPage(page_id=DECODED, content=decoded)
-                    self._memory.cache.put("rendition", key, page, len(json_text(decoded)))
+                    self.memory.cache.put("rendition", key, page, len(json_text(decoded)))
                     await self._keep(key, page, identity)
                 content: dict[str, Any] = page.content
                 return content
@@ -158,9 +152,9 @@ class Renditions:
         return found.model_copy(update=update)
 
     async def _found(self, key: bytes) -> MemoryPage | None:
-        found: MemoryPage | None = self._memory.cache.get("rendition", key)
+        found: MemoryPage | None = self.memory.cache.get("rendition", key)
         if found is None:
-            artifact = self._memory.get(key)
+            artifact = self.memory.get(key)
             if artifact is None:
                 return None
             try:
@@ -168,7 +162,7 @@ class Renditions:
             except ArtifactError as error:
                 log.warning("a smaller version of a page is made again: %s", error)
                 return None
-            self._memory.cache.put("rendition", key, found, len(str(found.content)))
+            self.memory.cache.put("rendition", key, found, len(str(found.content)))
         return found
 
     async def keep(
@@ -176,20 +170,16 @@ class Renditions:
     ) -> None:
         """Store a rendition of `page`; a failure is logged, and it will be made again. `identity`: what the page was read
         with."""
-        await self._keep(self._key(owner, page, made.compression_level, kind), made, identity or self.identity)
+        await self._keep(self._key(owner, page, made.compression_level, kind), made, identity or self.memory.identity)
 
     async def _keep(self, key: bytes, made: MemoryPage, identity: Identity) -> None:
         try:
-            await self._memory.keep(keys.owner(key), identity, [(key, encode_page(made))])
+            await self.memory.keep(keys.owner(key), identity, [(key, encode_page(made))])
         except (ArtifactError, StorageError) as error:
             log.warning("a smaller version of a page cannot be kept: %s", error)
 
-    def beside(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
-        """As `Memory.beside`."""
-        return self._memory.beside(work)
-
     def _key(self, owner: bytes, page: MemoryPage, level: CompressionLevel, kind: str) -> bytes:
-        return self._memory.identity.rendition(owner, page.version, int(level), kind)
+        return self.memory.identity.rendition(owner, page.version, int(level), kind)
 
 
 def _coded(page: MemoryPage, level: CompressionLevel) -> tuple[Codec | None, str, bytes]:

@@ -103,9 +103,9 @@ class Writer:
                 self.dropped += 1
                 continue
             self._waiting.add(key)
-            self._queue.put_nowait(Job(pages.owner, page, level, limit_tokens, prompt, kept, counter, self._renditions.identity))
+            self._queue.put_nowait(Job(pages.owner, page, level, limit_tokens, prompt, kept, counter, self._renditions.memory.identity))
         while len(self._workers) < self._config.max_jobs and not self._queue.empty():
-            self._workers.append(asyncio.ensure_future(self._renditions.beside(self._work())))
+            self._workers.append(asyncio.ensure_future(self._renditions.memory.beside(self._work())))
 
     @property
     def waiting(self) -> int:
@@ -178,7 +178,7 @@ class Writer:
 
     async def _serve(self, job: Job) -> None:
         """Write, unless it was written before: an epoch shows its pages again and again."""
-        if job.identity is not self._renditions.identity:
+        if job.identity is not self._renditions.memory.identity:
             return  # something was erased since, perhaps of this
         if await self._renditions.find(job.owner, job.page, job.level, WRITTEN) is not None:
             return

@@ -83,6 +83,8 @@ class Tiered:
 
     def __init__(self, engine: Store, l3: Objects | None, l4: Objects | None, tiers: TiersConfig) -> None:
         self.engine, self.l3, self.l4 = engine, l3, l4
+        self.where, self.look, self.secret = engine.where, engine.look, engine.secret
+        self.size_bytes, self.check, self.close = engine.size_bytes, engine.check, engine.close
         self._large_bytes = tiers.l3.min_bytes
         self._cache = Cache(tiers.l4.cache_bytes // BYTES_PER_TOKEN)  # of packs' parts
         self._known: TTLCache[bytes, tuple[bytes, ...]] = TTLCache(_KNOWN_ARCHIVES, tiers.demotion_s / 2)
@@ -92,10 +94,6 @@ class Tiered:
         self._damaged = Damages()
 
     # -- the engine's own
-
-    @property
-    def where(self) -> str:
-        return self.engine.where
 
     @property
     def trouble(self) -> str | None:
@@ -137,27 +135,12 @@ class Tiered:
             if (request := scope()) is not None:
                 request.found.pop(ARCHIVE + owner, None)
 
-    def size_bytes(self) -> int:
-        return self.engine.size_bytes()
-
     @property
     def erased(self) -> int:
         return self.engine.erased
 
-    def look(self) -> None:
-        self.engine.look()
-
-    def secret(self) -> bytes:
-        return self.engine.secret()
-
     async def scrub(self) -> None:
         await self.engine.scrub()
-
-    async def check(self, proved_s: float = 0.0) -> None:
-        await self.engine.check(proved_s)
-
-    async def close(self) -> None:
-        await self.engine.close()
 
     def forget(self) -> None:
         """Drop everything that is only cached."""
