@@ -294,7 +294,7 @@ class Admission:
             seen=partial(self._model_facts.seen, scope, model),
             calibration=partial(memory.calibration, scope, model, counter.name, exact),
             now_s=time.time(),
-            cache_key=hashlib.blake2b(root, digest_size=16).hexdigest().encode(),
+            cache_key=partial(_cache_key, root),
             pins=lambda: decode_pins(memory.get(pins_key(root[:OWNER_BYTES]))),
             observed=self._observed,
         )  # fmt: skip
@@ -388,6 +388,10 @@ def _validate(decoded: Mapping[str, Any]) -> None:
 def _is_retry(headers: Sequence[Header]) -> bool:
     """The client's SDK says that it sends this again, because the answer was lost on the way."""
     return any(name == _RETRY_COUNT and value.isdigit() and int(value) > 0 for name, value in headers)
+
+
+def _cache_key(root: bytes) -> str:
+    return hashlib.blake2b(root, digest_size=16).hexdigest()
 
 
 def _is_large(raws: Sequence[bytes]) -> bool:

@@ -45,6 +45,7 @@ _SIGNED = re.compile(r"(?<=[,\s])(?:signature|nonce|cnonce|nc|response|timestamp
 
 _NAME_CHARS = 200  # a longer name is no usual one: it counts, and is not looked into
 _MOST_FIELDS = 256  # of a body, and of its metadata, that are looked at
+_NAMES_CHARS = 1024  # of a body's fields, that are kept
 _USERS, _METADATA = ("user", "safety_identifier"), "metadata."  # wherever they stand
 
 Pair = tuple[str, str]
@@ -75,6 +76,12 @@ def _kind_of(name: str | bytes) -> str | None:
     if _PERSON.search(name):
         return "person"
     return "credential" if _AUTH.search(name) else None
+
+
+@lru_cache(maxsize=256)
+def _personal(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a body's fields those that tell its user; most bodies have the same."""
+    return tuple(name for name in dict.fromkeys(names) if _kind(name) == "person")
 
 
 def caller(
@@ -112,11 +119,9 @@ def with_body(caller: Caller, body: Mapping[str, Any]) -> Caller:
     its session. The names of top-level fields that speak of keys and tokens are the API's own."""
     metadata = body.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    told = [
-        (name, str(value))
-        for name in dict.fromkeys((*islice(body, _MOST_FIELDS), *_USERS))
-        if _kind(name) == "person" and (value := body.get(name)) is not None
-    ]
+    names = (*islice(body, _MOST_FIELDS), *_USERS)
+    personal = _personal if sum(map(len, names)) < _NAMES_CHARS else _personal.__wrapped__
+    told = [(name, str(value)) for name in personal(names) if (value := body.get(name)) is not None]
     told += [
         (f"metadata.{name}", str(value))
         for name, value in islice(metadata.items(), _MOST_FIELDS)

@@ -52,7 +52,7 @@ class TurnContext:
     seen: Callable[[], Seen] = Seen  # asked only after a refusal
     calibration: Callable[[], Calibration] | None = None  # of the model's bills, as it is stored now
     now_s: float = 0.0  # Unix time: of the request, and for what upstream lets expire
-    cache_key: bytes | None = None  # the conversation's prompt_cache_key, where the client has none
+    cache_key: Callable[[], str] | None = None  # the conversation's prompt_cache_key, where the client has none
     changes: Sequence[PageMutation] = ()  # a library's caller's pins and importances, for the log
     pins: Callable[[], Sequence[Pin]] = tuple  # a person's; asked only when the turn pages
     observed: bool = True  # somebody reads the report's page lists

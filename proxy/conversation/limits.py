@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from proxy.memory.models import VMMode
@@ -43,22 +43,18 @@ class Limits:
     cached_price: float = 0.1  # of a token that upstream has cached, where a new one is 1.0
     tokens_factor: float = 1.0  # what upstream bills for a token as it is counted here
     answer_beside: bool = False  # the answer takes what the model's window has beyond L0, as far as that is known
+    # These follow from the others: what the answer has beside L0; what L0 keeps for it, which is all of its reserve that
+    # has no room there; what a whole upstream request may count, which is L0 less that.
+    beside_tokens: int = field(init=False)
+    reserve_tokens: int = field(init=False)
+    budget_tokens: int = field(init=False)
 
-    @property
-    def beside_tokens(self) -> int:
-        """What the answer has beside L0."""
-        known = self.answer_beside and self.window_known
-        return max(0, self.window_tokens - self.working_set.max_l0_tokens) if known else 0
-
-    @property
-    def reserve_tokens(self) -> int:
-        """What L0 keeps for the answer: all of its reserve that has no room beside L0."""
-        return max(0, self.working_set.reserved_tokens - self.beside_tokens)
-
-    @property
-    def budget_tokens(self) -> int:
-        """What a whole upstream request may count: L0 less the reserve for the answer."""
-        return self.working_set.max_l0_tokens - self.reserve_tokens
+    def __post_init__(self) -> None:
+        l0_tokens, known = self.working_set.max_l0_tokens, self.answer_beside and self.window_known
+        beside = max(0, self.window_tokens - l0_tokens) if known else 0
+        reserve = max(0, self.working_set.reserved_tokens - beside)
+        for name, tokens in (("beside", beside), ("reserve", reserve), ("budget", l0_tokens - reserve)):
+            object.__setattr__(self, f"{name}_tokens", tokens)
 
     @property
     def evidence_tokens(self) -> int:

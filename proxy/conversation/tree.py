@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NewType, overload
 
@@ -26,6 +27,7 @@ NO_SCOPE = KeyScope(b"")
 
 HASH_BYTES = 16
 ID_BYTES = keys.OWNER_BYTES + HASH_BYTES
+_ROOTS = 1024  # of tenants, that are kept
 _encode = msgspec.json.Encoder(order="sorted").encode
 _COUNTED = threading.Lock()
 
@@ -108,6 +110,8 @@ class Identity:
 
     def __init__(self, secret: bytes, erased: int = 0) -> None:
         self._key = secret
+        self.root = lru_cache(_ROOTS)(self._root)
+        self._no_frame = self._hash(b"frame", b"", b"")
         self.erased = erased  # erasures in the store before it: what is made with these ids knows of them
 
     @property
@@ -129,7 +133,7 @@ class Identity:
         """The scope of what a request presents."""
         return KeyScope(self.tenant(credentials, ""))
 
-    def root(self, tenant: TenantKey) -> bytes:
+    def _root(self, tenant: TenantKey) -> bytes:
         """What the ids of a tenant's first messages are made of."""
         return tenant[: keys.TENANT_BYTES] + self._hash(b"root", tenant[keys.SCOPE_BYTES :])
 
@@ -143,7 +147,7 @@ class Identity:
 
     def frame(self, system: Sequence[bytes], tools: bytes) -> bytes:
         """What stands in front of a history, as written: another frame is another application."""
-        return self._hash(b"frame", *system, b"", tools)
+        return self._hash(b"frame", *system, b"", tools) if system or tools else self._no_frame
 
     def pair(self, tenant: bytes, before: bytes, answer: bytes) -> bytes:
         """The storage key under which nodes with this answer after this message are found; of `tenant` the first

@@ -147,7 +147,6 @@ class Turn:
     def __init__(self, context: TurnContext) -> None:
         place, state = context.place, context.state
         self._context = context
-        self._model = Model(Capabilities(), context.limits, context.decoded)
         self._fixed_tokens = 0 if context.surely_fits else context.fixed_tokens()
         self.path = place.path
         self._answered = answered_by(place.path, place.record)
@@ -221,8 +220,8 @@ class Turn:
         context, place = self._context, self._context.place
         paged = context.state is not None
         whole = place.floor == 0 and (not paged or place.start == 0)
-        if paged or not whole or len(context.body) > LEAST_WINDOW_TOKENS:  # else every model takes it
-            self._model = Model(context.capabilities(), context.limits, context.decoded)
+        small = not paged and whole and len(context.body) <= LEAST_WINDOW_TOKENS  # every model takes it
+        self._model = Model(Capabilities() if small else context.capabilities(), context.limits, context.decoded)
         surely = context.surely_fits and len(context.body) <= self._limits.budget_tokens
         if context.surely_fits and not surely:  # not counted: it was small for the assumed window
             self._fixed_tokens = context.fixed_tokens()
@@ -431,7 +430,7 @@ class Turn:
         if decoded.get("stream") is True and model.stream_usage and not self._many:
             changed.update(stream_options(decoded))
         if model.prompt_cache_key and context.cache_key and "prompt_cache_key" not in fields:
-            changed["prompt_cache_key"] = _json(context.cache_key.decode())
+            changed["prompt_cache_key"] = _json(context.cache_key())
         if self._responses:
             changed.update(answer_budget(decoded, spent_tokens(self._responses, context.counter.message)))
         before, after = around_messages(fields, context.sent.order, changed)

@@ -533,6 +533,8 @@ class DiskStore:
                 writer.execute(PUT, put_row(key, new))
                 present.append(key)
         for key, value in job.joins:
+            if writer.execute(ADD, put_row(key, value)).rowcount:
+                continue  # the first one, as a rule
             old = sound_value(writer, key) or b""
             step = JOIN_VALUE_BYTES
             if not any(old[at : at + step] == value for at in range(0, len(old), step)):
