@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import msgspec
@@ -76,6 +77,8 @@ _TABLE_ENTRY_BYTES = 300
 _TABLE_SHARE = 4  # of L1, 1/4 at most is the cold part of one table: its window has room beside it
 _NODE_BYTES = 200
 _DERIVED_BYTES = 8  # of a page that other states of the conversation refer to as well
+
+_RAW = attrgetter("raw")
 
 log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -361,7 +364,7 @@ class Memory:
         self.cache.put("derived", record.id, derived, _DERIVED_BYTES * (1 + len(derived.pages)))
 
     def keep_window(self, record: Record, window: Window) -> None:
-        size = sum(len(entry.raw) for entry in window.entries) + len(window.developer)
+        size = sum(map(len, map(_RAW, window.entries))) + len(window.developer)
         self.cache.put("window", record.id, window, size)
 
     # -- what is known of models

@@ -22,7 +22,7 @@ class Search:
     queries: Sequence[str | Query]  # each a question of its own
     limit: int
     before: int
-    skip: Callable[[int, int], bool]  # (position, part) that the caller does not want
+    skip: Callable[[int, int], bool] | None = None  # (position, part) that the caller does not want
     # When a position's message was first seen (Unix seconds): for questions about a day. None: it is not known.
     seen_s: Callable[[int], int] | None = None
     # Of what is worth so many `words` (`Hit.words`), the evidence without which no page is wanted. None: any will do.

@@ -8,6 +8,7 @@ the epoch where that is cheaper (`stays`).
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import name
 
@@ -82,9 +83,9 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         return line.tokens
 
     prefetcher = Prefetcher(turn.limits.prefetch_pages, room, asks(turn.query), alone=not turn.channel.listed)
-    best, candidates, proven = 0.0, list[Candidate](), False  # the best of what is in the window
+    best, candidates, least = 0.0, list[Candidate](), -inf  # the best of what is in the window
     for hit in hits:
-        if proven and hit.score < prefetcher.fall * candidates[0].score:
+        if hit.score < least:
             break  # what is worse is left out, and raises nothing
         page_id = turn.pages.id_of(hit.position, hit.part)
         resident = turn.table.in_window(page_id)
@@ -94,7 +95,8 @@ def choose(turn: TurnWindow, left_tokens: int) -> Generator[Effect, Any, list[Sh
         entry = turn.table.lookup(page_id)
         if entry is not None and hit.part < MEDIA_PART:  # a medium is shown when it is asked for: its words are there
             candidates.append(Candidate(page_id, hit.score, hit.evidence, entry.size_tokens, hit.words))
-            proven = proven or hit.evidence >= prefetcher.least_evidence
+            if least < 0 and hit.evidence >= prefetcher.least_evidence:
+                least = prefetcher.fall * candidates[0].score
     prefetcher.choose(candidates, price, best)
     return sorted(shown.values())
 
@@ -147,7 +149,7 @@ def _search(turn: TurnWindow, limit: int) -> Search:
     earlier = [pages[position].own_text for position in range(max(0, newest - EARLIER_MESSAGES), newest)]
     seen_s = Timeline(pages, newest, turn.context).seen_s
     queries, least = search_queries(turn.query, earlier), None if asks(turn.query) else told_evidence
-    return Search(queries, limit, newest, lambda position, part: False, seen_s, least)
+    return Search(queries, limit, newest, None, seen_s, least)
 
 
 def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: int) -> Shown | None:

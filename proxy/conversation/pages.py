@@ -200,7 +200,9 @@ class MessagePages:
     def parts(self) -> list[str]:
         """Its text, then its notes', cut into pages when that is too large for one."""
         if self._parts is None:
-            text = "\n\n".join(filter(None, (self.own_text, *map(note_text, self.notes))))
+            text = self.own_text
+            if self.notes:
+                text = "\n\n".join(filter(None, (text, *map(note_text, self.notes))))
             small = len(text) <= self._how.page_tokens or self._is_small()
             self._parts = [text] if small else self._cut(text)
         return self._parts

@@ -314,10 +314,11 @@ class TurnWindow:
 
     def _continued(self, before: Window, end: int, anchors_until: int) -> Window:
         first = before.covered
-        placed = sum((e.kind, e.position) == (SYSTEM, first) for e in before.entries)
-        here = sum(anchor.position == first for anchor in self.context.place.anchors)
         entries = self._entries(first, end, anchors_until)
-        return before.append(entries[min(placed, here) :], end)
+        if here := sum(anchor.position == first for anchor in self.context.place.anchors):
+            placed = sum((e.kind, e.position) == (SYSTEM, first) for e in before.entries)
+            entries = entries[min(placed, here) :]
+        return before.append(entries, end)
 
     def _entries(self, first: int, last: int, anchors_until: int) -> list[Entry]:
         context = self.context
@@ -531,7 +532,7 @@ class TurnWindow:
     def newest_entry(self) -> Entry | None:
         """The newest message, when it stands in the window in its own role."""
         last = len(self.pages.path) - 1
-        return next((e for e in self.window.entries if e.position == last and e.kind == NATIVE), None)
+        return next((e for e in reversed(self.window.entries) if e.position == last and e.kind == NATIVE), None)
 
     # -- room
 

@@ -10,6 +10,7 @@ back byte for byte.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -26,6 +27,9 @@ VM = 2  # a message of the fault loop: the model's VM calls, or a result
 MIXED = 3  # the model's own message with both VM calls and the client's, in place of its echo
 KEPT = 4  # media kept from older turns, in a user message: a developer message takes only text; or
 # the user message that a log begins with whose first message of the client's is an answer
+
+
+_KIND, _RAW = attrgetter("kind"), attrgetter("raw")
 
 
 class Entry(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, gc=False):
@@ -88,7 +92,9 @@ class Window(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     def replaced(self, old: Entry, new: Entry) -> Window:
         """The log with another entry in the place of one."""
-        entries = tuple(new if entry is old else entry for entry in self.entries)
+        entries = self.entries
+        at = next(i for i in range(len(entries) - 1, -1, -1) if entries[i] is old)  # near the end, as a rule
+        entries = (*entries[:at], new, *entries[at + 1 :])
         return msgspec.structs.replace(self, entries=entries, tokens=self.tokens + new.tokens - old.tokens)
 
     def recount(self, counter: TokenCounter) -> Window:
@@ -177,6 +183,8 @@ def differs_at(
     client that always has one there moves it along.
     """
     covered = before.covered
+    if not anchors and SYSTEM not in map(_KIND, before.entries):
+        return None
     native = {e.position for e in before.entries if e.kind in (NATIVE, MIXED)}
     sent = [(e.position, e.said) for e in before.entries if e.kind == SYSTEM and e.position > start]
     now = [
@@ -214,7 +222,7 @@ def render(
         pieces = _as_text(window.entries)
     elif form.several:  # each message as it is
         own = [_json({"role": role, "content": window.developer})] if window.developer else []
-        return b"[" + b",".join([*system, *own, *(entry.raw for entry in window.entries)]) + b"]"
+        return b"[" + b",".join([*system, *own, *map(_RAW, window.entries)]) + b"]"
     else:
         pieces = [Piece(entry.raw, entry.kind == KEPT) for entry in window.entries]
     return b"[" + b",".join(formed(system, window.developer, role, pieces, form)) + b"]"

@@ -6,12 +6,15 @@ are the parts of one too large for a page; from MEDIA_PART on it is a medium.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from proxy.media.parts import Kind
 from proxy.memory.models import MEDIA_PART, Modality
 
 _MAX_ID_DIGITS = 9
+_MAX_ID_CHARS = 32  # no id is longer
+_PARSED = 8192  # ids, kept with their places: a turn asks for each of its pages several times
 
 
 class MediaKind(NamedTuple):
@@ -80,6 +83,11 @@ def parse_page_id(text: str) -> tuple[int, int] | None:
     """(position, part) of a message's or a medium's page id, leading zeros optional; a medium's part
     is MEDIA_PART + its number. None for other strings, derived pages included.
     """
+    return _parsed(text) if len(text) <= _MAX_ID_CHARS else None
+
+
+@lru_cache(_PARSED)
+def _parsed(text: str) -> tuple[int, int] | None:
     if text.startswith("msg_"):
         number, mark, part = text[4:].partition(".")
         first = 0

@@ -31,6 +31,8 @@ def message_text(message: Mapping[str, Any], media: Mapping[int, str] = _NO_NAME
     pieces = []
     content = message.get("content")
     if isinstance(content, str):
+        if len(message) == 2 and "role" in message:  # most are no more than that
+            return content
         pieces.append(content)
     elif isinstance(content, list):
         pieces.extend(_part_text(part, media.get(i, "")) for i, part in enumerate(content))

@@ -95,10 +95,7 @@ _PAGES_AT_ONCE = 256  # whose words are learned together
 class _Term(NamedTuple):
     text: str
     rows: array[int]  # its postings
-
-    @property
-    def docs(self) -> int:
-        return len(self.rows)
+    docs: int  # as many
 
 
 _Postings: TypeAlias = "array[int] | int"  # a term's; of most terms, which stand on one page, the one posting alone (0: there is none)
@@ -507,7 +504,8 @@ class PageIndex:
     def _lookup(self, terms: Sequence[str]) -> list[_Term]:
         """The rarest terms that stand anywhere, ordered by rarity."""
         numbers = ((text, self._ids.get(text)) for text in terms)
-        found = [_Term(text, self._rows(n)) for text, n in numbers if n is not None and self._postings[n]]
+        rows = ((text, self._rows(n)) for text, n in numbers if n is not None and self._postings[n])
+        found = [_Term(text, postings, len(postings)) for text, postings in rows]
         found.sort(key=lambda term: (term.docs, term.text))
         return found[:QUERY_TERMS]
 

@@ -182,7 +182,7 @@ class PathIndexes:
         docs: DocsOf,
         queries: Queries,
         limit: int,
-        skip: Callable[[int, int], bool],
+        skip: Callable[[int, int], bool] | None,
         seen_s: Callable[[int], int] | None = None,
         near: Sequence[Hit] = (),
         least: Callable[[float], float] | None = None,
@@ -198,7 +198,7 @@ class PathIndexes:
         with self._followed(ids, docs, self._encoder) as branch:
             if self._encoder is not None:
                 near = branch.nearest(queries, self._encoder.encode(branch.asked(queries)))
-            near = [hit for hit in near if not skip(hit.position, hit.part)]
+            near = [hit for hit in near if skip is None or not skip(hit.position, hit.part)]
             wide = max(limit, _FUSED) if near else limit
             hits = branch.index.search(queries, wide, skip, seen_s, None if near else least)
         return fuse(hits, near)[:limit]
