@@ -28,7 +28,6 @@ from proxy.api.model_facts import ModelFacts
 from proxy.api.pool import empty
 from proxy.config import Config
 from proxy.conversation.body import (
-    LEAST_BYTES,
     NOT_SEEN,
     Body,
     Fields,
@@ -36,6 +35,7 @@ from proxy.conversation.body import (
     Recognised,
     counted_fields,
     fixed_tokens,
+    is_short,
     recognise,
     remembered,
     split_body,
@@ -152,7 +152,7 @@ class Admission:
         memory.renew()
         identity = memory.identity
         scope = KeyScope(self._tenants(identity, who.credentials, ""))
-        seen = recognise(body, scope, memory.histories) if len(body) >= LEAST_BYTES else NOT_SEEN
+        seen = NOT_SEEN if is_short(body) else recognise(body, scope, memory.histories)
         try:
             split = await self._read(scope, body, seen)
             decoded = Decoded(split.fields, deployment)

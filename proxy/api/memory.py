@@ -301,6 +301,9 @@ class Memory:
             if record_key(record.id) not in known:
                 size = sum(map(len, record.raws)) + len(record.window) + _NODE_BYTES
                 self.cache.put("record", record.id, record, size)
+        for key, value in () if many else puts:  # the next turn looks at them, as a rule
+            if key[:1] == keys.BLOCK:
+                self.cache.put("block", key, value, len(value))
         new = frozenset([record.id for record in records if record_key(record.id) not in known])
         if many:
             await self.pool.run(tenant, empty, effect.puts, records, adds)

@@ -31,7 +31,8 @@ _TOKEN = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTAL
 _SPACE = b" \t\r\n"
 _SKIP = re.compile(rb"[ \t\r\n]*")
 _SYSTEM = re.compile(rb'"role"\s*:\s*"(?:system|developer)"')
-LEAST_BYTES = 2048  # of a body that is looked for; what is smaller is parsed sooner
+_LEAST_BYTES, _LEAST_MESSAGES = 8192, 12  # of a body that is looked for
+_ROLE = b'"role"'
 _ROLE_FIRST = re.compile(rb'\{[ \t\r\n]*"role"[ \t\r\n]*:[ \t\r\n]*"(?!system"|developer"|[^"]*\\)')
 _SMALLEST = 6  # histories are keyed by their first 64, 128, 256 ... bytes
 _MOST_AROUND = 2  # times a history, of a body that is kept for it
@@ -122,6 +123,11 @@ class Recognised(NamedTuple):
 
 
 NOT_SEEN = Recognised(None, None, 0)  # nor will it be: its history is not kept
+
+
+def is_short(body: bytes) -> bool:
+    """It is parsed sooner than looked for."""
+    return len(body) < _LEAST_BYTES and body.count(_ROLE) <= _LEAST_MESSAGES
 
 
 def recognise(body: bytes, scope: KeyScope, cache: HistoryCache) -> Recognised:
