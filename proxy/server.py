@@ -296,12 +296,20 @@ def _usual_door() -> Door:
 
 class _Cycle(RequestResponseCycle):
     """One request and its answer. A head and the body that comes with it are one write: each takes a twentieth of a
-    short turn."""
+    short turn. A piece of a stream is written at once, as long as its client reads."""
 
     async def send(self, message: ASGISendEvent) -> None:
-        if message["type"] == "http.response.start":
+        event: Any = message
+        if event["type"] == "http.response.start":
             self.transport = cast(asyncio.Transport, _HeadFirst(self.transport))
+        elif self.chunked_encoding and event.get("more_body") and (body := event.get("body")) and self._flows:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            return
         await super().send(message)
+
+    @property
+    def _flows(self) -> bool:
+        return not (self.flow.write_paused or self.disconnected or self.response_complete or self.scope["method"] == "HEAD")
 
 
 class _HeadFirst:

@@ -7,7 +7,9 @@ unknown fields included; a stream that only passes keeps every byte.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -104,12 +106,15 @@ class MessageBuilder:
             else:
                 self._merge(self.message, key, value)
 
-    def add_words(self, role: str | msgspec.UnsetType | None, content: str | None) -> None:
-        """A delta with nothing else in it."""
-        if role is not msgspec.UNSET:
-            self.message["role"] = role or "assistant"
-        if content is not None:
-            self._merge(self.message, "content", content)
+    def add_words(self, said: Sequence[_WordsChoice]) -> None:
+        """Deltas with nothing else in them, one behind the other."""
+        words = [one.delta.content for one in said if one.delta.content is not None]
+        if words:
+            self._merge(self.message, "content", "".join(words))
+        for one in said:
+            if one.delta.role is not msgspec.UNSET:
+                self.message["role"] = one.delta.role or "assistant"
+            self.finish_reason = one.finish_reason or self.finish_reason
 
     def call_index(self, call: dict[str, Any]) -> int:
         """Which call a delta belongs to; one without an index goes on with the last, or opens one."""
@@ -272,7 +277,8 @@ class _Words(msgspec.Struct, gc=False):
     error: None = None
 
 
-_decode_words = msgspec.json.Decoder(_Words).decode
+_decode_words = msgspec.json.Decoder(list[_Words]).decode
+_INDEX = attrgetter("index")
 _USUAL = re.compile(rb"data: ([^\r\n]+)\n\n")
 _USUAL_MARKS = 8  # bytes of it beside its data
 _TRIED = 4
@@ -335,8 +341,7 @@ class Tee:
         if not self._opening and not self._lost and not self._parser.open_bytes:
             said = _USUAL.findall(data)
             if sum(map(len, said)) + _USUAL_MARKS * len(said) == len(data):  # and nothing else
-                for one in said:
-                    self._learn_data(one)
+                self._learn_many(said)
                 return []
         try:
             events = [] if self._lost else self._parser.feed(data)
@@ -395,21 +400,36 @@ class Tee:
             if event.data:
                 self._learn_data(event.data)
 
+    def _learn_many(self, datas: Sequence[bytes]) -> None:
+        """Those of several events: nearly always they say words alone, and are read as one."""
+        done = datas[-1:] == [b"[DONE]"]
+        if not self._learn_words(datas[:-1] if done else datas):
+            for data in datas:
+                self._learn_data(data)
+        elif done:
+            self._learn_data(datas[-1])
+
+    def _learn_words(self, datas: Sequence[bytes]) -> bool:
+        """Whether they say nothing but words, which are learned then."""
+        if not self._plain:
+            return False
+        try:
+            chunks = _decode_words(b"[%b]" % b",".join(datas))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self._plain -= 1
+            return False
+        if len(chunks) != len(datas):
+            return False
+        for index, said in groupby((choice for chunk in chunks for choice in chunk.choices), _INDEX):
+            self._builder(index).add_words(list(said))
+        return True
+
     def _learn_data(self, data: bytes) -> None:
         if self._lost or data == b"[DONE]":
             self._ended = self._ended or not self._lost
             return
-        if self._plain:
-            try:
-                words = _decode_words(data)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                self._plain -= 1
-            else:
-                for said in words.choices:
-                    builder = self._builder(said.index)
-                    builder.add_words(said.delta.role, said.delta.content)
-                    builder.finish_reason = said.finish_reason or builder.finish_reason
-                return
+        if self._learn_words([data]):
+            return
         chunk = decode_chunk(data)
         if chunk is None or chunk.get("error"):
             self._lost = True
