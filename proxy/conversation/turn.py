@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -151,10 +152,6 @@ class Turn:
         self.path = place.path
         self._answered = answered_by(place.path, place.record)
         turn = (place.record.turn if place.record else 0) + len(self._answered) + 1
-        self.pages = PathPages(
-            place.path, context.counter, context.limits.page_tokens,
-            state.derived if state else NO_DERIVED, context.get_record, place.anchors,
-        )  # fmt: skip
         self.table = state.table if state else PageTable()
         self.record: Record | None = None
         self.settled: list[tuple[Record, Stored]] = []
@@ -171,6 +168,15 @@ class Turn:
         self._refusals = 0
         self.report = TurnReport(str(context.decoded.get("model")), "bypass", turn)
         self.report.budget_tokens = context.limits.budget_tokens
+
+    @cached_property
+    def pages(self) -> PathPages:
+        """The path's; a turn that surely fits asks for none."""
+        context = self._context
+        place, derived = context.place, context.state.derived if context.state else NO_DERIVED
+        return PathPages(
+            place.path, context.counter, context.limits.page_tokens, derived, context.get_record, place.anchors
+        )
 
     @property
     def _limits(self) -> Limits:
@@ -520,7 +526,7 @@ class Turn:
         last["bill"] = msgspec.structs.replace(bill, calls=calls.offered)
         heads: list[tuple[Sequence[Node], list[Record]]] = []
         stored: Sequence[Node] = ()
-        if record is not None:
+        if record is not None and states:
             stored = load_path(record, context.get_record, context.get_block, context.identity)
         for message in answers:
             shown = as_input(message)
