@@ -15,6 +15,7 @@ from proxy.conversation.body import (
     HistoryCache,
     Known,
     _locate,
+    is_short,
     recognise,
     remembered,
     split_body,
@@ -316,6 +317,13 @@ def test_invariant_10_brackets_by_the_million_are_left_to_the_parser(where: str)
         assert _locate(body) is None
     split = read_body(body, SCOPE, HistoryCache(1 << 20))
     assert len(split.new) == 1 and split.new[0][1]["content"] == "hi" and split.history is None
+
+
+def test_a_body_is_looked_for_where_that_is_less_than_to_parse_it() -> None:
+    message = '{"role":"user","content":"hi"}'
+    assert is_short(f'{{"model":"m","messages":[{",".join([message] * 12)}]}}'.encode())
+    assert not is_short(f'{{"model":"m","messages":[{",".join([message] * 13)}]}}'.encode())
+    assert not is_short(f'{{"model":"m","messages":[{message}],"user":"{"x" * 8192}"}}'.encode())
 
 
 def test_a_second_role_that_is_the_systems_is_seen_by_the_parser() -> None:
