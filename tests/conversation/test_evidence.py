@@ -35,8 +35,8 @@ def choose(it: TurnWindow, hits: list[Hit], left: int = 4000) -> list[Shown]:
     dialogue = evidence.choose(it, left)
     try:
         effect = next(dialogue)
-        assert isinstance(effect, Search) and effect.before == 3
-        dialogue.send([h for h in hits if not effect.skip(h.position, h.part)])
+        assert isinstance(effect, Search) and effect.before == 3 and effect.skip is None
+        dialogue.send(hits)
     except StopIteration as end:
         chosen: list[Shown] = end.value
         return chosen

@@ -78,7 +78,7 @@ class Setting:
                 if isinstance(effect, Load):
                     reply = self.pages.at(effect.page_id, effect.level)
                 else:
-                    reply = [h for h in self.hits if not effect.skip(h.position, h.part)]
+                    reply = [h for h in self.hits if effect.skip is None or not effect.skip(h.position, h.part)]
         except StopIteration as end:
             result: dict[str, Any] = json.loads(end.value[0])
             return result
