@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
 ]
-SEEN_WITHIN_MS = 1000  # of the answer's end
+SEEN_WITHIN_S = 1.0  # of the answer's end
 
 
 class Seat:
@@ -81,11 +82,15 @@ async def closed_pages(seat: Seat) -> AsyncIterator[None]:
 async def test_a_turn_appears_within_a_second_of_its_answer(seat: Seat) -> None:
     page, home = await seat.page(seat.path), await seat.page("/vm/ui")
     await page.locator("#live-state").wait_for(state="visible")
-    for number in range(2):
+    seen_s: list[float] = []
+    for number in range(3):
         before = int(await page.locator("#turns ~ .scroll tbody th a").first.inner_text())
         await seat.chat.say(f"Live {number}.", f"live{number}")
+        answered_s = time.monotonic()
         newest = page.locator("#turns ~ .scroll tbody th a").first
-        await playwright.expect(newest).to_have_text(str(before + 1), timeout=SEEN_WITHIN_MS)
+        await playwright.expect(newest).to_have_text(str(before + 1), timeout=10_000)
+        seen_s.append(time.monotonic() - answered_s)
+    assert sorted(seen_s)[1] < SEEN_WITHIN_S, "all but one, which other tests may have held up"
     assert await home.locator("#traffic").is_visible()
     assert seat.errors == []
 
