@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
@@ -40,9 +40,15 @@ _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][
 # -- over random conversations
 
 
-@examples(10)
-@given(scenarios(), st.integers(0, 2**16))
-def test_invariants_03_06_07_08_and_09_hold_in_every_turn(scenario: Scenario, coin: int) -> None:
+# In this one a room that is 60 tokens too large is seen.
+_CLOSE = Scenario(772, 3000, ("retry", "say", "edit", "big", "say", "regenerate", "regenerate", "retry", "say", "big", "say", "edit",
+                              "say", "retry"), "stubborn", 0.05, 3, VMMode.STRICT)  # fmt: skip
+
+
+@examples(16)
+@example(_CLOSE)
+@given(scenarios())
+def test_invariants_03_06_and_08_hold_in_every_turn(scenario: Scenario) -> None:
     run = play(scenario)
     for played in run.played:
         for request in played.requests:
@@ -51,6 +57,11 @@ def test_invariants_03_06_07_08_and_09_hold_in_every_turn(scenario: Scenario, co
     _check_prefixes(run)
     _check_branches(run)
     _check_what_the_client_sees(run, scenario)
+
+
+@examples(6)
+@given(scenarios(turns=10), st.integers(0, 2**16))
+def test_invariants_07_and_09_a_restart_another_replica_and_lost_caches_change_no_request(scenario: Scenario, coin: int) -> None:
     rng = random.Random(coin)
 
     def before_turn(player: Player, _: int) -> None:
@@ -62,7 +73,7 @@ def test_invariants_03_06_07_08_and_09_hold_in_every_turn(scenario: Scenario, co
             player.__init__(scenario.limits())  # type: ignore[misc]
             player.values = stored
 
-    assert play(scenario, before_turn=before_turn).bodies == run.bodies, "invariants 7 and 9"
+    assert play(scenario, before_turn=before_turn).bodies == play(scenario).bodies
 
 
 def _check_prefixes(run: Run) -> None:
