@@ -31,7 +31,7 @@ from tests.e2e.recording import Recorded
 from tests.e2e.schema import HAS_SCHEMA, request_problems
 
 WINDOW_TOKENS = 4000  # of a gateway that pages
-PAIRS = 36  # of a long history: about 6,500 tokens
+PAIRS = 26  # of a long history: about 4,700 tokens
 CHAT = "/chat/completions"
 _WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll ledge".split()
 _numbers = itertools.count(1)

@@ -472,7 +472,7 @@ def _replica(player: Player, limits: Any = None) -> Player:
 
 TestHistories = Machine.TestCase
 TestHistories.settings = settings(
-    examples(8), stateful_step_count=20, suppress_health_check=list(HealthCheck), print_blob=False
+    examples(4), stateful_step_count=20, suppress_health_check=list(HealthCheck), print_blob=False
 )
 
 

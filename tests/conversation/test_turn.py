@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.conversation.effects import Append, Complete, Load, Refused
@@ -32,7 +32,7 @@ from tests.conversation.player import (
 from tests.conversation.scenario import Run, Scenario, grown, play, scenarios, text_of, tools_of
 from tests.examples import examples
 
-few = examples(12)
+few = examples(8)
 
 _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][\w]*")
 
@@ -40,68 +40,46 @@ _NAMES = re.compile(r"(?:system|user|answer|note|pre|result|vm_|vs_|cl_)\d+[x_][
 # -- over random conversations
 
 
-@few
+# In this one a room that is 60 tokens too large is seen.
+_CLOSE = Scenario(772, 3000, ("retry", "say", "edit", "big", "say", "regenerate", "regenerate", "retry", "say", "big", "say", "edit",
+                              "say", "retry"), "stubborn", 0.05, 3, VMMode.STRICT)  # fmt: skip
+
+
+@examples(16)
+@example(_CLOSE)
 @given(scenarios())
-def test_invariant_03_no_request_exceeds_the_budget(scenario: Scenario) -> None:
-    for played in play(scenario).played:
+def test_invariants_03_06_and_08_hold_in_every_turn(scenario: Scenario) -> None:
+    run = play(scenario)
+    for played in run.played:
         for request in played.requests:
-            assert count_tokens(request) <= scenario.budget
-
-
-@few
-@given(scenarios(habit="mixed", tools=3))
-def test_invariant_08_no_call_and_no_result_is_orphaned(scenario: Scenario) -> None:
-    for played in play(scenario).played:
-        for request in played.requests:
+            assert count_tokens(request) <= scenario.budget, "invariant 3"
             check_pairs(request)
+    _check_prefixes(run)
+    _check_branches(run)
+    _check_what_the_client_sees(run, scenario)
 
 
-@few
-@given(scenarios(habit="stubborn", mode=VMMode.RELAXED))
-def test_invariant_10_a_model_that_only_calls_us_is_brought_to_an_end(scenario: Scenario) -> None:
-    limits = scenario.limits()
-    for played in play(scenario).played:
-        assert len(played.bodies) <= limits.max_rounds + 2  # it is asked twice more, without tools
-        refused = played.answer.refused
-        assert refused is not None or (played.message or {}).get("content")
-        assert refused is None or (refused.status == 502 and b"no_answer" in refused.body)
-        served = [fault for fault in played.answer.report.faults if fault.error is None]
-        assert sum(fault.tokens for fault in served) <= limits.fault_tokens
-        for request in played.requests:
-            check_pairs(request)
-            assert count_tokens(request) <= scenario.budget
-
-
-@few
-@given(scenarios(), st.integers(0, 2**16))
-def test_invariant_09_dropping_the_caches_changes_no_request(scenario: Scenario, coin: int) -> None:
-    warm = play(scenario)
+@examples(6)
+@given(scenarios(turns=10), st.integers(0, 2**16))
+def test_invariants_07_and_09_a_restart_another_replica_and_lost_caches_change_no_request(scenario: Scenario, coin: int) -> None:
     rng = random.Random(coin)
-    cold = play(scenario, before_turn=lambda p, _: p.forget() if rng.random() < 0.5 else None)
-    assert cold.bodies == warm.bodies
+
+    def before_turn(player: Player, _: int) -> None:
+        """Its caches are lost, or another replica goes on, or nothing happens."""
+        if (happens := rng.random()) < 0.3:
+            player.forget()
+        elif happens < 0.6:
+            stored = dict(player.values)
+            player.__init__(scenario.limits())  # type: ignore[misc]
+            player.values = stored
+
+    assert play(scenario, before_turn=before_turn).bodies == play(scenario).bodies
 
 
-@few
-@given(scenarios(turns=10))
-def test_invariant_07_a_restart_or_another_replica_continues_byte_for_byte(
-    scenario: Scenario,
-) -> None:
-    one = Player(scenario.limits())
-    first = play(scenario, one)
-
-    def on_another_replica(player: Player, _: int) -> None:
-        stored = dict(player.values)
-        player.__init__(scenario.limits())  # type: ignore[misc]
-        player.values = stored
-
-    assert play(scenario, before_turn=on_another_replica).bodies == first.bodies
-
-
-@few
-@given(scenarios())
-def test_within_an_epoch_the_messages_only_grow_at_their_end(scenario: Scenario) -> None:
+def _check_prefixes(run: Run) -> None:
+    """Within an epoch the messages only grow at their end."""
     ends: dict[bytes, tuple[int, bytes]] = {}
-    for played in play(scenario).played:
+    for played in run.played:
         record = played.place.record
         before = ends.get(record.id) if record else None
         rounds = zip(played.bodies, played.epochs, played.messages_bytes(), strict=True)
@@ -114,10 +92,8 @@ def test_within_an_epoch_the_messages_only_grow_at_their_end(scenario: Scenario)
             ends.setdefault(played.turn.record.id, before)  # an equal answer is stored once
 
 
-@few
-@given(scenarios())
-def test_invariant_06_no_effect_has_text_of_another_branch(scenario: Scenario) -> None:
-    run = play(scenario)
+def _check_branches(run: Run) -> None:
+    """Invariant 6: no effect has text of another branch."""
     lineage: dict[bytes, set[str]] = {}
     for played, history in zip(run.played, run.histories, strict=True):
         own = set(_NAMES.findall(json.dumps(history)))
@@ -137,19 +113,45 @@ def test_invariant_06_no_effect_has_text_of_another_branch(scenario: Scenario) -
             lineage.setdefault(played.turn.record.id, own)
 
 
+def _check_what_the_client_sees(run: Run, scenario: Scenario) -> None:
+    """Never a call of the memory's."""
+    names = {tool["function"]["name"] for tool in tools_of(scenario.tools)}
+    for played in run.played:
+        assert played.message is not None
+        assert {c["function"]["name"] for c in played.message.get("tool_calls") or ()} <= names
+        assert b"search_pages" not in played.stream
+        assert played.stream.count(b"[DONE]") <= 1
+
+
+@few
+@given(scenarios(turns=8, habit="stubborn", mode=VMMode.RELAXED))
+def test_invariant_10_a_model_that_only_calls_us_is_brought_to_an_end(scenario: Scenario) -> None:
+    limits = scenario.limits()
+    for played in play(scenario).played:
+        assert len(played.bodies) <= limits.max_rounds + 2  # it is asked twice more, without tools
+        refused = played.answer.refused
+        assert refused is not None or (played.message or {}).get("content")
+        assert refused is None or (refused.status == 502 and b"no_answer" in refused.body)
+        served = [fault for fault in played.answer.report.faults if fault.error is None]
+        assert sum(fault.tokens for fault in served) <= limits.fault_tokens
+        for request in played.requests:
+            check_pairs(request)
+            assert count_tokens(request) <= scenario.budget
+
+
 @few
 @given(scenarios(turns=8))
 def test_invariant_06_tenants_with_the_same_words_do_not_meet(scenario: Scenario) -> None:
-    """Four users behind one key say the same, one after the other."""
+    """Three users behind one key say the same, one after the other."""
     alone = play(scenario)
     player = Player(scenario.limits())
-    for user in ("a", "b", "c"):
+    for user in ("a", "b"):
         _as_user(player, user)
         play(scenario, player)
     _as_user(player, None)
     assert play(scenario, player).bodies == alone.bodies
     ids = {record_id for record_id in player.values if record_id[:1] == b"n"}
-    assert len(ids) == 4 * len({p.turn.record.id for p in alone.played if p.turn.record})
+    assert len(ids) == 3 * len({p.turn.record.id for p in alone.played if p.turn.record})
 
 
 def _as_user(player: Player, user: str | None) -> None:
@@ -161,17 +163,6 @@ def _as_user(player: Player, user: str | None) -> None:
         return played
 
     player.ask = as_user  # type: ignore[method-assign]
-
-
-@few
-@given(scenarios(habit="any"))
-def test_the_client_never_sees_a_memory_call(scenario: Scenario) -> None:
-    names = {tool["function"]["name"] for tool in tools_of(scenario.tools)}
-    for played in play(scenario).played:
-        assert played.message is not None
-        assert {c["function"]["name"] for c in played.message.get("tool_calls") or ()} <= names
-        assert b"search_pages" not in played.stream
-        assert played.stream.count(b"[DONE]") <= 1
 
 
 # -- invariant 1

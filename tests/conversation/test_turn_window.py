@@ -99,11 +99,11 @@ def output(turn: int, lines: int = 120) -> str:
 
 @pytest.mark.parametrize("front", [[], [{"role": "system", "content": "You run what you are told."}]])
 def test_an_agent_whose_outputs_are_system_messages_goes_on_for_long(front: list[Message]) -> None:
-    """Each answer is followed by a system message alone: a hundred of them, in a window of five."""
+    """Each answer is followed by a system message alone: fifty of them, in a window of five."""
     player = Player(limits_of(12_000))
     messages: list[Message] = [*front, {"role": "user", "content": "Run every block of the plan."}]
     epochs = 0
-    for turn in range(100):
+    for turn in range(50):
         said = says(f"Running block {turn}.")
         played = player.ask(messages, script(said))
         epochs += played.answer.report.new_epoch
@@ -111,10 +111,10 @@ def test_an_agent_whose_outputs_are_system_messages_goes_on_for_long(front: list
             assert count_tokens(request) <= 12_000
         assert f"kestrel{turn - 1}q" in json.dumps(played.requests[-1]) or not turn
         messages += [said, {"role": "system", "content": output(turn)}]
-        if turn in (30, 60):
+        if turn in (15, 30):
             player.forget()
-    assert played.answer.report.channel == "tools" and epochs < 40
-    for turn in (1, 20, 55, 90):
+    assert played.answer.report.channel == "tools" and epochs < 20
+    for turn in (1, 20, 40):
         asked = script(calls(call("search_pages", {"query": f"kestrel{turn}q checksum"}, "s")), says("ok"))
         played = player.ask(messages, asked)
         found = json.loads(tool_messages(played.requests[-1])[-1]["content"])["results"]
@@ -293,7 +293,7 @@ def test_a_window_that_is_too_small_for_its_traffic_is_said_to_be_once(restarts:
 
 COUNT = get_counter("gpt-4o").text
 MARKUP = '"a"\n\\b '  # in JSON half as long again
-many = examples(12)
+many = examples(6)
 
 
 # -- as dialogues

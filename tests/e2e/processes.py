@@ -40,11 +40,13 @@ def free_port() -> int:
 _FORKING = """
 import contextlib, faulthandler, gc, importlib, json, multiprocessing, os, signal, sys, tempfile
 import encodings.idna, pydantic.v1  # FastAPI's, with its first route
+import asyncpg, cryptography.hazmat.primitives.ciphers.aead, obstore, proxy.storage.postgres  # of some servers
 import proxy.app, proxy.cli, proxy.serve, proxy.upstream.openai, uvicorn._subprocess, uvicorn.lifespan.on, uvicorn.loops.uvloop
 from proxy.search.terms import languages_of
 from proxy.tokens import load
 load()
 languages_of()
+proxy.cli._command()
 for name in sys.argv[1:]:
     importlib.import_module(name)
 gc.collect()

