@@ -14,6 +14,8 @@ How it ranks: BM25 over stems, and what beats it widely on both LoCoMo and BEAM
 - stop words do not count, unless the query has nothing else;
 - a word found in a neighbouring page counts for this page too, at a fraction and never on top of
   the page's own: what answers "Where did you go?" often shares no word with the question;
+- where a word of about the same meaning stands instead of the asked one it counts, too, at a fraction: it
+  ranks, and is no evidence;
 - two words that stand side by side in the query count more where they do so in a page;
 - a speaker named in the question favours that speaker's pages;
 - a day, month or year in the question favours the pages that were seen then;
@@ -42,6 +44,7 @@ import msgspec
 from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.dates import Date, days_asked, spans
+from proxy.search.related import related
 from proxy.search.speakers import speaker_label
 from proxy.search.terms import (
     clean,
@@ -62,6 +65,10 @@ SPREAD_POSTINGS = 800  # pages that also count for their neighbours
 K1, B = 1.2, 0.75  # BM25
 NEIGHBOUR_SHARE = (0.6, 0.4)  # of a term's weight, one and two pages away
 ANSWER_SHARE = 1.3  # of that, where the page before ends by asking
+RELATED_SHARE = 0.6  # of a term's weight, where a word of about the same meaning stands instead
+RELATED_TERMS = 5  # such words of a term, the nearest that stand anywhere
+RELATED_PAGES = 150  # a word that is on more tells nothing
+RELATED_POSTINGS = 600  # of such words, that are read for one query
 PAIR_SHARE = 0.25  # of two words' rarity, where they stand side by side
 QUESTIONS_POWER = 0.75  # of several questions in one: 1 makes their best pages equal, 0 leaves the scores
 CONTEXT_SHARE = 0.33  # of what the same words count in the question itself
@@ -357,6 +364,11 @@ class PageIndex:
         rows = self._postings[number]
         return rows if not isinstance(rows, int) else array("I", (rows,) if rows else ())
 
+    def _pages(self, text: str) -> int:
+        """With that term."""
+        number = self._ids.get(text)
+        return 0 if number is None else len(self._rows(number))
+
     def _count(self, row: int, sign: int) -> None:
         """Add (1) or take away (-1) a row."""
         chars, role, name = self._chars[row], self._roles[row], self._names[row]
@@ -423,7 +435,7 @@ class PageIndex:
         """Row -> score, row -> evidence."""
         _, sequence, asked, stops, idle, named, dates, terms, read, rarity, _ = query
         own = {term.text: self._worth(term, term.rows) for term in read}
-        scores = self._score(own)
+        scores = self._score(self._with_related(own, asked, idle))
         for date, rows in dates.items():
             own[date] = dict.fromkeys(rows, DATE_SHARE * self._weight(len(rows)))
             _add(scores, own[date])
@@ -557,6 +569,28 @@ class PageIndex:
         for row in (*range(-reach, 0), *range(rows, rows + reach)):
             scores.pop(row, None)  # neighbours that do not exist
         return scores
+
+    def _with_related(
+        self, own: Mapping[str, Mapping[int, float]], asked: Sequence[str], idle: frozenset[str]
+    ) -> Mapping[str, Mapping[int, float]]:
+        """What the terms are worth by row, with the rows where a related word stands instead."""
+        names = frozenset[str]().union(*self._name_terms.values())
+        known, found, spent = idle.union(names, asked), dict(own), 0
+        for pages, text in sorted((self._pages(text), text) for text in asked if text not in idle and text not in names):
+            most, worth = self._weight(max(1, pages)), dict(found.get(text, ()))
+            near = (term for term in related(text) if term not in known and 0 < self._pages(term) <= RELATED_PAGES)
+            for term in itertools.islice(near, RELATED_TERMS):
+                rows = self._rows(self._ids[term])
+                spent += len(rows)
+                if spent > RELATED_POSTINGS:
+                    return found
+                share = RELATED_SHARE * min(1.0, most / self._weight(len(rows)))
+                for row, value in self._worth(_Term(term, rows), rows, share).items():
+                    if value > worth.get(row, 0.0):
+                        worth[row] = value
+            if worth:
+                found[text] = worth
+        return found
 
     def _add_pairs(
         self,

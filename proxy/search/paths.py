@@ -24,6 +24,7 @@ from proxy.memory.ids import Doc, Hit
 from proxy.memory.questions import Query
 from proxy.search.fts import QUERIES, PageIndex
 from proxy.search.fusion import fuse, merge
+from proxy.search.related import related
 from proxy.search.terms import languages_of, tokenizer
 
 if TYPE_CHECKING:  # an extra
@@ -174,7 +175,7 @@ class PathIndexes:
         self._live: OrderedDict[_Branch, int] = OrderedDict()  # pages of those that are not packed, the last asked last
         self._live_pages = 0
         self._lock = threading.Lock()
-        languages_of()  # what takes its time once in a process takes it before the first request
+        languages_of(), related("")  # what takes its time once in a process takes it before the first request
 
     def search(
         self,

@@ -48,6 +48,11 @@ class StaticEncoder:
         found = self._tokenizer.encode_batch_fast(plain, add_special_tokens=False)
         return [self._sum(encoding.ids) for encoding in found]
 
+    def vocabulary(self) -> list[str]:
+        """The pieces that have a vector, the commonest first."""
+        numbers: dict[str, int] = self._tokenizer.get_vocab()
+        return sorted(numbers, key=numbers.__getitem__)
+
     def _sum(self, ids: list[int]) -> Vector:
         return whole(self._weights[ids].sum(axis=0, dtype=np.int64)) if ids else NO_VECTOR
 

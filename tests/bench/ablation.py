@@ -120,6 +120,7 @@ ROWS = (
     Row("evidence for who asks with common words", {}, {"proxy.memory.prefetcher:ASKED_EVIDENCE": becomes(0.8)}),
     Row("short pages beside a search's results", {}, {"proxy.conversation.faults:_LINE_TOKENS": becomes(1 << 30)}),
     Row("the search's second look", {}, {"proxy.search.fts:PageIndex._look_again": returns(None)}),
+    Row("related words of a search", {}, {"proxy.search.fts:PageIndex._with_related": lambda old: lambda self, own, *more: own}),
     Row("rule that unpinned texts are no context lines", {}, {"proxy.memory.planner:_Row.is_line":
         becomes(property(lambda row: True))}),
     Row("deeper rebuilds", {}, {"proxy.conversation.epoch:rebuild_target": lambda old: lambda low, *more: low}),

@@ -33,6 +33,20 @@ def test_finds_by_stem_and_ignores_stop_words() -> None:
     assert index.search("what runs", 1)[0].evidence > 0.9
 
 
+def test_a_page_with_a_related_word_is_found_ranks_below_the_word_itself_and_proves_nothing() -> None:
+    texts = [*FILLER[:10], "our pet chewed the sofa", *FILLER[10:]]
+    (hit,) = build(*texts).search("What did the dog do?", 1)
+    assert hit.position == 10 and hit.evidence == 0.0
+    both = build(*texts, "the dog was at the vet", *FILLER).search("What did the dog do?", 2)
+    assert positions(both)[0] == len(texts) and both[0].evidence > 0.5
+
+
+def test_a_related_word_costs_no_more_where_every_page_has_it() -> None:
+    common = build(*["the pet sleeps"] * 400, "the dog barks")
+    assert positions(common.search("dog", 1)) == [400]
+    assert all(hit.position >= 398 for hit in common.search("dog", 10))  # it and its neighbours
+
+
 def test_only_stop_words_still_search_but_cover_nothing() -> None:
     hits = build("The Who", "Queen", *FILLER).search("the who", 1)
     assert positions(hits) == [0] and hits[0].evidence == 0.0
