@@ -23,7 +23,7 @@ from proxy.search.vectors import (  # noqa: E402
     whole,
 )
 
-THINGS = ("cat kitten feline", "boat ship vessel", "bread loaf toast", "snow frost ice", "song tune melody")
+THINGS = ("cat kitten feline", "boat ship vessel wherry", "bread loaf toast", "snow frost ice", "song tune melody")
 
 
 class Topics:
@@ -180,8 +180,8 @@ def test_invariant_06_no_branch_finds_or_feels_another_by_meaning() -> None:
 
 
 def test_vectors_of_elsewhere_are_read_for_one_search_and_fused_in_the_next() -> None:
-    texts = ["Rain"] * 10 + ["A vessel"] + ["Rain"] * 10
-    talk, indexes, stored = Talk(texts), PathIndexes(1000), Topics(unknown=["A vessel"])
+    texts = ["Rain"] * 10 + ["A wherry"] + ["Rain"] * 10
+    talk, indexes, stored = Talk(texts), PathIndexes(1000), Topics(unknown=["A wherry"])
 
     def docs(first: int, last: int) -> list[Doc]:
         return talk.docs[first:last]
