@@ -585,7 +585,7 @@ class PageIndex:
                 if spent > RELATED_POSTINGS:
                     return found
                 share = RELATED_SHARE * min(1.0, most / self._weight(len(rows)))
-                for row, value in self._worth(_Term(term, rows), rows, share).items():
+                for row, value in self._worth(_Term(term, rows, len(rows)), rows, share).items():
                     if value > worth.get(row, 0.0):
                         worth[row] = value
             if worth:
