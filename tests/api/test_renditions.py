@@ -140,11 +140,12 @@ async def test_requests_at_once_have_a_medium_decoded_once(tmp_path: Path) -> No
     async with room(tmp_path) as here:
         here.decoders.gate = asyncio.Event()
         loading = [asyncio.ensure_future(here.load()) for _ in range(3)]
-        while not here.decoders.made:
-            await asyncio.sleep(0)
-        loading[0].cancel()  # its client left: another one's request goes on
-        while here.decoders.made < 2:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while not here.decoders.made:
+                await asyncio.sleep(0)
+            loading[0].cancel()  # its client left: another one's request goes on
+            while here.decoders.made < 2:
+                await asyncio.sleep(0)
         here.decoders.gate.set()
         one, other = await asyncio.gather(*loading[1:])
         assert one == other and here.decoders.made == 2

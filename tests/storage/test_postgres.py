@@ -181,7 +181,7 @@ async def test_a_plain_get_below_a_request_lets_the_event_loop_go_on(store: Post
     assert await asyncio.gather(*(request() for _ in range(5))) == [b"1"] * 5
     await blocker
     ticker.cancel()
-    assert max(b - a for a, b in pairwise(ticks)) < 0.2 and store.blocked == 0
+    assert max(b - a for a, b in pairwise(ticks)) < 0.5 and store.blocked == 0
 
 
 async def _locked(url: str) -> None:
@@ -189,7 +189,7 @@ async def _locked(url: str) -> None:
     connection = await asyncpg.connect(url)
     async with connection.transaction():
         await connection.execute("LOCK llm_pager_values IN ACCESS EXCLUSIVE MODE")
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(1.0)
     await connection.close()
 
 
@@ -399,7 +399,7 @@ async def test_trouble_is_told_at_once_and_over_when_it_is(postgres: Postgres, p
             await commits(store, 1, 1)
         with pytest.raises(StorageError):
             await asyncio.to_thread(store.get, record(0))
-    assert time.monotonic() - began_s < 0.5 and store.trouble
+    assert time.monotonic() - began_s < 1.5 and store.trouble
     await asyncio.to_thread(postgres.start)
     await store.check()
     await commits(store, 1, 1)
