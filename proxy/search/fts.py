@@ -576,7 +576,8 @@ class PageIndex:
         """What the terms are worth by row, with the rows where a related word stands instead."""
         names = frozenset[str]().union(*self._name_terms.values())
         known, found, spent = idle.union(names, asked), dict(own), 0
-        for pages, text in sorted((self._pages(text), text) for text in asked if text not in idle and text not in names):
+        rarest = sorted((self._pages(text), text) for text in asked if text not in idle and text not in names)
+        for pages, text in rarest[:QUERY_TERMS]:
             most, worth = self._weight(max(1, pages)), dict(found.get(text, ()))
             near = (term for term in related(text) if term not in known and 0 < self._pages(term) <= RELATED_PAGES)
             for term in itertools.islice(near, RELATED_TERMS):

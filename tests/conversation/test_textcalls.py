@@ -164,10 +164,11 @@ def test_reading_is_bounded_whatever_the_text() -> None:
     for text in ("page_fault{" * 180, "[{" * 900 + "page_fault", "search_pages(" * 150, "<page_fault>" * 150,
                  "{'page_fault': " * 130, '"' * 1900 + "page_fault("):  # fmt: skip
         with cpu_within(0.5, text[:20]):
-            calls_in(text, OURS)
+            found = calls_in(text, OURS)
             watch = Watch()
             for char in text[:600]:
                 watch.feed(char)
+        assert not found, "none of them ends"
 
 
 def test_where_people_speak_of_the_tools_an_example_is_an_answer_and_a_mere_call_is_a_call() -> None:
